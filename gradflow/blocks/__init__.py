@@ -1,0 +1,42 @@
+"""Blocks: the repeating unit of a network, defined once and read twice.
+
+`apply` is one random network acting on its signals; `kernel` is the same block at infinite width,
+acting on what is known of them (`gradflow.gram.Gram`). Both multiply by weights through a
+``multiply`` that they are given: a sampler's in a simulation, `gram.multiply_gram` in theory.
+Nothing backward is written by hand: in a simulation gradients come from `jax.vjp` of ``apply``; in
+theory from the transpose of what ``kernel`` does to the second moments of a tangent.
+
+The signal that a block hands on is the pre-activation z of its layer, so that a chain of `Dense`
+blocks is z^l = W^l φ(z^{l-1}) + b^l. Blocks nest: ``Residual(Chain((LayerNorm(), Dense())))``.
+
+base
+    What a block is.
+dense
+    `Linear` W h + b, `Activate` φ(z), and `Dense` W φ(z) + b.
+composition
+    `Chain` and `Residual`.
+normalisation
+    `LayerNorm` and `RMSNorm`.
+batch_norm
+    `BatchNorm`, the only one that mixes inputs.
+dropout
+    `Dropout`.
+
+To add a block, write one class in one of these files, with a default for every field, and name it
+in the file's ``__all__``: `ALL` and the shared law tests find it.
+"""
+
+import inspect
+
+from gradflow.blocks.base import *
+from gradflow.blocks.batch_norm import *
+from gradflow.blocks.composition import *
+from gradflow.blocks.dense import *
+from gradflow.blocks.dropout import *
+from gradflow.blocks.normalisation import *
+
+ALL = tuple(
+    block
+    for block in list(vars().values())
+    if inspect.isclass(block) and issubclass(block, AbstractBlock) and not inspect.isabstract(block)
+)

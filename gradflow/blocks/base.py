@@ -1,0 +1,103 @@
+"""What a block is: one step up the network, defined once and read twice."""
+
+import abc
+from collections.abc import Callable
+from typing import Any
+
+import equinox as eqx
+from jaxtyping import Array, Float, PRNGKeyArray
+
+from gradflow.ensembles import Distribution
+from gradflow.gram import Gram, multiply_gram
+
+__all__ = ["AbstractBlock", "AbstractComposite"]
+
+Multiply = Callable[..., Any]
+
+
+class AbstractBlock(eqx.Module):
+    """One step up the network, z^{l-1} -> z^l.
+
+    What is not abstract here is answered for a block that has no random matrix and acts on every
+    site by itself.
+    """
+
+    @abc.abstractmethod
+    def apply(
+        self, signal: Float[Array, "sites n_in"], multiply: Multiply, key: PRNGKeyArray
+    ) -> Float[Array, "sites n_out"]:
+        """Return the next signal in one random network.
+
+        ``multiply(key, x, sigma_w=…, width=…, distribution=…)`` is x Wᵀ, where W has shape
+        (width, n_in), mean 0 and variance σ_w²/n_in; the sampler that runs the block supplies it.
+        All other randomness comes from the key, and is the same when the block is applied again.
+        """
+
+    @abc.abstractmethod
+    def kernel(self, gram: Gram, multiply: Multiply = multiply_gram) -> Gram:
+        """Return what is known after the block from what is known before it, at infinite width."""
+
+    @property
+    @abc.abstractmethod
+    def homogeneous(self) -> bool:
+        """Whether block(a·z) = a·block(z) for every a > 0."""
+
+    @property
+    def distributions(self) -> tuple[Distribution, ...]:
+        """The laws of its random matrices, in the order in which it multiplies by them."""
+        return ()
+
+    @property
+    def n_weights(self) -> int:
+        """How many random matrices one application of the block multiplies by."""
+        return len(self.distributions)
+
+    @property
+    def mixes_sites(self) -> bool:
+        """Whether a site's signal depends on those of other sites, as under BatchNorm."""
+        return False
+
+    def width_after(self, n_in: int) -> int:
+        """Return how many units it hands on when it gets ``n_in``.
+
+        Raises
+        ------
+        InputError
+            If it cannot take as many.
+        """
+        return n_in
+
+    def shapes(self, n_in: int) -> tuple[tuple[int, int], ...]:  # noqa: ARG002
+        """Return its random matrices' shapes (n_out, n_in), in their order."""
+        return ()
+
+    def narrowed(self, factor: int) -> "AbstractBlock":  # noqa: ARG002
+        """Return the block with its widths divided by ``factor`` and its scales kept."""
+        return self
+
+
+class AbstractComposite(AbstractBlock):
+    """A block made of others, its ``parts``, which are applied in this order."""
+
+    @property
+    @abc.abstractmethod
+    def parts(self) -> tuple[AbstractBlock, ...]:
+        """The blocks it is made of."""
+
+    @property
+    def distributions(self) -> tuple[Distribution, ...]:
+        """Those of its parts."""
+        return tuple(law for part in self.parts for law in part.distributions)
+
+    @property
+    def mixes_sites(self) -> bool:
+        """Whether one of its parts does."""
+        return any(part.mixes_sites for part in self.parts)
+
+    def shapes(self, n_in: int) -> tuple[tuple[int, int], ...]:
+        """Return those of its parts."""
+        found: list[tuple[int, int]] = []
+        for part in self.parts:
+            found += part.shapes(n_in)
+            n_in = part.width_after(n_in)
+        return tuple(found)

@@ -1,0 +1,84 @@
+"""BatchNorm: normalisation of each unit's signal over the batch."""
+
+import math
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float, PRNGKeyArray, ScalarLike
+
+from gradflow import activations, batch
+from gradflow.activations import Activation
+from gradflow.blocks.base import AbstractBlock, Multiply
+from gradflow.errors import InputError
+from gradflow.gram import AbstractLaw, Gram, Unknown, multiply_gram
+from gradflow.norms import unit_rows
+
+__all__ = ["BatchNorm"]
+
+
+class _BatchNormalised(AbstractLaw):
+    """The law of γ ẑ: what entered BatchNorm was Gaussian, of this covariance."""
+
+    covariance: Float[Array, "sites sites"]
+    tangent: Float[Array, "sites sites"] | None
+    gain: ScalarLike
+
+    def through(self, gram: Gram, activation: Activation) -> Gram:  # noqa: ARG002
+        """Return what is known of φ(γ ẑ)."""
+        found = batch.averages(activation, self.covariance, self.tangent, self.gain)
+        return Gram(*found, Unknown())
+
+    def scaled(self, factor: Float[Array, "..."] | ScalarLike) -> AbstractLaw:
+        """Return the law of a multiple."""
+        if jnp.ndim(factor):
+            return Unknown()
+        return _BatchNormalised(self.covariance, self.tangent, factor * self.gain)
+
+
+class BatchNorm(AbstractBlock):
+    """γ (z - m)/s, m and s² mean and variance of each unit's z over the batch, all its inputs.
+
+    (Ioffe & Szegedy 2015, arXiv:1502.03167, algorithm 1, in training, without ε.) The batch is all
+    inputs that go through the network together. The gradient explodes with depth: at a batch of B,
+    χ = (B - 2)/(B - 3) without an activation, and π/(π - 1) for ReLU and B → ∞ (Yang et al. 2019,
+    arXiv:1902.08129). For the theory its signal is Gaussian over units; see `gradflow.batch`. A
+    unit that is the same for all inputs becomes 0.
+    """
+
+    gain: ScalarLike = 1.0
+
+    def apply(
+        self,
+        signal: Float[Array, "batch n"],
+        multiply: Multiply,  # noqa: ARG002
+        key: PRNGKeyArray,  # noqa: ARG002
+    ) -> Float[Array, "batch n"]:
+        """Return every unit at mean 0 and standard deviation γ over the batch."""
+        rows, _ = unit_rows((signal - jnp.mean(signal, axis=0, keepdims=True)).T)
+        return jnp.asarray(self.gain, signal.dtype) * math.sqrt(signal.shape[0]) * rows.T
+
+    def kernel(self, gram: Gram, multiply: Multiply = multiply_gram) -> Gram:  # noqa: ARG002
+        """Return what is known of γ ẑ.
+
+        Raises
+        ------
+        InputError
+            If the signal is not Gaussian over units, or the batch has fewer than 4 inputs.
+        """
+        if not gram.gaussian:
+            raise InputError(
+                "BatchNorm gets a signal that is not Gaussian over units; the theory needs it "
+                "before the activation, after a random matrix"
+            )
+        law = _BatchNormalised(gram.covariance, gram.tangent, self.gain)
+        through = law.through(gram, activations.linear)
+        return Gram(through.covariance, through.mean, through.tangent, law)
+
+    @property
+    def homogeneous(self) -> bool:
+        """It is not: the result has always the same length."""
+        return False
+
+    @property
+    def mixes_sites(self) -> bool:
+        """It does: an input's signal depends on the whole batch."""
+        return True

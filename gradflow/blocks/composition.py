@@ -1,0 +1,113 @@
+"""Blocks made of blocks: one after another, and a branch beside the signal itself."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, PRNGKeyArray, ScalarLike
+
+from gradflow.blocks.base import AbstractBlock, AbstractComposite, Multiply
+from gradflow.blocks.dense import Dense, Linear
+from gradflow.errors import InputError
+from gradflow.gram import Gram, multiply_gram
+
+__all__ = ["Chain", "Residual"]
+
+
+class Chain(AbstractComposite):
+    """Blocks one after another, as one block (one layer of the network)."""
+
+    parts: tuple[AbstractBlock, ...] = (Linear(), Dense())
+
+    def __check_init__(self) -> None:
+        if not self.parts:
+            raise InputError("parts is (); a chain has at least one block")
+
+    def apply(
+        self, signal: Float[Array, "sites n_in"], multiply: Multiply, key: PRNGKeyArray
+    ) -> Float[Array, "sites n_out"]:
+        """Return the signal after all of them, each with a key of its own."""
+        for number, part in enumerate(self.parts):
+            signal = part.apply(signal, multiply, jax.random.fold_in(key, number))
+        return signal
+
+    def kernel(self, gram: Gram, multiply: Multiply = multiply_gram) -> Gram:
+        """Return what is known after all of them."""
+        for part in self.parts:
+            gram = part.kernel(gram, multiply)
+        return gram
+
+    @property
+    def homogeneous(self) -> bool:
+        """Whether all of them are."""
+        return all(part.homogeneous for part in self.parts)
+
+    def width_after(self, n_in: int) -> int:
+        """Return how many units the last one hands on."""
+        for part in self.parts:
+            n_in = part.width_after(n_in)
+        return n_in
+
+    def narrowed(self, factor: int) -> "Chain":
+        """Return the chain with the widths of its blocks divided by ``factor``."""
+        return Chain(tuple(part.narrowed(factor) for part in self.parts))
+
+
+class Residual(AbstractComposite):
+    """z' = z + α f(z), f a branch that ends in as many units as it gets; α is fixed.
+
+    A branch with a random matrix is independent of z, so that second moments add,
+    k' = k + α² k_f + α (m m_fᵀ + m_f mᵀ) with means m over units, and χ = 1 + α² χ_f (Yang &
+    Schoenholz 2017, arXiv:1712.08969). α = 0 is ReZero's and SkipInit's start (Bachlechner et al.
+    2021, arXiv:2003.04887; De & Smith 2020, arXiv:2002.10444).
+    """
+
+    branch: AbstractBlock = Dense()
+    scale: ScalarLike = 1.0
+
+    def __check_init__(self) -> None:
+        if not self.branch.n_weights:
+            raise InputError(
+                "a residual branch has no random matrix; put a Linear or Dense block into it"
+            )
+
+    @property
+    def parts(self) -> tuple[AbstractBlock, ...]:
+        """The branch."""
+        return (self.branch,)
+
+    def apply(
+        self, signal: Float[Array, "sites n"], multiply: Multiply, key: PRNGKeyArray
+    ) -> Float[Array, "sites n"]:
+        """Return z + α f(z)."""
+        branch = self.branch.apply(signal, multiply, key)
+        return signal + jnp.asarray(self.scale, signal.dtype) * branch
+
+    def kernel(self, gram: Gram, multiply: Multiply = multiply_gram) -> Gram:
+        """Return the moments of the sum."""
+        return gram.plus(self.branch.kernel(gram, multiply).scaled(self.scale))
+
+    @property
+    def homogeneous(self) -> bool:
+        """Whether the branch is."""
+        return self.branch.homogeneous
+
+    def width_after(self, n_in: int) -> int:
+        """Return as many units as it gets.
+
+        Raises
+        ------
+        InputError
+            If the branch hands on another number.
+        """
+        n_out = self.branch.width_after(n_in)
+        if n_out != n_in:
+            raise InputError(
+                f"a residual branch takes {n_in} units and hands on {n_out}; what is added to the "
+                "signal has as many units as the signal"
+            )
+        return n_in
+
+    def narrowed(self, factor: int) -> "Residual":
+        """Return it with the branch's widths divided by ``factor``, α kept."""
+        return dataclasses.replace(self, branch=self.branch.narrowed(factor))

@@ -1,0 +1,148 @@
+"""Layers of units: a product with a random matrix, an activation, and both as one layer."""
+
+import dataclasses
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, PRNGKeyArray, ScalarLike
+
+from gradflow import activations, ensembles
+from gradflow.activations import Activation
+from gradflow.blocks.base import AbstractBlock, Multiply
+from gradflow.ensembles import Distribution
+from gradflow.gram import Gram, multiply_gram
+
+__all__ = ["Activate", "Dense", "Linear"]
+
+
+class Activate(AbstractBlock):
+    """h = φ(z): E[φ(u) φ(v)] of Gaussian u and v (Poole et al. 2016, arXiv:1606.05340, eq. 5)."""
+
+    activation: Activation = eqx.field(static=True, default=activations.tanh)
+
+    def apply(
+        self,
+        signal: Float[Array, "sites n"],
+        multiply: Multiply,  # noqa: ARG002
+        key: PRNGKeyArray,  # noqa: ARG002
+    ) -> Float[Array, "sites n"]:
+        """Return φ(z)."""
+        return self.activation(signal)
+
+    def kernel(self, gram: Gram, multiply: Multiply = multiply_gram) -> Gram:  # noqa: ARG002
+        """Return E[φ(u) φ(v)]."""
+        return gram.through(self.activation)
+
+    @property
+    def homogeneous(self) -> bool:
+        """Whether φ is positively homogeneous."""
+        return self.activation.homogeneous
+
+
+class Linear(AbstractBlock):
+    """z = W h + b, with Var W = σ_w²/fan_in and b ~ N(0, σ_b²) shared by the sites.
+
+    ``sigma_b=None`` is a layer without biases, which is known when the program is traced.
+    """
+
+    units: int = eqx.field(static=True, default=100)
+    sigma_w: ScalarLike = 1.0
+    sigma_b: ScalarLike | None = None
+    distribution: Distribution = eqx.field(static=True, default=ensembles.gaussian)
+
+    def apply(
+        self, signal: Float[Array, "sites n_in"], multiply: Multiply, key: PRNGKeyArray
+    ) -> Float[Array, "sites n_out"]:
+        """Return W h + b."""
+        # Without biases the key serves the weights alone: splitting takes time to compile.
+        weights_key, bias_key = (key, key) if self.sigma_b is None else jax.random.split(key)
+        out = multiply(
+            weights_key,
+            signal,
+            sigma_w=self.sigma_w,
+            width=self.units,
+            distribution=self.distribution,
+        )
+        if self.sigma_b is None:
+            return out
+        bias = jax.random.normal(bias_key, (1, self.units), out.dtype)
+        return out + jnp.asarray(self.sigma_b, out.dtype) * bias
+
+    def kernel(self, gram: Gram, multiply: Multiply = multiply_gram) -> Gram:
+        """Return σ_w² E[h_a h_b] + σ_b² (Poole et al. 2016, eq. 3)."""
+        out = multiply(gram, sigma_w=self.sigma_w, width=self.units, distribution=self.distribution)
+        return out if self.sigma_b is None else out.shifted(self.sigma_b**2)
+
+    @property
+    def homogeneous(self) -> bool:
+        """Whether there is no bias."""
+        return self.sigma_b is None
+
+    @property
+    def distributions(self) -> tuple[Distribution, ...]:
+        """The law of W."""
+        return (self.distribution,)
+
+    def width_after(self, n_in: int) -> int:  # noqa: ARG002
+        """Return the number of units."""
+        return self.units
+
+    def shapes(self, n_in: int) -> tuple[tuple[int, int], ...]:
+        """Return the shape of W."""
+        return ((self.units, n_in),)
+
+    def narrowed(self, factor: int) -> "Linear":
+        """Return the layer with its units divided by ``factor``, σ_w and σ_b kept."""
+        return dataclasses.replace(self, units=self.units // factor)
+
+
+class Dense(AbstractBlock):
+    """z' = W φ(z) + b: `Activate`, then `Linear`, in one layer.
+
+    At infinite width k' = σ_w² E[φ(u) φ(v)] + σ_b² (Poole et al. 2016, arXiv:1606.05340, eqs. 3
+    and 5), and χ = σ_w² E[φ'²] (Schoenholz et al. 2017, arXiv:1611.01232, eq. 7).
+    """
+
+    activation: Activation = eqx.field(static=True, default=activations.tanh)
+    units: int = eqx.field(static=True, default=100)
+    sigma_w: ScalarLike = 1.0
+    sigma_b: ScalarLike | None = None
+    distribution: Distribution = eqx.field(static=True, default=ensembles.gaussian)
+
+    @property
+    def linear(self) -> Linear:
+        """The layer without its activation."""
+        return Linear(self.units, self.sigma_w, self.sigma_b, self.distribution)
+
+    def apply(
+        self, signal: Float[Array, "sites n_in"], multiply: Multiply, key: PRNGKeyArray
+    ) -> Float[Array, "sites n_out"]:
+        """Return W φ(z) + b."""
+        return self.linear.apply(self.activation(signal), multiply, key)
+
+    def kernel(self, gram: Gram, multiply: Multiply = multiply_gram) -> Gram:
+        """Return σ_w² E[φ(u) φ(v)] + σ_b²."""
+        return self.linear.kernel(gram.through(self.activation), multiply)
+
+    @property
+    def homogeneous(self) -> bool:
+        """Whether φ is positively homogeneous and there is no bias."""
+        return self.activation.homogeneous and self.sigma_b is None
+
+    @property
+    def distributions(self) -> tuple[Distribution, ...]:
+        """The law of W."""
+        return (self.distribution,)
+
+    def width_after(self, n_in: int) -> int:  # noqa: ARG002
+        """Return the number of units."""
+        return self.units
+
+    def shapes(self, n_in: int) -> tuple[tuple[int, int], ...]:
+        """Return the shape of W."""
+        return ((self.units, n_in),)
+
+    def narrowed(self, factor: int) -> "Dense":
+        """Return the layer with its units divided by ``factor``, σ_w and σ_b kept."""
+        return dataclasses.replace(self, units=self.units // factor)

@@ -1,0 +1,58 @@
+"""Dropout: units are left out at random."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, PRNGKeyArray, ScalarLike
+
+from gradflow.blocks.base import AbstractBlock, Multiply
+from gradflow.errors import InputError, is_traced
+from gradflow.gram import Gram, Unknown, multiply_gram
+
+__all__ = ["Dropout"]
+
+
+class Dropout(AbstractBlock):
+    """Each unit of each input is kept with probability p, and then divided by p; otherwise it is 0.
+
+    Two inputs meet different masks, a tangent and a gradient that of their input: E[z_a²] and the
+    tangent's E[u_a²] are divided by p, E[z_a z_b] is not (Schoenholz et al. 2017, arXiv:1611.01232,
+    section 4). So even two equal inputs come apart, c* < 1.
+    """
+
+    keep: ScalarLike = 0.9
+
+    def __check_init__(self) -> None:
+        keep = np.asarray(1.0 if is_traced(self.keep) else self.keep)
+        if not np.all((keep > 0) & (keep <= 1)):
+            raise InputError(f"keep is {self.keep}; a probability to keep is above 0, at most 1")
+
+    def apply(
+        self,
+        signal: Float[Array, "sites n"],
+        multiply: Multiply,  # noqa: ARG002
+        key: PRNGKeyArray,
+    ) -> Float[Array, "sites n"]:
+        """Return the signals with units left out."""
+        keep = jnp.asarray(self.keep, signal.dtype)
+        mask = jax.random.uniform(key, signal.shape, signal.dtype) < keep
+        return jnp.where(mask, signal / keep, 0)
+
+    def kernel(self, gram: Gram, multiply: Multiply = multiply_gram) -> Gram:  # noqa: ARG002
+        """Return the second moments, those of each input with itself divided by p."""
+        more = 1 / self.keep - 1
+
+        def own(k: Array) -> Array:
+            return k + more * (k if k.ndim == 1 else jnp.diag(jnp.diagonal(k)))
+
+        tangent = None if gram.tangent is None else own(gram.tangent)
+        return dataclasses.replace(
+            gram, covariance=own(gram.covariance), tangent=tangent, law=Unknown()
+        )
+
+    @property
+    def homogeneous(self) -> bool:
+        """It is."""
+        return True

@@ -1,0 +1,79 @@
+"""Normalisation of each input's signal over the units: LayerNorm and RMSNorm."""
+
+import math
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float, PRNGKeyArray, ScalarLike
+
+from gradflow.blocks.base import AbstractBlock, Multiply
+from gradflow.gram import Gram, inverse_or_zero, multiply_gram
+from gradflow.norms import unit_rows
+
+__all__ = ["LayerNorm", "RMSNorm"]
+
+
+class RMSNorm(AbstractBlock):
+    """γ z / √((1/n) Σ_i z_i²), for each input (Zhang & Sennrich 2019, arXiv:1910.07467, eq. 4).
+
+    At infinite width γ z/√q, and χ = γ²/q; the part of a gradient along z, which it removes, is
+    1/n of it. There is no ε: a signal of zeros stays, and any other comes out at length γ√n.
+    """
+
+    gain: ScalarLike = 1.0
+
+    def apply(
+        self,
+        signal: Float[Array, "sites n"],
+        multiply: Multiply,  # noqa: ARG002
+        key: PRNGKeyArray,  # noqa: ARG002
+    ) -> Float[Array, "sites n"]:
+        """Return the signals at root mean square γ."""
+        return _at_root_mean_square(self.gain, signal)
+
+    def kernel(self, gram: Gram, multiply: Multiply = multiply_gram) -> Gram:  # noqa: ARG002
+        """Return γ² k_ab/√(k_aa k_bb)."""
+        return _at_unit_variance(self.gain, gram)
+
+    @property
+    def homogeneous(self) -> bool:
+        """It is not: the result has always the same length."""
+        return False
+
+
+class LayerNorm(AbstractBlock):
+    """γ (z - m)/s, m and s² mean and variance of z over units, for each input.
+
+    (Ba, Kiros & Hinton 2016, arXiv:1607.06450, eq. 3.) At infinite width χ = γ²/Var z. After a
+    random matrix the mean is 0 and it is `RMSNorm`; after an activation it is not. There is no ε: a
+    signal of zero variance becomes 0.
+    """
+
+    gain: ScalarLike = 1.0
+
+    def apply(
+        self,
+        signal: Float[Array, "sites n"],
+        multiply: Multiply,  # noqa: ARG002
+        key: PRNGKeyArray,  # noqa: ARG002
+    ) -> Float[Array, "sites n"]:
+        """Return the signals at mean 0 and standard deviation γ."""
+        return _at_root_mean_square(self.gain, signal - jnp.mean(signal, axis=1, keepdims=True))
+
+    def kernel(self, gram: Gram, multiply: Multiply = multiply_gram) -> Gram:  # noqa: ARG002
+        """Return γ² Cov(z_a, z_b)/√(Var z_a Var z_b)."""
+        return _at_unit_variance(self.gain, gram.centred())
+
+    @property
+    def homogeneous(self) -> bool:
+        """It is not: the result has always the same length."""
+        return False
+
+
+def _at_root_mean_square(gain: ScalarLike, signal: Array) -> Array:
+    rows, _ = unit_rows(signal)
+    return jnp.asarray(gain, signal.dtype) * math.sqrt(signal.shape[1]) * rows
+
+
+def _at_unit_variance(gain: ScalarLike, gram: Gram) -> Gram:
+    # Of a batch-normalised signal this leaves the moments alone: its law scales as a whole only.
+    return gram.scaled(gain * inverse_or_zero(jnp.sqrt(jnp.diagonal(gram.covariance))))

@@ -1,0 +1,77 @@
+"""The command line: a thin face on `comparison`, `studies`, `theory` and `figures`."""
+
+import sys
+from typing import Annotated
+
+import typer
+
+import gradflow
+from gradflow.cli import simulating, theory
+from gradflow.cli.shared import Json, app, print_json
+from gradflow.errors import InputError
+
+__all__ = ["app", "main", "simulating", "theory"]
+
+_OUT_OF_MEMORY = "out of memory; use fewer inputs, a smaller width or depth, or sampler matrix_free"
+
+
+@app.command(name="list")
+def list_names(as_json: Json = False) -> None:
+    """Every activation, weight ensemble and statistic, by name."""
+    from gradflow import activations, ensembles, statistics  # noqa: PLC0415
+
+    names = {
+        "activations": [a.name for a in activations.ALL],
+        "weights": [e.name for e in ensembles.ALL],
+        "distributions": sorted(ensembles.DISTRIBUTIONS),
+        "samplers": ["auto", "dense", "matrix_free"],
+        "statistics": {s.name: s.label for s in statistics.ALL},
+    }
+    if as_json:
+        print_json(names)
+        return
+    for kind, those in names.items():
+        typer.echo(f"{kind}:")
+        lines = those.items() if isinstance(those, dict) else ((name, "") for name in those)
+        for name, label in lines:
+            typer.echo(f"  {name:<26}{label}".rstrip())
+
+
+def main() -> None:
+    """Run the command line: exit code 0, 2 for bad input, 130 when interrupted."""
+    try:
+        code = app(standalone_mode=False)
+    except InputError as error:
+        _fail(str(error))
+    except typer.Exit as stop:
+        sys.exit(stop.exit_code)
+    except typer.TyperException as error:
+        given = " ".join(sys.argv[1:])
+        _fail(f"{' '.join(error.format_message().split())} (given: {given})")
+    except (KeyboardInterrupt, typer.Abort):
+        _fail("interrupted", code=130)
+    except MemoryError:
+        _fail(_OUT_OF_MEMORY)
+    except RuntimeError as error:  # JAX's
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        _fail(_OUT_OF_MEMORY)
+    else:
+        sys.exit(code or 0)
+
+
+def _fail(message: str, code: int = 2) -> None:
+    typer.echo(f"gradflow: {message}", err=True)
+    sys.exit(code)
+
+
+@app.callback(invoke_without_command=True)
+def _root(
+    context: typer.Context,
+    version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
+) -> None:
+    if version:
+        typer.echo(f"gradflow {gradflow.__version__}")
+        raise typer.Exit
+    if context.invoked_subcommand is None:
+        typer.echo(context.get_help())

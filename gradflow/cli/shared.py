@@ -1,0 +1,199 @@
+"""What the commands share: their options, checks of input, files, progress and JSON."""
+
+import json
+import math
+import os
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+import xarray
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from gradflow.errors import InputError
+
+app = typer.Typer(
+    name="gradflow",
+    help="Will the gradients of this network vanish or explode? Theory beside simulation.",
+    add_completion=False,
+    rich_markup_mode="markdown",
+    pretty_exceptions_enable=False,
+)
+
+# Bytes that a layer takes of any width: its place in a network, its theory, its statistics.
+_LAYER = 1 << 14
+# What a table needs where there is no terminal to ask.
+_WIDTH_WITHOUT_TERMINAL = 132
+
+Out = Annotated[
+    Path | None, typer.Option(help="Folder for results and figures.", show_default=False)
+]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON on standard output, for scripts.")]
+Seed = Annotated[
+    int, typer.Option(help="Seed of everything that is random.", min=-(2**63), max=2**63 - 1)
+]
+Depth = Annotated[int, typer.Option(help="Layers.")]
+Phi = Annotated[str, typer.Option("--activation", help="φ, by name; `gradflow list` has all.")]
+
+
+def at_least(name: str, value: int, least: int = 1) -> int:
+    """Return the value, if it is at least so much."""
+    if value < least:
+        raise InputError(f"{name} is {value}; it is a whole number of at least {least}")
+    return value
+
+
+def check_memory(name: str, value: int, needed: int) -> None:
+    """Raise if an argument asks for more memory, in bytes, than is free."""
+    from gradflow.simulation import memory  # noqa: PLC0415  (JAX is slow to import)
+
+    free = memory.available()
+    if needed > free:
+        raise InputError(
+            f"{name} is {value}, which needs {needed / 2**30:.3g} GiB and {free / 2**30:.3g} GiB "
+            "are free; use fewer"
+        )
+
+
+def check_depth(depth: int) -> int:
+    """Return the depth, if it is at least 1 and its layers' numbers fit into memory."""
+    check_memory("depth", at_least("depth", depth), depth * _LAYER)
+    return depth
+
+
+def parse_widths(text: str) -> tuple[int, ...]:
+    """Return the numbers of 784,300,100,10."""
+    try:
+        widths = tuple(int(part) for part in text.split(","))
+    except ValueError:
+        widths = ()
+    if len(widths) < 2 or min(widths) < 1:
+        raise InputError(
+            f"widths is {text!r}; it is the input's width and each layer's, whole numbers of at "
+            "least 1 with commas between, as 784,300,100,10"
+        )
+    return widths
+
+
+def shape_label(widths: tuple[int, ...]) -> str:
+    """Return widths in a few words."""
+    if len(set(widths[1:])) == 1 and len(widths) > 4:
+        return f"width{widths[1]}-depth{len(widths) - 1}"
+    return "-".join(map(str, widths)) if len(widths) <= 8 else f"{len(widths) - 1}-layers"
+
+
+def file_name(name: str) -> str:
+    """Return a name with what no file system minds."""
+    kept = "".join(
+        c if c.isalnum() or c in "-_." else "-" for c in name.replace("(", "").replace(")", "")
+    )
+    return "-".join(part for part in kept.split("-") if part).lower()
+
+
+def writable_folder(folder: Path) -> Path:
+    """Make the folder and try it, before anything is computed that could be lost."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        reason = (error.strerror or str(error)).lower()
+        raise InputError(
+            f"out is {str(folder)!r}, which cannot be written to ({reason}); it is a folder, "
+            "new or not, that can be"
+        ) from error
+    return folder
+
+
+@contextmanager
+def _complete(path: Path) -> Iterator[Path]:
+    """Write beside the file and then put it in place, so that no half of one is ever seen."""
+    beside = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        yield beside
+        beside.replace(path)
+    except OSError as error:
+        raise InputError(f"cannot write {str(path)!r}: {error.strerror or error}") from error
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+def write_netcdf(dataset: xarray.Dataset, path: Path) -> Path:
+    """Write the dataset, whole or not at all."""
+    with _complete(path) as beside:
+        dataset.to_netcdf(beside, engine="h5netcdf")
+    return path
+
+
+def write_json(summary: Mapping[str, Any], path: Path) -> Path:
+    """Write JSON, whole or not at all."""
+    with _complete(path) as beside:
+        beside.write_text(_dumps(summary), encoding="utf-8")
+    return path
+
+
+def make_console() -> Console:
+    """Return the terminal, or a page where there is none."""
+    terminal = sys.stdout.isatty()
+    return Console(
+        width=None if terminal else _WIDTH_WITHOUT_TERMINAL, highlight=False, soft_wrap=False
+    )
+
+
+@contextmanager
+def show_progress() -> Iterator[Callable[[str, int, int], None]]:
+    """Report progress on standard error: bars on a terminal, else a line for each thing done."""
+    if not sys.stderr.isatty():
+        compiling: set[str] = set()
+
+        def line(name: str, done: int, total: int) -> None:
+            if done == 0 and name not in compiling:
+                compiling.add(name)
+                typer.echo(f"{name}: compiling", err=True)
+            elif done == total:
+                typer.echo(f"{name}: {done} networks done", err=True)
+
+        yield line
+        return
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("networks"),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[state]}"),
+    )
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bars:
+        tasks: dict[str, Any] = {}
+
+        def bar(name: str, done: int, total: int) -> None:
+            if name not in tasks:
+                tasks[name] = bars.add_task(name, total=total, state="compiling")
+            bars.update(tasks[name], completed=done, total=total, state="" if done else "compiling")
+
+        yield bar
+
+
+def _dumps(value: Any) -> str:
+    return json.dumps(_without_nan(value), ensure_ascii=False, indent=1, allow_nan=False)
+
+
+def print_json(value: Any) -> None:
+    """Print JSON on standard output."""
+    typer.echo(_dumps(value))
+
+
+def _without_nan(value: Any) -> Any:
+    """JSON has no NaN and no infinity: null."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if isinstance(value, dict):
+        return {str(k): _without_nan(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_without_nan(v) for v in value]
+    return value

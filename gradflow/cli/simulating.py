@@ -1,0 +1,372 @@
+"""Commands that simulate networks and put theory beside them: compare, study."""
+
+import math
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import typer
+import xarray
+from rich import box
+from rich.table import Table
+
+from gradflow.cli.shared import (
+    Depth,
+    Json,
+    Out,
+    Phi,
+    Seed,
+    app,
+    at_least,
+    check_depth,
+    file_name,
+    make_console,
+    parse_widths,
+    print_json,
+    shape_label,
+    show_progress,
+    writable_folder,
+    write_json,
+    write_netcdf,
+)
+from gradflow.errors import InputError
+
+
+@app.command(
+    epilog="Examples:\n\n"
+    "- `gradflow compare --activation tanh --weights glorot --width 1000 --depth 50`\n"
+    "- `gradflow compare --activation relu --weights he --widths 784,300,100,10 --networks 5000`\n"
+    "- `gradflow compare --activation erf --sigma-w 1.2 --sigma-b 0.1 --json`"
+)
+def compare(
+    activation: Phi = "tanh",
+    weights: Annotated[str, typer.Option(help="The ensemble, by name.")] = "glorot",
+    distribution: Annotated[
+        str | None,
+        typer.Option(help="Draw the weights from another law: gaussian, uniform, orthogonal, …"),
+    ] = None,
+    sigma_w: Annotated[
+        float | None, typer.Option(help="Weights of variance σ_w²/fan_in, instead of --weights.")
+    ] = None,
+    sigma_b: Annotated[float, typer.Option(help="Standard deviation of the biases.")] = 0.0,
+    width: Annotated[int, typer.Option(help="Units a layer, above 64 inputs.")] = 1000,
+    depth: Depth = 50,
+    widths: Annotated[
+        str | None,
+        typer.Option(help="Input and every layer, as 784,300,100,10, instead of width and depth."),
+    ] = None,
+    networks: Annotated[int, typer.Option(help="How many random networks.")] = 1000,
+    inputs: Annotated[int, typer.Option(help="How many digit images go through each.")] = 2,
+    sampler: Annotated[str, typer.Option(help="dense, matrix_free, or auto.")] = "auto",
+    seed: Seed = 0,
+    out: Out = None,
+    as_json: Json = False,
+) -> None:
+    """One family of networks: theory beside simulation, as a table, figures and a netCDF file."""
+    from gradflow import comparison, data, ensembles  # noqa: PLC0415  (JAX is slow to import)
+    from gradflow import networks as nets  # noqa: PLC0415
+
+    shape = parse_widths(widths) if widths is not None else None
+    width_, depth_ = at_least("width", width), check_depth(depth)
+    images = data.digits()[: at_least("inputs", inputs)]
+    if len(images) < inputs:
+        raise InputError(f"inputs is {inputs}; there are {len(images)} digit images")
+    shape = shape or (images.shape[1], *[width_] * depth_)
+    ensemble = ensembles.get(weights) if sigma_w is None else ensembles.fan_in(sigma_w)
+    if distribution:
+        ensemble = ensemble.drawn_from(distribution)
+    network = nets.mlp(shape, activation, ensemble, sigma_b=sigma_b)
+    label = f"{network.activation.name}-{ensemble.name}-{shape_label(shape)}-seed{seed}"
+    folder = writable_folder(out or Path("results") / "compare" / file_name(label))
+
+    with show_progress() as report:
+        result = comparison.confront(
+            network,
+            data.resized(images, shape[0]),
+            key=seed,
+            networks=networks,
+            sampler=sampler,
+            histograms=True,
+            progress=lambda done, total: report(network.name, done, total),
+        )
+    dataset = result.to_xarray().assign_attrs(seed=seed)
+    written = [write_netcdf(dataset, folder / "results.nc")]
+    written += _figures_of_one(network.name, dataset, folder)
+    if as_json:
+        print_json({**_as_json(result, dataset), "files": [str(path) for path in written]})
+        return
+    console = make_console()
+    simulation = result.simulation
+    console.print(_table_of_one(result))
+    console.print(f"verdict   {result.verdict.sentence}")
+    console.print(f"agreement {result.agreement}")
+    console.print(
+        f"sampler   {simulation.sampler}: {simulation.reason}; {simulation.networks} networks in "
+        f"{simulation.seconds:.2f} s, after {simulation.compile_seconds:.1f} s of compiling"
+    )
+    console.print(f"written   to {folder}: {', '.join(path.name for path in written)}")
+
+
+@app.command(
+    epilog="Examples:\n\n"
+    "- `gradflow study`\n"
+    "- `gradflow study --depth 50 --networks 5000 --out results/deep`\n"
+    "- `gradflow study --width 100 --depth 10 --networks 200 --uniform-networks 20 --json`"
+)
+def study(
+    width: Annotated[int, typer.Option(help="Units a layer.")] = 1000,
+    depth: Depth = 30,
+    networks: Annotated[int, typer.Option(help="Networks of each Gaussian setting.")] = 1000,
+    uniform_networks: Annotated[int, typer.Option(help="Networks of each uniform setting.")] = 50,
+    seed: Seed = 0,
+    out: Out = None,
+    as_json: Json = False,
+) -> None:
+    """Ask whether what is said of vanishing and exploding gradients is true: the main job.
+
+    Eleven settings, from the logistic sigmoid with N(0, 1) weights to what is said to mend it, on
+    images of handwritten digits; then each claim of the note that this project began with.
+    """
+    from gradflow.studies import note  # noqa: PLC0415  (JAX is slow to import)
+
+    at_least("networks", networks, 2)
+    at_least("uniform_networks", uniform_networks, 2)
+    check_depth(depth)
+    folder = writable_folder(out or Path("results") / "study")
+    with show_progress() as report:
+        found = note.run(
+            width=width,
+            depth=depth,
+            networks_gaussian=networks,
+            networks_uniform=uniform_networks,
+            seed=seed,
+            progress=report,
+        )
+    datasets = {
+        setting.name: comparison.to_xarray().assign_attrs(seed=seed)
+        for setting, comparison in found.comparisons.items()
+    }
+    written = [
+        write_netcdf(dataset, folder / f"{file_name(name)}.nc")
+        for name, dataset in datasets.items()
+    ]
+    written += _figures_of_study(found, datasets, folder)
+    summary = {
+        "settings": {
+            setting.name: _as_json(comparison, datasets[setting.name])
+            for setting, comparison in found.comparisons.items()
+        },
+        "claims": [vars(claim) for claim in found.claims],
+        "critical_width": found.sweep.critical_width,
+        "files": [str(path) for path in written],
+    }
+    written.append(write_json(summary, folder / "study.json"))
+    if as_json:
+        print_json(summary)
+        return
+    console = make_console()
+    console.print(_table_of_study(found))
+    for setting, comparison in found.comparisons.items():
+        console.print(f"{setting.name}: {comparison.agreement}", highlight=False)
+    console.print(_table_of_claims(found))
+    console.print(_table_of_widths(found))
+    console.print(f"written to {folder}: {', '.join(path.name for path in written)}")
+
+
+def _figures_of_one(name: str, dataset: xarray.Dataset, folder: Path) -> list[Path]:
+    from gradflow import figures  # noqa: PLC0415  (matplotlib is slow to import)
+
+    family = {name: {"all inputs": dataset}}
+    drawn = {
+        "activation-variance": figures.activation_variance(family),
+        "gradient-norm": figures.gradient_norm(family),
+        "saturation": figures.saturation(family),
+        "activation-histograms": figures.activation_histograms({name: dataset}),
+        "gradient-histograms": figures.gradient_histograms({name: dataset}),
+    }
+    return [figures.save(figure, folder / f"{file}.png") for file, figure in drawn.items()]
+
+
+def _figures_of_study(found: Any, datasets: dict[str, xarray.Dataset], folder: Path) -> list[Path]:
+    from gradflow import figures  # noqa: PLC0415
+
+    panels: dict[str, dict[str, xarray.Dataset]] = {}
+    for setting in found.comparisons:
+        panels.setdefault(setting.activation, {})[setting.note] = datasets[setting.name]
+    paper = {
+        f"tanh, five layers of 1000, {weights} weights": simulation.to_xarray()
+        for weights, simulation in found.paper.items()
+    }
+    sweep = found.sweep
+    drawn = {
+        "activation-variance": figures.activation_variance(panels),
+        "gradient-norm": figures.gradient_norm(panels),
+        "saturation": figures.saturation(panels),
+        "paper-figure-6-activations": figures.activation_histograms(paper),
+        "paper-figure-7-gradients": figures.gradient_histograms(paper),
+        "chi-against-width": figures.chi_against_width(
+            sweep.curves, sweep.points, sweep.critical_width
+        ),
+    }
+    return [figures.save(figure, folder / f"{file}.png") for file, figure in drawn.items()]
+
+
+def _table_of_one(result: Any) -> Table:
+    from gradflow import statistics  # noqa: PLC0415
+    from gradflow.comparison import Status  # noqa: PLC0415
+
+    network = result.simulation.network
+    of = f"{result.simulation.networks} networks"
+    table = Table(
+        title=f"{network.name}: {shape_label(network.widths)}, {of}",
+        box=box.SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
+        pad_edge=False,
+    )
+    columns = ("statistic", "layer", "theory", "measured ± s.e.", "z", "difference")
+    for column in (*columns, "of this width", "spread (theory)", ""):
+        left = column in ("statistic", "")
+        table.add_column(column, justify="left" if left else "right", no_wrap=True)
+    words = {
+        Status.NOT_COMPARED: "",
+        Status.AGREES: "agrees",
+        Status.FINITE_WIDTH: "finite width",
+        Status.DIFFERS: "differs",
+    }
+    for key, contrast in result.contrasts.items():
+        name, logarithmic = statistics.named()[key].name, statistics.named()[key].logarithmic
+        estimate = result.simulation.estimates[key]
+        theory = np.asarray(result.theory[name])
+        for layer in _first_middle_last(len(theory)):
+            if math.isnan(estimate.value[layer]):  # the top layer's χ
+                continue
+            error, z = estimate.standard_error[layer], contrast.z[layer]
+            spread, of_theory = contrast.deviation[layer], contrast.theory_deviation[layer]
+            table.add_row(
+                name,
+                str(layer + 1),
+                f"{theory[layer]:.4g}",
+                f"{estimate.value[layer]:.4g} ± {_number(error, 1)}",
+                "" if math.isnan(z) else f"{z:+.1f}",
+                _percent(contrast.relative_difference[layer]),
+                _percent(_relative(contrast, layer, logarithmic)),
+                f"{_number(spread)} ({_number(of_theory)})",
+                words[Status(int(contrast.status[layer]))],
+            )
+        table.add_section()
+    return table
+
+
+def _relative(contrast: Any, layer: int, logarithmic: bool) -> float:
+    shift, theory = float(contrast.shift[layer]), abs(float(contrast.theory[layer]))
+    if logarithmic:
+        return math.expm1(shift)
+    return shift / theory if theory > contrast.standard_error[layer] else math.nan
+
+
+def _number(value: float, digits: int = 2) -> str:
+    return "-" if math.isnan(value) else f"{value:.{digits}g}"
+
+
+def _percent(share: float) -> str:
+    return "" if math.isnan(share) else f"{100 * share:+.2g} %"
+
+
+def _first_middle_last(depth: int) -> list[int]:
+    return sorted({0, (depth - 1) // 2, depth - 1})
+
+
+def _table_of_study(found: Any) -> Table:
+    first = next(iter(found.comparisons.values())).simulation
+    layers = _first_middle_last(first.network.depth)
+    table = Table(
+        title=f"{shape_label(first.network.widths)}, two images of handwritten digits; "
+        "q is the forward variance, gradient its factor going down a layer",
+        padding=(0, 1, 0, 0),
+        pad_edge=False,
+    )
+    # Where a terminal is narrow, words are broken, and no number is cut.
+    table.add_column("setting")
+    table.add_column("")
+    for layer in layers:
+        table.add_column(f"q\nlayer {layer + 1}", justify="right", no_wrap=True)
+    for layer in (layers[0], layers[-1]):
+        table.add_column(f"saturated\nlayer {layer + 1}", justify="right", no_wrap=True)
+    table.add_column("gradient\na layer", justify="right", no_wrap=True)
+    table.add_column("verdict")
+    for setting, comparison in found.comparisons.items():
+        verdict, simulation, theory = comparison.verdict, comparison.simulation, comparison.theory
+        since = verdict.saturated_from
+        table.add_row(
+            setting.name,
+            f"{simulation.networks} networks",
+            *_cells(simulation["q"].value, simulation["saturation"].value, verdict.factor, layers),
+            verdict.kind,
+        )
+        table.add_row(
+            "",
+            "theory",
+            *_cells(theory["q"], theory["saturation"], verdict.factor_theory, layers),
+            "" if since is None else f"saturated from layer {since}",
+            end_section=True,
+        )
+    return table
+
+
+def _cells(q: Any, saturation: Any, factor: float, layers: list[int]) -> list[str]:
+    return [
+        *(f"{float(q[layer]):.3g}" for layer in layers),
+        *(f"{100 * float(saturation[layer]):.1f} %" for layer in (layers[0], layers[-1])),
+        f"×{factor:.3g}",
+    ]
+
+
+def _table_of_claims(found: Any) -> Table:
+    table = Table(
+        title="What the note claims, and what was found at initialisation",
+        show_lines=True,
+        expand=True,
+    )
+    table.add_column("the note says", ratio=3)
+    table.add_column("it is", ratio=2)
+    table.add_column("found", ratio=6)
+    for claim in found.claims:
+        table.add_row(claim.claim, claim.verdict, claim.found)
+    return table
+
+
+def _table_of_widths(found: Any) -> Table:
+    table = Table(
+        title="χ of un-scaled N(0,1) networks; logistic ones are critical at width "
+        f"{found.sweep.critical_width:.2f}"
+    )
+    for column in ("activation", "width", "measured ± s.e.", "theory"):
+        table.add_column(column, justify="left" if column == "activation" else "right")
+    for name, points in found.sweep.points.items():
+        for width, chi, error, theory in zip(*points, found.sweep.theory[name], strict=True):
+            table.add_row(name, str(width), f"{chi:.3f} ± {error:.3f}", f"{theory:.3f}")
+    return table
+
+
+def _as_json(result: Any, dataset: xarray.Dataset) -> dict[str, Any]:
+    verdict = result.verdict
+    return {
+        "network": result.simulation.network.name,
+        "widths": list(result.simulation.network.widths),
+        "networks": result.simulation.networks,
+        "sampler": result.simulation.sampler,
+        "verdict": vars(verdict),
+        "agreement": result.agreement,
+        "layers": {
+            name: values.values.tolist()
+            for name, values in dataset.data_vars.items()
+            if values.dims == ("layer",)
+        }
+        | {
+            f"{name}_{source}": values.sel(source=source).values.tolist()
+            for name, values in dataset.data_vars.items()
+            if values.dims == ("source", "layer")
+            for source in ("theory", "simulation")
+        },
+        "attributes": {name: np.asarray(value).tolist() for name, value in dataset.attrs.items()},
+    }

@@ -1,0 +1,566 @@
+"""Commands of theory alone: theory, critical, phase, spectrum, prescribe."""
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import typer
+from rich.table import Table
+
+from gradflow.cli.shared import (
+    Depth,
+    Json,
+    Out,
+    Phi,
+    Seed,
+    app,
+    at_least,
+    check_depth,
+    check_memory,
+    file_name,
+    make_console,
+    parse_widths,
+    print_json,
+    shape_label,
+    writable_folder,
+    write_netcdf,
+)
+from gradflow.errors import InputError
+
+# What a point takes while it is computed, in bytes: measured, and rounded up.
+_PHASE_POINT, _SPECTRUM_POINT = 40_000, 100_000
+
+
+@app.command(
+    epilog="Examples:\n\n"
+    "- `gradflow theory --activation tanh --sigma-w2 1.5 --sigma-b2 0.05`\n"
+    "- `gradflow theory --activation gelu --sigma-w2 2 --sigma-b2 0.05 --json`"
+)
+def theory(
+    activation: Phi = "tanh",
+    sigma_w2: Annotated[float, typer.Option(help="σ_w²: weights of variance σ_w²/fan_in.")] = 1.0,
+    sigma_b2: Annotated[float, typer.Option(help="σ_b²: the variance of the biases.")] = 0.0,
+    start: Annotated[float, typer.Option(help="q of the first layer.")] = 1.0,
+    correlations: Annotated[
+        str, typer.Option(help="Where the correlation map is printed: c, with commas between.")
+    ] = "-1,-0.5,0,0.5,0.9,0.99,0.999999,1",
+    as_json: Json = False,
+) -> None:
+    """Where signals of infinitely wide networks settle, on which depth scales, and what trains."""
+    import jax  # noqa: PLC0415  (JAX is slow to import)
+
+    from gradflow import activations  # noqa: PLC0415
+    from gradflow.theory import criticality, fixed_points  # noqa: PLC0415
+    from gradflow.theory import spectrum as spectra  # noqa: PLC0415
+
+    phi = activations.get(activation)
+    places = _parse_correlations(correlations)
+    with jax.enable_x64(True):
+        points = fixed_points.length(phi, sigma_w2, sigma_b2)
+        found = fixed_points.analyse(phi, sigma_w2, sigma_b2, start=start)
+        phase = criticality.Phase(int(criticality.phase(found))).name.lower()
+        kind = criticality.universality_class(phi).value
+        depths = {
+            dtype: _plain(fixed_points.representable_depth(found.chi1, dtype))
+            for dtype in ("float16", "bfloat16", "float32", "float64")
+        }
+        slopes = [math.nan, math.nan]
+        maps: tuple[dict[str, float], ...] = ({}, {})
+        from_one = fixed_points.analyse(phi, sigma_w2, sigma_b2)
+        if float(found.q_star) > 0:
+            law = spectra.slope_law(phi, float(found.q_star))
+            slopes = [float((law.weights * law.values**k).sum()) for k in (1, 2)]
+            maps = _correlation_map(phi, float(found.q_star), sigma_w2, sigma_b2, places)
+        six = [_plain(fixed_points.trainable_depth(xi)) for xi in (found.xi_c, found.xi_grad)]
+    numbers = {name: _plain(value) for name, value in found._asdict().items() if name != "status"}
+    report: dict[str, Any] = {
+        "activation": phi.name,
+        "sw2": sigma_w2,
+        "sb2": sigma_b2,
+        "fixed_points": [_EVERY_LENGTH]
+        if found.status == fixed_points.Status.NEUTRAL
+        else [
+            _fixed_point(points, place)
+            for place in range(points.stability.size)
+            if points.stability[place] != fixed_points.Stability.ABSENT
+        ],
+        "attractor_from_q0_1": "inf"
+        if from_one.status == fixed_points.Status.DIVERGES
+        else _plain(from_one.q_star),
+        "start": start,
+        "status": fixed_points.Status(int(found.status)).name.lower(),
+        "phase": phase,
+        **numbers,
+        "mu1": _plain(slopes[0]),
+        "mu2": _plain(slopes[1]),
+        "C": maps[0],
+        "dC_dc": maps[1],
+        "universality_class": kind,
+        "six_xi_c": six[0],
+        "six_abs_xi_grad": six[1],
+        "representable_depth": depths,
+    }
+    if as_json:
+        print_json(report)
+        return
+    console = make_console()
+    console.print(_table_of_points("fixed points of the length map", report["fixed_points"]))
+    console.print(_table_of_values(f"from q = {start:g}", report))
+
+
+@app.command(
+    epilog="Examples:\n\n"
+    "- `gradflow critical --activation tanh --sigma-b2 0.05`\n"
+    "- `gradflow critical --activation logistic --sigma-w2 200 --json`"
+)
+def critical(
+    activation: Phi = "tanh",
+    sigma_b2: Annotated[
+        float | None, typer.Option(help="All critical points with this σ_b²; 0 if none is given.")
+    ] = None,
+    sigma_w2: Annotated[
+        float | None, typer.Option(help="Or all with this σ_w².", show_default=False)
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """All weights and biases at which gradients neither vanish nor explode, χ₁ = 1."""
+    import jax  # noqa: PLC0415  (JAX is slow to import)
+
+    from gradflow import activations  # noqa: PLC0415
+    from gradflow.theory import criticality  # noqa: PLC0415
+
+    phi = activations.get(activation)
+    if sigma_b2 is None and sigma_w2 is None:
+        sigma_b2 = 0.0
+    with jax.enable_x64(True):
+        found = criticality.critical_points(phi, sigma_b2=sigma_b2, sigma_w2=sigma_w2)
+        half = criticality.half_stable_points(phi)
+    report: dict[str, Any] = {
+        "activation": phi.name,
+        "universality_class": criticality.universality_class(phi).value,
+        "solutions": [_critical_point(point) for point in _present(found)],
+        "half_stable": [
+            {"K_star": point["q_star"], **_under_table_names(point)} for point in _present(half)
+        ],
+    }
+    if as_json:
+        print_json(report)
+        return
+    console = make_console()
+    console.print(_table_of_points("critical points", list(map(_flat, report["solutions"]))))
+    if report["half_stable"]:
+        console.print(_table_of_points("half-stable points, χ₁ = χ∥ = 1", report["half_stable"]))
+    console.print(f"universality class: {report['universality_class']}")
+
+
+@app.command(
+    epilog="Examples:\n\n"
+    "- `gradflow phase --activation tanh`\n"
+    "- `gradflow phase --activation gelu --sigma-w 1 2.5 --sigma-b 0 1.5 --points 200`"
+)
+def phase(
+    activation: Phi = "tanh",
+    sigma_w: Annotated[tuple[float, float], typer.Option(help="From, to.")] = (0.5, 3.0),
+    sigma_b: Annotated[tuple[float, float], typer.Option(help="From, to.")] = (0.0, 1.0),
+    points: Annotated[int, typer.Option(help="Points along each side of the grid.")] = 100,
+    start: Annotated[float, typer.Option(help="q of the first layer.")] = 1.0,
+    out: Out = None,
+    as_json: Json = False,
+) -> None:
+    """Order, chaos and divergence over σ_w and σ_b, with depth scales and the critical line."""
+    from gradflow import activations, figures  # noqa: PLC0415  (JAX is slow to import)
+    from gradflow.theory import criticality  # noqa: PLC0415
+
+    phi = activations.get(activation)
+    check_memory("points", at_least("points", points, 2), points**2 * _PHASE_POINT)
+    for name, (low, high) in {"sigma_w": sigma_w, "sigma_b": sigma_b}.items():
+        if not 0 <= low < high < math.inf:
+            raise InputError(
+                f"{name} is from {low:g} to {high:g}; it is from a number of 0 or more to a larger "
+                "one, both finite"
+            )
+    folder = writable_folder(out or Path("results") / "phase" / file_name(phi.name))
+    dataset = criticality.phase_diagram(
+        phi, np.linspace(*sigma_w, points), np.linspace(*sigma_b, points), start=start
+    )
+    written = [
+        write_netcdf(dataset, folder / "phase.nc"),
+        figures.save(figures.phase_diagram(dataset), folder / "phase.png"),
+    ]
+    shares = {
+        member.name.lower(): float((dataset.phase == member).mean()) for member in criticality.Phase
+    }
+    line = [
+        {"sigma_b": float(bias), "sigma_w": _plain(weight), "q_star": _plain(length)}
+        for bias, weights, lengths in zip(
+            dataset.sigma_b.values,
+            dataset.critical_sigma_w.values,
+            dataset.critical_q_star.values,
+            strict=True,
+        )
+        for weight, length in zip(weights, lengths, strict=True)
+        if math.isfinite(weight)
+    ]
+    if as_json:
+        print_json(
+            {
+                "activation": phi.name,
+                "shares": shares,
+                "critical_line": line,
+                "files": [str(path) for path in written],
+            }
+        )
+        return
+    console = make_console()
+    said = ", ".join(f"{name} {100 * share:.1f} %" for name, share in shares.items() if share)
+    console.print(f"of this plane: {said}")
+    every = max(1, len(line) // 10)
+    console.print(_table_of_points("critical line, χ₁ = 1", line[::every]))
+    console.print(f"written to {folder}: {', '.join(path.name for path in written)}")
+
+
+@app.command(
+    epilog="Examples:\n\n"
+    "- `gradflow spectrum --activation tanh --sigma-w2 1.76 --sigma-b2 0.05 --depth 10`\n"
+    "- `gradflow spectrum --activation relu --sigma-w2 2 --depth 5 --weights orthogonal`\n"
+    "- `gradflow spectrum --activation erf --q 0.25 --depth 3 --simulate 20 --width 400`"
+)
+def spectrum(
+    activation: Phi = "tanh",
+    sigma_w2: Annotated[float, typer.Option(help="σ_w²: weights of variance σ_w²/fan_in.")] = 1.5,
+    sigma_b2: Annotated[float, typer.Option(help="σ_b²: the variance of the biases.")] = 0.05,
+    q: Annotated[
+        float | None,
+        typer.Option(help="Pre-activations' variance; q* without it.", show_default=False),
+    ] = None,
+    depth: Annotated[int, typer.Option(help="Layers.")] = 10,
+    weights: Annotated[str, typer.Option(help="gaussian or orthogonal.")] = "gaussian",
+    points: Annotated[int, typer.Option(help="Places where the density is computed.")] = 1000,
+    simulate: Annotated[int, typer.Option(help="Networks for a histogram; 0 for none.")] = 0,
+    width: Annotated[int, typer.Option(help="Units a layer of those networks.")] = 300,
+    seed: Seed = 0,
+    out: Out = None,
+    as_json: Json = False,
+) -> None:
+    """Show the law of the end-to-end Jacobian's singular values: moments, atoms, edges, density."""
+    from gradflow import activations, figures  # noqa: PLC0415  (JAX is slow to import)
+    from gradflow.studies import jacobian_spectrum  # noqa: PLC0415
+
+    phi = activations.get(activation)
+    check_memory("points", at_least("points", points, 2), points * _SPECTRUM_POINT)
+    at_least("width", width)
+    if at_least("simulate", simulate, 0):
+        # A network's layer Jacobians, and some copies of one, in float64.
+        check_memory("width", width, 8 * width**2 * (at_least("depth", depth) + 4))
+    label = f"{phi.name}-{weights}-depth{depth}"
+    folder = writable_folder(out or Path("results") / "spectrum" / file_name(label))
+    dataset, report = jacobian_spectrum.run(
+        phi,
+        sigma_w2,
+        sigma_b2,
+        q=q,
+        depth=depth,
+        weights=weights,
+        points=points,
+        networks=simulate,
+        width=width,
+        seed=seed,
+    )
+    written = [write_netcdf(dataset, folder / "spectrum.nc")]
+    written.append(figures.save(figures.spectrum(dataset), folder / "spectrum.png"))
+    if as_json:
+        print_json({**report, "files": [str(path) for path in written]})
+        return
+    console = make_console()
+    table = Table(title=dataset.attrs["title"], show_header=False)
+    for name, value in report.items():
+        if name == "atoms":
+            for atom in value:
+                table.add_row(
+                    "atom", f"{100 * atom['mass']:.6g} % at λ = s² = {atom['lambda']:.6g}"
+                )
+        elif isinstance(value, list):
+            table.add_row(name, ", ".join(map(_said, value)))
+        else:
+            table.add_row(name, _said(value))
+    console.print(table)
+    console.print(f"written to {folder}: {', '.join(path.name for path in written)}")
+
+
+@app.command(
+    epilog="Examples:\n\n"
+    "- `gradflow prescribe --activation tanh --depth 100`\n"
+    "- `gradflow prescribe --activation gelu --widths 784,512,512,512,10 --dtype bfloat16`\n"
+    "- `gradflow prescribe --activation softplus --depth 100 --transform dks`"
+)
+def prescribe(
+    activation: Phi = "tanh",
+    width: Annotated[int, typer.Option(help="Units a layer, above 64 inputs.")] = 1000,
+    depth: Depth = 50,
+    widths: Annotated[
+        str | None,
+        typer.Option(help="Input and every layer, as 784,300,100,10, instead of width and depth."),
+    ] = None,
+    dtype: Annotated[str, typer.Option(help="Float type of training.")] = "float32",
+    sigma_b2: Annotated[
+        float | None, typer.Option(help="The critical point with this σ_b².", show_default=False)
+    ] = None,
+    q: Annotated[
+        float | None, typer.Option(help="The critical point with this q*.", show_default=False)
+    ] = None,
+    transform: Annotated[
+        str | None, typer.Option(help="Transform φ for this depth: dks or tat.", show_default=False)
+    ] = None,
+    target: Annotated[
+        float | None,
+        typer.Option(help="The transform's ζ, τ or η; 1.5, 0.3, 0.9.", show_default=False),
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Find the weights and biases that keep gradients, and show what the usual rules give."""
+    from gradflow.theory import prescription  # noqa: PLC0415  (JAX is slow to import)
+
+    shape = parse_widths(widths) if widths is not None else None
+    shape = shape or (64, *[at_least("width", width)] * check_depth(depth))
+    found = prescription.prescribe(
+        activation, shape, dtype=dtype, sigma_b2=sigma_b2, q=q, transform=transform, target=target
+    )
+    expectations = [
+        {
+            name: value.name.lower() if name == "status" else _plain_or_text(value)
+            for name, value in vars(expectation).items()
+        }
+        for expectation in (found.expected, *found.instead)
+    ]
+    report = {
+        "activation": found.activation.name,
+        "universality_class": found.universality_class.value,
+        "sw2": found.sigma_w2,
+        "sb2": found.sigma_b2,
+        "q_star": _plain(found.q_star),
+        "chi_par": found.chi_par,
+        "weight_sd": list(found.weight_sd),
+        "bias_sd": found.bias_sd,
+        "input_scale": found.input_scale,
+        "transformation": found.transformation and vars(found.transformation),
+        "dtype": dtype,
+        "expected": expectations[0],
+        "instead": expectations[1:],
+    }
+    if as_json:
+        print_json(report)
+        return
+    console = make_console()
+    console.print(_table_of_prescription(report, shape))
+    console.print(_table_of_expectations(expectations))
+    console.print(_advice(found, dtype))
+
+
+def _plain_or_text(value: Any) -> float | str | None:
+    return value if isinstance(value, str) else _plain(value)
+
+
+def _table_of_prescription(report: Mapping[str, Any], widths: tuple[int, ...]) -> Table:
+    table = Table(title=f"{report['activation']}, {shape_label(widths)}", show_header=False)
+    rows = {
+        "universality class": report["universality_class"],
+        "σ_w², σ_b²": f"{report['sw2']:.10g}, {report['sb2']:.10g}",
+        "q*, χ∥": f"{_said(report['q_star'])}, {report['chi_par']:.6g}",
+        "multiply unit inputs by": f"{report['input_scale']:.6g}",
+        "standard deviation of biases": f"{report['bias_sd']:.6g}",
+    }
+    runs: list[list[int]] = []
+    for layer in range(1, len(widths)):
+        if runs and widths[layer - 1] == widths[runs[-1][0] - 1]:
+            runs[-1].append(layer)
+        else:
+            runs.append([layer])
+    for run in runs:
+        layers = f"layer {run[0]}" if len(run) == 1 else f"layers {run[0]} to {run[-1]}"
+        rows[f"standard deviation of weights, {layers}"] = f"{report['weight_sd'][run[0] - 1]:.6g}"
+    for name, value in (report["transformation"] or {}).items():
+        rows[f"φ's {name.replace('_', ' ')}"] = f"{value:.10g}"
+    for name, text in rows.items():
+        table.add_row(name, text)
+    return table
+
+
+def _table_of_expectations(expectations: list[dict[str, Any]]) -> Table:
+    table = Table(title="what to expect, for inputs of unit mean square")
+    table.add_column("")
+    for expectation in expectations:
+        table.add_column(expectation["name"], justify="right")
+    rows = {
+        "σ_w² of equal layers": "sigma_w2",
+        "σ_b²": "sigma_b2",
+        "the length": "status",
+        "q*": "q_star",
+        "χ₁": "chi1",
+        "ξ_c (layers)": "xi_c",
+        "ξ_∇ (layers)": "xi_grad",
+        "gradient, factor a layer": "gradient_factor",
+        "gradient, log₁₀ from top to bottom": "log10_gradient",
+        "q of the top layer": "q_top",
+        "trainable depth, 6 ξ (layers)": "trainable_depth",
+        "depth where gradients leave the float": "representable_depth",
+    }
+    for label, name in rows.items():
+        values = [expectation[name] for expectation in expectations]
+        said = [
+            f"{round(v, 12):.4g}" if isinstance(v, float) else _said(v).replace("_", " ")
+            for v in values
+        ]
+        table.add_row(label, *said)
+    return table
+
+
+def _advice(found: Any, dtype: str) -> str:
+    expected = found.expected
+    depth = len(found.weight_sd)
+    sentence = (
+        f"gradients change by ×{expected.gradient_factor:.4g} a layer, "
+        f"×{10**expected.log10_gradient:.3g} over {depth} layers"
+    )
+    if math.isfinite(expected.representable_depth):
+        sentence += f"; they leave {dtype} after {expected.representable_depth:.3g} layers"
+    if found.q_star == 0:
+        sentence += "; lengths decay, like a power of the depth (q* = 0): a σ_b² > 0 keeps them"
+    if found.chi_par > 1 + 1e-9:
+        sentence += (
+            f"; the length is not kept stably (χ∥ = {found.chi_par:.3g} > 1): it leaves q* in "
+            f"about {1 / math.log(found.chi_par):.2g} layers"
+        )
+    return sentence
+
+
+def _parse_correlations(text: str) -> dict[str, float]:
+    """Return the numbers of -0.5,0,0.9, each by what was written."""
+    try:
+        places = {part.strip(): float(part) for part in text.split(",")}
+    except ValueError:
+        places = {}
+    if not places or not all(abs(c) <= 1 for c in places.values()):
+        raise InputError(
+            f"correlations is {text!r}; it is numbers from -1 to 1 with commas between, as -0.5,0.9"
+        )
+    return places
+
+
+def _correlation_map(
+    phi: Any, q: float, sigma_w2: float, sigma_b2: float, places: Mapping[str, float]
+) -> tuple[dict[str, float], dict[str, float]]:
+    """Return C(c) and C'(c) at a length that is kept, by the names of the c."""
+    import jax  # noqa: PLC0415  (JAX is slow to import)
+
+    from gradflow import gaussian  # noqa: PLC0415
+
+    c = np.array(list(places.values()))
+    pairs = q * (np.eye(2) + (1 - np.eye(2)) * c[:, None, None])
+    values, slopes = (
+        np.asarray(jax.vmap(lambda pair, kernel=kernel: kernel(phi, pair)[0, 1])(pairs))
+        for kernel in (gaussian.kernel, gaussian.derivative_kernel)
+    )
+    return (
+        dict(zip(places, ((sigma_w2 * values + sigma_b2) / q).tolist(), strict=True)),
+        dict(zip(places, (sigma_w2 * slopes).tolist(), strict=True)),
+    )
+
+
+# Where every q is a fixed point, as the reference tables have it: one, whose q* is no number.
+_EVERY_LENGTH: dict[str, Any] = {
+    "q_star": None,
+    "chi1": 1.0,
+    "chi_par": 1.0,
+    "xi_q": "inf",
+    "xi_grad": "inf",
+    "stable": None,
+    "marginal": True,
+    "half_stable": False,
+}
+
+
+def _fixed_point(points: Any, place: int) -> dict[str, Any]:
+    from gradflow.theory.fixed_points import Stability  # noqa: PLC0415
+
+    kind = Stability(int(points.stability[place]))
+    return {
+        **{name: _plain(v[place]) for name, v in points._asdict().items() if name != "stability"},
+        "stable": kind in (Stability.STABLE, Stability.MARGINAL, Stability.HALF_STABLE),
+        "marginal": kind in (Stability.MARGINAL, Stability.MARGINAL_UNSTABLE),
+        "half_stable": kind is Stability.HALF_STABLE,
+    }
+
+
+def _present(points: Any) -> list[dict[str, float]]:
+    """Return the points that are there, each by the names of the fields."""
+    there = np.flatnonzero(np.isfinite(points.sigma_w2))
+    return [{name: float(v[place]) for name, v in points._asdict().items()} for place in there]
+
+
+def _under_table_names(point: Mapping[str, float]) -> dict[str, Any]:
+    names = {"sigma_w2": "sw2", "sigma_b2": "sb2"}
+    return {names.get(name, name): _plain(value) for name, value in point.items()}
+
+
+def _critical_point(point: Mapping[str, float]) -> dict[str, Any]:
+    """Return a critical point under the reference tables' names."""
+    found = dict(point)
+    exponent, coefficient = found.pop("exponent"), found.pop("coefficient")
+    one_minus_c = "1/(coeff l)" if exponent == 2 else "4/(coeff^2 l^2)"
+    # At the end of the line, q* = 0, neither is defined; ReLU's lengths are neither kept nor lost.
+    defined = math.isfinite(coefficient)
+    critical_slope = abs(abs(found["chi_par"]) - 1) < 1e-12
+    return {
+        **_under_table_names(found),
+        "sw": math.sqrt(found["sigma_w2"]),
+        "q_stable": None if critical_slope else abs(found["chi_par"]) < 1,
+        "curvature": {
+            "exponent": "2" if exponent == 2 else "3/2",
+            "coeff": coefficient,
+            "asymptote_1_minus_c": one_minus_c,
+        }
+        if defined
+        else None,
+    }
+
+
+def _flat(point: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a critical point as a table's row."""
+    curvature = point["curvature"] or {}
+    row = {name: value for name, value in point.items() if name != "curvature"}
+    return row | {name: curvature.get(name) for name in ("exponent", "coeff")}
+
+
+def _plain(value: Any) -> float | str | None:
+    """Return a number for JSON; 'inf' or '-inf' where it diverges, None where there is none."""
+    number = float(value)
+    return None if math.isnan(number) else number if math.isfinite(number) else str(number)
+
+
+def _said(value: Any) -> str:
+    return "-" if value is None else f"{value:.10g}" if isinstance(value, float) else str(value)
+
+
+def _table_of_points(title: str, points: list[dict[str, Any]]) -> Table:
+    table = Table(title=title if points else f"{title}: none")
+    for name in points[0] if points else ():
+        table.add_column(name, justify="right")
+    for point in points:
+        table.add_row(*map(_said, point.values()))
+    return table
+
+
+def _table_of_values(title: str, report: Mapping[str, Any]) -> Table:
+    table = Table("quantity", "value", title=title, show_header=False)
+    for name, value in report.items():
+        if name == "representable_depth":
+            for dtype, depth in value.items():
+                table.add_row(f"depth where a gradient leaves {dtype}", _said(depth))
+        elif name in ("C", "dC_dc"):
+            for place, one in value.items():
+                table.add_row(f"{name} at c = {place}", _said(one))
+        elif name != "fixed_points":
+            table.add_row(name, _said(value))
+    return table

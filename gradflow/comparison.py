@@ -1,0 +1,555 @@
+"""Comparison: theory beside measurement, how far apart in standard errors, and what it means.
+
+A difference is *significant* when its z-score is beyond what 1 % of all comparisons of this size
+would show by chance anywhere (Bonferroni, Student's t). A significant difference from the
+infinite-width theory need not be an error: networks are finite. For Gaussian weights theory says
+what that does, to first order in 1/width (`theory.corrections`), and the difference must be that.
+Where it does not say, the effect's shrinking as 1/width is tested: the same network is simulated at
+a quarter of its width, where it must be four times as large.
+"""
+
+import dataclasses
+import enum
+import functools
+import math
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import scipy.stats
+import xarray
+from jax.typing import ArrayLike
+from jaxtyping import PRNGKeyArray
+
+from gradflow import statistics
+from gradflow.errors import InputError
+from gradflow.networks import Network, narrowed
+from gradflow.simulation.monte_carlo import Progress, Simulation, simulate
+from gradflow.statistics import Prediction
+from gradflow.theory import mean_field
+from gradflow.theory.corrections import Corrections, correct, covers
+
+__all__ = ["Comparison", "Contrast", "Status", "Verdict", "compare", "confront"]
+__all__ += ["correct_float64", "predict_float64"]
+
+# How much narrower the networks are that tell a finite-width effect from an error, and how many
+# more of them are drawn: their statistics spread more, and they cost less.
+_NARROWER = 4
+# The chance that a comparison of correct theory with simulation shows any significant difference.
+FALSE_ALARM_RATE = 0.01
+# Rounding of the simulation's float type that a measurement may carry, in units of its epsilon.
+_ROUNDING = 8
+# χ is looked at this many times the depth further up, because χ may tend to 1 only as 1 - a/l ...
+_LOOK_AHEAD = 64
+_MOST_LAYERS_AHEAD = 20_000
+# ... and the network is critical when there, l layers up, |log χ| l is below this: a/l is (a is 1
+# or 2 for smooth activations), while any other limit of χ makes it grow with l.
+_CRITICAL = 4.0
+# Where most layers differ in width, there is no further up; then it is critical if gradients change
+# by less than this factor from end to end.
+_ALIKE = 2.0
+# A relative change of χ in a layer below which it is taken as settled; algebraic approaches, a/l²,
+# get there after 1e5 layers.
+_SETTLED = 1e-10
+# Units beyond this share saturated, of an activation that saturates on both sides: 'saturated'.
+_SATURATED = 0.5
+
+
+class Status(enum.IntEnum):
+    """What became of one comparison; the value is what files hold."""
+
+    NOT_COMPARED = -1
+    AGREES = 0
+    FINITE_WIDTH = 1
+    DIFFERS = 2
+
+
+class Contrast(eqx.Module):
+    """One statistic, theory beside measurement; every array of shape (layers,).
+
+    ``theory``, ``measured`` and ``standard_error`` are natural logarithms (and the error that of
+    the logarithm) where the statistic is carried as one; ``relative_difference`` is measured/theory
+    - 1 either way, and NaN where the theory is below the standard error. ``shift`` is the
+    difference that the network's width makes, by theory, to first order in 1/width, in the unit of
+    ``theory``; NaN where theory does not say. ``deviation`` and ``theory_deviation`` are the
+    standard deviations over networks in that unit.
+    """
+
+    theory: np.ndarray
+    measured: np.ndarray
+    standard_error: np.ndarray
+    z: np.ndarray
+    relative_difference: np.ndarray
+    status: np.ndarray
+    shift: np.ndarray
+    deviation: np.ndarray
+    theory_deviation: np.ndarray
+
+    def foreseen(self, threshold: float) -> np.ndarray:
+        """Whether the difference is the one that the width makes by theory.
+
+        Within its standard error or, where 1/width² terms still show, to a third of it.
+        """
+        difference = self.measured - self.theory
+        rest = np.abs(difference - self.shift)
+        return (rest < threshold * self.standard_error) | (rest < np.abs(difference) / 3)
+
+
+@dataclasses.dataclass(frozen=True)
+class Verdict:
+    """What happens to the gradient, in a word, a number and a sentence.
+
+    Attributes
+    ----------
+    kind
+        ``vanishing``, ``exploding`` or ``critical``: by whether χ, deep down the same layers, stays
+        below 1, above 1, or tends to it.
+    factor, factor_theory
+        By how much the gradient's norm (per unit, root mean square) changes going down one layer:
+        geometric mean over the layers, of the typical network and at infinite width; NaN with one
+        layer.
+    saturated_from
+        The first layer with more than half of its units saturated, or None.
+    sentence
+        All of it in words.
+    """
+
+    kind: str
+    factor: float
+    factor_theory: float
+    saturated_from: int | None
+    sentence: str
+
+
+class Comparison(eqx.Module):
+    """Theory beside measurement, for every statistic and layer.
+
+    Attributes
+    ----------
+    contrasts
+        By the statistic's key.
+    theory, simulation
+        What was compared.
+    corrections
+        What theory says of this width, if it does.
+    narrower
+        The simulation at a quarter of the width, if it was needed.
+    threshold
+        The z-score beyond which a difference is significant.
+    verdict
+        What it means for the gradient.
+    """
+
+    contrasts: dict[str, Contrast]
+    theory: Prediction
+    simulation: Simulation
+    corrections: Corrections | None
+    narrower: Simulation | None
+    threshold: float = eqx.field(static=True)
+    verdict: Verdict = eqx.field(static=True)
+
+    def __getitem__(self, name: str) -> Contrast:
+        """Return a statistic's contrast, by its name or its key."""
+        return self.contrasts[name if name in self.contrasts else f"log_{name}"]
+
+    def count(self, status: Status) -> int:
+        """Return how many comparisons, over statistics and layers, ended so."""
+        return int(sum((c.status == status).sum() for c in self.contrasts.values()))
+
+    @property
+    def agreement(self) -> str:
+        """One sentence on how theory and simulation agree."""
+        agrees, finite, differs = (
+            self.count(s) for s in (Status.AGREES, Status.FINITE_WIDTH, Status.DIFFERS)
+        )
+        total = agrees + finite + differs
+        if self.simulation.networks == 1:
+            return "nothing is compared: one network has no standard error"
+        sentence = f"{agrees} of {total} values agree within |z| < {self.threshold:.1f}"
+        if finite:
+            foreseen = sum(
+                int(((c.status == Status.FINITE_WIDTH) & c.foreseen(self.threshold)).sum())
+                for c in self.contrasts.values()
+            )
+            how = [
+                (foreseen, "by what theory says of this width"),
+                (finite - foreseen, f"which is {_NARROWER} times as large at 1/{_NARROWER} of it"),
+            ]
+            said = " and ".join(f"{count} {words}" for count, words in how if count)
+            sentence += f"; finite-width effects: {said}"
+        if differs:
+            worst, contrast = max(self.contrasts.items(), key=lambda item: _worst(item[1]))
+            layer = int(np.argmax(np.where(contrast.status == Status.DIFFERS, abs(contrast.z), -1)))
+            unchecked = self.narrower is None and self.corrections is None
+            checked = "" if unchecked else " and the width does not explain it"
+            sentence += (
+                f"; {differs} differ{checked}, most {statistics.named()[worst].name} at layer "
+                f"{layer + 1} (z = {contrast.z[layer]:.1f}, "
+                f"{100 * contrast.relative_difference[layer]:+.2g} %)"
+            )
+        return sentence
+
+    def to_xarray(self) -> xarray.Dataset:
+        """Return everything, labelled: each statistic over (source, layer), and its contrast."""
+        measured = self.simulation.to_xarray()
+        theory = self.theory.to_xarray()
+        for key, contrast in self.contrasts.items():
+            statistic = statistics.named()[key]
+            deviation = contrast.theory_deviation
+            if statistic.log:
+                with np.errstate(over="ignore", invalid="ignore"):
+                    deviation = deviation * np.exp(contrast.theory + contrast.shift)
+            theory[f"{statistic.name}_standard_deviation"] = ("layer", deviation)
+        both = xarray.concat(
+            [theory, measured[list(theory.data_vars)]],
+            dim=xarray.IndexVariable("source", ["theory", "simulation"]),
+            combine_attrs="drop_conflicts",
+        )
+        dataset = measured.drop_vars(list(theory.data_vars)).assign(both)
+        for key, contrast in self.contrasts.items():
+            name = statistics.named()[key].name
+            dataset[f"{name}_z"] = ("layer", contrast.z)
+            dataset[f"{name}_relative_difference"] = ("layer", contrast.relative_difference)
+            dataset[f"{name}_finite_width_shift"] = ("layer", contrast.shift)
+            dataset[f"{name}_status"] = (
+                "layer",
+                contrast.status,
+                {s.name.lower(): int(s) for s in Status},
+            )
+        return dataset.assign_attrs(
+            verdict=self.verdict.sentence, agreement=self.agreement, z_threshold=self.threshold
+        )
+
+
+def compare(
+    theory: Prediction,
+    simulation: Simulation,
+    *,
+    corrections: Corrections | None = None,
+    narrower: Simulation | None = None,
+    narrower_theory: Prediction | None = None,
+    log_chi_beyond: float | None = None,
+) -> Comparison:
+    """Put theory beside measurement.
+
+    Parameters
+    ----------
+    theory
+        From `theory.mean_field.predict`, for the network and inputs that were simulated.
+    simulation
+        From `simulation.monte_carlo.simulate`.
+    corrections
+        From `theory.corrections.correct`, to tell finite-width effects from errors.
+    narrower, narrower_theory
+        Simulation and theory at a quarter of the width (`networks.narrowed`), to do so where the
+        corrections do not; without any of them every significant difference is reported as an
+        error.
+    log_chi_beyond
+        log χ far above the top (`theory.mean_field.asymptotic_log_chi`), for the verdict; the top
+        layers' is used without it.
+
+    Raises
+    ------
+    InputError
+        If the theory and the simulation are of different depths.
+    """
+    depth = simulation.network.depth
+    lengths = {len(v) for v in theory.values.values()}
+    if lengths != {depth}:
+        raise InputError(
+            f"theory has {lengths.pop()} layers and simulation has {depth}; they must be of the "
+            "same network"
+        )
+    raw = {key: _differences(key, theory, simulation) for key in simulation.estimates}
+    compared = sum(int(np.isfinite(z).sum()) for *_, z in raw.values())
+    threshold = _threshold(simulation.networks, compared)
+    contrasts = {}
+    for key, (predicted, measured, error, z) in raw.items():
+        statistic, estimate = statistics.named()[key], simulation.estimates[key]
+        difference = measured - predicted
+        with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
+            relative = (
+                np.expm1(difference)
+                if statistic.logarithmic
+                # Of what is below its own standard error there is no relative difference.
+                else np.where(np.abs(predicted) > error, difference / np.abs(predicted), np.nan)
+            )
+        own_error = estimate.log_standard_error if statistic.log else estimate.standard_error
+        unknown = np.full(depth, np.nan)
+        contrast = Contrast(
+            theory=predicted,
+            measured=measured,
+            standard_error=error,
+            z=z,
+            relative_difference=relative,
+            status=np.where(np.abs(z) < threshold, Status.AGREES, Status.DIFFERS),
+            shift=np.asarray(corrections.shift[key]) if corrections else unknown,
+            deviation=own_error * np.sqrt(estimate.count),
+            theory_deviation=(
+                np.asarray(corrections.standard_deviation[key]) if corrections else unknown
+            ),
+        )
+        explained = contrast.foreseen(threshold)
+        if narrower is not None and narrower_theory is not None:
+            narrow = _differences(key, narrower_theory, narrower)
+            explained = explained | _shrinks_as_one_over_width(
+                (difference, error), (narrow[1] - narrow[0], narrow[2]), threshold
+            )
+        status = contrast.status
+        status = np.where((status == Status.DIFFERS) & explained, Status.FINITE_WIDTH, status)
+        status = np.where(np.isnan(z), Status.NOT_COMPARED, status).astype(np.int8)
+        contrasts[key] = dataclasses.replace(contrast, status=status)
+    return Comparison(
+        contrasts=contrasts,
+        theory=theory,
+        simulation=simulation,
+        corrections=corrections,
+        narrower=narrower,
+        threshold=threshold,
+        verdict=_verdict(theory, simulation, log_chi_beyond),
+    )
+
+
+def confront(
+    network: Network,
+    inputs: ArrayLike,
+    *,
+    key: PRNGKeyArray | int = 0,
+    networks: int = 1000,
+    sampler: str = "auto",
+    histograms: bool = False,
+    explain: bool = True,
+    progress: Progress | None = None,
+) -> Comparison:
+    """Simulate a network, predict it in float64, and compare: the whole answer in one call.
+
+    Parameters
+    ----------
+    network, inputs, key, networks, sampler, histograms, progress
+        As for `simulation.monte_carlo.simulate`.
+    explain
+        Work out what the network's width does, by theory where it knows; where it does not, and
+        differences are significant, by simulating at a quarter of the width.
+
+    Raises
+    ------
+    InputError
+        As `simulation.monte_carlo.simulate` does.
+    """
+    key = jax.random.key(key) if isinstance(key, int) else key
+    # Beside the simulation: both spend most of their time in the compiler, on one core each.
+    with ThreadPoolExecutor(1) as pool:
+        predicted = pool.submit(_predicted, network, inputs, explain)
+        simulation = simulate(
+            network,
+            inputs,
+            key=key,
+            networks=networks,
+            sampler=sampler,
+            histograms=histograms,
+            progress=progress,
+        )
+    theory, beyond, corrections = predicted.result()
+    comparison = compare(theory, simulation, corrections=corrections, log_chi_beyond=beyond)
+    if not explain or not comparison.count(Status.DIFFERS) or min(network.widths[1:]) < _NARROWER:
+        return comparison
+    narrow = narrowed(network, _NARROWER)
+    # Another key: the two simulations must be independent to be extrapolated.
+    narrower = simulate(
+        narrow,
+        inputs,
+        key=jax.random.fold_in(key, 1 << 31),
+        networks=_NARROWER * networks,
+        sampler=sampler,
+    )
+    return compare(
+        theory,
+        simulation,
+        corrections=corrections,
+        narrower=narrower,
+        narrower_theory=mean_field.at_widths(theory, network, narrow),
+        log_chi_beyond=beyond,
+    )
+
+
+def _predicted(
+    network: Network, inputs: ArrayLike, explain: bool
+) -> tuple[Prediction, float, Corrections | None]:
+    """Return the theory, log χ further up, and, to explain differences, the corrections."""
+    theory = predict_float64(network, inputs)
+    corrections = correct_float64(network, inputs) if explain else None
+    return theory, _log_chi_beyond(network, theory), corrections
+
+
+def predict_float64(network: Network, inputs: ArrayLike) -> Prediction:
+    """Return `theory.mean_field.predict` in float64, whatever JAX's x64 setting; NumPy arrays."""
+    with jax.enable_x64(True):
+        x = jnp.asarray(np.asarray(inputs, np.float64))
+        gram, mean = mean_field.input_gram(x), jnp.mean(x, axis=1)
+        predict = _compiled(mean_field.predict, network)
+        return jax.tree.map(np.asarray, predict(network.as_arrays(jnp.float64), gram, mean))
+
+
+def correct_float64(network: Network, inputs: ArrayLike) -> Corrections | None:
+    """Return `theory.corrections.correct` in float64 as NumPy arrays; None if it has no answer."""
+    if not covers(network):
+        return None
+    with jax.enable_x64(True):
+        gram = mean_field.input_gram(jnp.asarray(np.asarray(inputs, np.float64)))
+        return jax.tree.map(
+            np.asarray, _compiled(correct, network)(network.as_arrays(jnp.float64), gram)
+        )
+
+
+# Up to this depth the theory takes less time than compiling it well.
+_SHALLOW = 200
+
+
+@functools.cache
+def _jitted(function: Callable, options: tuple[tuple[str, int], ...]) -> Callable:
+    return jax.jit(function, compiler_options=dict(options))
+
+
+def _compiled(function: Callable, network: Network) -> Callable:
+    """Return the function jitted: without the compiler's optimisations where they take longer."""
+    quick = jax.default_backend() == "cpu" and network.depth <= _SHALLOW
+    return _jitted(function, (("xla_backend_optimization_level", 0),) if quick else ())
+
+
+_asymptotic_log_chi = jax.jit(mean_field.asymptotic_log_chi, static_argnames="beyond")
+
+
+def _log_chi_beyond(network: Network, theory: Prediction) -> float:
+    layers = _layers_ahead(network.depth)
+    chi = np.asarray(theory.values["chi"])
+    if network.mixes_sites:
+        # The top gradient, independent for each input, is no gradient of a layer below BatchNorm:
+        # the next layer's χ is the first that is like all others.
+        return math.log(chi[max(network.depth - 3, 0)])
+    if network.depth > 2 and abs(chi[-2] / chi[-3] - 1) < _SETTLED and len(network.stages) < 3:
+        return math.log(chi[-2])
+    with jax.enable_x64(True):
+        q = jnp.exp(jnp.asarray(theory.values["log_q"])[-1])
+        return float(_asymptotic_log_chi(network.as_arrays(jnp.float64), q, beyond=layers))
+
+
+def _layers_ahead(depth: int) -> int:
+    return min(_LOOK_AHEAD * depth, _MOST_LAYERS_AHEAD)
+
+
+def _differences(
+    key: str, theory: Prediction, simulation: Simulation
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Return theory, measurement, its standard error and z; logarithms where they are kept."""
+    statistic = statistics.named()[key]
+    predicted = np.asarray(theory.values[key], np.float64)
+    estimate = simulation.estimates[key]
+    if statistic.log:
+        measured, error = estimate.log_value, estimate.log_standard_error
+    else:
+        measured, error = estimate.value, estimate.standard_error
+    if statistic.fraction:
+        error = np.maximum(error, _binomial_error(predicted, simulation))
+    epsilon = float(np.finfo(simulation.dtype).eps)
+    # Of a logarithm, the rounding of what it is of, and its own.
+    rounding = _ROUNDING * epsilon * (np.abs(predicted) + statistic.logarithmic)
+    rounding += float(np.finfo(simulation.dtype).tiny)
+    with np.errstate(invalid="ignore"):
+        z = (measured - predicted) / np.hypot(error, rounding)
+    # What has left the float's range is counted and said (the verdict), and not compared.
+    z = np.where(np.isfinite(measured), z, np.nan)
+    return predicted, measured, error, z
+
+
+def _binomial_error(p: np.ndarray, simulation: Simulation) -> np.ndarray:
+    """Return the standard error of a fraction p of all units seen, were they independent."""
+    units = simulation.networks * simulation.sites * np.array(simulation.network.widths[1:])
+    return np.sqrt(np.clip(p * (1 - p), 0, None) / units)
+
+
+def _threshold(networks: int, comparisons: int) -> float:
+    tail = FALSE_ALARM_RATE / (2 * max(comparisons, 1))
+    return float(scipy.stats.t.isf(tail, max(networks - 1, 1)))
+
+
+def _shrinks_as_one_over_width(
+    wide: tuple[np.ndarray, np.ndarray], narrow: tuple[np.ndarray, np.ndarray], threshold: float
+) -> np.ndarray:
+    """Whether a difference d is `_NARROWER` times as large at that fraction of the width.
+
+    Then its limit at infinite width, (r d - d_narrow)/(r - 1), is 0: it must vanish within its
+    standard error or, where 1/width² terms still show, to a third of d. And d must have grown
+    beyond twice itself, which an error that does not depend on the width does not.
+    """
+    (difference, error), (difference_narrow, error_narrow) = wide, narrow
+    with np.errstate(invalid="ignore"):  # of what has left the float's range
+        limit = (_NARROWER * difference - difference_narrow) / (_NARROWER - 1)
+    limit_error = np.hypot(_NARROWER * error, error_narrow) / (_NARROWER - 1)
+    vanishes = (np.abs(limit) < threshold * limit_error) | (np.abs(limit) < np.abs(difference) / 3)
+    grew = difference_narrow * np.sign(difference) > 2 * np.abs(difference)
+    return vanishes & grew
+
+
+def _worst(contrast: Contrast) -> float:
+    differs = contrast.status == Status.DIFFERS
+    return float(np.max(np.abs(contrast.z), where=differs, initial=0.0))
+
+
+def _verdict(theory: Prediction, simulation: Simulation, log_chi_beyond: float | None) -> Verdict:
+    network = simulation.network
+    depth, widths = network.depth, np.array(network.widths[1:])
+    steps = max(depth - 1, 1)
+    log_variance = np.asarray(theory.values["log_gradient_variance"], np.float64)
+    change_theory = (log_variance[0] - log_variance[-1]) / 2
+    log_norm = simulation.estimates["log_gradient_norm"].value - np.log(widths) / 2
+    change = log_norm[0] - log_norm[-1]
+    log_chi, layers_up = log_chi_beyond, depth + _layers_ahead(depth)
+    if log_chi is None:
+        log_chi, layers_up = (math.log(theory.values["chi"][-2]) if depth > 1 else 0.0), depth
+    factor, factor_theory = (
+        (math.exp(c / steps) if depth > 1 else math.nan) for c in (change, change_theory)
+    )
+
+    alike = max(stage.repeats for stage in network.stages)
+    if len(set(widths)) == 1 or alike >= max(2, depth / 2):
+        critical, grows = abs(log_chi) * layers_up < _CRITICAL, log_chi > 0
+    else:
+        critical, grows = abs(change_theory) < math.log(_ALIKE), change_theory > 0
+    kind = "critical" if critical else "exploding" if grows else "vanishing"
+    if depth == 1:
+        sentence = f"{kind}: one layer has no gradient factor"
+    elif math.isnan(factor):
+        sentence = (
+            f"{kind}: no network's gradient reached layer 1 (theory ×{factor_theory:.3g} a layer)"
+        )
+    else:
+        sentence = f"{kind} ×{factor:.3g} a layer (theory ×{factor_theory:.3g})"
+        if kind == "critical":
+            sentence += f", ×{math.exp(change):.2g} over {depth} layers"
+
+    saturated_from = _saturated_from(simulation)
+    if saturated_from is not None:
+        share = simulation.estimates["saturation"].value[saturated_from - 1]
+        sentence += f"; saturated from layer {saturated_from} ({100 * share:.0f} % of units)"
+    dead = int(simulation.estimates["log_gradient_norm"].excluded[0])
+    if dead:
+        sentence += f"; {dead} of {simulation.networks} networks have no gradient at layer 1"
+    for what, networks in (("overflow", simulation.overflowed), ("are 0 in", simulation.vanished)):
+        if networks.any():
+            sentence += (
+                f"; signals {what} {simulation.dtype} from layer "
+                f"{int(np.argmax(networks > 0)) + 1} on, in {int(networks.max())} of "
+                f"{simulation.networks} networks"
+            )
+    return Verdict(kind, factor, factor_theory, saturated_from, sentence)
+
+
+def _saturated_from(simulation: Simulation) -> int | None:
+    # A rectifier is flat on one side by design; saturation is to be flat on both.
+    flat = simulation.network.activation.saturated_intervals(statistics.SATURATION_THRESHOLD)
+    two_sided = np.isneginf(flat).any() and np.isposinf(flat).any()
+    above = simulation.estimates["saturation"].value > _SATURATED
+    return int(np.argmax(above)) + 1 if two_sided and above.any() else None

@@ -1,0 +1,50 @@
+"""Bad input, said in one sentence: what was given, what is allowed, and the nearest right word."""
+
+import difflib
+from collections.abc import Iterable
+from numbers import Integral
+from typing import Any
+
+import numpy as np
+
+__all__ = ["InputError", "check_count", "check_scale", "is_traced", "unknown_name"]
+
+
+class InputError(ValueError):
+    """The caller's input cannot be used. The message is one sentence that says what can."""
+
+
+def unknown_name(what: str, value: object, allowed: Iterable[str]) -> InputError:
+    """Return the error for a name that is not in a list, with the nearest one that is."""
+    names = sorted(allowed)
+    nearest = difflib.get_close_matches(str(value).lower(), names, n=1, cutoff=0.5)
+    suggestion = f" (did you mean {nearest[0]!r}?)" if nearest else ""
+    return InputError(f"unknown {what} {value!r}{suggestion}; it is one of {', '.join(names)}")
+
+
+def check_count(name: str, value: object, minimum: int = 1) -> int:
+    """Return ``value`` as an int of at least ``minimum``, or raise `InputError`."""
+    if isinstance(value, bool) or not isinstance(value, Integral) or value < minimum:
+        raise InputError(f"{name} is {value!r}; it is a whole number of at least {minimum}")
+    return int(value)
+
+
+def is_traced(value: Any) -> bool:
+    """Whether a value is known only when a program runs, so that it cannot be checked before."""
+    import jax  # noqa: PLC0415  (slow to import, and the command line asks before it needs it)
+
+    return isinstance(value, jax.core.Tracer)
+
+
+def check_scale(name: str, value: Any, *, positive: bool = False) -> None:
+    """Raise `InputError` unless all values are finite and at least 0, or above it.
+
+    Tracers are not looked at.
+    """
+    if is_traced(value):
+        return
+    array = np.asarray(value)
+    bad = array[~(np.isfinite(array) & ((array > 0) if positive else (array >= 0)))]
+    if bad.size:
+        allowed = "a finite number above 0" if positive else "a finite number, 0 or more"
+        raise InputError(f"{name} is {bad.flat[0]}; it is {allowed}")

@@ -1,0 +1,212 @@
+"""Estimates over networks: mean, standard deviation and standard error, mergeable.
+
+The unit of replication is the network, never a unit or a layer of one. Sums are in float64 on the
+host, as a count, a mean and a sum of squared deviations, merged by Chan, Golub & LeVeque 1983.
+A statistic that is carried as a logarithm is averaged *as the quantity itself*, in units of
+``exp(log_unit)``, so that the mean of squares of gradients of order 1e-600 is still a mean.
+"""
+
+from collections.abc import Sequence
+
+import equinox as eqx
+import numpy as np
+import scipy.stats
+
+from gradflow.errors import InputError
+
+__all__ = ["Estimate", "Histogram", "histogram", "merge"]
+
+Values = np.ndarray
+
+
+class Estimate(eqx.Module):
+    """What a sample of networks says about one statistic, at every layer.
+
+    Attributes
+    ----------
+    count
+        Networks that gave a value, shape (layers,).
+    excluded
+        Networks left out because theirs was not finite (an overflow; the log of a dead network).
+    mean, squares
+        Mean and sum of squared deviations, in units of exp(log_unit) and its square.
+    log_unit
+        Natural logarithm of the unit; 0 for statistics that are not carried as logarithms.
+    """
+
+    count: Values
+    excluded: Values
+    mean: Values
+    squares: Values
+    log_unit: Values
+
+    @classmethod
+    def of(cls, values: Values, *, log: bool = False) -> "Estimate":
+        """Return the estimate from per-network values, shape (networks, layers).
+
+        With ``log`` the values are logarithms of the quantity to average; -inf is a quantity of 0.
+        """
+        values = np.asarray(values, np.float64)
+        usable = np.isfinite(values) | (log & np.isneginf(values))
+        count = usable.sum(axis=0)
+        log_unit = np.zeros(values.shape[1:])
+        if log:
+            top = np.max(values, axis=0, where=usable, initial=-np.inf)
+            log_unit = np.where(np.isfinite(top), top, 0.0)
+            values = np.exp(np.where(usable, values, -np.inf) - log_unit)
+        values = np.where(usable, values, 0.0)
+        mean = np.where(count > 0, values.sum(axis=0) / np.maximum(count, 1), np.nan)
+        deviations = np.where(usable, values - np.where(count > 0, mean, 0.0), 0.0)
+        return cls(
+            count=count,
+            excluded=len(values) - count,
+            mean=mean,
+            squares=(deviations**2).sum(axis=0),
+            log_unit=log_unit,
+        )
+
+    @property
+    def value(self) -> Values:
+        """The mean over networks, in the statistic's own unit (0 or inf beyond float64's range)."""
+        with np.errstate(over="ignore"):
+            return self.mean * np.exp(self.log_unit)
+
+    @property
+    def log_value(self) -> Values:
+        """The natural logarithm of the mean over networks; NaN where that is negative."""
+        with np.errstate(divide="ignore", invalid="ignore"):
+            return np.log(self.mean) + self.log_unit
+
+    @property
+    def standard_deviation(self) -> Values:
+        """Over networks, one degree of freedom given up to the mean; NaN below two networks."""
+        with np.errstate(over="ignore"):
+            return self._relative_deviation() * np.exp(self.log_unit)
+
+    @property
+    def standard_error(self) -> Values:
+        """Of the mean over networks."""
+        return self.standard_deviation / np.sqrt(np.maximum(self.count, 1))
+
+    @property
+    def log_standard_error(self) -> Values:
+        """Of ``log_value``, to first order: the relative standard error of the mean."""
+        with np.errstate(divide="ignore", invalid="ignore"):
+            return self._relative_deviation() / np.sqrt(np.maximum(self.count, 1)) / self.mean
+
+    def confidence_interval(self, level: float = 0.95) -> tuple[Values, Values]:
+        """Return Student's interval for the mean, as (low, high) in the statistic's unit.
+
+        Raises
+        ------
+        InputError
+            If ``level`` is not between 0 and 1.
+        """
+        if not 0 < level < 1:
+            raise InputError(f"level is {level!r}; it is a number between 0 and 1")
+        reach = scipy.stats.t.ppf((1 + level) / 2, np.maximum(self.count - 1, 1))
+        return self.value - reach * self.standard_error, self.value + reach * self.standard_error
+
+    def _relative_deviation(self) -> Values:
+        degrees = np.where(self.count > 1, self.count - 1, np.nan)
+        return np.sqrt(self.squares / degrees)
+
+
+def merge(estimates: Sequence[Estimate]) -> Estimate:
+    """Return the estimate from all the networks of several, merged in the order given.
+
+    Raises
+    ------
+    InputError
+        If there is none.
+    """
+    if not estimates:
+        raise InputError("estimates is empty; it needs at least one to merge")
+    merged = estimates[0]
+    for other in estimates[1:]:
+        merged = _merge(merged, other)
+    return merged
+
+
+def _merge(a: Estimate, b: Estimate) -> Estimate:
+    both = np.maximum(a.log_unit, b.log_unit)
+    log_unit = np.where(a.count == 0, b.log_unit, np.where(b.count == 0, a.log_unit, both))
+
+    def rescaled(e: Estimate) -> tuple[Values, Values]:
+        scale = np.exp(np.where(e.count > 0, e.log_unit - log_unit, 0.0))
+        return np.where(e.count > 0, e.mean, 0.0) * scale, e.squares * scale**2
+
+    (mean_a, squares_a), (mean_b, squares_b) = rescaled(a), rescaled(b)
+    count = a.count + b.count
+    share = b.count / np.maximum(count, 1)
+    gap = mean_b - mean_a
+    return Estimate(
+        count=count,
+        excluded=a.excluded + b.excluded,
+        mean=np.where(count > 0, mean_a + gap * share, np.nan),
+        squares=squares_a + squares_b + gap**2 * a.count * share,
+        log_unit=log_unit,
+    )
+
+
+class Histogram(eqx.Module):
+    """The distribution over units of a signal, at every layer, from a sample of networks.
+
+    Attributes
+    ----------
+    edges
+        Shape (layers, bins + 1), in units of exp(log_unit).
+    density
+        Shape (layers, bins): mean over networks of the normalised histogram, per exp(log_unit).
+    standard_error
+        Of the density, over networks; NaN with one network.
+    log_unit
+        Shape (layers,): natural logarithm of the unit.
+    networks
+        How many networks it is made from.
+    """
+
+    edges: Values
+    density: Values
+    standard_error: Values
+    log_unit: Values
+    networks: int = eqx.field(static=True)
+
+
+def histogram(
+    values: Sequence[Values], log_scales: Sequence[Values], *, bins: int = 80
+) -> Histogram:
+    """Return the histogram at every layer of signals from several networks.
+
+    Parameters
+    ----------
+    values
+        For each layer, shape (networks, sites, width).
+    log_scales
+        For each layer, shape (networks, sites): the true signals are exp(log_scale) times these.
+    bins
+        How many, symmetric about 0 and out to the largest value.
+    """
+    edges, density, error, units = [], [], [], []
+    for value, log_scale in zip(values, log_scales, strict=True):
+        log_scale = np.asarray(log_scale, np.float64)
+        finite = log_scale[np.isfinite(log_scale)]
+        unit = float(finite.max()) if finite.size else 0.0
+        scale = np.exp(np.where(np.isfinite(log_scale), log_scale, -np.inf) - unit)
+        true = (np.asarray(value, np.float64) * scale[..., None]).reshape(len(value), -1)
+        reach = float(np.max(np.abs(true), where=np.isfinite(true), initial=0.0)) or 1.0
+        edge = np.linspace(-reach, reach, bins + 1)
+        counts = np.stack([np.histogram(network, edge)[0] for network in true])
+        each = counts / (true.shape[1] * (edge[1] - edge[0]))
+        edges.append(edge)
+        density.append(each.mean(axis=0))
+        spread = each.std(axis=0, ddof=1) if len(each) > 1 else np.full(bins, np.nan)
+        error.append(spread / np.sqrt(len(each)))
+        units.append(unit)
+    return Histogram(
+        edges=np.stack(edges),
+        density=np.stack(density),
+        standard_error=np.stack(error),
+        log_unit=np.array(units),
+        networks=len(values[0]),
+    )

@@ -1,0 +1,390 @@
+"""Figures: one public function a figure, from labelled results to a matplotlib `Figure`.
+
+Theory is drawn as lines, simulation as points with error bars (two standard errors of the mean over
+networks). Colours are those of Okabe & Ito, told apart by every kind of colour vision; series also
+differ in their markers. Figures are made without pyplot, so that nothing global changes.
+"""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import xarray
+from matplotlib.artist import Artist
+from matplotlib.axes import Axes
+from matplotlib.colors import LogNorm
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.patches import Patch
+
+from gradflow.errors import InputError
+
+__all__ = [
+    "activation_histograms",
+    "activation_variance",
+    "chi_against_width",
+    "gradient_histograms",
+    "gradient_norm",
+    "phase_diagram",
+    "save",
+    "saturation",
+    "spectrum",
+]
+
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+_ERRORS = 2  # error bars, in standard errors
+_LEAST_SPAN = 0.5  # of an axis, in decades, so that noise about a constant looks like one
+_MOST_LINEAR = 50  # ratio of the highest to the lowest histogram that a linear axis shows
+_LN10 = float(np.log(10))
+
+Families = Mapping[str, Mapping[str, xarray.Dataset]]
+
+
+def activation_variance(results: Families) -> Figure:
+    """Variance of activations over units, by layer (Glorot & Bengio 2010, eq. 5).
+
+    Parameters
+    ----------
+    results
+        For each panel's title, the results to show in it by name: `Comparison.to_xarray()`.
+    """
+    return _by_layer(results, "log_activation_variance", 1 / _LN10, "log₁₀ variance of activations")
+
+
+def gradient_norm(results: Families) -> Figure:
+    """Root mean square of ∂C/∂z over units, by layer, relative to the top, as log₁₀.
+
+    Parameters
+    ----------
+    results
+        As for `activation_variance`.
+    """
+    return _by_layer(
+        results, "log_gradient_variance", 1 / (2 * _LN10), "log₁₀ r.m.s. gradient ∂C/∂z (top = 0)"
+    )
+
+
+def saturation(results: Families) -> Figure:
+    """Fraction of saturated units, by layer.
+
+    Parameters
+    ----------
+    results
+        As for `activation_variance`.
+    """
+    return _by_layer(results, "saturation", 1.0, "fraction of units saturated", (-0.03, 1.03))
+
+
+def activation_histograms(results: Mapping[str, xarray.Dataset]) -> Figure:
+    """Normalised histograms of activations at several layers (Glorot & Bengio 2010, figure 6).
+
+    Parameters
+    ----------
+    results
+        By title, one panel each, results that hold histograms.
+    """
+    return _histograms(results, "activation", "activation h = φ(z)")
+
+
+def gradient_histograms(results: Mapping[str, xarray.Dataset]) -> Figure:
+    """Normalised histograms of back-propagated gradients at several layers (the same, figure 7).
+
+    Parameters
+    ----------
+    results
+        By title, one panel each, results that hold histograms.
+    """
+    return _histograms(results, "gradient", "back-propagated gradient ∂C/∂z (top layer: N(0, 1))")
+
+
+def chi_against_width(
+    curves: Mapping[str, tuple[np.ndarray, np.ndarray]],
+    points: Mapping[str, tuple[np.ndarray, np.ndarray, np.ndarray]],
+    critical_width: float,
+) -> Figure:
+    """χ of networks with un-scaled N(0, 1) weights, against their width.
+
+    Parameters
+    ----------
+    curves
+        By name, (widths, χ) of the theory.
+    points
+        By name, (widths, χ, standard error) of the simulation.
+    critical_width
+        Where the logistic's χ crosses 1.
+    """
+    figure = Figure(figsize=(6.4, 4.4), layout="constrained")
+    axes = figure.add_subplot()
+    for index, (name, (widths, chi)) in enumerate(curves.items()):
+        axes.plot(widths, chi, color=COLOURS[index], label=f"{name}, theory (fixed point)")
+        if name in points:
+            at, measured, error = points[name]
+            axes.errorbar(
+                at,
+                measured,
+                yerr=_ERRORS * error,
+                fmt=MARKERS[index],
+                color=COLOURS[index],
+                markersize=5,
+                capsize=3,
+                linestyle="none",
+                label=f"{name}, simulation (±2 s.e.)",
+            )
+    axes.axhline(1, color="0.4", linewidth=0.8, linestyle="--")
+    axes.axvline(critical_width, color="0.4", linewidth=0.8, linestyle=":")
+    axes.annotate(
+        f"logistic: χ = 1 at width {critical_width:.1f}",
+        (critical_width, 1),
+        xytext=(6, -14),
+        textcoords="offset points",
+        fontsize=8,
+        color="0.25",
+    )
+    axes.set(
+        xscale="log",
+        yscale="log",
+        xlabel="width n (units a layer)",
+        ylabel="χ, factor of the mean squared gradient a layer",
+        title="Un-scaled N(0, 1) weights: gradients vanish below χ = 1, explode above",
+    )
+    axes.title.set_fontsize(10)
+    axes.legend(frameon=False, fontsize=8)
+    return figure
+
+
+def phase_diagram(dataset: xarray.Dataset) -> Figure:
+    """Depth scales and lengths over (σ_w, σ_b), with the critical line (Schoenholz et al. 2017).
+
+    Parameters
+    ----------
+    dataset
+        From `theory.criticality.phase_diagram`.
+    """
+    layers = {
+        "correlations: ξ_c, in layers": np.abs(dataset.xi_c),
+        "gradients: |ξ_∇|, in layers": np.abs(dataset.xi_grad),
+        "length: q*": dataset.q_star,
+    }
+    figure = Figure(figsize=(13.2, 4.3), layout="constrained")
+    panels = figure.subplots(1, 3, sharex=True, sharey=True)
+    for axes, (title, values) in zip(panels, layers.items(), strict=True):
+        finite = values.values[np.isfinite(values.values) & (values.values > 0)]
+        low, high = (finite.min(), finite.max()) if finite.size else (0.1, 1.0)
+        # Depth scales are infinite on the line: the colours end where they tell little more.
+        low, high = (max(low, 0.5), min(high, 1000.0)) if "layers" in title else (low, high)
+        image = axes.pcolormesh(
+            dataset.sigma_w,
+            dataset.sigma_b,
+            values.where(values > 0),
+            norm=LogNorm(low, max(high, 1.001 * low), clip=True),
+            cmap="viridis",
+            shading="nearest",
+        )
+        figure.colorbar(image, ax=axes, extend="max" if "layers" in title else "neither")
+        axes.set_facecolor("0.75")
+        line = [
+            axes.plot(branch, dataset.sigma_b, color="#D55E00", linewidth=1.8)
+            for branch in dataset.critical_sigma_w.values.T
+            if np.isfinite(branch).any()
+        ]
+        axes.set(
+            title=title,
+            xlabel="σ_w (weights: variance σ_w²/fan_in)",
+            xlim=(dataset.sigma_w.min(), dataset.sigma_w.max()),
+            ylim=(dataset.sigma_b.min(), dataset.sigma_b.max()),
+        )
+        axes.title.set_fontsize(10)
+        _name_phases(axes, dataset)
+        keys: list[Artist] = [Patch(color="0.75", label="no fixed point, or q* = 0")]
+        if line:
+            keys.insert(0, Line2D([], [], color="#D55E00", label="critical line, χ₁ = 1"))
+        axes.legend(handles=keys, fontsize=7.5, loc="upper right", framealpha=0.9)
+    panels[0].set_ylabel("σ_b (standard deviation of biases)")
+    figure.suptitle(
+        f"{dataset.attrs['activation']}: theory at infinite width, from q = "
+        f"{dataset.attrs['start']:g}",
+        fontsize=10,
+    )
+    return figure
+
+
+def _name_phases(axes: Axes, dataset: xarray.Dataset) -> None:
+    """Write the name of each phase into the middle of its part of the plane."""
+    names = {"ordered": "ordered:\nvanishing", "chaotic": "chaotic:\nexploding"}
+    names["divergent"] = "q diverges"
+    for phase, text in names.items():
+        rows, columns = np.nonzero(dataset.phase.values == dataset.phase.attrs[phase])
+        if rows.size < 0.02 * dataset.phase.size:
+            continue
+        # The point of the phase that is nearest to its middle.
+        near = np.argmin(np.hypot(rows - rows.mean(), columns - columns.mean()))
+        axes.text(
+            dataset.sigma_w.values[columns[near]],
+            dataset.sigma_b.values[rows[near]],
+            text,
+            ha="center",
+            va="center",
+            fontsize=9,
+            color="black",
+            bbox={"facecolor": "white", "alpha": 0.75, "edgecolor": "none", "pad": 2},
+        )
+
+
+def spectrum(dataset: xarray.Dataset) -> Figure:
+    """Density of the singular values of the Jacobian, with atoms and, if there, simulated ones.
+
+    Parameters
+    ----------
+    dataset
+        ``density`` over ``s`` and, where there are atoms, ``mass`` over ``atom``; with a simulation
+        ``simulated`` and its ``standard_error`` over ``bin``, and the numbers of networks and units
+        as attributes. As `gradflow spectrum` writes it.
+    """
+    figure = Figure(figsize=(6.8, 4.4), layout="constrained")
+    axes = figure.add_subplot()
+    s, density = dataset.s.values, dataset.density.values
+    axes.plot(s, density, color=COLOURS[0], linewidth=1.5, label="theory (infinite width)")
+    shown = density[s > 0.02 * s.max()]
+    top = 1.4 * np.nanmax(shown, initial=0.1)
+    if "simulated" in dataset:
+        axes.errorbar(
+            dataset.bin,
+            dataset.simulated,
+            yerr=_ERRORS * dataset.standard_error,
+            fmt=MARKERS[0],
+            color=COLOURS[1],
+            markerfacecolor="white",
+            markersize=4,
+            capsize=2,
+            linestyle="none",
+            label=f"simulation, {dataset.attrs['networks']} networks of width "
+            f"{dataset.attrs['width']} (±2 s.e.)",
+        )
+    for place, mass in zip(dataset.atom.values, dataset.mass.values, strict=True):
+        label = f"atom: {100 * mass:.1f} % of all, at s = {place:.3g}"
+        axes.axvline(place, ymax=0.9, color="0.3", linestyle="--", linewidth=1.2, label=label)
+    axes.set(
+        xlabel="singular value s of the Jacobian J",
+        ylabel="density (without atoms)",
+        title=dataset.attrs["title"],
+        ylim=(0, top),
+        xlim=(-0.02 * s.max(), None),
+    )
+    axes.title.set_fontsize(10)
+    axes.legend(frameon=False, fontsize=8.5, loc="upper center")
+    return figure
+
+
+def save(figure: Figure, path: Path) -> Path:
+    """Write the figure as a PNG of 130 dots an inch, and return where.
+
+    Raises
+    ------
+    InputError
+        If the file cannot be written.
+    """
+    try:
+        figure.savefig(path, dpi=130)
+    except OSError as error:
+        raise InputError(f"cannot write {str(path)!r}: {error.strerror or error}") from error
+    return path
+
+
+def _by_layer(
+    results: Families, key: str, unit: float, label: str, limits: tuple[float, float] | None = None
+) -> Figure:
+    panels = [(title, family) for title, family in results.items() if family]
+    columns = min(3, len(panels))
+    rows = -(-len(panels) // columns)
+    figure = Figure(figsize=(4.0 * columns + 0.6, 3.1 * rows + 0.5), layout="constrained")
+    grid = figure.subplots(rows, columns, squeeze=False).ravel()
+    for axes, (title, family) in zip(grid, panels, strict=False):
+        for index, (name, dataset) in enumerate(family.items()):
+            _draw(axes, dataset, key, unit, name, index)
+        axes.set_title(title, fontsize=10)
+        axes.set_xlabel("layer (1 is next to the input)", fontsize=9)
+        axes.margins(x=0.03)
+        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.set_ylim(*(limits or _at_least(axes.get_ylim(), _LEAST_SPAN)))
+        axes.legend(frameon=False, fontsize=7.5)
+    for axes in grid[len(panels) :]:
+        axes.set_visible(False)
+    for axes in grid[::columns]:
+        axes.set_ylabel(label, fontsize=9)
+    figure.suptitle("lines: theory (infinite width); points: simulation, ±2 s.e.", fontsize=9)
+    return figure
+
+
+def _at_least(limits: tuple[float, float], span: float) -> tuple[float, float]:
+    low, high = limits
+    missing = max(0.0, span - (high - low)) / 2
+    return low - missing, high + missing
+
+
+def _draw(
+    axes: Axes, dataset: xarray.Dataset, key: str, unit: float, name: str, index: int
+) -> None:
+    layer = dataset.layer.values
+    colour, marker = COLOURS[index % len(COLOURS)], MARKERS[index % len(MARKERS)]
+    theory = dataset[key].sel(source="theory").values * unit
+    measured = dataset[key].sel(source="simulation").values * unit
+    error = dataset[f"{key}_standard_error"].values * unit
+    axes.plot(layer, np.where(np.isfinite(theory), theory, np.nan), color=colour, linewidth=1.3)
+    # No more points than can be told apart, staggered so that series do not hide one another.
+    step = max(1, len(layer) // 15)
+    shown = slice((index * step) // 3 % step, None, step)
+    axes.errorbar(
+        layer[shown],
+        np.where(np.isfinite(measured), measured, np.nan)[shown],
+        yerr=_ERRORS * error[shown],
+        fmt=marker,
+        color=colour,
+        markersize=4,
+        markerfacecolor="white",
+        capsize=2,
+        linestyle="none",
+        label=name,
+    )
+
+
+def _histograms(results: Mapping[str, xarray.Dataset], signal: str, label: str) -> Figure:
+    missing = [title for title, ds in results.items() if f"{signal}_histogram_density" not in ds]
+    if missing:
+        raise InputError(f"results {missing[0]!r} hold no {signal} histograms; simulate with them")
+    figure = Figure(figsize=(6.2, 2.9 * len(results) + 0.5), layout="constrained")
+    panels = figure.subplots(len(results), 1, squeeze=False, sharex=True).ravel()
+    for axes, (title, dataset) in zip(panels, results.items(), strict=True):
+        peaks: list[float] = []
+        for index, layer in enumerate(_spread(dataset.layer.values)):
+            at = dataset.sel(layer=layer)
+            unit = np.exp(at[f"{signal}_histogram_log_unit"].item())
+            edges = at[f"{signal}_histogram_edges"].values * unit
+            density = at[f"{signal}_histogram_density"].values / unit
+            error = at[f"{signal}_histogram_standard_error"].values / unit
+            axes.errorbar(
+                (edges[1:] + edges[:-1]) / 2,
+                density,
+                yerr=_ERRORS * error,
+                fmt=MARKERS[index % len(MARKERS)],
+                color=COLOURS[index % len(COLOURS)],
+                markersize=2.5,
+                elinewidth=0.7,
+                linestyle="none",
+                label=f"layer {layer}",
+            )
+            peaks.append(density.max())
+        axes.set_title(title, fontsize=10)
+        axes.set_ylabel("density", fontsize=9)
+        if max(peaks) > _MOST_LINEAR * min(peaks):
+            axes.set_yscale("log")
+        axes.legend(frameon=False, fontsize=8)
+    panels[-1].set_xlabel(label, fontsize=9)
+    figure.suptitle("simulation: mean over networks, bars ±2 s.e.", fontsize=9)
+    return figure
+
+
+def _spread(layers: np.ndarray) -> Sequence[int]:
+    """At most five layers, from the first to the last."""
+    picked = np.unique(np.linspace(0, len(layers) - 1, 5).round().astype(int))
+    return [int(layers[i]) for i in picked]

@@ -1,0 +1,409 @@
+"""Networks: a random network as data, stages of equal blocks.
+
+A `Network` is an immutable pytree. Its numbers (σ_w, σ_b) are leaves, so that one compiled program
+serves a grid of them by `jax.vmap`; its structure (widths, depth, activation) is static. A stage is
+one block repeated; a walk through it is a `jax.lax.scan`, so that compile time does not grow with
+depth. Layers whose shape differs, as in Glorot & Bengio's 1024-1000-…-9, are stages of their own.
+"""
+
+import dataclasses
+import itertools
+import math
+from collections.abc import Callable, Sequence
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+from jaxtyping import Array
+
+from gradflow import activations, ensembles
+from gradflow.activations import Activation
+from gradflow.blocks import (
+    AbstractBlock,
+    Activate,
+    BatchNorm,
+    Chain,
+    Dense,
+    Dropout,
+    LayerNorm,
+    Linear,
+    Residual,
+    RMSNorm,
+)
+from gradflow.ensembles import Ensemble
+from gradflow.errors import InputError, check_count, unknown_name
+
+__all__ = ["Network", "Stage", "mlp", "narrowed", "residual", "stack"]
+
+
+class Stage(eqx.Module):
+    """One block, repeated with independent weights each time."""
+
+    block: AbstractBlock
+    repeats: int = eqx.field(static=True, default=1)
+
+
+class Network(eqx.Module):
+    """The law of a random network; no weights.
+
+    Attributes
+    ----------
+    stages
+        In order from the input up. The first block of a network made by `mlp` takes the input
+        itself, z^1 = W^1 x + b^1.
+    input_width
+        n_0, the number of components of an input.
+    activation
+        The φ that activations h^l = φ(z^l) and saturation are reported for.
+    name
+        A short description for tables, messages and files.
+    """
+
+    stages: tuple[Stage, ...]
+    input_width: int = eqx.field(static=True)
+    activation: Activation = eqx.field(static=True)
+    name: str = eqx.field(static=True, default="network")
+
+    def __check_init__(self) -> None:
+        for stage, (below, above) in zip(
+            self.stages, itertools.pairwise(self.stage_widths), strict=True
+        ):
+            if stage.repeats > 1 and below != above:
+                raise InputError(
+                    f"a block is repeated {stage.repeats} times, takes {below} units and hands on "
+                    f"{above}; what is repeated hands on as many as it takes"
+                )
+
+    @property
+    def stage_widths(self) -> tuple[int, ...]:
+        """n_0, and the width after each stage; layers of one stage are equally wide."""
+        widths = [self.input_width]
+        for stage in self.stages:
+            widths.append(stage.block.width_after(widths[-1]))
+        return tuple(widths)
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """(n_0, n_1, …, n_L), of the signals that layers hand on."""
+        hidden = (
+            itertools.repeat(width, stage.repeats)
+            for stage, width in zip(self.stages, self.stage_widths[1:], strict=True)
+        )
+        return (self.input_width, *itertools.chain.from_iterable(hidden))
+
+    @property
+    def shapes(self) -> tuple[tuple[tuple[int, int], ...], ...]:
+        """For each layer, the shapes (n_out, n_in) of its random matrices."""
+        each = (
+            itertools.repeat(stage.block.shapes(width), stage.repeats)
+            for stage, width in zip(self.stages, self.stage_widths[:-1], strict=True)
+        )
+        return tuple(itertools.chain.from_iterable(each))
+
+    @property
+    def mixes_sites(self) -> bool:
+        """Whether an input's signal depends on the other inputs, as under BatchNorm."""
+        return any(stage.block.mixes_sites for stage in self.stages)
+
+    @property
+    def depth(self) -> int:
+        """L, the number of layers (of blocks)."""
+        return sum(stage.repeats for stage in self.stages)
+
+    @property
+    def homogeneous(self) -> bool:
+        """Whether the network maps a·x to a·z for every a > 0 (no biases, φ homogeneous).
+
+        And so its reported activations: signals may then be kept at length 1 beside a logarithm.
+        """
+        blocks = all(stage.block.homogeneous for stage in self.stages)
+        return blocks and self.activation.homogeneous
+
+    @property
+    def iid_gaussian(self) -> bool:
+        """Whether every random matrix has independent Gaussian entries."""
+        return all(d.iid_gaussian for stage in self.stages for d in stage.block.distributions)
+
+    @property
+    def rotation_invariant(self) -> bool:
+        """Whether rotations leave the law of every random matrix as it is."""
+        laws = (law for stage in self.stages for law in stage.block.distributions)
+        return all(law.rotation_invariant for law in laws)
+
+    def as_arrays(self, dtype: DTypeLike) -> "Network":
+        """Return the network as a compiled program takes it: scales as arrays, and no name.
+
+        Two networks that differ in their scales and their name alone then share one program.
+        """
+        unnamed = dataclasses.replace(self, name="")
+        return jax.tree.map(lambda leaf: jnp.asarray(leaf, dtype), unnamed)
+
+
+# What `norm` may be in `mlp` and `residual`.
+NORMS: dict[str, Callable[[], AbstractBlock]] = {
+    "layer": LayerNorm,
+    "rms": RMSNorm,
+    "batch": BatchNorm,
+}
+# What `scale` may be in `residual`, beside a number.
+SCALES = ("depth", "zero")
+_PLACES = ("pre", "post")
+
+
+def mlp(
+    widths: Sequence[int],
+    activation: Activation | str | Callable[..., Array] = "tanh",
+    weights: Ensemble | str | Callable[..., Array] = "glorot",
+    *,
+    sigma_b: float | int | None = None,
+    norm: str | None = None,
+    place: str = "pre",
+    keep: float | int | None = None,
+    name: str | None = None,
+) -> Network:
+    """Return a fully connected network: z^1 = W^1 x + b^1, z^l = W^l φ(z^{l-1}) + b^l.
+
+    Parameters
+    ----------
+    widths
+        (n_0, n_1, …, n_L): the input's width, then every layer's; L >= 1.
+    activation
+        φ, by name, as an `Activation`, or any elementwise JAX callable.
+    weights
+        The ensemble, by name, as an `Ensemble`, or any `jax.nn.initializers` function.
+    sigma_b
+        σ_b, the standard deviation of the biases (in the units of z); none without it.
+    norm, place
+        A normalisation, ``"layer"``, ``"rms"`` or ``"batch"``, before the activation (``"pre"``,
+        W φ(norm(z)) + b) or after it (``"post"``, W norm(φ(z)) + b); none without it.
+    keep
+        Dropout: the probability to keep a unit of what W multiplies; none without it.
+    name
+        What to call it; made from the other arguments without it.
+
+    Raises
+    ------
+    InputError
+        If a width is not a whole number of at least 1, there are fewer than two, σ_b is not a
+        finite number of at least 0, ``keep`` is not above 0 and at most 1, or a name is unknown.
+    """
+    widths = [check_count("width", width) for width in widths]
+    if len(widths) < 2:
+        raise InputError(f"widths is {tuple(widths)!r}; it needs an input and at least one layer")
+    phi, ensemble = activations.get(activation), ensembles.get(weights)
+    linear = _linear(ensemble, sigma_b)
+    before = _before_weights(phi, norm, place, keep)
+    # The input passes through no activation, so the first layer is a stage of its own.
+    layers = [
+        (below == 0, fan_in, fan_out)
+        for below, (fan_in, fan_out) in enumerate(itertools.pairwise(widths))
+    ]
+    stages = tuple(
+        Stage(
+            _as_dense(() if first else before, linear(fan_in, fan_out)),
+            repeats=len(list(equal)),
+        )
+        for (first, fan_in, fan_out), equal in itertools.groupby(layers)
+    )
+    kind = _kind(norm, place, keep)
+    return Network(
+        stages=stages,
+        input_width=widths[0],
+        activation=phi,
+        name=name or f"{phi.name}, {ensemble.name}{kind}",
+    )
+
+
+def residual(
+    input_width: int,
+    width: int,
+    depth: int,
+    activation: Activation | str | Callable[..., Array] = "tanh",
+    weights: Ensemble | str | Callable[..., Array] = "glorot",
+    *,
+    scale: float | int | str = 1.0,
+    layers: int = 1,
+    hidden: int | None = None,
+    weights_first: bool = False,
+    sigma_b: float | int | None = None,
+    norm: str | None = None,
+    place: str = "pre",
+    keep: float | int | None = None,
+    name: str | None = None,
+) -> Network:
+    """Return a residual network: z^1 = W x + b, then ``depth`` times z^{l+1} = z^l + α f(z^l).
+
+    Parameters
+    ----------
+    input_width, width, depth
+        The input's width, that of the stream z, and how many blocks there are.
+    activation, weights, sigma_b
+        As for `mlp`, of every layer.
+    scale
+        α: a number, ``"depth"`` for 1/√depth, or ``"zero"`` for 0 (ReZero, SkipInit: branches start
+        without effect).
+    layers
+        How many random matrices a branch has, each after an activation: f(z) = W φ(z) + b for one.
+    hidden
+        The width between a branch's layers; that of the stream without it.
+    weights_first
+        Whether a branch begins with one more random matrix, as a transformer's does:
+        f(z) = V φ(W z + b) + a for ``layers=1`` ('full residual', Yang & Schoenholz 2017).
+    norm, place
+        A normalisation at the branch's start (``"pre"``, z + α f(norm(z))) or of the sum
+        (``"post"``, norm(z + α f(z))): ``"layer"``, ``"rms"`` or
+        ``"batch"``; none without it.
+    keep
+        Dropout in the branch: the probability to keep a unit after each activation.
+    name
+        What to call it; made from the other arguments without it.
+
+    Raises
+    ------
+    InputError
+        If a width or a count is not a whole number of at least 1, α or σ_b is not a finite number
+        of at least 0, ``keep`` is not above 0 and at most 1, or a name is unknown.
+    """
+    input_width, width = check_count("input_width", input_width), check_count("width", width)
+    depth, layers = check_count("depth", depth), check_count("layers", layers)
+    hidden = width if hidden is None else check_count("hidden", hidden)
+    phi, ensemble = activations.get(activation), ensembles.get(weights)
+    linear = _linear(ensemble, sigma_b)
+    alpha = _scale(scale, depth)
+    normalisation = _normalisation(norm, place)
+    ends = [width, *[hidden] * (layers - 1 + weights_first), width]
+    parts: list[AbstractBlock] = []
+    if place == "pre":
+        parts += normalisation
+    for number, (fan_in, fan_out) in enumerate(itertools.pairwise(ends)):
+        activates = number > 0 or not weights_first
+        before = _before_weights(phi, None, "pre", keep) if activates else ()
+        parts.append(_as_dense(before, linear(fan_in, fan_out)))
+    block: AbstractBlock = Residual(_chain(parts), alpha)
+    if place == "post":
+        block = _chain([block, *normalisation])
+    return Network(
+        stages=(Stage(linear(input_width, width)), Stage(block, depth)),
+        input_width=input_width,
+        activation=phi,
+        name=name or f"{phi.name}, {ensemble.name}, residual{_kind(norm, place, keep)}",
+    )
+
+
+def stack(
+    input_width: int,
+    blocks: Sequence[AbstractBlock | tuple[AbstractBlock, int]],
+    activation: Activation | str | Callable[..., Array] = "tanh",
+    *,
+    name: str = "network",
+) -> Network:
+    """Return a network of any blocks, each one layer, or of pairs (block, how many times).
+
+    Parameters
+    ----------
+    input_width
+        n_0. The first block gets the input itself; `Linear` is one that takes it as it is.
+    blocks
+        From the input up.
+    activation
+        The φ that activations and saturation are reported for.
+    name
+        What to call it.
+
+    Raises
+    ------
+    InputError
+        If there is no block, a count is not a whole number of at least 1, or widths do not fit.
+    """
+    pairs = [one if isinstance(one, tuple) else (one, 1) for one in blocks]
+    if not pairs:
+        raise InputError("blocks is empty; a network has at least one")
+    stages = tuple(Stage(block, check_count("repeats", repeats)) for block, repeats in pairs)
+    phi = activations.get(activation)
+    return Network(stages, check_count("input_width", input_width), phi, name)
+
+
+def _linear(ensemble: Ensemble, sigma_b: float | None) -> Callable[[int, int], Linear]:
+    """Return what makes a layer of weights and biases from (fan_in, fan_out)."""
+    if sigma_b is not None and not (math.isfinite(sigma_b) and sigma_b >= 0):
+        raise InputError(f"sigma_b is {sigma_b!r}; it is a finite number of at least 0")
+
+    def make(fan_in: int, fan_out: int) -> Linear:
+        scale = ensemble.sigma_w(fan_in, fan_out)
+        return Linear(fan_out, scale, sigma_b or None, ensemble.distribution)
+
+    return make
+
+
+def _before_weights(
+    phi: Activation, norm: str | None, place: str, keep: float | None
+) -> tuple[AbstractBlock, ...]:
+    """Return what a signal passes before weights: activation, normalisation, dropout."""
+    normalisation = _normalisation(norm, place)
+    activate = (Activate(phi),)
+    ordered = (*normalisation, *activate) if place == "pre" else (*activate, *normalisation)
+    return ordered if keep is None else (*ordered, Dropout(keep))
+
+
+def _normalisation(norm: str | None, place: str) -> tuple[AbstractBlock, ...]:
+    if place not in _PLACES:
+        raise unknown_name("place", place, _PLACES)
+    if norm is None:
+        return ()
+    if norm not in NORMS:
+        raise unknown_name("norm", norm, NORMS)
+    return (NORMS[norm](),)
+
+
+def _as_dense(before: tuple[AbstractBlock, ...], linear: Linear) -> AbstractBlock:
+    """Return one block of these; `Dense` if there is an activation only."""
+    phi = activations.linear
+    if len(before) == 1 and isinstance(before[0], Activate):
+        phi, before = before[0].activation, ()
+    if before:
+        return Chain((*before, linear))
+    return Dense(phi, linear.units, linear.sigma_w, linear.sigma_b, linear.distribution)
+
+
+def _chain(parts: Sequence[AbstractBlock]) -> AbstractBlock:
+    return parts[0] if len(parts) == 1 else Chain(tuple(parts))
+
+
+def _scale(scale: float | str, depth: int) -> float:
+    if isinstance(scale, str):
+        if scale not in SCALES:
+            raise unknown_name("scale", scale, SCALES)
+        return depth**-0.5 if scale == "depth" else 0.0
+    if not (math.isfinite(scale) and scale >= 0):
+        raise InputError(
+            f"scale is {scale!r}; it is a finite number of at least 0, 'depth' or 'zero'"
+        )
+    return scale
+
+
+def _kind(norm: str | None, place: str, keep: float | None) -> str:
+    normed = "" if norm is None else f", {place}-{norm}norm"
+    return normed if keep is None else f"{normed}, dropout keeping {keep:g}"
+
+
+def narrowed(network: Network, factor: int) -> Network:
+    """Return the network with every layer's width divided by ``factor``, σ_w and σ_b kept.
+
+    It has the same infinite-width limit for the same inputs, and finite-width effects ``factor``
+    times as large: what tells such an effect from an error. The input keeps its width.
+
+    Raises
+    ------
+    InputError
+        If a layer would have no unit left.
+    """
+    if min(network.widths[1:]) < factor:
+        raise InputError(
+            f"widths {network.widths!r} cannot be divided by {factor}: a layer would be empty"
+        )
+
+    stages = tuple(
+        dataclasses.replace(stage, block=stage.block.narrowed(factor)) for stage in network.stages
+    )
+    return dataclasses.replace(network, stages=stages)

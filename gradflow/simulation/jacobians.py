@@ -1,0 +1,587 @@
+"""The Jacobian of one random network, as an operator and layer by layer; norms as logarithms.
+
+The derivative of a stretch of layers, ∂z^m/∂z^l, is never multiplied out: `Jacobian` pushes
+tangents up (J v) and pulls cotangents down (Jᵀ u), layer by layer, each at length 1 beside the
+logarithm of the length it had. It holds one random network, whichever sampler draws it. With
+``matrix_free`` each weight matrix is decided only as far as it has been asked
+(`gradflow.simulation.matrices`): questions may follow from answers, as in Golub-Kahan's algorithm,
+and the network must be carried from one question to the next.
+
+How a block is linearised. Its random matrices enter through ``multiply`` alone. With what they
+answered at z put in, block(z, answers) has ordinary derivatives, and the matrices are linear: the
+tangent of an answer is the matrix times the tangent of what it was asked. So a push is `jax.jvp`
+with one question to each matrix, in the order of their use, and a pull is `jax.vjp` with one
+question to each transpose, in the reverse order.
+"""
+
+import functools
+import itertools
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, PRNGKeyArray
+
+from gradflow.blocks import AbstractBlock
+from gradflow.ensembles import Distribution
+from gradflow.errors import InputError, check_count
+from gradflow.networks import Network
+from gradflow.norms import unit_rows
+from gradflow.simulation import matrices, samplers
+from gradflow.simulation.matrices import Matrix
+from gradflow.simulation.propagation import scan_blocks
+
+__all__ = [
+    "Jacobian",
+    "LogEstimate",
+    "Product",
+    "draw",
+    "layer_jacobians",
+    "log_frobenius_norm",
+    "log_partial_norms",
+    "log_traces",
+    "sampled_partial_norms",
+]
+
+_matmul = functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
+
+
+class Product(NamedTuple):
+    """What a Jacobian, or its transpose, makes of vectors, and the Jacobian that remembers it."""
+
+    direction: Float[Array, "k sites n"]  # of length 1 over sites and units; 0 where J v = 0
+    log_norm: Float[Array, " k"]  # natural logarithm of the length; -inf where J v = 0
+    jacobian: "Jacobian"
+
+
+class _Layers(eqx.Module):
+    """Equal blocks of one network, linearised: arrays have a leading axis of layers.
+
+    Where layers are held apart, it is a single one, without that axis.
+    """
+
+    block: AbstractBlock  # always without it
+    key: Array
+    signal: Float[Array, "*layers sites n_in"]
+    answers: tuple[Array, ...]  # what each random matrix answered on the way up
+    matrices: tuple[Matrix, ...]
+
+    def parts(self) -> tuple:
+        """Return what differs from layer to layer."""
+        return self.key, self.signal, self.answers, self.matrices
+
+
+class Jacobian(eqx.Module):
+    """∂z^m/∂z^l of one random network, all inputs at once, l < m.
+
+    A tangent or cotangent is an array (sites, n): a change of every input's signal. Several are
+    pushed or pulled together, (k, sites, n).
+    """
+
+    layers: tuple[_Layers, ...]
+    apart: bool = eqx.field(static=True, default=False)
+
+    @property
+    def dtype(self) -> jnp.dtype:
+        """Of signals, tangents and cotangents."""
+        return self.layers[0].signal.dtype
+
+    @property
+    def tangent_shape(self) -> tuple[int, ...]:
+        """(sites, n_l)."""
+        return self.layers[0].signal.shape[-2:]
+
+    @property
+    def cotangent_shape(self) -> tuple[int, ...]:
+        """(sites, n_m)."""
+        last = self.layers[-1]
+        return self.tangent_shape[0], last.block.width_after(last.signal.shape[-1])
+
+    def with_places(self, more: int) -> "Jacobian":
+        """Return it with places for as many tangents, and as many cotangents, more."""
+        each = more * self.tangent_shape[0]
+        return jax.tree.map(
+            lambda leaf: leaf.with_places(each) if isinstance(leaf, Matrix) else leaf,
+            self,
+            is_leaf=lambda leaf: isinstance(leaf, Matrix),
+        )
+
+    def times(self, tangents: Float[Array, "k sites n_in"]) -> Product:
+        """Return J v for each tangent v.
+
+        Raises
+        ------
+        InputError
+            If the shape does not fit, or a matrix has no place left for the answers.
+        """
+        return self._walk("tangents", tangents, self.tangent_shape, _push, reverse=False)
+
+    def transpose_times(self, cotangents: Float[Array, "k sites n_out"]) -> Product:
+        """Return Jᵀ u for each cotangent u.
+
+        Raises
+        ------
+        InputError
+            If the shape does not fit, or a matrix has no place left for the answers.
+        """
+        return self._walk("cotangents", cotangents, self.cotangent_shape, _pull, reverse=True)
+
+    def _walk(
+        self, name: str, vectors: Array, shape: tuple[int, ...], through: Callable, reverse: bool
+    ) -> Product:
+        if vectors.ndim != 3 or vectors.shape[1:] != shape:
+            raise InputError(
+                f"{name} has shape {vectors.shape}; it is (how many, {shape[0]} inputs, "
+                f"{shape[1]} units) for this Jacobian"
+            )
+        vectors = vectors.astype(self.dtype)
+        carry, done = _at_length_one(vectors, jnp.zeros(len(vectors), vectors.dtype)), []
+        for layers in self.layers[::-1] if reverse else self.layers:
+            if self.apart:
+                carry, asked = _through_in_place(through, layers.block, carry, *layers.parts())
+            else:
+                step = functools.partial(_through, through, layers.block)
+                carry, asked = scan_blocks(
+                    lambda carry, parts, step=step: step(carry, *parts),
+                    carry,
+                    layers.parts(),
+                    reverse=reverse,
+                )
+            done.append(eqx.tree_at(lambda one: one.matrices, layers, asked))
+        return Product(*carry, Jacobian(tuple(done[::-1] if reverse else done), self.apart))
+
+
+def _through(
+    through: Callable,
+    block: AbstractBlock,
+    carry: tuple[Array, Array],
+    key: PRNGKeyArray,
+    signal: Array,
+    answers: tuple[Array, ...],
+    asked: tuple[Matrix, ...],
+) -> tuple[tuple[Array, Array], tuple[Matrix, ...]]:
+    """Push or pull vectors through one layer; keep them at length 1 and add to their logarithms."""
+    v, log_norm = carry
+    v, asked = through(functools.partial(_hooked, block, key), signal, answers, asked, v)
+    return _at_length_one(v, log_norm), asked
+
+
+# With the places of the matrices reused for what they come to know.
+_through_in_place = jax.jit(_through, static_argnums=0, donate_argnames="asked")
+
+
+def _at_length_one(v: Array, log_norm: Array) -> tuple[Array, Array]:
+    rows, more = unit_rows(v.reshape(len(v), -1))
+    return rows.reshape(v.shape), log_norm + more
+
+
+def _hooked(
+    block: AbstractBlock, key: PRNGKeyArray, signal: Array, answers: tuple[Array, ...]
+) -> tuple[Array, tuple[Array, ...]]:
+    """Apply the block with these answers of its matrices; return its output and what they got."""
+    given, asked = iter(answers), []
+
+    def multiply(_: PRNGKeyArray, x: Array, *, sigma_w: Any, **law: Any) -> Array:
+        del law
+        asked.append(_scale(sigma_w, x) * x)
+        return next(given)
+
+    return block.apply(signal, multiply, key), tuple(asked)
+
+
+def _scale(sigma_w: Any, x: Array) -> Array:
+    return jnp.asarray(sigma_w, x.dtype) / x.shape[-1] ** 0.5
+
+
+def _ask(matrix: Matrix, x: Array) -> tuple[Array, Matrix]:
+    """Ask one matrix for every site of several vectors, (k, sites, n), jointly."""
+    answer, matrix = matrix.times(x.reshape(-1, x.shape[-1]))
+    return answer.reshape(*x.shape[:-1], -1), matrix
+
+
+def _push(
+    function: Callable, signal: Array, answers: tuple, asked: tuple[Matrix, ...], tangents: Array
+) -> tuple[Array, tuple[Matrix, ...]]:
+    def derivative(tangent: Array, changes: tuple[Array, ...]) -> tuple:
+        return jax.jvp(function, (signal, answers), (tangent, changes))[1]
+
+    changes = [jnp.zeros((len(tangents), *answer.shape), answer.dtype) for answer in answers]
+    remembered: list[Matrix] = []
+    for index, matrix in enumerate(asked):
+        inside = jax.vmap(derivative)(tangents, tuple(changes))[1][index]
+        changes[index], matrix = _ask(matrix, inside)
+        remembered.append(matrix)
+    return jax.vmap(derivative)(tangents, tuple(changes))[0], tuple(remembered)
+
+
+def _pull(
+    function: Callable, signal: Array, answers: tuple, asked: tuple[Matrix, ...], cotangents: Array
+) -> tuple[Array, tuple[Matrix, ...]]:
+    (_, inside), pull = jax.vjp(function, signal, answers)
+    pulled = [jnp.zeros((len(cotangents), *x.shape), x.dtype) for x in inside]
+    remembered: list[Matrix] = []
+    for index in reversed(range(len(asked))):
+        changes = jax.vmap(pull)((cotangents, tuple(pulled)))[1][index]
+        pulled[index], matrix = _ask(asked[index].T, changes)
+        remembered.insert(0, matrix.T)
+    return jax.vmap(pull)((cotangents, tuple(pulled)))[0], tuple(remembered)
+
+
+def draw(
+    network: Network,
+    inputs: Float[Array, "sites n_0"],
+    key: PRNGKeyArray,
+    *,
+    sampler: str = "auto",
+    below: int = 0,
+    above: int | None = None,
+    tangents: int = 1,
+    cotangents: int = 1,
+    apart: bool = False,
+) -> Jacobian:
+    """Draw one random network and linearise it at these inputs.
+
+    A pure function of the key: jit it, vmap it. With ``sampler="dense"`` it is the network that
+    `propagation.propagate` draws from this key, and all its weights are held.
+
+    Parameters
+    ----------
+    network
+        The law of the network.
+    inputs
+        Shape (sites, n_0): where it is linearised, all inputs at once.
+    key
+        The network's key.
+    sampler
+        ``"dense"``, ``"matrix_free"``, or ``"auto"``: matrix_free where the law allows it.
+    below, above
+        The stretch: ∂z^above/∂z^below, with z^0 the input; the whole network without them.
+    tangents, cotangents
+        How many will be pushed up and pulled down, all together; ``matrix_free`` keeps places for
+        their answers, n_in + n_out numbers a layer for each.
+    apart
+        Hold every layer by itself, and put each answer into its place without copying what is
+        there: for layers so wide that this matters, and not inside a traced program. A Jacobian
+        that has been asked is then used up; only the one that came with the answer is left.
+
+    Returns
+    -------
+    Jacobian
+        Use the one that comes with each answer for the next question.
+
+    Raises
+    ------
+    InputError
+        If the sampler cannot draw the weights, there is no such stretch, or the inputs do not fit.
+    """
+    above = network.depth if above is None else above
+    below, above = check_count("below", below, 0), check_count("above", above)
+    if not below < above <= network.depth:
+        raise InputError(
+            f"below is {below} and above is {above}; it takes 0 <= below < above <= "
+            f"{network.depth}, the network's depth"
+        )
+    if inputs.ndim != 2 or inputs.shape[1] != network.input_width:
+        raise InputError(
+            f"inputs has shape {inputs.shape}; it is (inputs, {network.input_width}) for this "
+            "network"
+        )
+    sites = inputs.shape[0]
+    places = (
+        sites * (1 + check_count("tangents", tangents, 0)),
+        sites * check_count("cotangents", cotangents, 0),
+    )
+    make = _Maker(samplers.choose(sampler, network)[0], places)
+    keys = jax.random.split(key, network.depth + 1)[1:]
+    signal, layers, first = inputs, [], 0
+    for stage in network.stages:
+        # Layers below the stretch are walked for their signal alone.
+        for start, stop in _within(first, stage.repeats, below, above, apart):
+            if apart:
+                signal, parts = _linearised_apart(stage.block, make, signal, keys[start])
+            else:
+                linearise = functools.partial(_linearised, stage.block, make)
+                signal, parts = scan_blocks(linearise, signal, keys[start:stop])
+            if start >= below:
+                layers.append(_Layers(stage.block, *parts))
+        first += stage.repeats
+    return Jacobian(tuple(layers), apart)
+
+
+class _Maker(NamedTuple):
+    """How a sampler makes a random matrix: a function that can be told from others."""
+
+    sampler: str
+    places: tuple[int, int] | None
+
+    def __call__(self, *law: Any) -> Matrix:
+        if self.sampler == "dense":
+            return matrices.drawn(*law)
+        return matrices.undecided(*law, places=self.places)
+
+
+def _linearised(
+    block: AbstractBlock, make: _Maker, signal: Array, key: PRNGKeyArray
+) -> tuple[Array, tuple[Array, Array, tuple[Array, ...], tuple[Matrix, ...]]]:
+    """Apply a block; return its output, and its key, input, and matrices with their answers."""
+    answers: list[Array] = []
+    asked: list[Matrix] = []
+
+    def multiply(
+        key: PRNGKeyArray, x: Array, *, sigma_w: Any, width: int, distribution: Distribution
+    ) -> Array:
+        matrix = make(key, (width, x.shape[1]), distribution, x.dtype)
+        answer, matrix = matrix.times(_scale(sigma_w, x) * x)
+        answers.append(answer)
+        asked.append(matrix)
+        return answer
+
+    out = block.apply(signal, multiply, key)
+    return out, (key, signal, tuple(answers), tuple(asked))
+
+
+_linearised_apart = jax.jit(_linearised, static_argnums=1)
+
+
+def _within(first: int, count: int, below: int, above: int, apart: bool) -> list[tuple[int, int]]:
+    """Cut layers first … first + count - 1, numbered from 0, at ``below``; end at ``above``."""
+    last = min(first + count, above)
+    cut = min(max(below, first), last)
+    ends = range(first, last + 1) if apart else (first, cut, last)
+    return [(a, b) for a, b in itertools.pairwise(ends) if a < b]
+
+
+def layer_jacobians(
+    network: Network, x: Float[Array, " n_in"], key: PRNGKeyArray
+) -> list[Float[Array, "..."]]:
+    """Return ∂z^1/∂x, ∂z^2/∂z^1, …, ∂z^L/∂z^{L-1} of the network that this key draws.
+
+    A pure function, of the network that `propagation.propagate` draws with ``sampler="dense"``. All
+    layers' weights are held at once: Σ n_l n_{l-1} numbers.
+
+    Parameters
+    ----------
+    network
+        The law of the network.
+    x
+        Shape (n_0,): where it is linearised.
+    key
+        The network's key.
+
+    Returns
+    -------
+    list
+        One array (n_l, n_{l-1}) for each layer.
+
+    Raises
+    ------
+    InputError
+        If a layer has no Jacobian for one input alone, as under BatchNorm.
+    """
+    if network.mixes_sites:
+        raise InputError(
+            "layer_jacobians is of one input alone, and this network's BatchNorm makes its signal "
+            "depend on a batch; use jacobians.draw, which takes all inputs at once"
+        )
+    jacobian = draw(network, x[None], key, sampler="dense", tangents=0, cotangents=0)
+    found: list[Array] = []
+    for layers in jacobian.layers:
+
+        def rows(parts: tuple, block: AbstractBlock = layers.block) -> Array:
+            key, signal, answers, asked = parts
+            n_out = block.width_after(signal.shape[1])
+            basis = jnp.eye(n_out, dtype=signal.dtype)[:, None]
+            return _pull(functools.partial(_hooked, block, key), signal, answers, asked, basis)[0]
+
+        found += [*jax.lax.map(rows, layers.parts())[:, :, 0]]
+    return found
+
+
+def log_frobenius_norm(jacobian: Jacobian) -> Float[Array, ""]:
+    """Return log ‖J‖_F, exactly: all of its columns are made, n_l tangents.
+
+    Raises
+    ------
+    InputError
+        If the Jacobian was drawn ``matrix_free`` with places for fewer tangents.
+    """
+    sites, n_in = jacobian.tangent_shape
+    basis = jnp.eye(sites * n_in, dtype=jacobian.dtype).reshape(-1, sites, n_in)
+    return jax.nn.logsumexp(2 * jacobian.times(basis).log_norm) / 2
+
+
+class LogEstimate(NamedTuple):
+    """Natural logarithms of a mean over random probes, and of its standard error."""
+
+    log: Float[Array, "..."]
+    log_standard_error: Float[Array, "..."]  # NaN with one probe
+
+    @classmethod
+    def of(cls, logs: Float[Array, "probes ..."]) -> "LogEstimate":
+        """Return the estimate from the logarithms of independent values."""
+        count = logs.shape[0]
+        log = jax.nn.logsumexp(logs, axis=0) - math.log(count)
+        relative = jnp.exp(logs - jnp.where(jnp.isfinite(log), log, 0)[None]) - 1
+        spread = jnp.sqrt(jnp.sum(relative**2, axis=0) / (count * (count - 1) or math.nan))
+        return cls(log, log + jnp.log(spread))
+
+
+def log_traces(
+    jacobian: Jacobian, key: PRNGKeyArray, *, powers: int = 1, probes: int = 16
+) -> LogEstimate:
+    """Estimate log tr (J Jᵀ)^k for k = 1 … powers by Hutchinson's method; ‖J‖_F² is the first.
+
+    With v uniform on the sphere of radius √N in N dimensions, E vᵀ (Jᵀ J)^k v is the trace; it is
+    the squared norm of what k alternating products with J and Jᵀ make of v. For all powers exactly,
+    see `singular_values.LogSingularValues.log_trace`.
+
+    Parameters
+    ----------
+    jacobian
+        Drawn ``matrix_free``, it needs places for ⌈powers/2⌉ probes as tangents and ⌊powers/2⌋ as
+        cotangents.
+    key
+        Of the probes.
+    powers, probes
+        How many, at least 1; without a second probe the standard error is not known.
+
+    Returns
+    -------
+    LogEstimate
+        Arrays of shape (powers,). The error is that of the probes, for this one network.
+    """
+    powers, probes = check_count("powers", powers), check_count("probes", probes)
+    sites, n_in = jacobian.tangent_shape
+    v = jax.random.normal(key, (probes, sites, n_in), jacobian.dtype)
+    v, _ = _at_length_one(v, jnp.zeros(probes, v.dtype))
+    log = jnp.full(probes, math.log(sites * n_in) / 2, v.dtype)
+    logs = []
+    for power in range(powers):
+        apply = jacobian.transpose_times if power % 2 else jacobian.times
+        v, more, jacobian = apply(v)
+        log += more
+        logs.append(2 * log)
+    return LogEstimate.of(jnp.stack(logs, axis=1))
+
+
+def log_partial_norms(factors: list[Float[Array, "..."]]) -> Float[Array, "l m"]:
+    """Return log (1/n_m) ‖∂z^m/∂z^l‖_F² for all pairs of layers, exactly.
+
+    The averaged partial Jacobian norms of Doshi, He & Gromov 2023 (arXiv:2111.12143), here of
+    pre-activations: their mean over networks is the product of χ between l and m at infinite width.
+
+    Parameters
+    ----------
+    factors
+        ∂z^1/∂z^0, ∂z^2/∂z^1, …, of any shapes that fit (`layer_jacobians`).
+
+    Returns
+    -------
+    array
+        Shape (L + 1, L + 1), by l and m, both from 0; 0 where m = l, NaN where m < l.
+    """
+    widths = [factors[0].shape[1], *(factor.shape[0] for factor in factors)]
+    depth, n = len(factors), max(widths)
+    # Padded with zeros, all products have one shape, and their norms are the same.
+    stack = jnp.stack(
+        [jnp.pad(a, ((0, n - a.shape[0]), (0, n - a.shape[1]))) for a in map(jnp.asarray, factors)]
+    )
+    units = jnp.arange(n)[None] < jnp.asarray(widths)[:, None]
+    starts = jnp.eye(n, dtype=stack.dtype)[None] * units[:, :, None].astype(stack.dtype)
+
+    def layer(state: tuple[Array, Array], parts: tuple[Array, Array]) -> tuple[tuple, Array]:
+        products, logs = state
+        factor, m = parts
+        rows, more = unit_rows(_matmul(factor, products).reshape(depth + 1, -1))
+        below = jnp.arange(depth + 1) < m
+        products = jnp.where(below[:, None, None], rows.reshape(products.shape), starts)
+        logs = jnp.where(below, logs + more, 0)
+        return (products, logs), logs
+
+    begin = (starts, jnp.zeros(depth + 1, stack.dtype))
+    _, logs = jax.lax.scan(layer, begin, (stack, jnp.arange(1, depth + 1)))
+    return _by_pair(2 * logs.T - jnp.log(jnp.asarray(widths[1:], stack.dtype))[None], 0.0)
+
+
+def sampled_partial_norms(
+    network: Network,
+    inputs: Float[Array, "sites n_0"],
+    key: PRNGKeyArray,
+    *,
+    probes: int = 1,
+    sampler: str = "auto",
+) -> LogEstimate:
+    """Estimate `log_partial_norms` of one random network, with random tangents from every layer.
+
+    One walk up. With ``matrix_free``, no weights and O(n (L probes)²) operations a layer.
+
+    Parameters
+    ----------
+    network
+        The law of the network.
+    inputs
+        Shape (sites, n_0); the norm is that of all of them at once, over sites · n_m.
+    key
+        The network's key, which the probes are drawn from too.
+    probes
+        Random tangents from each layer, at least 1.
+    sampler
+        ``"dense"``, ``"matrix_free"``, or ``"auto"``.
+
+    Returns
+    -------
+    LogEstimate
+        Arrays of shape (L + 1, L + 1), by l and m; the logarithms are of the mean over probes. The
+        error is that of the probes, for this one network.
+    """
+    probes = check_count("probes", probes)
+    make, sites = _Maker(samplers.choose(sampler, network)[0], None), inputs.shape[0]
+    keys = jax.random.split(key, network.depth + 1)
+    start_keys = jax.random.split(keys[0], network.depth + 1)
+    starts = jnp.arange(network.depth + 1)
+
+    def begun(v: Array, log: Array, layer: Array, key: PRNGKeyArray) -> tuple[Array, Array]:
+        fresh = jax.random.normal(key, (1, *v.shape[1:]), v.dtype)
+        unit, _ = _at_length_one(fresh[0], jnp.zeros(probes, v.dtype))
+        here = starts == layer
+        radius = math.log(sites * v.shape[-1]) / 2
+        return (
+            jnp.where(here[:, None, None, None], unit[None], v),
+            jnp.where(here[:, None], radius, log),
+        )
+
+    def layer(state: tuple, parts: tuple, block: AbstractBlock) -> tuple[tuple, Array]:
+        signal, v, log = state
+        key, start_key, number = parts
+        out, (_, _, answers, asked) = _linearised(block, make, signal, key)
+        function = functools.partial(_hooked, block, key)
+        pushed, _ = _push(function, signal, answers, asked, v.reshape(-1, sites, v.shape[-1]))
+        unit, log = _at_length_one(pushed, log.reshape(-1))
+        width = out.shape[1]
+        unit, log = unit.reshape(*v.shape[:-1], width), log.reshape(v.shape[:2])
+        reached = 2 * log - math.log(sites * width)
+        return (out, *begun(unit, log, number, start_key)), reached
+
+    none = jnp.zeros((network.depth + 1, probes, sites, network.input_width), inputs.dtype)
+    state = (inputs, *begun(none, jnp.full(none.shape[:2], -jnp.inf), starts[0], start_keys[0]))
+    norms, first = [], 1
+    for stage in network.stages:
+        stop = first + stage.repeats
+        parts = (keys[first:stop], start_keys[first:stop], starts[first:stop])
+        state, reached = scan_blocks(functools.partial(layer, block=stage.block), state, parts)
+        norms.append(reached)
+        first = stop
+    found = LogEstimate.of(jnp.concatenate(norms).transpose(2, 1, 0))
+    return LogEstimate(
+        *(_by_pair(one, at) for one, at in zip(found, (0.0, -math.inf), strict=True))
+    )
+
+
+def _by_pair(values: Array, at_coincidence: float) -> Array:
+    """Turn (l, m - 1) into (l, m), with NaN below the diagonal."""
+    values = jnp.concatenate([values[:, :1], values], axis=1)
+    l, m = jnp.indices(values.shape)  # noqa: E741
+    return jnp.where(m > l, values, jnp.where(m == l, at_coincidence, jnp.nan))

@@ -1,0 +1,374 @@
+"""Many random networks: drawn in chunks, measured on the device, averaged on the host.
+
+Network number i has the key ``fold_in(key, i)``, so that a result depends on the seed and on how
+many networks there are, and not on how they were cut into chunks. One compiled program serves every
+chunk, and every network of the same structure whatever its σ_w and σ_b.
+"""
+
+import collections
+import functools
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import xarray
+from jax.typing import ArrayLike
+from jaxtyping import Array, PRNGKeyArray
+
+from gradflow import estimation, statistics
+from gradflow.errors import InputError, check_count
+from gradflow.estimation import Estimate, Histogram
+from gradflow.networks import Network
+from gradflow.simulation import memory, propagation, samplers
+from gradflow.statistics import Statistic
+
+__all__ = ["Progress", "Simulation", "simulate"]
+
+# Called as (networks done, networks in all); the first call, with 0, comes before compilation.
+Progress = Callable[[int, int], None]
+
+# How many values one call hands back, at most.
+_CHUNK_VALUES = 1 << 24
+# How many values a layer's histogram is made of, at most; and from how many networks.
+_HISTOGRAM_VALUES = 1 << 18
+_HISTOGRAM_NETWORKS = 64
+
+
+class Simulation(eqx.Module):
+    """What many random networks of one law did.
+
+    Attributes
+    ----------
+    estimates
+        Each statistic's `Estimate` by its key, every array of shape (layers,).
+    histograms
+        ``preactivation``, ``activation`` and ``gradient``, where they were asked for.
+    samples
+        Per-network values by key, shape (networks, layers), where they were asked for.
+    overflowed, vanished
+        Shape (layers,): in how many networks the signal going up was not finite, or nothing but
+        zeros (a dead network, or an underflow).
+    network, sites, networks, sampler, reason, dtype, seconds, compile_seconds
+        What was simulated, how, and for how long: the walk itself, and compiling it.
+    """
+
+    estimates: dict[str, Estimate]
+    histograms: dict[str, Histogram]
+    samples: dict[str, np.ndarray]
+    overflowed: np.ndarray
+    vanished: np.ndarray
+    network: Network
+    sites: int = eqx.field(static=True)
+    networks: int = eqx.field(static=True)
+    sampler: str = eqx.field(static=True)
+    reason: str = eqx.field(static=True)
+    dtype: str = eqx.field(static=True)
+    seconds: float = eqx.field(static=True)
+    compile_seconds: float = eqx.field(static=True)
+
+    def __getitem__(self, name: str) -> Estimate:
+        """Return a statistic's estimate, by its name or its key."""
+        return self.estimates[name if name in self.estimates else f"log_{name}"]
+
+    def to_xarray(self) -> xarray.Dataset:
+        """Return the labelled estimates: mean, standard deviation and error over networks."""
+        known = statistics.named()
+        found: dict[str, np.ndarray] = {}
+        for key, estimate in self.estimates.items():
+            name = known[key].name
+            found[name] = estimate.value
+            found[f"{name}_standard_deviation"] = estimate.standard_deviation
+            found[f"{name}_standard_error"] = estimate.standard_error
+            found[f"{name}_networks"] = estimate.count
+            if known[key].log:
+                found[key] = estimate.log_value
+                found[f"{key}_standard_error"] = estimate.log_standard_error
+        found |= {"overflowed": self.overflowed, "vanished": self.vanished}
+        dataset = statistics.labelled(
+            xarray.Dataset(
+                {name: ("layer", value) for name, value in found.items()},
+                coords={"layer": statistics.layers(self.network.depth)},
+            )
+        )
+        for name, histogram in self.histograms.items():
+            bins, prefix = f"{name}_bin", f"{name}_histogram"
+            dataset[f"{prefix}_edges"] = (("layer", f"{name}_edge"), histogram.edges)
+            dataset[f"{prefix}_density"] = (("layer", bins), histogram.density)
+            dataset[f"{prefix}_standard_error"] = (("layer", bins), histogram.standard_error)
+            dataset[f"{prefix}_log_unit"] = ("layer", histogram.log_unit)
+        return dataset.assign_attrs(
+            network=self.network.name,
+            widths=list(self.network.widths),
+            networks=self.networks,
+            inputs=self.sites,
+            sampler=self.sampler,
+            sampler_reason=self.reason,
+            dtype=self.dtype,
+            seconds=self.seconds,
+            compile_seconds=self.compile_seconds,
+            jax=jax.__version__,
+            device=jax.devices()[0].device_kind,
+        )
+
+
+def simulate(
+    network: Network,
+    inputs: ArrayLike,
+    *,
+    key: PRNGKeyArray | int = 0,
+    networks: int = 1000,
+    sampler: str = "auto",
+    wanted: Sequence[Statistic] = statistics.ALL,
+    histograms: bool = False,
+    keep_samples: bool = False,
+    block: int | None = None,
+    memory_budget: int | None = None,
+    progress: Progress | None = None,
+) -> Simulation:
+    """Draw many networks, send the inputs up and gradients down, and average the statistics.
+
+    Parameters
+    ----------
+    network
+        The law of the networks.
+    inputs
+        Shape (sites, n_0), the same for every network; their dtype is the simulation's.
+    key
+        A JAX key, or an integer seed.
+    networks
+        How many to draw.
+    sampler
+        ``"dense"``, ``"matrix_free"``, or ``"auto"``: matrix_free where the law allows it and it
+        is the faster one; the choice and the reason for it are in the result.
+    wanted
+        The statistics to measure.
+    histograms
+        Also return histograms of signals and gradients, from the first few of the networks.
+    keep_samples
+        Also return each network's own values.
+    block
+        How many networks one vmap holds; chosen from the device and its free memory without it.
+    memory_budget
+        Bytes to stay within; the device's free memory without it.
+    progress
+        Called with (networks done, networks in all).
+
+    Raises
+    ------
+    InputError
+        If the inputs do not fit the network or are not finite, the sampler cannot draw its weights,
+        a number is not a whole one of at least 1, or not even one network fits into memory.
+    """
+    networks = check_count("networks", networks)
+    inputs = _checked(inputs, network)
+    sites = inputs.shape[0]
+    sampler, reason = samplers.choose(sampler, network, sites)
+    key = jax.random.key(key) if isinstance(key, int) else key
+    itemsize = inputs.dtype.itemsize
+    plan = memory.plan(network, sites, sampler, networks, budget=memory_budget, itemsize=itemsize)
+    block = plan.block if block is None else check_count("block", block)
+    wanted = tuple(s for s in wanted if s.sites <= sites)
+
+    begun = time.perf_counter()
+    if progress:
+        progress(0, networks)
+    chunk = _chunk_size(networks, block, plan.workers, network.depth * (len(wanted) + 2))
+    numbers = network.as_arrays(inputs.dtype)
+    run = _run.lower(
+        numbers,
+        inputs,
+        key,
+        jnp.arange(chunk),
+        sampler,
+        wanted,
+        (plan.keep, plan.checkpoint),
+        block,
+    ).compile(compiler_options=_compiler_options())
+    compiled = time.perf_counter()
+
+    call = functools.partial(run, numbers, inputs, key)
+    parts: dict[str, list[Estimate]] = {s.key: [] for s in wanted}
+    samples: dict[str, list[np.ndarray]] = {s.key: [] for s in wanted}
+    overflowed, vanished = np.zeros((2, network.depth), np.int64)
+    for done, values in _in_order(call, networks, chunk, plan.workers):
+        for statistic in wanted:
+            value = values[statistic.key]
+            parts[statistic.key].append(Estimate.of(value, log=statistic.log))
+            if keep_samples:
+                samples[statistic.key].append(value)
+        overflowed += values[_OVERFLOWED.key].sum(axis=0)
+        vanished += values[_VANISHED.key].sum(axis=0)
+        if progress:
+            progress(done, networks)
+    finished = time.perf_counter()
+
+    return Simulation(
+        estimates={name: estimation.merge(part) for name, part in parts.items()},
+        histograms=_histograms(network, inputs, key, sampler, networks) if histograms else {},
+        samples={name: np.concatenate(s) for name, s in samples.items()} if keep_samples else {},
+        overflowed=overflowed,
+        vanished=vanished,
+        network=network,
+        sites=sites,
+        networks=networks,
+        sampler=sampler,
+        reason=reason,
+        dtype=str(inputs.dtype),
+        seconds=finished - compiled,
+        compile_seconds=compiled - begun,
+    )
+
+
+def _checked(inputs: ArrayLike, network: Network) -> Array:
+    inputs = jnp.asarray(inputs)
+    if inputs.ndim != 2 or inputs.shape[1] != network.input_width or not inputs.shape[0]:
+        raise InputError(
+            f"inputs has shape {inputs.shape}; it is (inputs, {network.input_width}) for this "
+            "network, with at least one input"
+        )
+    if network.mixes_sites and inputs.shape[0] < 2:
+        raise InputError(
+            "inputs has one input, and BatchNorm makes 0 of it; give it a batch, of 4 or more for "
+            "the theory to have an answer"
+        )
+    if not jnp.issubdtype(inputs.dtype, jnp.floating):
+        inputs = inputs.astype(jnp.float32)
+    if not bool(jnp.all(jnp.isfinite(inputs))):
+        raise InputError("inputs has values that are not finite; every one must be a finite number")
+    return inputs
+
+
+def _chunk_size(networks: int, block: int, workers: int, values: int) -> int:
+    """Networks a call: whole blocks, evenly shared, several calls a worker so progress shows.
+
+    No more than what a call hands back of them, ``values`` of each, has room for.
+    """
+    blocks = -(-networks // block)
+    calls = min(blocks, workers * max(1, min(8, blocks // (2 * workers))))
+    most = max(1, _CHUNK_VALUES // (block * values))
+    return block * min(most, -(-blocks // calls))
+
+
+@functools.partial(jax.jit, static_argnames=("sampler", "wanted", "keep", "block"))
+def _run(
+    network: Network,
+    inputs: Array,
+    key: Array,
+    numbers: Array,
+    sampler: str,
+    wanted: tuple[Statistic, ...],
+    keep: tuple[bool, bool],
+    block: int,
+) -> dict[str, Array]:
+    """One chunk: the statistics of networks number ``numbers``, each of shape (chunk, layers)."""
+
+    def one(number: Array) -> dict[str, Array]:
+        return propagation.propagate(
+            network,
+            inputs,
+            jax.random.fold_in(key, number),
+            sampler=sampler,
+            wanted=(*wanted, _OVERFLOWED, _VANISHED),
+            keep=keep[0],
+            checkpoint=keep[1],
+        )
+
+    if len(numbers) == block:
+        return jax.vmap(one)(numbers)
+    return jax.lax.map(one, numbers, batch_size=block)
+
+
+def _compiler_options() -> dict[str, str | bool]:
+    # Without it XLA leaves half of a wide vector unit unused, where there is one: what matters for
+    # random numbers, which are arithmetic and nothing else (a fifth of matrix_free's time).
+    return {"xla_cpu_prefer_vector_width": "512"} if jax.default_backend() == "cpu" else {}
+
+
+# What became of a layer's signal, measured like a statistic but never reported as one.
+_OVERFLOWED = Statistic(
+    "overflowed",
+    "signal is not finite",
+    measure=lambda s: ~jnp.all(jnp.isfinite(s.preactivation)),
+    predict=lambda _: jnp.zeros(()),
+)
+_VANISHED = Statistic(
+    "vanished",
+    "signal is zero",
+    measure=lambda s: jnp.all(s.preactivation == 0),
+    predict=lambda _: jnp.zeros(()),
+)
+
+
+def _in_order(
+    call: Callable, networks: int, chunk: int, workers: int
+) -> Iterator[tuple[int, dict[str, np.ndarray]]]:
+    """Run the chunks, several at a time, and hand on their values in order, on the host."""
+
+    def fetch(first: int) -> dict[str, np.ndarray]:
+        return jax.device_get(call(first + jnp.arange(chunk)))
+
+    with ThreadPoolExecutor(workers) as pool:
+        waiting: collections.deque[tuple[int, Future]] = collections.deque()
+        starts = iter(range(0, networks, chunk))
+        try:
+            while True:
+                for first in starts:
+                    waiting.append((first, pool.submit(fetch, first)))
+                    if len(waiting) > workers:
+                        break
+                if not waiting:
+                    return
+                first, future = waiting.popleft()
+                # The last chunk is padded with networks that nobody asked for.
+                count = min(chunk, networks - first)
+                yield first + count, {k: v[:count] for k, v in future.result().items()}
+        finally:
+            for _, future in waiting:
+                future.cancel()
+
+
+@functools.partial(jax.jit, static_argnames="sampler")
+def _draw_signals(
+    network: Network, inputs: Array, key: Array, numbers: Array, sampler: str
+) -> propagation.Signals:
+    """Every signal of networks number ``numbers``, each array with a leading axis of networks."""
+    return jax.lax.map(
+        lambda i: propagation.signals(network, inputs, jax.random.fold_in(key, i), sampler=sampler),
+        numbers,
+    )
+
+
+def _histograms(
+    network: Network, inputs: Array, key: Array, sampler: str, networks: int
+) -> dict[str, Histogram]:
+    """Histograms from the first networks: as many as give each layer enough values."""
+    sites, widest = inputs.shape[0], max(network.widths)
+    count = min(networks, _HISTOGRAM_NETWORKS, math.ceil(_HISTOGRAM_VALUES / (sites * widest)))
+
+    numbers = network.as_arrays(inputs.dtype)
+    drawn = jax.device_get(_draw_signals(numbers, inputs, key, jnp.arange(count), sampler))
+    layers = [
+        (stage, layer) for stage, z in enumerate(drawn.preactivation) for layer in range(z.shape[1])
+    ]
+
+    def every(stages: list[np.ndarray]) -> list[np.ndarray]:
+        return [stages[stage][:, layer] for stage, layer in layers]
+
+    z, log_scale = every(drawn.preactivation), every(drawn.log_scale)
+    delta, log_norm = every(drawn.gradient), every(drawn.log_gradient_norm)
+    with np.errstate(over="ignore"):
+        true_z = [
+            value * np.exp(scale)[..., None] for value, scale in zip(z, log_scale, strict=True)
+        ]
+    h = [np.asarray(network.activation(jnp.asarray(value))) for value in true_z]
+    zero = [np.zeros_like(scale) for scale in log_scale]
+    return {
+        "preactivation": estimation.histogram(z, log_scale),
+        "activation": estimation.histogram(h, zero),
+        "gradient": estimation.histogram(delta, log_norm),
+    }

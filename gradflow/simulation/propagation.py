@@ -1,0 +1,391 @@
+"""One random network, forward and backward, and its statistics at every layer.
+
+The way up is a scan over each stage's equal blocks that keeps what enters them; the way down is the
+reverse scan, which linearises one block at a time with `jax.vjp`. Where memory does not hold what
+enters every block, only what enters every √L-th is kept, and a stretch in between is walked up
+again before it is walked down. Nothing leaves a float's range on
+the way down: the gradient of each input is kept as a unit vector and the logarithm of its norm. The
+way up is kept likewise where the network is positively homogeneous and the scale therefore free.
+
+The gradient starts at the top as δ^L ~ N(0, I), independent for each input: it is that of
+C = u · z^L with a random u, so that nothing is assumed of a cost.
+"""
+
+import functools
+import itertools
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, PRNGKeyArray
+
+from gradflow import statistics
+from gradflow.blocks import AbstractBlock
+from gradflow.networks import Network, Stage
+from gradflow.norms import unit_rows
+from gradflow.simulation.samplers import SAMPLERS, Sampler
+from gradflow.statistics import BackwardSample, ForwardSample, Statistic
+
+__all__ = ["Signals", "kept_signals", "propagate", "scan_blocks", "signals"]
+
+
+class Signals(NamedTuple):
+    """Every unit's signals in one random network, for histograms: true ones are exp(log) times.
+
+    Attributes
+    ----------
+    preactivation
+        One array (layers, sites, width) for each stage.
+    log_scale
+        One array (layers, sites) for each stage, of the pre-activations.
+    gradient
+        ∂C/∂z, one array (layers, sites, width) for each stage; each row of unit norm.
+    log_gradient_norm
+        One array (layers, sites) for each stage.
+    """
+
+    preactivation: list[Array]
+    log_scale: list[Array]
+    gradient: list[Array]
+    log_gradient_norm: list[Array]
+
+
+def propagate(
+    network: Network,
+    inputs: Float[Array, "sites n_in"],
+    key: PRNGKeyArray,
+    *,
+    sampler: str = "dense",
+    wanted: Sequence[Statistic] = statistics.ALL,
+    keep: bool = False,
+    checkpoint: bool = False,
+) -> dict[str, Float[Array, " layers"]]:
+    """Draw one network and return its statistics at every layer.
+
+    A pure function: jit it, vmap it over keys, inputs, or the network's σ_w and σ_b.
+
+    Parameters
+    ----------
+    network
+        The law of the network.
+    inputs
+        Shape (sites, n_0): the batch, all of it sent through the same weights.
+    key
+        The network's key.
+    sampler
+        ``"dense"`` or ``"matrix_free"``; see `gradflow.simulation.samplers`.
+    wanted
+        The statistics to measure; those that need more inputs than there are, are left out.
+    keep
+        Keep each layer's linearisation on the way up, instead of making it again on the way down:
+        faster with ``matrix_free``, more memory, the same numbers.
+    checkpoint
+        Keep what enters every √L-th layer, and walk up twice: the memory of 2√L layers' signals
+        instead of L, a third more time, the same numbers. Without ``keep``.
+
+    Returns
+    -------
+    dict
+        Each statistic by its key, shape (layers,), the same as `theory.mean_field.predict` returns.
+        ``chi`` is NaN at the top layer. A signal that leaves the float's range makes its
+        statistics infinite or NaN from that layer on.
+    """
+    wanted = [s for s in wanted if s.sites <= inputs.shape[0]]
+    policy = _Keep(linearisations=keep, signals=not checkpoint)
+    return _walk(network, inputs, key, SAMPLERS[sampler], wanted, policy)[0]
+
+
+def signals(
+    network: Network,
+    inputs: Float[Array, "sites n_in"],
+    key: PRNGKeyArray,
+    *,
+    sampler: str = "dense",
+) -> Signals:
+    """Draw the network that `propagate` draws from this key, and return its units' signals."""
+    collected = _walk(network, inputs, key, SAMPLERS[sampler], (), _Keep(), collect=True)[1]
+    (z, log_scale), (gradient, log_norm) = (zip(*side, strict=True) for side in collected)
+    return Signals(list(z), list(log_scale), list(gradient), list(log_norm))
+
+
+class _Keep(NamedTuple):
+    """What is kept on the way up for the way down."""
+
+    linearisations: bool = False
+    signals: bool = True  # of every layer
+
+
+def _walk(
+    network: Network,
+    inputs: Array,
+    key: PRNGKeyArray,
+    sampler: Sampler,
+    wanted: Sequence[Statistic],
+    keep: _Keep,
+    *,
+    collect: bool = False,
+) -> tuple[dict[str, Array], tuple[list, list]]:
+    """Walk up and down; return the statistics and, if asked, every stage's signals both ways."""
+    forward = [s for s in wanted if not s.backward]
+    backward = [s for s in wanted if s.backward]
+    sites = inputs.shape[0]
+    keys = jax.random.split(key, network.depth + 1)
+    top_key, layer_keys = keys[0], keys[1:]
+    max_slope = network.activation.max_slope
+
+    def measure(signal: Array, log_scale: Array) -> list[Array]:
+        sample = ForwardSample(
+            preactivation=signal,
+            activation=network.activation(signal),
+            slope=network.activation.derivative(signal),
+            log_scale=log_scale,
+            max_slope=max_slope,
+        )
+        return [s.measure(sample) for s in forward]
+
+    values: dict[str, list[Array]] = {s.key: [] for s in wanted}
+    state = (inputs, jnp.zeros(sites, inputs.dtype))
+    kept, ups, first = [], [], 0
+    for stage, stretch in _stretches(network, keep):
+        up = functools.partial(
+            _up,
+            functools.partial(_linearise, stage.block, sampler),
+            rescale=network.homogeneous,
+            keep=keep.linearisations,
+            collect=collect,
+        )
+        state, (stage_kept, stage_up, measured) = _through_stretches(
+            functools.partial(up, measure=measure),
+            functools.partial(up, measure=lambda *_: []),
+            state,
+            layer_keys[first : first + stage.repeats],
+            stretch,
+        )
+        first += stage.repeats
+        kept.append(stage_kept)
+        ups.append(stage_up)
+        _append(values, forward, measured)
+
+    delta = jax.random.normal(top_key, state[0].shape, inputs.dtype)
+    delta, log_norm = _at_unit_scale(delta, network.mixes_sites)
+    carry = (delta, (log_norm, jnp.zeros_like(log_norm)), jnp.full_like(log_norm, jnp.nan))
+    downs: list[Any] = []
+    pieces = _stretches(network, keep)
+    widths = [network.input_width]
+    for stage, _ in pieces:
+        widths.append(stage.block.width_after(widths[-1]))
+    ends = itertools.pairwise(widths)
+    for (stage, _), kept_below, (fan_in, width) in reversed(
+        list(zip(pieces, kept, ends, strict=True))
+    ):
+        linear = functools.partial(_linearise, stage.block, sampler)
+        sizes = (fan_in, width, sum(n * m for n, m in stage.block.shapes(fan_in)))
+        step = functools.partial(_down, linear, backward, collect, network.mixes_sites, sizes)
+        if isinstance(kept_below, _Walked):
+            carry, (down, measured) = kept_below.down(step, carry)
+        else:
+            carry, (down, measured) = scan_blocks(step, carry, kept_below, reverse=True)
+        downs.insert(0, down)
+        _append(values, backward, measured, at_front=True)
+
+    return {name: jnp.concatenate(value) for name, value in values.items()}, (ups, downs)
+
+
+def kept_signals(layers: int) -> tuple[int, int, int]:
+    """Return how equal layers are cut for checkpoints: stretches, layers in each, layers left."""
+    stretch = math.isqrt(layers)
+    return layers // stretch, stretch, layers % stretch
+
+
+def _stretches(network: Network, keep: _Keep) -> list[tuple[Stage, int]]:
+    """Return the stages, each with the length of the stretches it is walked in again, or 1.
+
+    A stage that is no whole number of stretches is cut in two.
+    """
+    pieces = []
+    for stage in network.stages:
+        _, stretch, rest = (0, 1, 0) if keep.signals else kept_signals(stage.repeats)
+        pieces.append((Stage(stage.block, stage.repeats - rest), stretch))
+        if rest:
+            pieces.append((Stage(stage.block, rest), 1))
+    return pieces
+
+
+class _Walked(NamedTuple):
+    """A stage of which only what enters each stretch is kept, and how to walk up one again."""
+
+    again: Callable
+    entering: Any
+    keys: Array  # (stretches, layers in each)
+
+    def down(self, step: Callable, carry: Any) -> tuple[Any, Any]:
+        """Walk down, one stretch after the other, each after it was walked up again."""
+
+        def stretch(carry: Any, parts: tuple[Any, Array]) -> tuple[Any, Any]:
+            _, (kept, _, _) = jax.lax.scan(self.again, *parts)
+            return jax.lax.scan(step, carry, kept, reverse=True)
+
+        parts = (self.entering, self.keys)
+        carry, out = jax.lax.scan(stretch, carry, parts, reverse=True)
+        return carry, _joined(out)
+
+
+def _through_stretches(
+    up: Callable, again: Callable, state: Any, keys: Array, stretch: int
+) -> tuple[Any, tuple[Any, Any, Any]]:
+    """Scan a stage on the way up; keep what its blocks, or its stretches of blocks, need."""
+    if stretch == 1:
+        return scan_blocks(up, state, keys)
+    keys = keys.reshape(-1, stretch)
+
+    def through(state: Any, keys: Array) -> tuple[Any, Any]:
+        last, (_, _, measured) = jax.lax.scan(up, state, keys)
+        return last, (state, measured)
+
+    # A first layer, which changes the signal's shape, is a stage of its own.
+    state, (entering, measured) = jax.lax.scan(through, state, keys)
+    return state, (_Walked(again, entering, keys), None, _joined(measured))
+
+
+def _joined(stacked: Any) -> Any:
+    """Make one axis of layers out of those of stretches and of layers in them."""
+    return jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), stacked)
+
+
+def scan_blocks(step: Callable, carry: Any, xs: Any, reverse: bool = False) -> tuple[Any, Any]:
+    """`jax.lax.scan`, but a single step may change the carry's shape, as a first layer does."""
+    if jax.tree.leaves(xs)[0].shape[0] > 1:
+        return jax.lax.scan(step, carry, xs, reverse=reverse)
+    carry, y = step(carry, jax.tree.map(lambda leaf: leaf[0], xs))
+    return carry, jax.tree.map(lambda leaf: leaf[None], y)
+
+
+def _append(
+    values: dict[str, list[Array]],
+    measured_by: Sequence[Statistic],
+    measured: Sequence[Array],
+    at_front: bool = False,
+) -> None:
+    for statistic, value in zip(measured_by, measured, strict=True):
+        values[statistic.key].insert(0 if at_front else len(values[statistic.key]), value)
+
+
+def _linearise(
+    block: AbstractBlock,
+    sampler: Sampler,
+    key: PRNGKeyArray,
+    signal: Float[Array, "sites n_in"],
+) -> tuple[Float[Array, "sites n_out"], Callable[[Array], tuple[Array, Array]]]:
+    """Apply the block with the weights of this key; return the result and its pull-back.
+
+    The pull-back takes ∂C/∂z^l to ∂C/∂z^{l-1} and to the (sites, sites) array whose sum is the
+    squared norm of the weight gradient, summed over the block's weights.
+    """
+    sites = signal.shape[0]
+
+    def apply(signal: Array, taps: Array) -> Array:
+        remaining = iter(taps)
+
+        def multiply(weights_key: PRNGKeyArray, x: Array, **law: Any) -> Array:
+            return sampler(weights_key, x, next(remaining), **law)
+
+        return block.apply(signal, multiply, key)
+
+    taps = jnp.zeros((block.n_weights, sites, sites), signal.dtype)
+    out, pull = jax.vjp(apply, signal, taps)
+    return out, jax.tree_util.Partial(_summed_taps, pull)
+
+
+def _summed_taps(pull: Callable, delta: Array) -> tuple[Array, Array]:
+    below, taps = pull(delta)
+    return below, taps.sum(axis=0)
+
+
+def _up(
+    linear: Callable,
+    state: tuple[Array, Array],
+    key: PRNGKeyArray,
+    *,
+    measure: Callable,
+    rescale: bool,
+    keep: bool,
+    collect: bool,
+) -> tuple[tuple[Array, Array], tuple]:
+    """One block on the way up. Keeps its pull-back, or what it takes to make that again."""
+    signal, log_scale = state
+    out, pull = linear(key, signal)
+    kept = (key, pull if keep else signal, log_scale)
+    if rescale:
+        rows, log_norm = unit_rows(out)
+        root = out.shape[1] ** 0.5
+        out, log_scale = root * rows, log_scale + log_norm - math.log(root)
+    state = (out, log_scale)
+    return state, (kept, state if collect else None, measure(out, log_scale))
+
+
+def _down(
+    linear: Callable,
+    wanted: Sequence[Statistic],
+    collect: bool,
+    mixes: bool,
+    sizes: tuple[int, int, int],
+    carry: tuple[Array, tuple[Array, Array], Array],
+    kept: tuple[Array, Any, Array],
+) -> tuple[tuple[Array, tuple[Array, Array], Array], tuple]:
+    """One block on the way down, from its output's gradient to its input's."""
+    delta, log_norm_pair, log_ratio = carry
+    key, saved, log_scale = kept
+    fan_in, width, weights = sizes
+    pull = saved if callable(saved) else linear(key, saved)[1]
+    below, tap = pull(delta)
+
+    log_scale_down = log_norm_pair[0]
+    unit, log_row = unit_rows(delta) if mixes else (delta, jnp.zeros_like(log_scale_down))
+    log_norm = log_scale_down + log_row
+    sample = BackwardSample(
+        log_norm=log_norm,
+        log_ratio=log_ratio,
+        log_weight_norm=_log_weight_norm(tap, log_scale_down + log_scale),
+        width=width,
+        weights=weights,
+    )
+    below, log_step = _at_unit_scale(below, mixes)
+    log_row_below = unit_rows(below)[1] if mixes else 0
+    log_width_ratio = jnp.log(jnp.asarray(width / fan_in, delta.dtype))
+    log_ratio = 2 * (log_step + log_row_below - log_row) + log_width_ratio
+    carry = (below, _add(log_norm_pair, log_step), log_ratio)
+    collected = (unit, log_norm) if collect else None
+    return carry, (collected, [s.measure(sample) for s in wanted])
+
+
+def _at_unit_scale(delta: Array, mixes: bool) -> tuple[Array, Array]:
+    """Return gradients at a scale of 1, and the logarithm, (sites,), of what they are divided by.
+
+    Each site has its own; where sites mix there must be one for all of them.
+    """
+    if not mixes:
+        return unit_rows(delta)
+    unit, log = unit_rows(delta.reshape(1, -1))
+    return unit.reshape(delta.shape), jnp.broadcast_to(log, delta.shape[:1])
+
+
+def _add(total: tuple[Array, Array], term: Array) -> tuple[Array, Array]:
+    """Add with the rounding error carried along (Knuth's two-sum): 10 000 logs lose nothing."""
+    high, low = total
+    term = low + term
+    new = high + term
+    part = new - high
+    error = (high - (new - part)) + (term - part)
+    return new, jnp.where(jnp.isfinite(new), error, 0)
+
+
+def _log_weight_norm(tap: Array, log_length: Array) -> Array:
+    """Return log ‖Σ_a δ_a x_aᵀ‖_F / sites from the unit rows' Gram products and their logs."""
+    largest = jnp.max(log_length)
+    finite = jnp.where(jnp.isfinite(largest), largest, 0)
+    weight = jnp.exp(log_length - finite)
+    square = jnp.sum(tap * jnp.outer(weight, weight))
+    # Rounding can leave a sum of cancelling terms a hair below zero.
+    return jnp.log(jnp.maximum(square, 0)) / 2 + finite - jnp.log(float(tap.shape[0]))

@@ -1,0 +1,321 @@
+"""Statistics: what is reported for each layer, how it is measured and how it is predicted.
+
+One `Statistic` pairs the measurement in a random network with the prediction at infinite width, so
+that comparing the two is subtraction, and gives both one name and one axis label. To add one, write
+one assignment in this file.
+
+A quantity that is positive by nature and may leave the range of a float (a gradient's variance at
+depth 1000) is carried as its natural logarithm from start to end, under the name ``log_<name>``.
+All are averaged over the sites (the inputs of the batch); over units first, where there are units.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import xarray
+from jaxtyping import Array, Bool, Float
+
+from gradflow import gaussian
+from gradflow.activations import Activation
+from gradflow.norms import unit_rows
+
+__all__ = ["ALL", "SATURATION_THRESHOLD", "BackwardLaw", "BackwardSample", "ForwardLaw"]
+__all__ += ["ForwardSample", "Prediction", "Statistic", "named"]
+
+# A unit counts as saturated when its slope is below this fraction of the activation's largest
+# slope. For the logistic that is an output below 0.01 or above 0.99: σ' < 0.01 · 0.99.
+SATURATION_THRESHOLD = 4 * 0.01 * 0.99
+
+
+class ForwardSample(eqx.Module):
+    """One layer of one random network, on the way up; true signals are exp(log_scale) times."""
+
+    preactivation: Float[Array, "sites n"]
+    activation: Float[Array, "sites n"]
+    slope: Float[Array, "sites n"]
+    log_scale: Float[Array, " sites"]
+    max_slope: float = eqx.field(static=True)
+
+
+class ForwardLaw(eqx.Module):
+    """One layer at infinite width, on the way up.
+
+    Attributes
+    ----------
+    covariance, mean
+        Second moments and means over units of what the layer hands on.
+    gaussian
+        Whether it is known to be Gaussian over units; otherwise averages of φ of it are NaN.
+    """
+
+    covariance: Float[Array, "*layers sites sites"]
+    mean: Float[Array, "*layers sites"]
+    gaussian: Bool[Array, "*layers"]
+    activation: Activation = eqx.field(static=True)
+
+
+class BackwardSample(eqx.Module):
+    """The gradient δ = ∂C/∂z at one layer of one random network, per input, as logs.
+
+    ``log_ratio`` is log (‖δ^l‖²/n_l) - log (‖δ^{l+1}‖²/n_{l+1}); NaN at the top layer.
+    ``log_weight_norm`` is log ‖∂C/∂W‖_F of the layer's ``weights``, all matrices together, C the
+    mean cost over the inputs.
+    """
+
+    log_norm: Float[Array, " sites"]
+    log_ratio: Float[Array, " sites"]
+    log_weight_norm: Float[Array, ""]
+    width: int = eqx.field(static=True)
+    weights: int = eqx.field(static=True)
+
+
+class BackwardLaw(eqx.Module):
+    """The gradient at one layer at infinite width, per input, as logs.
+
+    ``log_variance`` is of one component of δ; ``log_ratio`` is log χ, NaN at the top layer.
+    """
+
+    log_variance: Float[Array, "*layers sites"]
+    log_ratio: Float[Array, "*layers sites"]
+    log_weight_variance: Float[Array, "*layers"]
+    width: Float[Array, "*layers"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Statistic:
+    """A quantity per layer: its name, axis label, and two readings.
+
+    Attributes
+    ----------
+    name
+        The field's name for it, the same in theory, simulation and files.
+    label
+        Axis label, with its unit where it has one.
+    measure, predict
+        From a sample of one layer, and from its law, to a scalar (a logarithm if ``log``).
+    backward
+        Whether it is read on the way down.
+    log
+        Whether it is carried as its natural logarithm.
+    sites
+        How many inputs it needs.
+    fraction
+        Whether it is a fraction of units, whose standard error has a binomial floor.
+    """
+
+    name: str
+    label: str
+    measure: Callable[..., Array]
+    predict: Callable[..., Array]
+    backward: bool = False
+    log: bool = False
+    sites: int = 1
+    fraction: bool = False
+
+    @property
+    def key(self) -> str:
+        """Its name in a result of `propagate` or `predict`: with ``log_`` where it is a log."""
+        return f"log_{self.name}" if self.log else self.name
+
+    @property
+    def logarithmic(self) -> bool:
+        """Whether what is carried is a natural logarithm, by choice or by definition."""
+        return self.log or self.name.startswith("log_")
+
+
+def _log_mean_exp(x: Float[Array, " sites"]) -> Array:
+    return jax.nn.logsumexp(x) - jnp.log(jnp.asarray(x.shape[0], x.dtype))
+
+
+def _log_mean_square(x: Float[Array, "sites n"], log_scale: Float[Array, " sites"]) -> Array:
+    _, log_norm = unit_rows(x)
+    return _log_mean_exp(2 * (log_norm + log_scale)) - math.log(x.shape[1])
+
+
+def _log_variance(x: Float[Array, "sites n"], log_scale: Float[Array, " sites"]) -> Array:
+    rows, log_norm = unit_rows(x)
+    return _log_mean_exp(jnp.log(jnp.var(rows, axis=1)) + 2 * (log_norm + log_scale))
+
+
+def _mean(x: Float[Array, "sites n"], log_scale: Float[Array, " sites"]) -> Array:
+    return jnp.mean(jnp.mean(x, axis=1) * jnp.exp(log_scale))
+
+
+def _correlation(gram: Float[Array, "sites sites"]) -> Array:
+    """Mean over the pairs of inputs of k_ab / √(k_aa k_bb)."""
+    a, b = jnp.triu_indices(gram.shape[0], 1)
+    length = jnp.sqrt(jnp.diagonal(gram))
+    return jnp.mean(gram[a, b] / (length[a] * length[b]))
+
+
+def _mean_cosine(x: Float[Array, "sites n"]) -> Array:
+    """Return the mean over the pairs of rows of their cosine, |Σ_a u_a|² without its diagonal.
+
+    Of unit rows u_a: sites · n operations, where all pairs would take sites times as many.
+    """
+    rows, _ = unit_rows(x)
+    sites = rows.shape[0]
+    pairs = jnp.sum(jnp.square(jnp.sum(rows, axis=0))) - jnp.sum(jnp.square(rows))
+    return pairs / (sites * (sites - 1))
+
+
+def _over_sites(f: Callable[[Array], Array], law: ForwardLaw) -> Array:
+    """Return what f(q) is on average over Gaussian pre-activations of variance q, of each site."""
+    found = jax.vmap(f)(jnp.diagonal(law.covariance))
+    return jnp.where(law.gaussian, found, jnp.nan)
+
+
+def _moment(law: ForwardLaw, name: str) -> Array:
+    return _over_sites(lambda q: gaussian.moment(law.activation, name, q), law)
+
+
+q = Statistic(
+    "q",
+    "second moment of pre-activations q",
+    measure=lambda s: _log_mean_square(s.preactivation, s.log_scale),
+    predict=lambda law: _log_mean_exp(jnp.log(jnp.diagonal(law.covariance))),
+    log=True,
+)
+preactivation_mean = Statistic(
+    "preactivation_mean",
+    "mean of pre-activations",
+    measure=lambda s: _mean(s.preactivation, s.log_scale),
+    predict=lambda law: jnp.mean(law.mean),
+)
+preactivation_variance = Statistic(
+    "preactivation_variance",
+    "variance of pre-activations over units",
+    measure=lambda s: _log_variance(s.preactivation, s.log_scale),
+    predict=lambda law: _log_mean_exp(jnp.log(jnp.diagonal(law.covariance) - law.mean**2)),
+    log=True,
+)
+activation_mean = Statistic(
+    "activation_mean",
+    "mean of activations",
+    measure=lambda s: _mean(s.activation, s.log_scale),
+    predict=lambda law: jnp.mean(_moment(law, "phi")),
+)
+activation_variance = Statistic(
+    "activation_variance",
+    "variance of activations over units",
+    measure=lambda s: _log_variance(s.activation, s.log_scale),
+    predict=lambda law: _log_mean_exp(
+        jnp.log(_over_sites(lambda v: gaussian.variance(law.activation, v), law))
+    ),
+    log=True,
+)
+saturation = Statistic(
+    "saturation",
+    f"fraction of units with |φ'| < {SATURATION_THRESHOLD:.3g} max|φ'|",
+    measure=lambda s: jnp.mean(jnp.abs(s.slope) < SATURATION_THRESHOLD * s.max_slope),
+    predict=lambda law: jnp.mean(
+        _over_sites(lambda v: gaussian.saturation(law.activation, v, SATURATION_THRESHOLD), law)
+    ),
+    fraction=True,
+)
+correlation = Statistic(
+    "correlation",
+    "correlation c of two inputs' pre-activations",
+    measure=lambda s: _mean_cosine(s.preactivation),
+    predict=lambda law: _correlation(law.covariance),
+    sites=2,
+)
+chi = Statistic(
+    "chi",
+    "χ, factor of the mean squared gradient going down one layer",
+    measure=lambda s: jnp.mean(jnp.exp(s.log_ratio)),
+    predict=lambda law: jnp.mean(jnp.exp(law.log_ratio)),
+    backward=True,
+)
+gradient_variance = Statistic(
+    "gradient_variance",
+    "mean square of ∂C/∂z over units",
+    measure=lambda s: _log_mean_exp(2 * s.log_norm) - jnp.log(float(s.width)),
+    predict=lambda law: _log_mean_exp(law.log_variance),
+    backward=True,
+    log=True,
+)
+log_gradient_norm = Statistic(
+    "log_gradient_norm",
+    "log ‖∂C/∂z‖, natural logarithm",
+    measure=lambda s: jnp.mean(s.log_norm),
+    predict=lambda law: jnp.mean(law.log_variance + jnp.log(law.width)) / 2,
+    backward=True,
+)
+weight_gradient_variance = Statistic(
+    "weight_gradient_variance",
+    "mean square of ∂C/∂W over weights",
+    measure=lambda s: 2 * s.log_weight_norm - (math.log(s.weights) if s.weights else math.nan),
+    predict=lambda law: law.log_weight_variance,
+    backward=True,
+    log=True,
+)
+
+ALL = tuple(value for value in list(vars().values()) if isinstance(value, Statistic))
+
+
+class Prediction(eqx.Module):
+    """Theory's value of each statistic at each layer: a pytree of arrays of shape (layers,).
+
+    Attributes
+    ----------
+    values
+        By key: positive quantities as natural logarithms, under ``log_<name>``.
+    """
+
+    values: dict[str, Array | np.ndarray]
+
+    def __getitem__(self, name: str) -> Array | np.ndarray:
+        """Return a statistic by its key, or by its name: then in its own unit, no logarithm."""
+        if name in self.values:
+            return self.values[name]
+        return _exp(self.values[f"log_{name}"])
+
+    def to_xarray(self) -> xarray.Dataset:
+        """Return the labelled values: every quantity by name and, where it has one, its log."""
+        return labelled(
+            xarray.Dataset(
+                {name: ("layer", np.asarray(v)) for name, v in with_names(self.values).items()},
+                coords={"layer": layers(len(next(iter(self.values.values()))))},
+            )
+        )
+
+
+def layers(depth: int) -> np.ndarray:
+    """Return the layer numbers 1 … depth."""
+    return np.arange(1, depth + 1)
+
+
+def with_names(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return values by key, and with each log key the quantity itself by its name."""
+    logs = {s.name: _exp(np.asarray(values[s.key])) for s in ALL if s.log and s.key in values}
+    return {**logs, **values}
+
+
+def _exp(x: Array | np.ndarray) -> Array | np.ndarray:
+    """Return exp(x), of NumPy's float64 as float64, whatever JAX's x64 setting."""
+    if not isinstance(x, np.ndarray):
+        return jnp.exp(x)
+    with np.errstate(over="ignore"):
+        return np.asarray(np.exp(x))
+
+
+def labelled(dataset: xarray.Dataset) -> xarray.Dataset:
+    """Give every variable that is named after a statistic its label."""
+    for statistic in ALL:
+        if statistic.name in dataset:
+            dataset[statistic.name].attrs["long_name"] = statistic.label
+        if statistic.log and statistic.key in dataset:
+            dataset[statistic.key].attrs["long_name"] = f"natural logarithm of {statistic.label}"
+    return dataset
+
+
+def named() -> dict[str, Statistic]:
+    """Return every statistic by its key in results."""
+    return {statistic.key: statistic for statistic in ALL}

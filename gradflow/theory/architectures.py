@@ -1,0 +1,253 @@
+"""Architectures: depth laws of residual, normalised and dropout networks, without a simulation.
+
+`walk` follows one input through equal blocks of any kind: what residual networks grow to, and what
+each block does to the gradient. `batch_norm_chi` and `dropout` are where deep networks settle.
+
+==========================  ======================================================================
+form                        block
+==========================  ======================================================================
+z + α(W φ(z) + b)           ``Residual(Dense(φ, n, σ_w, σ_b), α)``
+x + α(W φ(LN(x)) + b)       ``Residual(Chain((LayerNorm(), Dense(φ, n, σ_w, σ_b))), α)``
+LN(x + α(W φ(x) + b))       ``Chain((Residual(Dense(φ, n, σ_w, σ_b), α), LayerNorm()))``
+x + α φ(W x + b)            ``Residual(Chain((Linear(n, σ_w, σ_b), Activate(φ))), α)``
+x + α(V φ(W x + b) + a)     ``Residual(Chain((Linear(m, σ_w, σ_b), Dense(φ, n, σ_v, σ_a))), α)``
+W φ(LN(z)) + b              ``Chain((LayerNorm(), Activate(φ), Linear(n, σ_w, σ_b)))``
+==========================  ======================================================================
+"""
+
+import functools
+import math
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, ArrayLike, Float, Int
+
+from gradflow import activations, batch, gaussian
+from gradflow.activations import Activation
+from gradflow.blocks import AbstractBlock
+from gradflow.errors import InputError, check_count, check_scale, is_traced
+from gradflow.gram import Gram
+from gradflow.theory import fixed_points, mean_field
+
+__all__ = ["DropoutAnalysis", "Walk", "batch_norm_chi", "critical_dropout", "dropout", "walk"]
+
+# Newton steps within a bracket, which bisection would need for a float64.
+_STEPS = 60
+
+
+class Walk(NamedTuple):
+    """One input's way through equal blocks."""
+
+    q: Float[Array, " blocks"]  # second moment after each block
+    chi: Float[Array, " blocks"]  # by which each block multiplies mean squared gradients
+    log_gradient_gain: Float[Array, " blocks"]  # of blocks 1 to l: log of the product of χ
+
+
+def walk(block: AbstractBlock, q0: ArrayLike, depth: int) -> Walk:
+    """Return the second moment and the gradient's gain after 1 … ``depth`` equal blocks.
+
+    A pure function: jit it, vmap it over the block's scales.
+
+    Parameters
+    ----------
+    block
+        Any that does not mix inputs; widths do not matter. Squared norms of gradients change by
+        exp(``log_gradient_gain``) from the output of block l to the input of block 1 where all
+        widths are equal.
+    q0
+        Second moment of what enters the first block, >= 0.
+    depth
+        How many blocks.
+
+    Raises
+    ------
+    InputError
+        If the block mixes inputs, or an argument is out of range.
+
+    References
+    ----------
+    Yang & Schoenholz 2017, arXiv:1712.08969 (residual networks).
+    """
+    if block.mixes_sites:
+        raise InputError(
+            "block has a BatchNorm, and one input alone has no batch; use batch_norm_chi, or "
+            "mean_field.predict with the batch's products"
+        )
+    check_scale("q0", q0)
+    depth = check_count("depth", depth)
+    begin = Gram.of(jnp.asarray(q0, jnp.result_type(q0, 0.0))[None, None])
+    ends = jax.eval_shape(block.kernel, begin)
+
+    def step(state: Gram, _: None) -> tuple[Gram, tuple[Array, Array]]:
+        after = block.kernel(state).settled()
+        return after, (after.covariance[0, 0], mean_field.gain(block, state)[0])
+
+    begin = begin.settled(gaussian=ends.gaussian or depth == 1)
+    _, (q, chi) = mean_field.scan_layers(step, begin, None, length=depth)
+    return Walk(q, chi, jnp.cumsum(jnp.log(chi)))
+
+
+def batch_norm_chi(activation: Activation | str, size: int | float) -> Float[Array, ""]:
+    """Return χ of W φ(BatchNorm(z)) + b, deep in a network: it depends on φ and the batch alone.
+
+    At the fixed point, where all inputs of the batch are alike,
+
+        χ = B/(B - 3) · (s_own - s_other)/(k_own - k_other),
+
+    with k = E[φ(ẑ_a) φ(ẑ_b)] and s = E[φ'(ẑ_a) φ'(ẑ_b) (G - v vᵀ)_ab] over an input and itself, and
+    over two; E[φ'²]/Var φ for B → ∞. (B - 2)/(B - 3) without an activation, and π/(π - 1) for ReLU
+    and B → ∞.
+
+    Parameters
+    ----------
+    activation
+        φ.
+    size
+        B, the inputs in a batch, a whole number of at least 4, or ``math.inf``.
+
+    Raises
+    ------
+    InputError
+        If the batch is smaller than 4 (χ is infinite), or the activation is unknown.
+
+    References
+    ----------
+    Yang et al. 2019, arXiv:1902.08129.
+    """
+    phi = activations.get(activation)
+    if size == math.inf:
+        one = jnp.ones(())
+        return gaussian.moment(phi, "dphi2", one) / gaussian.variance(phi, one)
+    size = check_count("batch", int(size) if size == int(size) else size, batch.SMALLEST)
+    m = batch.sphere_averages(phi, size)
+    return size / (size - 3) * (m["own_slope"] - m["other_slope"]) / (m["own"] - m["other"])
+
+
+class DropoutAnalysis(NamedTuple):
+    """Where a signal settles under dropout; NaN where it does not."""
+
+    status: Int[Array, "*grid"]  # of the length, a `fixed_points.Status`
+    q_star: Float[Array, "*grid"]
+    chi1: Float[Array, "*grid"]  # (σ_w²/p) E[φ'²]: of the gradient, which meets its input's mask
+    c_star: Float[Array, "*grid"]
+    chi_c: Float[Array, "*grid"]  # C'(c*) = σ_w² E[φ'(u) φ'(v)]
+    xi_c: Float[Array, "*grid"]  # in layers
+    trainable_depth: Float[Array, "*grid"]  # 6 ξ_c
+    c_of_one: Float[Array, "*grid"]  # C(1) < 1: how alike two masks leave equal inputs
+
+
+def dropout(
+    activation: Activation | str,
+    sigma_w2: ArrayLike,
+    sigma_b2: ArrayLike = 0.0,
+    *,
+    keep: ArrayLike,
+    start: ArrayLike = 1.0,
+) -> DropoutAnalysis:
+    """Return where lengths and correlations settle when each unit of φ is kept with probability p.
+
+    q = (σ_w²/p) E[φ²] + σ_b²;  C(c) = (σ_w² E[φ(u) φ(v)] + σ_b²)/q*, masks being independent.
+
+    Parameters
+    ----------
+    activation
+        φ.
+    sigma_w2, sigma_b2, keep
+        σ_w², σ_b² and p, 0 < p <= 1, of shapes that broadcast.
+    start
+        q of the first layer; where every q is kept (`critical_dropout`), it is q*.
+
+    Raises
+    ------
+    InputError
+        If a number is out of range, or the activation is unknown.
+
+    References
+    ----------
+    Schoenholz et al. 2017, arXiv:1611.01232, section 4; Pretorius et al. 2018, arXiv:1811.00293
+    (ReLU).
+    """
+    phi, keep = activations.get(activation), _checked(keep)
+    sigma_w2, sigma_b2 = jnp.asarray(sigma_w2), jnp.asarray(sigma_b2)
+    # Lengths and gradients are those of a layer without dropout and weights of σ_w²/p.
+    length = fixed_points.analyse(phi, sigma_w2 / keep, sigma_b2, start=start)
+    grid = jnp.broadcast_arrays(sigma_w2 * jnp.ones_like(length.q_star), sigma_b2, length.q_star)
+    settled = jnp.isfinite(length.q_star) & (length.q_star > 0)
+    w2, b2, q = (jnp.asarray(x, length.q_star.dtype) for x in grid)
+    c, slope = fixed_points.over_grid(
+        functools.partial(_correlation, phi), w2, b2, jnp.where(settled, q, 1)
+    )
+    c_of_one = (w2 * gaussian.moment(phi, "phi2", jnp.where(settled, q, 1)) + b2) / q
+    # Without dropout C(1) = 1, and the question is another one.
+    known = settled & (jnp.broadcast_to(keep, q.shape) < 1)
+    c_star = jnp.where(known, c, jnp.where(settled, length.c_star, jnp.nan))
+    chi_c = jnp.where(known, slope, jnp.where(settled, length.chi_c, jnp.nan))
+    xi_c = fixed_points.depth_scale(chi_c)
+    return DropoutAnalysis(
+        length.status,
+        length.q_star,
+        length.chi1,
+        c_star,
+        chi_c,
+        xi_c,
+        fixed_points.trainable_depth(xi_c),
+        jnp.where(settled, c_of_one, jnp.nan),
+    )
+
+
+def _correlation(phi: Activation, w2: Array, b2: Array, q: Array) -> tuple[Array, Array]:
+    """Return the root of C(c) = c in [0, 1), where C(1) < 1, and C' there.
+
+    C is a power series with positive coefficients, so convex, with C(0) >= 0: there is one root.
+    """
+    fixed_w2, fixed_b2, fixed_q = jax.lax.stop_gradient((w2, b2, q))
+
+    def excess(c: Array) -> tuple[Array, Array]:
+        value, slope = gaussian.equal_pair(phi, fixed_q, c)
+        return (fixed_w2 * value + fixed_b2) / fixed_q - c, fixed_w2 * slope
+
+    def step(_: Any, state: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+        low, high, c = state
+        value, slope = excess(c)
+        low, high = jnp.where(value > 0, c, low), jnp.where(value > 0, high, c)
+        newton = c - value / (slope - 1)
+        inside = (newton >= low) & (newton < high)
+        return low, high, jnp.where(inside, newton, (low + high) / 2)
+
+    zero, one = jnp.zeros_like(q), jnp.ones_like(q)
+    _, _, c = jax.lax.fori_loop(0, _STEPS, step, (zero, one, one / 2))
+    # One more step from a constant has the derivatives that the implicit function has.
+    slope = excess(c)[1]
+    c = c - ((w2 * gaussian.kernel(phi, _pair(q, c))[0, 1] + b2) / q - c) / (slope - 1)
+    return c, w2 * gaussian.derivative_kernel(phi, _pair(q, c))[0, 1]
+
+
+def _pair(q: Array, c: Array) -> Float[Array, "2 2"]:
+    return q * jnp.stack([jnp.stack([jnp.ones_like(c), c]), jnp.stack([c, jnp.ones_like(c)])])
+
+
+def critical_dropout(activation: Activation | str, keep: ArrayLike) -> Float[Array, "..."]:
+    """Return the σ_w² that keeps q under dropout, without biases, if φ is homogeneous: p/E[φ(Z)²].
+
+    2p for ReLU (Pretorius et al. 2018, arXiv:1811.00293: 2/E[ε²] with a mask ε of E[ε²] = 1/p).
+
+    Raises
+    ------
+    InputError
+        If φ is not positively homogeneous, or ``keep`` is out of range.
+    """
+    phi = activations.get(activation)
+    if not phi.homogeneous:
+        raise InputError(
+            f"activation is {phi.name!r}; every length is kept only by one with φ(a x) = a φ(x)"
+        )
+    return _checked(keep) / gaussian.moment(phi, "phi2", jnp.ones(()))
+
+
+def _checked(keep: ArrayLike) -> Array:
+    check_scale("keep", keep, positive=True)
+    if not is_traced(keep) and np.any(np.asarray(keep) > 1):
+        raise InputError(f"keep is {keep}; a probability is at most 1")
+    return jnp.asarray(keep)

@@ -1,0 +1,413 @@
+"""Criticality: the weights and biases at which squared gradients neither shrink nor grow, χ₁ = 1.
+
+At a length q, χ₁ = 1 needs σ_w² = 1/E[φ'²], and q stays where it is if σ_b² = q - E[φ²]/E[φ'²].
+So q runs along the critical line, the 'edge of chaos' (Poole et al. 2016, arXiv:1606.05340;
+Schoenholz et al. 2017, arXiv:1611.01232); given σ_b² or σ_w², the critical points are roots in q of
+one function, found as fixed points are.
+
+On the line, correlations approach 1 only algebraically. With δ = 1 - c,
+
+    C(c) = 1 - δ + a δ²       if φ' is continuous:   a = σ_w² q* E[φ''²]/2,  δ_l → 1/(a l)
+    C(c) = 1 - δ + b δ^{3/2}  if φ' jumps:           δ_l → 4/(b l)²
+
+with b = (2/3) σ_w² √(q*/π) Σ_k jump_k² p(k), p the density of N(0, q*): u and v lie on different
+sides of a kink with probability p(k) E|u - v| = 2 p(k) √(q* δ/π). For ReLU b = 2√2/(3π) (Cho & Saul
+2009).
+
+Whether χ∥ = 1 too sets the class of an activation (Roberts, Yaida & Hanin 2022, 'The Principles of
+Deep Learning Theory', ch. 5).
+"""
+
+import enum
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import xarray
+from jaxtyping import Array, ArrayLike, Float, Int
+
+from gradflow import gaussian
+from gradflow.activations import Activation
+from gradflow.errors import InputError, check_scale
+from gradflow.theory.fixed_points import (
+    Analysis,
+    Roots,
+    Status,
+    Table,
+    analyse,
+    correlation_curvature,
+    depth_scale,
+    implicit,
+    over_grid,
+    sign_changes,
+    slopes,
+    unsettled,
+)
+
+__all__ = ["CriticalPoints", "HalfStable", "Phase", "UniversalityClass", "critical_line"]
+__all__ += ["critical_points", "half_stable_points", "phase", "phase_diagram"]
+__all__ += ["universality_class"]
+
+
+# χ₁ is critical within so many units of rounding.
+_ROUNDING = 64
+
+
+class CriticalPoints(NamedTuple):
+    """Points with χ₁ = 1; the last axis counts them, from the smallest q*, NaN where there is none.
+
+    ``q_star`` alone is NaN where every q is critical (ReLU). The approach of c to 1 at the point is
+    1/(coefficient·l) for exponent 2, 4/(coefficient·l)² for exponent 3/2; NaN at q* = 0.
+    """
+
+    q_star: Float[Array, "*grid points"]
+    sigma_w2: Float[Array, "*grid points"]
+    sigma_b2: Float[Array, "*grid points"]
+    chi_par: Float[Array, "*grid points"]  # χ∥ = V'(q*)
+    xi_q: Float[Array, "*grid points"]  # in layers
+    exponent: Float[Array, "*grid points"]
+    coefficient: Float[Array, "*grid points"]
+
+
+class HalfStable(NamedTuple):
+    """Points with χ₁ = χ∥ = 1 at q* > 0, NaN where there is none."""
+
+    q_star: Float[Array, " points"]
+    sigma_w2: Float[Array, " points"]
+    sigma_b2: Float[Array, " points"]
+
+
+class Phase(enum.IntEnum):
+    """The phases of a deep network."""
+
+    ORDERED = 0  # χ₁ < 1: gradients vanish, c* = 1
+    CRITICAL = 1  # χ₁ = 1
+    CHAOTIC = 2  # χ₁ > 1: gradients explode, c* < 1
+    DIVERGENT = 3  # q itself grows without limit, or does not settle between 2^-60 and 2^40
+
+
+class UniversalityClass(enum.Enum):
+    """How an activation's signals behave at criticality (Roberts, Yaida & Hanin 2022, ch. 5)."""
+
+    SCALE_INVARIANT = "scale-invariant"  # every q is kept
+    K_STAR_ZERO = "K* = 0"  # q → 0 as 1/l
+    HALF_STABLE = "half-stable"  # χ₁ = χ∥ = 1 at a q* > 0 that attracts from one side
+    NONE = "none"  # χ₁ = χ∥ = 1 at no q
+
+
+# The critical line --------------------------------------------------------------------------------
+
+
+def critical_line(activation: Activation, q: ArrayLike) -> CriticalPoints:
+    """Return the critical point with q* = q, for each q > 0.
+
+    Parameters
+    ----------
+    activation
+        φ; static under jit.
+    q
+        > 0, of any shape.
+
+    Returns
+    -------
+    CriticalPoints
+        With one point for each q; NaN where it would need σ_b² < 0. σ_b² is a difference: its
+        relative error is about ε q/σ_b².
+
+    Raises
+    ------
+    InputError
+        If a q is negative or not finite (seen outside jit only); if φ has no Gaussian moments.
+    """
+    check_scale("q", q)
+    gaussian.check(activation)
+    q = jnp.asarray(q, jnp.result_type(q, 0.0))
+    return _line(activation, q[..., None])
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _line(activation: Activation, q: Array) -> CriticalPoints:
+    m = gaussian.some_moments(activation, ("phi2", "dphi2", "x_phi_dphi"), q)
+    sigma_w2 = 1 / m["dphi2"]
+    sigma_b2 = q - m["phi2"] * sigma_w2
+    # A homogeneous activation has 0 there, but for rounding.
+    sigma_b2 = jnp.where(jnp.abs(sigma_b2) < 4 * jnp.finfo(q.dtype).eps * q, 0, sigma_b2)
+    chi_par = sigma_w2 * m["x_phi_dphi"] / q
+    return _points(activation, sigma_b2 >= 0, q, sigma_w2, sigma_b2, chi_par)
+
+
+def _points(
+    activation: Activation, present: Array, q: Array, sigma_w2: Array, sigma_b2: Array, par: Array
+) -> CriticalPoints:
+    """Complete the points and blank those that are not present."""
+    curved = jnp.where(q > 0, q, 1)
+    exponent, coefficient = correlation_curvature(activation, curved, sigma_w2)
+    approach = present & (q > 0)
+    return CriticalPoints(
+        *(jnp.where(present, v, jnp.nan) for v in (q, sigma_w2, sigma_b2, par, depth_scale(par))),
+        *(jnp.where(approach, v, jnp.nan) for v in (exponent, coefficient)),
+    )
+
+
+# Critical points for a given scale ----------------------------------------------------------------
+
+
+def critical_points(
+    activation: Activation,
+    *,
+    sigma_b2: ArrayLike | None = None,
+    sigma_w2: ArrayLike | None = None,
+) -> CriticalPoints:
+    """Return all critical points with the given σ_b², or the given σ_w².
+
+    Parameters
+    ----------
+    activation
+        φ; static under jit.
+    sigma_b2, sigma_w2
+        One of the two, of any shape. With σ_b² = 0, an activation with φ(0) = 0 has one at q* = 0,
+        the end of the line.
+
+    Returns
+    -------
+    CriticalPoints
+        Those with q* = 0 or between 2^-60 and 2^40. Where every q is critical (ReLU, σ_b² = 0,
+        σ_w² = 2) one point, whose q* is NaN.
+
+    Raises
+    ------
+    InputError
+        If not exactly one scale is given, or it is negative or not finite (seen outside jit only);
+        if φ has no Gaussian moments.
+    """
+    if (sigma_b2 is None) == (sigma_w2 is None):
+        count = "none is" if sigma_b2 is None else "both are"
+        raise InputError(f"of sigma_b2 and sigma_w2, {count} given; give one of them")
+    given: dict[str, Any] = (
+        {"sigma_b2": sigma_b2} if sigma_b2 is not None else {"sigma_w2": sigma_w2}
+    )
+    ((name, value),) = given.items()
+    check_scale(name, value)
+    gaussian.check(activation)
+    return _critical_points(activation, name, jnp.asarray(value, jnp.result_type(value, 0.0)))
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _critical_points(activation: Activation, given: str, value: Array) -> CriticalPoints:
+    table = Table.of(activation, value.dtype)
+    find = _for_sigma_b2 if given == "sigma_b2" else _for_sigma_w2
+    return over_grid(functools.partial(find, activation, table), value)
+
+
+def _for_sigma_b2(activation: Activation, table: Table, sigma_b2: Array) -> CriticalPoints:
+    def surplus(theta: tuple[Table, Array], q: Array) -> Array:
+        """(q - E[φ²]/E[φ'²] - σ_b²)/q."""
+        table, sigma_b2 = theta
+        ratio, slope, _ = table.at(q)
+        return 1 - ratio / slope - sigma_b2 / q
+
+    q, found = _solve(surplus, (table, sigma_b2))
+    end = (sigma_b2 == 0) & (table.at_zero[0] == 0) & ~found.neutral
+    any_q = (sigma_b2 == 0) & found.neutral
+    special = jnp.where(any_q, jnp.nan, 0.0)
+    sigma_w2 = 1 / table.at_zero[1]
+    return _assemble(activation, table, (end | any_q, special, sigma_w2), q, found, sigma_b2)
+
+
+def _for_sigma_w2(activation: Activation, table: Table, sigma_w2: Array) -> CriticalPoints:
+    def surplus(theta: tuple[Table, Array], q: Array) -> Array:
+        """1 - σ_w² E[φ'²]."""
+        table, sigma_w2 = theta
+        return 1 - sigma_w2 * table.at(q)[1]
+
+    q, found = _solve(surplus, (table, sigma_w2))
+    at_end = jnp.abs(sigma_w2 * table.at_zero[1] - 1) < 8 * jnp.finfo(q.dtype).eps
+    end = at_end & (table.at_zero[0] == 0) & ~found.neutral
+    any_q = found.neutral & (table.at_zero[0] == 0)
+    special = jnp.where(any_q, jnp.nan, 0.0)
+    return _assemble(activation, table, (end | any_q, special, sigma_w2), q, found, None)
+
+
+def _solve(surplus: Callable, theta: tuple[Table, Array]) -> tuple[Array, Roots]:
+    """Return the places q, differentiable by θ, where surplus(θ, q) changes sign."""
+    held = jax.lax.stop_gradient(theta)
+
+    def value_and_slope(t: Array) -> tuple[Array, Array]:
+        return jax.jvp(lambda t: surplus(held, jnp.exp(t)), (t,), (jnp.ones_like(t),))
+
+    found = sign_changes(value_and_slope, theta[1].dtype)
+    place = jnp.where(found.before == 0, 1, jnp.exp(found.place))
+    return jax.vmap(lambda q: implicit(surplus, theta, q))(place), found
+
+
+def _assemble(
+    activation: Activation,
+    table: Table,
+    special: tuple[Array, Array, Array],
+    q: Array,
+    found: Roots,
+    sigma_b2: Array | None,
+) -> CriticalPoints:
+    """Put the point at q* = 0, or that of every q, before the others; absent ones last."""
+    ratio, _, _ = jax.vmap(table.at)(q)
+    slope, gain = slopes(activation, table, q)
+    biases = q * (1 - ratio / slope) if sigma_b2 is None else jnp.full_like(q, sigma_b2)
+    there, special_q, special_w = special
+    present = jnp.append(there, (found.before != 0) & ~found.neutral & (biases >= 0))
+    points = _points(
+        activation,
+        present,
+        jnp.append(jnp.where(jnp.isnan(special_q), 1, special_q), q),
+        jnp.append(special_w, 1 / slope),
+        jnp.append(0, biases),
+        jnp.append(1, gain / slope),
+    )
+    points = points._replace(q_star=points.q_star.at[0].set(special_q))
+    order = jnp.argsort(~present, stable=True)
+    points = jax.tree.map(lambda leaf: leaf[order], points)
+    return points._replace(q_star=jnp.where(jnp.sort(~present), jnp.nan, points.q_star))
+
+
+def half_stable_points(activation: Activation, dtype: str = "float") -> HalfStable:
+    """Return the points with χ₁ = χ∥ = 1 at q* > 0, where E[φ φ''] = 0.
+
+    There the length map touches the line V(q) = q: it attracts from one side, algebraically, and
+    repels to the other (Roberts, Yaida & Hanin 2022, section 5.3.4).
+
+    Parameters
+    ----------
+    activation
+        φ; static under jit.
+    dtype
+        The float type.
+    """
+    return _half_stable_points(activation, jnp.dtype(dtype).name)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _half_stable_points(activation: Activation, dtype: str) -> HalfStable:
+    table = Table.of(activation, jnp.zeros((), dtype).dtype)
+
+    def surplus(theta: tuple[Table, Array], q: Array) -> Array:
+        """χ∥/χ₁ - 1."""
+        _, slope, gain = theta[0].at(q)
+        return gain / slope - 1
+
+    q, found = _solve(surplus, (table, jnp.zeros((), dtype)))
+    ratio, slope, _ = jax.vmap(table.at)(q)
+    sigma_b2 = q * (1 - ratio / slope)
+    present = (found.before != 0) & ~found.neutral & (sigma_b2 >= 0)
+    order = jnp.argsort(~present, stable=True)
+    return HalfStable(
+        *(jnp.where(present, value, jnp.nan)[order] for value in (q, 1 / slope, sigma_b2))
+    )
+
+
+def universality_class(activation: Activation) -> UniversalityClass:
+    """Return the class of an activation at criticality (Roberts, Yaida & Hanin 2022, ch. 5)."""
+    with jax.enable_x64(True):
+        if activation.homogeneous:
+            return UniversalityClass.SCALE_INVARIANT
+        table = Table.of(activation, jnp.zeros(()).dtype)
+        origin, slope = (float(value) for value in table.at_zero)
+        if origin == 0 and slope > 0:
+            # Does q decrease, just above 0?
+            small = jnp.asarray(2.0**-10)
+            if float(table.at(small)[0]) / slope < 1:
+                return UniversalityClass.K_STAR_ZERO
+        if not jnp.all(jnp.isnan(half_stable_points(activation).q_star)):
+            return UniversalityClass.HALF_STABLE
+        return UniversalityClass.NONE
+
+
+def phase(analysis: Analysis) -> Int[Array, "*grid"]:
+    """Return the `Phase` of each point of an analysis."""
+    noise = jnp.finfo(analysis.chi1.dtype).eps
+    return jnp.select(
+        [
+            unsettled(analysis.status),
+            jnp.abs(analysis.chi1 - 1) <= _ROUNDING * noise,
+            analysis.chi1 < 1,
+        ],
+        [Phase.DIVERGENT, Phase.CRITICAL, Phase.ORDERED],
+        Phase.CHAOTIC,
+    ).astype(jnp.int8)
+
+
+_LABELS = {
+    "phase": "phase of the network",
+    "status": "where the length goes",
+    "q_star": "q*, where the length settles",
+    "chi1": "χ₁, factor of the mean squared gradient a layer",
+    "chi_par": "χ∥, slope of the length map",
+    "c_star": "c*, where correlations settle",
+    "chi_c": "χ at c*, slope of the correlation map",
+    "xi_q": "depth scale of the length ξ_q (layers)",
+    "xi_c": "depth scale of correlations ξ_c (layers)",
+    "xi_grad": "depth scale of gradients ξ_∇ (layers; < 0: they grow)",
+    "critical_sigma_w": "σ_w of the critical line, χ₁ = 1",
+    "critical_q_star": "q* on the critical line",
+}
+
+
+def phase_diagram(
+    activation: Activation,
+    sigma_w: Float[ArrayLike, " columns"],
+    sigma_b: Float[ArrayLike, " rows"],
+    *,
+    start: float = 1.0,
+) -> xarray.Dataset:
+    """Return what `fixed_points.analyse` finds over a grid of σ_w and σ_b, and the critical line.
+
+    Parameters
+    ----------
+    activation
+        φ.
+    sigma_w, sigma_b
+        Standard deviations (of the weights, times √fan_in), >= 0.
+    start
+        q of the first layer, > 0.
+
+    Returns
+    -------
+    xarray.Dataset
+        Over (sigma_b, sigma_w): ``phase`` (a `Phase`), ``status`` (a `fixed_points.Status`),
+        ``q_star``, ``chi1``, ``c_star``, ``xi_c``, ``xi_grad`` and the other fields of
+        `fixed_points.Analysis`. Over (sigma_b, point): ``critical_sigma_w`` and
+        ``critical_q_star``, all critical points of that σ_b, NaN where there are fewer. Computed in
+        float64 whatever JAX's x64 setting.
+
+    Raises
+    ------
+    InputError
+        If an argument is negative or not finite, or no row of numbers; if φ has no Gaussian
+        moments.
+    """
+    axes = {"sigma_w": np.asarray(sigma_w, float), "sigma_b": np.asarray(sigma_b, float)}
+    for name, values in axes.items():
+        check_scale(name, values)
+        if values.ndim != 1 or not values.size:
+            raise InputError(f"{name} has the shape {values.shape}; it is a row of numbers")
+    with jax.enable_x64(True):
+        columns, rows = (values**2 for values in axes.values())
+        found = analyse(activation, columns[None, :], rows[:, None], start=start)
+        line = critical_points(activation, sigma_b2=rows)
+        grid = {"phase": phase(found), **found._asdict()}
+        dims = ("sigma_b", "sigma_w")
+        dataset = xarray.Dataset(
+            {name: (dims, np.asarray(value)) for name, value in grid.items()}
+            | {
+                "critical_sigma_w": (("sigma_b", "point"), np.sqrt(np.asarray(line.sigma_w2))),
+                "critical_q_star": (("sigma_b", "point"), np.asarray(line.q_star)),
+            },
+            coords=axes,
+            attrs={"activation": activation.name, "start": start},
+        )
+    dataset.phase.attrs |= {member.name.lower(): int(member) for member in Phase}
+    dataset.status.attrs |= {member.name.lower(): int(member) for member in Status}
+    for name, label in _LABELS.items():
+        dataset[name].attrs["long_name"] = label
+    return dataset

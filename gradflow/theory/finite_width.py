@@ -1,0 +1,315 @@
+"""Finite width: how networks of n units a layer differ from the limit, and from one another.
+
+For one input, exactly: given the layer's conditional variance v, its pre-activations are
+independent N(0, v), and the next layer's is
+
+    v' = σ_b² + (σ_w²/n) Σ_i φ(√v g_i)²,    g_i ~ N(0, 1).
+
+For φ that is homogeneous of degree 1 and σ_b = 0, v'/v has a law of its own in every layer, and so
+has the gain of any fixed direction u, ‖J u‖² (Hanin & Nica 2018, arXiv:1812.05994): the exact laws
+below, and their log-normal limit. For any φ, the variance of v and the shift of its mean follow to
+first order in 1/n: the four-point vertex and the next-to-leading metric of Roberts, Yaida & Hanin
+2022, 'The Principles of Deep Learning Theory', ch. 4.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple, TypeAlias
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.scipy.special import digamma, gammaln, polygamma
+from jaxtyping import Array, ArrayLike, Float
+
+from gradflow import activations, gaussian
+from gradflow.activations import Activation
+from gradflow.errors import InputError, check_count, check_scale
+
+__all__ = ["ForwardMoments", "GainLaw", "LogNormal", "Vertex", "forward_moments", "gain_law"]
+__all__ += ["log_normal", "vertex"]
+
+_Three: TypeAlias = tuple[Array, Array, Array]
+
+
+class GainLaw(NamedTuple):
+    """The exact law of ‖h^L‖²/‖x‖² = ‖J u‖², over random networks.
+
+    The plain moments count networks whose units are all dead as 0; those of the logarithm are given
+    that some unit lives in every layer. Plain moments may leave the float's range: their logarithms
+    do not.
+    """
+
+    mean: Float[Array, ""]
+    second_moment: Float[Array, ""]
+    variance: Float[Array, ""]
+    log_mean: Float[Array, ""]
+    log_second_moment: Float[Array, ""]
+    alive: Float[Array, ""]  # probability
+    mean_of_log: Float[Array, ""]
+    variance_of_log: Float[Array, ""]
+
+
+class LogNormal(NamedTuple):
+    """The limit of the law of log ‖J u‖², width and depth large together: N(mean, variance)."""
+
+    mean: Float[Array, ""]
+    variance: Float[Array, ""]  # β
+
+
+class ForwardMoments(NamedTuple):
+    """Of each layer, shape (layers,): the conditional variance v, and q̂ = (1/n) Σ_i z_i²."""
+
+    mean: Float[Array, " layers"]  # of both
+    variance_of_v: Float[Array, " layers"]
+    variance_of_q: Float[Array, " layers"]
+
+
+class Vertex(NamedTuple):
+    """First order in 1/n, shape (layers,): v has mean K + G1/n + O(1/n²) and variance V4/n."""
+
+    K: Float[Array, " layers"]
+    V4: Float[Array, " layers"]
+    G1: Float[Array, " layers"]
+
+
+def _check_widths(widths: Sequence[int]) -> tuple[int, ...]:
+    found = tuple(check_count("width", width) for width in widths)
+    if len(found) < 2:
+        raise InputError(f"widths is {found!r}; it needs an input and at least one layer")
+    return found
+
+
+def _homogeneous(activation: Activation | str) -> tuple[Activation, Array, Array]:
+    """Return φ, E[φ(g)²] and E[φ(g)⁴]."""
+    phi = activations.get(activation)
+    if not phi.homogeneous:
+        raise InputError(
+            f"activation is {phi.name!r}; the law is exact for linear, relu and leaky_relu alone; "
+            "use vertex"
+        )
+    one = jnp.ones(())
+    return phi, gaussian.moment(phi, "phi2", one), gaussian.moment(phi, "phi4", one)
+
+
+def gain_law(
+    activation: Activation | str, widths: Sequence[int], sigma_w2: ArrayLike = 1.0
+) -> GainLaw:
+    """Return the exact law of the squared gain of a network without biases, Gaussian weights.
+
+    Parameters
+    ----------
+    activation
+        φ, homogeneous: linear, relu, or leaky_relu, whose moments of the logarithm are NaN (they
+        have no closed form).
+    widths
+        (n_0, n_1, …, n_L): the input's width, then every layer's.
+    sigma_w2
+        σ_w² > 0: weights of variance σ_w²/fan_in.
+
+    Returns
+    -------
+    GainLaw
+        Each a scalar.
+
+    Raises
+    ------
+    InputError
+        If an argument is out of range.
+
+    References
+    ----------
+    Hanin & Nica 2018, arXiv:1812.05994, section 2. A layer multiplies by σ_w²/n_in times a χ² of as
+    many degrees of freedom as it has live units: n, or Binomial(n, 1/2) for ReLU.
+    """
+    phi, second, fourth = _homogeneous(activation)
+    widths = _check_widths(widths)
+    log_scale = _log_scale(sigma_w2)
+    n_in, n = (jnp.asarray(w, second.dtype) for w in (widths[:-1], widths[1:]))
+    log_means = jnp.sum(log_scale + jnp.log(n / n_in) + jnp.log(second))
+    log_excess = jnp.sum(jnp.log1p((fourth / second**2 - 1) / n))
+    distinct, counts = np.unique(widths[1:], return_counts=True)
+    alive, mean, variance = (jnp.zeros(()) for _ in range(3))
+    for width, count in zip(distinct.tolist(), counts.tolist(), strict=True):
+        logs = _log_of_chi_squared(phi, width)
+        alive, mean, variance = (
+            total + count * one for total, one in zip((alive, mean, variance), logs, strict=True)
+        )
+    return GainLaw(
+        mean=jnp.exp(log_means),
+        second_moment=jnp.exp(2 * log_means + log_excess),
+        variance=jnp.exp(2 * log_means) * jnp.expm1(log_excess),
+        log_mean=log_means,
+        log_second_moment=2 * log_means + log_excess,
+        alive=jnp.exp(alive),
+        mean_of_log=mean + jnp.sum(log_scale - jnp.log(n_in)),
+        variance_of_log=variance,
+    )
+
+
+def _log_scale(sigma_w2: ArrayLike) -> Array:
+    check_scale("sigma_w2", sigma_w2)
+    if not isinstance(sigma_w2, jax.core.Tracer) and not np.all(np.asarray(sigma_w2) > 0):
+        raise InputError(f"sigma_w2 is {sigma_w2!r}; it is a finite number above 0")
+    return jnp.log(jnp.asarray(sigma_w2, jnp.result_type(sigma_w2, 0.0)))
+
+
+def _log_of_chi_squared(phi: Activation, n: int) -> tuple[Array, Array, Array]:
+    """Return log P(alive), and mean and variance, given that, of log Σ φ(g_i)² over n units."""
+    sides = np.array([float(phi(jnp.asarray(x))) for x in (1.0, -1.0)]) ** 2
+    if np.ptp(sides) == 0:  # linear
+        half = jnp.asarray(n / 2.0)
+        return jnp.zeros(()), digamma(half) + jnp.log(2.0 * sides[0]), polygamma(1, half)
+    if sides.min() > 0:
+        return jnp.zeros(()), jnp.asarray(jnp.nan), jnp.asarray(jnp.nan)
+    live = jnp.arange(1, n + 1, dtype=jnp.zeros(()).dtype)
+    log_weight = gammaln(n + 1.0) - gammaln(live + 1) - gammaln(n - live + 1) - n * np.log(2.0)
+    log_alive = jnp.log1p(-(2.0**-n))
+    weight = jnp.exp(log_weight - log_alive)
+    # About the typical one, so that nothing large is squared and subtracted.
+    log = digamma(live / 2) - digamma(jnp.asarray(max(n / 4.0, 0.5)))
+    mean = jnp.sum(weight * log)
+    variance = jnp.sum(weight * (log - mean) ** 2) + jnp.sum(weight * polygamma(1, live / 2))
+    middle = digamma(jnp.asarray(max(n / 4.0, 0.5))) + jnp.log(2.0 * sides.max())
+    return log_alive, mean + middle, variance
+
+
+def log_normal(
+    activation: Activation | str, widths: Sequence[int], sigma_w2: ArrayLike = 1.0
+) -> LogNormal:
+    """Return the log-normal limit of `gain_law`: log m - β/2 and β = Σ_l c/n_l.
+
+    m is the mean gain and c = E φ⁴/(E φ²)² - 1: 2 for linear networks, 5 for ReLU.
+
+    Parameters
+    ----------
+    activation, widths, sigma_w2
+        As for `gain_law`.
+
+    Raises
+    ------
+    InputError
+        If an argument is out of range.
+
+    References
+    ----------
+    Hanin & Nica 2018, arXiv:1812.05994, theorem 1.
+    """
+    _, second, fourth = _homogeneous(activation)
+    widths = _check_widths(widths)
+    log_scale = _log_scale(sigma_w2)
+    n_in, n = (jnp.asarray(w, second.dtype) for w in (widths[:-1], widths[1:]))
+    beta = jnp.sum((fourth / second**2 - 1) / n)
+    return LogNormal(jnp.sum(log_scale + jnp.log(n / n_in) + jnp.log(second)) - beta / 2, beta)
+
+
+def forward_moments(
+    activation: Activation | str,
+    q1: ArrayLike,
+    sigma_w2: ArrayLike,
+    sigma_b2: ArrayLike = 0.0,
+    *,
+    width: int,
+    depth: int,
+) -> ForwardMoments:
+    """Return exact means and variances of the length of one input, biases or not.
+
+    Parameters
+    ----------
+    activation
+        φ, homogeneous: linear, relu or leaky_relu.
+    q1
+        v of layer 1, > 0: σ_w² |x|²/n_0 + σ_b².
+    sigma_w2, sigma_b2
+        σ_w² and σ_b², >= 0.
+    width, depth
+        Units a layer, and layers.
+
+    Raises
+    ------
+    InputError
+        If an argument is out of range.
+    """
+    _, second, fourth = _homogeneous(activation)
+    n = check_count("width", width)
+    q1, w2, b2 = _scalars(q1=q1, sigma_w2=sigma_w2, sigma_b2=sigma_b2)
+    noise = (fourth - second**2) / n
+
+    def step(state: tuple[Array, Array], _: None) -> tuple[tuple[Array, Array], tuple]:
+        mean, variance = state
+        after = w2**2 * (variance * (second**2 + noise) + mean**2 * noise)
+        return (b2 + w2 * second * mean, after), (mean, variance)
+
+    depth = check_count("depth", depth)
+    _, (mean, variance) = jax.lax.scan(step, (q1, jnp.zeros_like(q1)), None, length=depth)
+    return ForwardMoments(mean, variance, variance + 2 / n * (variance + mean**2))
+
+
+def vertex(
+    activation: Activation | str,
+    q1: ArrayLike,
+    sigma_w2: ArrayLike,
+    sigma_b2: ArrayLike = 0.0,
+    *,
+    depth: int,
+) -> Vertex:
+    """Return the length's infinite-width value, variance and shift to first order in 1/n.
+
+    Parameters
+    ----------
+    activation
+        φ.
+    q1
+        q of layer 1, > 0.
+    sigma_w2, sigma_b2
+        σ_w² and σ_b², >= 0.
+    depth
+        L >= 1: layers of equal width.
+
+    Returns
+    -------
+    Vertex
+        K, V4 and G1 at layers 1 to L. q̂ = (1/n) Σ z² has the mean of v and the variance
+        (V4 + 2 K²)/n. Good as long as V4/(n K²) is much less than 1.
+
+    Raises
+    ------
+    InputError
+        If an argument is out of range.
+
+    References
+    ----------
+    Roberts, Yaida & Hanin 2022, sections 4.3 (K, V4) and 4.5 (G1).
+    """
+    phi = activations.get(activation)
+    gaussian.check(phi)
+    depth = check_count("depth", depth)
+    q1, w2, b2 = _scalars(q1=q1, sigma_w2=sigma_w2, sigma_b2=sigma_b2)
+
+    def second_moment(q: Array) -> Array:
+        return gaussian.moment(phi, "phi2", q)
+
+    def step(state: _Three, _: None) -> tuple[_Three, _Three]:
+        q, v4, g1 = state
+        g, first, second = (
+            second_moment(q),
+            jax.grad(second_moment)(q),
+            jax.grad(jax.grad(second_moment))(q),
+        )
+        noise = gaussian.moment(phi, "phi4", q) - g**2
+        new = (
+            b2 + w2 * g,
+            w2**2 * (noise + first**2 * v4),
+            w2 * (first * g1 + second * v4 / 2),
+        )
+        return new, state
+
+    start = (q1, jnp.zeros_like(q1), jnp.zeros_like(q1))
+    _, found = jax.lax.scan(step, start, None, length=depth)
+    return Vertex(*found)
+
+
+def _scalars(**values: ArrayLike) -> list[Array]:
+    for name, value in values.items():
+        check_scale(name, value)
+    dtype = jnp.result_type(*values.values(), 0.0)
+    return [jnp.asarray(value, dtype) for value in values.values()]

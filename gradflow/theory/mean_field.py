@@ -1,0 +1,495 @@
+"""Mean-field theory: the infinite-width law of every statistic, layer by layer.
+
+Forward, the second moments K of the pre-activations follow the blocks' kernel maps,
+K^l = σ_w² E[φ(u) φ(v)] + σ_b² for a dense layer (Poole et al. 2016, arXiv:1606.05340). Backward,
+one component of δ^l = ∂C/∂z^l has the variance g^l with
+
+    g^l = χ^l g^{l+1},    χ^l = (n_{l+1}/n_l) T^{l+1},
+
+where T is what the block does to the second moment of a tangent, σ_w² E[φ'²] for a dense layer
+(Schoenholz et al. 2017, arXiv:1611.01232, eq. 7), and the ratio of widths turns the sum over fan_in
+into the backward sum over fan_out (Glorot & Bengio 2010, eq. 6). Where a block mixes the sites
+(BatchNorm), tangents' and gradients' second moments over sites are matrices, S and Λ, and Λ goes
+down by the transpose of the linear map S -> T[S]. The top is δ^L ~ N(0, I), independent for each
+input, and C the mean cost over the inputs. Backward weights are as good as independent of forward
+ones at infinite width.
+
+Scales that are negative or not finite raise `InputError`, where they are known before the program
+runs (outside jit).
+"""
+
+import dataclasses
+import itertools
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import DTypeLike
+from jaxtyping import Array, ArrayLike, Float
+
+from gradflow import gaussian, statistics
+from gradflow.activations import Activation
+from gradflow.blocks import AbstractBlock
+from gradflow.errors import check_count, check_scale
+from gradflow.gram import Gram, multiply_gram
+from gradflow.networks import Network
+from gradflow.statistics import BackwardLaw, ForwardLaw, Prediction
+
+__all__ = [
+    "asymptotic_log_chi",
+    "at_widths",
+    "chi",
+    "correlation_map",
+    "direction_gains",
+    "gain",
+    "input_gram",
+    "laws",
+    "length_map",
+    "predict",
+    "profile",
+    "scan_layers",
+]
+
+# Layers whose quadratures, of about 100 kB each for every average, are in memory together.
+_LAYERS_AT_ONCE = 1000
+
+
+Share = Float[np.ndarray, " weights"]
+
+
+def input_gram(inputs: Float[ArrayLike, "sites n_in"]) -> Float[Array, "sites sites"]:
+    """Return (1/n_0) x_a · x_b, all that the theory needs to know of its inputs."""
+    inputs = jnp.asarray(inputs)
+    return jnp.matmul(inputs, inputs.T, precision=jax.lax.Precision.HIGHEST) / inputs.shape[1]
+
+
+def length_map(
+    activation: Activation,
+    q: Float[Array, ""],
+    sigma_w2: ArrayLike,
+    sigma_b2: ArrayLike = 0.0,
+) -> Float[Array, ""]:
+    """Return V(q) = σ_w² E[φ(√q Z)²] + σ_b², the next layer's q (Poole et al. 2016, eq. 3)."""
+    check_scale("sigma_w2", sigma_w2)
+    check_scale("sigma_b2", sigma_b2)
+    return jnp.asarray(sigma_w2 * gaussian.moment(activation, "phi2", q) + sigma_b2)
+
+
+def chi(activation: Activation, q: Float[Array, ""], sigma_w2: ArrayLike) -> Float[Array, ""]:
+    """Return χ(q) = σ_w² E[φ'(√q Z)²] (Schoenholz et al. 2017, eq. 7); χ₁ at q = q*."""
+    check_scale("sigma_w2", sigma_w2)
+    return jnp.asarray(sigma_w2 * gaussian.moment(activation, "dphi2", q))
+
+
+def correlation_map(
+    activation: Activation,
+    covariance: Float[Array, "sites sites"],
+    sigma_w2: ArrayLike,
+    sigma_b2: ArrayLike = 0.0,
+) -> Float[Array, "sites sites"]:
+    """Return σ_w² E[φ(u_a) φ(u_b)] + σ_b² for every pair (Poole et al. 2016, eq. 5)."""
+    check_scale("sigma_w2", sigma_w2)
+    check_scale("sigma_b2", sigma_b2)
+    return jnp.asarray(sigma_w2 * gaussian.kernel(activation, covariance) + sigma_b2)
+
+
+def profile(
+    activation: Activation,
+    q1: Float[Array, ""],
+    sigma_w2: ArrayLike,
+    sigma_b2: ArrayLike = 0.0,
+    *,
+    depth: int,
+) -> dict[str, Float[Array, " layers"]]:
+    """Return one input's way through ``depth`` layers of equal width, from a given q of layer 1.
+
+    Returns
+    -------
+    dict
+        ``q``, ``activation_mean``, ``activation_second_moment``, ``chi`` (χ^l = σ_w² E[φ'(z^l)²]),
+        and ``log_jacobian_norm``, the log of the mean squared gain of a random direction through
+        layers 1 to l, log Π_{k<=l} χ^k; each of shape (depth,).
+    """
+    check_scale("q1", q1)
+    check_scale("sigma_w2", sigma_w2)
+    check_scale("sigma_b2", sigma_b2)
+    check_count("depth", depth)
+
+    def step(q: Array, _: None) -> tuple[Array, tuple[Array, ...]]:
+        second = gaussian.moment(activation, "phi2", q)
+        mean = gaussian.moment(activation, "phi", q)
+        return jnp.asarray(sigma_w2 * second + sigma_b2), (
+            q,
+            mean,
+            second,
+            chi(activation, q, sigma_w2),
+        )
+
+    q1 = jnp.asarray(q1)
+    _, (q, mean, second, chis) = jax.lax.scan(step, q1, None, length=depth)
+    return {
+        "q": q,
+        "activation_mean": mean,
+        "activation_second_moment": second,
+        "chi": chis,
+        "log_jacobian_norm": jnp.cumsum(jnp.log(chis)),
+    }
+
+
+def direction_gains(
+    activation: Activation,
+    x_sq_over_n: ArrayLike,
+    sigma_w2: ArrayLike,
+    sigma_b2: ArrayLike = 0.0,
+    *,
+    depth: int,
+) -> dict[str, Float[Array, " layers"]]:
+    """Return how the Jacobian scales a tangent along the input, and one orthogonal to it.
+
+    A tangent along x is no generic direction: it stays correlated with the signal, and a saturating
+    φ shrinks it much more (tanh at q = 1: by 0.23 in one layer, squared, beside a random one). A
+    finite difference along x measures this number, and not χ.
+
+    Parameters
+    ----------
+    activation
+        φ.
+    x_sq_over_n
+        |x|²/n_0 > 0.
+    sigma_w2, sigma_b2
+        σ_w² and σ_b², >= 0.
+    depth
+        L >= 1: layers of equal width.
+
+    Returns
+    -------
+    dict
+        ``q`` of each layer's pre-activations, and ``parallel`` and ``orthogonal``, the squared
+        gains ‖J u‖² of unit tangents u up to and with each layer's φ; each of shape (depth,).
+    """
+    check_scale("x_sq_over_n", x_sq_over_n, positive=True)
+    check_scale("sigma_w2", sigma_w2)
+    check_scale("sigma_b2", sigma_b2)
+    w2, b2 = jnp.asarray(sigma_w2), jnp.asarray(sigma_b2)
+    start = jnp.asarray(x_sq_over_n, jnp.result_type(x_sq_over_n, w2, b2, 0.0))
+
+    def step(
+        state: tuple[Array, Array, Array, Array], _: None
+    ) -> tuple[tuple[Array, Array, Array, Array], tuple[Array, ...]]:
+        # Second moments of the signal h, of h with its tangent, and of the tangent.
+        signal, mixed, along, across = state
+        q, r, w = w2 * signal + b2, w2 * mixed, w2 * along
+        stretched = gaussian.expectation(
+            lambda x: (x * activation.derivative(x)) ** 2, q, kinks=activation.kinks
+        )
+        m = gaussian.some_moments(activation, ("phi2", "dphi2", "x_phi_dphi"), q)
+        share = r / q  # of z in its tangent
+        along = share**2 * stretched + (w - share * r) * m["dphi2"]
+        across = w2 * across * m["dphi2"]
+        return (m["phi2"], share * m["x_phi_dphi"], along, across), (q, along, across)
+
+    one = jnp.ones_like(start)
+    _, (q, parallel, orthogonal) = jax.lax.scan(
+        step, (start, jnp.sqrt(start), one, one), None, length=check_count("depth", depth)
+    )
+    return {"q": q, "parallel": parallel, "orthogonal": orthogonal}
+
+
+def predict(
+    network: Network,
+    gram: Float[ArrayLike, "sites sites"],
+    mean: Float[ArrayLike, " sites"] | None = None,
+) -> Prediction:
+    """Return every statistic's infinite-width value at every layer.
+
+    A pure function: jit it, vmap it over the network's σ_w and σ_b, differentiate it. It follows
+    the dtype of ``gram``.
+
+    Parameters
+    ----------
+    network
+        The law of the network.
+    gram
+        Shape (sites, sites), (1/n_0) x_a · x_b; see `input_gram`.
+    mean
+        Shape (sites,): the mean over its components of each input, for a first layer that sees it
+        (LayerNorm, weights that are standardised); 0 without it. A first layer that begins with a φ
+        takes the inputs as Gaussian over their components, of mean 0.
+
+    Returns
+    -------
+    Prediction
+        Each statistic of `gradflow.statistics`, shape (layers,). ``chi`` is NaN at the top layer,
+        which has none above it. ``correlation`` needs two inputs. Where a layer hands on signals
+        that are not Gaussian over units, statistics of φ of them are NaN.
+
+    Raises
+    ------
+    InputError
+        If the theory does not know what a block makes of its signals; the message says why.
+
+    References
+    ----------
+    Poole et al. 2016 (arXiv:1606.05340), Schoenholz et al. 2017 (arXiv:1611.01232).
+    """
+    gram = jnp.asarray(gram)
+    wanted = [s for s in statistics.ALL if s.sites <= gram.shape[0]]
+    forward, backward = _laws(network, gram, mean)
+    return Prediction(
+        {s.key: _each_layer(s.predict, backward if s.backward else forward) for s in wanted}
+    )
+
+
+def laws(
+    network: Network, gram: Float[Array, "sites sites"]
+) -> tuple[Float[Array, "layers sites sites"], BackwardLaw]:
+    """Return every layer's second moments of pre-activations, and the law of the gradient."""
+    forward, backward = _laws(network, gram)
+    return forward.covariance, backward
+
+
+def _each_layer(f: Callable[[Any], Any], layers: Any) -> Any:
+    """Return f of every layer: at once or, where their quadratures would fill memory, in turn."""
+    few = len(jax.tree.leaves(layers)[0]) <= _LAYERS_AT_ONCE
+    return jax.vmap(f)(layers) if few else jax.lax.map(f, layers)
+
+
+def _laws(
+    network: Network, gram: Array, mean: Float[ArrayLike, " sites"] | None = None
+) -> tuple[ForwardLaw, BackwardLaw]:
+    begin = Gram.of(gram, None if mean is None else jnp.asarray(mean, gram.dtype))
+    entering, forward = _up(network, begin)
+    return forward, (_down_together if network.mixes_sites else _down)(network, entering)
+
+
+def _up(network: Network, state: Gram) -> tuple[list[Gram], ForwardLaw]:
+    """Return what enters each stage's blocks, and every layer's law."""
+    entering: list[Gram] = []
+    covariances, means, known = [], [], []
+    for stage in network.stages:
+
+        def step(state: Gram, _: None, block: AbstractBlock = stage.block) -> tuple[Gram, Gram]:
+            return block.kernel(state).settled(), state
+
+        # What a loop carries must not be known better at its start than at its end.
+        ends = jax.eval_shape(lambda state, step=step: step(state, None)[0], state)
+        state = state.settled(gaussian=ends.gaussian or stage.repeats == 1)
+        state, stage_entering = scan_layers(step, state, None, length=stage.repeats)
+        entering.append(stage_entering)
+        covariances += [stage_entering.covariance[1:], state.covariance[None]]
+        means += [stage_entering.mean[1:], state.mean[None]]
+        known += stage.repeats * [state.gaussian]
+    return entering, ForwardLaw(
+        jnp.concatenate(covariances),
+        jnp.concatenate(means),
+        jnp.asarray(known),
+        network.activation,
+    )
+
+
+def scan_layers(step: Callable, carry: Any, xs: Any, length: int, reverse: bool = False) -> Any:
+    """`jax.lax.scan`, but a single step may change the carry's structure."""
+    if length != 1:
+        return jax.lax.scan(step, carry, xs, length=length, reverse=reverse)
+    carry, y = step(carry, jax.tree.map(lambda leaf: leaf[0], xs))
+    return carry, jax.tree.map(lambda leaf: leaf[None], y)
+
+
+def _down(network: Network, entering: Sequence[Gram]) -> BackwardLaw:
+    """Return the law of the gradient at every layer, where every site has its own.
+
+    Each layer's factor is found by itself, and their products are taken.
+    """
+    log_chi, by_weights = [], []
+    shares = _shares(network)
+    for stage, stage_entering, share in zip(network.stages, entering, shares, strict=True):
+
+        def pull(
+            layer: Gram, block: AbstractBlock = stage.block, share: Share = share
+        ) -> tuple[Array, Array]:
+            return _gains(block, share, layer)
+
+        factor, weight_gain = _each_layer(pull, stage_entering)
+        log_chi.append(jnp.log(factor))
+        by_weights.append(jnp.log(weight_gain))
+    ratio = _log_width_ratios(network, log_chi[0].dtype)
+    # Layer l's gradient is layer l+1's times the factor of the block above, l+1.
+    above = jnp.concatenate(log_chi)[1:] + ratio[1:, None]
+    sites = above.shape[1]
+    top = jnp.zeros((1, sites), above.dtype)  # δ^L ~ N(0, I)
+    log_variance = jnp.concatenate([jnp.cumsum(above[::-1], axis=0)[::-1], top])
+    # C is the mean over the inputs, whose gradients are independent: squares add, over sites².
+    log_weight = jax.nn.logsumexp(log_variance + jnp.concatenate(by_weights), axis=1)
+    return BackwardLaw(
+        log_variance,
+        jnp.concatenate([above, jnp.full_like(top, jnp.nan)]),
+        log_weight - 2 * math.log(sites),
+        jnp.asarray(np.array(network.widths[1:]), above.dtype),
+    )
+
+
+def _down_together(network: Network, entering: Sequence[Gram]) -> BackwardLaw:
+    """Return the law of the gradient at every layer, where sites mix.
+
+    The gradient's second moments over sites, Λ, go down as a matrix: at trace 1, beside a log.
+    """
+    sites = entering[0].mean.shape[-1]
+    dtype = entering[0].mean.dtype
+    ratios = _log_width_ratios(network, dtype)
+    carry = (jnp.eye(sites, dtype=dtype) / sites, jnp.asarray(math.log(sites), dtype))
+    log_variance: list[Array] = []
+    log_weight: list[Array] = []
+    last = network.depth
+    for stage, stage_entering, share in reversed(
+        list(zip(network.stages, entering, _shares(network), strict=True))
+    ):
+
+        def step(
+            carry: tuple[Array, Array],
+            layer: tuple[Gram, Array],
+            block: AbstractBlock = stage.block,
+            share: Share = share,
+        ) -> tuple[tuple[Array, Array], tuple[Array, Array]]:
+            (second, log), (gram, ratio) = carry, layer
+            below, weight = _pull_back(block, share, gram, second)
+            size = jnp.trace(below)
+            values = jnp.log(jnp.diagonal(second)) + log, jnp.log(jnp.sum(weight)) + log
+            return (below / size, log + jnp.log(size) + ratio), values
+
+        first = last - stage.repeats
+        parts = (stage_entering, ratios[first:last])
+        carry, values = scan_layers(step, carry, parts, length=stage.repeats, reverse=True)
+        log_variance.insert(0, values[0])
+        log_weight.insert(0, values[1])
+        last = first
+    every = jnp.concatenate(log_variance)
+    top = jnp.full_like(every[:1], jnp.nan)
+    return BackwardLaw(
+        every,
+        jnp.concatenate([every[:-1] - every[1:], top]),
+        jnp.concatenate(log_weight) - 2 * math.log(sites),
+        jnp.asarray(np.array(network.widths[1:]), every.dtype),
+    )
+
+
+def _log_width_ratios(network: Network, dtype: DTypeLike) -> Array:
+    widths = np.array(network.widths)
+    return jnp.asarray(np.log(widths[1:] / widths[:-1]), dtype)
+
+
+def _shares(network: Network) -> list[Share]:
+    """Return, for each stage, what a matrix's gradient counts for in the mean square of all.
+
+    With g the variance of the gradient that a block gets from above, on n units, the squared norm
+    of ∂C/∂W is fan_in · n · g times the cotangent of its tap; it is divided by how many weights
+    the block has.
+    """
+    found = []
+    for stage, (below, above) in zip(
+        network.stages, itertools.pairwise(network.stage_widths), strict=True
+    ):
+        shapes = stage.block.shapes(below)
+        fan_ins = np.array([fan_in for _, fan_in in shapes], float)
+        found.append(above * fan_ins / sum(n * m for n, m in shapes) if shapes else fan_ins)
+    return found
+
+
+def _gains(block: AbstractBlock, share: Share, entering: Gram) -> tuple[Array, Array]:
+    """Return `_pull_back` of ones where sites do not mix, each site by itself.
+
+    So nothing is averaged over pairs of sites.
+    """
+
+    def alone(q: Array, mean: Array) -> tuple[Array, Array]:
+        one = Gram(q[None, None], mean[None], law=entering.law)
+        factor, weights = _pull_back(block, share, one, jnp.ones_like(one.mean))
+        return factor[0], weights[0]
+
+    return jax.vmap(alone)(jnp.diagonal(entering.covariance), entering.mean)
+
+
+def _pull_back(
+    block: AbstractBlock, share: Share, entering: Gram, above: Float[Array, "..."]
+) -> tuple[Array, Array]:
+    """Take second moments of a gradient down one block; also the variance of ∂C/∂W, by sites.
+
+    The transpose of what the block does to a tangent's second moments, which have the same shape:
+    (sites,), or (sites, sites) where sites mix.
+    """
+
+    def tangent_out(tangent: Array, taps: Array) -> Array:
+        remaining = iter(taps)
+
+        def multiply(gram: Gram, **law: Any) -> Gram:
+            return multiply_gram(gram, tap=next(remaining), **law)
+
+        moved = block.kernel(dataclasses.replace(entering, tangent=tangent), multiply).tangent
+        assert moved is not None
+        return moved
+
+    taps = jnp.zeros((block.n_weights, *above.shape), above.dtype)
+    _, pull = jax.vjp(tangent_out, jnp.zeros_like(above), taps)
+    below, by_weights = pull(above)
+    shares = jnp.asarray(share, above.dtype).reshape(-1, *(1,) * above.ndim)
+    # A block without weights has no gradient of them.
+    none = jnp.full_like(above, jnp.nan)
+    return below, jnp.sum(shares * by_weights, axis=0) if block.n_weights else none
+
+
+def gain(block: AbstractBlock, entering: Gram) -> Float[Array, " sites"]:
+    """Return each input's factor of mean squared gradients of one block, at equal widths."""
+    return _gains(block, np.zeros(block.n_weights), entering)[0]
+
+
+def at_widths(prediction: Prediction, network: Network, other: Network) -> Prediction:
+    """Return what `predict` gives for a network that differs in its widths alone.
+
+    Scales and inputs being equal, so is everything going up; going down, g^l is proportional to
+    n_L/n_l, and nothing needs to be computed again.
+
+    Parameters
+    ----------
+    prediction, network
+        A network and its prediction.
+    other
+        One of the same depth, activation, σ_w and σ_b, as `networks.narrowed` makes.
+    """
+    widths, others = (np.log(np.array(n.widths[1:])) for n in (network, other))
+    shift = (others[-1] - others) - (widths[-1] - widths)
+    changes = {
+        "log_gradient_variance": shift,
+        "log_weight_gradient_variance": shift,
+        "log_gradient_norm": (shift + others - widths) / 2,
+    }
+    values = {
+        key: np.asarray(value) + changes.get(key, 0.0) for key, value in prediction.values.items()
+    }
+    values["chi"] = values["chi"] * np.exp(np.append(-np.diff(shift), 0.0))
+    return Prediction(values)
+
+
+def asymptotic_log_chi(network: Network, q: Float[Array, ""], beyond: int) -> Float[Array, ""]:
+    """Return log χ where one input would be after ``beyond`` more layers of the longest stage.
+
+    Parameters
+    ----------
+    network
+        The law of the network.
+    q
+        Where it starts: the top layer's second moment.
+    beyond
+        How many layers further.
+    """
+    # The first block's input has no activation: it is none to be repeated, if there is another.
+    block = max(network.stages[1:] or network.stages, key=lambda stage: stage.repeats).block
+    state = Gram.of(jnp.asarray(q)[None, None])
+    ends = jax.eval_shape(block.kernel, state)
+
+    def up(state: Gram, _: None) -> tuple[Gram, None]:
+        return block.kernel(state).settled(), None
+
+    state, _ = jax.lax.scan(up, state.settled(gaussian=ends.gaussian), None, length=beyond)
+    return jnp.log(gain(block, state)[0])

@@ -1,0 +1,73 @@
+"""What every test runs under: shapes checked at run time, x64 on, no rank promotion by accident."""
+
+import functools
+import json
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import jaxtyping
+import matplotlib
+import pytest
+
+# Before anything imports gradflow. In tests only: users do not pay for it.
+jaxtyping.install_import_hook("gradflow", "beartype.beartype")
+
+X64 = os.environ.get("GRADFLOW_TEST_X64", "1") != "0"
+jax.config.update("jax_enable_x64", X64)
+jax.config.update("jax_numpy_rank_promotion", "raise")
+matplotlib.use("Agg")
+
+REFERENCE = Path(__file__).parent / "reference"
+
+
+@pytest.fixture(scope="session")
+def key() -> jax.Array:
+    """The one key of all tests; derive others by `jax.random.fold_in` or `split`."""
+    return jax.random.key(0)
+
+
+@pytest.fixture(autouse=True)
+def _forget_programs() -> Iterator[None]:
+    """Drop what tests compiled before it is too much for the process.
+
+    Each program that XLA compiles for a CPU holds memory maps. Linux allows a process 65530 of
+    them; all tests together need more, some modules alone, and XLA's answer is a segmentation
+    fault.
+    """
+    yield
+    if _memory_maps() > 25_000:
+        jax.clear_caches()
+
+
+def _memory_maps() -> int:
+    try:
+        return Path("/proc/self/maps").read_bytes().count(b"\n")
+    except OSError:  # not Linux, no such limit
+        return 0
+
+
+@pytest.fixture
+def x64_only() -> None:
+    """Skip the test where GRADFLOW_TEST_X64=0: it needs float64."""
+    if not X64:
+        pytest.skip("needs float64, and GRADFLOW_TEST_X64=0")
+
+
+@pytest.fixture
+def unchecked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Run the test as users run gradflow, without the hook above: for what it says to bad input."""
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
+
+
+@pytest.fixture(scope="session")
+def load_reference() -> Callable[[str], list[dict[str, Any]]]:
+    """Return a function from a table's name to its rows, numbers as decimal strings."""
+    return _rows
+
+
+@functools.cache
+def _rows(name: str) -> list[dict[str, Any]]:
+    return json.loads((REFERENCE / f"{name}.json").read_text(encoding="utf-8"))["rows"]

@@ -1,0 +1,41 @@
+"""Benchmarks run; how fast is not for tests."""
+
+import importlib.util
+import sys
+from pathlib import Path
+
+import pytest
+
+FOLDER = Path(__file__).parent.parent / "benchmarks"
+
+
+def load(name):
+    spec = importlib.util.spec_from_file_location(name, FOLDER / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.slow
+def test_networks_per_second_compares_every_contender(capsys):
+    arguments = ["--width", "8", "--depth", "3", "--seconds", "0.01", "--json"]
+    report = load("networks_per_second").main([*arguments, "--grow", "inputs"])
+    assert [size["inputs"] for size in report["sizes"]] == [1, 8, 64, 512]
+    for size in report["sizes"]:
+        assert {"gradflow, matrix_free", "gradflow, dense", "NumPy, dense"} <= set(size["rows"])
+        assert all(row["networks_per_second"] > 0 for row in size["rows"].values())
+        assert all(rate > 0 for rate in size["limits"]["normals"].values())
+    assert "times_fastest_peer" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_size_and_depth_reports_its_cases():
+    rows = load("size_and_depth").main(["--quick"])
+    assert all(row["warm_seconds"] > 0 for row in rows)
+
+
+@pytest.mark.slow
+def test_theory_agrees_with_its_peers():
+    rows = load("theory").main(["--quick"])
+    assert all(row["largest_difference"] < 1e-9 for row in rows)

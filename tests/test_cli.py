@@ -1,0 +1,255 @@
+"""The command line as a user meets it: in a process of its own."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import xarray
+
+from gradflow import cli
+
+COMMANDS = [c.name or c.callback.__name__ for c in cli.app.registered_commands]
+SMALL = ["--width", "20", "--depth", "4", "--networks", "8"]
+
+
+def gradflow(*arguments, cwd):
+    return subprocess.run(
+        [sys.executable, "-c", "from gradflow.cli import main; main()", *arguments],
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+        timeout=600,
+        check=False,
+    )
+
+
+@pytest.fixture(scope="module")
+def compared(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("compare")
+    return gradflow("compare", *SMALL, "--out", "made", cwd=folder), folder
+
+
+def test_compare_prints_a_table_a_verdict_and_what_it_wrote(compared):
+    done, folder = compared
+    assert done.returncode == 0, done.stderr
+    for word in ("statistic", "theory", "log_gradient_norm", "verdict", "agreement", "matrix_free"):
+        assert word in done.stdout
+    assert "compiling" in done.stderr
+    dataset = xarray.load_dataset(folder / "made" / "results.nc", engine="h5netcdf")
+    assert dataset.q.sel(source="theory").size == 4
+    assert dataset.attrs["seed"] == 0
+    assert len(list((folder / "made").glob("*.png"))) == 5
+
+
+def test_one_layer_and_one_network_have_a_table_too(tmp_path):
+    done = gradflow("compare", "--width", "9", "--depth", "1", "--networks", "1", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "log_gradient_norm" in done.stdout
+    assert "nothing is compared: one network" in done.stdout
+    assert "nan" not in done.stdout
+
+
+def test_json_is_json_and_nothing_else(tmp_path):
+    done = gradflow("compare", *SMALL, "--widths", "30,20,10", "--json", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert found["widths"] == [30, 20, 10]
+    assert found["verdict"]["kind"] in ("vanishing", "exploding", "critical")
+    assert len(found["layers"]["q_theory"]) == 2
+    assert found["layers"]["chi_theory"][-1] is None  # there is no NaN in JSON
+
+
+def test_list_names_everything(tmp_path):
+    found = json.loads(gradflow("list", "--json", cwd=tmp_path).stdout)
+    assert {"tanh", "relu", "logistic"} <= set(found["activations"])
+    assert {"glorot", "standard", "unscaled"} <= set(found["weights"])
+
+
+def test_theory_prints_what_it_reports(tmp_path):
+    arguments = ("theory", "--activation", "tanh", "--sigma-w2", "1.5", "--sigma-b2", "0.05")
+    found = json.loads(gradflow(*arguments, "--json", cwd=tmp_path).stdout)
+    (point,) = found["fixed_points"]
+    assert point["q_star"] == pytest.approx(0.418037200533478, rel=1e-9)  # table 2
+    assert point["stable"] is True
+    assert found["xi_c"] == pytest.approx(15.79099403412, rel=1e-9)
+    assert (found["phase"], found["status"]) == ("ordered", "converges")
+    assert found["mu1"] == pytest.approx(point["chi1"] / 1.5, rel=1e-9)
+    assert found["universality_class"] == "K* = 0"
+    assert found["attractor_from_q0_1"] == point["q_star"]
+    # table 4
+    assert found["C"]["-0.5"] == pytest.approx(-0.31053399413058234, rel=1e-9)
+    assert found["dC_dc"]["0.9"] == pytest.approx(0.9201092723598791, rel=1e-9)
+    assert (found["C"]["1"], found["dC_dc"]["1"]) == pytest.approx((1, point["chi1"]), rel=1e-9)
+    text = gradflow(*arguments, cwd=tmp_path).stdout
+    assert "0.4180372005" in text
+    relu = ("theory", "--activation", "relu", "--sigma-w2", "2", "--sigma-b2", "0.1", "--json")
+    found = json.loads(gradflow(*relu, cwd=tmp_path).stdout)
+    assert (found["fixed_points"], found["status"], found["xi_c"]) == ([], "diverges", None)
+    assert (found["attractor_from_q0_1"], found["C"]) == ("inf", {})
+
+
+def test_where_every_length_is_kept_theory_has_the_tables_one_fixed_point(tmp_path):
+    arguments = ("theory", "--activation", "leaky_relu_0.2", "--sigma-w2", str(2 / 1.04))
+    found = json.loads(gradflow(*arguments, "--json", cwd=tmp_path).stdout)
+    (point,) = found["fixed_points"]
+    assert (point["q_star"], point["stable"]) == (None, None)
+    assert (point["chi1"], point["chi_par"]) == (1, 1)
+    assert (point["xi_q"], point["xi_grad"]) == ("inf", "inf")
+    assert (found["status"], found["attractor_from_q0_1"]) == ("neutral", 1)
+
+
+def test_critical_prints_what_it_reports(tmp_path):
+    arguments = ("critical", "--activation", "gelu", "--sigma-b2", "0")
+    found = json.loads(gradflow(*arguments, "--json", cwd=tmp_path).stdout)
+    assert found["universality_class"] == "half-stable"
+    assert found["half_stable"][0]["sb2"] == pytest.approx(0.172922390756, rel=1e-9)
+    assert found["solutions"][0]["q_star"] == 0
+    assert found["solutions"][0]["sw2"] == pytest.approx(4, rel=1e-12)
+    assert found["solutions"][0]["xi_q"] == "inf"
+    assert found["half_stable"][0]["K_star"] == pytest.approx(3.56155281280883, rel=1e-9)
+    assert "half-stable points" in gradflow(*arguments, cwd=tmp_path).stdout
+
+
+def test_critical_points_have_the_names_of_the_table(tmp_path):
+    arguments = ("critical", "--activation", "mish", "--sigma-b2", "0.01", "--json")
+    (point,) = json.loads(gradflow(*arguments, cwd=tmp_path).stdout)["solutions"]
+    assert point["sw"] == pytest.approx(1.5409748725502057, rel=1e-9)  # table 3
+    assert point["q_stable"] is False
+    curvature = point["curvature"]
+    assert curvature["coeff"] == pytest.approx(0.0932249672309703, rel=1e-9)
+    assert (curvature["exponent"], curvature["asymptote_1_minus_c"]) == ("2", "1/(coeff l)")
+    relu = ("critical", "--activation", "relu", "--json")
+    (point,) = json.loads(gradflow(*relu, cwd=tmp_path).stdout)["solutions"]
+    assert (point["q_star"], point["sw2"], point["q_stable"]) == (None, 2, None)
+    assert point["curvature"]["exponent"] == "3/2"
+    assert point["curvature"]["coeff"] == pytest.approx(0.3001054387190354, rel=1e-9)
+
+
+def test_spectrum_prints_what_it_reports(tmp_path):
+    arguments = ("spectrum", "--activation", "relu", "--sigma-w2", "2", "--q", "1", "--depth", "1")
+    done = gradflow(*arguments, "--simulate", "2", "--width", "30", "--json", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert found["atoms"] == [{"lambda": 0, "mass": 0.5}]
+    assert found["mean_sq_sv"] == pytest.approx(1, rel=1e-12)
+    # Half of the rows of a square Gaussian matrix of variance 2/n: Marchenko-Pastur.
+    edge = 2 * (1 + 0.5**0.5) ** 2
+    assert found["edge_lambda_max_continuous"] == pytest.approx(edge, rel=1e-9)
+    dataset = xarray.load_dataset(tmp_path / found["files"][0], engine="h5netcdf")
+    assert dataset.density.size == 1000
+    assert dataset.attrs["networks"] == 2
+    text = gradflow(*arguments, cwd=tmp_path).stdout
+    assert "50 % at λ" in text
+
+
+@pytest.mark.slow
+def test_phase_prints_the_critical_line(tmp_path):
+    arguments = ("phase", "--points", "5", "--sigma-b", "0.25", "1.25", "--json")
+    done = gradflow(*arguments, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    first = found["critical_line"][0]
+    assert first["sigma_b"] == 0.25
+    assert first["sigma_w"] == pytest.approx(1.3515517730690, rel=1e-9)
+    assert sum(found["shares"].values()) == pytest.approx(1)
+    assert (tmp_path / found["files"][1]).stat().st_size > 0
+
+
+@pytest.mark.slow
+def test_prescribe_says_what_to_do_and_what_others_give(tmp_path):
+    arguments = ("prescribe", "--activation", "relu", "--widths", "64,100,100,10")
+    found = json.loads(gradflow(*arguments, "--json", cwd=tmp_path).stdout)
+    assert found["weight_sd"] == pytest.approx([(2 / 64) ** 0.5, 0.02**0.5, 0.02**0.5])
+    assert {e["name"] for e in found["instead"]} == {"glorot", "he", "lecun"}
+    text = gradflow(*arguments, cwd=tmp_path).stdout
+    assert "standard deviation of weights" in text
+    assert "gradients change by ×" in text
+
+
+@pytest.mark.parametrize("command", ["", *COMMANDS])
+def test_help_is_there_with_examples(command, tmp_path):
+    done = gradflow(*command.split(), "--help", cwd=tmp_path)
+    assert done.returncode == 0
+    assert "Usage" in done.stdout
+    if command and command != "list":
+        assert "Examples" in done.stdout
+        assert f"gradflow {command}" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["compare", "--activation", "tanhh"], "did you mean 'tanh'"),
+        (["compare", "--weights", "glorott"], "did you mean 'glorot'"),
+        (["compare", "--width", "0"], "width is 0; it is a whole number of at least 1"),
+        (["compare", "--depth", "-3"], "depth is -3"),
+        (["compare", "--depth", "10000000000"], "depth is 10000000000, which needs"),
+        (["prescribe", "--depth", "10000000000"], "depth is 10000000000, which needs"),
+        (["study", "--networks", "1"], "networks is 1; it is a whole number of at least 2"),
+        (["study", "--uniform-networks", "0"], "uniform_networks is 0"),
+        (["compare", "--networks", "0"], "networks is 0"),
+        (["compare", "--inputs", "5000"], "there are 1797 digit images"),
+        (["compare", "--sigma-w", "nan"], "sigma_w is nan; it is a finite number above 0"),
+        (["compare", "--sigma-b", "inf"], "sigma_b is inf"),
+        (["compare", "--widths", "10,x"], "widths is '10,x'"),
+        (["compare", "--widths", ""], "widths is ''"),
+        (["compare", "--seed", "99999999999999999999"], "less than or equal to"),
+        (["compare", "--weights", "standard", "--sampler", "matrix_free"], "'uniform'"),
+        (["compare", "--sampler", "sparse"], "unknown sampler 'sparse'"),
+        (["compare", "--width", "10000000", "--weights", "standard"], "GiB"),
+        (["compare", "--out", "/proc/nowhere"], "out is '/proc/nowhere'"),
+        (["compare", "--widht", "3"], "--widht"),
+        (["compare", "--width", "wide"], "wide"),
+        (["study", "--depth", "1"], "depth is 1; it is a whole number of at least 3"),
+        (["theory", "--sigma-w2", "-1"], "sigma_w2 is -1.0; it is a finite number, 0 or more"),
+        (["theory", "--sigma-b2", "nan"], "sigma_b2 is nan"),
+        (["theory", "--correlations", "0.5,-1.5"], "correlations is '0.5,-1.5'; it is numbers"),
+        (["theory", "--start", "0"], "start is 0.0; it is a finite number above 0"),
+        (["critical", "--activation", "gelo"], "did you mean 'gelu'"),
+        (["critical", "--sigma-b2", "0", "--sigma-w2", "1"], "give one of them"),
+        (["phase", "--points", "1"], "points is 1; it is a whole number of at least 2"),
+        (["phase", "--points", "100000000"], "points is 100000000, which needs"),
+        (["spectrum", "--points", "100000000000"], "points is 100000000000, which needs"),
+        (["phase", "--sigma-w", "3", "1"], "sigma_w is from 3 to 1"),
+        (["spectrum", "--depth", "0"], "depth is 0"),
+        (["spectrum", "--weights", "haar"], "'haar'"),
+        (["spectrum", "--sigma-b2", "-1"], "sigma_b2 is -1.0"),
+        (["spectrum", "--q", "-1"], "q is -1.0"),
+        (["spectrum", "--simulate", "1", "--width", "1000000"], "width is 1000000, which needs"),
+        (["spectrum", "--depth", "100000", "--out", "/proc/nowhere"], "out is '/proc/nowhere'"),
+        (["spectrum", "--simulate", "-1"], "simulate is -1"),
+        (["prescribe", "--dtype", "int8"], "unknown dtype 'int8'"),
+        (["prescribe", "--transform", "tatt"], "did you mean 'tat'"),
+        (["prescribe", "--widths", "3"], "widths is '3'"),
+        (["studdy"], "studdy"),
+    ],
+    ids=lambda v: " ".join(v) if isinstance(v, list) else "",
+)
+def test_bad_input_is_one_sentence_and_exit_code_2(arguments, message, tmp_path):
+    done = gradflow(*arguments, cwd=tmp_path)
+    assert done.returncode == 2
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
+    said = [line for line in done.stderr.splitlines() if not line.endswith("compiling")]
+    assert len(said) == 1
+    assert said[0].startswith("gradflow: ")
+    assert not done.stdout
+
+
+@pytest.mark.slow
+def test_study_answers_the_note(tmp_path):
+    done = gradflow(
+        "study",
+        *("--width", "60", "--depth", "6", "--networks", "60", "--uniform-networks", "10"),
+        cwd=tmp_path,
+    )
+    assert done.returncode == 0, done.stderr
+    for word in ("logistic, N(0,1)", "selu, LeCun", "the note says", "critical at width 103.01"):
+        assert word in done.stdout
+    results = tmp_path / "results" / "study"
+    assert len(list(results.glob("*.nc"))) == 11
+    assert len(list(results.glob("*.png"))) == 6
+    found = json.loads((results / "study.json").read_text())
+    assert len(found["claims"]) == 7
+    assert found["settings"]["logistic, Glorot"]["verdict"]["kind"] == "vanishing"

@@ -1,0 +1,143 @@
+"""Comparisons: they agree where theory is right, and say so where it is not, and why."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+
+from gradflow import blocks, comparison, ensembles, networks, statistics
+from gradflow.comparison import Status
+from gradflow.errors import InputError
+from gradflow.simulation import monte_carlo
+
+X = np.asarray(jax.random.normal(jax.random.key(4), (2, 60), np.float32))
+
+WIDTH, DEPTH, NETWORKS = 240, 5, 400
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ensemble", ensembles.ALL, ids=lambda e: e.name)
+def test_theory_is_what_simulation_tends_to_for_every_ensemble(ensemble):
+    # Orthogonal weights have the same mean-field theory, up to 1/width.
+    network = networks.mlp([60, 120, 160, 160, 120], "tanh", ensemble)
+    count = 60 if not network.iid_gaussian else NETWORKS
+    found = comparison.confront(network, X, key=3, networks=count)
+    assert not found.count(Status.DIFFERS), found.agreement
+
+
+def test_a_wrong_theory_is_found_and_not_called_finite_width():
+    """Negative control: χ too large by a hundredth, at every layer."""
+    network = networks.mlp([60, *[WIDTH] * DEPTH], "tanh", ensembles.fan_in(1.3))
+    theory = comparison.predict_float64(network, X)
+    simulation = monte_carlo.simulate(network, X, networks=8000, key=3)
+    narrow = networks.narrowed(network, 4)
+    narrower = monte_carlo.simulate(narrow, X, networks=8000, key=4)
+    wrong = dataclasses.replace(theory, values=theory.values | {"chi": theory.values["chi"] * 1.05})
+    found = comparison.compare(
+        wrong,
+        simulation,
+        narrower=narrower,
+        narrower_theory=dataclasses.replace(
+            wrong, values=comparison.predict_float64(narrow, X).values | {"chi": wrong["chi"]}
+        ),
+    )
+    assert (found["chi"].status[:-1] == Status.DIFFERS).all()
+    assert found["chi"].relative_difference[0] == pytest.approx(1 / 1.05 - 1, abs=0.01)
+    assert "chi at layer" in found.agreement
+
+
+def test_finite_width_effects_are_told_from_errors():
+    """Typical gradients of narrow, deep networks are below the mean by exp(-5 L/4n) (ReLU)."""
+    network = networks.mlp([60, *[40] * 8], "relu", "he")
+    found = comparison.confront(network, X, key=3, networks=4000)
+    assert found["log_gradient_norm"].status[0] == Status.FINITE_WIDTH
+    assert "finite-width effect" in found.agreement
+    assert "by what theory says of this width" in found.agreement
+    assert found.narrower is None
+    without = comparison.confront(network, X, key=3, networks=4000, explain=False)
+    assert without["log_gradient_norm"].status[0] == Status.DIFFERS
+
+
+@pytest.mark.parametrize(
+    ("activation", "weights", "kind"),
+    [
+        ("logistic", "glorot", "vanishing"),
+        ("tanh", "standard", "vanishing"),
+        ("tanh", "glorot", "critical"),
+        ("relu", "he", "critical"),
+        ("relu", "glorot", "vanishing"),
+        ("tanh", "unscaled", "exploding"),
+        ("selu", "lecun", "exploding"),
+    ],
+)
+def test_verdicts_follow_the_theory_and_not_a_threshold(activation, weights, kind):
+    network = networks.mlp([60, *[100] * 12], activation, weights)
+    found = comparison.confront(network, X, networks=20, explain=False)
+    assert found.verdict.kind == kind
+    assert found.verdict.factor == pytest.approx(found.verdict.factor_theory, rel=0.1)
+    assert found.verdict.sentence.startswith(f"{kind} ×")
+
+
+@pytest.mark.parametrize(
+    ("widths", "weights", "kind"),
+    [
+        ([60, 90, 30, 10], "he", "vanishing"),  # χ is n_{l+1}/n_l
+        ([60, 10, 30, 90], "he", "exploding"),
+        ([60, 40, 30, 40], "he", "critical"),
+        ([60, 100, 100, 100, 100, 10], "he", "critical"),  # but for a narrow top
+    ],
+)
+def test_verdicts_know_about_widths(widths, weights, kind):
+    network = networks.mlp(widths, "relu", weights)
+    found = comparison.confront(network, X, networks=20, explain=False)
+    assert found.verdict.kind == kind
+
+
+def test_saturation_is_of_both_sides_and_names_its_layer():
+    # Layer 1's q is 16 |x|²/n, where a third of logistic units are saturated; layer 2's is 180.
+    saturated = networks.mlp([16, *[400] * 4], "logistic", "unscaled")
+    found = comparison.confront(saturated, X[:, :16], networks=10, explain=False)
+    assert found.verdict.saturated_from == 2
+    assert "saturated from layer 2" in found.verdict.sentence
+    rectified = networks.mlp([60, *[50] * 4], "relu", "he")
+    assert comparison.confront(rectified, X, networks=10).verdict.saturated_from is None
+
+
+def test_one_layer_has_no_factor_and_one_network_no_z_score():
+    found = comparison.confront(networks.mlp([60, 20]), X, networks=1)
+    assert "one layer has no gradient factor" in found.verdict.sentence
+    assert found.count(Status.DIFFERS) == 0
+    assert np.isnan(found["q"].standard_error).all()
+    assert found.agreement == "nothing is compared: one network has no standard error"
+    assert found.to_xarray().gradient_variance.sel(source="theory").item() == 1
+
+
+def test_theory_beside_a_simulation_is_float64_in_its_own_unit():
+    """Not a float32 that overflows, or is 0, where the log does not."""
+    theory = comparison.predict_float64(networks.mlp([60, *[50] * 60], "logistic", "glorot"), X)
+    truth = np.exp(theory["log_gradient_variance"])
+    assert theory["gradient_variance"].dtype == np.float64
+    assert 0 < theory["gradient_variance"][0] < 1e-60
+    np.testing.assert_allclose(theory["gradient_variance"], truth, rtol=1e-14)
+
+
+def test_depths_that_differ_are_refused():
+    theory = comparison.predict_float64(networks.mlp([60, 20, 20]), X)
+    simulation = monte_carlo.simulate(networks.mlp([60, 20]), X, networks=2)
+    with pytest.raises(InputError, match="theory has 2 layers and simulation has 1"):
+        comparison.compare(theory, simulation)
+
+
+def test_results_are_labelled():
+    found = comparison.confront(networks.mlp([60, 20, 20]), X, networks=5)
+    dataset = found.to_xarray()
+    assert list(dataset.source.values) == ["theory", "simulation"]
+    assert {s.name for s in statistics.ALL} <= set(dataset)
+    assert dataset.q_z.dims == ("layer",)
+    assert dataset.attrs["verdict"] == found.verdict.sentence
+
+
+def test_blocks_are_all_constructible_without_arguments():
+    for block in blocks.ALL:
+        assert len(block().distributions) == block().n_weights

@@ -1,0 +1,83 @@
+"""Figures: labelled, theory as lines, simulation as points with error bars."""
+
+import jax
+import numpy as np
+import pytest
+from matplotlib.container import ErrorbarContainer
+
+from gradflow import activations, comparison, figures, networks
+from gradflow.errors import InputError
+from gradflow.studies import jacobian_spectrum
+from gradflow.theory import criticality
+
+# They have no simulation.
+THEORY_ALONE = {"phase_diagram"}
+
+
+@pytest.fixture(scope="module")
+def dataset():
+    x = np.asarray(jax.random.normal(jax.random.key(4), (2, 12), np.float32))
+    network = networks.mlp([12, *[30] * 6], "tanh", "standard")
+    return comparison.confront(network, x, networks=10, histograms=True).to_xarray()
+
+
+def drawn(dataset):
+    family = {"tanh": {"standard": dataset, "again": dataset}}
+    at = np.array([10.0, 100.0])
+    return {
+        "activation_variance": figures.activation_variance(family),
+        "gradient_norm": figures.gradient_norm(family),
+        "saturation": figures.saturation(family),
+        "activation_histograms": figures.activation_histograms({"tanh": dataset}),
+        "gradient_histograms": figures.gradient_histograms({"tanh": dataset}),
+        "chi_against_width": figures.chi_against_width(
+            {"tanh": (at, at / 50)}, {"tanh": (at, at / 50, at / 1000)}, 50.0
+        ),
+        "phase_diagram": figures.phase_diagram(
+            criticality.phase_diagram(activations.relu, np.linspace(1, 2, 5), np.linspace(0, 1, 4))
+        ),
+        "spectrum": figures.spectrum(
+            jacobian_spectrum.run(
+                activations.hard_tanh,
+                1.0476,
+                q=0.25,
+                depth=4,
+                weights="orthogonal",
+                points=50,
+                networks=3,
+                width=20,
+            )[0]
+        ),
+    }
+
+
+def test_every_figure_has_labels_a_legend_and_points_with_error_bars(dataset, tmp_path):
+    made = drawn(dataset)
+    assert set(made) | {"save"} == set(figures.__all__)
+    for name, figure in made.items():
+        for axes in (a for a in figure.axes if a.get_visible() and a.get_label() != "<colorbar>"):
+            assert axes.get_title(), name
+            assert axes.get_legend(), name
+            assert name in THEORY_ALONE or any(
+                isinstance(c, ErrorbarContainer) for c in axes.containers
+            ), name
+        assert any(a.get_xlabel() for a in figure.axes), name
+        assert any(a.get_ylabel() for a in figure.axes), name
+        assert figures.save(figure, tmp_path / f"{name}.png").stat().st_size > 10_000
+
+
+def test_theory_is_a_line_and_simulation_is_not(dataset):
+    axes = figures.gradient_norm({"tanh": {"standard": dataset}}).axes[0]
+    theory, points = axes.lines[0], axes.containers[0].lines[0]
+    assert theory.get_linestyle() == "-"
+    assert points.get_linestyle() == "None"
+    expected = dataset.log_gradient_variance.sel(source="theory") / (2 * np.log(10))
+    np.testing.assert_allclose(theory.get_ydata(), expected)
+
+
+def test_results_without_histograms_and_folders_that_are_not_there_are_refused(dataset, tmp_path):
+    bare = dataset.drop_vars([v for v in dataset if "histogram" in v])
+    with pytest.raises(InputError, match="'tanh' hold no gradient histograms"):
+        figures.gradient_histograms({"tanh": bare})
+    with pytest.raises(InputError, match="cannot write"):
+        figures.save(figures.gradient_norm({"tanh": {"x": dataset}}), tmp_path / "no" / "x.png")

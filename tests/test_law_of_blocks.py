@@ -1,0 +1,134 @@
+"""One law test for all blocks: what `kernel` says is what `apply` does, in wide networks.
+
+A new block is tested because it is in `blocks.ALL`, and a new distribution because it is in
+`ensembles.DISTRIBUTIONS`. `comparison.confront` puts theory beside simulation for every statistic
+and layer. Null: means are those of infinite width, plus what is four times as large at a quarter
+of the width, the limit of which is 0 within its standard error or to a third of the difference.
+False alarms: 1 % of cases. Keys are fixed.
+"""
+
+import numpy as np
+import pytest
+
+from gradflow import activations, blocks, comparison, ensembles, networks
+from gradflow.blocks import (
+    AbstractBlock,
+    BatchNorm,
+    Chain,
+    Dense,
+    LayerNorm,
+    Linear,
+    Residual,
+)
+from gradflow.comparison import Status
+
+WIDTH, NETWORKS, INPUTS = 200, 500, 40
+
+
+def differences(network, sites, number=NETWORKS):
+    x = np.random.default_rng(0).normal(size=(sites, INPUTS)).astype(np.float32)
+    x[1] = 0.6 * x[0] + 0.8 * x[1]
+    found = comparison.confront(network, x, key=3, networks=number)
+    assert np.isfinite(found.contrasts["log_gradient_norm"].z).all()
+    return found.count(Status.DIFFERS), found.agreement
+
+
+def in_a_network(block):
+    """Return three layers that end in a random matrix each, and are wide."""
+    layer = Chain((block, Linear()))
+    scaled = networks.stack(100, [layer]).widths[-1]
+    assert scaled == 100, "by default a block takes 100 units and hands on as many"
+    return networks.stack(INPUTS, [Linear(100), (layer, 3)])
+
+
+@pytest.mark.parametrize("block", blocks.ALL, ids=lambda block: block.__name__)
+def test_every_block(block):
+    """As it is made without arguments: 100 units; 4 inputs, which BatchNorm takes at least."""
+    made = block()
+    differing, sentence = differences(in_a_network(made), 6 if made.mixes_sites else 2)
+    assert not differing, sentence
+
+
+class TwiceForgotten(AbstractBlock):
+    """Multiplies by 1.1, and its kernel does not know."""
+
+    def apply(self, signal, multiply, key):  # noqa: ARG002
+        return 1.1 * signal
+
+    def kernel(self, gram, multiply=None):  # noqa: ARG002
+        return gram
+
+    @property
+    def homogeneous(self):
+        return True
+
+
+def test_a_wrong_kernel_is_found():
+    differing, _ = differences(in_a_network(TwiceForgotten()), 2)
+    assert differing > 5
+
+
+COMPOSITIONS = {
+    "pre-norm residual with dropout": (
+        lambda: networks.residual(INPUTS, WIDTH, 20, "relu", "he", norm="layer", keep=0.9),
+        2,
+    ),
+    "transformer's branches": (
+        lambda: networks.residual(
+            INPUTS, WIDTH, 6, "gelu", "he", norm="rms", weights_first=True, hidden=400, sigma_b=0.1
+        ),
+        2,
+    ),
+    "post-norm residual": (
+        lambda: networks.residual(INPUTS, WIDTH, 6, "tanh", "lecun", norm="layer", place="post"),
+        2,
+    ),
+    "residual, 1/√L": (
+        lambda: networks.residual(INPUTS, WIDTH, 16, "relu", "he", scale="depth", layers=2),
+        2,
+    ),
+    "BatchNorm ReLU, batch 16": (
+        lambda: networks.mlp([INPUTS, *[4 * WIDTH] * 4], "relu", "he", norm="batch"),
+        16,
+    ),
+    "BatchNorm leaky ReLU, batch 5": (
+        lambda: networks.mlp([INPUTS, *[4 * WIDTH] * 4], "leaky_relu_0.2", "he", norm="batch"),
+        5,
+    ),
+    "norm after logistic": (
+        lambda: networks.mlp(
+            [INPUTS, *[WIDTH] * 4], "logistic", "lecun", norm="layer", place="post", keep=0.8
+        ),
+        2,
+    ),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("make", "sites"), COMPOSITIONS.values(), ids=COMPOSITIONS)
+def test_compositions(make, sites):
+    differing, sentence = differences(make(), sites)
+    assert not differing, sentence
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("distribution", ensembles.DISTRIBUTIONS)
+def test_every_distribution_in_a_residual_branch(distribution):
+    """Layers of an even number of units, which Haar-orthogonal corners are cut from."""
+    # The input keeps its width, and so would what standardised weights make of it, n_0/(n_0 - 1).
+    branch = Dense(activations.relu, 100, 1.2, None, ensembles.DISTRIBUTIONS[distribution])
+    block = Residual(Chain((LayerNorm(), branch)), 0.5)
+    network = networks.stack(INPUTS, [Linear(100), (block, 4)], "relu")
+    differing, sentence = differences(network, 2)
+    assert not differing, sentence
+
+
+def test_signals_are_rescaled_only_where_reported_activations_are_too():
+    """Linear layers with a reported tanh: saturation is that of the true signals."""
+    network = networks.stack(INPUTS, [Linear(100), Linear(100)], "tanh")
+    assert not network.homogeneous
+    assert networks.stack(INPUTS, [Linear(100), Linear(100)], "relu").homogeneous
+
+
+def test_batches_mix_and_nothing_else_does():
+    assert [block for block in blocks.ALL if block().mixes_sites] == [BatchNorm]

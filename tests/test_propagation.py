@@ -1,0 +1,218 @@
+"""One network, forward and backward: against plain JAX, and at depths where plain JAX fails."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import scipy.special
+
+from gradflow import ensembles, networks, statistics
+from gradflow.simulation import monte_carlo, propagation, threefry
+
+WIDTHS = (6, 10, 10, 10, 4)
+# float32 arithmetic through four layers, done in another order.
+ROUNDING = 2e-4
+
+
+def by_hand(network, x, key):
+    """The dense sampler's own network, rebuilt with explicit weights and plain reverse mode."""
+    top_key, *layer_keys = jax.random.split(key, network.depth + 1)
+    weights, biases = [], []
+    sizes = list(zip(network.widths[1:], network.widths[:-1], strict=True))
+    stages = [s for s in network.stages for _ in range(s.repeats)]
+    for layer, ((n, m), stage) in enumerate(zip(sizes, stages, strict=True)):
+        w_key, b_key = jax.random.split(layer_keys[layer])
+        weights.append(stage.block.sigma_w / m**0.5 * threefry.normal(w_key, (n, m), x.dtype))
+        biases.append(stage.block.sigma_b * jax.random.normal(b_key, (1, n), x.dtype))
+    top = jax.random.normal(top_key, (x.shape[0], sizes[-1][0]), x.dtype)
+
+    def cost(weights, shifts):
+        h, zs = x, []
+        for w, b, shift in zip(weights, biases, shifts, strict=True):
+            z = h @ w.T + b + shift
+            zs.append(z)
+            h = jnp.tanh(z)
+        return jnp.sum(top * z), zs
+
+    shifts = [jnp.zeros((x.shape[0], n), x.dtype) for n, _ in sizes]
+    (by_weights, deltas), zs = jax.grad(cost, argnums=(0, 1), has_aux=True)(weights, shifts)
+    return zs, deltas, [g / x.shape[0] for g in by_weights]
+
+
+@pytest.fixture(scope="module")
+def case():
+    network = networks.mlp(WIDTHS, "tanh", ensembles.fan_in(1.4), sigma_b=0.5)
+    x = jax.random.normal(jax.random.key(1), (3, WIDTHS[0]), jnp.float32)
+    return network, x, jax.random.key(2)
+
+
+def test_statistics_are_those_of_plain_reverse_mode(case):
+    found = propagation.propagate(*case, sampler="dense")
+    zs, deltas, by_weights = by_hand(*case)
+    for layer, (z, delta, g) in enumerate(zip(zs, deltas, by_weights, strict=True)):
+        gram = z @ z.T
+        length = jnp.sqrt(jnp.diagonal(gram))
+        cosines = gram / jnp.outer(length, length)
+        square = jnp.mean(delta**2, axis=1)
+        expected = {
+            "log_q": jnp.log(jnp.mean(z**2)),
+            "preactivation_mean": jnp.mean(z),
+            "log_preactivation_variance": jnp.log(jnp.mean(jnp.var(z, axis=1))),
+            "activation_mean": jnp.mean(jnp.tanh(z)),
+            "log_activation_variance": jnp.log(jnp.mean(jnp.var(jnp.tanh(z), axis=1))),
+            "saturation": jnp.mean(1 - jnp.tanh(z) ** 2 < statistics.SATURATION_THRESHOLD),
+            "correlation": (cosines.sum() - 3) / 6,
+            "log_gradient_variance": jnp.log(jnp.mean(square)),
+            "log_gradient_norm": jnp.mean(jnp.log(jnp.linalg.norm(delta, axis=1))),
+            "log_weight_gradient_variance": jnp.log(jnp.mean(g**2)),
+        }
+        if layer + 1 < len(zs):
+            above = jnp.mean(deltas[layer + 1] ** 2, axis=1)
+            expected["chi"] = jnp.mean(square / above)
+        for name, value in expected.items():
+            np.testing.assert_allclose(
+                found[name][layer], value, rtol=ROUNDING, atol=ROUNDING, err_msg=f"{name} {layer}"
+            )
+    assert set(found) == {s.key for s in statistics.ALL}
+
+
+@pytest.mark.parametrize("sampler", ["dense", "matrix_free"])
+def test_kept_linearisations_give_the_same_numbers(case, sampler):
+    kept = propagation.propagate(*case, sampler=sampler, keep=True)
+    drawn_again = propagation.propagate(*case, sampler=sampler, keep=False)
+    for name, value in kept.items():
+        np.testing.assert_allclose(value, drawn_again[name], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("sampler", ["dense", "matrix_free"])
+@pytest.mark.parametrize("activation", ["tanh", "relu"])  # relu: rescaled on the way up
+def test_checkpoints_give_the_same_numbers(sampler, activation):
+    """Stages of 1, 11 = 3·3 + 2 and 4 = 2·2 layers."""
+    widths = [5, *[12] * 12, *[9] * 5]
+    network = networks.mlp(widths, activation, "he")
+    case = network, jax.random.normal(jax.random.key(2), (3, 5)), jax.random.key(1)
+    kept = propagation.propagate(*case, sampler=sampler)
+    walked_again = propagation.propagate(*case, sampler=sampler, checkpoint=True)
+    assert set(kept) == set(walked_again)
+    for name, value in kept.items():
+        assert value.shape == (17,)
+        np.testing.assert_allclose(value, walked_again[name], rtol=1e-5, atol=1e-5, err_msg=name)
+
+
+def test_signals_are_those_that_the_statistics_measure(case):
+    found = propagation.propagate(*case, sampler="matrix_free")
+    drawn = propagation.signals(*case, sampler="matrix_free")
+    z = np.concatenate([np.mean(np.asarray(s) ** 2, axis=(1, 2)) for s in drawn.preactivation])
+    np.testing.assert_allclose(np.log(z), found["log_q"], rtol=1e-4, atol=1e-5)
+    logs = np.concatenate([np.mean(np.asarray(s), axis=1) for s in drawn.log_gradient_norm])
+    np.testing.assert_allclose(logs, found["log_gradient_norm"], rtol=1e-4, atol=1e-5)
+    for gradient in drawn.gradient:
+        np.testing.assert_allclose(np.linalg.norm(gradient, axis=2), 1, rtol=1e-5)
+
+
+def test_propagation_composes_with_jit_vmap_and_grad(case):
+    network, x, key = case
+
+    def q_of(scale):
+        scaled = jax.tree.map(lambda leaf: scale * leaf, network)
+        return propagation.propagate(scaled, x, key, wanted=(statistics.q,))["log_q"][0]
+
+    value, slope = jax.jit(jax.vmap(jax.value_and_grad(q_of)))(jnp.array([0.5, 1.0]))
+    # Layer 1 without its activation is proportional to the scale: q to its square.
+    np.testing.assert_allclose(slope, [4.0, 2.0], rtol=1e-3)
+    np.testing.assert_allclose(value[1] - value[0], np.log(4), rtol=1e-4)
+
+
+@pytest.mark.parametrize("weights", ["glorot", "he"])
+def test_relu_networks_are_right_at_depth_10_000(weights):
+    """Reference table 6a's law: given survival, each layer's log gain has a known mean.
+
+    Glorot's signals fall to 2^-10000 of the input, far below any float. Null: the mean over 40
+    networks of a sum of 9999 independent log gains; |z| < 4.5, false-alarm rate 7e-6 each.
+    """
+    n, depth = 64, 10_000
+    found = monte_carlo.simulate(
+        networks.mlp([n] * (depth + 1), "relu", weights),
+        np.ones((1, n), np.float32),
+        networks=40,
+        key=3,
+    )
+    alive = np.arange(1, n + 1)
+    chance = np.exp(
+        scipy.special.gammaln(n + 1)
+        - scipy.special.gammaln(alive + 1)
+        - scipy.special.gammaln(n - alive + 1)
+        - n * np.log(2)
+    )
+    gain = (2.0 if weights == "he" else 1.0) / n
+    mean_log = chance @ (scipy.special.digamma(alive / 2) + np.log(2) + np.log(gain))
+    for name, layer in (("log_q", -1), ("log_gradient_norm", 0)):
+        values = found.estimates[name]
+        samples_mean = values.log_value[layer] if name == "log_q" else values.value[layer]
+        if name == "log_q":
+            # The mean of q is dominated by rare networks: only its order can be checked.
+            assert abs(samples_mean / (mean_log * depth) - 1) < 0.35 or weights == "he"
+            continue
+        expected = mean_log * (depth - 1) / 2 + np.log(n) / 2
+        error = values.standard_error[layer]
+        assert abs(samples_mean - expected) < 4.5 * error
+    assert not found.overflowed.any()
+
+
+def test_logistic_gradients_are_right_at_depth_10_000():
+    """Theory says χ = 0.0557 a layer; the product of 9999 of them is 1e-12500."""
+    n, depth = 256, 10_000
+    found = monte_carlo.simulate(
+        networks.mlp([n] * (depth + 1), "logistic", "glorot"),
+        np.ones((1, n), np.float32),
+        networks=4,
+        key=3,
+        wanted=(statistics.log_gradient_norm, statistics.chi),
+    )
+    change = found["log_gradient_norm"].value[0] - found["log_gradient_norm"].value[-1]
+    assert change / (depth - 1) == pytest.approx(np.log(0.0557) / 2, rel=5e-3)
+
+
+def test_a_dead_network_has_a_gradient_of_zero_and_no_nan():
+    network = networks.mlp([2] * 30, "relu", "he")
+    found = monte_carlo.simulate(network, np.ones((1, 2), np.float32), networks=50, key=1)
+    norm = found["log_gradient_norm"]
+    assert norm.excluded[0] > 0
+    assert np.isfinite(found["gradient_variance"].value).all()
+    assert found["gradient_variance"].count[0] == 50
+
+
+def test_an_overflow_is_counted_at_its_layer_and_not_averaged():
+    network = networks.mlp([50] * 61, lambda z: z * 2.0, "unscaled")
+    found = monte_carlo.simulate(network, np.ones((1, 50), np.float32), networks=8, key=1)
+    first = int(np.argmax(found.overflowed > 0))
+    assert 0 < first < 60
+    assert (found.overflowed[first + 5 :] == 8).all()
+    assert found["q"].count[first + 5] == 0
+    assert np.isfinite(found["q"].value[:first]).all()
+
+
+def test_an_underflow_is_counted_and_leaves_the_gradient_right():
+    """tanh with standard weights falls by √3 a layer: below float32 from about layer 160 on."""
+    n, depth = 100, 300
+    network = networks.mlp([n] * (depth + 1), "tanh", ensembles.fan_in(3**-0.5))
+    found = monte_carlo.simulate(network, np.ones((1, n), np.float32), networks=8, key=1)
+    first = int(np.argmax(found.vanished > 0))
+    assert 130 < first < 250
+    # Far below where squares underflow, q is still that of the theory.
+    fall = found["q"].log_value[120] - found["q"].log_value[100]
+    assert fall / 20 == pytest.approx(-np.log(3), rel=0.05)
+    change = found["log_gradient_norm"].value[100] - found["log_gradient_norm"].value[-1]
+    assert change / (depth - 101) == pytest.approx(-np.log(3) / 2, rel=0.05)
+
+
+def test_the_program_does_not_grow_with_depth():
+    """What is compiled, and so the time it takes, is the same at depth 10 and at 10 000."""
+
+    def program(depth):
+        network = networks.mlp([8] * (depth + 1), "tanh").as_arrays(jnp.float32)
+        run = jax.jit(propagation.propagate, static_argnames="sampler")
+        lowered = run.lower(network, jnp.ones((1, 8)), jax.random.key(0), sampler="matrix_free")
+        return len(lowered.as_text())
+
+    assert program(10_000) < 1.02 * program(10)
