@@ -14,20 +14,20 @@ import functools
 import math
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import equinox as eqx
 import jax
-import jax.numpy as jnp
 import numpy as np
 import scipy.stats
 import xarray
 from jax.typing import ArrayLike
-from jaxtyping import PRNGKeyArray
+from jaxtyping import PRNGKeyArray, PyTreeDef
 
 from gradflow import statistics
 from gradflow.errors import InputError
 from gradflow.networks import Network, narrowed
-from gradflow.simulation.monte_carlo import Progress, Simulation, simulate
+from gradflow.simulation.monte_carlo import Progress, Simulation, check_inputs, simulate
 from gradflow.statistics import Prediction
 from gradflow.theory import mean_field
 from gradflow.theory.corrections import Corrections, correct, covers
@@ -340,12 +340,13 @@ def confront(
         As `simulation.monte_carlo.simulate` does.
     """
     key = jax.random.key(key) if isinstance(key, int) else key
+    checked = check_inputs(inputs, network)
     # Beside the simulation: both spend most of their time in the compiler, on one core each.
     with ThreadPoolExecutor(1) as pool:
-        predicted = pool.submit(_predicted, network, inputs, explain)
+        predicted = pool.submit(_theory(network, inputs, explain))
         simulation = simulate(
             network,
-            inputs,
+            checked,
             key=key,
             networks=networks,
             sampler=sampler,
@@ -375,65 +376,118 @@ def confront(
     )
 
 
-def _predicted(
+def _theory(
     network: Network, inputs: ArrayLike, explain: bool
-) -> tuple[Prediction, float, Corrections | None]:
-    """Return the theory, log χ further up, and, to explain differences, the corrections."""
-    theory = predict_float64(network, inputs)
-    corrections = correct_float64(network, inputs) if explain else None
-    return theory, _log_chi_beyond(network, theory), corrections
+) -> Callable[[], tuple[Prediction, float, Corrections | None]]:
+    """Return a function of the theory, log χ further up, and, to explain differences, corrections.
+
+    Everything is traced here, and nothing in the function, so that another thread can call it.
+    """
+    predict = _prediction(network, inputs)
+    correct = _correction(network, inputs) if explain else None
+    further_up = _further_up(network)
+
+    def run() -> tuple[Prediction, float, Corrections | None]:
+        theory = predict()
+        return theory, further_up(theory), correct and correct()
+
+    return run
 
 
 def predict_float64(network: Network, inputs: ArrayLike) -> Prediction:
     """Return `theory.mean_field.predict` in float64, whatever JAX's x64 setting; NumPy arrays."""
-    with jax.enable_x64(True):
-        x = jnp.asarray(np.asarray(inputs, np.float64))
-        gram, mean = mean_field.input_gram(x), jnp.mean(x, axis=1)
-        predict = _compiled(mean_field.predict, network)
-        return jax.tree.map(np.asarray, predict(network.as_arrays(jnp.float64), gram, mean))
+    return _prediction(network, inputs)()
 
 
 def correct_float64(network: Network, inputs: ArrayLike) -> Corrections | None:
     """Return `theory.corrections.correct` in float64 as NumPy arrays; None if it has no answer."""
+    correction = _correction(network, inputs)
+    return correction and correction()
+
+
+def _prediction(network: Network, inputs: ArrayLike) -> Callable[[], Prediction]:
+    x = np.asarray(inputs, np.float64)
+    run = _prepared(mean_field.predict, network, _input_gram(x), x.mean(axis=1))
+    return functools.partial(run, network, _input_gram(x), x.mean(axis=1))
+
+
+def _correction(network: Network, inputs: ArrayLike) -> Callable[[], Corrections] | None:
     if not covers(network):
         return None
-    with jax.enable_x64(True):
-        gram = mean_field.input_gram(jnp.asarray(np.asarray(inputs, np.float64)))
-        return jax.tree.map(
-            np.asarray, _compiled(correct, network)(network.as_arrays(jnp.float64), gram)
-        )
+    gram = _input_gram(np.asarray(inputs, np.float64))
+    return functools.partial(_prepared(correct, network, gram), network, gram)
+
+
+def _input_gram(inputs: np.ndarray) -> np.ndarray:
+    """Return `mean_field.input_gram`, by NumPy: JAX would trace."""
+    return inputs @ inputs.T / inputs.shape[1]
 
 
 # Up to this depth the theory takes less time than compiling it well.
 _SHALLOW = 200
 
 
-@functools.cache
-def _jitted(function: Callable, options: tuple[tuple[str, int], ...]) -> Callable:
-    return jax.jit(function, compiler_options=dict(options))
+def _prepared(function: Callable, network: Network, *arrays: ArrayLike, **static: int) -> Callable:
+    """Trace a function of a network and arrays in float64; the result compiles it when called.
 
-
-def _compiled(function: Callable, network: Network) -> Callable:
-    """Return the function jitted: without the compiler's optimisations where they take longer."""
+    The result traces nothing, and so can be called in a thread beside another that has x64 off.
+    `jax.jit` cannot: of two threads that differ in it and trace alike calls at once, JAX hands one
+    what the other traced (seen with JAX 0.10: float32 for float64, and the other way round).
+    """
     quick = jax.default_backend() == "cpu" and network.depth <= _SHALLOW
-    return _jitted(function, (("xla_backend_optimization_level", 0),) if quick else ())
+    leaves, structure = jax.tree.flatten(_as_float64(network, *arrays))
+    shapes = tuple(leaf.shape for leaf in leaves)
+    return _program(function, quick, structure, shapes, tuple(static.items()))
 
 
-_asymptotic_log_chi = jax.jit(mean_field.asymptotic_log_chi, static_argnames="beyond")
+def _as_float64(network: Network, *arrays: ArrayLike) -> tuple:
+    """Return a program's arguments; the name is none of its business."""
+    named = dataclasses.replace(network, name=""), *arrays
+    return jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), named)
 
 
-def _log_chi_beyond(network: Network, theory: Prediction) -> float:
-    layers = _layers_ahead(network.depth)
-    chi = np.asarray(theory.values["chi"])
+@functools.lru_cache(maxsize=32)
+def _program(
+    function: Callable,
+    quick: bool,
+    structure: PyTreeDef,
+    shapes: tuple[tuple[int, ...], ...],
+    static: tuple[tuple[str, int], ...],
+) -> Callable:
+    leaves = [jax.ShapeDtypeStruct(shape, np.float64) for shape in shapes]
+    with jax.enable_x64(True):
+        jitted = jax.jit(functools.partial(function, **dict(static)))
+        lowered = jitted.lower(*jax.tree.unflatten(structure, leaves))
+
+    @functools.cache
+    def compiled() -> Callable:
+        # Without the compiler's optimisations where they take longer than they save.
+        return lowered.compile(dict(xla_backend_optimization_level="0") if quick else {})
+
+    def run(network: Network, *arrays: ArrayLike) -> Any:
+        with jax.enable_x64(True), jax.no_tracing(True):
+            return jax.tree.map(np.asarray, compiled()(*_as_float64(network, *arrays)))
+
+    return run
+
+
+def _further_up(network: Network) -> Callable[[Prediction], float]:
+    """Return a function of the theory: log χ where the network would be with many more layers."""
     if network.mixes_sites:
         # The top gradient, independent for each input, is no gradient of a layer below BatchNorm:
         # the next layer's χ is the first that is like all others.
-        return math.log(chi[max(network.depth - 3, 0)])
-    if network.depth > 2 and abs(chi[-2] / chi[-3] - 1) < _SETTLED and len(network.stages) < 3:
-        return math.log(chi[-2])
-    with jax.enable_x64(True):
-        q = jnp.exp(jnp.asarray(theory.values["log_q"])[-1])
-        return float(_asymptotic_log_chi(network.as_arrays(jnp.float64), q, beyond=layers))
+        return lambda theory: math.log(theory.values["chi"][max(network.depth - 3, 0)])
+    beyond = _layers_ahead(network.depth)
+    log_chi = _prepared(mean_field.asymptotic_log_chi, network, np.zeros(()), beyond=beyond)
+
+    def further_up(theory: Prediction) -> float:
+        chi = np.asarray(theory.values["chi"])
+        if network.depth > 2 and abs(chi[-2] / chi[-3] - 1) < _SETTLED and len(network.stages) < 3:
+            return math.log(chi[-2])
+        with np.errstate(over="ignore"):
+            return float(log_chi(network, np.exp(theory.values["log_q"][-1])))
+
+    return further_up
 
 
 def _layers_ahead(depth: int) -> int:

@@ -389,10 +389,13 @@ def check(activation: Activation) -> None:
     def outermost(x: Array) -> Array:
         return jnp.where(jnp.abs(x) > edge, squares(x), 0)
 
-    with jax.enable_x64(True), jax.ensure_compile_time_eval():
-        one = jnp.ones(())
-        values, errors = expectation_with_error(averages, one, kinks=activation.kinks)
+    @jax.jit
+    def look(one: Array) -> tuple[Array, Array, Array]:
         tails = expectation(outermost, one, kinks=(*activation.kinks, edge))
+        return *expectation_with_error(averages, one, kinks=activation.kinks), tails
+
+    with jax.enable_x64(True), jax.ensure_compile_time_eval():
+        values, errors, tails = look(jnp.ones(()))
     if isinstance(values, jax.core.Tracer):
         return
     # The mean slope is compared with its root mean square, and its tails are those of its square.

@@ -20,6 +20,15 @@ jax.config.update("jax_enable_x64", X64)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 matplotlib.use("Agg")
 
+# Most of the tests' time goes into compiling: each worker, and the commands that its tests run,
+# keep what they compiled, for when it is asked for again, in this run or in the next one.
+_WORKER = os.environ.get("PYTEST_XDIST_WORKER", "alone")
+_COMPILED = Path(__file__).parents[1] / ".pytest_cache" / "jax" / _WORKER
+jax.config.update("jax_compilation_cache_dir", str(_COMPILED))
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+os.environ["JAX_COMPILATION_CACHE_DIR"] = str(_COMPILED)
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+
 REFERENCE = Path(__file__).parent / "reference"
 
 

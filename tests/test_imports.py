@@ -54,6 +54,7 @@ ORDER = (
     "figures",
     "studies.note",
     "studies.jacobian_spectrum",
+    "studies.point",
     "studies",
     "",
     "cli.shared",

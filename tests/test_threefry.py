@@ -148,6 +148,7 @@ def test_normals_do_not_depend_on_shape_batch_platform_or_kind_of_key(shape, mon
     np.testing.assert_allclose(elsewhere, fused, rtol=2e-6, atol=1e-6)
 
 
+@pytest.mark.usefixtures("x64_only")
 def test_other_dtypes_and_keys_are_drawn_by_jax():
     key, other = jax.random.key(1), jax.random.key(1, impl="rbg")
     drawn = threefry.normal(key, (5,), jnp.float64)

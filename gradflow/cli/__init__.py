@@ -1,6 +1,10 @@
 """The command line: a thin face on `comparison`, `studies`, `theory` and `figures`."""
 
+import hashlib
+import os
+import platform
 import sys
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -39,6 +43,7 @@ def list_names(as_json: Json = False) -> None:
 
 def main() -> None:
     """Run the command line: exit code 0, 2 for bad input, 130 when interrupted."""
+    _keep_compiled()
     try:
         code = app(standalone_mode=False)
     except InputError as error:
@@ -58,6 +63,36 @@ def main() -> None:
         _fail(_OUT_OF_MEMORY)
     else:
         sys.exit(code or 0)
+
+
+def _keep_compiled() -> None:
+    """Let JAX keep what it compiled between commands: compiling is most of a command's time.
+
+    Where the user has not said otherwise, by JAX's own environment variables, and before JAX reads
+    them. Programs are for one kind of processor; a home folder may be shared by several.
+    """
+    try:
+        folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "gradflow"
+        folder /= hashlib.sha256(_processor().encode()).hexdigest()[:16]
+        folder.mkdir(parents=True, exist_ok=True)
+    except (OSError, RuntimeError):  # no home, or none to write to
+        return
+    if os.access(folder, os.W_OK):
+        for name, value in {
+            "JAX_COMPILATION_CACHE_DIR": str(folder),
+            "JAX_COMPILATION_CACHE_MAX_SIZE": str(1 << 30),
+            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.02",
+        }.items():
+            os.environ.setdefault(name, value)
+
+
+def _processor() -> str:
+    """Return what tells this machine's processor from others that programs may not run on."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:  # not Linux
+        return f"{platform.machine()} {platform.processor()}"
+    return platform.machine() + next((x for x in lines if x.startswith(("flags", "Feat"))), "")
 
 
 def _fail(message: str, code: int = 2) -> None:

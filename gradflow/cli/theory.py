@@ -46,68 +46,42 @@ def theory(
     correlations: Annotated[
         str, typer.Option(help="Where the correlation map is printed: c, with commas between.")
     ] = "-1,-0.5,0,0.5,0.9,0.99,0.999999,1",
+    depth: Annotated[int, typer.Option(help="Layers, for what depends on them.")] = 10,
+    width: Annotated[int, typer.Option(help="Units a layer, for what depends on them.")] = 1000,
     as_json: Json = False,
 ) -> None:
     """Where signals of infinitely wide networks settle, on which depth scales, and what trains."""
-    import jax  # noqa: PLC0415  (JAX is slow to import)
+    from gradflow import activations  # noqa: PLC0415  (JAX is slow to import)
+    from gradflow.studies import point  # noqa: PLC0415
 
-    from gradflow import activations  # noqa: PLC0415
-    from gradflow.theory import criticality, fixed_points  # noqa: PLC0415
-    from gradflow.theory import spectrum as spectra  # noqa: PLC0415
-
-    phi = activations.get(activation)
     places = _parse_correlations(correlations)
-    with jax.enable_x64(True):
-        points = fixed_points.length(phi, sigma_w2, sigma_b2)
-        found = fixed_points.analyse(phi, sigma_w2, sigma_b2, start=start)
-        phase = criticality.Phase(int(criticality.phase(found))).name.lower()
-        kind = criticality.universality_class(phi).value
-        depths = {
-            dtype: _plain(fixed_points.representable_depth(found.chi1, dtype))
-            for dtype in ("float16", "bfloat16", "float32", "float64")
-        }
-        slopes = [math.nan, math.nan]
-        maps: tuple[dict[str, float], ...] = ({}, {})
-        from_one = fixed_points.analyse(phi, sigma_w2, sigma_b2)
-        if float(found.q_star) > 0:
-            law = spectra.slope_law(phi, float(found.q_star))
-            slopes = [float((law.weights * law.values**k).sum()) for k in (1, 2)]
-            maps = _correlation_map(phi, float(found.q_star), sigma_w2, sigma_b2, places)
-        six = [_plain(fixed_points.trainable_depth(xi)) for xi in (found.xi_c, found.xi_grad)]
-    numbers = {name: _plain(value) for name, value in found._asdict().items() if name != "status"}
-    report: dict[str, Any] = {
-        "activation": phi.name,
-        "sw2": sigma_w2,
-        "sb2": sigma_b2,
-        "fixed_points": [_EVERY_LENGTH]
-        if found.status == fixed_points.Status.NEUTRAL
-        else [
-            _fixed_point(points, place)
-            for place in range(points.stability.size)
-            if points.stability[place] != fixed_points.Stability.ABSENT
-        ],
-        "attractor_from_q0_1": "inf"
-        if from_one.status == fixed_points.Status.DIVERGES
-        else _plain(from_one.q_star),
-        "start": start,
-        "status": fixed_points.Status(int(found.status)).name.lower(),
-        "phase": phase,
-        **numbers,
-        "mu1": _plain(slopes[0]),
-        "mu2": _plain(slopes[1]),
-        "C": maps[0],
-        "dC_dc": maps[1],
-        "universality_class": kind,
-        "six_xi_c": six[0],
-        "six_abs_xi_grad": six[1],
-        "representable_depth": depths,
+    found = point.run(
+        activations.get(activation),
+        sigma_w2,
+        sigma_b2,
+        start=start,
+        correlations=list(places.values()),
+        depth=check_depth(depth),
+        width=width,
+    )
+    layers = {
+        str(number + 1): {name: values[number] for name, values in found["layers"].items()}
+        for number in range(depth)
     }
+    maps = {name: dict(zip(places, found[name], strict=False)) for name in ("C", "dC_dc")}
+    report = _plain_report(found | maps | {"layers": layers})
     if as_json:
         print_json(report)
         return
     console = make_console()
     console.print(_table_of_points("fixed points of the length map", report["fixed_points"]))
     console.print(_table_of_values(f"from q = {start:g}", report))
+    for title, columns in _LAYER_TABLES.items():
+        shown = [
+            {"layer": number, **{name: report["layers"][number][name] for name in columns}}
+            for number in _some_layers(depth)
+        ]
+        console.print(_table_of_points(title, shown))
 
 
 @app.command(
@@ -448,49 +422,31 @@ def _parse_correlations(text: str) -> dict[str, float]:
     return places
 
 
-def _correlation_map(
-    phi: Any, q: float, sigma_w2: float, sigma_b2: float, places: Mapping[str, float]
-) -> tuple[dict[str, float], dict[str, float]]:
-    """Return C(c) and C'(c) at a length that is kept, by the names of the c."""
-    import jax  # noqa: PLC0415  (JAX is slow to import)
-
-    from gradflow import gaussian  # noqa: PLC0415
-
-    c = np.array(list(places.values()))
-    pairs = q * (np.eye(2) + (1 - np.eye(2)) * c[:, None, None])
-    values, slopes = (
-        np.asarray(jax.vmap(lambda pair, kernel=kernel: kernel(phi, pair)[0, 1])(pairs))
-        for kernel in (gaussian.kernel, gaussian.derivative_kernel)
-    )
-    return (
-        dict(zip(places, ((sigma_w2 * values + sigma_b2) / q).tolist(), strict=True)),
-        dict(zip(places, (sigma_w2 * slopes).tolist(), strict=True)),
-    )
-
-
-# Where every q is a fixed point, as the reference tables have it: one, whose q* is no number.
-_EVERY_LENGTH: dict[str, Any] = {
-    "q_star": None,
-    "chi1": 1.0,
-    "chi_par": 1.0,
-    "xi_q": "inf",
-    "xi_grad": "inf",
-    "stable": None,
-    "marginal": True,
-    "half_stable": False,
+# What is printed of each layer; columns that fit on a page.
+_LAYER_TABLES = {
+    "layer by layer": ("q", "act_mean", "act_meansq", "chi_l", "mean_sq_jac", "log_mean_sq_jac"),
+    "gain of a tangent along the input, and of one orthogonal to it": (
+        "parallel",
+        "orthogonal",
+        "ratio",
+    ),
+    "first order in 1/n of the length": ("K", "V4", "G1", "V4_over_K2"),
 }
 
 
-def _fixed_point(points: Any, place: int) -> dict[str, Any]:
-    from gradflow.theory.fixed_points import Stability  # noqa: PLC0415
+def _some_layers(depth: int) -> list[str]:
+    """Return the first layers' numbers, ever fewer of the others', and the last's."""
+    round_ones = (digit * 10**power for power in range(9) for digit in (1, 2, 5))
+    return [str(number) for number in sorted({*(n for n in round_ones if n <= depth), depth})]
 
-    kind = Stability(int(points.stability[place]))
-    return {
-        **{name: _plain(v[place]) for name, v in points._asdict().items() if name != "stability"},
-        "stable": kind in (Stability.STABLE, Stability.MARGINAL, Stability.HALF_STABLE),
-        "marginal": kind in (Stability.MARGINAL, Stability.MARGINAL_UNSTABLE),
-        "half_stable": kind is Stability.HALF_STABLE,
-    }
+
+def _plain_report(value: Any) -> Any:
+    """Return what is in the report for JSON: numbers by `_plain`, all else as it is."""
+    if isinstance(value, dict):
+        return {name: _plain_report(one) for name, one in value.items()}
+    if isinstance(value, list):
+        return [_plain_report(one) for one in value]
+    return _plain(value) if isinstance(value, float) else value
 
 
 def _present(points: Any) -> list[dict[str, float]]:
@@ -561,6 +517,13 @@ def _table_of_values(title: str, report: Mapping[str, Any]) -> Table:
         elif name in ("C", "dC_dc"):
             for place, one in value.items():
                 table.add_row(f"{name} at c = {place}", _said(one))
-        elif name != "fixed_points":
+        elif name == "jacobian":
+            for weights, numbers in value.items():
+                for key, one in numbers.items():
+                    table.add_row(f"{key}, {weights}", _said(one))
+        elif name == "finite_width":
+            for key, one in value.items():
+                table.add_row(key, _said(one))
+        elif name not in ("fixed_points", "layers"):
             table.add_row(name, _said(value))
     return table

@@ -165,7 +165,7 @@ def simulate(
         a number is not a whole one of at least 1, or not even one network fits into memory.
     """
     networks = check_count("networks", networks)
-    inputs = _checked(inputs, network)
+    inputs = check_inputs(inputs, network)
     sites = inputs.shape[0]
     sampler, reason = samplers.choose(sampler, network, sites)
     key = jax.random.key(key) if isinstance(key, int) else key
@@ -224,7 +224,8 @@ def simulate(
     )
 
 
-def _checked(inputs: ArrayLike, network: Network) -> Array:
+def check_inputs(inputs: ArrayLike, network: Network) -> Array:
+    """Return the inputs as the array that a simulation takes, or raise what `simulate` does."""
     inputs = jnp.asarray(inputs)
     if inputs.ndim != 2 or inputs.shape[1] != network.input_width or not inputs.shape[0]:
         raise InputError(

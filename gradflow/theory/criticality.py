@@ -311,18 +311,22 @@ def universality_class(activation: Activation) -> UniversalityClass:
     with jax.enable_x64(True):
         if activation.homogeneous:
             return UniversalityClass.SCALE_INVARIANT
-        table = Table.of(activation, jnp.zeros(()).dtype)
-        origin, slope = (float(value) for value in table.at_zero)
-        if origin == 0 and slope > 0:
-            # Does q decrease, just above 0?
-            small = jnp.asarray(2.0**-10)
-            if float(table.at(small)[0]) / slope < 1:
-                return UniversalityClass.K_STAR_ZERO
+        origin, slope, above = map(float, _near_zero(activation, jnp.asarray(2.0**-10)))
+        if origin == 0 and slope > 0 and above / slope < 1:  # q decreases, just above 0
+            return UniversalityClass.K_STAR_ZERO
         if not jnp.all(jnp.isnan(half_stable_points(activation).q_star)):
             return UniversalityClass.HALF_STABLE
         return UniversalityClass.NONE
 
 
+@functools.partial(jax.jit, static_argnums=0)
+def _near_zero(activation: Activation, q: Array) -> tuple[Array, Array, Array]:
+    """Return E[φ²] and E[φ'²] at 0, and E[φ²]/q at a small q."""
+    table = Table.of(activation, q.dtype)
+    return *table.at_zero, table.at(q)[0]
+
+
+@jax.jit
 def phase(analysis: Analysis) -> Int[Array, "*grid"]:
     """Return the `Phase` of each point of an analysis."""
     noise = jnp.finfo(analysis.chi1.dtype).eps

@@ -1,0 +1,245 @@
+"""One point (σ_w², σ_b²): everything that the theory says there, under its field's names."""
+
+import functools
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array
+
+from gradflow import gaussian
+from gradflow.activations import Activation
+from gradflow.errors import InputError, check_count
+from gradflow.theory import criticality, finite_width, fixed_points, mean_field
+from gradflow.theory import spectrum as spectra
+
+__all__ = ["fixed_point", "run"]
+
+# Where the length settles nowhere, or everywhere, there is no point to describe but this.
+_EVERY_LENGTH: dict[str, Any] = {
+    "q_star": math.nan,
+    "chi1": 1.0,
+    "chi_par": 1.0,
+    "xi_q": math.inf,
+    "xi_grad": math.inf,
+    "stable": None,
+    "marginal": True,
+    "half_stable": False,
+}
+_DTYPES = ("float16", "bfloat16", "float32", "float64")
+
+
+def run(
+    activation: Activation,
+    sigma_w2: float,
+    sigma_b2: float = 0.0,
+    *,
+    start: float = 1.0,
+    correlations: Sequence[float] = (),
+    depth: int = 10,
+    width: int = 1000,
+) -> dict[str, Any]:
+    """Return fixed points, depth scales, phase, correlation map, layers, Jacobian, finite width.
+
+    Parameters
+    ----------
+    activation, sigma_w2, sigma_b2
+        φ, σ_w² and σ_b², both >= 0.
+    start
+        q of the first layer, > 0.
+    correlations
+        Where the correlation map is wanted, each from -1 to 1.
+    depth, width
+        Layers, and units in each.
+
+    Returns
+    -------
+    dict
+        Of one point: numbers and names. ``C`` and ``dC_dc`` are lists, one number for each of
+        ``correlations``, empty where no length is kept. ``layers`` is a dict of arrays of shape
+        (depth,), from the first layer on: q, moments, χ, gains of tangents along the input and
+        orthogonal to it, and the first order in 1/n of the length. ``jacobian`` is at q*, for
+        Gaussian and orthogonal weights; ``finite_width`` exact, and empty where no law is known.
+
+    Raises
+    ------
+    InputError
+        If an argument is out of range.
+    """
+    depth, width = check_count("depth", depth), check_count("width", width)
+    c = np.asarray(correlations, np.float64)
+    if not np.all(np.abs(c) <= 1):
+        raise InputError(f"correlations is {list(correlations)}; each is from -1 to 1")
+    with jax.enable_x64(True):
+        points = fixed_points.length(activation, sigma_w2, sigma_b2)
+        found = fixed_points.analyse(activation, sigma_w2, sigma_b2, start=start)
+        from_one = fixed_points.analyse(activation, sigma_w2, sigma_b2)
+        values = found._asdict()
+        del values["status"]
+        q = float(found.q_star)
+        return {
+            "activation": activation.name,
+            "sw2": sigma_w2,
+            "sb2": sigma_b2,
+            "fixed_points": _fixed_points(points, found.status),
+            "attractor_from_q0_1": math.inf
+            if from_one.status == fixed_points.Status.DIVERGES
+            else float(from_one.q_star),
+            "start": start,
+            "status": fixed_points.Status(int(found.status)).name.lower(),
+            "phase": criticality.Phase(int(criticality.phase(found))).name.lower(),
+            **{name: float(value) for name, value in values.items()},
+            **_where_it_settles(activation, q, sigma_w2, sigma_b2, c, depth),
+            "universality_class": criticality.universality_class(activation).value,
+            "six_xi_c": float(fixed_points.trainable_depth(found.xi_c)),
+            "six_abs_xi_grad": float(fixed_points.trainable_depth(found.xi_grad)),
+            "representable_depth": {
+                dtype: float(fixed_points.representable_depth(found.chi1, dtype))
+                for dtype in _DTYPES
+            },
+            "L": depth,
+            "n": width,
+            "layers": _layers(activation, start, sigma_w2, sigma_b2, depth),
+            "finite_width": _finite_width(activation, start, sigma_w2, sigma_b2, depth, width),
+        }
+
+
+def fixed_point(points: fixed_points.LengthFixedPoints, place: int) -> dict[str, Any]:
+    """Return one of a length map's fixed points, its kind as three booleans."""
+    kind = fixed_points.Stability(int(points.stability[place]))
+    values = points._asdict()
+    del values["stability"]
+    of = fixed_points.Stability
+    return {
+        **{name: float(value[place]) for name, value in values.items()},
+        "stable": kind in (of.STABLE, of.MARGINAL, of.HALF_STABLE),
+        "marginal": kind in (of.MARGINAL, of.MARGINAL_UNSTABLE),
+        "half_stable": kind is of.HALF_STABLE,
+    }
+
+
+def _fixed_points(points: fixed_points.LengthFixedPoints, status: Array) -> list[dict[str, Any]]:
+    if status == fixed_points.Status.NEUTRAL:
+        return [_EVERY_LENGTH]
+    kinds = np.asarray(points.stability)
+    there = np.flatnonzero(kinds != fixed_points.Stability.ABSENT)
+    return [fixed_point(points, int(place)) for place in there]
+
+
+def _where_it_settles(
+    activation: Activation, q: float, sigma_w2: float, sigma_b2: float, c: np.ndarray, depth: int
+) -> dict[str, Any]:
+    """Return what there is at a length that is kept: E φ'² and E φ'⁴, C and C', the Jacobian."""
+    if not q > 0:
+        return {"mu1": math.nan, "mu2": math.nan, "C": [], "dC_dc": [], "jacobian": {}}
+    scales = map(jnp.asarray, (q, sigma_w2, sigma_b2))
+    mu, maps, jacobian = jax.tree.map(np.asarray, _at_length(activation, *scales, c, depth))
+    return {
+        **{f"mu{k}": float(value) for k, value in enumerate(mu, start=1)},
+        **{name: values.tolist() for name, values in maps.items()},
+        "jacobian": {
+            weights: {
+                "mean_sq_sv": float(mean),
+                "var_sq_sv": float(mean**2 * relative),
+                "var_over_mean2": float(relative),
+            }
+            for weights, (mean, relative) in jacobian.items()
+            if sigma_w2 > 0
+        },
+    }
+
+
+@functools.partial(jax.jit, static_argnames=("activation", "depth"))
+def _at_length(
+    activation: Activation, q: Array, sigma_w2: Array, sigma_b2: Array, c: Array, depth: int
+) -> tuple[Array, dict[str, Array], dict[str, tuple[Array, Array]]]:
+    law = spectra.slope_law(activation, q)
+    values, slopes = (
+        jax.vmap(lambda c, of=of: of(activation, q * jnp.array([[1.0, c], [c, 1.0]]))[0, 1])(c)
+        for of in (gaussian.kernel, gaussian.derivative_kernel)
+    )
+    return (
+        jnp.stack([jnp.sum(law.weights * law.values**k) for k in (1, 2)]),
+        {"C": (sigma_w2 * values + sigma_b2) / q, "dC_dc": sigma_w2 * slopes},
+        {
+            weights: spectra.mean_and_variance(law, sigma_w2, depth, weights)
+            for weights in ("gaussian", "orthogonal")
+        },
+    )
+
+
+def _layers(
+    activation: Activation, start: float, sigma_w2: float, sigma_b2: float, depth: int
+) -> dict[str, np.ndarray]:
+    found = _profiles(activation, *map(jnp.asarray, (start, sigma_w2, sigma_b2)), depth=depth)
+    way, gains, vertex = jax.tree.map(np.asarray, found)
+    if not sigma_w2 * start > sigma_w2 * sigma_b2:  # no input has this q in layer 1
+        gains = {name: np.full(depth, math.nan) for name in gains}
+    with np.errstate(invalid="ignore", divide="ignore", over="ignore"):
+        return {
+            "q": way["q"],
+            "act_mean": way["activation_mean"],
+            "act_meansq": way["activation_second_moment"],
+            "chi_l": way["chi"],
+            "log_mean_sq_jac": way["log_jacobian_norm"],
+            "mean_sq_jac": np.exp(way["log_jacobian_norm"]),
+            "parallel": gains["parallel"],
+            "orthogonal": gains["orthogonal"],
+            "ratio": gains["parallel"] / gains["orthogonal"],
+            **vertex._asdict(),
+            "V4_over_K2": vertex.V4 / vertex.K**2,
+        }
+
+
+@functools.partial(jax.jit, static_argnames=("activation", "depth"))
+def _profiles(
+    activation: Activation, q1: Array, sigma_w2: Array, sigma_b2: Array, *, depth: int
+) -> tuple[dict[str, Array], dict[str, Array], finite_width.Vertex]:
+    scales = sigma_w2, sigma_b2
+    length = jnp.maximum((q1 - sigma_b2) / sigma_w2, jnp.finfo(q1.dtype).tiny)
+    return (
+        mean_field.profile(activation, q1, *scales, depth=depth),
+        mean_field.direction_gains(activation, length, *scales, depth=depth),
+        finite_width.vertex(activation, q1, *scales, depth=depth),
+    )
+
+
+def _finite_width(
+    activation: Activation, start: float, sigma_w2: float, sigma_b2: float, depth: int, width: int
+) -> dict[str, float]:
+    """Return the exact moments of ‖J u‖², without biases, and of the length of the last layer."""
+    if not (activation.homogeneous and sigma_w2 > 0):
+        return {}
+    length = finite_width.forward_moments(
+        activation, start, sigma_w2, sigma_b2, width=width, depth=depth
+    )
+    found = {
+        "E_qhat_L": length.mean[-1],
+        "Var_qhat_L": length.variance_of_q[-1],
+        "E_v_L": length.mean[-1],
+        "Var_v_L": length.variance_of_v[-1],
+    }
+    widths = [width] * (depth + 1)
+    law = finite_width.gain_law(activation, widths, sigma_w2)
+    limit = finite_width.log_normal(activation, widths, sigma_w2)
+    found |= {
+        "P_alive": law.alive,
+        "E_log_given_alive": law.mean_of_log,
+        "Var_log_given_alive": law.variance_of_log,
+        "E_sq": law.mean,
+        "E_sq2": law.second_moment,
+        "Var_sq": law.variance,
+        "hanin_nica_mean_log": limit.mean,
+        "hanin_nica_beta": limit.variance,
+    }
+    if law.alive == 1:  # the names of what needs no condition
+        found |= {
+            "E_log": law.mean_of_log,
+            "Var_log": law.variance_of_log,
+            "lognormal_mean_approx": limit.mean,
+            "lognormal_var_approx": limit.variance,
+        }
+    return {name: float(value) for name, value in found.items()}
