@@ -40,6 +40,7 @@ def walked_chi(activation, size, sigma_w=1.3):
 
 @pytest.mark.usefixtures("x64_only")
 class TestTable8:
+    @pytest.mark.slow
     @pytest.mark.parametrize("name", ["linear", "relu"])
     def test_chi_of_finite_batches(self, load_reference, name):
         """By the integral for any batch, and by that over the sphere."""

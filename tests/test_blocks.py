@@ -79,6 +79,7 @@ class TestTable8:
             np.testing.assert_allclose(found.chi, float(values["chi_per_layer"]), rtol=TABLE)
             np.testing.assert_allclose(found.q, after, rtol=TABLE)
 
+    @pytest.mark.slow
     def test_dropout(self, load_reference):
         for phi, given, values in rows_of(load_reference, "dropout"):
             found = architectures.dropout(phi, given["sw2"], given["sb2"], keep=given["keep_prob"])
@@ -106,6 +107,7 @@ class TestTable8:
             )
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("x64_only")
 def test_dropout_over_a_grid_and_its_derivative():
     keep = np.array([0.5, 0.9, 1.0])
@@ -123,6 +125,7 @@ def test_dropout_over_a_grid_and_its_derivative():
     assert float(jax.grad(c_star)(1.5)) == pytest.approx(float(finite), rel=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("x64_only")
 def test_dropout_networks_settle_where_the_fixed_point_is():
     """50 layers, two inputs: the walk of the kernel, against the fixed-point equation."""
@@ -188,6 +191,7 @@ def dense_product(key, x, *, sigma_w, width, distribution):
     return jnp.matmul(x * (sigma_w / x.shape[1] ** 0.5), weights.T)
 
 
+@pytest.mark.slow
 def test_a_residual_network_that_doubles_leaves_no_float(key):
     """ReLU, unscaled: q and mean squared gradients double in each of 1500 blocks, to 2^1500.
 
@@ -236,6 +240,7 @@ def test_standardised_weights_do_not_pass_a_mean_on(key):
     np.testing.assert_allclose(q, (0.5 * (1 - 1 / np.pi)) ** np.arange(3), rtol=1e-5)  # Var ReLU
 
 
+@pytest.mark.slow
 def test_a_zero_branch_is_the_identity(key):
     network = networks.residual(8, 20, 5, "tanh", scale="zero")
     found = propagate(network, jnp.ones((1, 8)), key)

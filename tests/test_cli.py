@@ -42,6 +42,7 @@ def test_compare_prints_a_table_a_verdict_and_what_it_wrote(compared):
     assert len(list((folder / "made").glob("*.png"))) == 5
 
 
+@pytest.mark.slow
 def test_one_layer_and_one_network_have_a_table_too(tmp_path):
     done = gradflow("compare", "--width", "9", "--depth", "1", "--networks", "1", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
@@ -89,6 +90,7 @@ def test_theory_prints_what_it_reports(tmp_path):
     assert (found["attractor_from_q0_1"], found["C"]) == ("inf", {})
 
 
+@pytest.mark.slow
 def test_where_every_length_is_kept_theory_has_the_tables_one_fixed_point(tmp_path):
     arguments = ("theory", "--activation", "leaky_relu_0.2", "--sigma-w2", str(2 / 1.04))
     found = json.loads(gradflow(*arguments, "--json", cwd=tmp_path).stdout)
@@ -111,6 +113,7 @@ def test_critical_prints_what_it_reports(tmp_path):
     assert "half-stable points" in gradflow(*arguments, cwd=tmp_path).stdout
 
 
+@pytest.mark.slow
 def test_critical_points_have_the_names_of_the_table(tmp_path):
     arguments = ("critical", "--activation", "mish", "--sigma-b2", "0.01", "--json")
     (point,) = json.loads(gradflow(*arguments, cwd=tmp_path).stdout)["solutions"]
@@ -126,6 +129,7 @@ def test_critical_points_have_the_names_of_the_table(tmp_path):
     assert point["curvature"]["coeff"] == pytest.approx(0.3001054387190354, rel=1e-9)
 
 
+@pytest.mark.slow
 def test_spectrum_prints_what_it_reports(tmp_path):
     arguments = ("spectrum", "--activation", "relu", "--sigma-w2", "2", "--q", "1", "--depth", "1")
     done = gradflow(*arguments, "--simulate", "2", "--width", "30", "--json", cwd=tmp_path)
@@ -226,15 +230,45 @@ def test_help_is_there_with_examples(command, tmp_path):
     ],
     ids=lambda v: " ".join(v) if isinstance(v, list) else "",
 )
-def test_bad_input_is_one_sentence_and_exit_code_2(arguments, message, tmp_path):
-    done = gradflow(*arguments, cwd=tmp_path)
-    assert done.returncode == 2
-    assert message in done.stderr
-    assert "Traceback" not in done.stderr
-    said = [line for line in done.stderr.splitlines() if not line.endswith("compiling")]
+@pytest.mark.usefixtures("unchecked")
+def test_bad_input_is_one_sentence_and_exit_code_2(
+    arguments, message, tmp_path, monkeypatch, capsys
+):
+    """In this process: starting one takes longer than all that it does."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["gradflow", *arguments])
+    with pytest.raises(SystemExit) as stop:
+        cli.main()
+    printed = capsys.readouterr()
+    assert stop.value.code == 2
+    assert message in printed.err
+    said = [line for line in printed.err.splitlines() if not line.endswith("compiling")]
     assert len(said) == 1
     assert said[0].startswith("gradflow: ")
-    assert not done.stdout
+    assert not printed.out
+
+
+def test_a_mistake_ends_the_process_with_one_sentence(tmp_path):
+    done = gradflow("compare", "--activation", "tanhh", cwd=tmp_path)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("gradflow: ")
+    assert len(done.stderr.splitlines()) == 1
+
+
+def test_commands_keep_what_they_compiled_where_the_user_says(tmp_path, monkeypatch):
+    monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+    (tmp_path / "cache").touch()  # no folder can be made here: nothing is kept, and nothing said
+    arguments = ("compare", *SMALL, "--depth", "1", "--json")
+    first = gradflow(*arguments, cwd=tmp_path)
+    assert (first.returncode, "Warning" in first.stderr) == (0, False)
+    (tmp_path / "cache").unlink()
+    second = gradflow(*arguments, cwd=tmp_path)
+    assert len(list((tmp_path / "cache" / "gradflow").glob("*/*-cache"))) > 3
+    third = gradflow(*arguments, cwd=tmp_path)
+    layers = [json.loads(done.stdout)["layers"] for done in (first, second, third)]
+    assert layers[0] == layers[1] == layers[2]
 
 
 @pytest.mark.slow

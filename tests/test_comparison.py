@@ -94,6 +94,7 @@ def test_verdicts_know_about_widths(widths, weights, kind):
     assert found.verdict.kind == kind
 
 
+@pytest.mark.slow
 def test_saturation_is_of_both_sides_and_names_its_layer():
     # Layer 1's q is 16 |x|²/n, where a third of logistic units are saturated; layer 2's is 180.
     saturated = networks.mlp([16, *[400] * 4], "logistic", "unscaled")

@@ -191,6 +191,7 @@ def test_bad_input(scales, message):
         criticality.critical_points(activations.tanh, **scales)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("x64_only")
 def test_the_phase_diagram_is_the_analysis_of_each_point_and_the_line_lies_between_phases():
     sigma_w, sigma_b = np.linspace(0.5, 3, 12), np.array([0.0, 0.3, 0.8])

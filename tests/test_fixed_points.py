@@ -73,6 +73,7 @@ class TestTable2:
         np.testing.assert_allclose(found.q_star[~diverges], truth[~diverges], rtol=FIXED_POINT)
 
 
+@pytest.mark.slow
 def test_table_4_and_table_9_correlations_and_depth_scales(load_reference):
     checked = 0
     for row in load_reference("t4_correlation") + load_reference("t9_trainable_depth"):
@@ -223,6 +224,7 @@ def test_correlations_close_to_1_are_found_in_two_dimensions(activation, sigma_w
     assert excess(c - away) > 0 > excess(c + away)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sigma_w2", [1.4, 2.6])
 def test_derivatives_are_central_differences(sigma_w2):
     """By σ_w², σ_b² and a parameter of φ, in the ordered and the chaotic phase."""
@@ -243,6 +245,7 @@ def test_derivatives_are_central_differences(sigma_w2):
     np.testing.assert_allclose(backward, exact, rtol=1e-9, atol=1e-12)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "negative", [lambda x, a: a * x, lambda x, a: a * jnp.expm1(x)], ids=["leaky_relu", "elu"]
 )
@@ -263,6 +266,7 @@ def test_a_parameter_at_a_kink_is_differentiated(negative):
     np.testing.assert_allclose(jax.jacfwd(values)(at), difference, rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_a_derivative_that_is_not_known_is_nan():
     def xi_c(sigma_w2):
         return fixed_points.analyse(activations.hard_tanh, sigma_w2, 0.1).xi_c
@@ -271,6 +275,7 @@ def test_a_derivative_that_is_not_known_is_nan():
     assert np.isnan(jax.grad(xi_c)(1.2635))
 
 
+@pytest.mark.slow
 def test_grids_vmap_and_scalars_agree():
     sigma_w2, sigma_b2 = np.linspace(0.5, 9, 6), np.array([[0.0], [0.05], [1.0]])
     grid = fixed_points.analyse(activations.tanh, sigma_w2, sigma_b2)

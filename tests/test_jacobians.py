@@ -71,7 +71,7 @@ def test_products_are_those_of_the_layers_multiplied_out(below, above, apart):
 
 
 @pytest.mark.parametrize("weights", ["gaussian", "orthogonal"])
-@pytest.mark.parametrize("apart", [False, True])
+@pytest.mark.parametrize("apart", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_a_network_without_weights_is_one_linear_map(weights, apart):
     """u·(J v) = (Jᵀ u)·v for all v and u asked one after the other; sums go to sums."""
     x = jax.random.normal(jax.random.key(2), (2, 4), jnp.float32)
@@ -203,6 +203,7 @@ def test_norms_are_exact_and_traces_within_their_errors():
         assert error < 0.1 * exact
 
 
+@pytest.mark.slow
 def test_partial_norms_of_all_pairs_of_layers():
     """Null: as above, for 10 pairs with 4000 probes each."""
     network, key = mlp(), jax.random.key(7)

@@ -41,7 +41,15 @@ def in_a_network(block):
     return networks.stack(INPUTS, [Linear(100), (layer, 3)])
 
 
-@pytest.mark.parametrize("block", blocks.ALL, ids=lambda block: block.__name__)
+# Those whose fast tests stand for all: a layer, a composition, and a block that mixes inputs.
+QUICK = {blocks.Dense, blocks.Residual, blocks.BatchNorm}
+
+
+@pytest.mark.parametrize(
+    "block",
+    [pytest.param(b, marks=() if b in QUICK else pytest.mark.slow) for b in blocks.ALL],
+    ids=lambda block: block.__name__,
+)
 def test_every_block(block):
     """As it is made without arguments: 100 units; 4 inputs, which BatchNorm takes at least."""
     made = block()
@@ -63,6 +71,7 @@ class TwiceForgotten(AbstractBlock):
         return True
 
 
+@pytest.mark.slow
 def test_a_wrong_kernel_is_found():
     differing, _ = differences(in_a_network(TwiceForgotten()), 2)
     assert differing > 5

@@ -46,6 +46,7 @@ class TestTable11:
                 checked += 1
         assert checked == 40
 
+    @pytest.mark.slow
     def test_predict_walks_the_same_profile(self, load_reference):
         for row in load_reference("t11_depth_profiles"):
             sw2, q1 = (float(Fraction(row["inputs"][k])) for k in ("sw2", "q1"))

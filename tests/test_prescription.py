@@ -19,7 +19,9 @@ WIDTHS = (30, *[100] * 12)
 @pytest.mark.parametrize(
     ("name", "kind", "arguments"),
     [
-        ("tanh", UniversalityClass.K_STAR_ZERO, {"sigma_b2": 0.05}),
+        pytest.param(
+            "tanh", UniversalityClass.K_STAR_ZERO, {"sigma_b2": 0.05}, marks=pytest.mark.slow
+        ),
         ("gelu", UniversalityClass.HALF_STABLE, {}),
         ("logistic", UniversalityClass.NONE, {}),
         pytest.param(

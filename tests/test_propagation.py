@@ -85,7 +85,9 @@ def test_kept_linearisations_give_the_same_numbers(case, sampler):
 
 
 @pytest.mark.parametrize("sampler", ["dense", "matrix_free"])
-@pytest.mark.parametrize("activation", ["tanh", "relu"])  # relu: rescaled on the way up
+@pytest.mark.parametrize(  # relu: rescaled on the way up
+    "activation", [pytest.param("tanh", marks=pytest.mark.slow), "relu"]
+)
 def test_checkpoints_give_the_same_numbers(sampler, activation):
     """Stages of 1, 11 = 3·3 + 2 and 4 = 2·2 layers."""
     widths = [5, *[12] * 12, *[9] * 5]

@@ -128,6 +128,7 @@ def test_corrections_term_by_term(activation, sigma_w2, sigma_b):
             assert np.nanmax(off) < 0.02 + 4.5 / 200, (key, off)
 
 
+@pytest.mark.slow
 def test_what_is_left_shrinks_as_one_over_width_squared():
     """tanh, widths 25 and 100, 8 layers: the typical gradient, whose correction is largest.
 

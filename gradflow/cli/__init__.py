@@ -68,9 +68,11 @@ def main() -> None:
 def _keep_compiled() -> None:
     """Let JAX keep what it compiled between commands: compiling is most of a command's time.
 
-    Where the user has not said otherwise, by JAX's own environment variables, and before JAX reads
-    them. Programs are for one kind of processor; a home folder may be shared by several.
+    Where the user has not said where, by JAX's own environment variable, and before JAX reads it.
+    Programs are for one kind of processor; a home folder may be shared by several.
     """
+    if "JAX_COMPILATION_CACHE_DIR" in os.environ:
+        return
     try:
         folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "gradflow"
         folder /= hashlib.sha256(_processor().encode()).hexdigest()[:16]
