@@ -190,6 +190,12 @@ class Rows(eqx.Module):
             )
         return Rows(jax.lax.dynamic_update_slice_in_dim(self.rows, new, self.used, 0), used)
 
+    def with_new(self, along: Float[Array, "k rows"], new: Float[Array, "k new"]) -> Array:
+        """Return coefficients of these rows and of those that are put beside them next."""
+        if self.used is None:
+            return jnp.concatenate([along, new], axis=1)
+        return jax.lax.dynamic_update_slice_in_dim(along, new, self.used, 1)
+
     def or_nan(self, answer: Array) -> Array:
         """Return an answer whose question is among these rows; NaN if there was no place for it."""
         full = False if self.used is None else self.used > self.rows.shape[0]
@@ -220,9 +226,6 @@ class Gaussian(Matrix):
         fresh = _normal(key, (x.shape[0], self.answered.rows.shape[1]), x.dtype)
         p, h = self.asked_back.rows, self.answered_back.rows
         answers = fresh + _matmul(_products(new, h) - _products(fresh, p), p)
-        out = _matmul(along, self.answered.rows) + _matmul(_products(x, new), answers)
-        # Everything is read before anything is put in its place: nothing need be copied.
-        out, new, answers = jax.lax.optimization_barrier((out, new, answers))
         matrix = Gaussian(
             self.key,
             self.count + 1,
@@ -231,7 +234,9 @@ class Gaussian(Matrix):
             self.asked_back,
             self.answered_back,
         )
-        return matrix.asked.or_nan(out), matrix
+        # From the answers with the new ones in their places, which need not be copied then.
+        along = self.answered.with_new(along, _products(x, new))
+        return matrix.asked.or_nan(_matmul(along, matrix.answered.rows)), matrix
 
 
 class Orthogonal(Matrix):
@@ -262,8 +267,6 @@ class Orthogonal(Matrix):
         # What is not new must not take up a direction of the complement, which may have few left.
         fresh *= jnp.any(new != 0, axis=1, keepdims=True)
         answers = orthonormal_rows(fresh, self.answered.rows)
-        out = _matmul(along, self.answered.rows) + _matmul(_products(x, new), answers)
-        out, new, answers = jax.lax.optimization_barrier((out, new, answers))
         matrix = Orthogonal(
             self.key,
             self.count + 1,
@@ -272,6 +275,8 @@ class Orthogonal(Matrix):
             self.n_in,
             self.n_out,
         )
+        along = self.answered.with_new(along, _products(x, new))
+        out = _matmul(along, matrix.answered.rows)
         return matrix.asked.or_nan(math.sqrt(n) * out[:, : self.n_out]), matrix
 
 
