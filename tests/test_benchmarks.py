@@ -36,6 +36,14 @@ def test_size_and_depth_reports_its_cases():
 
 
 @pytest.mark.slow
+def test_leading_singular_values_compares_every_contender():
+    (size,) = load("leading_singular_values").main(["--quick"])["sizes"]
+    wanted = {"gradflow, matrix_free", "gradflow, dense", "NumPy, product and SVD"}
+    assert wanted <= set(size["rows"])
+    assert all(row["warm_seconds"] > 0 for row in size["rows"].values())
+
+
+@pytest.mark.slow
 def test_theory_agrees_with_its_peers():
     rows = load("theory").main(["--quick"])
     assert all(row["largest_difference"] < 1e-9 for row in rows)
