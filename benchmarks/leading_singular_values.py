@@ -6,7 +6,8 @@
 
 Each contender draws a network and finds them, to a relative error of 1e-3 of each; matfree, which
 has no such criterion, makes as many steps as gradflow did. Peers are left out where they would draw
-more than 2 GiB of weights, and matfree where it is not installed (`pip install .[bench]`). Times are of the second network; the first one's is with compiling.
+more than 2 GiB of weights, and matfree where it is not installed (`pip install .[bench]`). Times
+are of the second network; the first one's is with compiling.
 """
 
 import argparse
