@@ -93,8 +93,9 @@ class Contrast(eqx.Module):
 
         Within its standard error or, where 1/width² terms still show, to a third of it.
         """
-        difference = self.measured - self.theory
-        rest = np.abs(difference - self.shift)
+        with np.errstate(invalid="ignore"):  # both may be -inf, the logarithm of 0
+            difference = self.measured - self.theory
+            rest = np.abs(difference - self.shift)
         return (rest < threshold * self.standard_error) | (rest < np.abs(difference) / 3)
 
 
@@ -269,8 +270,8 @@ def compare(
     contrasts = {}
     for key, (predicted, measured, error, z) in raw.items():
         statistic, estimate = statistics.named()[key], simulation.estimates[key]
-        difference = measured - predicted
         with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
+            difference = measured - predicted
             relative = (
                 np.expm1(difference)
                 if statistic.logarithmic
@@ -295,8 +296,10 @@ def compare(
         explained = contrast.foreseen(threshold)
         if narrower is not None and narrower_theory is not None:
             narrow = _differences(key, narrower_theory, narrower)
+            with np.errstate(invalid="ignore"):
+                narrow_difference = narrow[1] - narrow[0]
             explained = explained | _shrinks_as_one_over_width(
-                (difference, error), (narrow[1] - narrow[0], narrow[2]), threshold
+                (difference, error), (narrow_difference, narrow[2]), threshold
             )
         status = contrast.status
         status = np.where((status == Status.DIFFERS) & explained, Status.FINITE_WIDTH, status)
@@ -431,8 +434,8 @@ def _prepared(function: Callable, network: Network, *arrays: ArrayLike, **static
     """Trace a function of a network and arrays in float64; the result compiles it when called.
 
     The result traces nothing, and so can be called in a thread beside another that has x64 off.
-    `jax.jit` cannot: of two threads that differ in it and trace alike calls at once, JAX hands one
-    what the other traced (seen with JAX 0.10: float32 for float64, and the other way round).
+    `jax.jit` cannot: where two threads that differ in it hand JAX one NumPy array at once, both get
+    what one of them asked for (JAX 0.10, one time in two: float32 for float64, or the reverse).
     """
     quick = jax.default_backend() == "cpu" and network.depth <= _SHALLOW
     leaves, structure = jax.tree.flatten(_as_float64(network, *arrays))

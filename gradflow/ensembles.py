@@ -81,9 +81,16 @@ def _draw_truncated_normal(key: PRNGKeyArray, shape: tuple[int, int], dtype: DTy
 
 
 def _draw_orthogonal(key: PRNGKeyArray, shape: tuple[int, int], dtype: DTypeLike) -> Array:
-    # jax.random.orthogonal is Haar (the sign-corrected QR); orthonormal rows or columns have
-    # entries of variance 1/max(shape).
-    return jax.random.orthogonal(key, shape[0], m=shape[1], dtype=dtype) * math.sqrt(max(shape))
+    def draw(key: PRNGKeyArray) -> Array:
+        # Haar (the sign-corrected QR); orthonormal rows or columns have entries of variance
+        # 1/max(shape).
+        return jax.random.orthogonal(key, shape[0], m=shape[1], dtype=dtype) * math.sqrt(max(shape))
+
+    if jax.default_backend() == "cpu":
+        # Under vmap one after another: jaxlib waits forever where a program factorises as many
+        # batches of matrices at once as the machine has cores (0.10, on two).
+        draw = jax.custom_batching.sequential_vmap(draw)
+    return draw(key)
 
 
 def _draw_standardised(key: PRNGKeyArray, shape: tuple[int, int], dtype: DTypeLike) -> Array:

@@ -26,6 +26,7 @@ __all__ = [
     "gradient_histograms",
     "gradient_norm",
     "phase_diagram",
+    "remedies",
     "save",
     "saturation",
     "spectrum",
@@ -74,6 +75,61 @@ def saturation(results: Families) -> Figure:
         As for `activation_variance`.
     """
     return _by_layer(results, "saturation", 1.0, "fraction of units saturated", (-0.03, 1.03))
+
+
+def remedies(results: Mapping[str, xarray.Dataset]) -> Figure:
+    """Gradients and signals by layer, each remedy's in a panel beside the sick network's, in grey.
+
+    Parameters
+    ----------
+    results
+        By title, the sick network's first: `Comparison.to_xarray()`.
+    """
+    columns = 4
+    rows = -(-len(results) // columns)
+    figure = Figure(figsize=(3.1 * columns, 2.3 * rows + 0.8), layout="constrained")
+    grid = figure.subplots(rows, columns, squeeze=False, sharex=True).ravel()
+    sick = next(iter(results.values()))
+    lines = {
+        "r.m.s. gradient ∂C/∂z, relative to the top": ("log_gradient_variance", 0.5, -1),
+        "r.m.s. signal z, relative to layer 1": ("log_q", 0.5, 0),
+    }
+    for axes, (title, dataset) in zip(grid, results.items(), strict=False):
+        for index, (name, (key, unit, origin)) in enumerate(lines.items()):
+            at_origin = {"layer": origin}
+            if dataset is not sick:
+                grey = sick[key].sel(source="theory")
+                axes.plot(
+                    sick.layer,
+                    (grey - grey.isel(at_origin)) * (unit / _LN10),
+                    color="0.75",
+                    linestyle=("-", "--")[index],
+                )
+            relative = dataset.assign({key: dataset[key] - dataset[key].isel(at_origin)})
+            _draw(axes, relative, key, unit / _LN10, name, index)
+        axes.set_title(title, fontsize=8.5)
+        axes.tick_params(labelsize=7.5)
+        axes.set_ylim(*_at_least(axes.get_ylim(), _LEAST_SPAN))
+    for axes in grid[len(results) :]:
+        axes.set_visible(False)
+    for axes in grid[max(0, len(results) - columns) : len(results)]:
+        axes.xaxis.set_tick_params(labelbottom=True)
+        axes.set_xlabel("layer (1 is next to the input)", fontsize=8)
+        axes.xaxis.get_major_locator().set_params(integer=True)
+    for axes in grid[::columns]:
+        axes.set_ylabel("log₁₀", fontsize=8)
+    handles, labels = grid[0].get_legend_handles_labels()
+    handles.append(Line2D([], [], color="0.75"))
+    figure.legend(
+        handles,
+        [*labels, "the network as it is (theory)"],
+        loc="outside lower center",
+        ncols=3,
+        frameon=False,
+        fontsize=8.5,
+    )
+    figure.suptitle("lines: theory (infinite width); points: simulation, ±2 s.e.", fontsize=9)
+    return figure
 
 
 def activation_histograms(results: Mapping[str, xarray.Dataset]) -> Figure:

@@ -226,6 +226,9 @@ def test_help_is_there_with_examples(command, tmp_path):
         (["prescribe", "--dtype", "int8"], "unknown dtype 'int8'"),
         (["prescribe", "--transform", "tatt"], "did you mean 'tat'"),
         (["prescribe", "--widths", "3"], "widths is '3'"),
+        (["remedies", "--inputs", "3"], "inputs is 3; it is a whole number of at least 4"),
+        (["remedies", "--weights", "glorott"], "did you mean 'glorot'"),
+        (["remedies", "--sigma-b", "-1"], "sigma_b is -1.0"),
         (["studdy"], "studdy"),
     ],
     ids=lambda v: " ".join(v) if isinstance(v, list) else "",
@@ -269,6 +272,19 @@ def test_commands_keep_what_they_compiled_where_the_user_says(tmp_path, monkeypa
     third = gradflow(*arguments, cwd=tmp_path)
     layers = [json.loads(done.stdout)["layers"] for done in (first, second, third)]
     assert layers[0] == layers[1] == layers[2]
+
+
+@pytest.mark.slow
+def test_remedies_prints_a_table_and_a_figure(tmp_path):
+    arguments = ("remedies", "--activation", "relu", "--weights", "glorot")
+    size = ("--width", "20", "--depth", "3", "--networks", "10")
+    done = gradflow(*arguments, *size, "--out", "made", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    for word in ("as it is", "LayerNorm before φ", "left out  deep kernel shaping", "clipping"):
+        assert word in done.stdout
+    found = json.loads((tmp_path / "made" / "remedies.json").read_text())
+    assert found["remedies"][0]["remedy"] == "as it is"
+    assert (tmp_path / "made" / "remedies.png").stat().st_size > 0
 
 
 @pytest.mark.slow

@@ -1,5 +1,8 @@
 """Every ensemble has mean 0 and the variance that it states: the realised one."""
 
+import subprocess
+import sys
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -95,3 +98,23 @@ def test_bad_input_is_one_sentence():
 def test_the_same_rule_with_another_distribution_keeps_its_variance():
     for name in ensembles.DISTRIBUTIONS:
         assert ensembles.he.drawn_from(name).variance(10, 20) == ensembles.he.variance(10, 20)
+
+
+MANY_BATCHES = """
+import jax
+from gradflow import ensembles
+
+def several(key):
+    return sum(ensembles.orthogonal.draw(k, (5, 5), "float32") for k in jax.random.split(key, 8))
+
+found = jax.jit(jax.vmap(several))(jax.random.split(jax.random.key(0), 5000))
+one = several(jax.random.split(jax.random.key(0), 5000)[7])
+print(float(abs(found[7] - one).max()) < 1e-5)
+"""
+
+
+def test_many_orthogonal_matrices_at_once_are_drawn_and_not_waited_for_in_vain():
+    """In a process of its own: where batches of QR factorisations meet, jaxlib never ends."""
+    command = [sys.executable, "-c", MANY_BATCHES]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+    assert done.stdout == "True\n"

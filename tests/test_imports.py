@@ -55,6 +55,7 @@ ORDER = (
     "studies.note",
     "studies.jacobian_spectrum",
     "studies.point",
+    "studies.remedies",
     "studies",
     "",
     "cli.shared",

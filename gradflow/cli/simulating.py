@@ -211,6 +211,131 @@ def _figures_of_study(found: Any, datasets: dict[str, xarray.Dataset], folder: P
     return [figures.save(figure, folder / f"{file}.png") for file, figure in drawn.items()]
 
 
+@app.command(
+    epilog="Examples:\n\n"
+    "- `gradflow remedies`\n"
+    "- `gradflow remedies --activation relu --weights glorot --depth 50`\n"
+    "- `gradflow remedies --activation tanh --weights unscaled --width 100 --json`"
+)
+def remedies(
+    activation: Phi = "logistic",
+    weights: Annotated[str, typer.Option(help="The ensemble, by name.")] = "unscaled",
+    sigma_b: Annotated[float, typer.Option(help="Standard deviation of the biases.")] = 0.0,
+    width: Annotated[int, typer.Option(help="Units a layer.")] = 200,
+    depth: Depth = 30,
+    networks: Annotated[int, typer.Option(help="How many random networks of each.")] = 200,
+    inputs: Annotated[int, typer.Option(help="How many digit images go through each.")] = 4,
+    seed: Seed = 0,
+    out: Out = None,
+    as_json: Json = False,
+) -> None:
+    """How to tackle vanishing or exploding gradients: a sick network, and every remedy beside it.
+
+    Each remedy's theory and simulation at the start of training, ranked by the depth that trains.
+    """
+    from gradflow import figures  # noqa: PLC0415  (JAX is slow to import)
+    from gradflow.studies import remedies as study_of_remedies  # noqa: PLC0415
+
+    at_least("networks", networks, 2)
+    at_least("inputs", inputs, 4)
+    check_depth(at_least("depth", depth, 3))
+    label = f"{activation}-{weights}-width{at_least('width', width, 2)}-depth{depth}-seed{seed}"
+    folder = writable_folder(out or Path("results") / "remedies" / file_name(label))
+    with show_progress() as report:
+        found = study_of_remedies.run(
+            activation,
+            weights,
+            sigma_b=sigma_b,
+            width=width,
+            depth=depth,
+            inputs=inputs,
+            networks_each=networks,
+            seed=seed,
+            progress=report,
+        )
+    outcomes = (found.sick, *found.outcomes)
+    datasets = {o.remedy.name: o.comparison.to_xarray() for o in outcomes}
+    written = [
+        write_netcdf(dataset.assign_attrs(seed=seed), folder / f"{file_name(name)}.nc")
+        for name, dataset in datasets.items()
+    ]
+    written.append(figures.save(figures.remedies(datasets), folder / "remedies.png"))
+    summary = [_outcome_as_json(outcome) for outcome in outcomes]
+    report_ = {"remedies": summary, "not_applicable": found.not_applicable}
+    written.append(write_json(report_, folder / "remedies.json"))
+    if as_json:
+        print_json({**report_, "files": [str(path) for path in written]})
+        return
+    console = make_console()
+    network = found.sick.remedy.network
+    console.print(_table_of_remedies(f"{network.name}: {shape_label(network.widths)}", outcomes))
+    for name, reason in found.not_applicable.items():
+        console.print(f"left out  {name}: {reason}")
+    console.print(
+        "noted     gradient clipping bounds the step, not the disparity between layers: it changes "
+        "none of these numbers"
+    )
+    console.print(f"written   to {folder}: {', '.join(path.name for path in written)}")
+
+
+def _outcome_as_json(outcome: Any) -> dict[str, Any]:
+    remedy, comparison = outcome.remedy, outcome.comparison
+    numbers = {
+        name: value for name, value in vars(outcome).items() if name not in ("remedy", "comparison")
+    }
+    return {
+        "remedy": remedy.name,
+        "network": remedy.network.name,
+        "verdict": comparison.verdict.kind,
+        **{
+            n: v if math.isfinite(v) else None if math.isnan(v) else str(v)
+            for n, v in numbers.items()
+        },
+        "agreement": comparison.agreement,
+        "cost": remedy.cost,
+        "caveat": remedy.caveat,
+    }
+
+
+def _table_of_remedies(title: str, outcomes: Any) -> Table:
+    table = Table(
+        title=f"{title}; the remedies that train deepest first",
+        box=box.SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
+        pad_edge=False,
+    )
+    table.add_column("remedy", ratio=3)
+    table.add_column("")
+    for column in ("gradient\na layer", "variance\na layer", "correlation\nat the top"):
+        table.add_column(column, justify="right", no_wrap=True)
+    for column in ("trains to\ndepth", "condition\nlog₁₀"):
+        table.add_column(column, justify="right", no_wrap=True)
+    table.add_column("costs; caveat", ratio=4)
+    for o in outcomes:
+        table.add_row(
+            o.remedy.name,
+            "theory",
+            f"×{o.gradient_theory:.4g}",
+            f"×{o.variance_theory:.4g}",
+            f"{o.correlation_theory:.3f}",
+            f"{o.trainable_depth:.0f}",
+            "",
+            f"costs {o.remedy.cost}" if o.remedy.cost else "",
+        )
+        table.add_row(
+            "",
+            "measured",
+            f"×{o.gradient:.4g}",
+            f"×{o.variance:.4g}",
+            f"{o.correlation:.3f}",
+            "",
+            "-" if math.isnan(o.log10_condition_number) else f"{o.log10_condition_number:.1f}",
+            o.remedy.caveat,
+            end_section=True,
+        )
+    return table
+
+
 def _table_of_one(result: Any) -> Table:
     from gradflow import statistics  # noqa: PLC0415
     from gradflow.comparison import Status  # noqa: PLC0415

@@ -1,0 +1,79 @@
+"""Remedies: what is proposed, what is said of it, and that theory and simulation agree on it."""
+
+import math
+
+import numpy as np
+import pytest
+
+from gradflow import figures, networks
+from gradflow.errors import InputError
+from gradflow.statistics import Prediction
+from gradflow.studies import remedies
+
+
+def test_every_remedy_has_a_network_as_deep_as_the_sick_one():
+    found, missing = remedies.proposals("logistic", "unscaled", 20, 6)
+    assert found[0].network == networks.mlp([20] * 7, "logistic", "unscaled")
+    assert not missing
+    assert len({remedy.name for remedy in found}) == len(found) > 15
+    for remedy in found:
+        assert remedy.network.widths == (20,) * 7, remedy.name
+    assert all(remedy.cost and remedy.caveat for remedy in found[1:])
+
+
+def test_a_remedy_that_there_is_none_of_is_left_out_with_the_reason():
+    found, missing = remedies.proposals("relu", "he", 20, 6)
+    assert "homogeneous" in missing["deep kernel shaping (DKS)"]
+    assert "relu, He weights" not in {remedy.name for remedy in found}
+
+
+@pytest.mark.parametrize(
+    ("factor", "correlations", "depth"),
+    [
+        (math.exp(-0.5), [0.5, 0.5, 0.5], 6.0),  # χ = 1/e a layer
+        (1.0, [0.4, 0.2, 0.1], 6 / math.log(2)),  # c halves its distance
+        (math.exp(0.5), [0.4, 0.2, 0.1], 6.0),  # the faster one counts
+        (1.0, [0.3, 0.3, 0.3], math.inf),
+    ],
+)
+def test_trainable_depth_is_six_depth_scales(factor, correlations, depth):
+    theory = Prediction({"correlation": np.array([0.9, *correlations])})
+    assert remedies.trainable_depth(theory, factor) == pytest.approx(depth)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [({"depth": 2}, "depth is 2"), ({"inputs": 3}, "inputs is 3"), ({"width": 1}, "width is 1")],
+)
+def test_bad_input(arguments, message):
+    with pytest.raises(InputError, match=message):
+        remedies.run(**arguments)
+
+
+@pytest.mark.slow
+def test_remedies_are_ranked_and_theory_and_simulation_agree():
+    """Whether every block meets its theory, by standard errors, is tested by their law test."""
+    width, depth = 60, 6
+    found = remedies.run("tanh", "unscaled", width=width, depth=depth, networks_each=100, inputs=4)
+    outcomes = (found.sick, *found.outcomes)
+    assert found.sick.gradient_theory > 1.5  # exploding: σ_w² = 60
+    depths = [outcome.trainable_depth for outcome in found.outcomes]
+    assert depths == sorted(depths, reverse=True)
+    by_name = {outcome.remedy.name: outcome for outcome in outcomes}
+    zero = by_name["residual, branches start at 0 (ReZero)"]
+    assert (zero.gradient_theory, zero.trainable_depth) == (1, math.inf)
+    assert zero.log10_condition_number == pytest.approx(0, abs=1e-4)
+    for name, outcome in by_name.items():
+        # What a width of 60 shifts, in a typical network: 0.12 far into chaos (the sick one), 0.09
+        # where a batch of 4 couples or residual branches add up, 0.03 else.
+        for measured, theory in (
+            (outcome.gradient, outcome.gradient_theory),
+            (outcome.variance, outcome.variance_theory),
+        ):
+            assert math.log(measured) == pytest.approx(math.log(theory), abs=0.2), name
+    glorot = by_name["Glorot weights"]
+    assert (glorot.parameters, glorot.multiplications) == (1, 1)
+    drawn = figures.remedies({name: o.comparison.to_xarray() for name, o in by_name.items()})
+    titles = [axes.get_title() for axes in drawn.axes if axes.get_visible()]
+    assert titles == list(by_name)
+    assert all(axes.containers and axes.lines for axes in drawn.axes if axes.get_visible())
