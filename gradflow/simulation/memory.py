@@ -9,9 +9,12 @@ import contextlib
 import dataclasses
 import functools
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 import jax
+import numpy as np
+from jax.experimental import multihost_utils
 
 from gradflow.errors import InputError
 from gradflow.networks import Network
@@ -103,16 +106,24 @@ def plan(
     *,
     budget: int | None = None,
     itemsize: int = 4,
+    devices: Sequence[jax.Device] = (),
 ) -> Plan:
-    """Choose how many networks run at once, and what of them is kept on the way up.
+    """Choose how many networks run at once on each device, and what is kept on the way up.
 
     Raises
     ------
     InputError
         If not even one network fits; the message says how much it needs.
     """
-    device = jax.devices()[0]
-    free = available(device) if budget is None else budget
+    devices = devices or jax.devices()
+    device, here = devices[0], sum(d.process_index == jax.process_index() for d in devices)
+    on_cpu = device.platform == "cpu"
+    # The devices that a CPU is divided into share its memory and its cores.
+    sharing = max(here, 1) if on_cpu else 1
+    free = available(device) // sharing if budget is None else budget
+    if here < len(devices):
+        # All processes must run one program: what fits where there is least, in MiB for int32.
+        free = int(np.min(multihost_utils.process_allgather(np.int32(free >> 20)))) << 20
     bytes_for = functools.partial(bytes_per_network, network, sites, sampler, itemsize=itemsize)
     # A program is handed its share of what is free; the rest is for what surrounds it.
     checkpoint = bytes_for() > free // 2 and bytes_for(checkpoint=True) < bytes_for()
@@ -126,17 +137,18 @@ def plan(
             f"{small / 2**30:.3g} GiB with sampler {sampler!r} and {free / 2**30:.3g} GiB are "
             f"free; use {less}"
         )
-    on_cpu = device.platform == "cpu"
     # One program uses its cores poorly on small arrays, so that several run side by side; an
-    # accelerator runs one and has the next one queued.
-    workers = min(os.cpu_count() or 1, 8) if on_cpu else 2
+    # accelerator runs one and has the next one queued. Several processes must agree on an order.
+    workers = max(1, min(os.cpu_count() or 1, 8) // sharing) if on_cpu else 2
+    if here < len(devices):
+        workers = 1
     if sampler == "dense" and on_cpu:
         block = 1
     elif on_cpu:
         block = max(1, min(_MOST_IN_A_BLOCK, _CACHED_FLOATS // (sites * max(network.widths))))
     else:
-        block = networks
-    workers = max(1, min(workers, free // (2 * small), -(-networks // block)))
+        block = -(-networks // len(devices))
+    workers = max(1, min(workers, free // (2 * small), -(-networks // (block * len(devices)))))
     block = max(1, min(block, networks, free // (2 * small * workers)))
     # Weights are drawn again faster than fetched from memory; directions and answers are not.
     keep = (

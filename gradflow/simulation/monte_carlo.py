@@ -1,8 +1,10 @@
 """Many random networks: drawn in chunks, measured on the device, averaged on the host.
 
 Network number i has the key ``fold_in(key, i)``, so that a result depends on the seed and on how
-many networks there are, and not on how they were cut into chunks. One compiled program serves every
-chunk, and every network of the same structure whatever its σ_w and σ_b.
+many networks there are, and not on how they were cut into chunks or shared among devices. One
+compiled program serves every chunk, and every network of the same structure whatever its σ_w and
+σ_b. A chunk's networks are shared among the devices, of all processes where `jax.distributed` has
+been initialised; nothing goes from one device to another but what each network measured.
 """
 
 import collections
@@ -17,6 +19,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import xarray
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jax.typing import ArrayLike
 from jaxtyping import Array, PRNGKeyArray
 
@@ -128,6 +132,7 @@ def simulate(
     keep_samples: bool = False,
     block: int | None = None,
     memory_budget: int | None = None,
+    devices: Sequence[jax.Device] | None = None,
     progress: Progress | None = None,
 ) -> Simulation:
     """Draw many networks, send the inputs up and gradients down, and average the statistics.
@@ -154,7 +159,10 @@ def simulate(
     block
         How many networks one vmap holds; chosen from the device and its free memory without it.
     memory_budget
-        Bytes to stay within; the device's free memory without it.
+        Bytes to stay within on each device; its free memory without it.
+    devices
+        Who shares the networks; all of JAX's devices without it. Where they belong to several
+        processes, every process calls this with the same arguments, and has the whole result.
     progress
         Called with (networks done, networks in all).
 
@@ -162,36 +170,62 @@ def simulate(
     ------
     InputError
         If the inputs do not fit the network or are not finite, the sampler cannot draw its weights,
-        a number is not a whole one of at least 1, or not even one network fits into memory.
+        a number is not a whole one of at least 1, there is no device, or not even one network fits
+        into memory.
     """
     networks = check_count("networks", networks)
     inputs = check_inputs(inputs, network)
     sites = inputs.shape[0]
     sampler, reason = samplers.choose(sampler, network, sites)
     key = jax.random.key(key) if isinstance(key, int) else key
+    devices = tuple(jax.devices() if devices is None else devices)
+    if not devices:
+        raise InputError("devices is empty; it takes at least one")
     itemsize = inputs.dtype.itemsize
-    plan = memory.plan(network, sites, sampler, networks, budget=memory_budget, itemsize=itemsize)
+    plan = memory.plan(
+        network,
+        sites,
+        sampler,
+        networks,
+        budget=memory_budget,
+        itemsize=itemsize,
+        devices=devices,
+    )
     block = plan.block if block is None else check_count("block", block)
     wanted = tuple(s for s in wanted if s.sites <= sites)
 
     begun = time.perf_counter()
     if progress:
         progress(0, networks)
-    chunk = _chunk_size(networks, block, plan.workers, network.depth * (len(wanted) + 2))
-    numbers = network.as_arrays(inputs.dtype)
+    values = network.depth * (len(wanted) + 2)
+    chunk = _chunk_size(networks, block * len(devices), plan.workers, values)
+    mesh = Mesh(np.array(devices), (_NETWORKS,))
+    law = jax.tree.map(
+        functools.partial(_on_devices, mesh, PartitionSpec()),
+        (network.as_arrays(inputs.dtype), inputs, key),
+    )
+
+    def numbers(first: int) -> Array:
+        count = np.arange(first, first + chunk, dtype=np.int32)
+        return _on_devices(mesh, PartitionSpec(_NETWORKS), count)
+
     run = _run.lower(
-        numbers,
-        inputs,
-        key,
-        jnp.arange(chunk),
+        *law,
+        numbers(0),
         sampler,
         wanted,
         (plan.keep, plan.checkpoint),
         block,
+        mesh,
     ).compile(compiler_options=_compiler_options())
     compiled = time.perf_counter()
 
-    call = functools.partial(run, numbers, inputs, key)
+    def call(first: int) -> dict[str, np.ndarray]:
+        found = run(*law, numbers(first))
+        if mesh.is_multi_process:
+            return multihost_utils.process_allgather(found, tiled=True)
+        return jax.device_get(found)
+
     parts: dict[str, list[Estimate]] = {s.key: [] for s in wanted}
     samples: dict[str, list[np.ndarray]] = {s.key: [] for s in wanted}
     overflowed, vanished = np.zeros((2, network.depth), np.int64)
@@ -255,7 +289,21 @@ def _chunk_size(networks: int, block: int, workers: int, values: int) -> int:
     return block * min(most, -(-blocks // calls))
 
 
-@functools.partial(jax.jit, static_argnames=("sampler", "wanted", "keep", "block"))
+# The axis of a mesh of devices.
+_NETWORKS = "networks"
+
+
+def _on_devices(mesh: Mesh, spec: PartitionSpec, value: Array | np.ndarray) -> Array:
+    """Return the array on a mesh, which may reach into other processes that have the same one."""
+    if jnp.issubdtype(value.dtype, jax.dtypes.prng_key):
+        words = _on_devices(mesh, spec, jax.random.key_data(value))
+        return jax.random.wrap_key_data(words, impl=jax.random.key_impl(value))
+    known = np.asarray(value)
+    sharding = NamedSharding(mesh, spec)
+    return jax.make_array_from_callback(known.shape, sharding, lambda part: known[part])
+
+
+@functools.partial(jax.jit, static_argnames=("sampler", "wanted", "keep", "block", "mesh"))
 def _run(
     network: Network,
     inputs: Array,
@@ -265,23 +313,38 @@ def _run(
     wanted: tuple[Statistic, ...],
     keep: tuple[bool, bool],
     block: int,
+    mesh: Mesh,
 ) -> dict[str, Array]:
     """One chunk: the statistics of networks number ``numbers``, each of shape (chunk, layers)."""
 
-    def one(number: Array) -> dict[str, Array]:
-        return propagation.propagate(
-            network,
-            inputs,
-            jax.random.fold_in(key, number),
-            sampler=sampler,
-            wanted=(*wanted, _OVERFLOWED, _VANISHED),
-            keep=keep[0],
-            checkpoint=keep[1],
-        )
+    def on_one_device(network: Network, inputs: Array, key: Array, numbers: Array) -> dict:
+        def one(number: Array) -> dict[str, Array]:
+            return propagation.propagate(
+                network,
+                inputs,
+                jax.random.fold_in(key, number),
+                sampler=sampler,
+                wanted=(*wanted, _OVERFLOWED, _VANISHED),
+                keep=keep[0],
+                checkpoint=keep[1],
+            )
 
-    if len(numbers) == block:
-        return jax.vmap(one)(numbers)
-    return jax.lax.map(one, numbers, batch_size=block)
+        if len(numbers) == block:
+            return jax.vmap(one)(numbers)
+        return jax.lax.map(one, numbers, batch_size=block)
+
+    law = (network, inputs, key)
+    if mesh.size == 1:
+        return on_one_device(*law, numbers)
+    everywhere, each = PartitionSpec(), PartitionSpec(_NETWORKS)
+    shared = jax.shard_map(
+        on_one_device,
+        mesh=mesh,
+        in_specs=(everywhere, everywhere, everywhere, each),
+        out_specs=each,
+        check_vma=False,
+    )
+    return shared(*law, numbers)
 
 
 def _compiler_options() -> dict[str, str | bool]:
@@ -310,16 +373,13 @@ def _in_order(
 ) -> Iterator[tuple[int, dict[str, np.ndarray]]]:
     """Run the chunks, several at a time, and hand on their values in order, on the host."""
 
-    def fetch(first: int) -> dict[str, np.ndarray]:
-        return jax.device_get(call(first + jnp.arange(chunk)))
-
     with ThreadPoolExecutor(workers) as pool:
         waiting: collections.deque[tuple[int, Future]] = collections.deque()
         starts = iter(range(0, networks, chunk))
         try:
             while True:
                 for first in starts:
-                    waiting.append((first, pool.submit(fetch, first)))
+                    waiting.append((first, pool.submit(call, first)))
                     if len(waiting) > workers:
                         break
                 if not waiting:
