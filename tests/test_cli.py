@@ -196,6 +196,7 @@ def test_help_is_there_with_examples(command, tmp_path):
         (["compare", "--inputs", "5000"], "there are 1797 digit images"),
         (["compare", "--sigma-w", "nan"], "sigma_w is nan; it is a finite number above 0"),
         (["compare", "--sigma-b", "inf"], "sigma_b is inf"),
+        (["compare", "--weights", "he", "--sigma-w", "1"], "sigma_w is 1.0 and weights is 'he'"),
         (["compare", "--widths", "10,x"], "widths is '10,x'"),
         (["compare", "--widths", ""], "widths is ''"),
         (["compare", "--seed", "99999999999999999999"], "less than or equal to"),

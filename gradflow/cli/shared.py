@@ -48,6 +48,16 @@ def at_least(name: str, value: int, least: int = 1) -> int:
     return value
 
 
+def check_instead(context: typer.Context, option: str, other: str) -> None:
+    """Raise if an option was given beside another one, whose place it takes."""
+    sources = (context.get_parameter_source(name) for name in (option, other))
+    if all(source is not None and source.name == "COMMANDLINE" for source in sources):
+        raise InputError(
+            f"{option} is {context.params[option]!r} and {other} is {context.params[other]!r}; "
+            "the first takes the other's place: give one of them"
+        )
+
+
 def check_memory(name: str, value: int, needed: int) -> None:
     """Raise if an argument asks for more memory, in bytes, than is free."""
     from gradflow.simulation import memory  # noqa: PLC0415  (JAX is slow to import)

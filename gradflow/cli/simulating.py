@@ -19,6 +19,7 @@ from gradflow.cli.shared import (
     app,
     at_least,
     check_depth,
+    check_instead,
     file_name,
     make_console,
     parse_widths,
@@ -39,6 +40,7 @@ from gradflow.errors import InputError
     "- `gradflow compare --activation erf --sigma-w 1.2 --sigma-b 0.1 --json`"
 )
 def compare(
+    context: typer.Context,
     activation: Phi = "tanh",
     weights: Annotated[str, typer.Option(help="The ensemble, by name.")] = "glorot",
     distribution: Annotated[
@@ -66,6 +68,7 @@ def compare(
     from gradflow import comparison, data, ensembles  # noqa: PLC0415  (JAX is slow to import)
     from gradflow import networks as nets  # noqa: PLC0415
 
+    check_instead(context, "sigma_w", "weights")
     shape = parse_widths(widths) if widths is not None else None
     width_, depth_ = at_least("width", width), check_depth(depth)
     images = data.digits()[: at_least("inputs", inputs)]

@@ -116,12 +116,12 @@ def plan(
         If not even one network fits; the message says how much it needs.
     """
     devices = devices or jax.devices()
-    device, here = devices[0], sum(d.process_index == jax.process_index() for d in devices)
-    on_cpu = device.platform == "cpu"
+    here = [device for device in devices if device.process_index == jax.process_index()]
+    on_cpu = devices[0].platform == "cpu"
     # The devices that a CPU is divided into share its memory and its cores.
-    sharing = max(here, 1) if on_cpu else 1
-    free = available(device) // sharing if budget is None else budget
-    if here < len(devices):
+    sharing = len(here) if on_cpu else 1
+    free = available(here[0]) // sharing if budget is None else budget
+    if len(here) < len(devices):
         # All processes must run one program: what fits where there is least, in MiB for int32.
         free = int(np.min(multihost_utils.process_allgather(np.int32(free >> 20)))) << 20
     bytes_for = functools.partial(bytes_per_network, network, sites, sampler, itemsize=itemsize)
@@ -140,7 +140,7 @@ def plan(
     # One program uses its cores poorly on small arrays, so that several run side by side; an
     # accelerator runs one and has the next one queued. Several processes must agree on an order.
     workers = max(1, min(os.cpu_count() or 1, 8) // sharing) if on_cpu else 2
-    if here < len(devices):
+    if len(here) < len(devices):
         workers = 1
     if sampler == "dense" and on_cpu:
         block = 1

@@ -197,39 +197,16 @@ def simulate(
     begun = time.perf_counter()
     if progress:
         progress(0, networks)
-    values = network.depth * (len(wanted) + 2)
-    chunk = _chunk_size(networks, block * len(devices), plan.workers, values)
-    mesh = Mesh(np.array(devices), (_NETWORKS,))
-    law = jax.tree.map(
-        functools.partial(_on_devices, mesh, PartitionSpec()),
-        (network.as_arrays(inputs.dtype), inputs, key),
+    chunk = _chunk_size(
+        networks, block * len(devices), plan.workers, network.depth * (len(wanted) + 2)
     )
-
-    def numbers(first: int) -> Array:
-        count = np.arange(first, first + chunk, dtype=np.int32)
-        return _on_devices(mesh, PartitionSpec(_NETWORKS), count)
-
-    run = _run.lower(
-        *law,
-        numbers(0),
-        sampler,
-        wanted,
-        (plan.keep, plan.checkpoint),
-        block,
-        mesh,
-    ).compile(compiler_options=_compiler_options())
+    run = _compiled(network, inputs, key, sampler, wanted, plan, block, chunk, devices)
     compiled = time.perf_counter()
-
-    def call(first: int) -> dict[str, np.ndarray]:
-        found = run(*law, numbers(first))
-        if mesh.is_multi_process:
-            return multihost_utils.process_allgather(found, tiled=True)
-        return jax.device_get(found)
 
     parts: dict[str, list[Estimate]] = {s.key: [] for s in wanted}
     samples: dict[str, list[np.ndarray]] = {s.key: [] for s in wanted}
     overflowed, vanished = np.zeros((2, network.depth), np.int64)
-    for done, values in _in_order(call, networks, chunk, plan.workers):
+    for done, values in _in_order(run, networks, chunk, plan.workers):
         for statistic in wanted:
             value = values[statistic.key]
             parts[statistic.key].append(Estimate.of(value, log=statistic.log))
@@ -303,6 +280,41 @@ def _on_devices(mesh: Mesh, spec: PartitionSpec, value: Array | np.ndarray) -> A
     return jax.make_array_from_callback(known.shape, sharding, lambda part: known[part])
 
 
+def _compiled(
+    network: Network,
+    inputs: Array,
+    key: PRNGKeyArray,
+    sampler: str,
+    wanted: tuple[Statistic, ...],
+    plan: memory.Plan,
+    block: int,
+    chunk: int,
+    devices: tuple[jax.Device, ...],
+) -> Callable[[int], dict[str, np.ndarray]]:
+    """Return the function from a chunk's first number to what its networks measured."""
+    mesh = Mesh(np.array(devices), (_NETWORKS,))
+    everywhere, each = PartitionSpec(), PartitionSpec(_NETWORKS)
+    law = jax.tree.map(
+        functools.partial(_on_devices, mesh, everywhere),
+        (network.as_arrays(inputs.dtype), inputs, key),
+    )
+
+    def numbers(first: int) -> Array:
+        return _on_devices(mesh, each, np.arange(first, first + chunk, dtype=np.int32))
+
+    program = _run.lower(
+        *law, numbers(0), sampler, wanted, (plan.keep, plan.checkpoint), block, mesh
+    ).compile(compiler_options=_compiler_options())
+
+    def run(first: int) -> dict[str, np.ndarray]:
+        found = program(*law, numbers(first))
+        if mesh.is_multi_process:
+            return multihost_utils.process_allgather(found, tiled=True)
+        return jax.device_get(found)
+
+    return run
+
+
 @functools.partial(jax.jit, static_argnames=("sampler", "wanted", "keep", "block", "mesh"))
 def _run(
     network: Network,
@@ -372,7 +384,6 @@ def _in_order(
     call: Callable, networks: int, chunk: int, workers: int
 ) -> Iterator[tuple[int, dict[str, np.ndarray]]]:
     """Run the chunks, several at a time, and hand on their values in order, on the host."""
-
     with ThreadPoolExecutor(workers) as pool:
         waiting: collections.deque[tuple[int, Future]] = collections.deque()
         starts = iter(range(0, networks, chunk))
