@@ -29,7 +29,7 @@ from typing import Any, NamedTuple, TypeVar
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, ArrayLike, Float, Int
+from jaxtyping import Array, ArrayLike, Bool, Float, Int
 
 from gradflow import gaussian
 from gradflow.activations import Activation
@@ -687,7 +687,7 @@ def _correlation(
     chaotic = chi1 > 1
     weight = jnp.where(chaotic, sigma_w2 / q, 1)
 
-    c_star, chi_c, slope = _series_fixed_points(activation, q, weight, sigma_b2 / q)
+    c_star, chi_c, slope = _series_fixed_points(activation, q, weight, sigma_b2 / q, chaotic)
     # What the terms left out would add to χ₁, each times c^(k-1), bounds their part here.
     left_out = jnp.maximum(chi1 - slope, 0) * c_star**_TERMS
     tolerance = 50 * float(jnp.finfo(q.dtype).eps)
@@ -778,49 +778,48 @@ def _without_derivative_jvp(primals, tangents):  # type: ignore[no-untyped-def]
 
 
 def _series_fixed_points(
-    activation: Activation, q: Array, weight: Array, bias: Array
+    activation: Activation, q: Array, weight: Array, bias: Array, chaotic: Array
 ) -> tuple[Array, Array, Array]:
-    """Return the c* < 1 of C(c) = weight Σ a_k² c^k + bias, C'(c*), and C'(1), from ``_TERMS``."""
+    """Return the c* < 1 of C(c) = weight Σ a_k² c^k + bias, C'(c*), and C'(1), from ``_TERMS``.
+
+    Where there is one, in the chaotic phase; elsewhere C'(1) alone means something.
+    """
     # Terms first, points last: one step along a series is one pass over neighbours in memory.
     coefficients = jax.vmap(
         lambda q: gaussian.hermite_coefficients(activation, q, _TERMS), out_axes=-1
     )(q.reshape(-1))
     powers = coefficients**2 * weight.reshape(1, -1)
-    found = jax.vmap(_series_fixed_point, in_axes=(-1, 0))(powers, bias.reshape(-1))
+    found = jax.vmap(_series_fixed_point, in_axes=(-1, 0, 0))(
+        powers, bias.reshape(-1), chaotic.reshape(-1)
+    )
     return jax.tree.map(lambda leaf: leaf.reshape(q.shape), found)
 
 
 def _series_fixed_point(
-    power: Float[Array, " terms"], bias: Float[Array, ""]
+    power: Float[Array, " terms"], bias: Float[Array, ""], chaotic: Bool[Array, ""]
 ) -> tuple[Array, Array, Array]:
     held = jax.lax.stop_gradient(power)
     left_out = jnp.maximum(1 - jax.lax.stop_gradient(bias) - jnp.sum(held), 0)
 
+    # S_j = Σ_{k>j} power_k, summed from the small end, which includes what is left out.
+    _, beyond = jax.lax.scan(
+        lambda tail, term: (tail + term, tail + term), left_out, held[1:], reverse=True, unroll=16
+    )
+
     def excess(c: Array) -> tuple[Array, Array]:
-        """(1 - C(c))/(1 - c) - 1, and its slope: 1 is divided out as a root.
+        """(1 - C(c))/(1 - c) - 1 = Σ_j c^j S_j - 1, and its slope: 1 is divided out as a root.
 
-        It is Σ_j c^j S_j - 1 with S_j = Σ_{k>j} power_k, convex and increasing.
+        It is convex and increasing.
         """
-
-        def horner(
-            total: tuple[Array, Array, Array], term: Array
-        ) -> tuple[tuple[Array, Array, Array], None]:
-            tail, value, slope = total
-            tail = tail + term
-            return (tail, value * c + tail, slope * c + value), None
-
-        # The sums from the small end, which includes what is left out.
-        zero = jnp.zeros_like(c)
-        start = (left_out.astype(c.dtype), zero, zero)
-        (_, value, slope), _ = jax.lax.scan(horner, start, held[1:], reverse=True, unroll=16)
-        return value - 1, slope
+        return _polynomial(beyond, c, offset=-1.0)
 
     zero = jnp.zeros_like(bias)
-    at_zero = excess(zero)[0]
     one = jnp.ones_like(bias)
+    # All points of a grid iterate until the last one is done: none without need.
+    needed = chaotic & (excess(zero)[0] <= -_noise(bias.dtype))
     # A convex function: from the right, Newton's method never oversteps.
-    found = _newton(excess, zero, one, sign=-one, start=one).x
-    found = jnp.where(at_zero > -_noise(bias.dtype), zero, found)
+    found = _newton(excess, zero, jnp.where(needed, one, zero), sign=-one, start=one).x
+    found = jnp.where(needed, found, zero)
 
     def equation(theta: tuple[Array, Array], c: Array) -> Array:
         power, bias = theta
