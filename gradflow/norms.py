@@ -19,8 +19,10 @@ def unit_rows(
     A row of zeros stays, and its logarithm is -inf; a row that is not finite becomes NaN. Any other
     is right from the smallest normal float to the largest, where a sum of squares is not.
     """
-    first, second, log = _scales(x)
-    return x * first * second, log
+    squares, half = _squares(x)
+    length = jnp.sqrt(squares)
+    log = jnp.log(squares[:, 0]) / 2 - 2 * jnp.log(half[:, 0])
+    return x * half * (half / jnp.where(squares == 0, 1, length)), log
 
 
 @unit_rows.defjvp
@@ -34,35 +36,31 @@ def _unit_rows_jvp(primals, tangents):  # type: ignore[no-untyped-def]
 
 
 @jax.custom_batching.custom_vmap
-def _scales(x: Array) -> tuple[Array, Array, Array]:
-    """Return two factors, (rows, 1) each, that make rows unit rows, and the logs of lengths."""
+def _squares(x: Array) -> tuple[Array, Array]:
+    """Return Σ (s² x)² of each row, (rows, 1), in range for the s that is returned beside it."""
     squares = jnp.sum(x**2, axis=1, keepdims=True)
     # One pass over x suffices for nearly all; the branch is taken for all rows or for none.
-    return jax.lax.cond(
-        jnp.all((squares > _SMALL) & (squares < _LARGE)), _plain, _careful, x, squares
-    )
+    plain = jnp.all((squares > _SMALL) & (squares < _LARGE))
+    return jax.lax.cond(plain, _as_they_are, _careful, x, squares)
 
 
-@_scales.def_vmap
-def _scales_of_batches(axis_size, in_batched, x):  # type: ignore[no-untyped-def]
+@_squares.def_vmap
+def _squares_of_batches(axis_size, in_batched, x):  # type: ignore[no-untyped-def]
     # Rows of a batch are rows: a cond must not become a select, which would run both branches.
     del in_batched
-    scales = _scales(x.reshape(-1, x.shape[-1]))
-    return tuple(s.reshape(axis_size, x.shape[1], *s.shape[1:]) for s in scales), (True,) * 3
+    found = _squares(x.reshape(-1, x.shape[-1]))
+    return tuple(v.reshape(axis_size, x.shape[1], 1) for v in found), (True,) * 2
 
 
-def _plain(x: Array, squares: Array) -> tuple[Array, Array, Array]:
+def _as_they_are(x: Array, squares: Array) -> tuple[Array, Array]:
     del x
-    return 1 / jnp.sqrt(squares), jnp.ones_like(squares), jnp.log(squares[:, 0]) / 2
+    return squares, jnp.ones_like(squares)
 
 
-def _careful(x: Array, squares: Array) -> tuple[Array, Array, Array]:
+def _careful(x: Array, squares: Array) -> tuple[Array, Array]:
     """Scale by the largest entry before squaring."""
     del squares
     peak = jnp.max(jnp.abs(x), axis=1, keepdims=True)
-    zero = peak == 0
     # In two halves: the reciprocal of the largest floats is flushed to 0.
-    half = 1 / jnp.sqrt(jnp.where(zero, 1, peak))
-    length = jnp.linalg.norm(x * half * half, axis=1, keepdims=True)
-    log = jnp.where(zero, -jnp.inf, jnp.log(length) - 2 * jnp.log(half))
-    return half, half / jnp.where(zero, 1, length), log[:, 0]
+    half = 1 / jnp.sqrt(jnp.where(peak == 0, 1, peak))
+    return jnp.sum((x * half * half) ** 2, axis=1, keepdims=True), half

@@ -10,6 +10,7 @@ All are averaged over the sites (the inputs of the batch); over units first, whe
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -42,6 +43,18 @@ class ForwardSample(eqx.Module):
     log_scale: Float[Array, " sites"]
     max_slope: float = eqx.field(static=True)
 
+    @functools.cached_property
+    def directions(self) -> tuple[Float[Array, "sites n"], Float[Array, " sites"]]:
+        """The pre-activations at length 1, and the logarithms of their true lengths."""
+        rows, log_norm = unit_rows(self.preactivation)
+        return rows, log_norm + self.log_scale
+
+    @functools.cached_property
+    def outputs(self) -> tuple[Float[Array, "sites n"], Float[Array, " sites"]]:
+        """The same of the activations."""
+        rows, log_norm = unit_rows(self.activation)
+        return rows, log_norm + self.log_scale
+
 
 class ForwardLaw(eqx.Module):
     """One layer at infinite width, on the way up.
@@ -65,14 +78,14 @@ class BackwardSample(eqx.Module):
 
     ``log_ratio`` is log (‖δ^l‖²/n_l) - log (‖δ^{l+1}‖²/n_{l+1}); NaN at the top layer.
     ``log_weight_norm`` is log ‖∂C/∂W‖_F of the layer's ``weights``, all matrices together, C the
-    mean cost over the inputs.
+    mean cost over the inputs; ``width`` is n_l.
     """
 
     log_norm: Float[Array, " sites"]
     log_ratio: Float[Array, " sites"]
     log_weight_norm: Float[Array, ""]
-    width: int = eqx.field(static=True)
-    weights: int = eqx.field(static=True)
+    width: Float[Array, ""]
+    weights: Float[Array, ""]
 
 
 class BackwardLaw(eqx.Module):
@@ -133,14 +146,12 @@ def _log_mean_exp(x: Float[Array, " sites"]) -> Array:
     return jax.nn.logsumexp(x) - jnp.log(jnp.asarray(x.shape[0], x.dtype))
 
 
-def _log_mean_square(x: Float[Array, "sites n"], log_scale: Float[Array, " sites"]) -> Array:
-    _, log_norm = unit_rows(x)
-    return _log_mean_exp(2 * (log_norm + log_scale)) - math.log(x.shape[1])
+def _log_mean_square(rows: Float[Array, "sites n"], log_norm: Float[Array, " sites"]) -> Array:
+    return _log_mean_exp(2 * log_norm) - math.log(rows.shape[1])
 
 
-def _log_variance(x: Float[Array, "sites n"], log_scale: Float[Array, " sites"]) -> Array:
-    rows, log_norm = unit_rows(x)
-    return _log_mean_exp(jnp.log(jnp.var(rows, axis=1)) + 2 * (log_norm + log_scale))
+def _log_variance(rows: Float[Array, "sites n"], log_norm: Float[Array, " sites"]) -> Array:
+    return _log_mean_exp(jnp.log(jnp.var(rows, axis=1)) + 2 * log_norm)
 
 
 def _mean(x: Float[Array, "sites n"], log_scale: Float[Array, " sites"]) -> Array:
@@ -154,12 +165,11 @@ def _correlation(gram: Float[Array, "sites sites"]) -> Array:
     return jnp.mean(gram[a, b] / (length[a] * length[b]))
 
 
-def _mean_cosine(x: Float[Array, "sites n"]) -> Array:
-    """Return the mean over the pairs of rows of their cosine, |Σ_a u_a|² without its diagonal.
+def _mean_cosine(rows: Float[Array, "sites n"]) -> Array:
+    """Return the mean over the pairs of unit rows of their cosine: |Σ_a u_a|² without its diagonal.
 
-    Of unit rows u_a: sites · n operations, where all pairs would take sites times as many.
+    In sites · n operations, where all pairs would take sites times as many.
     """
-    rows, _ = unit_rows(x)
     sites = rows.shape[0]
     pairs = jnp.sum(jnp.square(jnp.sum(rows, axis=0))) - jnp.sum(jnp.square(rows))
     return pairs / (sites * (sites - 1))
@@ -178,7 +188,7 @@ def _moment(law: ForwardLaw, name: str) -> Array:
 q = Statistic(
     "q",
     "second moment of pre-activations q",
-    measure=lambda s: _log_mean_square(s.preactivation, s.log_scale),
+    measure=lambda s: _log_mean_square(*s.directions),
     predict=lambda law: _log_mean_exp(jnp.log(jnp.diagonal(law.covariance))),
     log=True,
 )
@@ -191,7 +201,7 @@ preactivation_mean = Statistic(
 preactivation_variance = Statistic(
     "preactivation_variance",
     "variance of pre-activations over units",
-    measure=lambda s: _log_variance(s.preactivation, s.log_scale),
+    measure=lambda s: _log_variance(*s.directions),
     predict=lambda law: _log_mean_exp(jnp.log(jnp.diagonal(law.covariance) - law.mean**2)),
     log=True,
 )
@@ -204,7 +214,7 @@ activation_mean = Statistic(
 activation_variance = Statistic(
     "activation_variance",
     "variance of activations over units",
-    measure=lambda s: _log_variance(s.activation, s.log_scale),
+    measure=lambda s: _log_variance(*s.outputs),
     predict=lambda law: _log_mean_exp(
         jnp.log(_over_sites(lambda v: gaussian.variance(law.activation, v), law))
     ),
@@ -222,7 +232,7 @@ saturation = Statistic(
 correlation = Statistic(
     "correlation",
     "correlation c of two inputs' pre-activations",
-    measure=lambda s: _mean_cosine(s.preactivation),
+    measure=lambda s: _mean_cosine(s.directions[0]),
     predict=lambda law: _correlation(law.covariance),
     sites=2,
 )
@@ -236,7 +246,7 @@ chi = Statistic(
 gradient_variance = Statistic(
     "gradient_variance",
     "mean square of ∂C/∂z over units",
-    measure=lambda s: _log_mean_exp(2 * s.log_norm) - jnp.log(float(s.width)),
+    measure=lambda s: _log_mean_exp(2 * s.log_norm) - jnp.log(s.width),
     predict=lambda law: _log_mean_exp(law.log_variance),
     backward=True,
     log=True,
@@ -251,7 +261,7 @@ log_gradient_norm = Statistic(
 weight_gradient_variance = Statistic(
     "weight_gradient_variance",
     "mean square of ∂C/∂W over weights",
-    measure=lambda s: 2 * s.log_weight_norm - (math.log(s.weights) if s.weights else math.nan),
+    measure=lambda s: 2 * s.log_weight_norm - jnp.log(jnp.where(s.weights > 0, s.weights, jnp.nan)),
     predict=lambda law: law.log_weight_variance,
     backward=True,
     log=True,

@@ -393,10 +393,11 @@ def _split(
 
     def add_row(rows: Array, row: tuple[Array, Array]) -> tuple[Array, None]:
         remainder, index = row
-        for _ in range(2):
-            remainder -= _matmul(_matmul(rows, remainder), rows)
-            remainder = at_unit_length(remainder)
-        return rows.at[index].set(remainder), None
+
+        def less_rows(_: int, remainder: Array) -> Array:
+            return at_unit_length(remainder - _matmul(_matmul(rows, remainder), rows))
+
+        return rows.at[index].set(jax.lax.fori_loop(0, 2, less_rows, remainder)), None
 
     def without_known(units: Array) -> Array:
         return units - _matmul(_products(units, known), known)
@@ -414,8 +415,9 @@ def _split(
             )
             units = at_unit_length(units)
         return units, components
-    for _ in range(2 if others else 1):
-        if others:
-            units = without_known(units)
-        units = jax.lax.scan(add_row, jnp.zeros_like(x), (units, jnp.arange(k)))[0]
-    return units, components
+
+    def orthonormal(_: int, units: Array) -> Array:
+        units = without_known(units) if others else units
+        return jax.lax.scan(add_row, jnp.zeros_like(x), (units, jnp.arange(k)))[0]
+
+    return jax.lax.fori_loop(0, 2 if others else 1, orthonormal, units), components

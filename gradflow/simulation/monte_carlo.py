@@ -13,6 +13,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
 
 import equinox as eqx
 import jax
@@ -24,11 +25,11 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jax.typing import ArrayLike
 from jaxtyping import Array, PRNGKeyArray
 
-from gradflow import estimation, statistics
+from gradflow import compilation, estimation, statistics
 from gradflow.errors import InputError, check_count
 from gradflow.estimation import Estimate, Histogram
 from gradflow.networks import Network
-from gradflow.simulation import memory, propagation, samplers
+from gradflow.simulation import memory, propagation, samplers, threefry
 from gradflow.statistics import Statistic
 
 __all__ = ["Progress", "Simulation", "simulate"]
@@ -200,7 +201,16 @@ def simulate(
     chunk = _chunk_size(
         networks, block * len(devices), plan.workers, network.depth * (len(wanted) + 2)
     )
-    run = _compiled(network, inputs, key, sampler, wanted, plan, block, chunk, devices)
+    run = _compiled(
+        (network.as_arrays(inputs.dtype), inputs, key),
+        chunk,
+        devices,
+        samplers.seconds(network, sites)[sampler] * networks,
+        sampler=sampler,
+        measured=(*wanted, _OVERFLOWED, _VANISHED),
+        keep=(plan.keep, plan.checkpoint),
+        block=block,
+    )
     compiled = time.perf_counter()
 
     parts: dict[str, list[Estimate]] = {s.key: [] for s in wanted}
@@ -212,8 +222,8 @@ def simulate(
             parts[statistic.key].append(Estimate.of(value, log=statistic.log))
             if keep_samples:
                 samples[statistic.key].append(value)
-        overflowed += values[_OVERFLOWED.key].sum(axis=0)
-        vanished += values[_VANISHED.key].sum(axis=0)
+        overflowed += np.count_nonzero(values[_OVERFLOWED.key], axis=0)
+        vanished += np.count_nonzero(values[_VANISHED.key], axis=0)
         if progress:
             progress(done, networks)
     finished = time.perf_counter()
@@ -281,69 +291,72 @@ def _on_devices(mesh: Mesh, spec: PartitionSpec, value: Array | np.ndarray) -> A
 
 
 def _compiled(
-    network: Network,
-    inputs: Array,
-    key: PRNGKeyArray,
-    sampler: str,
-    wanted: tuple[Statistic, ...],
-    plan: memory.Plan,
-    block: int,
+    law: tuple[Network, Array, PRNGKeyArray],
     chunk: int,
     devices: tuple[jax.Device, ...],
+    seconds: float,
+    *,
+    measured: tuple[Statistic, ...],
+    **static: Any,
 ) -> Callable[[int], dict[str, np.ndarray]]:
-    """Return the function from a chunk's first number to what its networks measured."""
+    """Return the function from a chunk's first number to what its networks measured.
+
+    ``seconds`` is how long all of them will take, on one core.
+    """
     mesh = Mesh(np.array(devices), (_NETWORKS,))
     everywhere, each = PartitionSpec(), PartitionSpec(_NETWORKS)
-    law = jax.tree.map(
-        functools.partial(_on_devices, mesh, everywhere),
-        (network.as_arrays(inputs.dtype), inputs, key),
-    )
+    law = jax.tree.map(functools.partial(_on_devices, mesh, everywhere), law)
 
     def numbers(first: int) -> Array:
         return _on_devices(mesh, each, np.arange(first, first + chunk, dtype=np.int32))
 
-    program = _run.lower(
-        *law, numbers(0), sampler, wanted, (plan.keep, plan.checkpoint), block, mesh
-    ).compile(compiler_options=_compiler_options())
+    lowered = _run.lower(*law, numbers(0), measured=measured, mesh=mesh, **static)
+    program = lowered.compile(compilation.options(seconds))
 
     def run(first: int) -> dict[str, np.ndarray]:
         found = program(*law, numbers(first))
         if mesh.is_multi_process:
-            return multihost_utils.process_allgather(found, tiled=True)
-        return jax.device_get(found)
+            found = multihost_utils.process_allgather(found, tiled=True)
+        return dict(zip((s.key for s in measured), np.asarray(found), strict=True))
 
     return run
 
 
-@functools.partial(jax.jit, static_argnames=("sampler", "wanted", "keep", "block", "mesh"))
+@functools.partial(jax.jit, static_argnames=("sampler", "measured", "keep", "block", "mesh"))
 def _run(
     network: Network,
     inputs: Array,
     key: Array,
     numbers: Array,
     sampler: str,
-    wanted: tuple[Statistic, ...],
+    measured: tuple[Statistic, ...],
     keep: tuple[bool, bool],
     block: int,
     mesh: Mesh,
-) -> dict[str, Array]:
-    """One chunk: the statistics of networks number ``numbers``, each of shape (chunk, layers)."""
+) -> Array:
+    """One chunk: the statistics of networks number ``numbers``, (statistics, chunk, layers)."""
 
-    def on_one_device(network: Network, inputs: Array, key: Array, numbers: Array) -> dict:
-        def one(number: Array) -> dict[str, Array]:
-            return propagation.propagate(
+    def on_one_device(network: Network, inputs: Array, key: Array, numbers: Array) -> Array:
+        key = threefry.fused(key)
+
+        def one(number: Array) -> Array:
+            found = propagation.propagate(
                 network,
                 inputs,
                 jax.random.fold_in(key, number),
                 sampler=sampler,
-                wanted=(*wanted, _OVERFLOWED, _VANISHED),
+                wanted=measured,
                 keep=keep[0],
                 checkpoint=keep[1],
             )
+            return jnp.stack([found[s.key] for s in measured])
 
-        if len(numbers) == block:
-            return jax.vmap(one)(numbers)
-        return jax.lax.map(one, numbers, batch_size=block)
+        found = (
+            jax.vmap(one)(numbers)
+            if len(numbers) == block
+            else jax.lax.map(one, numbers, batch_size=block)
+        )
+        return found.swapaxes(0, 1)
 
     law = (network, inputs, key)
     if mesh.size == 1:
@@ -353,16 +366,10 @@ def _run(
         on_one_device,
         mesh=mesh,
         in_specs=(everywhere, everywhere, everywhere, each),
-        out_specs=each,
+        out_specs=PartitionSpec(None, _NETWORKS),
         check_vma=False,
     )
     return shared(*law, numbers)
-
-
-def _compiler_options() -> dict[str, str | bool]:
-    # Without it XLA leaves half of a wide vector unit unused, where there is one: what matters for
-    # random numbers, which are arithmetic and nothing else (a fifth of matrix_free's time).
-    return {"xla_cpu_prefer_vector_width": "512"} if jax.default_backend() == "cpu" else {}
 
 
 # What became of a layer's signal, measured like a statistic but never reported as one.

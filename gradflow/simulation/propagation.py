@@ -12,19 +12,21 @@ C = u · z^L with a random u, so that nothing is assumed of a cost.
 """
 
 import functools
-import itertools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from gradflow import statistics
 from gradflow.blocks import AbstractBlock
 from gradflow.networks import Network, Stage
 from gradflow.norms import unit_rows
+from gradflow.simulation import threefry
 from gradflow.simulation.samplers import SAMPLERS, Sampler
 from gradflow.statistics import BackwardSample, ForwardSample, Statistic
 
@@ -131,11 +133,11 @@ def _walk(
     forward = [s for s in wanted if not s.backward]
     backward = [s for s in wanted if s.backward]
     sites = inputs.shape[0]
-    keys = jax.random.split(key, network.depth + 1)
+    keys = jax.random.split(threefry.fused(key), network.depth + 1)
     top_key, layer_keys = keys[0], keys[1:]
     max_slope = network.activation.max_slope
 
-    def measure(signal: Array, log_scale: Array) -> list[Array]:
+    def measure(signal: Array, log_scale: Array) -> Array:
         sample = ForwardSample(
             preactivation=signal,
             activation=network.activation(signal),
@@ -143,12 +145,12 @@ def _walk(
             log_scale=log_scale,
             max_slope=max_slope,
         )
-        return [s.measure(sample) for s in forward]
+        return _row([s.measure(sample) for s in forward], signal.dtype)
 
-    values: dict[str, list[Array]] = {s.key: [] for s in wanted}
+    pieces = _stretches(network, keep)
     state = (inputs, jnp.zeros(sites, inputs.dtype))
-    kept, ups, first = [], [], 0
-    for stage, stretch in _stretches(network, keep):
+    kept, ups, measured, first = [], [], [], 0
+    for stage, stretch in pieces:
         up = functools.partial(
             _up,
             functools.partial(_linearise, stage.block, sampler),
@@ -156,9 +158,9 @@ def _walk(
             keep=keep.linearisations,
             collect=collect,
         )
-        state, (stage_kept, stage_up, measured) = _through_stretches(
+        state, (stage_kept, stage_up, rows) = _through_stretches(
             functools.partial(up, measure=measure),
-            functools.partial(up, measure=lambda *_: []),
+            functools.partial(up, measure=lambda *_: ()),
             state,
             layer_keys[first : first + stage.repeats],
             stretch,
@@ -166,31 +168,66 @@ def _walk(
         first += stage.repeats
         kept.append(stage_kept)
         ups.append(stage_up)
-        _append(values, forward, measured)
+        measured.append(rows)
 
     delta = jax.random.normal(top_key, state[0].shape, inputs.dtype)
     delta, log_norm = _at_unit_scale(delta, network.mixes_sites)
-    carry = (delta, (log_norm, jnp.zeros_like(log_norm)), jnp.full_like(log_norm, jnp.nan))
+    carry = (delta, (log_norm, jnp.zeros_like(log_norm)))
     downs: list[Any] = []
-    pieces = _stretches(network, keep)
-    widths = [network.input_width]
-    for stage, _ in pieces:
-        widths.append(stage.block.width_after(widths[-1]))
-    ends = itertools.pairwise(widths)
-    for (stage, _), kept_below, (fan_in, width) in reversed(
-        list(zip(pieces, kept, ends, strict=True))
-    ):
+    logs: list[_Logs] = []
+    for (stage, _), kept_below in reversed(list(zip(pieces, kept, strict=True))):
         linear = functools.partial(_linearise, stage.block, sampler)
-        sizes = (fan_in, width, sum(n * m for n, m in stage.block.shapes(fan_in)))
-        step = functools.partial(_down, linear, backward, collect, network.mixes_sites, sizes)
+        step = functools.partial(_down, linear, collect, network.mixes_sites)
         if isinstance(kept_below, _Walked):
-            carry, (down, measured) = kept_below.down(step, carry)
+            carry, (down, stage_logs) = kept_below.down(step, carry)
         else:
-            carry, (down, measured) = scan_blocks(step, carry, kept_below, reverse=True)
+            carry, (down, stage_logs) = scan_blocks(step, carry, kept_below, reverse=True)
         downs.insert(0, down)
-        _append(values, backward, measured, at_front=True)
+        logs.insert(0, stage_logs)
 
-    return {name: jnp.concatenate(value) for name, value in values.items()}, (ups, downs)
+    sample = _backward_sample(network, jax.tree.map(lambda *v: jnp.concatenate(v), *logs))
+    rows = jax.vmap(lambda s: _row([b.measure(s) for b in backward], inputs.dtype))(sample)
+    values = jnp.concatenate([jnp.concatenate(measured), rows], axis=1)
+    return dict(zip((s.key for s in (*forward, *backward)), values.T, strict=True)), (ups, downs)
+
+
+def _row(values: Sequence[Array], dtype: DTypeLike) -> Array:
+    """Return one layer's statistics as one array: fewer arrays take less time to compile."""
+    return jnp.stack([v.astype(dtype) for v in values]) if values else jnp.zeros(0, dtype)
+
+
+class _Logs(NamedTuple):
+    """What is measured on the way down, of one block or, with an axis of layers, of all.
+
+    Attributes
+    ----------
+    norm
+        Shape (sites,): log ‖∂C/∂z^l‖.
+    step
+        Shape (sites,): log ‖∂C/∂z^{l-1}‖ - log ‖∂C/∂z^l‖, whose difference it is not taken as:
+        after many layers both are large.
+    weight_norm
+        log ‖∂C/∂W^l‖_F.
+    """
+
+    norm: Array
+    step: Array
+    weight_norm: Array
+
+
+def _backward_sample(network: Network, logs: _Logs) -> BackwardSample:
+    """Return all layers' samples, with an axis of layers in front."""
+    dtype = logs.norm.dtype
+    width = jnp.asarray(np.array(network.widths[1:], float), dtype)
+    ratio = 2 * logs.step[1:] + jnp.diff(jnp.log(width))[:, None]
+    weights = [sum(n * m for n, m in layer) for layer in network.shapes]
+    return BackwardSample(
+        log_norm=logs.norm,
+        log_ratio=jnp.concatenate([ratio, jnp.full_like(logs.step[:1], jnp.nan)]),
+        log_weight_norm=logs.weight_norm,
+        width=width,
+        weights=jnp.asarray(np.array(weights, float), dtype),
+    )
 
 
 def kept_signals(layers: int) -> tuple[int, int, int]:
@@ -262,16 +299,6 @@ def scan_blocks(step: Callable, carry: Any, xs: Any, reverse: bool = False) -> t
     return carry, jax.tree.map(lambda leaf: leaf[None], y)
 
 
-def _append(
-    values: dict[str, list[Array]],
-    measured_by: Sequence[Statistic],
-    measured: Sequence[Array],
-    at_front: bool = False,
-) -> None:
-    for statistic, value in zip(measured_by, measured, strict=True):
-        values[statistic.key].insert(0 if at_front else len(values[statistic.key]), value)
-
-
 def _linearise(
     block: AbstractBlock,
     sampler: Sampler,
@@ -327,37 +354,26 @@ def _up(
 
 def _down(
     linear: Callable,
-    wanted: Sequence[Statistic],
     collect: bool,
     mixes: bool,
-    sizes: tuple[int, int, int],
-    carry: tuple[Array, tuple[Array, Array], Array],
+    carry: tuple[Array, tuple[Array, Array]],
     kept: tuple[Array, Any, Array],
-) -> tuple[tuple[Array, tuple[Array, Array], Array], tuple]:
+) -> tuple[tuple[Array, tuple[Array, Array]], tuple]:
     """One block on the way down, from its output's gradient to its input's."""
-    delta, log_norm_pair, log_ratio = carry
+    delta, log_norm_pair = carry
     key, saved, log_scale = kept
-    fan_in, width, weights = sizes
     pull = saved if callable(saved) else linear(key, saved)[1]
     below, tap = pull(delta)
 
     log_scale_down = log_norm_pair[0]
     unit, log_row = unit_rows(delta) if mixes else (delta, jnp.zeros_like(log_scale_down))
     log_norm = log_scale_down + log_row
-    sample = BackwardSample(
-        log_norm=log_norm,
-        log_ratio=log_ratio,
-        log_weight_norm=_log_weight_norm(tap, log_scale_down + log_scale),
-        width=width,
-        weights=weights,
-    )
+    log_weight_norm = _log_weight_norm(tap, log_scale_down + log_scale)
     below, log_step = _at_unit_scale(below, mixes)
     log_row_below = unit_rows(below)[1] if mixes else 0
-    log_width_ratio = jnp.log(jnp.asarray(width / fan_in, delta.dtype))
-    log_ratio = 2 * (log_step + log_row_below - log_row) + log_width_ratio
-    carry = (below, _add(log_norm_pair, log_step), log_ratio)
-    collected = (unit, log_norm) if collect else None
-    return carry, (collected, [s.measure(sample) for s in wanted])
+    logs = _Logs(log_norm, log_step + log_row_below - log_row, log_weight_norm)
+    carry = (below, _add(log_norm_pair, log_step))
+    return carry, ((unit, log_norm) if collect else None, logs)
 
 
 def _at_unit_scale(delta: Array, mixes: bool) -> tuple[Array, Array]:

@@ -36,10 +36,10 @@ from gradflow.activations import Activation
 from gradflow.blocks import Dense
 from gradflow.errors import InputError
 from gradflow.networks import Network
-from gradflow.statistics import BackwardLaw
+from gradflow.statistics import BackwardLaw, ForwardLaw
 from gradflow.theory import mean_field
 
-__all__ = ["Corrections", "correct", "covers"]
+__all__ = ["Corrections", "Layers", "correct", "correct_from", "covers", "prepare"]
 
 # Averages over two inputs' pre-activations to compute, one for each pair and layer: some 10 s.
 _MOST_PAIRS = 4000
@@ -105,19 +105,48 @@ def correct(network: Network, gram: Float[ArrayLike, "sites sites"]) -> Correcti
             f"network is {network.name!r}; corrections are known for dense layers with "
             "independent Gaussian weights"
         )
-    gram = jnp.asarray(gram)
-    k, backward = mean_field.laws(network, gram)
-    averages = _averages(network.activation, k)
-    up = _up(network, k, averages)
-    down = _down(network, k, averages, up)
+    return correct_from(prepare(network, *mean_field.laws(network, gram)))
+
+
+def prepare(network: Network, forward: ForwardLaw, backward: BackwardLaw) -> "Layers":
+    """Return all that `correct_from` needs to know: the part that depends on the activation.
+
+    Parameters
+    ----------
+    network
+        One that `covers` says yes to.
+    forward, backward
+        From `mean_field.laws`.
+    """
+    k = forward.covariance
+
+    def each_layer(name: str) -> Array:
+        scales = [getattr(stage.block, name) for stage in network.stages]
+        squares = [jnp.square(jnp.asarray(0 if x is None else x, k.dtype)) for x in scales]
+        repeats = np.array([stage.repeats for stage in network.stages])
+        return jnp.repeat(jnp.stack(squares), repeats, total_repeat_length=network.depth)[:, None]
+
+    return Layers(
+        sigma_w2=each_layer("sigma_w"),
+        sigma_b2=each_layer("sigma_b"),
+        width=jnp.asarray(np.array(network.widths[1:], float), k.dtype)[:, None],
+        covariance=k,
+        backward=backward,
+        averages=_averages(network.activation, k),
+    )
+
+
+def correct_from(layers: "Layers") -> Corrections:
+    """Return what `correct` does, from what `prepare` returns; a program for all activations."""
+    depth, sites = layers.q.shape
+    up = _up(layers)
     shift, variance = {}, {}
-    for name, found in _statistics(network, k, backward, averages, up, down).items():
+    for name, found in _statistics(layers, up, _down(layers, up)).items():
         shift[name], variance[name] = found
-    if averages.pairs is not None:
-        cosine = _cosine(network, k, averages, up)
-        shift["correlation"], variance["correlation"] = _correlation(network, cosine)
-    undefined = jnp.full(network.depth, jnp.nan, gram.dtype)
-    wanted = {s.key: s for s in statistics.ALL if s.sites <= gram.shape[0]}
+    if layers.averages.pairs is not None:
+        shift["correlation"], variance["correlation"] = _correlation(layers, _cosine(layers, up))
+    undefined = jnp.full(depth, jnp.nan, layers.q.dtype)
+    wanted = {s.key: s for s in statistics.ALL if s.sites <= sites}
     deviation = {
         key: jnp.sqrt(jnp.expm1(variance[key]) if s.log else variance[key])
         for key, s in wanted.items()
@@ -162,6 +191,26 @@ class _Averages(eqx.Module):
             place[a, b] = sites + 1 + np.arange(a.size)
             place[b, a] = sites + 1 + a.size + np.arange(a.size)
         return jnp.concatenate(parts, axis=1)[:, place]
+
+
+class Layers(eqx.Module):
+    """What is known of each layer: its scales, its width, the laws and averages at infinite width.
+
+    ``sigma_w2``, ``sigma_b2`` and ``width`` are of shape (layers, 1), ``covariance`` is that of the
+    pre-activations, (layers, sites, sites).
+    """
+
+    sigma_w2: Array
+    sigma_b2: Array
+    width: Array
+    covariance: Array
+    backward: BackwardLaw
+    averages: _Averages
+
+    @property
+    def q(self) -> Array:
+        """The pre-activations' second moments, (layers, sites)."""
+        return _diagonal(self.covariance)
 
 
 class _Series(eqx.Module):
@@ -311,25 +360,12 @@ def _with_deltas(
     return total.at[bent, bent].add(powers @ both @ powers.T)
 
 
-def _scales(network: Network, dtype: jnp.dtype) -> tuple[Array, Array, Array]:
-    """Return σ_w², σ_b² and the width of every layer, each (layers, 1)."""
-
-    def each_layer(name: str) -> Array:
-        scales = [getattr(stage.block, name) for stage in network.stages]
-        squares = [jnp.square(jnp.asarray(0 if x is None else x, dtype)) for x in scales]
-        repeats = np.array([stage.repeats for stage in network.stages])
-        return jnp.repeat(jnp.stack(squares), repeats, total_repeat_length=network.depth)[:, None]
-
-    widths = jnp.asarray(np.array(network.widths[1:], float), dtype)[:, None]
-    return each_layer("sigma_w"), each_layer("sigma_b"), widths
-
-
-def _up(network: Network, k: Array, averages: _Averages) -> _Up:
-    w2, _, n = _scales(network, k.dtype)
-    f = averages.phi2
+def _up(layers: Layers) -> _Up:
+    w2, n, k = layers.sigma_w2, layers.width, layers.covariance
+    f = layers.averages.phi2
     noise = (
         w2[1:, :, None] ** 2
-        * (averages.product("phi2", "phi2") - _outer(f.value, f.value))[:-1]
+        * (layers.averages.product("phi2", "phi2") - _outer(f.value, f.value))[:-1]
         / n[:-1, :, None]
     )
     by_v = w2[1:] * f.first[:-1]
@@ -362,15 +398,15 @@ class _Cosine(eqx.Module):
     covariance: Array  # (layers, pairs, 3, 3)
 
 
-def _cosine(network: Network, k: Array, averages: _Averages, up: _Up) -> _Cosine:
+def _cosine(layers: Layers, up: _Up) -> _Cosine:
     """Follow c' = σ_w² κ(v_a, v_b, c) + σ_b² with κ = E[φ(z_a) φ(z_b)], and v_a and v_b beside it.
 
     The derivatives of κ are averages of those of φ (Price's theorem), of which integration by parts
     leaves no higher ones than φ''.
     """
-    w2, _, n = _scales(network, k.dtype)
-    a, b = np.triu_indices(k.shape[1], 1)
-    q = _diagonal(k)
+    w2, n, k = layers.sigma_w2, layers.width, layers.covariance
+    q, averages = layers.q, layers.averages
+    a, b = np.triu_indices(q.shape[1], 1)
     moments = jnp.stack([q[:, a], q[:, b], k[:, a, b]], axis=-1)
     q_a, q_b, c = jnp.moveaxis(moments, -1, 0)
     pair = averages.pair
@@ -431,7 +467,7 @@ def _cosine(network: Network, k: Array, averages: _Averages, up: _Up) -> _Cosine
     return _Cosine(moments, jnp.stack([up.shift[:, a], up.shift[:, b], shift], -1), covariance)
 
 
-def _correlation(network: Network, cosine: _Cosine) -> tuple[Array, Array]:
+def _correlation(layers: Layers, cosine: _Cosine) -> tuple[Array, Array]:
     """Return the shift and variance of the mean cosine, (layers,); the variance of one pair's."""
 
     def of(moments: Array) -> Array:
@@ -447,8 +483,7 @@ def _correlation(network: Network, cosine: _Cosine) -> tuple[Array, Array]:
         + [2 * q_a * c, 2 * q_b * c, q_a * q_b + c**2],
         -1,
     ).reshape(*c.shape, 3, 3)
-    n = jnp.asarray(np.array(network.widths[1:], float), c.dtype)[:, None, None, None]
-    covariance = cosine.covariance + spread / n
+    covariance = cosine.covariance + spread / layers.width[..., None, None]
     shift = (gradient * cosine.shift).sum(-1) + (hessian * covariance).sum((-2, -1)) / 2
     variance = jnp.einsum("lpi,lpij,lpj->lp", gradient, covariance, gradient)
     alone = c.shape[1] == 1
@@ -472,17 +507,15 @@ def _sum_above(x: Array) -> Array:
     return jnp.concatenate([jnp.cumsum(x[::-1], axis=0)[::-1], top])
 
 
-def _down(network: Network, k: Array, averages: _Averages, up: _Up) -> _Down:
+def _down(layers: Layers, up: _Up) -> _Down:
     """Follow a tangent up from each layer; everything by its logarithm, so that χ is divided out.
 
     Its squared norm w, its overlap r with the signal, and v fluctuate. To first order
     δlog w' = δlog w + y δv + noise, with y = ∂log χ/∂v, and log E w gains (∂²w'/∂r²) r²/2 too.
     """
-    w2, _, n = (x[1:] if i == 0 else x[:-1] for i, x in enumerate(_scales(network, k.dtype)))
-    q, f, x = (
-        jax.tree.map(lambda v: v[:-1], tree)
-        for tree in (_diagonal(k), averages.phi2, averages.dphi2)
-    )
+    k, averages = layers.covariance, layers.averages
+    w2, n, q = layers.sigma_w2[1:], layers.width[:-1], layers.q[:-1]
+    f, x = (jax.tree.map(lambda v: v[:-1], tree) for tree in (averages.phi2, averages.dphi2))
     v = up.covariance[:-1]
     each = jnp.eye(k.shape[1], dtype=k.dtype)[None]
     by_v = w2 * f.first
@@ -506,7 +539,7 @@ def _down(network: Network, k: Array, averages: _Averages, up: _Up) -> _Down:
     factor = y * up.shift[:-1] + x.second / x.value * _diagonal(v) / 2 + noise_r * reach_r[1:]
     overlap = _from_above(
         lambda above, c, noise: c * above + noise,
-        jnp.full_like(k[0], 1.0) / network.widths[-1],
+        jnp.ones_like(k[0]) / layers.width[-1],
         (
             averages.product("dphi", "dphi")[:-1] ** 2 / _outer(x.value, x.value),
             shares / n[:, :, None],
@@ -522,12 +555,10 @@ def _down(network: Network, k: Array, averages: _Averages, up: _Up) -> _Down:
     )
 
 
-def _statistics(
-    network: Network, k: Array, backward: BackwardLaw, averages: _Averages, up: _Up, down: _Down
-) -> dict[str, tuple[Array, Array]]:
+def _statistics(layers: Layers, up: _Up, down: _Down) -> dict[str, tuple[Array, Array]]:
     """Return each statistic's shift and variance, (layers,); of its logarithm if it is kept so."""
-    _, b2, n = _scales(network, k.dtype)
-    q, sites = _diagonal(k), k.shape[1]
+    b2, n, k, q = layers.sigma_b2, layers.width, layers.covariance, layers.q
+    averages, backward, sites = layers.averages, layers.backward, q.shape[1]
     pair_n = n[:, :, None]
     each = jnp.eye(sites, dtype=k.dtype)[None]
     v = up.covariance
@@ -561,7 +592,7 @@ def _statistics(
     saturated = averages.saturation
     chi = jnp.exp(backward.log_ratio[:-1])
     undefined = jnp.full_like(k[:1, 0, 0], jnp.nan)
-    top = 2 * each / network.widths[-1]
+    top = 2 * each / n[-1]
     # Gradients of different inputs: their shares of the sum of squares.
     share = jax.nn.softmax(backward.log_variance, axis=1)
     of_weights = q - b2  # σ_w² |h|²/n of the layer below
@@ -577,7 +608,7 @@ def _statistics(
         + jnp.swapaxes(mixed, 1, 2)
         + jnp.where(each == 1, 0, 2 * cosine2 * down.overlap)
     )
-    n_top = jnp.asarray(network.widths[-1] / 2, k.dtype)
+    n_top = n[-1, 0] / 2
     log_square = down.shift - _diagonal(down.covariance) / 2 + digamma(n_top) - jnp.log(n_top)
     factor_shift, factor_variance = mean_of(
         chi * down.factor, _outer(chi, chi) * down.factor_covariance

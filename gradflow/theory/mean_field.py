@@ -49,6 +49,7 @@ __all__ = [
     "laws",
     "length_map",
     "predict",
+    "predict_from",
     "profile",
     "scan_layers",
 ]
@@ -235,34 +236,39 @@ def predict(
     ----------
     Poole et al. 2016 (arXiv:1606.05340), Schoenholz et al. 2017 (arXiv:1611.01232).
     """
-    gram = jnp.asarray(gram)
-    wanted = [s for s in statistics.ALL if s.sites <= gram.shape[0]]
-    forward, backward = _laws(network, gram, mean)
+    return predict_from(*laws(network, gram, mean))
+
+
+def predict_from(forward: ForwardLaw, backward: BackwardLaw) -> Prediction:
+    """Return what `predict` does, from what `laws` returns."""
+    wanted = [s for s in statistics.ALL if s.sites <= forward.mean.shape[-1]]
     return Prediction(
         {s.key: _each_layer(s.predict, backward if s.backward else forward) for s in wanted}
     )
 
 
 def laws(
-    network: Network, gram: Float[Array, "sites sites"]
-) -> tuple[Float[Array, "layers sites sites"], BackwardLaw]:
-    """Return every layer's second moments of pre-activations, and the law of the gradient."""
-    forward, backward = _laws(network, gram)
-    return forward.covariance, backward
+    network: Network,
+    gram: Float[ArrayLike, "sites sites"],
+    mean: Float[ArrayLike, " sites"] | None = None,
+) -> tuple[ForwardLaw, BackwardLaw]:
+    """Return the laws of all layers' signals and gradients; the arguments are those of `predict`.
+
+    Raises
+    ------
+    InputError
+        As `predict` does.
+    """
+    gram = jnp.asarray(gram)
+    begin = Gram.of(gram, None if mean is None else jnp.asarray(mean, gram.dtype))
+    entering, forward = _up(network, begin)
+    return forward, (_down_together if network.mixes_sites else _down)(network, entering)
 
 
 def _each_layer(f: Callable[[Any], Any], layers: Any) -> Any:
     """Return f of every layer: at once or, where their quadratures would fill memory, in turn."""
     few = len(jax.tree.leaves(layers)[0]) <= _LAYERS_AT_ONCE
     return jax.vmap(f)(layers) if few else jax.lax.map(f, layers)
-
-
-def _laws(
-    network: Network, gram: Array, mean: Float[ArrayLike, " sites"] | None = None
-) -> tuple[ForwardLaw, BackwardLaw]:
-    begin = Gram.of(gram, None if mean is None else jnp.asarray(mean, gram.dtype))
-    entering, forward = _up(network, begin)
-    return forward, (_down_together if network.mixes_sites else _down)(network, entering)
 
 
 def _up(network: Network, state: Gram) -> tuple[list[Gram], ForwardLaw]:
