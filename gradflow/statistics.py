@@ -74,18 +74,18 @@ class ForwardLaw(eqx.Module):
 
 
 class BackwardSample(eqx.Module):
-    """The gradient δ = ∂C/∂z at one layer of one random network, per input, as logs.
+    """The gradient δ = ∂C/∂z at a layer, or all, of one random network, per input, as logs.
 
     ``log_ratio`` is log (‖δ^l‖²/n_l) - log (‖δ^{l+1}‖²/n_{l+1}); NaN at the top layer.
     ``log_weight_norm`` is log ‖∂C/∂W‖_F of the layer's ``weights``, all matrices together, C the
     mean cost over the inputs; ``width`` is n_l.
     """
 
-    log_norm: Float[Array, " sites"]
-    log_ratio: Float[Array, " sites"]
-    log_weight_norm: Float[Array, ""]
-    width: Float[Array, ""]
-    weights: Float[Array, ""]
+    log_norm: Float[Array, "*layers sites"]
+    log_ratio: Float[Array, "*layers sites"]
+    log_weight_norm: Float[Array, "*layers"]
+    width: Float[Array, "*layers"]
+    weights: Float[Array, "*layers"]
 
 
 class BackwardLaw(eqx.Module):

@@ -41,7 +41,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.typing import DTypeLike
+from jax.typing import ArrayLike, DTypeLike
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from gradflow.ensembles import Distribution
@@ -394,7 +394,7 @@ def _split(
     def add_row(rows: Array, row: tuple[Array, Array]) -> tuple[Array, None]:
         remainder, index = row
 
-        def less_rows(_: int, remainder: Array) -> Array:
+        def less_rows(_: ArrayLike, remainder: Array) -> Array:
             return at_unit_length(remainder - _matmul(_matmul(rows, remainder), rows))
 
         return rows.at[index].set(jax.lax.fori_loop(0, 2, less_rows, remainder)), None
@@ -416,7 +416,7 @@ def _split(
             units = at_unit_length(units)
         return units, components
 
-    def orthonormal(_: int, units: Array) -> Array:
+    def orthonormal(_: ArrayLike, units: Array) -> Array:
         units = without_known(units) if others else units
         return jax.lax.scan(add_row, jnp.zeros_like(x), (units, jnp.arange(k)))[0]
 

@@ -31,6 +31,7 @@ _PARITY = np.uint32(0x1BD11BDA)
 _GROUPS = 5  # of four rounds each
 
 
+@functools.partial(jax.jit, inline=True)
 def _threefry(
     key: UInt32[Array, "2 ..."], high: UInt32[Array, "..."], low: UInt32[Array, "..."]
 ) -> tuple[Array, Array]:

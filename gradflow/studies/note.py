@@ -267,13 +267,14 @@ def _sweep(comparisons: dict[Setting, Comparison], narrower: dict[int, Estimate]
             measured = narrower | measured
         # One layer, halfway: layers of one network are not independent.
         middle = [(len(m.value) // 2, m) for m in measured.values()]
-        curves[phi.name] = (widths, _chi_at_fixed_point(phi, widths))
         points[phi.name] = (
             np.array(list(measured)),
             np.array([m.value[layer] for layer, m in middle]),
             np.array([m.standard_error[layer] for layer, m in middle]),
         )
-        theory[phi.name] = _chi_at_fixed_point(phi, points[phi.name][0])
+        # In one array: each length of it is a program to compile.
+        chi = _chi_at_fixed_point(phi, np.concatenate([widths, points[phi.name][0]]))
+        curves[phi.name], theory[phi.name] = (widths, chi[: len(widths)]), chi[len(widths) :]
     return WidthSweep(curves, points, theory, critical_width(activations.logistic))
 
 
@@ -300,9 +301,9 @@ def _claims(comparisons: dict[Setting, Comparison], sweep: WidthSweep) -> tuple[
     slowest = max(speeds, key=lambda name: speeds[name])
     weight_spread = _speed_spread(tanh_glorot)
     with_correlation = [value(c, "correlation", -1) for c in (unscaled, tanh)]
-    # n Var W of the paper's standard weights, and where χ is 1; one shape compiles once.
-    scaled = np.array([1 / 3, sweep.critical_width])
-    (_, critical_q), (standard_chi, _) = _at_fixed_point(activations.logistic, scaled)
+    (critical_q,), _ = _at_fixed_point(activations.logistic, np.array([sweep.critical_width]))
+    # n Var W of the paper's standard weights is 1/3.
+    _, (standard_chi,) = _at_fixed_point(activations.logistic, np.array([1 / 3]))
     weights_vanish = by_name["tanh, standard (uniform)"]
     centred = critical_sigma_w2_of_centred_logistic()
     return (
