@@ -487,11 +487,11 @@ class _Prepared:
 
     def __init__(self, lowered: jax.stages.Lowered, seconds: float) -> None:
         self.result = lowered.out_info
-        self._lowered, self._seconds = lowered, seconds
+        self._lowered, self._options = lowered, compilation.options(seconds)
 
     @functools.cached_property
     def _compiled(self) -> jax.stages.Compiled:
-        return self._lowered.compile(compilation.options(self._seconds))
+        return self._lowered.compile(self._options)
 
     def __call__(self, *arguments: Any) -> Any:
         """Return the function's result as NumPy arrays."""

@@ -205,7 +205,7 @@ def simulate(
         (network.as_arrays(inputs.dtype), inputs, key),
         chunk,
         devices,
-        samplers.seconds(network, sites)[sampler] * networks,
+        networks * samplers.seconds(sampler, network, sites),
         sampler=sampler,
         measured=(*wanted, _OVERFLOWED, _VANISHED),
         keep=(plan.keep, plan.checkpoint),

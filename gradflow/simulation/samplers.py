@@ -142,8 +142,7 @@ def choose(name: str, network: Network, sites: int = 1) -> tuple[str, str]:
             return "dense", "weights neither Gaussian nor orthogonal, so that each must be drawn"
         if not network.iid_gaussian:
             return "matrix_free", "orthogonal weights: exact without drawing them"
-        cost = seconds(network, sites)
-        drawn, free = cost["dense"], cost["matrix_free"]
+        drawn, free = seconds("dense", network, sites), seconds("matrix_free", network, sites)
         if drawn < free:
             return "dense", (
                 f"with {sites} inputs, drawing all weights takes {drawn / free:.2g} of the "
@@ -160,11 +159,10 @@ def choose(name: str, network: Network, sites: int = 1) -> tuple[str, str]:
     return name, "as asked"
 
 
-def seconds(network: Network, sites: int) -> dict[str, float]:
-    """Return about how long one network takes with each sampler, on one core of a CPU."""
+def seconds(name: str, network: Network, sites: int) -> float:
+    """Return about how long a sampler takes for one network, on one core of a CPU."""
     widths = np.array(network.widths, float)
-    weights, units = float(widths[1:] @ widths[:-1]), float(np.sum(widths[1:] + widths[:-1])) / 2
-    return {
-        "dense": 1e-9 * weights * (_DRAWN + _MULTIPLIED * sites),
-        "matrix_free": 1e-9 * units * (_PER_INPUT * sites + _PER_PAIR * sites**2),
-    }
+    if name == "matrix_free":
+        units = float(np.sum(widths[1:] + widths[:-1])) / 2
+        return 1e-9 * units * (_PER_INPUT * sites + _PER_PAIR * sites**2)
+    return 1e-9 * float(widths[1:] @ widths[:-1]) * (_DRAWN + _MULTIPLIED * sites)

@@ -539,7 +539,7 @@ def _down(layers: Layers, up: _Up) -> _Down:
     factor = y * up.shift[:-1] + x.second / x.value * _diagonal(v) / 2 + noise_r * reach_r[1:]
     overlap = _from_above(
         lambda above, c, noise: c * above + noise,
-        jnp.ones_like(k[0]) / layers.width[-1],
+        jnp.ones_like(k[0]) / layers.width[-1, 0],
         (
             averages.product("dphi", "dphi")[:-1] ** 2 / _outer(x.value, x.value),
             shares / n[:, :, None],
@@ -592,7 +592,7 @@ def _statistics(layers: Layers, up: _Up, down: _Down) -> dict[str, tuple[Array, 
     saturated = averages.saturation
     chi = jnp.exp(backward.log_ratio[:-1])
     undefined = jnp.full_like(k[:1, 0, 0], jnp.nan)
-    top = 2 * each / n[-1]
+    top = 2 * each / n[-1, 0]
     # Gradients of different inputs: their shares of the sum of squares.
     share = jax.nn.softmax(backward.log_variance, axis=1)
     of_weights = q - b2  # σ_w² |h|²/n of the layer below
