@@ -85,7 +85,7 @@ def test_answers_are_those_of_one_matrix_until_all_of_it_is_revealed(law, shape)
         np.testing.assert_allclose(small, max(shape) * np.eye(min(shape)), atol=1e-4)
 
 
-def asked_and_asked_back(matrix):
+def asked_and_asked_back(matrix, more=0):
     """Answers to three rounds of two questions and one back, which do not depend on answers.
 
     In an interview rounding would grow from round to round.
@@ -94,7 +94,7 @@ def asked_and_asked_back(matrix):
     for key in jax.random.split(jax.random.key(7), 3):
         answer, matrix = matrix.times(jax.random.normal(key, (2, 11), jnp.float32))
         back, transpose = matrix.T.times(jax.random.normal(key, (1, 12), jnp.float32))
-        matrix = transpose.T
+        matrix = transpose.T.with_places(more)
         said += [answer.ravel(), back.ravel()]
     return jnp.concatenate(said)
 
@@ -105,8 +105,11 @@ def test_a_fixed_number_of_places_gives_the_same_answers(law):
     growing = asked_and_asked_back(make("undecided", law, shape, key))
     fixed = asked_and_asked_back(make("undecided", law, shape, key, places=(6, 3)))
     np.testing.assert_allclose(fixed, growing, atol=ROUNDING * 11)
+    # More places where some are left, and, in the second, where all are used: on one side or both.
     more = make("undecided", law, shape, key, places=(3, 0)).with_places(3)
     np.testing.assert_allclose(asked_and_asked_back(more), growing, atol=ROUNDING * 11)
+    few = make("undecided", law, shape, key, places=(2, 1))
+    np.testing.assert_allclose(asked_and_asked_back(few, 2), growing, atol=ROUNDING * 11)
 
 
 @pytest.mark.parametrize("law", LAWS)

@@ -25,6 +25,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 
+from gradflow import compilation
 from gradflow.blocks import AbstractBlock
 from gradflow.ensembles import Distribution
 from gradflow.errors import InputError, check_count
@@ -141,7 +142,7 @@ class Jacobian(eqx.Module):
         carry, done = _at_length_one(vectors, jnp.zeros(len(vectors), vectors.dtype)), []
         for layers in self.layers[::-1] if reverse else self.layers:
             if self.apart:
-                carry, asked = _through_in_place(through, layers.block, carry, *layers.parts())
+                carry, asked = _in_place()(through, layers.block, carry, *layers.parts())
             else:
                 step = functools.partial(_through, through, layers.block)
                 carry, asked = scan_blocks(
@@ -169,8 +170,12 @@ def _through(
     return _at_length_one(v, log_norm), asked
 
 
-# With the places of the matrices reused for what they come to know.
-_through_in_place = jax.jit(_through, static_argnums=0, donate_argnames="asked")
+@functools.cache
+def _in_place() -> Callable:
+    """Return `_through` with the places of the matrices reused for what they come to know."""
+    # Of wide layers, which wait for memory and not for arithmetic; and new for each size.
+    options = compilation.options(1.0)
+    return jax.jit(_through, static_argnums=0, donate_argnames="asked", compiler_options=options)
 
 
 def _at_length_one(v: Array, log_norm: Array) -> tuple[Array, Array]:

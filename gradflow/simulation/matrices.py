@@ -161,10 +161,14 @@ class Redrawn(Matrix):
 
 
 class Rows(eqx.Module):
-    """Rows that are added to: without end, or, in a loop of a program, up to a number of places."""
+    """Rows that are added to: without end, or, in a loop of a program, up to a number of places.
 
-    rows: Float[Array, "*stacked places n"]  # those not used yet are 0
-    used: Int[Array, "*stacked"] | None  # None where there are as many places as rows
+    In blocks, so that more places, where all are used, move nothing in memory.
+    """
+
+    rows: Float[Array, "*stacked places n"]  # of the last block; those not used yet are 0
+    used: Int[Array, "*stacked"] | None  # of the last block; None where there are no places
+    earlier: tuple[Float[Array, "*stacked _ n"], ...] = ()  # the blocks before it
 
     @classmethod
     def none(cls, n: int, places: int | None, dtype: DTypeLike) -> "Rows":
@@ -172,29 +176,52 @@ class Rows(eqx.Module):
         used = None if places is None else jnp.zeros((), jnp.int32)
         return cls(jnp.zeros((places or 0, n), dtype), used)
 
+    @property
+    def blocks(self) -> list[Float[Array, "*stacked _ n"]]:
+        """All rows, in blocks that are not empty."""
+        return [block for block in (*self.earlier, self.rows) if block.shape[-2]]
+
     def with_places(self, more: int) -> "Rows":
         """Return the same rows with more places; there may be axes before those of rows."""
-        padding = [(0, 0)] * (self.rows.ndim - 2) + [(0, more), (0, 0)]
-        return self if self.used is None else Rows(jnp.pad(self.rows, padding), self.used)
+        if self.used is None:
+            return self
+        *stacked, places, n = self.rows.shape
+        if places and not is_traced(self.used) and np.all(np.asarray(self.used) == places):
+            empty = jnp.zeros((*stacked, more, n), self.rows.dtype)
+            return Rows(empty, jnp.zeros_like(self.used), (*self.earlier, self.rows))
+        padding = [(0, 0)] * len(stacked) + [(0, more), (0, 0)]
+        return Rows(jnp.pad(self.rows, padding), self.used, self.earlier)
 
     def and_(self, new: Float[Array, "k n"]) -> "Rows":
         """Return these rows and new ones."""
         if self.used is None:
             return Rows(jnp.concatenate([self.rows, new]), None)
+        before = sum(len(block) for block in self.earlier)
         places, used = self.rows.shape[0], self.used + new.shape[0]
         asked = new.shape[0] if is_traced(used) else int(used)
         if asked > places:
             raise InputError(
-                f"places is {places}, and {asked} questions were asked of one side of a matrix; "
-                "give it at least as many"
+                f"places is {before + places}, and {before + asked} questions were asked of one "
+                "side of a matrix; give it at least as many"
             )
-        return Rows(jax.lax.dynamic_update_slice_in_dim(self.rows, new, self.used, 0), used)
+        rows = jax.lax.dynamic_update_slice_in_dim(self.rows, new, self.used, 0)
+        return Rows(rows, used, self.earlier)
+
+    def combined(self, coefficients: Float[Array, "k rows"]) -> Float[Array, "k n"]:
+        """Return the sum of the rows times these."""
+        total = jnp.zeros((len(coefficients), self.rows.shape[1]), self.rows.dtype)
+        first = 0
+        for block in self.blocks:
+            total += _matmul(coefficients[:, first : first + len(block)], block)
+            first += len(block)
+        return total
 
     def with_new(self, along: Float[Array, "k rows"], new: Float[Array, "k new"]) -> Array:
         """Return coefficients of these rows and of those that are put beside them next."""
         if self.used is None:
             return jnp.concatenate([along, new], axis=1)
-        return jax.lax.dynamic_update_slice_in_dim(along, new, self.used, 1)
+        place = self.used + sum(len(block) for block in self.earlier)
+        return jax.lax.dynamic_update_slice_in_dim(along, new, place, 1)
 
     def or_nan(self, answer: Array) -> Array:
         """Return an answer whose question is among these rows; NaN if there was no place for it."""
@@ -221,11 +248,11 @@ class Gaussian(Matrix):
     def times(self, x: Float[Array, "k n_in"]) -> tuple[Float[Array, "k n_out"], "Gaussian"]:
         """Return x Wᵀ, exactly in law."""
         x = x.astype(self.asked.rows.dtype)
-        new, along = _split(x, self.asked.rows)
+        new, along = _split(x, self.asked)
         key = jax.random.fold_in(self.key, self.count)
-        fresh = _normal(key, (x.shape[0], self.answered.rows.shape[1]), x.dtype)
-        p, h = self.asked_back.rows, self.answered_back.rows
-        answers = fresh + _matmul(_products(new, h) - _products(fresh, p), p)
+        answers = _normal(key, (x.shape[0], self.answered.rows.shape[1]), x.dtype)
+        for p, h in zip(self.asked_back.blocks, self.answered_back.blocks, strict=True):
+            answers += _matmul(_products(new, h) - _products(answers, p), p)
         matrix = Gaussian(
             self.key,
             self.count + 1,
@@ -236,7 +263,7 @@ class Gaussian(Matrix):
         )
         # From the answers with the new ones in their places, which need not be copied then.
         along = self.answered.with_new(along, _products(x, new))
-        return matrix.asked.or_nan(_matmul(along, matrix.answered.rows)), matrix
+        return matrix.asked.or_nan(matrix.answered.combined(along)), matrix
 
 
 class Orthogonal(Matrix):
@@ -262,11 +289,11 @@ class Orthogonal(Matrix):
         """Return x Wᵀ, exactly in law."""
         n = max(self.n_in, self.n_out)
         x = jnp.pad(x.astype(self.asked.rows.dtype), ((0, 0), (0, n - self.n_in)))
-        new, along = _split(x, self.asked.rows)
+        new, along = _split(x, self.asked)
         fresh = _normal(jax.random.fold_in(self.key, self.count), x.shape, x.dtype)
         # What is not new must not take up a direction of the complement, which may have few left.
         fresh *= jnp.any(new != 0, axis=1, keepdims=True)
-        answers = orthonormal_rows(fresh, self.answered.rows)
+        answers, _ = _split(fresh, self.answered)
         matrix = Orthogonal(
             self.key,
             self.count + 1,
@@ -276,7 +303,7 @@ class Orthogonal(Matrix):
             self.n_out,
         )
         along = self.answered.with_new(along, _products(x, new))
-        out = _matmul(along, matrix.answered.rows)
+        out = matrix.answered.combined(along)
         return matrix.asked.or_nan(math.sqrt(n) * out[:, : self.n_out]), matrix
 
 
@@ -375,21 +402,26 @@ def orthonormal_rows(
     known
         Orthonormal rows, or zeros, to be orthogonal to.
     """
-    return _split(x, x[:0] if known is None else known)[0]
+    return _split(x, Rows(x[:0] if known is None else known, None))[0]
 
 
-def _split(
-    x: Float[Array, "k n"], known: Float[Array, "others n"]
-) -> tuple[Float[Array, "k n"], Float[Array, "k others"]]:
+def _split(x: Float[Array, "k n"], known: Rows) -> tuple[Float[Array, "k n"], Float[Array, "k _"]]:
     """Return `orthonormal_rows`, and x knownᵀ. Wide matrices spend their time reading ``known``."""
     k = x.shape[0]
+    others = sum(len(block) for block in known.blocks)
     # A unit row that keeps less than this of its length lies in the span of the rows before it.
-    others = known.shape[0]
     dependent = 10 * jnp.finfo(x.dtype).eps * (k + others) ** 0.5
 
     def at_unit_length(row: Array) -> Array:
         length = jnp.linalg.norm(row)
         return row * jnp.where(length < dependent, 0, 1 / jnp.maximum(length, dependent))
+
+    def without_known(units: Array) -> tuple[Array, Array]:
+        along = [jnp.zeros((k, 0), x.dtype)]
+        for block in known.blocks:
+            along.append(_products(units, block))
+            units -= _matmul(along[-1], block)
+        return units, jnp.concatenate(along, axis=1)
 
     def add_row(rows: Array, row: tuple[Array, Array]) -> tuple[Array, None]:
         remainder, index = row
@@ -399,25 +431,19 @@ def _split(
 
         return rows.at[index].set(jax.lax.fori_loop(0, 2, less_rows, remainder)), None
 
-    def without_known(units: Array) -> Array:
-        return units - _matmul(_products(units, known), known)
-
     units, log_length = unit_rows(x)
-    along = _products(units, known)
+    units, along = without_known(units)
     components = jnp.exp(log_length)[:, None] * along
-    if k == 1:
+    if k > 1:
+        units = jax.lax.scan(add_row, jnp.zeros_like(x), (units, jnp.arange(k)))[0]
         if others:
-            units -= _matmul(along, known)
-            # Once is enough where most of a row is new.
-            most = jnp.sum(jnp.square(units)) > 1 / 2
-            units = jax.lax.cond(
-                most, lambda u: u, lambda u: without_known(at_unit_length(u)), units
-            )
-            units = at_unit_length(units)
-        return units, components
-
-    def orthonormal(_: ArrayLike, units: Array) -> Array:
-        units = without_known(units) if others else units
-        return jax.lax.scan(add_row, jnp.zeros_like(x), (units, jnp.arange(k)))[0]
-
-    return jax.lax.fori_loop(0, 2 if others else 1, orthonormal, units), components
+            units, _ = without_known(units)
+            units = jax.lax.scan(add_row, jnp.zeros_like(x), (units, jnp.arange(k)))[0]
+    elif others:
+        # Once is enough where most of a row is new.
+        most = jnp.sum(jnp.square(units)) > 1 / 2
+        units = jax.lax.cond(
+            most, lambda u: u, lambda u: without_known(at_unit_length(u))[0], units
+        )
+        units = at_unit_length(units)
+    return units, components

@@ -438,8 +438,8 @@ class ExtremeSingularValues(NamedTuple):
     sampler: str
 
 
-# Steps between two looks at the errors, and places for steps: as many more each time. Empty places
-# take as much time as used ones.
+# Steps between two looks at the errors, and places for steps: as many more each time, or half as
+# many as there are. Empty places take as much time as used ones, and more places new programs.
 _STEPS_AT_ONCE = 8
 _MORE_PLACES = 32
 # Bytes of one layer's answers, beyond which copying them costs more than a program for each layer.
@@ -517,7 +517,7 @@ def extreme_singular_values(
     found = _extremes(state, leading, trailing, tolerance, name)
     while not found.converged and found.steps == steps:
         if steps == places:
-            more = min(_MORE_PLACES, most_steps - steps)
+            more = min(max(_MORE_PLACES, places // 2), most_steps - steps)
             if not more or _bytes(network, inputs, name, places + more) > free:
                 break
             state, places = with_places(state, more), places + more
