@@ -14,10 +14,18 @@ __all__ = ["options"]
 _SHORT, _SHORTEST = 3.0, 0.25
 
 
-def options(seconds: float = float("inf")) -> dict[str, str | bool]:
+def options(seconds: float, *, computes_twice: bool = False) -> dict[str, str | bool]:
     """Return the compiler's options for a program that will run for this many CPU seconds in all.
 
     The results differ by rounding at most. Off CPUs there is nothing to choose.
+
+    Parameters
+    ----------
+    seconds
+        How long it will run, on one core.
+    computes_twice
+        Whether it computes things again that must come out as they did before, to the last bit, as
+        a walk down a network does those of the walk up. Without optimisations they may not.
     """
     if jax.default_backend() != "cpu":
         return {}
@@ -26,7 +34,7 @@ def options(seconds: float = float("inf")) -> dict[str, str | bool]:
     chosen: dict[str, str | bool] = {"xla_cpu_prefer_vector_width": "512"}
     if seconds < _SHORT and _known("xla_cpu_use_fusion_emitters"):
         chosen["xla_cpu_use_fusion_emitters"] = False
-    if seconds < _SHORTEST:
+    if seconds < _SHORTEST and not computes_twice:
         chosen["xla_backend_optimization_level"] = "0"
     return chosen
 

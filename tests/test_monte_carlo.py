@@ -171,23 +171,16 @@ def test_deep_networks_fit_by_checkpoints():
 
 
 def test_a_small_budget_changes_nothing_but_the_rounding():
-    """Of 400 layers, 40 are kept in 1/3 of the memory; checkpoints are what then fits.
-
-    In float64: the inputs become one, and rounding decides in which direction the one is what the
-    other is not, which float32 shows.
-    """
+    """Of 400 layers, 40 are kept in 1/3 of the memory; checkpoints are what then fits."""
     network = networks.mlp([12, *[16] * 400], "tanh", "glorot")
-    with jax.enable_x64(True):
-        x = jnp.asarray(np.asarray(X), jnp.float64)
-        budget = memory.bytes_per_network(network, 2, "matrix_free", itemsize=8) * 3 // 2
-        plan = memory.plan(network, 2, "matrix_free", 5, budget=budget, itemsize=8)
-        assert plan.checkpoint
-        tight, roomy = (
-            monte_carlo.simulate(network, x, networks=5, memory_budget=b, keep_samples=True)
-            for b in (budget, None)
-        )
+    budget = memory.bytes_per_network(network, 2, "matrix_free") * 3 // 2
+    assert memory.plan(network, 2, "matrix_free", 5, budget=budget).checkpoint
+    tight, roomy = (
+        monte_carlo.simulate(network, X, networks=5, memory_budget=b, keep_samples=True)
+        for b in (budget, None)
+    )
     for name, value in tight.samples.items():
-        np.testing.assert_allclose(value, roomy.samples[name], rtol=1e-9, atol=1e-9)
+        np.testing.assert_allclose(value, roomy.samples[name], rtol=2e-3, atol=2e-4)
 
 
 def test_one_compiled_program_serves_every_scale(monkeypatch):

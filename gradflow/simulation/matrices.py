@@ -181,6 +181,11 @@ class Rows(eqx.Module):
         """All rows, in blocks that are not empty."""
         return [block for block in (*self.earlier, self.rows) if block.shape[-2]]
 
+    @property
+    def places(self) -> int:
+        """How many rows there are, or places for them, in all blocks."""
+        return sum(block.shape[-2] for block in self.blocks)
+
     def with_places(self, more: int) -> "Rows":
         """Return the same rows with more places; there may be axes before those of rows."""
         if self.used is None:
@@ -196,13 +201,13 @@ class Rows(eqx.Module):
         """Return these rows and new ones."""
         if self.used is None:
             return Rows(jnp.concatenate([self.rows, new]), None)
-        before = sum(len(block) for block in self.earlier)
         places, used = self.rows.shape[0], self.used + new.shape[0]
         asked = new.shape[0] if is_traced(used) else int(used)
         if asked > places:
+            before = self.places - places
             raise InputError(
-                f"places is {before + places}, and {before + asked} questions were asked of one "
-                "side of a matrix; give it at least as many"
+                f"places is {self.places}, and {before + asked} questions were asked of one side "
+                "of a matrix; give it at least as many"
             )
         rows = jax.lax.dynamic_update_slice_in_dim(self.rows, new, self.used, 0)
         return Rows(rows, used, self.earlier)
@@ -220,7 +225,7 @@ class Rows(eqx.Module):
         """Return coefficients of these rows and of those that are put beside them next."""
         if self.used is None:
             return jnp.concatenate([along, new], axis=1)
-        place = self.used + sum(len(block) for block in self.earlier)
+        place = self.places - self.rows.shape[0] + self.used
         return jax.lax.dynamic_update_slice_in_dim(along, new, place, 1)
 
     def or_nan(self, answer: Array) -> Array:
@@ -408,7 +413,7 @@ def orthonormal_rows(
 def _split(x: Float[Array, "k n"], known: Rows) -> tuple[Float[Array, "k n"], Float[Array, "k _"]]:
     """Return `orthonormal_rows`, and x knownᵀ. Wide matrices spend their time reading ``known``."""
     k = x.shape[0]
-    others = sum(len(block) for block in known.blocks)
+    others = known.places
     # A unit row that keeps less than this of its length lies in the span of the rows before it.
     dependent = 10 * jnp.finfo(x.dtype).eps * (k + others) ** 0.5
 
@@ -431,14 +436,15 @@ def _split(x: Float[Array, "k n"], known: Rows) -> tuple[Float[Array, "k n"], Fl
 
         return rows.at[index].set(jax.lax.fori_loop(0, 2, less_rows, remainder)), None
 
+    def orthonormal(units: Array) -> Array:
+        return jax.lax.scan(add_row, jnp.zeros_like(x), (units, jnp.arange(k)))[0]
+
     units, log_length = unit_rows(x)
     units, along = without_known(units)
     components = jnp.exp(log_length)[:, None] * along
     if k > 1:
-        units = jax.lax.scan(add_row, jnp.zeros_like(x), (units, jnp.arange(k)))[0]
-        if others:
-            units, _ = without_known(units)
-            units = jax.lax.scan(add_row, jnp.zeros_like(x), (units, jnp.arange(k)))[0]
+        units = orthonormal(units)
+        units = orthonormal(without_known(units)[0]) if others else units
     elif others:
         # Once is enough where most of a row is new.
         most = jnp.sum(jnp.square(units)) > 1 / 2

@@ -311,7 +311,7 @@ def _compiled(
         return _on_devices(mesh, each, np.arange(first, first + chunk, dtype=np.int32))
 
     lowered = _run.lower(*law, numbers(0), measured=measured, mesh=mesh, **static)
-    program = lowered.compile(compilation.options(seconds))
+    program = lowered.compile(compilation.options(seconds, computes_twice=True))
 
     def run(first: int) -> dict[str, np.ndarray]:
         found = program(*law, numbers(first))
