@@ -183,6 +183,15 @@ def test_a_small_budget_changes_nothing_but_the_rounding():
         np.testing.assert_allclose(value, roomy.samples[name], rtol=2e-3, atol=2e-4)
 
 
+def test_only_the_top_layer_has_no_chi():
+    """Whatever the compiler makes of so many layers at once."""
+    found = monte_carlo.simulate(
+        networks.mlp([12, *[16] * 400], "tanh", "glorot"), X, networks=5, keep_samples=True
+    ).samples["chi"]
+    assert np.isnan(found[:, -1]).all()
+    assert (found[:, :-1] > 0).all()
+
+
 def test_one_compiled_program_serves_every_scale(monkeypatch):
     """Networks that differ in σ_w alone must not compile again."""
     traced = []

@@ -337,6 +337,7 @@ def _run(
     """One chunk: the statistics of networks number ``numbers``, (statistics, chunk, layers)."""
 
     def on_one_device(network: Network, inputs: Array, key: Array, numbers: Array) -> Array:
+        # Here, where the key is an argument: of a constant one, JAX 0.12 may compile without end.
         key = threefry.fused(key)
 
         def one(number: Array) -> Array:

@@ -18,7 +18,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, PRNGKeyArray
 
@@ -26,7 +25,6 @@ from gradflow import statistics
 from gradflow.blocks import AbstractBlock
 from gradflow.networks import Network, Stage
 from gradflow.norms import unit_rows
-from gradflow.simulation import threefry
 from gradflow.simulation.samplers import SAMPLERS, Sampler
 from gradflow.statistics import BackwardSample, ForwardSample, Statistic
 
@@ -133,7 +131,7 @@ def _walk(
     forward = [s for s in wanted if not s.backward]
     backward = [s for s in wanted if s.backward]
     sites = inputs.shape[0]
-    keys = jax.random.split(threefry.fused(key), network.depth + 1)
+    keys = jax.random.split(key, network.depth + 1)
     top_key, layer_keys = keys[0], keys[1:]
     max_slope = network.activation.max_slope
 
@@ -172,7 +170,7 @@ def _walk(
 
     delta = jax.random.normal(top_key, state[0].shape, inputs.dtype)
     delta, log_norm = _at_unit_scale(delta, network.mixes_sites)
-    carry = (delta, (log_norm, jnp.zeros_like(log_norm)))
+    carry = (delta, (log_norm, jnp.zeros_like(log_norm)), jnp.full_like(log_norm, jnp.nan))
     downs: list[Any] = []
     logs: list[_Logs] = []
     for (stage, _), kept_below in reversed(list(zip(pieces, kept, strict=True))):
@@ -203,30 +201,35 @@ class _Logs(NamedTuple):
     ----------
     norm
         Shape (sites,): log ‖∂C/∂z^l‖.
-    step
-        Shape (sites,): log ‖∂C/∂z^{l-1}‖ - log ‖∂C/∂z^l‖, whose difference it is not taken as:
-        after many layers both are large.
+    ratio
+        Shape (sites,): log (‖∂C/∂z^l‖²/n_l) - log (‖∂C/∂z^{l+1}‖²/n_{l+1}), NaN at the top layer.
+        It is not taken as a difference: after many layers both are large.
     weight_norm
         log ‖∂C/∂W^l‖_F.
     """
 
     norm: Array
-    step: Array
+    ratio: Array
     weight_norm: Array
 
 
 def _backward_sample(network: Network, logs: _Logs) -> BackwardSample:
     """Return all layers' samples, with an axis of layers in front."""
-    dtype = logs.norm.dtype
-    width = jnp.asarray(np.array(network.widths[1:], float), dtype)
-    ratio = 2 * logs.step[1:] + jnp.diff(jnp.log(width))[:, None]
-    weights = [sum(n * m for n, m in layer) for layer in network.shapes]
+    widths = network.stage_widths
+
+    def each_layer(by_stage: Sequence[int]) -> Array:
+        # No constant of as many numbers as there are layers.
+        repeats = [stage.repeats for stage in network.stages]
+        parts = zip(repeats, by_stage, strict=True)
+        return jnp.concatenate([jnp.full(count, v, logs.norm.dtype) for count, v in parts])
+
+    shapes = [stage.block.shapes(n) for stage, n in zip(network.stages, widths[:-1], strict=True)]
     return BackwardSample(
         log_norm=logs.norm,
-        log_ratio=jnp.concatenate([ratio, jnp.full_like(logs.step[:1], jnp.nan)]),
+        log_ratio=logs.ratio,
         log_weight_norm=logs.weight_norm,
-        width=width,
-        weights=jnp.asarray(np.array(weights, float), dtype),
+        width=each_layer(widths[1:]),
+        weights=each_layer([sum(n * m for n, m in layer) for layer in shapes]),
     )
 
 
@@ -356,11 +359,11 @@ def _down(
     linear: Callable,
     collect: bool,
     mixes: bool,
-    carry: tuple[Array, tuple[Array, Array]],
+    carry: tuple[Array, tuple[Array, Array], Array],
     kept: tuple[Array, Any, Array],
-) -> tuple[tuple[Array, tuple[Array, Array]], tuple]:
+) -> tuple[tuple[Array, tuple[Array, Array], Array], tuple]:
     """One block on the way down, from its output's gradient to its input's."""
-    delta, log_norm_pair = carry
+    delta, log_norm_pair, log_ratio = carry
     key, saved, log_scale = kept
     pull = saved if callable(saved) else linear(key, saved)[1]
     below, tap = pull(delta)
@@ -371,8 +374,10 @@ def _down(
     log_weight_norm = _log_weight_norm(tap, log_scale_down + log_scale)
     below, log_step = _at_unit_scale(below, mixes)
     log_row_below = unit_rows(below)[1] if mixes else 0
-    logs = _Logs(log_norm, log_step + log_row_below - log_row, log_weight_norm)
-    carry = (below, _add(log_norm_pair, log_step))
+    logs = _Logs(log_norm, log_ratio, log_weight_norm)
+    log_width_ratio = math.log(delta.shape[1] / below.shape[1])
+    log_ratio = 2 * (log_step + log_row_below - log_row) + log_width_ratio
+    carry = (below, _add(log_norm_pair, log_step), log_ratio)
     return carry, ((unit, log_norm) if collect else None, logs)
 
 
