@@ -139,7 +139,9 @@ def write_netcdf(dataset: xarray.Dataset, path: Path) -> Path:
     As netCDF 3, which every reader knows, and which takes a tenth of the time of netCDF 4 (HDF5).
     It has no integers of 64 bits: a seed that needs them is written as text.
     """
-    large = {k: str(v) for k, v in dataset.attrs.items() if isinstance(v, int) and abs(v) >= 1 << 31}
+    large = {
+        k: str(v) for k, v in dataset.attrs.items() if isinstance(v, int) and abs(v) >= 1 << 31
+    }
     with _complete(path) as beside:
         dataset.assign_attrs(large).to_netcdf(beside, engine="scipy")
     return path
