@@ -579,7 +579,7 @@ def _newton(
         arrived &= (jnp.abs(new - x) <= jnp.abs(state.step)) & (slope != 0)
         usable = (new > low) & (new < high) & (slope != 0) & ~slow
         last = jnp.where(value == 0, x, jnp.clip(new, low, high))
-        done = arrived | (value == 0)
+        done = arrived | (jnp.abs(value) <= eps)
         new = jnp.where(done, last, jnp.where(usable, new, (low + high) / 2))
         step = jnp.where(done, 0, new - x)
         return _Bracket(low, high, new, slope, step, state.iterations + 1)
@@ -816,7 +816,7 @@ def _series_fixed_point(
     zero = jnp.zeros_like(bias)
     one = jnp.ones_like(bias)
     # All points of a grid iterate until the last one is done: none without need.
-    needed = chaotic & (excess(zero)[0] <= -_noise(bias.dtype))
+    needed = chaotic & (beyond[0] - 1 <= -_noise(bias.dtype))
     # A convex function: from the right, Newton's method never oversteps.
     found = _newton(excess, zero, jnp.where(needed, one, zero), sign=-one, start=one).x
     found = jnp.where(needed, found, zero)
