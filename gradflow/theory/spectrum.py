@@ -159,10 +159,24 @@ class _Layers(eqx.Module):
 
     def psi(self, u: Array) -> tuple[Array, Array, Array]:
         """Return z = ψ(u), 1 + z without its cancellation, and dz/dlog u."""
-        scaled = u * self.law.values
-        parts = self.law.weights / (1 - scaled)
-        z, one_z = jnp.sum(scaled * parts), jnp.sum(parts)
-        return z, one_z, jnp.sum(scaled * parts / (1 - scaled))
+
+        def terms(value: Array, weight: Array) -> tuple[Array, Array, Array]:
+            scaled = u * value
+            pole = 1 / (1 - scaled)
+            part = weight * pole
+            return scaled * part, part, scaled * part * pole
+
+        nodes = self.law.values, self.law.weights
+        if jax.default_backend() != "cpu":
+            z, one_z, dz = (jnp.sum(t) for t in terms(*nodes))
+            return z, one_z, dz
+
+        # One node after another, for all points at once: a CPU's vector units then work on points.
+        def add(sums: tuple[Array, ...], node: tuple[Array, Array]) -> tuple[tuple, None]:
+            return tuple(s + t for s, t in zip(sums, terms(*node), strict=True)), None
+
+        (z, one_z, dz), _ = jax.lax.scan(add, (jnp.zeros_like(u),) * 3, nodes, unroll=4)
+        return z, one_z, dz
 
 
 def check(sigma_w2: ArrayLike, depth: int, weights: str) -> None:
@@ -493,19 +507,22 @@ def _density(layers: _Layers, at: Array) -> tuple[Array, Array]:
         new = v - value / slope
         return jax.lax.complex(new.real, jnp.clip(new.imag, -math.pi, 0.0)), value / slope, slope
 
-    def one(log_size: Array) -> tuple[Array, Array]:
-        v = jax.lax.complex(_on_the_negative_axis(layers, log_size), jnp.asarray(-math.pi, dtype))
+    on_the_axis = _on_the_negative_axis(layers, jnp.log(at.reshape(-1)))
 
-        def turn(v: Array, angles: Array) -> tuple[Array, None]:
+    def one(log_size: Array, log_s: Array) -> tuple[Array, Array]:
+        v = jax.lax.complex(log_s, jnp.asarray(-math.pi, dtype))
+        slope = newton(v, jax.lax.complex(log_size, jnp.asarray(math.pi, dtype)))[2]
+
+        def turn(state: tuple[Array, Array], angles: Array) -> tuple[tuple[Array, Array], None]:
+            v, slope = state
             before, angle = angles
-            slope = newton(v, jax.lax.complex(log_size, before))[2]
             v = v - 1j * (angle - before) / slope
             for _ in range(_CORRECTIONS):
-                v = newton(v, jax.lax.complex(log_size, angle))[0]
-            return v, None
+                v, _, slope = newton(v, jax.lax.complex(log_size, angle))
+            return (v, slope), None
 
         pairs = jnp.asarray(np.stack([angles[:-1], angles[1:]], axis=1), dtype)
-        v, _ = jax.lax.scan(turn, v, pairs)
+        (v, _), _ = jax.lax.scan(turn, (v, slope), pairs)
 
         def busy(state: tuple[Array, Array, Array]) -> Array:
             _, change, count = state
@@ -526,7 +543,7 @@ def _density(layers: _Layers, at: Array) -> tuple[Array, Array]:
         rho = jnp.where(solved, height / (math.pi * jnp.exp(log_size)), jnp.nan)
         return rho, jnp.where(solved, error, jnp.nan)
 
-    rho, error = jax.vmap(one)(jnp.log(at.reshape(-1)))
+    rho, error = jax.vmap(one)(jnp.log(at.reshape(-1)), on_the_axis)
     return rho.reshape(at.shape), error.reshape(at.shape)
 
 
@@ -537,17 +554,12 @@ def _negative(layers: _Layers, log_s: Array) -> tuple[Array, Array, Array]:
     return log_t, -layers.slope(z, one_z, dz), -z
 
 
-def _on_the_negative_axis(layers: _Layers, log_t: Array) -> Array:
-    """Return log s there, which decreases as t increases."""
-
-    def halve(_: Array, ends: tuple[Array, Array]) -> tuple[Array, Array]:
-        middle = (ends[0] + ends[1]) / 2
-        below = _negative(layers, middle)[0] < log_t
-        return jnp.where(below, ends[0], middle), jnp.where(below, middle, ends[1])
-
-    ends = (jnp.full_like(log_t, -300.0), jnp.full_like(log_t, 300.0))
-    low, high = jax.lax.fori_loop(0, 40, halve, ends)
-    return (low + high) / 2
+def _on_the_negative_axis(layers: _Layers, log_t: Float[Array, " points"]) -> Array:
+    """Return about log s there, which decreases as t increases: to some hundredths."""
+    furthest = math.log(jnp.finfo(log_t.dtype).max) / 2.5
+    log_s = jnp.linspace(-furthest, furthest, math.ceil(8 * furthest), dtype=log_t.dtype)
+    found = jax.vmap(lambda x: _negative(layers, x)[0])(log_s)
+    return jnp.interp(-log_t, -found, log_s)
 
 
 def mean_singular_value(
