@@ -289,7 +289,7 @@ def mu_parametrisation(widths: Sequence[int]) -> tuple[WidthScaling, ...]:
         )
     first, *hidden, top = itertools.pairwise(shape)
     return (
-        WidthScaling("input", 1 / first[0], first[1], 1.0),
+        WidthScaling("input", 1 / first[0], float(first[1]), 1.0),
         *(WidthScaling("hidden", 1 / n, 1.0, 1 / n) for n, _ in hidden),
         WidthScaling("output", 1 / top[0] ** 2, 1 / top[0], 1 / top[0]),
     )
