@@ -150,6 +150,19 @@ class Gram(eqx.Module):
         covariance = self.covariance + other.covariance + cross + cross.T
         return Gram(covariance, self.mean + other.mean, tangent, law)
 
+    def times(self, other: "Gram") -> "Gram":
+        """Return what is known of the product, unit by unit, with signals independent of these."""
+        tangent = None
+        if self.tangent is not None and other.tangent is not None:
+
+            def seen_by(tangent: Array, k: Array) -> Array:
+                return tangent * (k if tangent.ndim == 2 else jnp.diagonal(k))
+
+            # (u z)' = u' z + u z'; tangents have mean 0, so that the two do not correlate.
+            tangent = seen_by(self.tangent, other.covariance)
+            tangent = tangent + seen_by(other.tangent, self.covariance)
+        return Gram(self.covariance * other.covariance, self.mean * other.mean, tangent, Unknown())
+
     def settled(self, *, gaussian: bool = True) -> "Gram":
         """Return it with a law that a loop can carry; not Gaussian unless ``gaussian``."""
         law = Gaussian() if self.gaussian and gaussian else Unknown()

@@ -30,11 +30,12 @@ from gradflow.blocks import (
     Linear,
     Residual,
     RMSNorm,
+    UnitVariance,
 )
 from gradflow.ensembles import Ensemble
 from gradflow.errors import InputError, check_count, unknown_name
 
-__all__ = ["Network", "Stage", "mlp", "narrowed", "residual", "stack"]
+__all__ = ["Network", "Stage", "mlp", "narrowed", "residual", "stack", "unit_variance"]
 
 
 class Stage(eqx.Module):
@@ -147,7 +148,7 @@ NORMS: dict[str, Callable[[], AbstractBlock]] = {
     "batch": BatchNorm,
 }
 # What `scale` may be in `residual`, beside a number.
-SCALES = ("depth", "zero")
+SCALES = ("depth", "zero", "fixup")
 _PLACES = ("pre", "post")
 
 
@@ -156,6 +157,7 @@ def mlp(
     activation: Activation | str | Callable[..., Array] = "tanh",
     weights: Ensemble | str | Callable[..., Array] = "glorot",
     *,
+    last: Ensemble | str | Callable[..., Array] | None = None,
     sigma_b: float | int | None = None,
     norm: str | None = None,
     place: str = "pre",
@@ -172,6 +174,8 @@ def mlp(
         φ, by name, as an `Activation`, or any elementwise JAX callable.
     weights
         The ensemble, by name, as an `Ensemble`, or any `jax.nn.initializers` function.
+    last
+        That of the top layer, where it is another: ``"mup_output"`` for μP.
     sigma_b
         σ_b, the standard deviation of the biases (in the units of z); none without it.
     norm, place
@@ -192,21 +196,23 @@ def mlp(
     if len(widths) < 2:
         raise InputError(f"widths is {tuple(widths)!r}; it needs an input and at least one layer")
     phi, ensemble = activations.get(activation), ensembles.get(weights)
-    linear = _linear(ensemble, sigma_b)
+    top = ensemble if last is None else ensembles.get(last)
     before = _before_weights(phi, norm, place, keep)
     # The input passes through no activation, so the first layer is a stage of its own.
     layers = [
-        (below == 0, fan_in, fan_out)
+        (below == 0, top if below == len(widths) - 2 else ensemble, fan_in, fan_out)
         for below, (fan_in, fan_out) in enumerate(itertools.pairwise(widths))
     ]
     stages = tuple(
         Stage(
-            _as_dense(() if first else before, linear(fan_in, fan_out)),
+            _as_dense(() if first else before, _linear(drawn, sigma_b)(fan_in, fan_out)),
             repeats=len(list(equal)),
         )
-        for (first, fan_in, fan_out), equal in itertools.groupby(layers)
+        for (first, drawn, fan_in, fan_out), equal in itertools.groupby(layers)
     )
     kind = _kind(norm, place, keep)
+    if last is not None:
+        kind = f", last layer {top.name}{kind}"
     return Network(
         stages=stages,
         input_width=widths[0],
@@ -242,7 +248,10 @@ def residual(
         As for `mlp`, of every layer.
     scale
         α: a number, ``"depth"`` for 1/√depth, or ``"zero"`` for 0 (ReZero, SkipInit: branches start
-        without effect).
+        without effect). ``"fixup"`` is α = 1 where the last of a branch's m random matrices is 0
+        and the others are multiplied by depth^(-1/(2m-2)) (Zhang, Dauphin & Ma 2019,
+        arXiv:1901.09321, section 3; its biases start at 0, as does its classifier, which is none of
+        these layers).
     layers
         How many random matrices a branch has, each after an activation: f(z) = W φ(z) + b for one.
     hidden
@@ -263,7 +272,8 @@ def residual(
     ------
     InputError
         If a width or a count is not a whole number of at least 1, α or σ_b is not a finite number
-        of at least 0, ``keep`` is not above 0 and at most 1, or a name is unknown.
+        of at least 0, ``keep`` is not above 0 and at most 1, a name is unknown, or Fixup is to have
+        biases.
     """
     input_width, width = check_count("input_width", input_width), check_count("width", width)
     depth, layers = check_count("depth", depth), check_count("layers", layers)
@@ -271,15 +281,20 @@ def residual(
     phi, ensemble = activations.get(activation), ensembles.get(weights)
     linear = _linear(ensemble, sigma_b)
     alpha = _scale(scale, depth)
+    if scale == "fixup" and sigma_b:
+        raise InputError(f"sigma_b is {sigma_b!r}; the biases of scale 'fixup' start at 0")
     normalisation = _normalisation(norm, place)
     ends = [width, *[hidden] * (layers - 1 + weights_first), width]
+    gains = _fixup_gains(len(ends) - 1, depth) if scale == "fixup" else [1.0] * (len(ends) - 1)
     parts: list[AbstractBlock] = []
     if place == "pre":
         parts += normalisation
     for number, (fan_in, fan_out) in enumerate(itertools.pairwise(ends)):
         activates = number > 0 or not weights_first
         before = _before_weights(phi, None, "pre", keep) if activates else ()
-        parts.append(_as_dense(before, linear(fan_in, fan_out)))
+        layer = linear(fan_in, fan_out)
+        layer = dataclasses.replace(layer, sigma_w=gains[number] * layer.sigma_w)
+        parts.append(_as_dense(before, layer))
     block: AbstractBlock = Residual(_chain(parts), alpha)
     if place == "post":
         block = _chain([block, *normalisation])
@@ -374,17 +389,44 @@ def _scale(scale: float | str, depth: int) -> float:
     if isinstance(scale, str):
         if scale not in SCALES:
             raise unknown_name("scale", scale, SCALES)
-        return depth**-0.5 if scale == "depth" else 0.0
+        return {"depth": depth**-0.5, "zero": 0.0, "fixup": 1.0}[scale]
     if not (math.isfinite(scale) and scale >= 0):
         raise InputError(
-            f"scale is {scale!r}; it is a finite number of at least 0, 'depth' or 'zero'"
+            f"scale is {scale!r}; it is a finite number of at least 0, or one of "
+            f"{', '.join(map(repr, SCALES))}"
         )
     return scale
+
+
+def _fixup_gains(layers: int, depth: int) -> list[float]:
+    """Return what Fixup multiplies each of a branch's random matrices by."""
+    inner = depth ** (-1 / (2 * layers - 2)) if layers > 1 else 1.0
+    return [*[inner] * (layers - 1), 0.0]
 
 
 def _kind(norm: str | None, place: str, keep: float | None) -> str:
     normed = "" if norm is None else f", {place}-{norm}norm"
     return normed if keep is None else f"{normed}, dropout keeping {keep:g}"
+
+
+def unit_variance(network: Network) -> Network:
+    """Return the network with the weights of every layer divided as LSUV does.
+
+    Behind each `Linear` and `Dense` block, wherever it is nested, stands a `UnitVariance`. LSUV
+    starts from orthonormal weights, ``ensembles.fan_in(1.0, "orthogonal")``, and no biases; what
+    scale these have does not matter then.
+
+    References
+    ----------
+    Mishkin & Matas 2016, arXiv:1511.06422, algorithm 1.
+    """
+    layers = (Linear, Dense)
+
+    def followed(block: object) -> object:
+        return Chain((block, UnitVariance())) if isinstance(block, layers) else block
+
+    stages = jax.tree.map(followed, network.stages, is_leaf=lambda b: isinstance(b, layers))
+    return dataclasses.replace(network, stages=stages, name=f"{network.name}, LSUV")
 
 
 def narrowed(network: Network, factor: int) -> Network:

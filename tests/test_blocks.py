@@ -8,7 +8,19 @@ import numpy as np
 import pytest
 
 from gradflow import activations, blocks, ensembles, networks
-from gradflow.blocks import Activate, Chain, Dense, Dropout, LayerNorm, Linear, Residual, RMSNorm
+from gradflow.blocks import (
+    Activate,
+    Chain,
+    Dense,
+    Dropout,
+    Gated,
+    LayerNorm,
+    Linear,
+    Maxout,
+    Residual,
+    RMSNorm,
+    UnitVariance,
+)
 from gradflow.errors import InputError
 from gradflow.gram import Gram
 from gradflow.simulation import jacobians
@@ -222,6 +234,38 @@ def test_norms_do_not_see_the_scale_of_their_input(key):
     )
 
 
+def test_unit_variance_is_of_the_whole_batch_and_a_constant_to_gradients(key):
+    x = jax.random.normal(key, (3, 20)) * jnp.array([[1.0], [2.0], [3.0]]) + 1
+    block, scale = UnitVariance(), 1 / jnp.std(x)
+    out, pull = jax.vjp(lambda x: block.apply(x, dense_product, key), x)
+    np.testing.assert_allclose(out, scale * x, rtol=1e-5)
+    np.testing.assert_allclose(pull(x)[0], scale * x, rtol=1e-5)
+    np.testing.assert_allclose(block.apply(1e25 * x, dense_product, key), out, rtol=1e-4, atol=1e-6)
+    assert (block.apply(jnp.ones((2, 4)), dense_product, key) == 0).all()
+
+
+def test_maxout_of_two_gaussians(key):
+    """Clark 1961: of correlation 0 and variance q, the maximum has mean √(q/π) and square q."""
+    gram = Gram.of(jnp.array([[1.0, 0.5], [0.5, 2.0]]))
+    found = Maxout(Linear(9, 1.5**0.5)).kernel(gram)
+    q = jnp.array([1.5, 3.0])
+    np.testing.assert_allclose(found.mean, jnp.sqrt(q / np.pi), rtol=1e-6)
+    np.testing.assert_allclose(jnp.diagonal(found.covariance), q, rtol=1e-6)
+    # Null: the kernel; 4·10^6 pairs, whose mean product has a standard error of about 1e-3.
+    root = jnp.linalg.cholesky(1.5 * gram.covariance)
+    u = jnp.max(jnp.einsum("ab,bkn->akn", root, jax.random.normal(key, (2, 2, 4_000_000))), axis=1)
+    np.testing.assert_allclose(jnp.mean(u[0] * u[1]), found.covariance[0, 1], atol=6e-3)
+
+
+def test_a_gate_that_is_always_open_is_no_gate():
+    """f(h)·g(h) with g = bias of 1 in law: second moments of f, and its gradient."""
+    gram = Gram.of(jnp.array([[1.0, 0.5], [0.5, 2.0]]))
+    found = Gated(Linear(9, 1.3), Linear(9, 0.0, 1.0)).kernel(gram)
+    np.testing.assert_allclose(found.covariance, 1.69 * gram.covariance, rtol=1e-6)
+    gain = mean_field.gain(Gated(Linear(9, 1.3), Linear(9, 0.0, 1.0)), gram)
+    np.testing.assert_allclose(gain, 1.69, rtol=1e-6)
+
+
 def test_dropout_keeps_means_and_meets_the_same_mask_again(key):
     x = jnp.ones((2, 20_000))
     out = Dropout(0.7).apply(x, dense_product, key)
@@ -281,6 +325,12 @@ def test_networks_tell_their_shapes():
         (lambda: networks.stack(4, [(Dense(units=5), 2)]), "repeated 2 times, takes 4 units"),
         (lambda: networks.stack(4, []), "blocks is empty"),
         (lambda: Residual(LayerNorm()), "a residual branch has no random matrix"),
+        (lambda: Gated(gate=Activate()), "the gate of a gated layer has no random matrix"),
+        (lambda: Gated(value=LayerNorm()), "the value of a gated layer has no random matrix"),
+        (
+            lambda: networks.stack(4, [Gated(Linear(5), Linear(6))]),
+            "a gated layer's value has 5 units and its gate 6",
+        ),
         (lambda: Chain(()), "a chain has at least one block"),
         (
             lambda: mean_field.predict(

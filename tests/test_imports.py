@@ -26,6 +26,7 @@ ORDER = (
     "blocks.normalisation",
     "blocks.batch_norm",
     "blocks.dropout",
+    "blocks.gating",
     "blocks",
     "networks",
     "statistics",

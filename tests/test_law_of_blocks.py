@@ -13,12 +13,16 @@ import pytest
 from gradflow import activations, blocks, comparison, ensembles, networks
 from gradflow.blocks import (
     AbstractBlock,
+    Activate,
     BatchNorm,
     Chain,
     Dense,
+    Gated,
     LayerNorm,
     Linear,
+    Maxout,
     Residual,
+    UnitVariance,
 )
 from gradflow.comparison import Status
 
@@ -96,6 +100,49 @@ COMPOSITIONS = {
         lambda: networks.residual(INPUTS, WIDTH, 16, "relu", "he", scale="depth", layers=2),
         2,
     ),
+    "Fixup, three layers a branch": (
+        lambda: networks.residual(INPUTS, WIDTH, 6, "relu", "he", scale="fixup", layers=3),
+        2,
+    ),
+    "LSUV, orthogonal": (
+        lambda: networks.unit_variance(
+            networks.mlp([INPUTS, *[WIDTH] * 4], "logistic", ensembles.fan_in(1.0, "orthogonal"))
+        ),
+        3,
+    ),
+    "LSUV in a residual branch": (
+        lambda: networks.unit_variance(
+            networks.residual(INPUTS, WIDTH, 4, "tanh", "lecun", scale=0.5, layers=2)
+        ),
+        3,
+    ),
+    "μP, a top layer of its own": (
+        lambda: networks.mlp([INPUTS, *[WIDTH] * 4], "relu", "lecun", last="mup_output"),
+        2,
+    ),
+    "gated layers of other activations and biases": (
+        lambda: networks.stack(
+            INPUTS,
+            [
+                Linear(WIDTH),
+                (
+                    Gated(
+                        Dense(activations.tanh, WIDTH, 1.5, 0.1),
+                        Chain(
+                            (Dense(activations.tanh, WIDTH, 1.2, 0.3), Activate(activations.silu))
+                        ),
+                    ),
+                    1,
+                ),
+                Linear(WIDTH, 1.3),
+                Maxout(Linear(WIDTH, 1.2, 0.2)),
+                (Residual(Maxout(Linear(WIDTH, 1.2)), 0.5), 3),
+                Linear(WIDTH),
+            ],
+            "linear",
+        ),
+        2,
+    ),
     "BatchNorm ReLU, batch 16": (
         lambda: networks.mlp([INPUTS, *[4 * WIDTH] * 4], "relu", "he", norm="batch"),
         16,
@@ -140,4 +187,4 @@ def test_signals_are_rescaled_only_where_reported_activations_are_too():
 
 
 def test_batches_mix_and_nothing_else_does():
-    assert [block for block in blocks.ALL if block().mixes_sites] == [BatchNorm]
+    assert {block for block in blocks.ALL if block().mixes_sites} == {BatchNorm, UnitVariance}

@@ -4,6 +4,7 @@ import jax
 import pytest
 
 from gradflow import ensembles, networks
+from gradflow.blocks import Dense, UnitVariance
 from gradflow.errors import InputError
 
 
@@ -40,6 +41,44 @@ def test_narrowed_networks_keep_their_scales_and_their_input():
     assert jax.tree.leaves(narrow) == jax.tree.leaves(network)
     with pytest.raises(InputError, match="a layer would be empty"):
         networks.narrowed(network, 30)
+
+
+def test_fixup_scales_a_branch_by_its_depth_and_starts_its_last_layer_at_zero():
+    network = networks.residual(9, 30, 16, "relu", "he", scale="fixup", layers=3)
+    first, branches = network.stages
+    assert first.block.sigma_w == pytest.approx(2**0.5)
+    scales = [part.sigma_w for part in branches.block.branch.parts]
+    # 16^(-1/4) = 1/2, of m = 3 layers.
+    assert scales == [pytest.approx(2**0.5 / 2)] * 2 + [0.0]
+    assert branches.block.scale == 1
+    assert networks.narrowed(network, 3).stages[1].block.branch.parts[2].sigma_w == 0
+    alone = networks.residual(9, 30, 16, "relu", "he", scale="fixup").stages[1].block
+    assert alone.branch.sigma_w == 0
+    with pytest.raises(InputError, match="sigma_b is 0.1; the biases of scale 'fixup' start at 0"):
+        networks.residual(9, 30, 4, scale="fixup", sigma_b=0.1)
+
+
+def test_the_top_layer_may_have_weights_of_its_own():
+    network = networks.mlp([16, 25, 25, 25], "relu", "lecun", last="mup_output")
+    assert [s.repeats for s in network.stages] == [1, 1, 1]
+    assert jax.tree.leaves(network) == [1.0, 1.0, pytest.approx(1 / 5)]
+    assert "mup_output" in network.name
+    only = networks.mlp([16, 25], "relu", "lecun", last="mup_output")
+    assert jax.tree.leaves(only) == [pytest.approx(1 / 4)]
+    with pytest.raises(InputError, match="did you mean 'mup_output'"):
+        networks.mlp([4, 4], last="mup_outputs")
+
+
+def test_every_layer_gets_unit_variance_wherever_it_is_nested():
+    network = networks.unit_variance(networks.residual(9, 20, 3, "tanh", layers=2))
+    assert network.mixes_sites
+    (first, _), branch = network.stages[0].block.parts, network.stages[1].block.branch
+    assert first == networks.residual(9, 20, 3, "tanh").stages[0].block
+    assert [type(part) for layer in branch.parts for part in layer.parts] == [
+        Dense,
+        UnitVariance,
+    ] * 2
+    assert network.shapes == networks.residual(9, 20, 3, "tanh", layers=2).shapes
 
 
 def test_homogeneous_networks_are_recognised():

@@ -1,13 +1,17 @@
 """One network, forward and backward: against plain JAX, and at depths where plain JAX fails."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import scipy.special
 
-from gradflow import ensembles, networks, statistics
+from gradflow import activations, ensembles, gaussian, networks, statistics
+from gradflow.blocks import Dense, Linear
 from gradflow.simulation import monte_carlo, propagation, threefry
+from gradflow.theory import mean_field
 
 WIDTHS = (6, 10, 10, 10, 4)
 # float32 arithmetic through four layers, done in another order.
@@ -218,3 +222,53 @@ def test_the_program_does_not_grow_with_depth():
         return len(lowered.as_text())
 
     assert program(10_000) < 1.02 * program(10)
+
+
+@pytest.mark.parametrize("sampler", ["dense", "matrix_free"])
+def test_weights_that_start_at_zero_have_a_gradient_and_pass_none_on(sampler):
+    """∂C/∂W = δ hᵀ above, of which nothing depends on W; 0 below, as a logarithm -inf."""
+    x = jax.random.normal(jax.random.key(2), (1, 20))
+    layers = [Linear(30), Dense(units=30), Dense(units=25, sigma_w=0.0)]
+    network = networks.stack(20, layers)
+    found = propagation.propagate(network, x, jax.random.key(1), sampler=sampler)
+    predicted = mean_field.predict(network, mean_field.input_gram(x))
+    for values in (found, predicted):
+        for name in ("gradient_variance", "weight_gradient_variance"):
+            assert np.isneginf(values[f"log_{name}"][:2]).all()
+        assert np.isneginf(values["log_q"][2])
+        assert values["chi"][1] == 0
+    h2 = np.exp(found["log_activation_variance"][1]) + found["activation_mean"][1] ** 2
+    product = found["log_gradient_variance"][2] + np.log(h2)
+    np.testing.assert_allclose(found["log_weight_gradient_variance"][2], product, rtol=1e-4)
+    moment = gaussian.moment(activations.tanh, "phi2", jnp.asarray(predicted["q"][1]))
+    np.testing.assert_allclose(
+        predicted["log_weight_gradient_variance"][2], np.log(moment), rtol=1e-4
+    )
+
+
+@pytest.mark.parametrize("sampler", ["dense", "matrix_free"])
+def test_lsuv_gives_every_product_unit_variance(sampler):
+    """The scales that it returns, put into the network that the same key draws."""
+    x, key = 3 * jax.random.normal(jax.random.key(2), (5, 8)), jax.random.key(1)
+    widths = (8, 12, 12, 12, 9)
+    network = networks.mlp(widths, "logistic", ensembles.fan_in(2.0, "orthogonal"))
+    found = propagation.lsuv(network, x, key, sampler=sampler)
+    assert [scales.shape for scales in found] == [(1, 1), (2, 1), (1, 1)]
+    scales = np.concatenate(found)[:, 0]
+    blocks = [s.block for s in network.stages for _ in range(s.repeats)]
+    scaled = [
+        dataclasses.replace(block, sigma_w=scale)
+        for block, scale in zip(blocks, scales, strict=True)
+    ]
+    for blocks_of, far in ((scaled, False), (blocks, True)):
+        z = propagation.signals(networks.stack(8, blocks_of), x, key, sampler=sampler)
+        spread = np.array([np.std(one) for stage in z.preactivation for one in stage])
+        assert (np.abs(spread - 1) > 1e-4).all() == far
+        assert (np.abs(spread - 1) < 1e-4).all() != far
+
+
+def test_lsuv_scales_every_matrix_of_a_block():
+    network = networks.residual(6, 10, 4, "relu", layers=2, weights_first=True)
+    found = propagation.lsuv(network, jnp.ones((2, 6)), jax.random.key(0))
+    assert [scales.shape for scales in found] == [(1, 1), (4, 3)]
+    assert all((np.asarray(scales) > 0).all() for scales in found)

@@ -18,6 +18,13 @@ def test_every_remedy_has_a_network_as_deep_as_the_sick_one():
     assert len({remedy.name for remedy in found}) == len(found) > 15
     for remedy in found:
         assert remedy.network.widths == (20,) * 7, remedy.name
+    by_name = {remedy.name: remedy.network for remedy in found}
+    assert by_name["LSUV"].mixes_sites
+    fixup = by_name["residual, two layers a branch, the last 0 (Fixup)"]
+    assert fixup.stages[1].block.branch.parts[1].sigma_w == 0
+    assert {"maxout of two, LeCun weights", "gated linear units (GLU), LeCun weights"} <= set(
+        by_name
+    )
     assert all(remedy.cost and remedy.caveat for remedy in found[1:])
 
 
@@ -61,7 +68,11 @@ def test_remedies_are_ranked_and_theory_and_simulation_agree():
     assert depths == sorted(depths, reverse=True)
     by_name = {outcome.remedy.name: outcome for outcome in outcomes}
     zero = by_name["residual, branches start at 0 (ReZero)"]
-    assert (zero.gradient_theory, zero.trainable_depth) == (1, math.inf)
+    fixup = by_name["residual, two layers a branch, the last 0 (Fixup)"]
+    for start in (zero, fixup):
+        assert (start.gradient_theory, start.trainable_depth) == (1, math.inf)
+    assert by_name["LSUV"].variance_theory == pytest.approx(1)
+    assert (fixup.multiplications, fixup.parameters) == pytest.approx((11 / 6, 11 / 6), rel=0.01)
     assert zero.log10_condition_number == pytest.approx(0, abs=1e-4)
     for name, outcome in by_name.items():
         # What a width of 60 shifts, in a typical network: 0.12 far into chaos (the sick one), 0.09

@@ -93,18 +93,21 @@ def test_the_law_test_finds_a_sampler_that_forgets(monkeypatch):
     assert smallest_p_value(drawn, wrong) < 1e-6
 
 
-@pytest.mark.parametrize("sites", [1, 3])
-def test_taps_sum_to_the_squared_norm_of_the_weight_gradient(sites):
+@pytest.mark.parametrize(("sites", "sigma_w"), [(1, 1.3), (3, 1.3), (3, 0.0), (3, 1e-30)])
+def test_taps_sum_to_the_squared_norm_of_the_weight_gradient(sites, sigma_w):
+    """That is Δᵀx whatever the weights are: also of weights that start at 0."""
     x, delta = inputs_of(sites, 5), inputs_of(sites, 7)
-    law = {"sigma_w": 1.3, "width": 7, "distribution": ensembles.gaussian}
+    law = {"sigma_w": sigma_w, "width": 7, "distribution": ensembles.gaussian}
     truth = np.sum((np.asarray(delta).T @ np.asarray(x)) ** 2)
     for sampler in samplers.SAMPLERS.values():
-        _, pull = jax.vjp(
+        out, pull = jax.vjp(
             functools.partial(sampler, jax.random.key(0), **law),
             x,
             jnp.zeros((sites, sites), x.dtype),
         )
-        np.testing.assert_allclose(pull(delta)[1].sum(), truth, rtol=1e-5)
+        below, tap = pull(delta)
+        np.testing.assert_allclose(tap.sum(), truth, rtol=1e-5)
+        assert (jnp.abs(out).max() > 0) == (jnp.abs(below).max() > 0) == (sigma_w > 0)
 
 
 def test_dense_pulls_back_through_the_weights_it_drew():

@@ -251,6 +251,41 @@ def test_a_network_takes_a_transformed_activation():
     np.testing.assert_allclose(found["chi"][:-1], 1, atol=SINGLE)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "method"), [("tanh", "dks"), ("softplus", "tat"), ("relu", "tat")]
+)
+def test_a_network_is_transformed_for_its_own_depth(name, method):
+    network = networks.mlp([50, *[40] * 6, 9], name, "glorot_orthogonal", sigma_b=0.3)
+    found = transformations.applied(network, method, {"relu": 0.7}.get(name))
+    assert found.widths == network.widths
+    assert jax.tree.leaves(found) == [1.0] * 3
+    phi, _ = transformations.by_name(method, name, 6, {"relu": 0.7}.get(name))
+    assert found.activation == phi
+    assert [stage.block.activation for stage in found.stages] == [activations.linear, phi, phi]
+    assert not found.iid_gaussian
+    q = mean_field.predict(found, jnp.eye(1))["q"]
+    np.testing.assert_allclose(q, 1, atol=SINGLE)
+
+
+@pytest.mark.parametrize(
+    "network",
+    [
+        networks.mlp([5, 5, 5], norm="layer"),
+        networks.mlp([5, 5]),
+        networks.residual(5, 5, 3),
+    ],
+)
+def test_other_networks_are_not_transformed(network):
+    with pytest.raises(InputError, match="is no chain of Dense layers of one activation"):
+        transformations.applied(network)
+
+
+def test_an_unknown_method_is_said():
+    with pytest.raises(InputError, match="unknown transform 'dsk' .did you mean 'dks'"):
+        transformations.applied(networks.mlp([5, 5, 5]), "dsk")
+
+
 def test_local_maps_of_relu_and_of_a_transformed_activation():
     relu = transformations.local_maps("relu")
     np.testing.assert_allclose(relu[:4], [0.5, 0.5, 1 / math.pi, 1], rtol=1e-6)

@@ -16,9 +16,11 @@ dense
 composition
     `Chain` and `Residual`.
 normalisation
-    `LayerNorm` and `RMSNorm`.
+    `LayerNorm` and `RMSNorm`; `UnitVariance`, of LSUV.
+gating
+    `Gated`, as gated linear units are, and `Maxout`.
 batch_norm
-    `BatchNorm`, the only one that mixes inputs.
+    `BatchNorm`, the only one that mixes inputs' gradients.
 dropout
     `Dropout`.
 
@@ -33,6 +35,7 @@ from gradflow.blocks.batch_norm import *
 from gradflow.blocks.composition import *
 from gradflow.blocks.dense import *
 from gradflow.blocks.dropout import *
+from gradflow.blocks.gating import *
 from gradflow.blocks.normalisation import *
 
 ALL = tuple(

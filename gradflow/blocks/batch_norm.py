@@ -52,7 +52,18 @@ class BatchNorm(AbstractBlock):
         multiply: Multiply,  # noqa: ARG002
         key: PRNGKeyArray,  # noqa: ARG002
     ) -> Float[Array, "batch n"]:
-        """Return every unit at mean 0 and standard deviation γ over the batch."""
+        """Return every unit at mean 0 and standard deviation γ over the batch.
+
+        Raises
+        ------
+        InputError
+            If the batch is one input.
+        """
+        if signal.shape[0] < 2:
+            raise InputError(
+                "inputs has one input, and BatchNorm makes 0 of it; give it a batch, of 4 or more "
+                "for the theory to have an answer"
+            )
         rows, _ = unit_rows((signal - jnp.mean(signal, axis=0, keepdims=True)).T)
         return jnp.asarray(self.gain, signal.dtype) * math.sqrt(signal.shape[0]) * rows.T
 

@@ -1,7 +1,8 @@
-"""Normalisation of each input's signal over the units: LayerNorm and RMSNorm."""
+"""Normalisation of signals: of each input's over the units, or of the whole batch's at once."""
 
 import math
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray, ScalarLike
 
@@ -9,7 +10,7 @@ from gradflow.blocks.base import AbstractBlock, Multiply
 from gradflow.gram import Gram, inverse_or_zero, multiply_gram
 from gradflow.norms import unit_rows
 
-__all__ = ["LayerNorm", "RMSNorm"]
+__all__ = ["LayerNorm", "RMSNorm", "UnitVariance"]
 
 
 class RMSNorm(AbstractBlock):
@@ -67,6 +68,42 @@ class LayerNorm(AbstractBlock):
     def homogeneous(self) -> bool:
         """It is not: the result has always the same length."""
         return False
+
+
+class UnitVariance(AbstractBlock):
+    """z/s, s² the variance of z over all units and inputs: weights as LSUV starts them.
+
+    (Mishkin & Matas 2016, arXiv:1511.06422, algorithm 1.) Put behind a layer's product, it is what
+    dividing the weights by s, once, makes of the layer: s is one number for each random network,
+    and a constant to gradients, so that χ = 1/s². `simulation.propagation.lsuv` returns the scales.
+    A signal without variance becomes 0.
+    """
+
+    def apply(
+        self,
+        signal: Float[Array, "batch n"],
+        multiply: Multiply,  # noqa: ARG002
+        key: PRNGKeyArray,  # noqa: ARG002
+    ) -> Float[Array, "batch n"]:
+        """Return the signals at variance 1."""
+        _, log = unit_rows((signal - jnp.mean(signal)).reshape(1, -1))
+        inverse = jnp.where(jnp.isneginf(log), 0, math.sqrt(signal.size) * jnp.exp(-log))
+        return jax.lax.stop_gradient(inverse)[:, None] * signal
+
+    def kernel(self, gram: Gram, multiply: Multiply = multiply_gram) -> Gram:  # noqa: ARG002
+        """Return everything divided by the variance over the batch."""
+        variance = jnp.mean(jnp.diagonal(gram.covariance)) - jnp.mean(gram.mean) ** 2
+        return gram.scaled(inverse_or_zero(jnp.sqrt(variance)))
+
+    @property
+    def homogeneous(self) -> bool:
+        """It is not: the result has always the same variance."""
+        return False
+
+    @property
+    def mixes_sites(self) -> bool:
+        """It does: one scale for the whole batch."""
+        return True
 
 
 def _at_root_mean_square(gain: ScalarLike, signal: Array) -> Array:

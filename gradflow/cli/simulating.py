@@ -278,6 +278,9 @@ def remedies(
         "noted     gradient clipping bounds the step, not the disparity between layers: it changes "
         "none of these numbers"
     )
+    console.print(
+        "noted     μP is for learning rates that suit every width, and does nothing about depth"
+    )
     console.print(f"written   to {folder}: {', '.join(path.name for path in written)}")
 
 

@@ -388,8 +388,8 @@ def layer_jacobians(
     """
     if network.mixes_sites:
         raise InputError(
-            "layer_jacobians is of one input alone, and this network's BatchNorm makes its signal "
-            "depend on a batch; use jacobians.draw, which takes all inputs at once"
+            "layer_jacobians is of one input alone, and this network's BatchNorm or UnitVariance "
+            "makes its signal depend on a batch; use jacobians.draw, which takes all inputs at once"
         )
     jacobian = draw(network, x[None], key, sampler="dense", tangents=0, cotangents=0)
     found: list[Array] = []

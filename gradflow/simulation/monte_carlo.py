@@ -253,11 +253,6 @@ def check_inputs(inputs: ArrayLike, network: Network) -> Array:
             f"inputs has shape {inputs.shape}; it is (inputs, {network.input_width}) for this "
             "network, with at least one input"
         )
-    if network.mixes_sites and inputs.shape[0] < 2:
-        raise InputError(
-            "inputs has one input, and BatchNorm makes 0 of it; give it a batch, of 4 or more for "
-            "the theory to have an answer"
-        )
     if not jnp.issubdtype(inputs.dtype, jnp.floating):
         inputs = inputs.astype(jnp.float32)
     if not bool(jnp.all(jnp.isfinite(inputs))):

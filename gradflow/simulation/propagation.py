@@ -28,7 +28,7 @@ from gradflow.norms import unit_rows
 from gradflow.simulation.samplers import SAMPLERS, Sampler
 from gradflow.statistics import BackwardSample, ForwardSample, Statistic
 
-__all__ = ["Signals", "kept_signals", "propagate", "scan_blocks", "signals"]
+__all__ = ["Signals", "kept_signals", "lsuv", "propagate", "scan_blocks", "signals"]
 
 
 class Signals(NamedTuple):
@@ -108,6 +108,56 @@ def signals(
     collected = _walk(network, inputs, key, SAMPLERS[sampler], (), _Keep(), collect=True)[1]
     (z, log_scale), (gradient, log_norm) = (zip(*side, strict=True) for side in collected)
     return Signals(list(z), list(log_scale), list(gradient), list(log_norm))
+
+
+def lsuv(
+    network: Network,
+    inputs: Float[Array, "sites n_in"],
+    key: PRNGKeyArray,
+    *,
+    sampler: str = "dense",
+) -> list[Float[Array, "layers weights"]]:
+    """Return the σ_w that give each random matrix's product variance 1 over units and inputs.
+
+    Layer-sequential unit variance: from the input up, each matrix of the network that `propagate`
+    draws from this key is divided by the standard deviation of what it hands on. A product is
+    linear in the matrix, so that one division is exact for its batch; the algorithm's repetitions
+    are for batches that differ. The law of networks that are so started is
+    `networks.unit_variance`.
+
+    Returns
+    -------
+    list
+        One array (layers, weights) for each stage: σ_w by layer, and by random matrix in it. It is
+        infinite where the product is 0.
+
+    References
+    ----------
+    Mishkin & Matas 2016, arXiv:1511.06422, algorithm 1.
+    """
+    multiply_by_one = SAMPLERS[sampler]
+    tap = jnp.zeros((inputs.shape[0],) * 2, inputs.dtype)
+
+    def up(signal: Array, key: PRNGKeyArray, block: AbstractBlock) -> tuple[Array, Array]:
+        scales: list[Array] = []
+
+        def multiply(key: PRNGKeyArray, x: Array, *, sigma_w: Any, **law: Any) -> Array:
+            del sigma_w
+            out = multiply_by_one(key, x, tap, sigma_w=1.0, **law)
+            scales.append(1 / jnp.std(out))
+            return scales[-1] * out
+
+        signal = block.apply(signal, multiply, key)
+        return signal, jnp.stack(scales) if scales else jnp.zeros(0, signal.dtype)
+
+    keys = jax.random.split(key, network.depth + 1)[1:]
+    signal, found, first = inputs, [], 0
+    for stage in network.stages:
+        step = functools.partial(up, block=stage.block)
+        signal, scales = scan_blocks(step, signal, keys[first : first + stage.repeats])
+        found.append(scales)
+        first += stage.repeats
+    return found
 
 
 class _Keep(NamedTuple):

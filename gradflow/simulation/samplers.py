@@ -48,7 +48,7 @@ def dense(
 ) -> Float[Array, "sites width"]:
     """Return x Wᵀ with W drawn: any distribution, entries of variance σ_w²/n_in."""
     matrix = matrices.redrawn(key, (width, x.shape[1]), distribution, x.dtype)
-    return _scaled(functools.partial(_product, matrix), sigma_w, x, tap)
+    return _scaled(matrix, sigma_w, x, tap)
 
 
 def matrix_free(
@@ -68,41 +68,50 @@ def matrix_free(
         If the distribution is neither of independent Gaussian entries nor Haar-orthogonal.
     """
     matrix = matrices.undecided(key, (width, x.shape[1]), distribution, x.dtype)
-    return _scaled(functools.partial(_product, matrix), sigma_w, x, tap)
+    return _scaled(matrix, sigma_w, x, tap)
 
 
 @jax.custom_vjp
-def _product(matrix: Matrix, x: Array, tap: Array) -> Array:  # noqa: ARG001
+def _product(matrix: Matrix, x: Array) -> Array:
     return matrix.times(x)[0]
 
 
-def _product_forward(
-    matrix: Matrix,
-    x: Array,
-    tap: Array,  # noqa: ARG001
-) -> tuple[Array, tuple[Matrix, Array]]:
+def _product_forward(matrix: Matrix, x: Array) -> tuple[Array, tuple[Matrix]]:
     out, matrix = matrix.times(x)
-    return out, (matrix, x)
+    return out, (matrix,)
 
 
-def _product_backward(residual: tuple[Matrix, Array], delta: Array) -> tuple[None, Array, Array]:
-    matrix, x = residual
-    return None, matrix.T.times(delta)[0], _weight_gradient_tap(delta, x)
+def _product_backward(residual: tuple[Matrix], delta: Array) -> tuple[None, Array]:
+    (matrix,) = residual
+    return None, matrix.T.times(delta)[0]
 
 
 _product.defvjp(_product_forward, _product_backward)
 
 
-def _scaled(
-    product: Callable[[Array, Array], Array], sigma_w: ScalarLike, x: Array, tap: Array
-) -> Array:
-    """Scale a product with entries of variance 1, keeping the tap that of the scaled weights."""
+@jax.custom_vjp
+def _tapped(out: Array, x: Array, tap: Array) -> Array:  # noqa: ARG001
+    return out
+
+
+def _tapped_forward(out: Array, x: Array, tap: Array) -> tuple[Array, Array]:  # noqa: ARG001
+    return out, x
+
+
+def _tapped_backward(x: Array, delta: Array) -> tuple[Array, None, Array]:
+    return delta, None, _matmul(delta, delta.T) * _matmul(x, x.T)
+
+
+_tapped.defvjp(_tapped_forward, _tapped_backward)
+
+
+def _scaled(matrix: Matrix, sigma_w: ScalarLike, x: Array, tap: Array) -> Array:
+    """Scale a product with entries of variance 1; the tap is that of the scaled weights.
+
+    It is put behind the scale, so that weights of scale 0 have a gradient, as they do.
+    """
     scale = jnp.asarray(sigma_w, x.dtype) / x.shape[1] ** 0.5
-    return scale * product(x, tap / scale**2)
-
-
-def _weight_gradient_tap(delta: Array, x: Array) -> Array:
-    return _matmul(delta, delta.T) * _matmul(x, x.T)
+    return _tapped(scale * _product(matrix, x), x, tap)
 
 
 Sampler = Callable[..., Array]

@@ -18,6 +18,7 @@ import numpy as np
 
 from gradflow import activations, data, ensembles, gaussian, networks
 from gradflow.activations import Activation
+from gradflow.blocks import AbstractBlock, Activate, Chain, Gated, Linear, Maxout
 from gradflow.comparison import Comparison, confront
 from gradflow.ensembles import Ensemble
 from gradflow.errors import InputError, check_count
@@ -83,7 +84,7 @@ class Outcome:
     log10_condition_number
         Of the end-to-end Jacobian of one input, without the first and last layer's change of width;
         inf where units are dead. Median over some networks of the width, 100 at most. NaN where one
-        input alone has none (BatchNorm).
+        input alone has none (BatchNorm, LSUV).
     parameters, multiplications
         Weights and biases, and products of one input's way up, relative to the sick network.
     """
@@ -256,6 +257,12 @@ class _Proposer:
             "singular values stay together only where units are nearly linear",
         )
         yield (
+            "LSUV",
+            self._unit_variance,
+            "a batch's way up, once",
+            "fixes lengths at the start; gradients still go by φ",
+        )
+        yield (
             "scaled weight standardisation",
             self._standardised,
             "mean and variance of each unit's weights, every step",
@@ -270,6 +277,10 @@ class _Proposer:
         if distribution is not None:
             ensemble = ensemble.drawn_from(distribution)
         return networks.mlp(self.shape, self.phi, ensemble, sigma_b=found.bias_sd)
+
+    def _unit_variance(self) -> Network:
+        orthonormal = ensembles.fan_in(1.0, "orthogonal")
+        return networks.unit_variance(networks.mlp(self.shape, self.phi, orthonormal))
 
     def _standardised(self) -> Network:
         with jax.enable_x64(True):
@@ -304,16 +315,34 @@ class _Proposer:
             "made for this depth",
         )
 
+        width = self.shape[1]
+        gate = Chain((Linear(width), Activate(activations.logistic)))
+        for name, block, caveat in (
+            (
+                "maxout of two, LeCun weights",
+                Maxout(Linear(width)),
+                "all inputs become alike: their correlation tends to 1",
+            ),
+            (
+                "gated linear units (GLU), LeCun weights",
+                Gated(Linear(width), gate),
+                "a gate half open halves signals and gradients; gain 2 mends only small ones",
+            ),
+        ):
+            yield (
+                name,
+                functools.partial(self._instead, block),
+                "twice the weights and products",
+                caveat,
+            )
+
     def _transformed(self, kind: str) -> Network:
-        phi, nonlinear = self.phi, len(self.shape) - 2
-        if kind == "dks":
-            t = transformations.deep_kernel_shaping(phi, nonlinear)
-            return networks.mlp(self.shape, transformations.apply(phi, t), "lecun")
-        if phi.homogeneous:
-            leaky = transformations.tailored_leaky_relu(nonlinear)
-            return networks.mlp(self.shape, leaky, ensembles.fan_in(1.0))
-        t = transformations.tailored(phi, nonlinear)
-        return networks.mlp(self.shape, transformations.apply(phi, t), "lecun")
+        return transformations.applied(networks.mlp(self.shape, self.phi, "lecun"), kind)
+
+    def _instead(self, block: AbstractBlock) -> Network:
+        """Return the network of these blocks, which have weights of variance 1/fan_in."""
+        first, blocks = Linear(self.shape[1]), len(self.shape) - 2
+        return networks.stack(self.shape[0], [first, (block, blocks)], "linear")
 
     def _normalisations(self) -> Iterator[_Proposal]:
         plain = functools.partial(
@@ -372,6 +401,12 @@ class _Proposer:
             residual(scale="zero"),
             "an addition and a parameter a layer",
             "the network is the identity until its scales have grown",
+        )
+        yield (
+            "residual, two layers a branch, the last 0 (Fixup)",
+            residual(scale="fixup", layers=2, sigma_b=None),
+            "here a second product a layer; biases and a scale, one number each",
+            "the network is the identity until its last layers have grown",
         )
         yield (
             "pre-LN residual, 1/√L, LeCun weights",

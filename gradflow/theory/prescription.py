@@ -11,6 +11,7 @@ Which critical point, where none is asked for, is a matter of the activation's u
 a half-stable φ's own point; else a stable one with σ_b = 0.
 """
 
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -22,16 +23,16 @@ from jaxtyping import Array, Float
 
 from gradflow import activations, ensembles, networks
 from gradflow.activations import Activation
-from gradflow.errors import InputError, check_scale, unknown_name
+from gradflow.errors import InputError, check_count, check_scale
 from gradflow.networks import Network
 from gradflow.theory import criticality, fixed_points, mean_field, transformations
 from gradflow.theory.criticality import UniversalityClass
 from gradflow.theory.fixed_points import Status
 from gradflow.theory.transformations import Transformation
 
-__all__ = ["TRANSFORMS", "Expectation", "Prescription", "expect", "prescribe"]
+__all__ = ["Expectation", "Prescription", "WidthScaling", "expect", "mu_parametrisation"]
+__all__ += ["prescribe"]
 
-TRANSFORMS = ("dks", "tat")
 # What else people would use, and are shown what it gives.
 _RULES = ("glorot", "he", "lecun")
 
@@ -176,7 +177,7 @@ def prescribe(
                 raise InputError(
                     f"transform is {transform!r}, which sets q* = 1 and sigma_b2 = 0; give neither"
                 )
-            transformed, transformation = _transformed(phi, transform, depth, target)
+            transformed, transformation = transformations.by_name(transform, phi, depth, target)
             w2, b2, q_star, chi_par = 1.0, 0.0, 1.0, 1.0
         scale = 1.0
         if q_star > 0 and not math.isnan(q_star):
@@ -240,17 +241,58 @@ def _critical_point(
     return sigma_w2, bias, length, chi_par
 
 
-def _transformed(
-    phi: Activation, transform: str, depth: int, target: float | None
-) -> tuple[Activation, Transformation | None]:
-    if transform not in TRANSFORMS:
-        raise unknown_name("transform", transform, TRANSFORMS)
-    given = () if target is None else (target,)
-    if transform == "tat" and phi.homogeneous:
-        return transformations.tailored_leaky_relu(depth, *given), None
-    method = {"dks": transformations.deep_kernel_shaping, "tat": transformations.tailored}
-    found = method[transform](phi, depth, *given)
-    return transformations.apply(phi, found), found
+@dataclass(frozen=True)
+class WidthScaling:
+    """How one layer's numbers go with its width in μP; factors that do not are left out.
+
+    Attributes
+    ----------
+    role
+        "input", "hidden" or "output".
+    variance
+        Of a weight at the start; biases start at 0.
+    sgd_rate, adam_rate
+        What the learning rate is multiplied by.
+    """
+
+    role: str
+    variance: float
+    sgd_rate: float
+    adam_rate: float
+
+
+def mu_parametrisation(widths: Sequence[int]) -> tuple[WidthScaling, ...]:
+    """Return each layer's scales under which networks of any width learn features alike.
+
+    ``networks.mlp(widths, φ, "lecun", last="mup_output")`` starts like this. Biases of the input
+    and of hidden layers have the input layer's learning rates.
+
+    Parameters
+    ----------
+    widths
+        (n_0, n_1, …, n_L): the input's width, then every layer's; L >= 2.
+
+    Raises
+    ------
+    InputError
+        If a width is not a whole number of at least 1, or there are fewer than two layers.
+
+    References
+    ----------
+    Yang & Hu 2021, arXiv:2011.14522; the table is that of Yang et al. 2022, arXiv:2203.03466,
+    table 3.
+    """
+    shape = [check_count("width", width) for width in widths]
+    if len(shape) < 3:
+        raise InputError(
+            f"widths is {tuple(widths)!r}; it needs an input, a hidden layer and an output"
+        )
+    first, *hidden, top = itertools.pairwise(shape)
+    return (
+        WidthScaling("input", 1 / first[0], float(first[1]), 1.0),
+        *(WidthScaling("hidden", 1 / n, 1.0, 1 / n) for n, _ in hidden),
+        WidthScaling("output", 1 / top[0] ** 2, 1 / top[0], 1 / top[0]),
+    )
 
 
 def expect(

@@ -25,10 +25,10 @@ References: Martens et al. 2021, arXiv:2110.01765 (DKS); Zhang, Botev & Martens 
 arXiv:2203.08120 (TAT); Brock et al. 2021, arXiv:2101.08692 (`normalising_gain`).
 """
 
+import dataclasses
 import functools
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from typing import NamedTuple, TypeAlias
 
 import jax
@@ -39,12 +39,17 @@ from scipy.optimize import brentq
 
 from gradflow import activations, gaussian
 from gradflow.activations import Activation, PairMoment
-from gradflow.errors import InputError, check_count
+from gradflow.blocks import Dense
+from gradflow.errors import InputError, check_count, unknown_name
+from gradflow.networks import Network, Stage
 
 __all__ = [
+    "METHODS",
     "LocalMaps",
     "Transformation",
+    "applied",
     "apply",
+    "by_name",
     "deep_kernel_shaping",
     "local_maps",
     "normalising_gain",
@@ -54,7 +59,10 @@ __all__ = [
 ]
 
 
-@dataclass(frozen=True)
+METHODS = ("dks", "tat")
+
+
+@dataclasses.dataclass(frozen=True)
 class Transformation:
     """The four numbers of φ̂(x) = output_scale · (φ(input_scale · x + input_shift) + output_shift).
 
@@ -148,6 +156,71 @@ def normalising_gain(activation: Activation | str) -> float:
     if not variance > 0:
         raise InputError(f"activation {phi.name!r} has variance {variance!r}; it must be above 0")
     return variance**-0.5
+
+
+def applied(network: Network, method: str = "tat", target: float | None = None) -> Network:
+    """Return a fully connected network with φ transformed for its depth, σ_w = 1, and no biases.
+
+    Weights keep their distribution. Inputs are to have a mean square of 1.
+
+    Parameters
+    ----------
+    network
+        Of `networks.mlp`, without normalisation and dropout: `Dense` layers of one φ.
+    method, target
+        As for `by_name`.
+
+    Raises
+    ------
+    InputError
+        If the network is none of these, or there is no such transformation.
+    """
+    first, *rest = ((stage.block, stage.repeats) for stage in network.stages)
+    kinds = [b.activation if isinstance(b, Dense) else None for b, _ in (first, *rest)]
+    if not rest or kinds != [activations.linear, *[network.activation] * len(rest)]:
+        raise InputError(
+            f"network {network.name!r} is no chain of Dense layers of one activation, which "
+            f"method {method!r} is for; transform the activation of another by `by_name`"
+        )
+    phi, _ = by_name(method, network.activation, sum(repeats for _, repeats in rest), target)
+    stages = tuple(
+        Stage(Dense(each, block.units, 1.0, None, block.distribution), repeats)
+        for (block, repeats), each in zip(
+            (first, *rest), (activations.linear, *[phi] * len(rest)), strict=True
+        )
+        if isinstance(block, Dense)
+    )
+    return Network(stages, network.input_width, phi, f"{network.name}, {method.upper()}")
+
+
+def by_name(
+    method: str, activation: Activation | str, depth: int, target: float | None = None
+) -> tuple[Activation, Transformation | None]:
+    """Return φ̂ of a method, and its transformation, or None where it is another slope's leaky ReLU.
+
+    Parameters
+    ----------
+    method
+        ``"dks"``, `deep_kernel_shaping`, or ``"tat"``, `tailored`; that of ReLU and its leaky kin
+        is `tailored_leaky_relu`.
+    activation, depth
+        φ, and the number of nonlinear layers, one after another.
+    target
+        The method's own: ζ > 1 of DKS (1.5), τ > 0 of TAT (0.3), 0 < η < 1 of TAT for ReLU (0.9).
+
+    Raises
+    ------
+    InputError
+        If the method is unknown, an argument is out of range, or there is no such transformation.
+    """
+    phi = activations.get(activation)
+    if method not in METHODS:
+        raise unknown_name("transform", method, METHODS)
+    given = () if target is None else (target,)
+    if method == "tat" and phi.homogeneous:
+        return tailored_leaky_relu(depth, *given), None
+    found = {"dks": deep_kernel_shaping, "tat": tailored}[method](phi, depth, *given)
+    return apply(phi, found), found
 
 
 # Leaky ReLU ---------------------------------------------------------------------------------------

@@ -1,0 +1,136 @@
+"""Layers that take two products with their signal: gated units, and the larger of two."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, PRNGKeyArray
+
+from gradflow import activations
+from gradflow.blocks.base import AbstractBlock, AbstractComposite, Multiply
+from gradflow.blocks.composition import Chain
+from gradflow.blocks.dense import Activate, Linear
+from gradflow.ensembles import Distribution
+from gradflow.errors import InputError
+from gradflow.gram import Gram, multiply_gram
+
+__all__ = ["Gated", "Maxout"]
+
+_absolute = activations.leaky_relu(-1.0)
+
+
+class Gated(AbstractComposite):
+    """f(h) g(h), unit by unit: a value and its gate.
+
+    Without arguments it is the gated linear unit (W h) σ(V h) (Dauphin et al. 2017,
+    arXiv:1612.08083, eq. 1); with a gate of ``Activate(activations.silu)``, SwiGLU (Shazeer 2020,
+    arXiv:2002.05202). Two branches with random matrices are independent, so that second moments
+    multiply, k' = k_f k_g, and a gradient passes through either, χ = χ_f k_g + k_f χ_g.
+    """
+
+    value: AbstractBlock = Linear()
+    gate: AbstractBlock = Chain((Linear(), Activate(activations.logistic)))
+
+    def __check_init__(self) -> None:
+        for name in ("value", "gate"):
+            if not getattr(self, name).n_weights:
+                raise InputError(
+                    f"the {name} of a gated layer has no random matrix; put a Linear or Dense "
+                    "block into it"
+                )
+
+    @property
+    def parts(self) -> tuple[AbstractBlock, ...]:
+        """The two, which both get the layer's signal."""
+        return self.value, self.gate
+
+    def apply(
+        self, signal: Float[Array, "sites n_in"], multiply: Multiply, key: PRNGKeyArray
+    ) -> Float[Array, "sites n_out"]:
+        """Return f(h) g(h)."""
+        value, gate = (
+            part.apply(signal, multiply, jax.random.fold_in(key, number))
+            for number, part in enumerate(self.parts)
+        )
+        return value * gate
+
+    def kernel(self, gram: Gram, multiply: Multiply = multiply_gram) -> Gram:
+        """Return the products of both's second moments."""
+        value = self.value.kernel(gram, multiply)
+        return value.times(self.gate.kernel(gram, multiply))
+
+    @property
+    def homogeneous(self) -> bool:
+        """It is not: twice the signal opens another gate."""
+        return False
+
+    def width_after(self, n_in: int) -> int:
+        """Return as many units as both hand on.
+
+        Raises
+        ------
+        InputError
+            If they hand on different numbers.
+        """
+        value, gate = (part.width_after(n_in) for part in self.parts)
+        if value != gate:
+            raise InputError(
+                f"a gated layer's value has {value} units and its gate {gate}; each unit has a gate"
+            )
+        return value
+
+    def shapes(self, n_in: int) -> tuple[tuple[int, int], ...]:
+        """Return those of the value, then those of the gate."""
+        return self.value.shapes(n_in) + self.gate.shapes(n_in)
+
+    def narrowed(self, factor: int) -> "Gated":
+        """Return it with the widths of both divided by ``factor``."""
+        return Gated(*(part.narrowed(factor) for part in self.parts))
+
+
+class Maxout(AbstractBlock):
+    """max(u, v) of two products u = W h + b and v = V h + a (Goodfellow et al. 2013, section 3).
+
+    (arXiv:1302.4389.) At infinite width, u and v are independent and Gaussian, so that
+    max(u, v) = (u + v)/2 + |u - v|/2 has independent halves: the second of mean √(k/π), and both of
+    second moment k/2. Lengths and gradients are those of one of the two products, χ = σ_w².
+    """
+
+    linear: Linear = Linear()
+
+    def apply(
+        self, signal: Float[Array, "sites n_in"], multiply: Multiply, key: PRNGKeyArray
+    ) -> Float[Array, "sites n_out"]:
+        """Return the larger of two."""
+        one, other = jax.random.split(key)
+        return jnp.maximum(
+            self.linear.apply(signal, multiply, one), self.linear.apply(signal, multiply, other)
+        )
+
+    def kernel(self, gram: Gram, multiply: Multiply = multiply_gram) -> Gram:
+        """Return the moments of the two halves' sum."""
+        one, other = (self.linear.kernel(gram, multiply) for _ in range(2))
+        half = one.plus(other).scaled(0.5)  # (u + v)/2, and in law (u - v)/2
+        return half.plus(half.through(_absolute))
+
+    @property
+    def homogeneous(self) -> bool:
+        """Whether there is no bias."""
+        return self.linear.homogeneous
+
+    @property
+    def distributions(self) -> tuple[Distribution, ...]:
+        """The laws of W and V."""
+        return 2 * self.linear.distributions
+
+    def width_after(self, n_in: int) -> int:
+        """Return the number of units."""
+        return self.linear.width_after(n_in)
+
+    def shapes(self, n_in: int) -> tuple[tuple[int, int], ...]:
+        """Return the shapes of W and V."""
+        return 2 * self.linear.shapes(n_in)
+
+    def narrowed(self, factor: int) -> "Maxout":
+        """Return the layer with its units divided by ``factor``, σ_w and σ_b kept."""
+        return dataclasses.replace(self, linear=self.linear.narrowed(factor))
