@@ -13,12 +13,15 @@ base
     What a block is.
 dense
     `Linear` W h + b, `Activate` φ(z), and `Dense` W φ(z) + b.
+convolution
+    `Convolution` W * φ(z), `Patches` that it is made of, and `GlobalMean` and `Flatten` over
+    positions, for the layers after it.
 composition
     `Chain` and `Residual`.
 normalisation
     `LayerNorm` and `RMSNorm`.
 batch_norm
-    `BatchNorm`, the only one that mixes inputs.
+    `BatchNorm`, the only one that mixes inputs. With convolutions its batch is over positions too.
 dropout
     `Dropout`.
 
@@ -31,6 +34,7 @@ import inspect
 from gradflow.blocks.base import *
 from gradflow.blocks.batch_norm import *
 from gradflow.blocks.composition import *
+from gradflow.blocks.convolution import *
 from gradflow.blocks.dense import *
 from gradflow.blocks.dropout import *
 from gradflow.blocks.normalisation import *

@@ -70,6 +70,11 @@ class Residual(AbstractComposite):
             raise InputError(
                 "a residual branch has no random matrix; put a Linear or Dense block into it"
             )
+        if self.branch.merges > 1:
+            raise InputError(
+                f"a residual branch makes one site of {self.branch.merges}; what is added to the "
+                "signal has as many as the signal"
+            )
 
     @property
     def parts(self) -> tuple[AbstractBlock, ...]:

@@ -256,7 +256,7 @@ def check_inputs(inputs: ArrayLike, network: Network) -> Array:
     if network.mixes_sites and inputs.shape[0] < 2:
         raise InputError(
             "inputs has one input, and BatchNorm makes 0 of it; give it a batch, of 4 or more for "
-            "the theory to have an answer"
+            "the theory to have an answer (and a convolution all of an input's positions)"
         )
     if not jnp.issubdtype(inputs.dtype, jnp.floating):
         inputs = inputs.astype(jnp.float32)

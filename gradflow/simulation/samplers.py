@@ -15,7 +15,8 @@ one's answer, as `gradflow.simulation.jacobians` does.
 
 In both, ``tap`` is a (sites, sites) array of zeros whose cotangent is *defined* as
 (Δ Δᵀ) ∘ (x xᵀ): the sum of its entries is ‖Δᵀ x‖_F², the squared norm of ∂C/∂W. That is how a
-weight gradient is measured without the weights.
+weight gradient is measured without the weights. Where W is a part of a larger matrix, the rest of
+which is zero, ``seen`` is what all of it gets, and takes the place of x in this.
 """
 
 import functools
@@ -45,10 +46,11 @@ def dense(
     sigma_w: ScalarLike,
     width: int,
     distribution: Distribution,
+    seen: Float[Array, "sites n_all"] | None = None,
 ) -> Float[Array, "sites width"]:
     """Return x Wᵀ with W drawn: any distribution, entries of variance σ_w²/n_in."""
     matrix = matrices.redrawn(key, (width, x.shape[1]), distribution, x.dtype)
-    return _scaled(functools.partial(_product, matrix), sigma_w, x, tap)
+    return _scaled(functools.partial(_product, matrix), sigma_w, x, tap, seen)
 
 
 def matrix_free(
@@ -59,6 +61,7 @@ def matrix_free(
     sigma_w: ScalarLike,
     width: int,
     distribution: Distribution,
+    seen: Float[Array, "sites n_all"] | None = None,
 ) -> Float[Array, "sites width"]:
     """Return x Wᵀ in law, exactly, without W: entries of variance σ_w²/n_in.
 
@@ -68,11 +71,16 @@ def matrix_free(
         If the distribution is neither of independent Gaussian entries nor Haar-orthogonal.
     """
     matrix = matrices.undecided(key, (width, x.shape[1]), distribution, x.dtype)
-    return _scaled(functools.partial(_product, matrix), sigma_w, x, tap)
+    return _scaled(functools.partial(_product, matrix), sigma_w, x, tap, seen)
 
 
 @jax.custom_vjp
-def _product(matrix: Matrix, x: Array, tap: Array) -> Array:  # noqa: ARG001
+def _product(
+    matrix: Matrix,
+    x: Array,
+    tap: Array,  # noqa: ARG001
+    seen: Array | None,  # noqa: ARG001
+) -> Array:
     return matrix.times(x)[0]
 
 
@@ -80,25 +88,28 @@ def _product_forward(
     matrix: Matrix,
     x: Array,
     tap: Array,  # noqa: ARG001
+    seen: Array | None,
 ) -> tuple[Array, tuple[Matrix, Array]]:
     out, matrix = matrix.times(x)
-    return out, (matrix, x)
+    return out, (matrix, x if seen is None else seen)
 
 
-def _product_backward(residual: tuple[Matrix, Array], delta: Array) -> tuple[None, Array, Array]:
-    matrix, x = residual
-    return None, matrix.T.times(delta)[0], _weight_gradient_tap(delta, x)
+def _product_backward(
+    residual: tuple[Matrix, Array], delta: Array
+) -> tuple[None, Array, Array, None]:
+    matrix, seen = residual
+    return None, matrix.T.times(delta)[0], _weight_gradient_tap(delta, seen), None
 
 
 _product.defvjp(_product_forward, _product_backward)
 
 
 def _scaled(
-    product: Callable[[Array, Array], Array], sigma_w: ScalarLike, x: Array, tap: Array
+    product: Callable[..., Array], sigma_w: ScalarLike, x: Array, tap: Array, seen: Array | None
 ) -> Array:
     """Scale a product with entries of variance 1, keeping the tap that of the scaled weights."""
     scale = jnp.asarray(sigma_w, x.dtype) / x.shape[1] ** 0.5
-    return scale * product(x, tap / scale**2)
+    return scale * product(x, tap / scale**2, seen)
 
 
 def _weight_gradient_tap(delta: Array, x: Array) -> Array:
@@ -161,8 +172,8 @@ def choose(name: str, network: Network, sites: int = 1) -> tuple[str, str]:
 
 def seconds(name: str, network: Network, sites: int) -> float:
     """Return about how long a sampler takes for one network, on one core of a CPU."""
-    widths = np.array(network.widths, float)
+    shapes = np.array([shape for layer in network.shapes for shape in layer], float).reshape(-1, 2)
     if name == "matrix_free":
-        units = float(np.sum(widths[1:] + widths[:-1])) / 2
+        units = float(np.sum(shapes)) / 2
         return 1e-9 * units * (_PER_INPUT * sites + _PER_PAIR * sites**2)
-    return 1e-9 * float(widths[1:] @ widths[:-1]) * (_DRAWN + _MULTIPLIED * sites)
+    return 1e-9 * float(np.sum(np.prod(shapes, axis=1))) * (_DRAWN + _MULTIPLIED * sites)
