@@ -26,7 +26,7 @@ class AbstractBlock(eqx.Module):
     @abc.abstractmethod
     def apply(
         self, signal: Float[Array, "sites n_in"], multiply: Multiply, key: PRNGKeyArray
-    ) -> Float[Array, "sites n_out"]:
+    ) -> Float[Array, "sites_out n_out"]:
         """Return the next signal in one random network.
 
         ``multiply(key, x, sigma_w=…, width=…, distribution=…)`` is x Wᵀ, where W has shape

@@ -25,7 +25,7 @@ class Chain(AbstractComposite):
 
     def apply(
         self, signal: Float[Array, "sites n_in"], multiply: Multiply, key: PRNGKeyArray
-    ) -> Float[Array, "sites n_out"]:
+    ) -> Float[Array, "sites_out n_out"]:
         """Return the signal after all of them, each with a key of its own."""
         for number, part in enumerate(self.parts):
             signal = part.apply(signal, multiply, jax.random.fold_in(key, number))
