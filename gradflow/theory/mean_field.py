@@ -389,8 +389,8 @@ def _down_together(network: Network, entering: Sequence[Gram], sites: int) -> li
     for every, log_weight, width in reversed(_joined(found)):
         top = jnp.full_like(every[:1], jnp.nan)
         if runs:  # the layer above has another number of sites: by means over them
-            step = _log_mean(every[-1]) - _log_mean(runs[0].log_variance[0])
-            top = jnp.broadcast_to(step, top.shape)
+            change = _log_mean(every[-1]) - _log_mean(runs[0].log_variance[0])
+            top = jnp.broadcast_to(change, top.shape)
         ratio = jnp.concatenate([every[:-1] - every[1:], top])
         runs.insert(0, BackwardLaw(every, ratio, log_weight - 2 * math.log(sites), width))
     return runs
