@@ -10,6 +10,7 @@ import dataclasses
 import itertools
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import equinox as eqx
 import jax
@@ -368,7 +369,6 @@ def convolutional(
     ----------
     Xiao et al. 2018, arXiv:1806.05393; algorithm 1 for delta-orthogonal.
     """
-    shape = tuple(shape)
     channels = [check_count("a number of channels", count) for count in channels]
     dense = [check_count("a width in dense", width) for width in dense]
     if len(channels) < 2:
@@ -379,16 +379,15 @@ def convolutional(
         raise unknown_name("pool", pool, POOLS)
     phi, ensemble = activations.get(activation), ensembles.get(weights)
     linear = _linear(ensemble, sigma_b)
-    size = size if isinstance(size, int) else tuple(size)
-    elements = Patches(shape, size, padding).elements
-    each = 1 if delta else elements
+    patches = Patches(_tuple(shape), _tuple(size), padding)
+    each = 1 if delta else patches.elements
 
     def convolution(phi: Activation, fan_in: int, fan_out: int) -> AbstractBlock:
         scaled = linear(each * fan_in, each * fan_out)
         return Convolution(
             phi,
-            shape,
-            size,
+            patches.shape,
+            patches.size,
             padding,
             fan_out,
             scaled.sigma_w,
@@ -403,7 +402,7 @@ def convolutional(
         for (first, *pair), equal in itertools.groupby(layers)
     ]
     if dense:
-        pooled = Chain((Activate(phi), POOLS[pool](shape)))
+        pooled = Chain((Activate(phi), POOLS[pool](patches.shape)))
         fan_in = pooled.width_after(channels[-1])
         stages.append(Stage(Chain((*pooled.parts, linear(fan_in, dense[0])))))
     for pair, equal in itertools.groupby(itertools.pairwise(dense)):
@@ -415,6 +414,11 @@ def convolutional(
         activation=phi,
         name=name or f"{phi.name}, {ensemble.name}, {kind}",
     )
+
+
+def _tuple(lengths: Any) -> Any:
+    # What is no sequence is told of by the block that gets it.
+    return tuple(lengths) if isinstance(lengths, Sequence) else lengths
 
 
 def as_sites(images: Float[ArrayLike, "inputs *shape channels"]) -> Float[Array, "sites channels"]:

@@ -10,6 +10,7 @@ import dataclasses
 import itertools
 import math
 from collections.abc import Iterator, Sequence
+from numbers import Integral
 
 import equinox as eqx
 import jax.numpy as jnp
@@ -30,7 +31,9 @@ _PADDINGS = {"circular": "wrap", "zeros": "constant"}
 
 
 def _lengths(lengths: int | Sequence[int]) -> int | tuple[int, ...]:
-    return tuple(lengths) if isinstance(lengths, Sequence) else lengths
+    if isinstance(lengths, Sequence):
+        return tuple(lengths)
+    return int(lengths) if isinstance(lengths, Integral) else lengths  # NumPy's, too
 
 
 def _count_positions(shape: object) -> int:
