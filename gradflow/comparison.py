@@ -504,8 +504,10 @@ def _further_up(network: Network) -> Callable[[Prediction], float]:
     """Return a function of the theory: log χ where the network would be with many more layers."""
     if network.mixes_sites:
         # The top gradient, independent for each input, is no gradient of a layer below BatchNorm:
-        # the next layer's χ is the first that is like all others.
-        return lambda theory: math.log(theory.values["chi"][max(network.depth - 3, 0)])
+        # the next layer's χ is the first that is like all others, of the longest stage.
+        longest = max(range(len(network.stages)), key=lambda n: (network.stages[n].repeats, n))
+        last = sum(stage.repeats for stage in network.stages[: longest + 1])
+        return lambda theory: math.log(theory.values["chi"][max(last - 3, 0)])
     beyond = _layers_ahead(network.depth)
     log_chi = _prepared(mean_field.asymptotic_log_chi, network, 0.0, beyond=beyond)
 
@@ -549,7 +551,9 @@ def _differences(
 
 def _binomial_error(p: np.ndarray, simulation: Simulation) -> np.ndarray:
     """Return the standard error of a fraction p of all units seen, were they independent."""
-    units = simulation.networks * simulation.sites * np.array(simulation.network.widths[1:])
+    network = simulation.network
+    sites = np.array(network.sites(simulation.sites))
+    units = simulation.networks * sites * np.array(network.widths[1:])
     return np.sqrt(np.clip(p * (1 - p), 0, None) / units)
 
 

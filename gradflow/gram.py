@@ -174,27 +174,29 @@ def multiply_gram(
     *,
     sigma_w: ScalarLike,
     distribution: Distribution,
-    tap: Float[Array, "..."] | None = None,
+    tap: Float[Array, ""] | None = None,
+    seen: Gram | None = None,
     **_: object,
 ) -> Gram:
     """Return what is known of W x: second moments σ_w² E[x_a x_b], and a Gaussian law.
 
     Weights whose rows sum to 0 see what differs from the mean over units alone.
 
-    ``tap`` is a zero to differentiate by, of the tangent's shape: the second moment, times fan_in,
-    of a small random change of W. A gradient of W x with second moments Λ then has the cotangent
-    Λ_ab E[x_a x_b], whose sum is the variance of a component of ∂C/∂W (Glorot & Bengio 2010, eqs. 3
-    and 7), as in a simulation (`simulation.samplers`).
+    ``tap`` is a zero to differentiate by: the second moment, times fan_in, of a small random change
+    of W. A gradient of W x with second moments Λ then has the cotangent Σ_ab Λ_ab E[x_a x_b], the
+    variance of a component of ∂C/∂W (Glorot & Bengio 2010, eqs. 3 and 7), as in a simulation
+    (`simulation.samplers`). Where W is a part of a larger matrix, all of it gets ``seen``.
     """
-    seen = gram.centred() if distribution.centred else gram
+    passed = gram.centred() if distribution.centred else gram
     scale = jnp.square(sigma_w)
-    tangent = seen.tangent
+    tangent = passed.tangent
     if tangent is not None:
         tangent = scale * tangent
         if tap is not None:
-            k = gram.covariance  # whatever the weights' rows sum to, ∂C/∂W = δ xᵀ
-            tangent = tangent + tap * (jnp.diagonal(k) if tap.ndim == 1 else k)
-    return Gram(scale * seen.covariance, jnp.zeros_like(gram.mean), tangent, Gaussian())
+            # Whatever the weights' rows sum to, ∂C/∂W = δ xᵀ.
+            k = (gram if seen is None else seen).covariance
+            tangent = tangent + tap * (jnp.diagonal(k) if tangent.ndim == 1 else k)
+    return Gram(scale * passed.covariance, jnp.zeros_like(gram.mean), tangent, Gaussian())
 
 
 def inverse_or_zero(x: Float[Array, "..."]) -> Float[Array, "..."]:

@@ -10,12 +10,13 @@ import dataclasses
 import itertools
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
-from jaxtyping import Array
+from jaxtyping import Array, ArrayLike, Float
 
 from gradflow import activations, ensembles
 from gradflow.activations import Activation
@@ -24,10 +25,14 @@ from gradflow.blocks import (
     Activate,
     BatchNorm,
     Chain,
+    Convolution,
     Dense,
     Dropout,
+    Flatten,
+    GlobalMean,
     LayerNorm,
     Linear,
+    Patches,
     Residual,
     RMSNorm,
     UnitVariance,
@@ -35,7 +40,8 @@ from gradflow.blocks import (
 from gradflow.ensembles import Ensemble
 from gradflow.errors import InputError, check_count, unknown_name
 
-__all__ = ["Network", "Stage", "mlp", "narrowed", "residual", "stack", "unit_variance"]
+__all__ = ["Network", "Stage", "as_sites", "convolutional", "mlp", "narrowed", "residual", "stack"]
+__all__ += ["unit_variance"]
 
 
 class Stage(eqx.Module):
@@ -75,6 +81,11 @@ class Network(eqx.Module):
                     f"a block is repeated {stage.repeats} times, takes {below} units and hands on "
                     f"{above}; what is repeated hands on as many as it takes"
                 )
+            if stage.repeats > 1 and stage.block.merges > 1:
+                raise InputError(
+                    f"a block is repeated {stage.repeats} times and makes one site of "
+                    f"{stage.block.merges}; what is repeated hands on as many as it takes"
+                )
 
     @property
     def stage_widths(self) -> tuple[int, ...]:
@@ -104,8 +115,16 @@ class Network(eqx.Module):
 
     @property
     def mixes_sites(self) -> bool:
-        """Whether an input's signal depends on the other inputs, as under BatchNorm."""
+        """Whether a site's signal depends on others: BatchNorm's batch, a filter's positions."""
         return any(stage.block.mixes_sites for stage in self.stages)
+
+    def sites(self, first: int) -> tuple[int, ...]:
+        """Return how many sites each layer hands on, of so many in the input."""
+        counts: list[int] = []
+        for stage in self.stages:
+            first //= stage.block.merges
+            counts += stage.repeats * [first]
+        return tuple(counts)
 
     @property
     def depth(self) -> int:
@@ -149,6 +168,11 @@ NORMS: dict[str, Callable[[], AbstractBlock]] = {
 }
 # What `scale` may be in `residual`, beside a number.
 SCALES = ("depth", "zero", "fixup")
+# What `pool` may be in `convolutional`.
+POOLS: dict[str, Callable[[tuple[int, ...]], AbstractBlock]] = {
+    "mean": GlobalMean,
+    "flatten": Flatten,
+}
 _PLACES = ("pre", "post")
 
 
@@ -304,6 +328,132 @@ def residual(
         activation=phi,
         name=name or f"{phi.name}, {ensemble.name}, residual{_kind(norm, place, keep)}",
     )
+
+
+def convolutional(
+    shape: Sequence[int],
+    channels: Sequence[int],
+    activation: Activation | str | Callable[..., Array] = "tanh",
+    weights: Ensemble | str | Callable[..., Array] = "glorot",
+    *,
+    size: int | Sequence[int] = 3,
+    padding: str = "circular",
+    delta: bool = False,
+    sigma_b: float | int | None = None,
+    dense: Sequence[int] = (),
+    pool: str = "mean",
+    name: str | None = None,
+) -> Network:
+    """Return convolutions, z^1 = W^1 * x + b^1, z^l = W^l * φ(z^{l-1}) + b^l, then dense layers.
+
+    Its inputs are those of `as_sites`: every position of every input is a site.
+
+    Parameters
+    ----------
+    shape
+        The lengths of an input's spatial axes, which every convolution keeps: (n,) or (rows,
+        columns).
+    channels
+        (c_0, c_1, …): the input's, then every convolution's, at least one.
+    activation, sigma_b
+        As for `mlp`.
+    weights
+        As for `mlp`; a filter of k elements has fan_in k c_{l-1} and fan_out k c_l.
+    size
+        The filter's length along every axis, or along each; see `blocks.Patches` for even ones.
+    padding
+        What is beyond the edge: ``"circular"``, the other end, or ``"zeros"``.
+    delta
+        Whether filters are zero but for their centre, which has fan_in c_{l-1} and fan_out c_l;
+        with orthogonal weights it is the delta-orthogonal initialisation.
+    dense
+        The widths of the dense layers after the convolutions; none without it.
+    pool
+        What the first of them gets of the convolutions' activations: ``"mean"``, that over
+        positions, or ``"flatten"``, all of them.
+    name
+        What to call it; made from the other arguments without it.
+
+    Raises
+    ------
+    InputError
+        If a length or a width is not a whole number of at least 1, there is no convolution, a
+        filter is longer than what it is for, σ_b is not a finite number of at least 0, or a name
+        is unknown.
+
+    References
+    ----------
+    Xiao et al. 2018, arXiv:1806.05393; algorithm 1 for delta-orthogonal.
+    """
+    channels = [check_count("a number of channels", count) for count in channels]
+    dense = [check_count("a width in dense", width) for width in dense]
+    if len(channels) < 2:
+        raise InputError(
+            f"channels is {tuple(channels)!r}; it has the input's and those of one layer at least"
+        )
+    if pool not in POOLS:
+        raise unknown_name("pool", pool, POOLS)
+    phi, ensemble = activations.get(activation), ensembles.get(weights)
+    linear = _linear(ensemble, sigma_b)
+    patches = Patches(_tuple(shape), _tuple(size), padding)
+    each = 1 if delta else patches.elements
+
+    def convolution(phi: Activation, fan_in: int, fan_out: int) -> AbstractBlock:
+        scaled = linear(each * fan_in, each * fan_out)
+        return Convolution(
+            phi,
+            patches.shape,
+            patches.size,
+            padding,
+            fan_out,
+            scaled.sigma_w,
+            scaled.sigma_b,
+            scaled.distribution,
+            delta,
+        )
+
+    layers = [(n == 0, *pair) for n, pair in enumerate(itertools.pairwise(channels))]
+    stages = [
+        Stage(convolution(activations.linear if first else phi, *pair), len(list(equal)))
+        for (first, *pair), equal in itertools.groupby(layers)
+    ]
+    if dense:
+        pooled = Chain((Activate(phi), POOLS[pool](patches.shape)))
+        fan_in = pooled.width_after(channels[-1])
+        stages.append(Stage(Chain((*pooled.parts, linear(fan_in, dense[0])))))
+    for pair, equal in itertools.groupby(itertools.pairwise(dense)):
+        stages.append(Stage(_as_dense((Activate(phi),), linear(*pair)), len(list(equal))))
+    kind = "delta convolutions" if delta else "convolutions"
+    return Network(
+        stages=tuple(stages),
+        input_width=channels[0],
+        activation=phi,
+        name=name or f"{phi.name}, {ensemble.name}, {kind}",
+    )
+
+
+def _tuple(lengths: Any) -> Any:
+    # What is no sequence is told of by the block that gets it.
+    return tuple(lengths) if isinstance(lengths, Sequence) else lengths
+
+
+def as_sites(images: Float[ArrayLike, "inputs *shape channels"]) -> Float[Array, "sites channels"]:
+    """Return images, (inputs, …, channels), as the inputs of a convolutional network.
+
+    Shape (inputs · positions, channels): an input's positions one after the other, row by row.
+
+    Raises
+    ------
+    InputError
+        If there is no spatial axis.
+    """
+    images = jnp.asarray(images)
+    if images.ndim < 3:
+        raise InputError(
+            f"images has shape {images.shape}; it is (inputs, positions, channels) or (inputs, "
+            "rows, columns, channels)"
+        )
+    return images.reshape(-1, images.shape[-1])
 
 
 def stack(

@@ -172,7 +172,7 @@ def _mean_cosine(rows: Float[Array, "sites n"]) -> Array:
     """
     sites = rows.shape[0]
     pairs = jnp.sum(jnp.square(jnp.sum(rows, axis=0))) - jnp.sum(jnp.square(rows))
-    return pairs / (sites * (sites - 1))
+    return pairs / (sites * (sites - 1) or math.nan)  # one site alone has no pair
 
 
 def _over_sites(f: Callable[[Array], Array], law: ForwardLaw) -> Array:

@@ -22,6 +22,7 @@ ORDER = (
     "gram",
     "blocks.base",
     "blocks.dense",
+    "blocks.convolution",
     "blocks.composition",
     "blocks.normalisation",
     "blocks.batch_norm",

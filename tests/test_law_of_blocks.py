@@ -21,6 +21,7 @@ from gradflow.blocks import (
     LayerNorm,
     Linear,
     Maxout,
+    Patches,
     Residual,
     UnitVariance,
 )
@@ -55,7 +56,7 @@ QUICK = {blocks.Dense, blocks.Residual, blocks.BatchNorm}
     ids=lambda block: block.__name__,
 )
 def test_every_block(block):
-    """As it is made without arguments: 100 units; 4 inputs, which BatchNorm takes at least."""
+    """As it is made without arguments: 100 units; where sites mix, 6, which 3 positions divide."""
     made = block()
     differing, sentence = differences(in_a_network(made), 6 if made.mixes_sites else 2)
     assert not differing, sentence
@@ -186,5 +187,7 @@ def test_signals_are_rescaled_only_where_reported_activations_are_too():
     assert networks.stack(INPUTS, [Linear(100), Linear(100)], "relu").homogeneous
 
 
-def test_batches_mix_and_nothing_else_does():
-    assert {block for block in blocks.ALL if block().mixes_sites} == {BatchNorm, UnitVariance}
+def test_batches_and_positions_mix_and_nothing_else_does():
+    mixing = {block for block in blocks.ALL if block().mixes_sites}
+    positions = {blocks.Convolution, blocks.Flatten, blocks.GlobalMean, Patches}
+    assert mixing == {BatchNorm, UnitVariance} | positions

@@ -13,6 +13,9 @@ base
     What a block is.
 dense
     `Linear` W h + b, `Activate` φ(z), and `Dense` W φ(z) + b.
+convolution
+    `Convolution` W * φ(z), `Patches` that it is made of, and `GlobalMean` and `Flatten` over
+    positions, for the layers after it.
 composition
     `Chain` and `Residual`.
 normalisation
@@ -20,7 +23,7 @@ normalisation
 gating
     `Gated`, as gated linear units are, and `Maxout`.
 batch_norm
-    `BatchNorm`, the only one that mixes inputs' gradients.
+    `BatchNorm`, which mixes inputs' gradients. With convolutions its batch is over positions too.
 dropout
     `Dropout`.
 
@@ -33,6 +36,7 @@ import inspect
 from gradflow.blocks.base import *
 from gradflow.blocks.batch_norm import *
 from gradflow.blocks.composition import *
+from gradflow.blocks.convolution import *
 from gradflow.blocks.dense import *
 from gradflow.blocks.dropout import *
 from gradflow.blocks.gating import *

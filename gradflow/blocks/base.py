@@ -1,6 +1,7 @@
 """What a block is: one step up the network, defined once and read twice."""
 
 import abc
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -25,12 +26,14 @@ class AbstractBlock(eqx.Module):
     @abc.abstractmethod
     def apply(
         self, signal: Float[Array, "sites n_in"], multiply: Multiply, key: PRNGKeyArray
-    ) -> Float[Array, "sites n_out"]:
+    ) -> Float[Array, "sites_out n_out"]:
         """Return the next signal in one random network.
 
         ``multiply(key, x, sigma_w=…, width=…, distribution=…)`` is x Wᵀ, where W has shape
         (width, n_in), mean 0 and variance σ_w²/n_in; the sampler that runs the block supplies it.
         All other randomness comes from the key, and is the same when the block is applied again.
+        Where W is a part of a larger matrix, the rest of which is zero, ``seen=…`` is what all of
+        it gets: its gradient is δ seenᵀ.
         """
 
     @abc.abstractmethod
@@ -56,6 +59,11 @@ class AbstractBlock(eqx.Module):
     def mixes_sites(self) -> bool:
         """Whether a site's signal depends on those of other sites, as under BatchNorm."""
         return False
+
+    @property
+    def merges(self) -> int:
+        """How many sites it makes one of, as the positions of an input by a mean over them."""
+        return 1
 
     def width_after(self, n_in: int) -> int:
         """Return how many units it hands on when it gets ``n_in``.
@@ -93,6 +101,11 @@ class AbstractComposite(AbstractBlock):
     def mixes_sites(self) -> bool:
         """Whether one of its parts does."""
         return any(part.mixes_sites for part in self.parts)
+
+    @property
+    def merges(self) -> int:
+        """How many sites its parts together make one of."""
+        return math.prod(part.merges for part in self.parts)
 
     def shapes(self, n_in: int) -> tuple[tuple[int, int], ...]:
         """Return those of its parts."""

@@ -25,7 +25,7 @@ class Chain(AbstractComposite):
 
     def apply(
         self, signal: Float[Array, "sites n_in"], multiply: Multiply, key: PRNGKeyArray
-    ) -> Float[Array, "sites n_out"]:
+    ) -> Float[Array, "sites_out n_out"]:
         """Return the signal after all of them, each with a key of its own."""
         for number, part in enumerate(self.parts):
             signal = part.apply(signal, multiply, jax.random.fold_in(key, number))
@@ -69,6 +69,11 @@ class Residual(AbstractComposite):
         if not self.branch.n_weights:
             raise InputError(
                 "a residual branch has no random matrix; put a Linear or Dense block into it"
+            )
+        if self.branch.merges > 1:
+            raise InputError(
+                f"a residual branch makes one site of {self.branch.merges}; what is added to the "
+                "signal has as many as the signal"
             )
 
     @property

@@ -99,7 +99,8 @@ class Jacobian(eqx.Module):
     def cotangent_shape(self) -> tuple[int, ...]:
         """(sites, n_m)."""
         last = self.layers[-1]
-        return self.tangent_shape[0], last.block.width_after(last.signal.shape[-1])
+        sites, width = last.signal.shape[-2:]
+        return sites // last.block.merges, last.block.width_after(width)
 
     def with_places(self, more: int) -> "Jacobian":
         """Return it with places for as many tangents, and as many cotangents, more."""
@@ -336,7 +337,13 @@ def _linearised(
     asked: list[Matrix] = []
 
     def multiply(
-        key: PRNGKeyArray, x: Array, *, sigma_w: Any, width: int, distribution: Distribution
+        key: PRNGKeyArray,
+        x: Array,
+        *,
+        sigma_w: Any,
+        width: int,
+        distribution: Distribution,
+        **_: Any,
     ) -> Array:
         matrix = make(key, (width, x.shape[1]), distribution, x.dtype)
         answer, matrix = matrix.times(_scale(sigma_w, x) * x)
@@ -388,8 +395,9 @@ def layer_jacobians(
     """
     if network.mixes_sites:
         raise InputError(
-            "layer_jacobians is of one input alone, and this network's BatchNorm or UnitVariance "
-            "makes its signal depend on a batch; use jacobians.draw, which takes all inputs at once"
+            "layer_jacobians is of one input alone, and this network's BatchNorm, UnitVariance or "
+            "convolution makes its signal depend on others; use jacobians.draw, which takes all "
+            "sites at once"
         )
     jacobian = draw(network, x[None], key, sampler="dense", tangents=0, cotangents=0)
     found: list[Array] = []
@@ -541,7 +549,17 @@ def sampled_partial_norms(
     LogEstimate
         Arrays of shape (L + 1, L + 1), by l and m; the logarithms are of the mean over probes. The
         error is that of the probes, for this one network.
+
+    Raises
+    ------
+    InputError
+        If a layer merges sites, as a mean over positions does, or the sampler is unknown.
     """
+    if any(stage.block.merges > 1 for stage in network.stages):
+        raise InputError(
+            "sampled_partial_norms is of layers with equally many sites, and a layer of this "
+            "network merges positions; use it for the convolutions alone"
+        )
     probes = check_count("probes", probes)
     make, sites = _Maker(samplers.choose(sampler, network)[0], None), inputs.shape[0]
     keys = jax.random.split(key, network.depth + 1)

@@ -82,6 +82,7 @@ def bytes_per_network(
     widths = network.widths
     shapes = [shape for layer in network.shapes for shape in layer]
     widest = max(*widths, *(sum(n for n, _ in layer) for layer in network.shapes))
+    widest = max(widest, *(m for _, m in shapes), 1)
     working = (_WORKING_COPIES * widest + 4 * sites) * sites
     if sampler == "dense":
         redrawn = network.iid_gaussian and itemsize == 4 and jax.default_backend() == "cpu"

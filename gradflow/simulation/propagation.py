@@ -7,11 +7,13 @@ again before it is walked down. Nothing leaves a float's range on
 the way down: the gradient of each input is kept as a unit vector and the logarithm of its norm. The
 way up is kept likewise where the network is positively homogeneous and the scale therefore free.
 
-The gradient starts at the top as δ^L ~ N(0, I), independent for each input: it is that of
-C = u · z^L with a random u, so that nothing is assumed of a cost.
+The gradient starts at the top as δ^L ~ N(0, I), independent for each site: it is that of
+C = u · z^L with a random u, so that nothing is assumed of a cost. For ∂C/∂W it is the mean over the
+sites at the top. Where sites mix, all share one scale, going up and going down.
 """
 
 import functools
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -201,8 +203,9 @@ def _walk(
     for stage, stretch in pieces:
         up = functools.partial(
             _up,
-            functools.partial(_linearise, stage.block, sampler),
+            functools.partial(_linearise, stage.block, sampler, network.mixes_sites),
             rescale=network.homogeneous,
+            mixes=network.mixes_sites,
             keep=keep.linearisations,
             collect=collect,
         )
@@ -224,8 +227,8 @@ def _walk(
     downs: list[Any] = []
     logs: list[_Logs] = []
     for (stage, _), kept_below in reversed(list(zip(pieces, kept, strict=True))):
-        linear = functools.partial(_linearise, stage.block, sampler)
-        step = functools.partial(_down, linear, collect, network.mixes_sites)
+        linear = functools.partial(_linearise, stage.block, sampler, network.mixes_sites)
+        step = functools.partial(_down, linear, collect, network.mixes_sites, state[0].shape[0])
         if isinstance(kept_below, _Walked):
             carry, (down, stage_logs) = kept_below.down(step, carry)
         else:
@@ -233,9 +236,11 @@ def _walk(
         downs.insert(0, down)
         logs.insert(0, stage_logs)
 
-    sample = _backward_sample(network, jax.tree.map(lambda *v: jnp.concatenate(v), *logs))
-    rows = jax.vmap(lambda s: _row([b.measure(s) for b in backward], inputs.dtype))(sample)
-    values = jnp.concatenate([jnp.concatenate(measured), rows], axis=1)
+    rows = [
+        jax.vmap(lambda s: _row([b.measure(s) for b in backward], inputs.dtype))(sample)
+        for sample in _backward_samples(network, logs)
+    ]
+    values = jnp.concatenate([jnp.concatenate(measured), jnp.concatenate(rows)], axis=1)
     return dict(zip((s.key for s in (*forward, *backward)), values.T, strict=True)), (ups, downs)
 
 
@@ -252,8 +257,9 @@ class _Logs(NamedTuple):
     norm
         Shape (sites,): log ‖∂C/∂z^l‖.
     ratio
-        Shape (sites,): log (‖∂C/∂z^l‖²/n_l) - log (‖∂C/∂z^{l+1}‖²/n_{l+1}), NaN at the top layer.
-        It is not taken as a difference: after many layers both are large.
+        Shape (sites,): log (‖∂C/∂z^l‖²/n_l) - log (‖∂C/∂z^{l+1}‖²/n_{l+1}), NaN at the top layer;
+        of means over sites where layer l+1 has fewer. It is not taken as a difference: after many
+        layers both are large.
     weight_norm
         log ‖∂C/∂W^l‖_F.
     """
@@ -263,24 +269,34 @@ class _Logs(NamedTuple):
     weight_norm: Array
 
 
-def _backward_sample(network: Network, logs: _Logs) -> BackwardSample:
-    """Return all layers' samples, with an axis of layers in front."""
+def _backward_samples(network: Network, logs: Sequence[_Logs]) -> list[BackwardSample]:
+    """Return all layers' samples, with an axis of layers in front, by runs of equal sites."""
     widths = network.stage_widths
 
     def each_layer(by_stage: Sequence[int]) -> Array:
         # No constant of as many numbers as there are layers.
         repeats = [stage.repeats for stage in network.stages]
         parts = zip(repeats, by_stage, strict=True)
-        return jnp.concatenate([jnp.full(count, v, logs.norm.dtype) for count, v in parts])
+        return jnp.concatenate([jnp.full(count, v, logs[0].norm.dtype) for count, v in parts])
 
     shapes = [stage.block.shapes(n) for stage, n in zip(network.stages, widths[:-1], strict=True)]
-    return BackwardSample(
-        log_norm=logs.norm,
-        log_ratio=logs.ratio,
-        log_weight_norm=logs.weight_norm,
-        width=each_layer(widths[1:]),
-        weights=each_layer([sum(n * m for n, m in layer) for layer in shapes]),
-    )
+    width = each_layer(widths[1:])
+    weights = each_layer([sum(n * m for n, m in layer) for layer in shapes])
+    samples, first = [], 0
+    for _, run in itertools.groupby(logs, lambda one: one.norm.shape[1]):
+        joined = jax.tree.map(lambda *v: jnp.concatenate(v), *run)
+        layers = slice(first, first + len(joined.norm))
+        samples.append(
+            BackwardSample(
+                log_norm=joined.norm,
+                log_ratio=joined.ratio,
+                log_weight_norm=joined.weight_norm,
+                width=width[layers],
+                weights=weights[layers],
+            )
+        )
+        first = layers.stop
+    return samples
 
 
 def kept_signals(layers: int) -> tuple[int, int, int]:
@@ -355,25 +371,28 @@ def scan_blocks(step: Callable, carry: Any, xs: Any, reverse: bool = False) -> t
 def _linearise(
     block: AbstractBlock,
     sampler: Sampler,
+    mixes: bool,
     key: PRNGKeyArray,
     signal: Float[Array, "sites n_in"],
-) -> tuple[Float[Array, "sites n_out"], Callable[[Array], tuple[Array, Array]]]:
+) -> tuple[Float[Array, "sites_out n_out"], Callable[[Array], tuple[Array, Array]]]:
     """Apply the block with the weights of this key; return the result and its pull-back.
 
     The pull-back takes ∂C/∂z^l to ∂C/∂z^{l-1} and to the (sites, sites) array whose sum is the
-    squared norm of the weight gradient, summed over the block's weights.
+    squared norm of the weight gradient, summed over the block's weights. Where sites mix it is that
+    sum, (1, 1): no site has a scale of its own, and a block may have matrices of fewer sites.
     """
-    sites = signal.shape[0]
+    pairs = (1, 1) if mixes else (signal.shape[0],) * 2
 
     def apply(signal: Array, taps: Array) -> Array:
         remaining = iter(taps)
 
         def multiply(weights_key: PRNGKeyArray, x: Array, **law: Any) -> Array:
-            return sampler(weights_key, x, next(remaining), **law)
+            tap = jnp.broadcast_to(next(remaining), (x.shape[0], x.shape[0]))
+            return sampler(weights_key, x, tap, **law)
 
         return block.apply(signal, multiply, key)
 
-    taps = jnp.zeros((block.n_weights, sites, sites), signal.dtype)
+    taps = jnp.zeros((block.n_weights, *pairs), signal.dtype)
     out, pull = jax.vjp(apply, signal, taps)
     return out, jax.tree_util.Partial(_summed_taps, pull)
 
@@ -390,6 +409,7 @@ def _up(
     *,
     measure: Callable,
     rescale: bool,
+    mixes: bool,
     keep: bool,
     collect: bool,
 ) -> tuple[tuple[Array, Array], tuple]:
@@ -397,9 +417,10 @@ def _up(
     signal, log_scale = state
     out, pull = linear(key, signal)
     kept = (key, pull if keep else signal, log_scale)
+    log_scale = _for_sites(log_scale, out.shape[0])
     if rescale:
-        rows, log_norm = unit_rows(out)
-        root = out.shape[1] ** 0.5
+        rows, log_norm = _at_unit_scale(out, mixes)
+        root = (out.size if mixes else out.shape[1]) ** 0.5
         out, log_scale = root * rows, log_scale + log_norm - math.log(root)
     state = (out, log_scale)
     return state, (kept, state if collect else None, measure(out, log_scale))
@@ -409,6 +430,7 @@ def _down(
     linear: Callable,
     collect: bool,
     mixes: bool,
+    sites_above: int,
     carry: tuple[Array, tuple[Array, Array], Array],
     kept: tuple[Array, Any, Array],
 ) -> tuple[tuple[Array, tuple[Array, Array], Array], tuple]:
@@ -421,18 +443,36 @@ def _down(
     log_scale_down = log_norm_pair[0]
     unit, log_row = unit_rows(delta) if mixes else (delta, jnp.zeros_like(log_scale_down))
     log_norm = log_scale_down + log_row
-    log_weight_norm = _log_weight_norm(tap, log_scale_down + log_scale)
+    # Of one tap for all sites, their one scale.
+    log_length = log_scale_down[: len(tap)] + log_scale[: len(tap)]
+    log_weight_norm = _log_weight_norm(tap, log_length) - math.log(sites_above)
     below, log_step = _at_unit_scale(below, mixes)
-    log_row_below = unit_rows(below)[1] if mixes else 0
+    log_row_below = unit_rows(below)[1] if mixes else jnp.zeros_like(log_step)
     logs = _Logs(log_norm, log_ratio, log_weight_norm)
     log_width_ratio = math.log(delta.shape[1] / below.shape[1])
+    sites = below.shape[0]
+    if sites != delta.shape[0]:
+        log_row, log_row_below = (
+            _log_root_mean_square(log_row),
+            _log_root_mean_square(log_row_below),
+        )
     log_ratio = 2 * (log_step + log_row_below - log_row) + log_width_ratio
+    log_norm_pair = jax.tree.map(lambda log: _for_sites(log, sites), log_norm_pair)
     carry = (below, _add(log_norm_pair, log_step), log_ratio)
     return carry, ((unit, log_norm) if collect else None, logs)
 
 
+def _for_sites(log: Float[Array, " others"], sites: int) -> Float[Array, " sites"]:
+    """Return logarithms for so many sites; where their number changes, sites mix and have one."""
+    return log if log.shape[0] == sites else jnp.broadcast_to(log[:1], (sites,))
+
+
+def _log_root_mean_square(log: Float[Array, " sites"]) -> Float[Array, ""]:
+    return (jax.nn.logsumexp(2 * log) - math.log(log.shape[0])) / 2
+
+
 def _at_unit_scale(delta: Array, mixes: bool) -> tuple[Array, Array]:
-    """Return gradients at a scale of 1, and the logarithm, (sites,), of what they are divided by.
+    """Return signals at a scale of 1, and the logarithm, (sites,), of what they are divided by.
 
     Each site has its own; where sites mix there must be one for all of them.
     """
@@ -453,10 +493,10 @@ def _add(total: tuple[Array, Array], term: Array) -> tuple[Array, Array]:
 
 
 def _log_weight_norm(tap: Array, log_length: Array) -> Array:
-    """Return log ‖Σ_a δ_a x_aᵀ‖_F / sites from the unit rows' Gram products and their logs."""
+    """Return log ‖Σ_a δ_a x_aᵀ‖_F from the unit rows' Gram products and their logs."""
     largest = jnp.max(log_length)
     finite = jnp.where(jnp.isfinite(largest), largest, 0)
     weight = jnp.exp(log_length - finite)
     square = jnp.sum(tap * jnp.outer(weight, weight))
     # Rounding can leave a sum of cancelling terms a hair below zero.
-    return jnp.log(jnp.maximum(square, 0)) / 2 + finite - jnp.log(float(tap.shape[0]))
+    return jnp.log(jnp.maximum(square, 0)) / 2 + finite

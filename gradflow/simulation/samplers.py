@@ -15,7 +15,8 @@ one's answer, as `gradflow.simulation.jacobians` does.
 
 In both, ``tap`` is a (sites, sites) array of zeros whose cotangent is *defined* as
 (Δ Δᵀ) ∘ (x xᵀ): the sum of its entries is ‖Δᵀ x‖_F², the squared norm of ∂C/∂W. That is how a
-weight gradient is measured without the weights.
+weight gradient is measured without the weights. Where W is a part of a larger matrix, the rest of
+which is zero, ``seen`` is what all of it gets, and takes the place of x in this.
 """
 
 import functools
@@ -45,10 +46,11 @@ def dense(
     sigma_w: ScalarLike,
     width: int,
     distribution: Distribution,
+    seen: Float[Array, "sites n_all"] | None = None,
 ) -> Float[Array, "sites width"]:
     """Return x Wᵀ with W drawn: any distribution, entries of variance σ_w²/n_in."""
     matrix = matrices.redrawn(key, (width, x.shape[1]), distribution, x.dtype)
-    return _scaled(matrix, sigma_w, x, tap)
+    return _scaled(matrix, sigma_w, x, tap, seen)
 
 
 def matrix_free(
@@ -59,6 +61,7 @@ def matrix_free(
     sigma_w: ScalarLike,
     width: int,
     distribution: Distribution,
+    seen: Float[Array, "sites n_all"] | None = None,
 ) -> Float[Array, "sites width"]:
     """Return x Wᵀ in law, exactly, without W: entries of variance σ_w²/n_in.
 
@@ -68,7 +71,7 @@ def matrix_free(
         If the distribution is neither of independent Gaussian entries nor Haar-orthogonal.
     """
     matrix = matrices.undecided(key, (width, x.shape[1]), distribution, x.dtype)
-    return _scaled(matrix, sigma_w, x, tap)
+    return _scaled(matrix, sigma_w, x, tap, seen)
 
 
 @jax.custom_vjp
@@ -105,13 +108,13 @@ def _tapped_backward(x: Array, delta: Array) -> tuple[Array, None, Array]:
 _tapped.defvjp(_tapped_forward, _tapped_backward)
 
 
-def _scaled(matrix: Matrix, sigma_w: ScalarLike, x: Array, tap: Array) -> Array:
+def _scaled(matrix: Matrix, sigma_w: ScalarLike, x: Array, tap: Array, seen: Array | None) -> Array:
     """Scale a product with entries of variance 1; the tap is that of the scaled weights.
 
     It is put behind the scale, so that weights of scale 0 have a gradient, as they do.
     """
     scale = jnp.asarray(sigma_w, x.dtype) / x.shape[1] ** 0.5
-    return _tapped(scale * _product(matrix, x), x, tap)
+    return _tapped(scale * _product(matrix, x), x if seen is None else seen, tap)
 
 
 Sampler = Callable[..., Array]
@@ -170,8 +173,8 @@ def choose(name: str, network: Network, sites: int = 1) -> tuple[str, str]:
 
 def seconds(name: str, network: Network, sites: int) -> float:
     """Return about how long a sampler takes for one network, on one core of a CPU."""
-    widths = np.array(network.widths, float)
+    shapes = np.array([shape for layer in network.shapes for shape in layer], float).reshape(-1, 2)
     if name == "matrix_free":
-        units = float(np.sum(widths[1:] + widths[:-1])) / 2
+        units = float(np.sum(shapes)) / 2
         return 1e-9 * units * (_PER_INPUT * sites + _PER_PAIR * sites**2)
-    return 1e-9 * float(widths[1:] @ widths[:-1]) * (_DRAWN + _MULTIPLIED * sites)
+    return 1e-9 * float(np.sum(np.prod(shapes, axis=1))) * (_DRAWN + _MULTIPLIED * sites)

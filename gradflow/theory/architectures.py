@@ -72,8 +72,9 @@ def walk(block: AbstractBlock, q0: ArrayLike, depth: int) -> Walk:
     """
     if block.mixes_sites:
         raise InputError(
-            "block has a BatchNorm or a UnitVariance, and one input alone has no batch; use "
-            "batch_norm_chi, or mean_field.predict with the batch's products"
+            "block has a BatchNorm, a UnitVariance or a convolution, and one input alone has no "
+            "batch and no positions; use batch_norm_chi, or mean_field.predict with the products "
+            "of all sites"
         )
     check_scale("q0", q0)
     depth = check_count("depth", depth)

@@ -22,7 +22,7 @@ input's forward fluctuations) and ch. 9 (gradients'); Hanin & Nica 2020, arXiv:1
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import equinox as eqx
 import jax
@@ -108,7 +108,9 @@ def correct(network: Network, gram: Float[ArrayLike, "sites sites"]) -> Correcti
     return correct_from(prepare(network, *mean_field.laws(network, gram)))
 
 
-def prepare(network: Network, forward: ForwardLaw, backward: BackwardLaw) -> "Layers":
+def prepare(
+    network: Network, forward: Sequence[ForwardLaw], backward: Sequence[BackwardLaw]
+) -> "Layers":
     """Return all that `correct_from` needs to know: the part that depends on the activation.
 
     Parameters
@@ -118,7 +120,8 @@ def prepare(network: Network, forward: ForwardLaw, backward: BackwardLaw) -> "La
     forward, backward
         From `mean_field.laws`.
     """
-    k = forward.covariance
+    (up,), (down,) = forward, backward  # dense layers have equally many sites
+    k = up.covariance
 
     def each_layer(name: str) -> Array:
         scales = [getattr(stage.block, name) for stage in network.stages]
@@ -131,7 +134,7 @@ def prepare(network: Network, forward: ForwardLaw, backward: BackwardLaw) -> "La
         sigma_b2=each_layer("sigma_b"),
         width=jnp.asarray(np.array(network.widths[1:], float), k.dtype)[:, None],
         covariance=k,
-        backward=backward,
+        backward=down,
         averages=_averages(network.activation, k),
     )
 

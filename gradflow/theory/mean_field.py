@@ -9,9 +9,9 @@ one component of δ^l = ∂C/∂z^l has the variance g^l with
 where T is what the block does to the second moment of a tangent, σ_w² E[φ'²] for a dense layer
 (Schoenholz et al. 2017, arXiv:1611.01232, eq. 7), and the ratio of widths turns the sum over fan_in
 into the backward sum over fan_out (Glorot & Bengio 2010, eq. 6). Where a block mixes the sites
-(BatchNorm), tangents' and gradients' second moments over sites are matrices, S and Λ, and Λ goes
-down by the transpose of the linear map S -> T[S]. The top is δ^L ~ N(0, I), independent for each
-input, and C the mean cost over the inputs. Backward weights are as good as independent of forward
+(BatchNorm, convolution), tangents' and gradients' second moments over sites are matrices, S and Λ,
+and Λ goes down by the transpose of the linear map S -> T[S]. The top is δ^L ~ N(0, I), independent
+for each site, and C the mean cost over them. Backward weights are as good as independent of forward
 ones at infinite width.
 
 Scales that are negative or not finite raise `InputError`, where they are known before the program
@@ -239,11 +239,16 @@ def predict(
     return predict_from(*laws(network, gram, mean))
 
 
-def predict_from(forward: ForwardLaw, backward: BackwardLaw) -> Prediction:
+def predict_from(forward: Sequence[ForwardLaw], backward: Sequence[BackwardLaw]) -> Prediction:
     """Return what `predict` does, from what `laws` returns."""
-    wanted = [s for s in statistics.ALL if s.sites <= forward.mean.shape[-1]]
+    wanted = [s for s in statistics.ALL if s.sites <= forward[0].mean.shape[-1]]
     return Prediction(
-        {s.key: _each_layer(s.predict, backward if s.backward else forward) for s in wanted}
+        {
+            s.key: jnp.concatenate(
+                [_each_layer(s.predict, run) for run in (backward if s.backward else forward)]
+            )
+            for s in wanted
+        }
     )
 
 
@@ -251,8 +256,10 @@ def laws(
     network: Network,
     gram: Float[ArrayLike, "sites sites"],
     mean: Float[ArrayLike, " sites"] | None = None,
-) -> tuple[ForwardLaw, BackwardLaw]:
+) -> tuple[list[ForwardLaw], list[BackwardLaw]]:
     """Return the laws of all layers' signals and gradients; the arguments are those of `predict`.
+
+    One for every run of layers with equally many sites: one, unless a layer merges positions.
 
     Raises
     ------
@@ -262,7 +269,9 @@ def laws(
     gram = jnp.asarray(gram)
     begin = Gram.of(gram, None if mean is None else jnp.asarray(mean, gram.dtype))
     entering, forward = _up(network, begin)
-    return forward, (_down_together if network.mixes_sites else _down)(network, entering)
+    if network.mixes_sites:
+        return forward, _down_together(network, entering, forward[-1].mean.shape[-1])
+    return forward, [_down(network, entering)]
 
 
 def _each_layer(f: Callable[[Any], Any], layers: Any) -> Any:
@@ -271,10 +280,14 @@ def _each_layer(f: Callable[[Any], Any], layers: Any) -> Any:
     return jax.vmap(f)(layers) if few else jax.lax.map(f, layers)
 
 
-def _up(network: Network, state: Gram) -> tuple[list[Gram], ForwardLaw]:
-    """Return what enters each stage's blocks, and every layer's law."""
+def _up(network: Network, state: Gram) -> tuple[list[Gram], list[ForwardLaw]]:
+    """Return what enters each stage's blocks, and every layer's law, by runs of equal sites."""
     entering: list[Gram] = []
-    covariances, means, known = [], [], []
+    found: list[ForwardLaw] = []
+
+    def law(covariance: Array, mean: Array, gaussian: bool) -> ForwardLaw:
+        return ForwardLaw(covariance, mean, jnp.full(len(mean), gaussian), network.activation)
+
     for stage in network.stages:
 
         def step(state: Gram, _: None, block: AbstractBlock = stage.block) -> tuple[Gram, Gram]:
@@ -285,15 +298,17 @@ def _up(network: Network, state: Gram) -> tuple[list[Gram], ForwardLaw]:
         state = state.settled(gaussian=ends.gaussian or stage.repeats == 1)
         state, stage_entering = scan_layers(step, state, None, length=stage.repeats)
         entering.append(stage_entering)
-        covariances += [stage_entering.covariance[1:], state.covariance[None]]
-        means += [stage_entering.mean[1:], state.mean[None]]
-        known += stage.repeats * [state.gaussian]
-    return entering, ForwardLaw(
-        jnp.concatenate(covariances),
-        jnp.concatenate(means),
-        jnp.asarray(known),
-        network.activation,
-    )
+        known = state.gaussian
+        if stage.repeats > 1:
+            found.append(law(stage_entering.covariance[1:], stage_entering.mean[1:], known))
+        found.append(law(state.covariance[None], state.mean[None], known))
+    return entering, _joined(found)
+
+
+def _joined(laws: Sequence[Any]) -> list[Any]:
+    """Join the laws of layers that follow each other, where they have equally many sites."""
+    runs = itertools.groupby(laws, lambda law: jax.tree.leaves(law)[0].shape[1])
+    return [jax.tree.map(lambda *v: jnp.concatenate(v), *run) for _, run in runs]
 
 
 def scan_layers(step: Callable, carry: Any, xs: Any, length: int, reverse: bool = False) -> Any:
@@ -337,17 +352,17 @@ def _down(network: Network, entering: Sequence[Gram]) -> BackwardLaw:
     )
 
 
-def _down_together(network: Network, entering: Sequence[Gram]) -> BackwardLaw:
-    """Return the law of the gradient at every layer, where sites mix.
+def _down_together(network: Network, entering: Sequence[Gram], sites: int) -> list[BackwardLaw]:
+    """Return the law of the gradient at every layer, where sites mix, by runs of equal sites.
 
     The gradient's second moments over sites, Λ, go down as a matrix: at trace 1, beside a log.
+    There are ``sites`` at the top.
     """
-    sites = entering[0].mean.shape[-1]
     dtype = entering[0].mean.dtype
     ratios = _log_width_ratios(network, dtype)
     carry = (jnp.eye(sites, dtype=dtype) / sites, jnp.asarray(math.log(sites), dtype))
-    log_variance: list[Array] = []
-    log_weight: list[Array] = []
+    found: list[tuple[Array, Array, Array]] = []
+    widths = np.array(network.widths[1:])
     last = network.depth
     for stage, stage_entering, share in reversed(
         list(zip(network.stages, entering, _shares(network), strict=True))
@@ -362,23 +377,27 @@ def _down_together(network: Network, entering: Sequence[Gram]) -> BackwardLaw:
             (second, log), (gram, ratio) = carry, layer
             below, weight = _pull_back(block, share, gram, second)
             size = jnp.trace(below)
-            values = jnp.log(jnp.diagonal(second)) + log, jnp.log(jnp.sum(weight)) + log
+            values = jnp.log(jnp.diagonal(second)) + log, jnp.log(weight) + log
             return (below / size, log + jnp.log(size) + ratio), values
 
         first = last - stage.repeats
         parts = (stage_entering, ratios[first:last])
         carry, values = scan_layers(step, carry, parts, length=stage.repeats, reverse=True)
-        log_variance.insert(0, values[0])
-        log_weight.insert(0, values[1])
+        found.insert(0, (*values, jnp.asarray(widths[first:last], dtype)))
         last = first
-    every = jnp.concatenate(log_variance)
-    top = jnp.full_like(every[:1], jnp.nan)
-    return BackwardLaw(
-        every,
-        jnp.concatenate([every[:-1] - every[1:], top]),
-        jnp.concatenate(log_weight) - 2 * math.log(sites),
-        jnp.asarray(np.array(network.widths[1:]), every.dtype),
-    )
+    runs: list[BackwardLaw] = []
+    for every, log_weight, width in reversed(_joined(found)):
+        top = jnp.full_like(every[:1], jnp.nan)
+        if runs:  # the layer above has another number of sites: by means over them
+            change = _log_mean(every[-1]) - _log_mean(runs[0].log_variance[0])
+            top = jnp.broadcast_to(change, top.shape)
+        ratio = jnp.concatenate([every[:-1] - every[1:], top])
+        runs.insert(0, BackwardLaw(every, ratio, log_weight - 2 * math.log(sites), width))
+    return runs
+
+
+def _log_mean(log: Float[Array, " sites"]) -> Float[Array, ""]:
+    return jax.nn.logsumexp(log) - math.log(log.shape[0])
 
 
 def _log_width_ratios(network: Network, dtype: DTypeLike) -> Array:
@@ -412,7 +431,7 @@ def _gains(block: AbstractBlock, share: Share, entering: Gram) -> tuple[Array, A
     def alone(q: Array, mean: Array) -> tuple[Array, Array]:
         one = Gram(q[None, None], mean[None], law=entering.law)
         factor, weights = _pull_back(block, share, one, jnp.ones_like(one.mean))
-        return factor[0], weights[0]
+        return factor[0], weights
 
     return jax.vmap(alone)(jnp.diagonal(entering.covariance), entering.mean)
 
@@ -420,7 +439,7 @@ def _gains(block: AbstractBlock, share: Share, entering: Gram) -> tuple[Array, A
 def _pull_back(
     block: AbstractBlock, share: Share, entering: Gram, above: Float[Array, "..."]
 ) -> tuple[Array, Array]:
-    """Take second moments of a gradient down one block; also the variance of ∂C/∂W, by sites.
+    """Take second moments of a gradient down one block; also the variance of ∂C/∂W.
 
     The transpose of what the block does to a tangent's second moments, which have the same shape:
     (sites,), or (sites, sites) where sites mix.
@@ -436,13 +455,14 @@ def _pull_back(
         assert moved is not None
         return moved
 
-    taps = jnp.zeros((block.n_weights, *above.shape), above.dtype)
-    _, pull = jax.vjp(tangent_out, jnp.zeros_like(above), taps)
-    below, by_weights = pull(above)
-    shares = jnp.asarray(share, above.dtype).reshape(-1, *(1,) * above.ndim)
+    below = entering.mean.shape * above.ndim
+    taps = jnp.zeros(block.n_weights, above.dtype)
+    _, pull = jax.vjp(tangent_out, jnp.zeros(below, above.dtype), taps)
+    tangent, by_weights = pull(above)
     # A block without weights has no gradient of them.
-    none = jnp.full_like(above, jnp.nan)
-    return below, jnp.sum(shares * by_weights, axis=0) if block.n_weights else none
+    none = jnp.full((), jnp.nan, above.dtype)
+    shares = jnp.asarray(share, above.dtype)
+    return tangent, jnp.sum(shares * by_weights) if block.n_weights else none
 
 
 def gain(block: AbstractBlock, entering: Gram) -> Float[Array, " sites"]:

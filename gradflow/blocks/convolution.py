@@ -1,0 +1,360 @@
+"""Convolutions: sites are positions, and a layer is a gather followed by a random matrix.
+
+Signals have shape (inputs · positions, channels): every position of every input is a site, an
+input's positions one after the other, row by row. `networks.as_sites` makes them of images. What a
+filter sees at a position is put into one vector (`Patches`), so that its weights are one random
+matrix, drawn by the samplers like any other.
+"""
+
+import dataclasses
+import itertools
+import math
+from collections.abc import Iterator, Sequence
+from numbers import Integral
+
+import equinox as eqx
+import jax.numpy as jnp
+from jaxtyping import Array, Float, PRNGKeyArray, ScalarLike
+
+from gradflow import activations, ensembles
+from gradflow.activations import Activation
+from gradflow.blocks.base import AbstractBlock, Multiply
+from gradflow.blocks.dense import Linear
+from gradflow.ensembles import Distribution
+from gradflow.errors import InputError, check_count, unknown_name
+from gradflow.gram import Gram, Unknown, multiply_gram
+
+__all__ = ["Convolution", "Flatten", "GlobalMean", "Patches"]
+
+# What is beyond the edge, as `jax.numpy.pad` calls it.
+_PADDINGS = {"circular": "wrap", "zeros": "constant"}
+
+
+def _lengths(lengths: int | Sequence[int]) -> int | tuple[int, ...]:
+    if isinstance(lengths, Sequence):
+        return tuple(lengths)
+    return int(lengths) if isinstance(lengths, Integral) else lengths  # NumPy's, too
+
+
+def _count_positions(shape: object) -> int:
+    """Return how many positions there are.
+
+    Raises
+    ------
+    InputError
+        If the shape is not one of lengths.
+    """
+    if not isinstance(shape, tuple) or not shape:
+        raise InputError(f"shape is {shape!r}; it is a tuple of lengths, one for each spatial axis")
+    return math.prod(check_count("a length in shape", length) for length in shape)
+
+
+def _count_inputs(sites: int, shape: tuple[int, ...]) -> int:
+    """Return how many inputs these sites are the positions of.
+
+    Raises
+    ------
+    InputError
+        If they are no whole number of inputs.
+    """
+    positions = math.prod(shape)
+    if sites % positions:
+        raise InputError(
+            f"the signal has {sites} sites, and shape is {shape}; sites are inputs times positions,"
+            f" a multiple of {positions}"
+        )
+    return sites // positions
+
+
+class Patches(AbstractBlock):
+    """What a filter sees at each position: the signals of its neighbourhood, as one vector.
+
+    Filter element j stands for the position j - (size - 1)//2 further along (for an even size, as
+    'SAME' in XLA and PyTorch), and the units of a patch are (elements, channels), channels fastest.
+    ``padding`` says what is beyond the edge: ``"circular"``, the other end, or ``"zeros"``. A
+    random matrix times it is a convolution (a cross-correlation, as libraries have it), stride 1.
+
+    Second moments over the units of a patch are the mean, over the filter's elements d, of those at
+    positions that are d further along.
+    """
+
+    shape: tuple[int, ...] = eqx.field(static=True, default=(3,), converter=_lengths)
+    size: int | tuple[int, ...] = eqx.field(static=True, default=1, converter=_lengths)
+    padding: str = eqx.field(static=True, default="circular")
+
+    def __check_init__(self) -> None:
+        _count_positions(self.shape)
+        if self.padding not in _PADDINGS:
+            raise unknown_name("padding", self.padding, _PADDINGS)
+        fits = len(self.sizes) == len(self.shape)
+        if not fits or any(not 1 <= n <= m for n, m in zip(self.sizes, self.shape, strict=True)):
+            raise InputError(
+                f"size is {self.size!r}; it is one whole number, or one for each axis of shape "
+                f"{self.shape}, of at least 1 and at most its length"
+            )
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """The filter's length along each axis."""
+        if isinstance(self.size, tuple):
+            return tuple(check_count("size", n) for n in self.size)
+        return (check_count("size", self.size),) * len(self.shape)
+
+    @property
+    def elements(self) -> int:
+        """How many positions a filter covers."""
+        return math.prod(self.sizes)
+
+    def apply(
+        self,
+        signal: Float[Array, "sites n"],
+        multiply: Multiply,  # noqa: ARG002
+        key: PRNGKeyArray,  # noqa: ARG002
+    ) -> Float[Array, "sites patch"]:
+        """Return each position's neighbourhood, shape (inputs · positions, elements · channels)."""
+        sites, channels = signal.shape
+        by_place = signal.reshape(_count_inputs(sites, self.shape), *self.shape, channels)
+        gathered = jnp.stack([*self._shifted(by_place, 1)], axis=-2)
+        return gathered.reshape(sites, self.elements * channels)
+
+    def kernel(self, gram: Gram, multiply: Multiply = multiply_gram) -> Gram:  # noqa: ARG002
+        """Return the means over the filter's elements; not Gaussian, as units are not alike."""
+        if self.elements == 1:
+            return gram
+        by_place = (_count_inputs(len(gram.mean), self.shape), *self.shape)
+
+        def pairs(k: Array) -> Array:
+            shifted = self._shifted(k.reshape(by_place + by_place), 1, 1 + len(by_place))
+            return sum(shifted, jnp.zeros((), k.dtype)).reshape(k.shape) / self.elements
+
+        shifted = self._shifted(gram.mean.reshape(by_place), 1)
+        mean = sum(shifted, jnp.zeros((), gram.mean.dtype)).reshape(-1) / self.elements
+        tangent = None if gram.tangent is None else pairs(gram.tangent)
+        return Gram(pairs(gram.covariance), mean, tangent, Unknown())
+
+    def _shifted(self, x: Array, *first_axes: int) -> Iterator[Array]:
+        """Yield x as seen by each element; spatial axes begin at each of the first axes."""
+        sizes = [1] * x.ndim
+        for first in first_axes:
+            sizes[first : first + len(self.sizes)] = self.sizes
+        padded = jnp.pad(x, [((n - 1) // 2, n // 2) for n in sizes], mode=_PADDINGS[self.padding])
+        for element in itertools.product(*map(range, self.sizes)):
+            index = [slice(None)] * x.ndim
+            for first in first_axes:
+                for axis, (offset, length) in enumerate(zip(element, self.shape, strict=True)):
+                    index[first + axis] = slice(offset, offset + length)
+            yield padded[tuple(index)]
+
+    @property
+    def homogeneous(self) -> bool:
+        """It is."""
+        return True
+
+    @property
+    def mixes_sites(self) -> bool:
+        """It does: a patch is of several positions."""
+        return True
+
+    def width_after(self, n_in: int) -> int:
+        """Return the channels times the filter's elements."""
+        return self.elements * n_in
+
+
+class Convolution(AbstractBlock):
+    """z' = W * φ(z) + b: activation, `Patches`, `Linear`, in one layer of ``units`` channels.
+
+    Var W = σ_w²/(k c), k the filter's elements and c the channels it takes; biases are shared by
+    positions. At infinite width the covariance of positions p and q is the mean over the filter,
+
+        k'_pq = σ_w² (1/k) Σ_d E[φ(u_{p+d}) φ(v_{q+d})] + σ_b²
+
+    (Xiao et al. 2018, arXiv:1806.05393, section 2). With circular padding its mean over positions,
+    and what is alike at all of them, is a dense layer's, and so is χ = σ_w² E[φ'²]; with zeros the
+    edge gets less.
+
+    ``delta`` is a filter that is zero but for its centre, which has Var W = σ_w²/c: with orthogonal
+    weights, and no fewer channels than it takes, the delta-orthogonal initialisation that keeps
+    lengths (algorithm 1 there). Every position then has a dense layer's signal. ∂C/∂W is that of
+    the whole filter all the same, of its zeros too.
+    """
+
+    activation: Activation = eqx.field(static=True, default=activations.tanh)
+    shape: tuple[int, ...] = eqx.field(static=True, default=(3,), converter=_lengths)
+    size: int | tuple[int, ...] = eqx.field(static=True, default=3, converter=_lengths)
+    padding: str = eqx.field(static=True, default="circular")
+    units: int = eqx.field(static=True, default=100)
+    sigma_w: ScalarLike = 1.0
+    sigma_b: ScalarLike | None = None
+    distribution: Distribution = eqx.field(static=True, default=ensembles.gaussian)
+    delta: bool = eqx.field(static=True, default=False)
+
+    def __check_init__(self) -> None:
+        _ = self.patches
+
+    @property
+    def patches(self) -> Patches:
+        """What gathers the neighbourhoods."""
+        return Patches(self.shape, self.size, self.padding)
+
+    @property
+    def linear(self) -> Linear:
+        """The filters, as a matrix from patches, or from each position alone, to channels."""
+        return Linear(self.units, self.sigma_w, self.sigma_b, self.distribution)
+
+    def apply(
+        self, signal: Float[Array, "sites n_in"], multiply: Multiply, key: PRNGKeyArray
+    ) -> Float[Array, "sites n_out"]:
+        """Return W * φ(z) + b."""
+        h = self.activation(signal)
+        patches = self.patches.apply(h, multiply, key)
+        if not self.delta:
+            return self.linear.apply(patches, multiply, key)
+        return self.linear.apply(h, _as_if_of(patches, multiply), key)
+
+    def kernel(self, gram: Gram, multiply: Multiply = multiply_gram) -> Gram:
+        """Return σ_w² E[φ(u) φ(v)], averaged over the filter unless it is a delta, and σ_b²."""
+        h = gram.through(self.activation)
+        patches = self.patches.kernel(h)
+        if not self.delta:
+            return self.linear.kernel(patches, multiply)
+        return self.linear.kernel(h, _as_if_of(patches, multiply))
+
+    @property
+    def homogeneous(self) -> bool:
+        """Whether φ is positively homogeneous and there is no bias."""
+        return self.activation.homogeneous and self.sigma_b is None
+
+    @property
+    def distributions(self) -> tuple[Distribution, ...]:
+        """The law of W."""
+        return (self.distribution,)
+
+    @property
+    def mixes_sites(self) -> bool:
+        """It does; a delta's signals do not, but its weights' gradient does."""
+        return True
+
+    def width_after(self, n_in: int) -> int:  # noqa: ARG002
+        """Return the number of channels."""
+        return self.units
+
+    def shapes(self, n_in: int) -> tuple[tuple[int, int], ...]:
+        """Return the shape of W, (channels, elements · channels of the input)."""
+        return ((self.units, self.patches.width_after(n_in)),)
+
+    def narrowed(self, factor: int) -> "Convolution":
+        """Return the layer with its channels divided by ``factor``, σ_w and σ_b kept."""
+        return dataclasses.replace(self, units=self.units // factor)
+
+
+def _as_if_of(seen: Array | Gram, multiply: Multiply) -> Multiply:
+    """Return a ``multiply`` by a part of a filter, whose gradient is that of all of it."""
+
+    def multiply_part(*what: object, **law: object) -> object:
+        return multiply(*what, **law, seen=seen)
+
+    return multiply_part
+
+
+class GlobalMean(AbstractBlock):
+    """The mean of each input's signals over its positions: (inputs · positions, c) to (inputs, c).
+
+    Second moments are the mean over all pairs of positions; those of what is random from position
+    to position go down with their number.
+    """
+
+    shape: tuple[int, ...] = eqx.field(static=True, default=(1,), converter=_lengths)
+
+    def __check_init__(self) -> None:
+        _count_positions(self.shape)
+
+    def apply(
+        self,
+        signal: Float[Array, "sites n"],
+        multiply: Multiply,  # noqa: ARG002
+        key: PRNGKeyArray,  # noqa: ARG002
+    ) -> Float[Array, "inputs n"]:
+        """Return the means over positions."""
+        inputs = _count_inputs(signal.shape[0], self.shape)
+        return jnp.mean(signal.reshape(inputs, -1, signal.shape[1]), axis=1)
+
+    def kernel(self, gram: Gram, multiply: Multiply = multiply_gram) -> Gram:  # noqa: ARG002
+        """Return the means over pairs of positions."""
+        inputs = _count_inputs(len(gram.mean), self.shape)
+
+        def pairs(k: Array) -> Array:
+            return jnp.mean(k.reshape(inputs, self.merges, inputs, self.merges), axis=(1, 3))
+
+        tangent = None if gram.tangent is None else pairs(gram.tangent)
+        mean = jnp.mean(gram.mean.reshape(inputs, -1), axis=1)
+        return Gram(pairs(gram.covariance), mean, tangent, gram.law).settled()
+
+    @property
+    def homogeneous(self) -> bool:
+        """It is."""
+        return True
+
+    @property
+    def mixes_sites(self) -> bool:
+        """It does: it is over an input's positions."""
+        return True
+
+    @property
+    def merges(self) -> int:
+        """The number of positions."""
+        return math.prod(self.shape)
+
+
+class Flatten(AbstractBlock):
+    """Each input's positions as one vector: (inputs · positions, c) to (inputs, positions · c).
+
+    Second moments are the mean over positions of each with itself; what one position has in common
+    with another is lost to a random matrix.
+    """
+
+    shape: tuple[int, ...] = eqx.field(static=True, default=(1,), converter=_lengths)
+
+    def __check_init__(self) -> None:
+        _count_positions(self.shape)
+
+    def apply(
+        self,
+        signal: Float[Array, "sites n"],
+        multiply: Multiply,  # noqa: ARG002
+        key: PRNGKeyArray,  # noqa: ARG002
+    ) -> Float[Array, "inputs n_out"]:
+        """Return the positions of each input side by side."""
+        return signal.reshape(_count_inputs(signal.shape[0], self.shape), -1)
+
+    def kernel(self, gram: Gram, multiply: Multiply = multiply_gram) -> Gram:  # noqa: ARG002
+        """Return the means over positions; not Gaussian, as units are not alike."""
+        if self.merges == 1:
+            return gram
+        inputs = _count_inputs(len(gram.mean), self.shape)
+
+        def own(k: Array) -> Array:
+            by_place = k.reshape(inputs, self.merges, inputs, self.merges)
+            return jnp.mean(jnp.diagonal(by_place, axis1=1, axis2=3), axis=-1)
+
+        tangent = None if gram.tangent is None else own(gram.tangent)
+        mean = jnp.mean(gram.mean.reshape(inputs, -1), axis=1)
+        return Gram(own(gram.covariance), mean, tangent, Unknown())
+
+    @property
+    def homogeneous(self) -> bool:
+        """It is."""
+        return True
+
+    @property
+    def mixes_sites(self) -> bool:
+        """It does: it is over an input's positions."""
+        return True
+
+    @property
+    def merges(self) -> int:
+        """The number of positions."""
+        return math.prod(self.shape)
+
+    def width_after(self, n_in: int) -> int:
+        """Return the channels times the positions."""
+        return self.merges * n_in
