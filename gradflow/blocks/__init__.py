@@ -21,6 +21,8 @@ batch_norm
     `BatchNorm`, the only one that mixes inputs.
 dropout
     `Dropout`.
+recurrent
+    `Drive`, an input that is new at every time step.
 
 To add a block, write one class in one of these files, with a default for every field, and name it
 in the file's ``__all__``: `ALL` and the shared law tests find it.
@@ -34,6 +36,7 @@ from gradflow.blocks.composition import *
 from gradflow.blocks.dense import *
 from gradflow.blocks.dropout import *
 from gradflow.blocks.normalisation import *
+from gradflow.blocks.recurrent import *
 
 ALL = tuple(
     block
