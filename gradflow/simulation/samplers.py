@@ -11,7 +11,9 @@ Haar-orthogonal weights: it asks a matrix that is decided only as far as it is a
 O(n sites²) instead of O(n²), with the same joint law of all activations and gradients. That law is
 of *one* pull-back of all sites together: the backward rule may be applied once for each application
 of the forward one. A second pull-back through the same weights would have to remember the first
-one's answer, as `gradflow.simulation.jacobians` does.
+one's answer, as `gradflow.simulation.jacobians` does, and `gradflow.simulation.propagation` where
+the time steps of a stage share their weights: T steps ask each matrix 2T times, at a cost of
+O(n T² sites²) without the weights and of O(n² T sites) with them.
 
 In both, ``tap`` is a (sites, sites) array of zeros whose cotangent is *defined* as
 (Δ Δᵀ) ∘ (x xᵀ): the sum of its entries is ‖Δᵀ x‖_F², the squared norm of ∂C/∂W. That is how a
@@ -19,11 +21,11 @@ weight gradient is measured without the weights.
 """
 
 import functools
+import itertools
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Float, PRNGKeyArray, ScalarLike
 
 from gradflow.ensembles import Distribution
@@ -114,6 +116,9 @@ SAMPLERS: dict[str, Sampler] = {"dense": dense, "matrix_free": matrix_free}
 # input by it; for what matrix_free does with a unit of each pair of inputs, and of each input.
 _DRAWN, _MULTIPLIED = 2.5, 0.06
 _PER_PAIR, _PER_INPUT = 0.7, 6.0
+# Of weights that time steps share: for reading an entry at a step, both ways, and multiplying an
+# input by it; and for what matrix_free does with a unit of each pair of questions.
+_READ, _READ_BY_INPUT, _PER_REMEMBERED = 2.0, 1.0, 10.0
 
 
 def choose(name: str, network: Network, sites: int = 1) -> tuple[str, str]:
@@ -140,7 +145,7 @@ def choose(name: str, network: Network, sites: int = 1) -> tuple[str, str]:
     if name == "auto":
         if not network.rotation_invariant:
             return "dense", "weights neither Gaussian nor orthogonal, so that each must be drawn"
-        if not network.iid_gaussian:
+        if not network.iid_gaussian and not network.tied:
             return "matrix_free", "orthogonal weights: exact without drawing them"
         drawn, free = seconds("dense", network, sites), seconds("matrix_free", network, sites)
         if drawn < free:
@@ -148,8 +153,9 @@ def choose(name: str, network: Network, sites: int = 1) -> tuple[str, str]:
                 f"with {sites} inputs, drawing all weights takes {drawn / free:.2g} of the "
                 "operations of drawing none"
             )
+        kind = "Gaussian" if network.iid_gaussian else "orthogonal"
         return "matrix_free", (
-            f"Gaussian weights: exact without drawing them, in {free / drawn:.2g} of the operations"
+            f"{kind} weights: exact without drawing them, in {free / drawn:.2g} of the operations"
         )
     if name not in SAMPLERS:
         raise unknown_name("sampler", name, [*SAMPLERS, "auto"])
@@ -160,9 +166,28 @@ def choose(name: str, network: Network, sites: int = 1) -> tuple[str, str]:
 
 
 def seconds(name: str, network: Network, sites: int) -> float:
-    """Return about how long a sampler takes for one network, on one core of a CPU."""
-    widths = np.array(network.widths, float)
-    if name == "matrix_free":
-        units = float(np.sum(widths[1:] + widths[:-1])) / 2
-        return 1e-9 * units * (_PER_INPUT * sites + _PER_PAIR * sites**2)
-    return 1e-9 * float(widths[1:] @ widths[:-1]) * (_DRAWN + _MULTIPLIED * sites)
+    """Return about how long a sampler takes for one network, on one core of a CPU.
+
+    Layers that share their weights put all their questions to the same matrices: ``dense`` draws
+    them once, and ``matrix_free`` compares each question with all before.
+    """
+    total = 0.0
+    for stage, (below, above) in zip(
+        network.stages, itertools.pairwise(network.stage_widths), strict=True
+    ):
+        # The ends of a stage, and its layers between, which take as many units as they hand on.
+        products = float(above) * (below + (stage.repeats - 1) * above)
+        units = (below + (2 * stage.repeats - 1) * above) / 2
+        if stage.tied:
+            matrices_of_width = max(1, stage.block.n_weights)
+            asked = stage.repeats * sites
+            total += matrices_of_width * (
+                above * _PER_REMEMBERED * asked**2
+                if name == "matrix_free"
+                else above * below * (_DRAWN / 2 + stage.repeats * (_READ + _READ_BY_INPUT * sites))
+            )
+        elif name == "matrix_free":
+            total += units * (_PER_INPUT * sites + _PER_PAIR * sites**2)
+        else:
+            total += products * (_DRAWN + _MULTIPLIED * sites)
+    return 1e-9 * total
