@@ -323,13 +323,16 @@ def recurrent(
     to that step's signal alone, and the weights' gradient is that step's term of ∂C/∂W, the sum
     over the steps.
 
-    *Shared weights.* The theory is that of weights drawn anew at each step. For z^t it has the same
-    limit: at infinite width W φ(z^s) and W φ(z^t) are Gaussian with the covariance of φ(z^s) and
-    φ(z^t), which the law at one time does not see, and gradients meet weights that are as good as
+    *Shared weights.* The theory is that of weights drawn anew at each step, and has the same limit:
+    at infinite width W φ(z^s) and W φ(z^t) are Gaussian, and the law at one time does not see how
+    they are correlated, nor what b adds to that; gradients meet weights that are as good as
     independent (Chen, Pennington & Schoenholz 2018, arXiv:1806.05394; Yang 2019, arXiv:1902.04760;
-    Yang 2020, arXiv:2006.14548). The way there differs. Without a nonlinearity, ‖W^t z‖² is
-    1 + O(t⁴/n²) times its limit, where independent weights keep its mean; at t of about √n the
-    limit is lost, where they lose the typical network at t of about n.
+    Yang 2020, arXiv:2006.14548). The way there is longer. Effects of the width grow like t²/n, not
+    t/n: the eigenvectors of W are those of W^t, so that products grow by themselves; without a
+    nonlinearity E ‖W^t z‖² = ‖z‖² (1 + t⁴/(12 n²) + …), measured, where independent weights keep
+    the mean. Driven tanh units at σ_w = 1 (``sigma_u=0.1``), over 200 steps: log ‖∂C/∂z^0‖ is above
+    the theory's -9 to -11 by 4.2 ± 0.2 for 250 units, 1.6 ± 0.2 for 1000, 0.42 ± 0.06 for 4000 and
+    0.06 ± 0.03 for 16 000.
 
     Parameters
     ----------
@@ -359,7 +362,7 @@ def recurrent(
     if sigma_u is not None:
         block = Chain((block, Drive(sigma_u, alike)))
     return Network(
-        stages=(Stage(Linear(width)), Stage(block, steps, tied=tied)),
+        stages=(Stage(_as_dense((), Linear(width))), Stage(block, steps, tied=tied)),
         input_width=check_count("input_width", input_width),
         activation=phi,
         name=name or f"{phi.name}, {ensemble.name}, {'recurrent' if tied else 'recurrent, untied'}",
