@@ -27,6 +27,7 @@ from gradflow.blocks import (
     Chain,
     Convolution,
     Dense,
+    Drive,
     Dropout,
     Flatten,
     GlobalMean,
@@ -40,15 +41,21 @@ from gradflow.blocks import (
 from gradflow.ensembles import Ensemble
 from gradflow.errors import InputError, check_count, unknown_name
 
-__all__ = ["Network", "Stage", "as_sites", "convolutional", "mlp", "narrowed", "residual", "stack"]
-__all__ += ["unit_variance"]
+__all__ = ["Network", "Stage", "as_sites", "convolutional", "mlp", "narrowed", "recurrent"]
+__all__ += ["residual", "stack", "unit_variance"]
 
 
 class Stage(eqx.Module):
-    """One block, repeated with independent weights each time."""
+    """One block, repeated: with independent weights each time or, ``tied``, with the same ones.
+
+    A tied stage is one layer over time: its weights and biases are drawn once, and what is not a
+    parameter (a dropout mask, an input) at every step. The theory takes no notice, and means that
+    of untied weights: see `recurrent`.
+    """
 
     block: AbstractBlock
     repeats: int = eqx.field(static=True, default=1)
+    tied: bool = eqx.field(static=True, default=False)
 
 
 class Network(eqx.Module):
@@ -130,6 +137,11 @@ class Network(eqx.Module):
     def depth(self) -> int:
         """L, the number of layers (of blocks)."""
         return sum(stage.repeats for stage in self.stages)
+
+    @property
+    def tied(self) -> bool:
+        """Whether some layers share their weights."""
+        return any(stage.tied and stage.repeats > 1 for stage in self.stages)
 
     @property
     def homogeneous(self) -> bool:
@@ -456,14 +468,80 @@ def as_sites(images: Float[ArrayLike, "inputs *shape channels"]) -> Float[Array,
     return images.reshape(-1, images.shape[-1])
 
 
+def recurrent(
+    input_width: int,
+    width: int,
+    steps: int,
+    activation: Activation | str | Callable[..., Array] = "tanh",
+    weights: Ensemble | str | Callable[..., Array] = "glorot",
+    *,
+    sigma_b: float | int | None = None,
+    sigma_u: float | int | None = None,
+    alike: float | int = 1.0,
+    tied: bool = True,
+    name: str | None = None,
+) -> Network:
+    """Return a recurrent network: z^0 = U x, then ``steps`` times z^t = W φ(z^{t-1}) + b + u^t.
+
+    Layer 1 is z^0, and layer t + 1 is time t; gradients go down as in backpropagation through time
+    (Hochreiter 1991; Bengio, Simard & Frasconi 1994). At every layer the gradient is with respect
+    to that step's signal alone, and the weights' gradient is that step's term of ∂C/∂W, the sum
+    over the steps.
+
+    *Shared weights.* The theory is that of weights drawn anew at each step, and has the same limit:
+    at infinite width W φ(z^s) and W φ(z^t) are Gaussian, and the law at one time does not see how
+    they are correlated, nor what b adds to that; gradients meet weights that are as good as
+    independent (Chen, Pennington & Schoenholz 2018, arXiv:1806.05394; Yang 2019, arXiv:1902.04760;
+    Yang 2020, arXiv:2006.14548). The way there is longer. Effects of the width grow like t²/n, not
+    t/n: the eigenvectors of W are those of W^t, so that products grow by themselves; without a
+    nonlinearity E ‖W^t z‖² = ‖z‖² (1 + t⁴/(12 n²) + …), measured, where independent weights keep
+    the mean. Driven tanh units at σ_w = 1 (``sigma_u=0.1``), over 200 steps: log ‖∂C/∂z^0‖ is above
+    the theory's -9 to -11 by 4.2 ± 0.2 for 250 units, 1.6 ± 0.2 for 1000, 0.42 ± 0.06 for 4000 and
+    0.06 ± 0.03 for 16 000.
+
+    Parameters
+    ----------
+    input_width, width
+        n_0, and the number of units n.
+    steps
+        How often W acts.
+    activation, weights, sigma_b
+        As for `mlp`; σ_b that of b, which all steps share. U has entries of variance 1/n_0.
+    sigma_u, alike
+        Of the input u^t = U' x^t at each step, drawn anew: see `blocks.Drive`; none without it.
+    tied
+        Whether all steps have the same W and b; ``False`` makes them layers.
+    name
+        What to call it; made from the other arguments without it.
+
+    Raises
+    ------
+    InputError
+        If a width or a count is not a whole number of at least 1, a scale is not a finite number of
+        at least 0, ``alike`` is not from 0 to 1, or a name is unknown.
+    """
+    width, steps = check_count("width", width), check_count("steps", steps)
+    phi, ensemble = activations.get(activation), ensembles.get(weights)
+    linear = _linear(ensemble, sigma_b)(width, width)
+    block = _as_dense((Activate(phi),), linear)
+    if sigma_u is not None:
+        block = Chain((block, Drive(sigma_u, alike)))
+    return Network(
+        stages=(Stage(_as_dense((), Linear(width))), Stage(block, steps, tied=tied)),
+        input_width=check_count("input_width", input_width),
+        activation=phi,
+        name=name or f"{phi.name}, {ensemble.name}, {'recurrent' if tied else 'recurrent, untied'}",
+    )
+
+
 def stack(
     input_width: int,
-    blocks: Sequence[AbstractBlock | tuple[AbstractBlock, int]],
+    blocks: Sequence[AbstractBlock | tuple[AbstractBlock, int] | Stage],
     activation: Activation | str | Callable[..., Array] = "tanh",
     *,
     name: str = "network",
 ) -> Network:
-    """Return a network of any blocks, each one layer, or of pairs (block, how many times).
+    """Return a network of any blocks, each one layer, of pairs (block, how many times), or stages.
 
     Parameters
     ----------
@@ -481,12 +559,18 @@ def stack(
     InputError
         If there is no block, a count is not a whole number of at least 1, or widths do not fit.
     """
-    pairs = [one if isinstance(one, tuple) else (one, 1) for one in blocks]
-    if not pairs:
+    if not blocks:
         raise InputError("blocks is empty; a network has at least one")
-    stages = tuple(Stage(block, check_count("repeats", repeats)) for block, repeats in pairs)
+    stages = tuple(map(_as_stage, blocks))
     phi = activations.get(activation)
     return Network(stages, check_count("input_width", input_width), phi, name)
+
+
+def _as_stage(one: AbstractBlock | tuple[AbstractBlock, int] | Stage) -> Stage:
+    if isinstance(one, Stage):
+        return one
+    block, repeats = one if isinstance(one, tuple) else (one, 1)
+    return Stage(block, check_count("repeats", repeats))
 
 
 def _linear(ensemble: Ensemble, sigma_b: float | None) -> Callable[[int, int], Linear]:

@@ -26,6 +26,8 @@ batch_norm
     `BatchNorm`, which mixes inputs' gradients. With convolutions its batch is over positions too.
 dropout
     `Dropout`.
+recurrent
+    `Drive`, an input that is new at every time step, and `GRU`.
 
 To add a block, write one class in one of these files, with a default for every field, and name it
 in the file's ``__all__``: `ALL` and the shared law tests find it.
@@ -41,6 +43,7 @@ from gradflow.blocks.dense import *
 from gradflow.blocks.dropout import *
 from gradflow.blocks.gating import *
 from gradflow.blocks.normalisation import *
+from gradflow.blocks.recurrent import *
 
 ALL = tuple(
     block

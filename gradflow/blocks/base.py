@@ -6,14 +6,25 @@ from collections.abc import Callable
 from typing import Any
 
 import equinox as eqx
+import jax
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from gradflow.ensembles import Distribution
 from gradflow.gram import Gram, multiply_gram
 
-__all__ = ["AbstractBlock", "AbstractComposite"]
+__all__ = ["AbstractBlock", "AbstractComposite", "each_step"]
 
 Multiply = Callable[..., Any]
+
+
+def each_step(key: PRNGKeyArray, multiply: Multiply) -> PRNGKeyArray:
+    """Return the key for what is drawn anew at every time step, as masks and inputs are.
+
+    Where layers share their weights they share the key that a block is applied with, and the
+    ``multiply`` that they are given has a ``step``.
+    """
+    step = getattr(multiply, "step", None)
+    return key if step is None else jax.random.fold_in(key, step)
 
 
 class AbstractBlock(eqx.Module):
@@ -31,7 +42,8 @@ class AbstractBlock(eqx.Module):
 
         ``multiply(key, x, sigma_w=…, width=…, distribution=…)`` is x Wᵀ, where W has shape
         (width, n_in), mean 0 and variance σ_w²/n_in; the sampler that runs the block supplies it.
-        All other randomness comes from the key, and is the same when the block is applied again.
+        All other randomness comes from the key, and is the same when the block is applied again:
+        biases from the key itself, and what is no parameter from `each_step` of it.
         Where W is a part of a larger matrix, the rest of which is zero, ``seen=…`` is what all of
         it gets: its gradient is δ seenᵀ.
         """

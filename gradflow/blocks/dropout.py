@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, PRNGKeyArray, ScalarLike
 
-from gradflow.blocks.base import AbstractBlock, Multiply
+from gradflow.blocks.base import AbstractBlock, Multiply, each_step
 from gradflow.errors import InputError, is_traced
 from gradflow.gram import Gram, Unknown, multiply_gram
 
@@ -32,11 +32,12 @@ class Dropout(AbstractBlock):
     def apply(
         self,
         signal: Float[Array, "sites n"],
-        multiply: Multiply,  # noqa: ARG002
+        multiply: Multiply,
         key: PRNGKeyArray,
     ) -> Float[Array, "sites n"]:
         """Return the signals with units left out."""
         keep = jnp.asarray(self.keep, signal.dtype)
+        key = each_step(key, multiply)
         mask = jax.random.uniform(key, signal.shape, signal.dtype) < keep
         return jnp.where(mask, signal / keep, 0)
 

@@ -5,20 +5,15 @@ tangents up (J v) and pulls cotangents down (Jᵀ u), layer by layer, each at le
 logarithm of the length it had. It holds one random network, whichever sampler draws it. With
 ``matrix_free`` each weight matrix is decided only as far as it has been asked
 (`gradflow.simulation.matrices`): questions may follow from answers, as in Golub-Kahan's algorithm,
-and the network must be carried from one question to the next.
-
-How a block is linearised. Its random matrices enter through ``multiply`` alone. With what they
-answered at z put in, block(z, answers) has ordinary derivatives, and the matrices are linear: the
-tangent of an answer is the matrix times the tangent of what it was asked. So a push is `jax.jvp`
-with one question to each matrix, in the order of their use, and a pull is `jax.vjp` with one
-question to each transpose, in the reverse order.
+and the network must be carried from one question to the next. `gradflow.simulation.questions` says
+how a block is linearised.
 """
 
 import functools
 import itertools
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import equinox as eqx
 import jax
@@ -27,18 +22,19 @@ from jaxtyping import Array, Float, PRNGKeyArray
 
 from gradflow import compilation
 from gradflow.blocks import AbstractBlock
-from gradflow.ensembles import Distribution
 from gradflow.errors import InputError, check_count
 from gradflow.networks import Network
 from gradflow.norms import unit_rows
-from gradflow.simulation import matrices, samplers
+from gradflow.simulation import questions, samplers
 from gradflow.simulation.matrices import Matrix
 from gradflow.simulation.propagation import scan_blocks
+from gradflow.simulation.questions import LayerKey, Maker
 
 __all__ = [
     "Jacobian",
     "LogEstimate",
     "Product",
+    "chosen_sampler",
     "draw",
     "layer_jacobians",
     "log_frobenius_norm",
@@ -65,7 +61,7 @@ class _Layers(eqx.Module):
     """
 
     block: AbstractBlock  # always without it
-    key: Array
+    key: LayerKey
     signal: Float[Array, "*layers sites n_in"]
     answers: tuple[Array, ...]  # what each random matrix answered on the way up
     matrices: tuple[Matrix, ...]
@@ -119,7 +115,7 @@ class Jacobian(eqx.Module):
         InputError
             If the shape does not fit, or a matrix has no place left for the answers.
         """
-        return self._walk("tangents", tangents, self.tangent_shape, _push, reverse=False)
+        return self._walk("tangents", tangents, self.tangent_shape, questions.push, reverse=False)
 
     def transpose_times(self, cotangents: Float[Array, "k sites n_out"]) -> Product:
         """Return Jᵀ u for each cotangent u.
@@ -129,7 +125,9 @@ class Jacobian(eqx.Module):
         InputError
             If the shape does not fit, or a matrix has no place left for the answers.
         """
-        return self._walk("cotangents", cotangents, self.cotangent_shape, _pull, reverse=True)
+        return self._walk(
+            "cotangents", cotangents, self.cotangent_shape, questions.pull, reverse=True
+        )
 
     def _walk(
         self, name: str, vectors: Array, shape: tuple[int, ...], through: Callable, reverse: bool
@@ -160,14 +158,16 @@ def _through(
     through: Callable,
     block: AbstractBlock,
     carry: tuple[Array, Array],
-    key: PRNGKeyArray,
+    key: LayerKey,
     signal: Array,
     answers: tuple[Array, ...],
     asked: tuple[Matrix, ...],
 ) -> tuple[tuple[Array, Array], tuple[Matrix, ...]]:
     """Push or pull vectors through one layer; keep them at length 1 and add to their logarithms."""
     v, log_norm = carry
-    v, asked = through(functools.partial(_hooked, block, key), signal, answers, asked, v)
+    v, asked, *_ = through(
+        functools.partial(questions.hooked, block, key), signal, answers, asked, v
+    )
     return _at_length_one(v, log_norm), asked
 
 
@@ -182,58 +182,6 @@ def _in_place() -> Callable:
 def _at_length_one(v: Array, log_norm: Array) -> tuple[Array, Array]:
     rows, more = unit_rows(v.reshape(len(v), -1))
     return rows.reshape(v.shape), log_norm + more
-
-
-def _hooked(
-    block: AbstractBlock, key: PRNGKeyArray, signal: Array, answers: tuple[Array, ...]
-) -> tuple[Array, tuple[Array, ...]]:
-    """Apply the block with these answers of its matrices; return its output and what they got."""
-    given, asked = iter(answers), []
-
-    def multiply(_: PRNGKeyArray, x: Array, *, sigma_w: Any, **law: Any) -> Array:
-        del law
-        asked.append(_scale(sigma_w, x) * x)
-        return next(given)
-
-    return block.apply(signal, multiply, key), tuple(asked)
-
-
-def _scale(sigma_w: Any, x: Array) -> Array:
-    return jnp.asarray(sigma_w, x.dtype) / x.shape[-1] ** 0.5
-
-
-def _ask(matrix: Matrix, x: Array) -> tuple[Array, Matrix]:
-    """Ask one matrix for every site of several vectors, (k, sites, n), jointly."""
-    answer, matrix = matrix.times(x.reshape(-1, x.shape[-1]))
-    return answer.reshape(*x.shape[:-1], -1), matrix
-
-
-def _push(
-    function: Callable, signal: Array, answers: tuple, asked: tuple[Matrix, ...], tangents: Array
-) -> tuple[Array, tuple[Matrix, ...]]:
-    def derivative(tangent: Array, changes: tuple[Array, ...]) -> tuple:
-        return jax.jvp(function, (signal, answers), (tangent, changes))[1]
-
-    changes = [jnp.zeros((len(tangents), *answer.shape), answer.dtype) for answer in answers]
-    remembered: list[Matrix] = []
-    for index, matrix in enumerate(asked):
-        inside = jax.vmap(derivative)(tangents, tuple(changes))[1][index]
-        changes[index], matrix = _ask(matrix, inside)
-        remembered.append(matrix)
-    return jax.vmap(derivative)(tangents, tuple(changes))[0], tuple(remembered)
-
-
-def _pull(
-    function: Callable, signal: Array, answers: tuple, asked: tuple[Matrix, ...], cotangents: Array
-) -> tuple[Array, tuple[Matrix, ...]]:
-    (_, inside), pull = jax.vjp(function, signal, answers)
-    pulled = [jnp.zeros((len(cotangents), *x.shape), x.dtype) for x in inside]
-    remembered: list[Matrix] = []
-    for index in reversed(range(len(asked))):
-        changes = jax.vmap(pull)((cotangents, tuple(pulled)))[1][index]
-        pulled[index], matrix = _ask(asked[index].T, changes)
-        remembered.insert(0, matrix.T)
-    return jax.vmap(pull)((cotangents, tuple(pulled)))[0], tuple(remembered)
 
 
 def draw(
@@ -300,59 +248,51 @@ def draw(
         sites * (1 + check_count("tangents", tangents, 0)),
         sites * check_count("cotangents", cotangents, 0),
     )
-    make = _Maker(samplers.choose(sampler, network)[0], places)
+    make = Maker(chosen_sampler(sampler, network), places)
     keys = jax.random.split(key, network.depth + 1)[1:]
     signal, layers, first = inputs, [], 0
     for stage in network.stages:
+        layer_keys = questions.stage_keys(stage, keys[first : first + stage.repeats])
         # Layers below the stretch are walked for their signal alone.
         for start, stop in _within(first, stage.repeats, below, above, apart):
             if apart:
-                signal, parts = _linearised_apart(stage.block, make, signal, keys[start])
+                layer_key = jax.tree.map(lambda leaf, at=start - first: leaf[at], layer_keys)
+                signal, parts = _linearised_apart(stage.block, make, signal, layer_key)
             else:
                 linearise = functools.partial(_linearised, stage.block, make)
-                signal, parts = scan_blocks(linearise, signal, keys[start:stop])
+                within = slice(start - first, stop - first)
+                some = jax.tree.map(lambda leaf, within=within: leaf[within], layer_keys)
+                signal, parts = scan_blocks(linearise, signal, some)
             if start >= below:
                 layers.append(_Layers(stage.block, *parts))
         first += stage.repeats
     return Jacobian(tuple(layers), apart)
 
 
-class _Maker(NamedTuple):
-    """How a sampler makes a random matrix: a function that can be told from others."""
-
-    sampler: str
-    places: tuple[int, int] | None
-
-    def __call__(self, *law: Any) -> Matrix:
-        if self.sampler == "dense":
-            return matrices.drawn(*law)
-        return matrices.undecided(*law, places=self.places)
-
-
 def _linearised(
-    block: AbstractBlock, make: _Maker, signal: Array, key: PRNGKeyArray
-) -> tuple[Array, tuple[Array, Array, tuple[Array, ...], tuple[Matrix, ...]]]:
+    block: AbstractBlock, make: Maker, signal: Array, key: LayerKey
+) -> tuple[Array, tuple[LayerKey, Array, tuple[Array, ...], tuple[Matrix, ...]]]:
     """Apply a block; return its output, and its key, input, and matrices with their answers."""
-    answers: list[Array] = []
-    asked: list[Matrix] = []
+    asked = questions.ask(block, key, signal, questions.made(block, make, key, signal))
+    return asked.out, (key, signal, asked.answers, asked.matrices)
 
-    def multiply(
-        key: PRNGKeyArray,
-        x: Array,
-        *,
-        sigma_w: Any,
-        width: int,
-        distribution: Distribution,
-        **_: Any,
-    ) -> Array:
-        matrix = make(key, (width, x.shape[1]), distribution, x.dtype)
-        answer, matrix = matrix.times(_scale(sigma_w, x) * x)
-        answers.append(answer)
-        asked.append(matrix)
-        return answer
 
-    out = block.apply(signal, multiply, key)
-    return out, (key, signal, tuple(answers), tuple(asked))
+def chosen_sampler(sampler: str, network: Network) -> str:
+    """Return the sampler that draws these layers, each with matrices of its own.
+
+    Raises
+    ------
+    InputError
+        If it is ``matrix_free``, and layers share their weights.
+    """
+    if not network.tied:
+        return samplers.choose(sampler, network)[0]
+    if sampler == "matrix_free":
+        raise InputError(
+            f"sampler is 'matrix_free', and the time steps of {network.name!r} share their "
+            "weights; a Jacobian of such a network takes sampler 'dense' or 'auto'"
+        )
+    return samplers.choose("dense" if sampler == "auto" else sampler, network)[0]
 
 
 _linearised_apart = jax.jit(_linearised, static_argnums=1)
@@ -407,7 +347,9 @@ def layer_jacobians(
             key, signal, answers, asked = parts
             n_out = block.width_after(signal.shape[1])
             basis = jnp.eye(n_out, dtype=signal.dtype)[:, None]
-            return _pull(functools.partial(_hooked, block, key), signal, answers, asked, basis)[0]
+            return questions.pull(
+                functools.partial(questions.hooked, block, key), signal, answers, asked, basis
+            )[0]
 
         found += [*jax.lax.map(rows, layers.parts())[:, :, 0]]
     return found
@@ -561,7 +503,7 @@ def sampled_partial_norms(
             "network merges positions; use it for the convolutions alone"
         )
     probes = check_count("probes", probes)
-    make, sites = _Maker(samplers.choose(sampler, network)[0], None), inputs.shape[0]
+    make, sites = Maker(chosen_sampler(sampler, network), None), inputs.shape[0]
     keys = jax.random.split(key, network.depth + 1)
     start_keys = jax.random.split(keys[0], network.depth + 1)
     starts = jnp.arange(network.depth + 1)
@@ -580,8 +522,10 @@ def sampled_partial_norms(
         signal, v, log = state
         key, start_key, number = parts
         out, (_, _, answers, asked) = _linearised(block, make, signal, key)
-        function = functools.partial(_hooked, block, key)
-        pushed, _ = _push(function, signal, answers, asked, v.reshape(-1, sites, v.shape[-1]))
+        function = functools.partial(questions.hooked, block, key)
+        pushed, _ = questions.push(
+            function, signal, answers, asked, v.reshape(-1, sites, v.shape[-1])
+        )
         unit, log = _at_length_one(pushed, log.reshape(-1))
         width = out.shape[1]
         unit, log = unit.reshape(*v.shape[:-1], width), log.reshape(v.shape[:2])
@@ -593,7 +537,8 @@ def sampled_partial_norms(
     norms, first = [], 1
     for stage in network.stages:
         stop = first + stage.repeats
-        parts = (keys[first:stop], start_keys[first:stop], starts[first:stop])
+        layer_keys = questions.stage_keys(stage, keys[first:stop])
+        parts = (layer_keys, start_keys[first:stop], starts[first:stop])
         state, reached = scan_blocks(functools.partial(layer, block=stage.block), state, parts)
         norms.append(reached)
         first = stop

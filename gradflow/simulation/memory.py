@@ -8,6 +8,7 @@ sampler, the weights of one layer, where they are not drawn a tile at a time.
 import contextlib
 import dataclasses
 import functools
+import itertools
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -90,13 +91,21 @@ def bytes_per_network(
         # Where entries are drawn a tile at a time, a tile has at least two rows of them.
         most = max(matrices.LARGE_TILE, 2 * widest) if redrawn else weights
         working += _DRAWING_COPIES * min(weights, most)
-    signals = sum(widths)
-    if checkpoint:
-        signals = network.input_width + sum(
-            width * sum(propagation.kept_signals(stage.repeats))
-            for stage, width in zip(network.stages, network.stage_widths[1:], strict=True)
-        )
-    return itemsize * (working + sites * signals * (1 + _LINEARISATION * keep))
+    signals, remembered = network.input_width, 0
+    for stage, (below, width) in zip(
+        network.stages, itertools.pairwise(network.stage_widths), strict=True
+    ):
+        if stage.tied:
+            # Every matrix itself or all of its answers, and, for the way down, those of each step.
+            each = stage.block.shapes(below)
+            asked = 2 * stage.repeats * sites
+            for n, m in each:
+                remembered += 2 * n * m if sampler == "dense" else 2 * asked * (n + m)
+                remembered += stage.repeats * sites * (n + sites)
+        cut = checkpoint and not stage.tied
+        kept = sum(propagation.kept_signals(stage.repeats)) if cut else stage.repeats
+        signals += width * kept
+    return itemsize * (working + remembered + sites * signals * (1 + _LINEARISATION * keep))
 
 
 def plan(

@@ -27,10 +27,15 @@ from gradflow import statistics
 from gradflow.blocks import AbstractBlock
 from gradflow.networks import Network, Stage
 from gradflow.norms import unit_rows
+from gradflow.simulation import questions
+from gradflow.simulation.matrices import Matrix
+from gradflow.simulation.questions import LayerKey, Maker, stage_keys
 from gradflow.simulation.samplers import SAMPLERS, Sampler
 from gradflow.statistics import BackwardSample, ForwardSample, Statistic
 
 __all__ = ["Signals", "kept_signals", "lsuv", "propagate", "scan_blocks", "signals"]
+
+_matmul = functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
 
 
 class Signals(NamedTuple):
@@ -85,18 +90,20 @@ def propagate(
         faster with ``matrix_free``, more memory, the same numbers.
     checkpoint
         Keep what enters every √L-th layer, and walk up twice: the memory of 2√L layers' signals
-        instead of L, a third more time, the same numbers. Without ``keep``.
+        instead of L, a third more time, the same numbers. Without ``keep``. Stages that share their
+        weights keep all of their signals either way, and no linearisation.
 
     Returns
     -------
     dict
         Each statistic by its key, shape (layers,), the same as `theory.mean_field.predict` returns.
-        ``chi`` is NaN at the top layer. A signal that leaves the float's range makes its
-        statistics infinite or NaN from that layer on.
+        ``chi`` is NaN at the top layer. Of weights that time steps share, the gradient at a layer
+        is that step's contribution: ∂C/∂W is the sum over the steps. A signal that leaves the
+        float's range makes its statistics infinite or NaN from that layer on.
     """
     wanted = [s for s in wanted if s.sites <= inputs.shape[0]]
     policy = _Keep(linearisations=keep, signals=not checkpoint)
-    return _walk(network, inputs, key, SAMPLERS[sampler], wanted, policy)[0]
+    return _walk(network, inputs, key, sampler, wanted, policy)[0]
 
 
 def signals(
@@ -107,7 +114,7 @@ def signals(
     sampler: str = "dense",
 ) -> Signals:
     """Draw the network that `propagate` draws from this key, and return its units' signals."""
-    collected = _walk(network, inputs, key, SAMPLERS[sampler], (), _Keep(), collect=True)[1]
+    collected = _walk(network, inputs, key, sampler, (), _Keep(), collect=True)[1]
     (z, log_scale), (gradient, log_norm) = (zip(*side, strict=True) for side in collected)
     return Signals(list(z), list(log_scale), list(gradient), list(log_norm))
 
@@ -173,7 +180,7 @@ def _walk(
     network: Network,
     inputs: Array,
     key: PRNGKeyArray,
-    sampler: Sampler,
+    sampler: str,
     wanted: Sequence[Statistic],
     keep: _Keep,
     *,
@@ -198,41 +205,48 @@ def _walk(
         return _row([s.measure(sample) for s in forward], signal.dtype)
 
     pieces = _stretches(network, keep)
-    state = (inputs, jnp.zeros(sites, inputs.dtype))
+    signal, log_scale = inputs, jnp.zeros(sites, inputs.dtype)
+    walkers: list[_Apart | _Shared] = []
+    memories: list[tuple[Matrix, ...]] = []
     kept, ups, measured, first = [], [], [], 0
     for stage, stretch in pieces:
+        of_stage = stage_keys(stage, layer_keys[first : first + stage.repeats])
+        walker = _walker(stage, sampler, network.mixes_sites, keep.linearisations)
         up = functools.partial(
             _up,
-            functools.partial(_linearise, stage.block, sampler, network.mixes_sites),
+            walker,
             rescale=network.homogeneous,
             mixes=network.mixes_sites,
-            keep=keep.linearisations,
             collect=collect,
         )
         state, (stage_kept, stage_up, rows) = _through_stretches(
             functools.partial(up, measure=measure),
             functools.partial(up, measure=lambda *_: ()),
-            state,
-            layer_keys[first : first + stage.repeats],
+            (signal, log_scale, _nothing_asked(stage, sampler, of_stage, signal)),
+            of_stage,
             stretch,
         )
+        signal, log_scale, memory = state
         first += stage.repeats
+        walkers.append(walker)
+        memories.append(memory)
         kept.append(stage_kept)
         ups.append(stage_up)
         measured.append(rows)
 
-    delta = jax.random.normal(top_key, state[0].shape, inputs.dtype)
+    delta = jax.random.normal(top_key, signal.shape, inputs.dtype)
     delta, log_norm = _at_unit_scale(delta, network.mixes_sites)
     carry = (delta, (log_norm, jnp.zeros_like(log_norm)), jnp.full_like(log_norm, jnp.nan))
     downs: list[Any] = []
     logs: list[_Logs] = []
-    for (stage, _), kept_below in reversed(list(zip(pieces, kept, strict=True))):
-        linear = functools.partial(_linearise, stage.block, sampler, network.mixes_sites)
-        step = functools.partial(_down, linear, collect, network.mixes_sites, state[0].shape[0])
+    for walker, memory, kept_below in reversed(list(zip(walkers, memories, kept, strict=True))):
+        step = functools.partial(_down, walker, collect, network.mixes_sites, state[0].shape[0])
         if isinstance(kept_below, _Walked):
-            carry, (down, stage_logs) = kept_below.down(step, carry)
+            (carry, _), (down, stage_logs) = kept_below.down(step, (carry, memory))
         else:
-            carry, (down, stage_logs) = scan_blocks(step, carry, kept_below, reverse=True)
+            (carry, _), (down, stage_logs) = scan_blocks(
+                step, (carry, memory), kept_below, reverse=True
+            )
         downs.insert(0, down)
         logs.insert(0, stage_logs)
 
@@ -308,10 +322,14 @@ def kept_signals(layers: int) -> tuple[int, int, int]:
 def _stretches(network: Network, keep: _Keep) -> list[tuple[Stage, int]]:
     """Return the stages, each with the length of the stretches it is walked in again, or 1.
 
-    A stage that is no whole number of stretches is cut in two.
+    A stage that is no whole number of stretches is cut in two; one that shares its weights is not
+    walked in again, for its matrices would be asked twice.
     """
     pieces = []
     for stage in network.stages:
+        if stage.tied:
+            pieces.append((stage, 1))
+            continue
         _, stretch, rest = (0, 1, 0) if keep.signals else kept_signals(stage.repeats)
         pieces.append((Stage(stage.block, stage.repeats - rest), stretch))
         if rest:
@@ -324,12 +342,12 @@ class _Walked(NamedTuple):
 
     again: Callable
     entering: Any
-    keys: Array  # (stretches, layers in each)
+    keys: LayerKey  # (stretches, layers in each)
 
     def down(self, step: Callable, carry: Any) -> tuple[Any, Any]:
         """Walk down, one stretch after the other, each after it was walked up again."""
 
-        def stretch(carry: Any, parts: tuple[Any, Array]) -> tuple[Any, Any]:
+        def stretch(carry: Any, parts: tuple[Any, LayerKey]) -> tuple[Any, Any]:
             _, (kept, _, _) = jax.lax.scan(self.again, *parts)
             return jax.lax.scan(step, carry, kept, reverse=True)
 
@@ -339,14 +357,14 @@ class _Walked(NamedTuple):
 
 
 def _through_stretches(
-    up: Callable, again: Callable, state: Any, keys: Array, stretch: int
+    up: Callable, again: Callable, state: Any, keys: LayerKey, stretch: int
 ) -> tuple[Any, tuple[Any, Any, Any]]:
     """Scan a stage on the way up; keep what its blocks, or its stretches of blocks, need."""
     if stretch == 1:
         return scan_blocks(up, state, keys)
-    keys = keys.reshape(-1, stretch)
+    keys = jax.tree.map(lambda leaf: leaf.reshape(-1, stretch), keys)
 
-    def through(state: Any, keys: Array) -> tuple[Any, Any]:
+    def through(state: Any, keys: LayerKey) -> tuple[Any, Any]:
         last, (_, _, measured) = jax.lax.scan(up, state, keys)
         return last, (state, measured)
 
@@ -402,43 +420,111 @@ def _summed_taps(pull: Callable, delta: Array) -> tuple[Array, Array]:
     return below, taps.sum(axis=0)
 
 
+class _Apart(NamedTuple):
+    """Walks layers with weights of their own, which are drawn or decided for each."""
+
+    block: AbstractBlock
+    sampler: Sampler
+    mixes: bool
+    keep: bool
+
+    def up(self, memory: tuple, key: LayerKey, signal: Array) -> tuple[Array, Any, tuple]:
+        """Return the next signal, what it takes to pull gradients back, and nothing to remember."""
+        out, pull = _linearise(self.block, self.sampler, self.mixes, key.key, signal)
+        return out, pull if self.keep else signal, memory
+
+    def down(
+        self, memory: tuple, key: LayerKey, saved: Any, delta: Array
+    ) -> tuple[Array, Array, tuple]:
+        """Return the gradient below, and `_linearise`'s array of the weights' gradient."""
+        pull = saved
+        if not callable(saved):
+            pull = _linearise(self.block, self.sampler, self.mixes, key.key, saved)[1]
+        return *pull(delta), memory
+
+
+class _Shared(NamedTuple):
+    """Walks the steps of a stage with the same weights, which remember what they were asked."""
+
+    block: AbstractBlock
+    mixes: bool
+
+    def up(
+        self, memory: tuple[Matrix, ...], key: LayerKey, signal: Array
+    ) -> tuple[Array, Any, tuple[Matrix, ...]]:
+        """Return the next signal, what it takes to pull gradients back, and the matrices."""
+        asked = questions.ask(self.block, key, signal, memory)
+        grams = tuple(_matmul(x, x.T) for x in asked.questions)
+        return asked.out, (signal, asked.answers, grams), asked.matrices
+
+    def down(
+        self, memory: tuple[Matrix, ...], key: LayerKey, saved: Any, delta: Array
+    ) -> tuple[Array, Array, tuple[Matrix, ...]]:
+        """Return what `_Apart.down` does, of this step alone, and the matrices."""
+        signal, answers, grams = saved
+        hooked = functools.partial(questions.hooked, self.block, key)
+        below, memory, deltas = questions.pull(hooked, signal, answers, memory, delta[None])
+        sites = 1 if self.mixes else len(signal)
+        tap = jnp.zeros((sites, sites), signal.dtype)
+        for gram, (at_answer,) in zip(grams, deltas, strict=True):
+            products = _matmul(at_answer, at_answer.T) * gram
+            tap += jnp.sum(products) if self.mixes else products
+        return below[0], tap, memory
+
+
+def _walker(stage: Stage, sampler: str, mixes: bool, keep: bool) -> _Apart | _Shared:
+    if stage.tied:
+        return _Shared(stage.block, mixes)
+    return _Apart(stage.block, SAMPLERS[sampler], mixes, keep)
+
+
+def _nothing_asked(stage: Stage, sampler: str, keys: LayerKey, signal: Array) -> tuple[Matrix, ...]:
+    """Return the matrices that all steps of a tied stage share."""
+    if not stage.tied:
+        return ()
+    places = stage.repeats * len(signal)
+    first = jax.tree.map(lambda leaf: leaf[0], keys)
+    return questions.made(stage.block, Maker(sampler, (places, places)), first, signal)
+
+
 def _up(
-    linear: Callable,
-    state: tuple[Array, Array],
-    key: PRNGKeyArray,
+    walker: _Apart | _Shared,
+    state: tuple[Array, Array, tuple[Matrix, ...]],
+    key: LayerKey,
     *,
     measure: Callable,
     rescale: bool,
     mixes: bool,
-    keep: bool,
     collect: bool,
-) -> tuple[tuple[Array, Array], tuple]:
+) -> tuple[tuple[Array, Array, tuple[Matrix, ...]], tuple]:
     """One block on the way up. Keeps its pull-back, or what it takes to make that again."""
-    signal, log_scale = state
-    out, pull = linear(key, signal)
-    kept = (key, pull if keep else signal, log_scale)
+    signal, log_scale, memory = state
+    out, saved, memory = walker.up(memory, key, signal)
+    kept = (key, saved, log_scale)
     log_scale = _for_sites(log_scale, out.shape[0])
     if rescale:
         rows, log_norm = _at_unit_scale(out, mixes)
         root = (out.size if mixes else out.shape[1]) ** 0.5
         out, log_scale = root * rows, log_scale + log_norm - math.log(root)
-    state = (out, log_scale)
-    return state, (kept, state if collect else None, measure(out, log_scale))
+    found = (out, log_scale) if collect else None
+    return (out, log_scale, memory), (kept, found, measure(out, log_scale))
+
+
+_Carry = tuple[tuple[Array, tuple[Array, Array], Array], tuple[Matrix, ...]]
 
 
 def _down(
-    linear: Callable,
+    walker: _Apart | _Shared,
     collect: bool,
     mixes: bool,
     sites_above: int,
-    carry: tuple[Array, tuple[Array, Array], Array],
-    kept: tuple[Array, Any, Array],
-) -> tuple[tuple[Array, tuple[Array, Array], Array], tuple]:
+    carry: _Carry,
+    kept: tuple[LayerKey, Any, Array],
+) -> tuple[_Carry, tuple]:
     """One block on the way down, from its output's gradient to its input's."""
-    delta, log_norm_pair, log_ratio = carry
+    (delta, log_norm_pair, log_ratio), memory = carry
     key, saved, log_scale = kept
-    pull = saved if callable(saved) else linear(key, saved)[1]
-    below, tap = pull(delta)
+    below, tap, memory = walker.down(memory, key, saved, delta)
 
     log_scale_down = log_norm_pair[0]
     unit, log_row = unit_rows(delta) if mixes else (delta, jnp.zeros_like(log_scale_down))
@@ -458,7 +544,7 @@ def _down(
         )
     log_ratio = 2 * (log_step + log_row_below - log_row) + log_width_ratio
     log_norm_pair = jax.tree.map(lambda log: _for_sites(log, sites), log_norm_pair)
-    carry = (below, _add(log_norm_pair, log_step), log_ratio)
+    carry = ((below, _add(log_norm_pair, log_step), log_ratio), memory)
     return carry, ((unit, log_norm) if collect else None, logs)
 
 

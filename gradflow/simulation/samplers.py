@@ -11,7 +11,9 @@ Haar-orthogonal weights: it asks a matrix that is decided only as far as it is a
 O(n sites²) instead of O(n²), with the same joint law of all activations and gradients. That law is
 of *one* pull-back of all sites together: the backward rule may be applied once for each application
 of the forward one. A second pull-back through the same weights would have to remember the first
-one's answer, as `gradflow.simulation.jacobians` does.
+one's answer, as `gradflow.simulation.jacobians` does, and `gradflow.simulation.propagation` where
+the time steps of a stage share their weights: T steps ask each matrix 2T times, at a cost of
+O(n T² sites²) without the weights and of O(n² T sites) with them.
 
 In both, ``tap`` is a (sites, sites) array of zeros whose cotangent is *defined* as
 (Δ Δᵀ) ∘ (x xᵀ): the sum of its entries is ‖Δᵀ x‖_F², the squared norm of ∂C/∂W. That is how a
@@ -126,6 +128,9 @@ SAMPLERS: dict[str, Sampler] = {"dense": dense, "matrix_free": matrix_free}
 # input by it; for what matrix_free does with a unit of each pair of inputs, and of each input.
 _DRAWN, _MULTIPLIED = 2.5, 0.06
 _PER_PAIR, _PER_INPUT = 0.7, 6.0
+# Of weights that time steps share: for reading an entry at a step, both ways, and multiplying an
+# input by it; and for what matrix_free does with a unit of each pair of questions.
+_READ, _READ_BY_INPUT, _PER_REMEMBERED = 2.0, 1.0, 10.0
 
 
 def choose(name: str, network: Network, sites: int = 1) -> tuple[str, str]:
@@ -152,7 +157,7 @@ def choose(name: str, network: Network, sites: int = 1) -> tuple[str, str]:
     if name == "auto":
         if not network.rotation_invariant:
             return "dense", "weights neither Gaussian nor orthogonal, so that each must be drawn"
-        if not network.iid_gaussian:
+        if not network.iid_gaussian and not network.tied:
             return "matrix_free", "orthogonal weights: exact without drawing them"
         drawn, free = seconds("dense", network, sites), seconds("matrix_free", network, sites)
         if drawn < free:
@@ -160,8 +165,9 @@ def choose(name: str, network: Network, sites: int = 1) -> tuple[str, str]:
                 f"with {sites} inputs, drawing all weights takes {drawn / free:.2g} of the "
                 "operations of drawing none"
             )
+        kind = "Gaussian" if network.iid_gaussian else "orthogonal"
         return "matrix_free", (
-            f"Gaussian weights: exact without drawing them, in {free / drawn:.2g} of the operations"
+            f"{kind} weights: exact without drawing them, in {free / drawn:.2g} of the operations"
         )
     if name not in SAMPLERS:
         raise unknown_name("sampler", name, [*SAMPLERS, "auto"])
@@ -172,9 +178,24 @@ def choose(name: str, network: Network, sites: int = 1) -> tuple[str, str]:
 
 
 def seconds(name: str, network: Network, sites: int) -> float:
-    """Return about how long a sampler takes for one network, on one core of a CPU."""
-    shapes = np.array([shape for layer in network.shapes for shape in layer], float).reshape(-1, 2)
-    if name == "matrix_free":
-        units = float(np.sum(shapes)) / 2
-        return 1e-9 * units * (_PER_INPUT * sites + _PER_PAIR * sites**2)
-    return 1e-9 * float(np.sum(np.prod(shapes, axis=1))) * (_DRAWN + _MULTIPLIED * sites)
+    """Return about how long a sampler takes for one network, on one core of a CPU.
+
+    Layers that share their weights put all their questions to the same matrices: ``dense`` draws
+    them once, and ``matrix_free`` compares each question with all before.
+    """
+    total, first = 0.0, 0
+    for stage in network.stages:
+        layers = network.shapes[first : first + stage.repeats]
+        first += stage.repeats
+        shapes = np.array([shape for layer in layers for shape in layer], float).reshape(-1, 2)
+        products, units = float(np.sum(np.prod(shapes, axis=1))), float(np.sum(shapes)) / 2
+        if stage.tied and name == "matrix_free":
+            total += units * _PER_REMEMBERED * stage.repeats * sites**2
+        elif stage.tied:
+            drawn = _DRAWN / (2 * stage.repeats)
+            total += products * (drawn + _READ + _READ_BY_INPUT * sites)
+        elif name == "matrix_free":
+            total += units * (_PER_INPUT * sites + _PER_PAIR * sites**2)
+        else:
+            total += products * (_DRAWN + _MULTIPLIED * sites)
+    return 1e-9 * total

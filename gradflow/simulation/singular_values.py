@@ -39,7 +39,7 @@ from jaxtyping import Array, ArrayLike, Float, Int, PRNGKeyArray
 from gradflow.errors import InputError, check_count, is_traced
 from gradflow.networks import Network
 from gradflow.norms import unit_rows
-from gradflow.simulation import jacobians, memory, samplers
+from gradflow.simulation import jacobians, memory
 from gradflow.simulation.jacobians import Jacobian
 from gradflow.simulation.matrices import orthonormal_rows
 
@@ -496,7 +496,7 @@ def extreme_singular_values(
         raise InputError(f"tolerance is {tolerance!r}; it is a number above 0")
     if leading + trailing == 0:
         raise InputError("leading and trailing are 0; at least one is more")
-    name, _ = samplers.choose(sampler, network)
+    name = jacobians.chosen_sampler(sampler, network)
     inputs = jnp.asarray(inputs)
     numbers = network.as_arrays(inputs.dtype)
     free = memory.available() if memory_budget is None else memory_budget

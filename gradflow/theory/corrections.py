@@ -67,10 +67,11 @@ class Corrections(eqx.Module):
 
 
 def covers(network: Network) -> bool:
-    """Whether `correct` has an answer: dense layers with independent Gaussian weights."""
+    """Whether `correct` has an answer: dense layers, each with Gaussian weights of its own."""
     first, *rest = [s.block for s in network.stages for _ in range(min(s.repeats, 2))]
     return (
         network.iid_gaussian
+        and not network.tied
         and isinstance(first, Dense)
         and all(isinstance(b, Dense) and b.activation == network.activation for b in rest)
     )
@@ -103,7 +104,7 @@ def correct(network: Network, gram: Float[ArrayLike, "sites sites"]) -> Correcti
     if not covers(network):
         raise InputError(
             f"network is {network.name!r}; corrections are known for dense layers with "
-            "independent Gaussian weights"
+            "independent Gaussian weights, which no two of them share"
         )
     return correct_from(prepare(network, *mean_field.laws(network, gram)))
 

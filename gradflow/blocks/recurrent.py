@@ -1,0 +1,191 @@
+"""Time steps of recurrent networks: an input that is new at every step, and gated units."""
+
+import dataclasses
+from collections.abc import Callable
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, PRNGKeyArray, ScalarLike
+
+from gradflow import activations, ensembles
+from gradflow.activations import Activation
+from gradflow.blocks.base import AbstractBlock, Multiply, each_step
+from gradflow.blocks.dense import Linear
+from gradflow.ensembles import Distribution
+from gradflow.errors import InputError, check_scale, is_traced
+from gradflow.gram import Gram, Unknown, multiply_gram
+
+__all__ = ["GRU", "Drive"]
+
+
+class Drive(AbstractBlock):
+    """z + u, u ~ N(0, σ_u²) for each unit, drawn anew at every layer or time step.
+
+    It is U x_t with Gaussian weights U, Var U = σ_u²/fan_in, that all steps may share: for inputs
+    of unit second moment that have no correlation over time, U x_t is independent at each step. The
+    series that two sites are driven by have the correlation ``alike``: 1 is one series for all.
+    """
+
+    sigma_u: ScalarLike = 1.0
+    alike: ScalarLike = 1.0
+
+    def __check_init__(self) -> None:
+        check_scale("sigma_u", self.sigma_u)
+        alike = np.asarray(1.0 if is_traced(self.alike) else self.alike)
+        if not np.all((alike >= 0) & (alike <= 1)):
+            raise InputError(f"alike is {self.alike}; a correlation of inputs is from 0 to 1")
+
+    def apply(
+        self, signal: Float[Array, "sites n"], multiply: Multiply, key: PRNGKeyArray
+    ) -> Float[Array, "sites n"]:
+        """Return z + u."""
+        common_key, own_key = jax.random.split(each_step(key, multiply))
+        sigma, alike = (jnp.asarray(x, signal.dtype) for x in (self.sigma_u, self.alike))
+        common = jax.random.normal(common_key, (1, signal.shape[1]), signal.dtype)
+        own = jax.random.normal(own_key, signal.shape, signal.dtype)
+        return signal + sigma * (jnp.sqrt(alike) * common + jnp.sqrt(1 - alike) * own)
+
+    def kernel(self, gram: Gram, multiply: Multiply = multiply_gram) -> Gram:  # noqa: ARG002
+        """Return the second moments with those of u, σ_u² and σ_u² ``alike``, added."""
+        own = jnp.eye(len(gram.mean), dtype=gram.mean.dtype)
+        more = self.sigma_u**2 * (self.alike + (1 - self.alike) * own)
+        law = gram.law if gram.gaussian else Unknown()
+        return dataclasses.replace(gram, covariance=gram.covariance + more, law=law)
+
+    @property
+    def homogeneous(self) -> bool:
+        """It is not."""
+        return False
+
+
+class GRU(AbstractBlock):
+    """h' = u ⊙ h + (1 - u) ⊙ φ(W (r ⊙ h) + b): gated units (Cho et al. 2014, arXiv:1406.1078).
+
+    With gates r = σ(W_r h + b_r) and u = σ(W_u h + b_u), σ the logistic. All weights have variance
+    σ_w²/fan_in; biases are N(μ, σ_b²), μ_r and μ_u for the gates and 0 for the candidate. An input
+    is one block before: see ``drive``. Its signal is the state h, which is not Gaussian over units.
+
+    At infinite width, gates and candidate of a step are independent of a unit's state and of each
+    other, if weights are drawn anew at every step, and second moments close,
+
+        k' = E[u_a u_b] k + E[(1-u_a)(1-u_b)] E[φ_a φ_b],    and of a tangent, with means 0,
+        t' = E[u²] t + E[(1-u)²] E[φ'²] σ_w² (E[r²] + σ_w² E[r'²] k) t + σ_w² E[u'²] (k + E[φ²]) t
+
+    (Gilboa et al. 2019, arXiv:1901.08987; Chen, Pennington & Schoenholz 2018, arXiv:1806.05394).
+    Where all steps have the same weights this is an approximation at any width: what drives a
+    unit's gate now is correlated with what drove it before, and so with its state.
+    """
+
+    units: int = eqx.field(static=True, default=100)
+    activation: Activation = eqx.field(static=True, default=activations.tanh)
+    sigma_w: ScalarLike = 1.0
+    sigma_b: ScalarLike | None = None
+    reset_bias: ScalarLike = 0.0
+    update_bias: ScalarLike = 0.0
+    drive: Drive | None = None
+    distribution: Distribution = eqx.field(static=True, default=ensembles.gaussian)
+
+    @property
+    def _layer(self) -> Linear:
+        return Linear(self.units, self.sigma_w, self.sigma_b, self.distribution)
+
+    def apply(
+        self, signal: Float[Array, "sites n"], multiply: Multiply, key: PRNGKeyArray
+    ) -> Float[Array, "sites n"]:
+        """Return the next state."""
+
+        def layer(x: Array, key: PRNGKeyArray) -> Array:
+            weights_key, drive_key = jax.random.split(key)
+            z = self._layer.apply(x, multiply, weights_key)
+            return z if self.drive is None else self.drive.apply(z, multiply, drive_key)
+
+        keys = jax.random.split(key, 3)
+        reset = _gate(self.reset_bias)(layer(signal, keys[0]))
+        update = _gate(self.update_bias)(layer(signal, keys[1]))
+        candidate = self.activation(layer(reset * signal, keys[2]))
+        return update * signal + (1 - update) * candidate
+
+    def kernel(self, gram: Gram, multiply: Multiply = multiply_gram) -> Gram:
+        """Return the second moments of the next state, and those of its tangent."""
+
+        def layer(gram: Gram) -> Gram:
+            z = self._layer.kernel(gram, multiply)
+            return z if self.drive is None else self.drive.kernel(z)
+
+        reset = layer(gram).through(_gate(self.reset_bias))
+        update = layer(gram).through(_gate(self.update_bias))
+        candidate = layer(_product(reset, gram)).through(self.activation)
+        # c + u d, d = h - c: the tangent is u ḣ + (1 - u) ċ + u̇ d.
+        u, m, k = update.mean[:, None], gram.mean[:, None], candidate.covariance
+        kept = update.covariance
+        renewed = 1 - u - u.T + kept
+        across = (u - kept) * m * candidate.mean[None]
+        covariance = kept * gram.covariance + renewed * k + across + across.T
+        mean = update.mean * gram.mean + (1 - update.mean) * candidate.mean
+        tangent = None
+        if gram.tangent is not None:
+            own = _like(gram.tangent)
+            means = m * candidate.mean[None]
+            apart = gram.covariance + k - means - means.T
+            assert update.tangent is not None and candidate.tangent is not None  # noqa: PT018
+            tangent = own(kept) * gram.tangent + own(renewed) * candidate.tangent
+            tangent = tangent + own(apart) * update.tangent
+        return Gram(covariance, mean, tangent, Unknown())
+
+    @property
+    def homogeneous(self) -> bool:
+        """It is not."""
+        return False
+
+    @property
+    def distributions(self) -> tuple[Distribution, ...]:
+        """The laws of W_r, W_u and W."""
+        return (self.distribution,) * 3
+
+    def width_after(self, n_in: int) -> int:
+        """Return as many units as it gets.
+
+        Raises
+        ------
+        InputError
+            If it gets another number than it has.
+        """
+        if n_in != self.units:
+            raise InputError(
+                f"a GRU of {self.units} units gets {n_in}; its state before and after a step has "
+                "as many units as it has, so put a Linear block before it"
+            )
+        return n_in
+
+    def shapes(self, n_in: int) -> tuple[tuple[int, int], ...]:
+        """Return the shapes of W_r, W_u and W."""
+        return ((self.units, n_in),) * 3
+
+    def narrowed(self, factor: int) -> "GRU":
+        """Return it with its units divided by ``factor``, and its scales kept."""
+        return dataclasses.replace(self, units=self.units // factor)
+
+
+def _gate(bias: ScalarLike) -> Activation:
+    """Return the logistic of x + bias."""
+
+    def gate(x: Array) -> Array:
+        return activations.logistic(x + jnp.asarray(bias, x.dtype))
+
+    return Activation("gate", gate)
+
+
+def _like(tangent: Array) -> Callable[[Array], Array]:
+    """Return what makes second moments over pairs of sites as those of a tangent are: or own."""
+    return jnp.diagonal if tangent.ndim == 1 else lambda k: k
+
+
+def _product(gate: Gram, gram: Gram) -> Gram:
+    """Return what is known of the product of independent signals, unit by unit."""
+    tangent = None
+    if gate.tangent is not None and gram.tangent is not None:
+        own = _like(gram.tangent)
+        tangent = own(gate.covariance) * gram.tangent + gate.tangent * own(gram.covariance)
+    return Gram(gate.covariance * gram.covariance, gate.mean * gram.mean, tangent, Unknown())

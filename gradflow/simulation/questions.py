@@ -1,0 +1,180 @@
+"""A block as questions to its random matrices, and what their answers make of it.
+
+How a block is linearised. Its random matrices enter through ``multiply`` alone. With what they
+answered at z put in, block(z, answers) has ordinary derivatives, and the matrices are linear: the
+tangent of an answer is the matrix times the tangent of what it was asked. So a push is `jax.jvp`
+with one question to each matrix, in the order of their use, and a pull is `jax.vjp` with one
+question to each transpose, in the reverse order. Every question comes back with a matrix that
+remembers it, which the next one is put to: by the same layer, or by the next one if they share it.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int, PRNGKeyArray
+
+from gradflow.blocks import AbstractBlock
+from gradflow.ensembles import Distribution
+from gradflow.networks import Stage
+from gradflow.simulation import matrices
+from gradflow.simulation.matrices import Matrix
+
+__all__ = ["Asked", "LayerKey", "Maker", "ask", "hooked", "made", "pull", "push", "stage_keys"]
+
+
+class LayerKey(NamedTuple):
+    """What a layer draws from: the key of its weights and biases and, if it is tied, its step."""
+
+    key: Array  # one, or with an axis of layers
+    step: Int[Array, "*layers"] | None = None
+
+
+def stage_keys(stage: Stage, keys: Array) -> LayerKey:
+    """Return what each layer of a stage draws from, with an axis of layers.
+
+    ``keys`` is one for each layer; a tied stage has the first one's weights at all of its steps.
+    """
+    if not stage.tied:
+        return LayerKey(keys)
+    return LayerKey(jnp.broadcast_to(keys[0], keys.shape), jnp.arange(stage.repeats))
+
+
+class Maker(NamedTuple):
+    """How a sampler makes a random matrix: a function that can be told from others."""
+
+    sampler: str
+    places: tuple[int, int] | None
+
+    def __call__(self, *law: Any) -> Matrix:
+        """Return the matrix of this key, shape, distribution and dtype."""
+        if self.sampler == "dense":
+            return matrices.drawn(*law)
+        return matrices.undecided(*law, places=self.places)
+
+
+class _Multiply:
+    """What a block multiplies with: an answer to each question, and the time step it is."""
+
+    def __init__(self, answer: Callable[..., Array], step: Array | None) -> None:
+        self.answer, self.step = answer, step
+
+    def __call__(self, key: PRNGKeyArray, x: Array, **law: Any) -> Array:
+        return self.answer(key, x, **law)
+
+
+def _scale(sigma_w: Any, x: Array) -> Array:
+    return jnp.asarray(sigma_w, x.dtype) / x.shape[-1] ** 0.5
+
+
+def made(
+    block: AbstractBlock, make: Maker, key: LayerKey, signal: Float[Array, "sites n_in"]
+) -> tuple[Matrix, ...]:
+    """Return the random matrices that the block multiplies with, not asked yet."""
+    found: list[Matrix] = []
+
+    def multiply(
+        key: PRNGKeyArray,
+        x: Array,
+        *,
+        sigma_w: Any,
+        width: int,
+        distribution: Distribution,
+        seen: Array | None = None,
+    ) -> Array:
+        del sigma_w, seen
+        found.append(make(key, (width, x.shape[1]), distribution, x.dtype))
+        return jnp.zeros((x.shape[0], width), x.dtype)
+
+    block.apply(signal, _Multiply(multiply, key.step), key.key)
+    return tuple(found)
+
+
+class Asked(NamedTuple):
+    """A block that has asked its matrices."""
+
+    out: Float[Array, "sites n_out"]
+    answers: tuple[Float[Array, "sites _"], ...]
+    questions: tuple[Float[Array, "sites _"], ...]  # the x of W x, or all that W is part of sees
+    matrices: tuple[Matrix, ...]
+
+
+def ask(
+    block: AbstractBlock,
+    key: LayerKey,
+    signal: Float[Array, "sites n_in"],
+    known: tuple[Matrix, ...],
+) -> Asked:
+    """Apply a block with these random matrices."""
+    answers: list[Array] = []
+    questions: list[Array] = []
+    remembered: list[Matrix] = []
+
+    def multiply(
+        _: PRNGKeyArray, x: Array, *, sigma_w: Any, seen: Array | None = None, **law: Any
+    ) -> Array:
+        del law
+        answer, matrix = known[len(answers)].times(_scale(sigma_w, x) * x)
+        answers.append(answer)
+        questions.append(x if seen is None else seen)
+        remembered.append(matrix)
+        return answer
+
+    out = block.apply(signal, _Multiply(multiply, key.step), key.key)
+    return Asked(out, tuple(answers), tuple(questions), tuple(remembered))
+
+
+def hooked(
+    block: AbstractBlock, key: LayerKey, signal: Array, answers: tuple[Array, ...]
+) -> tuple[Array, tuple[Array, ...]]:
+    """Apply the block with these answers of its matrices; return its output and what they got."""
+    given, asked = iter(answers), []
+
+    def multiply(_: PRNGKeyArray, x: Array, *, sigma_w: Any, **law: Any) -> Array:
+        del law
+        asked.append(_scale(sigma_w, x) * x)
+        return next(given)
+
+    return block.apply(signal, _Multiply(multiply, key.step), key.key), tuple(asked)
+
+
+def _ask(matrix: Matrix, x: Array) -> tuple[Array, Matrix]:
+    """Ask one matrix for every site of several vectors, (k, sites, n), jointly."""
+    answer, matrix = matrix.times(x.reshape(-1, x.shape[-1]))
+    return answer.reshape(*x.shape[:-1], -1), matrix
+
+
+def push(
+    function: Callable, signal: Array, answers: tuple, asked: tuple[Matrix, ...], tangents: Array
+) -> tuple[Array, tuple[Matrix, ...]]:
+    """Return what a `hooked` block makes of tangents, (k, sites, n), and its matrices."""
+
+    def derivative(tangent: Array, changes: tuple[Array, ...]) -> tuple:
+        return jax.jvp(function, (signal, answers), (tangent, changes))[1]
+
+    changes = [jnp.zeros((len(tangents), *answer.shape), answer.dtype) for answer in answers]
+    remembered: list[Matrix] = []
+    for index, matrix in enumerate(asked):
+        inside = jax.vmap(derivative)(tangents, tuple(changes))[1][index]
+        changes[index], matrix = _ask(matrix, inside)
+        remembered.append(matrix)
+    return jax.vmap(derivative)(tangents, tuple(changes))[0], tuple(remembered)
+
+
+def pull(
+    function: Callable, signal: Array, answers: tuple, asked: tuple[Matrix, ...], cotangents: Array
+) -> tuple[Array, tuple[Matrix, ...], tuple[Array, ...]]:
+    """Return what a `hooked` block makes of cotangents, (k, sites, n), and its matrices.
+
+    And ∂C/∂(W x) of each matrix, (k, sites, units).
+    """
+    (_, inside), back = jax.vjp(function, signal, answers)
+    pulled = [jnp.zeros((len(cotangents), *x.shape), x.dtype) for x in inside]
+    remembered: list[Matrix] = []
+    for index in reversed(range(len(asked))):
+        changes = jax.vmap(back)((cotangents, tuple(pulled)))[1][index]
+        pulled[index], matrix = _ask(asked[index].T, changes)
+        remembered.insert(0, matrix.T)
+    below, deltas = jax.vmap(back)((cotangents, tuple(pulled)))
+    return below, tuple(remembered), deltas

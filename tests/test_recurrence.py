@@ -1,0 +1,303 @@
+"""Recurrence: the same weights at every time step, and gated units."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from laws import smallest_p_value
+
+from gradflow import comparison, ensembles, networks, statistics
+from gradflow.blocks import GRU, Chain, Dense, Drive, Dropout, Linear
+from gradflow.comparison import Status
+from gradflow.errors import InputError
+from gradflow.networks import Stage
+from gradflow.simulation import jacobians, memory, monte_carlo, propagation, samplers, threefry
+
+# float32 arithmetic through a dozen steps, done in another order.
+ROUNDING = 5e-4
+INPUT, WIDTH, STEPS, SITES = 5, 8, 12, 3
+NETWORKS = 4000
+WANTED = (statistics.q, statistics.log_gradient_norm, statistics.weight_gradient_variance)
+propagate = jax.jit(
+    functools.partial(propagation.propagate, wanted=WANTED),
+    static_argnames=("sampler", "keep", "checkpoint"),
+)
+signals = jax.jit(propagation.signals)
+# E ‖W^10 x‖² for 30 units, measured.
+REAL_GINIBRE, GINIBRE_ERROR = 2.286, 0.012
+
+
+def vanilla(**more):
+    return networks.recurrent(INPUT, WIDTH, STEPS, "tanh", ensembles.fan_in(1.3), **more)
+
+
+def unrolled(network, x, key):
+    """Backpropagation through time by `jax.grad`, of the dense sampler's weights and inputs."""
+    top_key, first_key, tied_key, *_ = jax.random.split(key, network.depth + 1)
+    first = threefry.normal(first_key, (WIDTH, INPUT), x.dtype) / INPUT**0.5
+    dense_key, drive_key = (jax.random.fold_in(tied_key, i) for i in range(2))
+    weights_key, bias_key = jax.random.split(dense_key)
+    dense = network.stages[1].block.parts[0]
+    weights = dense.sigma_w * threefry.normal(weights_key, (WIDTH, WIDTH), x.dtype) / WIDTH**0.5
+    bias = dense.sigma_b * jax.random.normal(bias_key, (1, WIDTH), x.dtype)
+    top = jax.random.normal(top_key, (SITES, WIDTH), x.dtype)
+    drive = network.stages[1].block.parts[1]
+
+    def cost(weights, shifts):
+        zs = [x @ first.T + shifts[0]]
+        for step in range(STEPS):
+            common, own = jax.random.split(jax.random.fold_in(drive_key, step))
+            u = drive.alike**0.5 * jax.random.normal(common, (1, WIDTH), x.dtype)
+            u += (1 - drive.alike) ** 0.5 * jax.random.normal(own, (SITES, WIDTH), x.dtype)
+            zs.append(
+                jnp.tanh(zs[-1]) @ weights[step].T + bias + drive.sigma_u * u + shifts[step + 1]
+            )
+        return jnp.sum(top * zs[-1]), zs
+
+    # A copy of W at each step, whose gradients are the steps' contributions.
+    copies = jnp.stack([weights] * STEPS)
+    shifts = jnp.zeros((STEPS + 1, SITES, WIDTH), x.dtype)
+    (by_step, deltas), zs = jax.grad(cost, argnums=(0, 1), has_aux=True)(copies, shifts)
+    return zs, deltas, by_step / SITES
+
+
+def test_statistics_are_those_of_backpropagation_through_time():
+    network = vanilla(sigma_b=0.4, sigma_u=0.7, alike=0.3)
+    x = jax.random.normal(jax.random.key(1), (SITES, INPUT), jnp.float32)
+    found = propagate(network, x, jax.random.key(2))
+    zs, deltas, by_step = unrolled(network, x, jax.random.key(2))
+    expected = {
+        "log_q": [jnp.log(jnp.mean(z**2)) for z in zs],
+        "log_gradient_norm": [jnp.mean(jnp.log(jnp.linalg.norm(d, axis=1))) for d in deltas],
+    }
+    for name, values in expected.items():
+        np.testing.assert_allclose(found[name], values, rtol=ROUNDING, atol=ROUNDING, err_msg=name)
+    squares = jnp.log(jnp.mean(by_step**2, axis=(1, 2)))
+    np.testing.assert_allclose(
+        found["log_weight_gradient_variance"][1:], squares, rtol=ROUNDING, atol=ROUNDING
+    )
+
+
+def features(network, x, sampler, key):
+    """Per-network values of everything at every layer, shape (networks, features)."""
+    result = monte_carlo.simulate(
+        network,
+        x,
+        key=key,
+        networks=NETWORKS,
+        sampler=sampler,
+        wanted=(*WANTED, statistics.preactivation_mean, statistics.correlation),
+        keep_samples=True,
+    )
+    return np.concatenate(list(result.samples.values()), axis=1)
+
+
+@pytest.mark.parametrize(
+    ("law", "sites", "width", "steps"),
+    [
+        ("gaussian", 2, 12, 5),
+        # More questions than directions: in the end the whole matrix is decided.
+        pytest.param("gaussian", 2, 4, 6, marks=pytest.mark.slow),
+        pytest.param("orthogonal", 2, 12, 5, marks=pytest.mark.slow),
+    ],
+)
+def test_shared_weights_have_one_law_with_both_samplers(law, sites, width, steps):
+    """Of all signals and gradients jointly; and layers with weights of their own have another.
+
+    Kolmogorov-Smirnov tests with `NETWORKS` networks a side; null: one law; false alarms: 1 % for
+    all of a case together (Bonferroni), at fixed keys. The negative control is the same network
+    without shared weights.
+    """
+    x = jax.random.normal(jax.random.key(7), (sites, INPUT), jnp.float32)
+
+    def network(tied):
+        ensemble = ensembles.fan_in(1.5, law)
+        return networks.recurrent(INPUT, width, steps, "tanh", ensemble, sigma_b=0.3, tied=tied)
+
+    drawn = features(network(True), x, "dense", key=3)
+    assert smallest_p_value(drawn, features(network(True), x, "matrix_free", key=4)) > 0.01
+    assert smallest_p_value(drawn, features(network(False), x, "dense", key=5)) < 1e-6
+
+
+@pytest.mark.parametrize("sampler", ["dense", pytest.param("matrix_free", marks=pytest.mark.slow)])
+def test_what_is_kept_changes_no_number(sampler):
+    """A tied stage between others, which are walked in stretches."""
+    tied = Stage(Chain((Dense(units=9, sigma_w=1.4), Drive(0.3))), 5, tied=True)
+    network = networks.stack(INPUT, [Linear(9), (Dense(units=9), 5), tied, Dense(units=4)])
+    case = network, jax.random.normal(jax.random.key(2), (2, INPUT)), jax.random.key(1)
+    found = propagate(*case, sampler=sampler)
+    assert found["log_q"].shape == (12,)
+    policies = ({"checkpoint": True}, {"keep": True})
+    for policy in policies if sampler == "matrix_free" else policies[:1]:
+        again = propagate(*case, sampler=sampler, **policy)
+        for name, value in found.items():
+            np.testing.assert_allclose(value, again[name], rtol=1e-5, atol=1e-5, err_msg=name)
+
+
+def test_steps_share_weights_and_biases_but_not_masks():
+    x = jnp.ones((1, INPUT), jnp.float32)
+    step = Chain((Linear(60, 1.0, 0.5), Dropout(0.5)))
+    network = networks.stack(INPUT, [Linear(60), Stage(step, 4, tied=True)], "linear")
+    masks = np.asarray(signals(network, x, jax.random.key(0)).preactivation[1]) == 0
+    # Two masks of 60 units that are alike by chance: 2^-60.
+    assert len(np.unique(masks[:, 0], axis=0)) == 4
+    shared = networks.recurrent(INPUT, 6, 4, "linear", sigma_b=0.5)
+    apart = networks.recurrent(INPUT, 6, 4, "linear", sigma_b=0.5, tied=False)
+    for made, alike in ((shared, True), (apart, False)):
+        factors = jacobians.layer_jacobians(made, x[0], jax.random.key(1))[1:]
+        assert np.allclose(factors[0], factors[3]) == alike
+        z = [np.asarray(s)[:, 0] for s in signals(made, x, jax.random.key(1))[0]]
+        z = np.concatenate(z)
+        biases = [z[t + 1] - np.asarray(factors[t]) @ z[t] for t in range(4)]
+        assert np.allclose(biases[0], biases[3], atol=1e-5) == alike
+
+
+def test_without_a_nonlinearity_shared_weights_grow_by_themselves():
+    """E ‖W^t x‖² is 1 + O(t⁴/n²), and independent weights' mean is 1 at any width.
+
+    n = 30, t = 10: 2.286 ± 0.012, from 3·10^5 matrices drawn in NumPy. Null: that value, and 1; at
+    3000 networks; 1 % of false alarms is 2.6 standard errors.
+    """
+    n, t = 30, 10
+    x = jnp.ones((1, n), jnp.float32)
+    found = {}
+    for tied in (True, False):
+        network = networks.recurrent(n, n, t, "linear", "lecun", tied=tied)
+        q = monte_carlo.simulate(network, x, networks=3000, sampler="dense", wanted=WANTED)["q"]
+        found[tied] = q.value[t] / q.value[0], q.standard_error[t] / q.value[0]
+    for tied, expected in ((True, REAL_GINIBRE), (False, 1.0)):
+        ratio, error = found[tied]
+        assert abs(ratio - expected) < 2.6 * np.hypot(error, GINIBRE_ERROR), (tied, ratio)
+    assert found[True][0] > 1.5
+
+
+LONG = 200
+
+
+def driven(width, steps=LONG, **more):
+    """Critical without its input; forgets where it began."""
+    weights = ensembles.fan_in(1.0)
+    return networks.recurrent(50, width, steps, "tanh", weights, sigma_u=0.1, **more)
+
+
+@pytest.mark.slow
+def test_200_steps_meet_the_theory_or_differ_as_steps_squared_over_width():
+    """σ_w = 1. Forward within the error and 3/n; gradients differ by a function of t²/n alone.
+
+    Null of the first: the theory, at 1 % of false alarms over 200 layers (Bonferroni, t with 39
+    degrees of freedom: 5.3 standard errors). Of the second: that log ‖δ‖ differs from the theory at
+    t = 200 and n = 1000 by what it does at t = 100 and n = 250; 1 % is 2.6 standard errors. That it
+    differs at all is the control, with weights that are not shared beside it.
+    """
+    x = jnp.ones((1, 50), jnp.float32)
+    off, errors = {}, {}
+    for width, number, tied in ((1000, 40, True), (250, 160, True), (1000, 40, False)):
+        network = driven(width, tied=tied)
+        theory = comparison.predict_float64(network, np.asarray(x))
+        found = monte_carlo.simulate(network, x, key=1, networks=number, wanted=WANTED)
+        norm, at = found["log_gradient_norm"], LONG - (200 if width == 1000 else 100)
+        off[width, tied] = norm.value[at] - theory["log_gradient_norm"][at]
+        errors[width, tied] = norm.standard_error[at]
+        if width == 1000:
+            q = found["q"]
+            difference = np.abs(q.log_value - theory["log_q"])
+            assert (difference < 5.3 * q.log_standard_error + 3 / width).all()
+    spread = np.hypot(errors[1000, True], errors[250, True])
+    assert abs(off[1000, True] - off[250, True]) < 2.6 * spread
+    assert off[1000, True] > 5 * errors[1000, True]
+    assert abs(off[1000, False]) < 0.3 < off[1000, True] / 3
+
+
+def test_samplers_are_chosen_by_their_cost():
+    assert samplers.choose("auto", driven(4000, 50))[0] == "matrix_free"
+    assert samplers.choose("auto", driven(256))[0] == "dense"
+    assert samplers.choose("auto", driven(1000), sites=4)[0] == "dense"
+    # The weights are held, or all answers are.
+    assert memory.bytes_per_network(driven(1000), 1, "dense") > 4 * 1000**2
+    long, short = (memory.bytes_per_network(driven(1000, t), 1, "matrix_free") for t in (200, 100))
+    assert long > short + 4 * 100 * 1000 * 5
+
+
+def test_corrections_are_not_those_of_shared_weights():
+    network = driven(100, 5)
+    assert comparison.correct_float64(network, np.ones((1, 50))) is None
+    assert comparison.correct_float64(networks.recurrent(5, 9, 3, tied=False), np.ones((1, 5)))
+
+
+def gated(steps, tied, **more):
+    gru = GRU(200, sigma_w=1.2, **more)
+    return networks.stack(50, [Linear(200), Stage(gru, steps, tied=tied)])
+
+
+@pytest.mark.slow
+def test_gru_meets_its_theory_and_shared_weights_do_not():
+    """Weights drawn anew: every statistic, as in `test_law_of_blocks`; false alarms 1 %.
+
+    Shared ones: log q after 10 steps is off by more than 5 standard errors, at 200 units and at 800
+    alike (2.6 standard errors of their difference), so that it is no finite-width effect: what
+    drives a unit's gate is correlated with the unit's state.
+    """
+    x = np.ones((1, 50), np.float32)
+    biases = {"update_bias": 1.0, "sigma_b": 0.5}
+    found = comparison.confront(gated(4, False, **biases), x, key=3, networks=400)
+    assert not found.count(Status.DIFFERS), found.agreement
+    off = []
+    for width in (200, 800):
+        gru = GRU(width, sigma_w=1.2, **biases)
+        network = networks.stack(50, [Linear(width), Stage(gru, 10, tied=True)])
+        theory = comparison.predict_float64(network, x)
+        q = monte_carlo.simulate(network, x, key=5, networks=100, wanted=WANTED)["q"]
+        off.append((q.log_value[-1] - theory["log_q"][-1], q.log_standard_error[-1]))
+    (narrow, narrow_error), (wide, wide_error) = off
+    assert abs(wide) > 5 * wide_error
+    assert abs(wide - narrow) < 2.6 * np.hypot(wide_error, narrow_error)
+
+
+def test_gru_computes_what_it_says():
+    gru = GRU(3, sigma_w=2.0, reset_bias=-1.0, update_bias=0.5)
+    h = jax.random.normal(jax.random.key(0), (2, 3))
+    asked = []
+
+    def multiply(_, x, **law):
+        asked.append(x)
+        assert law["sigma_w"] == 2.0
+        return (len(asked) + 1.0) * x
+
+    logistic = lambda z: 1 / (1 + np.exp(-np.asarray(z)))  # noqa: E731
+    reset, update = logistic(2 * h - 1), logistic(3 * h + 0.5)
+    expected = update * h + (1 - update) * np.tanh(4 * reset * h)
+    np.testing.assert_allclose(gru.apply(h, multiply, jax.random.key(1)), expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: networks.recurrent(4, 4, 0), "steps is 0; it is a whole number of at least 1"),
+        (lambda: networks.recurrent(4, 4, 2, sigma_u=-1.0), "sigma_u is -1.0; it is a finite"),
+        (lambda: Drive(1.0, 1.5), "alike is 1.5; a correlation of inputs is from 0 to 1"),
+        (lambda: networks.stack(4, [GRU(5)]), "a GRU of 5 units gets 4"),
+        (
+            lambda: networks.stack(4, [Stage(Dense(units=5), 2, tied=True)]),
+            "repeated 2 times, takes 4 units",
+        ),
+        (
+            lambda: samplers.choose("matrix_free", networks.recurrent(4, 4, 2, "tanh", "standard")),
+            "'matrix_free' cannot draw 'uniform'",
+        ),
+        (
+            lambda: jacobians.draw(
+                networks.recurrent(4, 4, 2),
+                jnp.ones((1, 4)),
+                jax.random.key(0),
+                sampler="matrix_free",
+            ),
+            "share their weights; a Jacobian of such a network takes sampler 'dense' or 'auto'",
+        ),
+    ],
+)
+@pytest.mark.usefixtures("unchecked")
+def test_bad_input_is_one_sentence(make, message):
+    with pytest.raises(InputError, match=message):
+        make()
