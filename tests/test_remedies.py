@@ -20,7 +20,7 @@ def test_every_remedy_has_a_network_as_deep_as_the_sick_one():
         assert remedy.network.widths == (20,) * 7, remedy.name
     by_name = {remedy.name: remedy.network for remedy in found}
     assert by_name["LSUV"].mixes_sites
-    fixup = by_name["residual, two layers a branch, the last 0 (Fixup)"]
+    fixup = by_name["residual, last of two layers at 0 (Fixup)"]
     assert fixup.stages[1].block.branch.parts[1].sigma_w == 0
     assert {"maxout of two, LeCun weights", "gated linear units (GLU), LeCun weights"} <= set(
         by_name
@@ -68,7 +68,7 @@ def test_remedies_are_ranked_and_theory_and_simulation_agree():
     assert depths == sorted(depths, reverse=True)
     by_name = {outcome.remedy.name: outcome for outcome in outcomes}
     zero = by_name["residual, branches start at 0 (ReZero)"]
-    fixup = by_name["residual, two layers a branch, the last 0 (Fixup)"]
+    fixup = by_name["residual, last of two layers at 0 (Fixup)"]
     for start in (zero, fixup):
         assert (start.gradient_theory, start.trainable_depth) == (1, math.inf)
     assert by_name["LSUV"].variance_theory == pytest.approx(1)

@@ -403,9 +403,9 @@ class _Proposer:
             "the network is the identity until its scales have grown",
         )
         yield (
-            "residual, two layers a branch, the last 0 (Fixup)",
+            "residual, last of two layers at 0 (Fixup)",
             residual(scale="fixup", layers=2, sigma_b=None),
-            "here a second product a layer; biases and a scale, one number each",
+            "a second product a layer; biases and a scale of one number each",
             "the network is the identity until its last layers have grown",
         )
         yield (
