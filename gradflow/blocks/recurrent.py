@@ -74,8 +74,11 @@ class GRU(AbstractBlock):
         t' = E[u²] t + E[(1-u)²] E[φ'²] σ_w² (E[r²] + σ_w² E[r'²] k) t + σ_w² E[u'²] (k + E[φ²]) t
 
     (Gilboa et al. 2019, arXiv:1901.08987; Chen, Pennington & Schoenholz 2018, arXiv:1806.05394).
-    Where all steps have the same weights this is an approximation at any width: what drives a
-    unit's gate now is correlated with what drove it before, and so with its state.
+    Where all steps share their weights and biases this is not the limit, at any width: a unit's
+    candidate and gates are correlated over time, and so with its state, which they add up in. After
+    10 steps with σ_w = 1.2, σ_b = 0.5 and 800 units, the logarithms of q and of ‖∂C/∂h^0‖ are above
+    this theory by 1.10 and 2.33 for μ_u = 0, 1.69 and 1.43 for 1, 0.57 and 0.31 for 3, each to
+    0.02; with weights drawn anew they are within 0.02.
     """
 
     units: int = eqx.field(static=True, default=100)
