@@ -392,7 +392,7 @@ def test_images_become_sites(key):
         ),
         (
             lambda: architectures.walk(Convolution(), 1.0, 3),
-            "block has a BatchNorm or a convolution",
+            "block has a BatchNorm, a UnitVariance or a convolution",
         ),
         (
             lambda: jacobians.layer_jacobians(

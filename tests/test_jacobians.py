@@ -70,7 +70,9 @@ def test_products_are_those_of_the_layers_multiplied_out(below, above, apart):
     np.testing.assert_allclose(jnp.linalg.norm(back.direction, axis=(1, 2)), 1, atol=1e-6)
 
 
-@pytest.mark.parametrize("weights", ["gaussian", "orthogonal"])
+@pytest.mark.parametrize(
+    "weights", [pytest.param("gaussian", marks=pytest.mark.slow), "orthogonal"]
+)
 @pytest.mark.parametrize("apart", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_a_network_without_weights_is_one_linear_map(weights, apart):
     """u·(J v) = (Jᵀ u)·v for all v and u asked one after the other; sums go to sums."""

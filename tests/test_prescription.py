@@ -23,7 +23,7 @@ WIDTHS = (30, *[100] * 12)
         pytest.param(
             "tanh", UniversalityClass.K_STAR_ZERO, {"sigma_b2": 0.05}, marks=pytest.mark.slow
         ),
-        ("gelu", UniversalityClass.HALF_STABLE, {}),
+        pytest.param("gelu", UniversalityClass.HALF_STABLE, {}, marks=pytest.mark.slow),
         ("logistic", UniversalityClass.NONE, {}),
         pytest.param(
             "hard_tanh", UniversalityClass.K_STAR_ZERO, {"q": 1.0}, marks=pytest.mark.slow

@@ -240,7 +240,7 @@ def _walk(
     downs: list[Any] = []
     logs: list[_Logs] = []
     for walker, memory, kept_below in reversed(list(zip(walkers, memories, kept, strict=True))):
-        step = functools.partial(_down, walker, collect, network.mixes_sites, state[0].shape[0])
+        step = functools.partial(_down, walker, collect, network.mixes_sites, len(signal))
         if isinstance(kept_below, _Walked):
             (carry, _), (down, stage_logs) = kept_below.down(step, (carry, memory))
         else:
