@@ -256,17 +256,36 @@ def _as_if_of(seen: Array | Gram, multiply: Multiply) -> Multiply:
     return multiply_part
 
 
-class GlobalMean(AbstractBlock):
-    """The mean of each input's signals over its positions: (inputs · positions, c) to (inputs, c).
-
-    Second moments are the mean over all pairs of positions; those of what is random from position
-    to position go down with their number.
-    """
+class _OverPositions(AbstractBlock):
+    """Makes one site of each input's positions."""
 
     shape: tuple[int, ...] = eqx.field(static=True, default=(1,), converter=_lengths)
 
     def __check_init__(self) -> None:
         _count_positions(self.shape)
+
+    @property
+    def homogeneous(self) -> bool:
+        """It is."""
+        return True
+
+    @property
+    def mixes_sites(self) -> bool:
+        """It does: it is over an input's positions."""
+        return True
+
+    @property
+    def merges(self) -> int:
+        """The number of positions."""
+        return math.prod(self.shape)
+
+
+class GlobalMean(_OverPositions):
+    """The mean of each input's signals over its positions: (inputs · positions, c) to (inputs, c).
+
+    Second moments are the mean over all pairs of positions; those of what is random from position
+    to position go down with their number.
+    """
 
     def apply(
         self,
@@ -289,33 +308,13 @@ class GlobalMean(AbstractBlock):
         mean = jnp.mean(gram.mean.reshape(inputs, -1), axis=1)
         return Gram(pairs(gram.covariance), mean, tangent, gram.law).settled()
 
-    @property
-    def homogeneous(self) -> bool:
-        """It is."""
-        return True
 
-    @property
-    def mixes_sites(self) -> bool:
-        """It does: it is over an input's positions."""
-        return True
-
-    @property
-    def merges(self) -> int:
-        """The number of positions."""
-        return math.prod(self.shape)
-
-
-class Flatten(AbstractBlock):
+class Flatten(_OverPositions):
     """Each input's positions as one vector: (inputs · positions, c) to (inputs, positions · c).
 
     Second moments are the mean over positions of each with itself; what one position has in common
     with another is lost to a random matrix.
     """
-
-    shape: tuple[int, ...] = eqx.field(static=True, default=(1,), converter=_lengths)
-
-    def __check_init__(self) -> None:
-        _count_positions(self.shape)
 
     def apply(
         self,
@@ -339,21 +338,6 @@ class Flatten(AbstractBlock):
         tangent = None if gram.tangent is None else own(gram.tangent)
         mean = jnp.mean(gram.mean.reshape(inputs, -1), axis=1)
         return Gram(own(gram.covariance), mean, tangent, Unknown())
-
-    @property
-    def homogeneous(self) -> bool:
-        """It is."""
-        return True
-
-    @property
-    def mixes_sites(self) -> bool:
-        """It does: it is over an input's positions."""
-        return True
-
-    @property
-    def merges(self) -> int:
-        """The number of positions."""
-        return math.prod(self.shape)
 
     def width_after(self, n_in: int) -> int:
         """Return the channels times the positions."""

@@ -119,7 +119,7 @@ class GRU(AbstractBlock):
 
         reset = layer(gram).through(_gate(self.reset_bias))
         update = layer(gram).through(_gate(self.update_bias))
-        candidate = layer(_product(reset, gram)).through(self.activation)
+        candidate = layer(reset.times(gram)).through(self.activation)
         # c + u d, d = h - c: the tangent is u ḣ + (1 - u) ċ + u̇ d.
         u, m, k = update.mean[:, None], gram.mean[:, None], candidate.covariance
         kept = update.covariance
@@ -183,12 +183,3 @@ def _gate(bias: ScalarLike) -> Activation:
 def _like(tangent: Array) -> Callable[[Array], Array]:
     """Return what makes second moments over pairs of sites as those of a tangent are: or own."""
     return jnp.diagonal if tangent.ndim == 1 else lambda k: k
-
-
-def _product(gate: Gram, gram: Gram) -> Gram:
-    """Return what is known of the product of independent signals, unit by unit."""
-    tangent = None
-    if gate.tangent is not None and gram.tangent is not None:
-        own = _like(gram.tangent)
-        tangent = own(gate.covariance) * gram.tangent + gate.tangent * own(gram.covariance)
-    return Gram(gate.covariance * gram.covariance, gate.mean * gram.mean, tangent, Unknown())
