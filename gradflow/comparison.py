@@ -29,7 +29,7 @@ from gradflow.errors import InputError
 from gradflow.networks import Network, narrowed
 from gradflow.simulation.monte_carlo import Progress, Simulation, check_inputs, simulate
 from gradflow.statistics import Prediction
-from gradflow.theory import mean_field
+from gradflow.theory import densities, mean_field
 from gradflow.theory.corrections import (
     Corrections,
     Layers,
@@ -364,6 +364,8 @@ def confront(
             progress=progress,
         )
     theory, beyond, corrections = predicted.result()
+    if histograms:
+        simulation = with_densities(simulation, inputs)
     comparison = compare(theory, simulation, corrections=corrections, log_chi_beyond=beyond)
     if not explain or not comparison.count(Status.DIFFERS) or min(network.widths[1:]) < _NARROWER:
         return comparison
@@ -426,6 +428,14 @@ def correct_float64(network: Network, inputs: ArrayLike) -> Corrections | None:
     """Return `theory.corrections.correct` in float64 as NumPy arrays; None if it has no answer."""
     arguments = (network, _of_inputs(inputs)[0])
     return _prepared(correct, *arguments)(*arguments) if covers(network) else None
+
+
+def with_densities(simulation: Simulation, inputs: ArrayLike) -> Simulation:
+    """Return a simulation of these inputs whose histograms have their ``theory``."""
+    arguments = (simulation.network, *_of_inputs(inputs))
+    forward, backward = _prepared(mean_field.laws, *arguments)(*arguments)
+    found = densities.predicted(simulation.network, forward, backward, simulation.histograms)
+    return dataclasses.replace(simulation, histograms=found)
 
 
 def _of_inputs(inputs: ArrayLike) -> tuple[np.ndarray, np.ndarray]:

@@ -164,6 +164,8 @@ class Histogram(eqx.Module):
         Shape (layers,): natural logarithm of the unit.
     networks
         How many networks it is made from.
+    theory
+        What the density is at infinite width, if that was worked out; NaN where it is not known.
     """
 
     edges: Values
@@ -171,6 +173,7 @@ class Histogram(eqx.Module):
     standard_error: Values
     log_unit: Values
     networks: int = eqx.field(static=True)
+    theory: Values | None = None
 
 
 def histogram(

@@ -418,8 +418,12 @@ def _histograms(results: Mapping[str, xarray.Dataset], signal: str, label: str) 
             edges = at[f"{signal}_histogram_edges"].values * unit
             density = at[f"{signal}_histogram_density"].values / unit
             error = at[f"{signal}_histogram_standard_error"].values / unit
+            middle = (edges[1:] + edges[:-1]) / 2
+            if f"{signal}_histogram_theory" in at:
+                theory = at[f"{signal}_histogram_theory"].values / unit
+                axes.plot(middle, theory, color=COLOURS[index % len(COLOURS)], linewidth=0.9)
             axes.errorbar(
-                (edges[1:] + edges[:-1]) / 2,
+                middle,
                 density,
                 yerr=_ERRORS * error,
                 fmt=MARKERS[index % len(MARKERS)],
@@ -436,7 +440,9 @@ def _histograms(results: Mapping[str, xarray.Dataset], signal: str, label: str) 
             axes.set_yscale("log")
         axes.legend(frameon=False, fontsize=8)
     panels[-1].set_xlabel(label, fontsize=9)
-    figure.suptitle("simulation: mean over networks, bars ±2 s.e.", fontsize=9)
+    known = any(f"{signal}_histogram_theory" in dataset for dataset in results.values())
+    lines = "; lines: theory" if known else ""
+    figure.suptitle(f"points: simulation, mean over networks, bars ±2 s.e.{lines}", fontsize=9)
     return figure
 
 

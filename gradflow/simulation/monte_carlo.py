@@ -105,6 +105,8 @@ class Simulation(eqx.Module):
             dataset[f"{prefix}_edges"] = (("layer", f"{name}_edge"), histogram.edges)
             dataset[f"{prefix}_density"] = (("layer", bins), histogram.density)
             dataset[f"{prefix}_standard_error"] = (("layer", bins), histogram.standard_error)
+            if histogram.theory is not None:
+                dataset[f"{prefix}_theory"] = (("layer", bins), histogram.theory)
             dataset[f"{prefix}_log_unit"] = ("layer", histogram.log_unit)
         return dataset.assign_attrs(
             network=self.network.name,

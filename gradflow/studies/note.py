@@ -19,7 +19,7 @@ import scipy.optimize
 
 from gradflow import activations, data, networks
 from gradflow.activations import Activation
-from gradflow.comparison import Comparison, confront
+from gradflow.comparison import Comparison, confront, with_densities
 from gradflow.errors import check_count
 from gradflow.estimation import Estimate
 from gradflow.simulation.monte_carlo import Simulation, simulate
@@ -184,13 +184,16 @@ def _paper_networks(key: jax.Array) -> dict[str, Simulation]:
     inputs = jnp.asarray(data.resized(data.digits()[:_PAPER_IMAGES], _PAPER_WIDTH))
     network = [_PAPER_WIDTH] * (_PAPER_DEPTH + 1)
     return {
-        weights: simulate(
-            networks.mlp(network, "tanh", weights),
+        weights: with_densities(
+            simulate(
+                networks.mlp(network, "tanh", weights),
+                inputs,
+                key=key,
+                networks=_PAPER_NETWORKS,
+                wanted=(),
+                histograms=True,
+            ),
             inputs,
-            key=key,
-            networks=_PAPER_NETWORKS,
-            wanted=(),
-            histograms=True,
         )
         for weights in ("standard", "normalized")
     }

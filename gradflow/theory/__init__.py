@@ -4,6 +4,8 @@ linear_regime
     Glorot & Bengio 2010, eqs. 2-12: variances for φ(z) = z and any widths.
 mean_field
     The infinite-width law of every statistic, for any activation.
+densities
+    The density of single units' signals: what histograms show.
 finite_width
     Exact laws of one input's length and gain, linear and ReLU; the length's 1/n corrections.
 corrections
@@ -26,6 +28,7 @@ from gradflow.theory import (
     architectures,
     corrections,
     criticality,
+    densities,
     finite_width,
     fixed_points,
     linear_regime,
@@ -39,6 +42,7 @@ __all__ = [
     "architectures",
     "corrections",
     "criticality",
+    "densities",
     "finite_width",
     "fixed_points",
     "linear_regime",

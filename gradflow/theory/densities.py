@@ -1,0 +1,92 @@
+"""Densities of single units' signals at infinite width: what a histogram of a layer shows.
+
+A pre-activation z of an input is N(0, q). A gradient is δ = φ'(z) g with g ~ N(0, s) independent of
+z, as backward weights are as good as independent of forward ones (Schoenholz et al. 2017,
+arXiv:1611.01232, section 4): a Gaussian of random scale, peaked at 0 where units saturate.
+"""
+
+import dataclasses
+from collections.abc import Iterator, Mapping
+
+import numpy as np
+from scipy.special import ndtr, ndtri
+
+from gradflow.blocks import Dense
+from gradflow.estimation import Histogram, Values
+from gradflow.networks import Network
+from gradflow.statistics import BackwardLaw, ForwardLaw
+
+__all__ = ["predicted"]
+
+# Quantiles of z. A bin of φ(z) counts them, and is off by one of them at most; the density of a
+# gradient is smooth in z.
+_COUNTED, _AVERAGED = 1 << 16, 1 << 11
+
+
+def predicted(
+    network: Network,
+    forward: list[ForwardLaw],
+    backward: list[BackwardLaw],
+    histograms: Mapping[str, Histogram],
+) -> dict[str, Histogram]:
+    """Return the histograms with what theory says of each bin, as their ``theory``.
+
+    Every input has its own q; the density is the mean over inputs, of a bin the mean over the bin.
+    It is NaN at layers whose signals are not known to be Gaussian over units, and for gradients
+    that do not go down to z through one activation and one random matrix (`Dense`).
+
+    Parameters
+    ----------
+    network
+        What was simulated.
+    forward, backward
+        Its laws, of `mean_field.laws`.
+    histograms
+        Of ``preactivation``, ``activation`` and ``gradient``, as in a `Simulation`.
+    """
+    one_law = len(forward) == 1 == len(backward)  # of layers that all have the same sites
+    if not one_law:
+        return dict(histograms)
+    known = np.asarray(forward[0].gaussian)
+    above = [s.block for s in network.stages for _ in range(s.repeats)][1:]
+    through_one = known & np.array([*(type(block) is Dense for block in above), True])
+    sd = np.sqrt(np.diagonal(np.asarray(forward[0].covariance), axis1=1, axis2=2))
+    log_gradient = np.asarray(backward[0].log_variance) / 2
+    phi, top = network.activation, len(sd) - 1
+
+    def shares(signal: str, layer: int, edges: Values, log_unit: float) -> Iterator[Values]:
+        for z, log_scale in zip(sd[layer], log_gradient[layer] - log_unit, strict=True):
+            if signal == "preactivation":
+                yield _of_gaussian(z * np.exp(-log_unit), edges)
+            elif signal == "activation":
+                yield np.histogram(phi(z * _quantiles(_COUNTED)), edges)[0] / _COUNTED
+            elif layer == top:
+                yield _of_gaussian(np.exp(log_scale), edges)
+            else:
+                slope = np.abs(np.asarray(phi.derivative(z * _quantiles(_AVERAGED))))
+                root_mean_square = np.sqrt(np.mean(slope**2)) or 1.0
+                yield _of_gaussian(np.exp(log_scale) * slope / root_mean_square, edges)
+
+    found = {}
+    for signal, histogram in histograms.items():
+        theory = np.full_like(histogram.density, np.nan)
+        for layer in np.flatnonzero(through_one if signal == "gradient" else known).tolist():
+            edges, log_unit = histogram.edges[layer], float(histogram.log_unit[layer])
+            each = [*shares(signal, layer, edges, log_unit)]
+            theory[layer] = np.mean(each, axis=0) / np.diff(edges)
+        found[signal] = dataclasses.replace(histogram, theory=theory)
+    return found
+
+
+def _quantiles(count: int) -> Values:
+    """Return the standard normal's quantiles in the middle of ``count`` equal shares."""
+    return ndtri((np.arange(count) + 0.5) / count)
+
+
+def _of_gaussian(scale: Values | float, edges: Values) -> Values:
+    """Return the share in each bin of a Gaussian whose standard deviation is any of these."""
+    # What has none is 0, and in the bin that begins there, as NumPy counts.
+    with np.errstate(divide="ignore", invalid="ignore"):
+        scale, edges = np.atleast_1d(scale), edges[:, None]
+        below = np.where(scale > 0, ndtr(edges / scale), edges > 0)
+    return np.diff(below.mean(axis=1))
