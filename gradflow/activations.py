@@ -186,14 +186,19 @@ def _saturated_intervals(activation: Activation, threshold: float) -> np.ndarray
 
 
 def _roots(activation: Activation, x: np.ndarray, slope: np.ndarray, level: float) -> np.ndarray:
-    """Return the solutions of φ'(x) = level between points of a grid, by bisection."""
+    """Return the solutions of φ'(x) = level between points of a grid, by cutting up its steps."""
     above = slope > level
     (left,) = np.nonzero(above[1:] != above[:-1])
+    if not left.size:
+        return x[left]
     low, high, start = x[left], x[left + 1], above[left]
-    for _ in range(60 if left.size else 0):
-        middle = (low + high) / 2
-        same = (_slopes(activation, middle) > level) == start
-        low, high = np.where(same, middle, low), np.where(same, high, middle)
+    pieces = max(2, _EVALUATED // left.size)
+    cuts = np.arange(1, pieces)[:, None] / pieces
+    for _ in range(math.ceil(60 / math.log2(pieces))):
+        ends = np.vstack([low, low + cuts * (high - low), high])
+        same = (_slopes(activation, ends[1:-1]) > level) == start
+        piece = np.where(same.all(axis=0), pieces - 1, same.argmin(axis=0))
+        low, high = np.take_along_axis(ends, np.stack([piece, piece + 1]), axis=0)
     return (low + high) / 2
 
 
@@ -206,11 +211,18 @@ def _concrete() -> Iterator[None]:
 
 _compiled_derivative = jax.jit(Activation.derivative, static_argnums=0)
 
+# Points at which a slope is evaluated in one call.
+_EVALUATED = 4096
+
 
 def _slopes(activation: Activation, x: np.ndarray) -> np.ndarray:
     """Return φ'(x) as known numbers in float64."""
+    # Of one size, as a program is compiled for each.
+    parts = -(-x.size // _EVALUATED)
+    padded = np.resize(np.asarray(x, float), (parts, _EVALUATED))
     with _concrete():
-        return np.asarray(_compiled_derivative(activation, jnp.asarray(x, float)))
+        slopes = [np.asarray(_compiled_derivative(activation, jnp.asarray(p))) for p in padded]
+    return np.concatenate(slopes)[: x.size].reshape(x.shape)
 
 
 def custom(
