@@ -71,6 +71,7 @@ def test_list_names_everything(tmp_path):
     assert {"glorot", "standard", "unscaled"} <= set(found["weights"])
 
 
+@pytest.mark.slow
 def test_theory_prints_what_it_reports(tmp_path):
     arguments = ("theory", "--activation", "tanh", "--sigma-w2", "1.5", "--sigma-b2", "0.05")
     found = json.loads(gradflow(*arguments, "--json", cwd=tmp_path).stdout)
@@ -105,6 +106,7 @@ def test_where_every_length_is_kept_theory_has_the_tables_one_fixed_point(tmp_pa
     assert (found["status"], found["attractor_from_q0_1"]) == ("neutral", 1)
 
 
+@pytest.mark.slow
 def test_critical_prints_what_it_reports(tmp_path):
     arguments = ("critical", "--activation", "gelu", "--sigma-b2", "0")
     found = json.loads(gradflow(*arguments, "--json", cwd=tmp_path).stdout)
@@ -263,6 +265,7 @@ def test_a_mistake_ends_the_process_with_one_sentence(tmp_path):
     assert len(done.stderr.splitlines()) == 1
 
 
+@pytest.mark.slow
 def test_commands_keep_what_they_compiled_where_the_user_says(tmp_path, monkeypatch):
     monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))

@@ -62,13 +62,18 @@ def test_finite_width_effects_are_told_from_errors():
 @pytest.mark.parametrize(
     ("activation", "weights", "kind"),
     [
-        ("logistic", "glorot", "vanishing"),
         ("tanh", "standard", "vanishing"),
         ("tanh", "glorot", "critical"),
-        ("relu", "he", "critical"),
-        ("relu", "glorot", "vanishing"),
         ("tanh", "unscaled", "exploding"),
-        ("selu", "lecun", "exploding"),
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in [
+                ("logistic", "glorot", "vanishing"),
+                ("relu", "he", "critical"),
+                ("relu", "glorot", "vanishing"),
+                ("selu", "lecun", "exploding"),
+            ]
+        ),
     ],
 )
 def test_verdicts_follow_the_theory_and_not_a_threshold(activation, weights, kind):
@@ -88,6 +93,7 @@ def test_verdicts_follow_the_theory_and_not_a_threshold(activation, weights, kin
         ([60, 100, 100, 100, 100, 10], "he", "critical"),  # but for a narrow top
     ],
 )
+@pytest.mark.slow
 def test_verdicts_know_about_widths(widths, weights, kind):
     network = networks.mlp(widths, "relu", weights)
     found = comparison.confront(network, X, networks=20, explain=False)

@@ -158,6 +158,7 @@ class TestMeanField:
         np.testing.assert_array_equal(found.covariance, dense.covariance)
 
 
+@pytest.mark.slow
 def test_delta_orthogonal_filters_keep_lengths_exactly(key):
     """Linear, 10 layers, on either sampler, every position: and the gradient's length too."""
     shape, channels = (4, 3), [5, *[8] * 10]
@@ -172,8 +173,16 @@ def test_delta_orthogonal_filters_keep_lengths_exactly(key):
         np.testing.assert_allclose(found["chi"][:-1], 1, rtol=1e2 * ROUNDING)
 
 
-@pytest.mark.parametrize("delta", [False, True])
-@pytest.mark.parametrize("pool", ["mean", "flatten"])
+@pytest.mark.parametrize(
+    ("pool", "delta"),
+    [
+        ("mean", False),
+        *(
+            pytest.param(pool, delta, marks=pytest.mark.slow)
+            for pool, delta in [("mean", True), ("flatten", False), ("flatten", True)]
+        ),
+    ],
+)
 @paddings
 def test_weight_gradients_are_those_of_the_filters(pool, delta, padding, key):
     """Of one network, ∂C/∂W by differentiating the whole network by its filters, zeros and all."""

@@ -70,10 +70,9 @@ def test_products_are_those_of_the_layers_multiplied_out(below, above, apart):
     np.testing.assert_allclose(jnp.linalg.norm(back.direction, axis=(1, 2)), 1, atol=1e-6)
 
 
-@pytest.mark.parametrize(
-    "weights", [pytest.param("gaussian", marks=pytest.mark.slow), "orthogonal"]
-)
-@pytest.mark.parametrize("apart", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("weights", ["gaussian", "orthogonal"])
+@pytest.mark.parametrize("apart", [False, True])
 def test_a_network_without_weights_is_one_linear_map(weights, apart):
     """u·(J v) = (Jᵀ u)·v for all v and u asked one after the other; sums go to sums."""
     x = jax.random.normal(jax.random.key(2), (2, 4), jnp.float32)
@@ -116,13 +115,14 @@ def conversation(network, sampler, key):
     return jnp.concatenate([true(back).ravel(), true(forth).ravel(), forth.log_norm])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("activation", "weights", "widths"),
     [
         ("tanh", "gaussian", RECTANGULAR),
         ("relu", "orthogonal", (4, 3, 3, 3)),
-        pytest.param("relu", "gaussian", (4, 5, 5, 3), marks=pytest.mark.slow),
-        pytest.param("tanh", "orthogonal", RECTANGULAR, marks=pytest.mark.slow),
+        ("relu", "gaussian", (4, 5, 5, 3)),
+        ("tanh", "orthogonal", RECTANGULAR),
     ],
 )
 def test_gradients_and_tangents_have_the_joint_law_of_a_drawn_network(activation, weights, widths):
@@ -152,10 +152,8 @@ def coefficients(network, sampler, key, steps):
     return jnp.exp(found.log_unit) * jnp.concatenate([found.alpha, found.beta[:steps]])
 
 
-@pytest.mark.parametrize(
-    ("weights", "steps"),
-    [("gaussian", 3), pytest.param("orthogonal", 4, marks=pytest.mark.slow)],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("weights", "steps"), [("gaussian", 3), ("orthogonal", 4)])
 def test_golub_kahan_has_the_law_of_a_drawn_network(weights, steps):
     network = mlp((6, 6, 6, 6), "tanh", weights)
 

@@ -53,7 +53,9 @@ def answers(sampler, law, shape, seed, **options):
 
 
 @pytest.mark.parametrize("law", LAWS)
-@pytest.mark.parametrize("shape", [(3, 3), (4, 2), (2, 4)])
+@pytest.mark.parametrize(
+    "shape", [*(pytest.param(s, marks=pytest.mark.slow) for s in [(3, 3), (4, 2)]), (2, 4)]
+)
 def test_an_interview_has_the_law_of_that_with_a_drawn_matrix(law, shape):
     drawn, undecided = (answers(s, law, shape, i) for i, s in enumerate(("drawn", "undecided")))
     assert smallest_p_value(drawn, undecided) > FALSE_ALARM_RATE
@@ -99,6 +101,7 @@ def asked_and_asked_back(matrix, more=0):
     return jnp.concatenate(said)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("law", LAWS)
 def test_a_fixed_number_of_places_gives_the_same_answers(law):
     key, shape = jax.random.key(0), (12, 11)

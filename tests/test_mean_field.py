@@ -94,6 +94,7 @@ def test_linear_networks_follow_the_linear_regime_for_any_widths():
             np.testing.assert_allclose(found.values[name], value, rtol=2e-5, atol=2e-5)
 
 
+@pytest.mark.slow
 def test_relu_correlations_follow_the_published_kernel():
     """Ten layers of ReLU with He weights, x₁ = 2e₁, x₂ = (1,1,1,1): NNGP of Cho & Saul's kernel."""
     x = jnp.array([[2.0, 0, 0, 0], [1.0, 1, 1, 1]])
@@ -110,6 +111,7 @@ def test_everything_is_finite_at_depth_10_000():
     assert found.values["log_gradient_variance"][0] < -28_000  # 0.0557^9999
 
 
+@pytest.mark.slow
 def test_predictions_vmap_and_differentiate_over_the_scales():
     def top_q(sigma_w):
         network = networks.mlp([20] * 6, "tanh", "lecun")

@@ -48,9 +48,8 @@ Z = 4.5
 
 
 # The larger rows take minutes and follow the same law.
-@pytest.mark.parametrize(
-    ("size", "least"), [(400, 3), pytest.param(6000, 6, marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("size", "least"), [(400, 3), (6000, 6)])
 def test_log_moments_are_those_of_table_6a(load_reference, size, least):
     checked = 0
     for row in load_reference("t6a_finite_width_exact"):

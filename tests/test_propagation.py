@@ -80,7 +80,7 @@ def test_statistics_are_those_of_plain_reverse_mode(case):
     assert set(found) == {s.key for s in statistics.ALL}
 
 
-@pytest.mark.parametrize("sampler", ["dense", "matrix_free"])
+@pytest.mark.parametrize("sampler", ["dense", pytest.param("matrix_free", marks=pytest.mark.slow)])
 def test_kept_linearisations_give_the_same_numbers(case, sampler):
     kept = propagation.propagate(*case, sampler=sampler, keep=True)
     drawn_again = propagation.propagate(*case, sampler=sampler, keep=False)
@@ -90,8 +90,9 @@ def test_kept_linearisations_give_the_same_numbers(case, sampler):
 
 @pytest.mark.parametrize("sampler", ["dense", "matrix_free"])
 @pytest.mark.parametrize(  # relu: rescaled on the way up
-    "activation", [pytest.param("tanh", marks=pytest.mark.slow), "relu"]
+    "activation", ["tanh", "relu"]
 )
+@pytest.mark.slow
 def test_checkpoints_give_the_same_numbers(sampler, activation):
     """Stages of 1, 11 = 3·3 + 2 and 4 = 2·2 layers."""
     widths = [5, *[12] * 12, *[9] * 5]

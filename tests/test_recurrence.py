@@ -94,13 +94,13 @@ def features(network, x, sampler, key):
     return np.concatenate(list(result.samples.values()), axis=1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("law", "sites", "width", "steps"),
     [
         ("gaussian", 2, 12, 5),
-        # More questions than directions: in the end the whole matrix is decided.
-        pytest.param("gaussian", 2, 4, 6, marks=pytest.mark.slow),
-        pytest.param("orthogonal", 2, 12, 5, marks=pytest.mark.slow),
+        ("gaussian", 2, 4, 6),  # more questions than directions: all of the matrix is decided
+        ("orthogonal", 2, 12, 5),
     ],
 )
 def test_shared_weights_have_one_law_with_both_samplers(law, sites, width, steps):

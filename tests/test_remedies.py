@@ -11,6 +11,7 @@ from gradflow.statistics import Prediction
 from gradflow.studies import remedies
 
 
+@pytest.mark.slow
 def test_every_remedy_has_a_network_as_deep_as_the_sick_one():
     found, missing = remedies.proposals("logistic", "unscaled", 20, 6)
     assert found[0].network == networks.mlp([20] * 7, "logistic", "unscaled")

@@ -22,8 +22,8 @@ RECTANGULAR = (5, 12, 8, 8, 16, 6)
 
 CASES = [
     ("tanh", 1, SQUARE, "gaussian"),
-    ("relu", 3, RECTANGULAR, "gaussian"),
-    ("tanh", 2, RECTANGULAR, "orthogonal"),
+    pytest.param("relu", 3, RECTANGULAR, "gaussian", marks=pytest.mark.slow),
+    pytest.param("tanh", 2, RECTANGULAR, "orthogonal", marks=pytest.mark.slow),
     pytest.param("relu", 1, SQUARE, "gaussian", marks=pytest.mark.slow),
     pytest.param("tanh", 3, RECTANGULAR, "gaussian", marks=pytest.mark.slow),
     pytest.param("logistic", 3, SQUARE, "gaussian", marks=pytest.mark.slow),

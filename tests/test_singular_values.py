@@ -151,6 +151,7 @@ def test_the_largest_of_one_wide_gaussian_layer_is_at_the_edge():
     assert abs(np.exp(2 * found.log_largest[0]) - (4 - 1.2 * unit)) < 6 * 1.3 * unit
 
 
+@pytest.mark.slow
 def test_too_few_steps_are_said():
     network, x = network_and_inputs()
     found = singular_values.extreme_singular_values(

@@ -41,6 +41,7 @@ def test_means_and_variances_are_those_of_the_table(load_reference):
         )
 
 
+@pytest.mark.slow
 def test_moments_atoms_edges_and_densities_are_those_of_the_table(load_reference):
     rows = [r for r in load_reference("t5_jacobian") if "density" in r["values"]]
     assert len(rows) == 10
@@ -107,7 +108,7 @@ def test_an_orthogonal_linear_network_has_one_singular_value():
 @pytest.mark.parametrize(
     ("name", "depth", "weights"),
     [
-        ("tanh", 2, "gaussian"),
+        pytest.param("tanh", 2, "gaussian", marks=pytest.mark.slow),
         ("gelu", 10, "gaussian"),
         ("tanh", 10, "orthogonal"),
         pytest.param("erf", 100, "gaussian", marks=pytest.mark.slow),
