@@ -10,7 +10,6 @@ a quarter of its width, where it must be four times as large.
 
 import dataclasses
 import enum
-import functools
 import math
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -22,9 +21,10 @@ import numpy as np
 import scipy.stats
 import xarray
 from jax.typing import ArrayLike
-from jaxtyping import PRNGKeyArray, PyTreeDef
+from jaxtyping import PRNGKeyArray
 
-from gradflow import compilation, statistics
+from gradflow import statistics
+from gradflow.compilation import Float64Program
 from gradflow.errors import InputError
 from gradflow.networks import Network, narrowed
 from gradflow.simulation.monte_carlo import Progress, Simulation, check_inputs, simulate
@@ -395,7 +395,7 @@ def _theory(
 
     Everything is traced here, and nothing in the function, so that another thread can call it.
     """
-    gram, mean = _of_inputs(inputs)
+    network, gram, mean = _arguments(network, inputs)
     explain = explain and covers(network)
     laws = _prepared(_predict_and_prepare if explain else mean_field.predict, network, gram, mean)
     correction = _prepared(correct_from, laws.result[1], depth=network.depth) if explain else None
@@ -420,28 +420,31 @@ def _predict_and_prepare(
 
 def predict_float64(network: Network, inputs: ArrayLike) -> Prediction:
     """Return `theory.mean_field.predict` in float64, whatever JAX's x64 setting; NumPy arrays."""
-    arguments = (network, *_of_inputs(inputs))
+    arguments = _arguments(network, inputs)
     return _prepared(mean_field.predict, *arguments)(*arguments)
 
 
 def correct_float64(network: Network, inputs: ArrayLike) -> Corrections | None:
     """Return `theory.corrections.correct` in float64 as NumPy arrays; None if it has no answer."""
-    arguments = (network, _of_inputs(inputs)[0])
+    arguments = _arguments(network, inputs)[:2]
     return _prepared(correct, *arguments)(*arguments) if covers(network) else None
 
 
 def with_densities(simulation: Simulation, inputs: ArrayLike) -> Simulation:
     """Return a simulation of these inputs whose histograms have their ``theory``."""
-    arguments = (simulation.network, *_of_inputs(inputs))
+    arguments = _arguments(simulation.network, inputs)
     forward, backward = _prepared(mean_field.laws, *arguments)(*arguments)
     found = densities.predicted(simulation.network, forward, backward, simulation.histograms)
     return dataclasses.replace(simulation, histograms=found)
 
 
-def _of_inputs(inputs: ArrayLike) -> tuple[np.ndarray, np.ndarray]:
-    """Return `mean_field.input_gram`, and the means, by NumPy: JAX would trace."""
+def _arguments(network: Network, inputs: ArrayLike) -> tuple[Network, np.ndarray, np.ndarray]:
+    """Return what theory is a function of: no name, and of the inputs their moments.
+
+    By NumPy: JAX would trace.
+    """
     x = np.asarray(inputs, np.float64)
-    return x @ x.T / x.shape[1], x.mean(axis=1)
+    return dataclasses.replace(network, name=""), x @ x.T / x.shape[1], x.mean(axis=1)
 
 
 # How long the theory takes for each layer, in seconds: 2 ms with closed forms, 13 ms without.
@@ -450,64 +453,10 @@ _SECONDS_A_LAYER = 0.005
 
 def _prepared(
     function: Callable, *arguments: Any, depth: int | None = None, **static: int
-) -> "_Prepared":
-    """Trace a function in float64, for arguments like these; the result compiles it when called.
-
-    The result traces nothing, and so can be called in a thread beside another that has x64 off.
-    `jax.jit` cannot: where two threads that differ in it hand JAX one NumPy array at once, both get
-    what one of them asked for (JAX 0.10, one time in two: float32 for float64, or the reverse).
-    """
+) -> Float64Program:
+    """Return the program of a function of a network, or of one of this depth."""
     seconds = _SECONDS_A_LAYER * (arguments[0].depth if depth is None else depth)
-    leaves, structure = jax.tree.flatten(_unnamed(arguments))
-    shapes = tuple(np.shape(leaf) for leaf in leaves)
-    return _Prepared.of(function, seconds, structure, shapes, tuple(static.items()))
-
-
-def _unnamed(arguments: tuple) -> tuple:
-    """Return a program's arguments; a network's name is none of its business."""
-    return tuple(
-        dataclasses.replace(a, name="") if isinstance(a, Network) else a for a in arguments
-    )
-
-
-class _Prepared:
-    """A function that has been traced in float64, of NumPy arrays.
-
-    Attributes
-    ----------
-    result
-        The shapes of what it returns.
-    """
-
-    @classmethod
-    @functools.lru_cache(maxsize=32)
-    def of(
-        cls,
-        function: Callable,
-        seconds: float,
-        structure: PyTreeDef,
-        shapes: tuple[tuple[int, ...], ...],
-        static: tuple[tuple[str, int], ...],
-    ) -> "_Prepared":
-        """Return the one of these arguments."""
-        leaves = [jax.ShapeDtypeStruct(shape, np.float64) for shape in shapes]
-        with jax.enable_x64(True):
-            jitted = jax.jit(functools.partial(function, **dict(static)))
-            return cls(jitted.lower(*jax.tree.unflatten(structure, leaves)), seconds)
-
-    def __init__(self, lowered: jax.stages.Lowered, seconds: float) -> None:
-        self.result = lowered.out_info
-        self._lowered, self._options = lowered, compilation.options(seconds)
-
-    @functools.cached_property
-    def _compiled(self) -> jax.stages.Compiled:
-        return self._lowered.compile(self._options)
-
-    def __call__(self, *arguments: Any) -> Any:
-        """Return the function's result as NumPy arrays."""
-        arguments = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), _unnamed(arguments))
-        with jax.enable_x64(True), jax.no_tracing(True):
-            return jax.tree.map(np.asarray, self._compiled(*arguments))
+    return Float64Program.of(function, arguments, seconds, **static)
 
 
 def _further_up(network: Network) -> Callable[[Prediction], float]:
