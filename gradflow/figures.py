@@ -255,7 +255,7 @@ def phase_diagram(dataset: xarray.Dataset) -> Figure:
         keys: list[Artist] = [Patch(color="0.75", label="no fixed point, or q* = 0")]
         if line:
             keys.insert(0, Line2D([], [], color="#D55E00", label="critical line, χ₁ = 1"))
-        axes.legend(handles=keys, fontsize=7.5, loc="upper right", framealpha=0.9)
+        axes.legend(handles=keys, fontsize=7.5, loc="lower right", framealpha=0.9)
     panels[0].set_ylabel("σ_b (standard deviation of biases)")
     figure.suptitle(
         f"{dataset.attrs['activation']}: theory at infinite width, from q = "
