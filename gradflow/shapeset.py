@@ -2,7 +2,8 @@
 
 An image has 32×32 pixels and shows one or two objects, each a triangle, a parallelogram or an
 ellipse, with any stretch, shear, rotation, position and grey; its class is which they are. All of
-it is a pure JAX function of a key: `jit` it, `vmap` it, draw each training step's batch anew.
+it is a pure JAX function of a key: `jit` it, `vmap` it, draw each training step's batch anew; two
+CPU cores draw some 60 000 images a second.
 
 What a picture is made of (`Scene`) is drawn first; what it looks like (`render`) follows from that.
 
