@@ -96,16 +96,18 @@ class Matrix(eqx.Module):
 class Drawn(Matrix):
     """All entries."""
 
-    weights: Float[Array, "n_out n_in"]
+    weights: Float[Array, "n_out n_in"]  # of the matrix or, if ``transposed``, of its transpose
+    transposed: bool = eqx.field(static=True, default=False)
 
     @property
     def T(self) -> "Drawn":  # noqa: N802
         """The transpose."""
-        return Drawn(self.weights.T)
+        return Drawn(self.weights, not self.transposed)
 
     def times(self, x: Float[Array, "k n_in"]) -> tuple[Float[Array, "k n_out"], "Drawn"]:
         """Return x Wᵀ."""
-        return _products(x, self.weights), self
+        multiply = _matmul if self.transposed else _products
+        return multiply(x, self.weights), self
 
 
 # Entries that are drawn at a time on a CPU: what stays in a core's own cache, or, where every entry

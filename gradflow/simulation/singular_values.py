@@ -507,8 +507,9 @@ def extreme_singular_values(
             f"{places} steps with sampler {name!r} need {needed / 2**30:.3g} GiB and "
             f"{free / 2**30:.3g} GiB are free; use a smaller width or depth, or fewer most_steps"
         )
-    layer_bytes = 4 * places * inputs.shape[0] * max(network.widths) * inputs.dtype.itemsize
-    apart = name != "dense" and layer_bytes > _WORTH_HOLDING_APART
+    widest = max(network.widths)
+    layer_numbers = widest**2 if name == "dense" else 4 * places * inputs.shape[0] * widest
+    apart = layer_numbers * inputs.dtype.itemsize > _WORTH_HOLDING_APART
     start, with_places, advance = (
         (_start, Bidiagonal.with_places, _advanced) if apart else _COMPILED
     )
