@@ -18,6 +18,10 @@ c. That of h is a random matrix's product with what went before, and knows of no
 
 Nodes are Chebyshev's in x, where c = (π/2) sinh(a x): however far cells reach, tanh(c), with its
 poles at ±iπ/2, needs about equally many. They reach to 10 standard deviations of c, and to 1.
+Beside twice as many nodes and points of z, logarithms of q and of the gradient's variance are right
+to 1e-5 over 15 steps from a state of q = 1 with σ_w up to 2.5, and to 4e-4 with σ_w = 10; to 1e-3
+from a state of q = 10, and to 1e-2 from one of 100. One step of one site takes about 10 ms on a
+core, and each pair of sites as much again.
 """
 
 import dataclasses

@@ -23,7 +23,11 @@ __all__ = ["AbstractLaw", "Gaussian", "Gram", "Unknown", "inverse_or_zero", "mul
 
 
 class AbstractLaw(eqx.Module):
-    """The joint law of a unit's signals at all sites, beyond their second moments."""
+    """The joint law of a unit's signals at all sites, beyond their second moments.
+
+    What is not abstract here is answered for a law of signals whose tangents are independent of
+    them, and that no loop carries.
+    """
 
     @abc.abstractmethod
     def through(self, gram: "Gram", activation: Activation) -> "Gram":
@@ -210,7 +214,7 @@ def multiply_gram(
     *,
     sigma_w: ScalarLike,
     distribution: Distribution,
-    tap: Float[Array, ""] | None = None,
+    tap: Float[Array, "..."] | None = None,
     seen: Gram | None = None,
     **_: object,
 ) -> Gram:
@@ -218,10 +222,11 @@ def multiply_gram(
 
     Weights whose rows sum to 0 see what differs from the mean over units alone.
 
-    ``tap`` is a zero to differentiate by: the second moment, times fan_in, of a small random change
-    of W. A gradient of W x with second moments Λ then has the cotangent Σ_ab Λ_ab E[x_a x_b], the
-    variance of a component of ∂C/∂W (Glorot & Bengio 2010, eqs. 3 and 7), as in a simulation
-    (`simulation.samplers`). Where W is a part of a larger matrix, all of it gets ``seen``.
+    ``tap`` is a zero, or one for each site, to differentiate by: the second moment, times fan_in,
+    of a small random change of W. A gradient of W x with second moments Λ then has the cotangent
+    Σ_ab Λ_ab E[x_a x_b], the variance of a component of ∂C/∂W (Glorot & Bengio 2010, eqs. 3 and 7),
+    as in a simulation (`simulation.samplers`). Where W is a part of a larger matrix, all of it gets
+    ``seen``.
     """
     passed = gram.centred() if distribution.centred else gram
     scale = jnp.square(sigma_w)

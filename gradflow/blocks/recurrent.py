@@ -184,6 +184,12 @@ class LSTM(AbstractBlock):
 
         E[h_a' h_b'] = E[o_a o_b] E[tanh(c_a') tanh(c_b')],    ċ' = f ċ + c ḟ + g i̇ + i ġ.
 
+    Where all steps share their weights and biases this is not the limit, at any width, as for
+    `GRU`. After 10 steps with σ_w = 1.2, σ_b = 0.5 and 800 units, the logarithms of q and of
+    ‖∂C/∂z^1‖ are above this theory by 1.35 and 2.28 for μ_f = 0, 1.99 and 1.35 for 1, 1.65 and 0.55
+    for 3, each to 0.02, and for 200 units alike; with weights drawn anew they are within 0.02. Of a
+    network that mixes inputs' gradients elsewhere (BatchNorm, convolutions) there is no theory.
+
     References: Hochreiter & Schmidhuber 1997, Neural Computation 9, 1735; Gers, Schmidhuber &
     Cummins 2000, Neural Computation 12, 2451 (the forget gate); Jozefowicz, Zaremba & Sutskever
     2015, ICML (μ_f = 1); Gilboa et al. 2019, arXiv:1901.08987 (mean-field theory).

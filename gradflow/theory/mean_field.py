@@ -10,9 +10,10 @@ where T is what the block does to the second moment of a tangent, σ_w² E[φ'²
 (Schoenholz et al. 2017, arXiv:1611.01232, eq. 7), and the ratio of widths turns the sum over fan_in
 into the backward sum over fan_out (Glorot & Bengio 2010, eq. 6). Where a block mixes the sites
 (BatchNorm, convolution), tangents' and gradients' second moments over sites are matrices, S and Λ,
-and Λ goes down by the transpose of the linear map S -> T[S]. The top is δ^L ~ N(0, I), independent
-for each site, and C the mean cost over them. Backward weights are as good as independent of forward
-ones at infinite width.
+and Λ goes down by the transpose of the linear map S -> T[S]. Where tangents depend on the signals
+(an LSTM's cells), it is the transpose of what becomes of all that is known of them. The top is
+δ^L ~ N(0, I), independent for each site, and C the mean cost over them. Backward weights are as
+good as independent of forward ones at infinite width.
 
 Scales that are negative or not finite raise `InputError`, where they are known before the program
 runs (outside jit).
