@@ -10,6 +10,7 @@ gaussian           expectations under a Gaussian, in one and two dimensions
 ensembles          how weights are drawn: a distribution times a variance rule
 batch              averages over a batch after BatchNorm
 gram               what the theory knows of a layer: second moments of signals and of tangents
+cells              the law of an LSTM's cells, which second moments do not give
 blocks             the repeating unit, read twice: one network, infinite width
 networks           a random network as data: stages of equal blocks
 statistics         what is reported: its name, how it is measured, how it is predicted

@@ -8,6 +8,7 @@ the gradient's second moments down: χ. So nothing backward is written for a blo
 
 import abc
 import dataclasses
+from typing import Any
 
 import equinox as eqx
 import jax.numpy as jnp
@@ -22,7 +23,11 @@ __all__ = ["AbstractLaw", "Gaussian", "Gram", "Unknown", "inverse_or_zero", "mul
 
 
 class AbstractLaw(eqx.Module):
-    """The joint law of a unit's signals at all sites, beyond their second moments."""
+    """The joint law of a unit's signals at all sites, beyond their second moments.
+
+    What is not abstract here is answered for a law of signals whose tangents are independent of
+    them, and that no loop carries.
+    """
 
     @abc.abstractmethod
     def through(self, gram: "Gram", activation: Activation) -> "Gram":
@@ -31,6 +36,28 @@ class AbstractLaw(eqx.Module):
     @abc.abstractmethod
     def scaled(self, factor: Float[Array, "..."] | ScalarLike) -> "AbstractLaw":
         """Return the law of the signals times a factor, a scalar or one for each site."""
+
+    def begun(self, gram: "Gram") -> "AbstractLaw":  # noqa: ARG002
+        """Return the law of these signals as a loop carries it that ends in a law like this."""
+        return Unknown()
+
+    @property
+    def remembers(self) -> bool:
+        """Whether it knows more of a tangent than second moments."""
+        return False
+
+    @property
+    def memory(self) -> Any:
+        """What it knows of a tangent beyond second moments: arrays, sites first; or None."""
+        return None
+
+    def taking(self, memory: Any) -> "AbstractLaw":  # noqa: ARG002
+        """Return it with this known of a tangent beyond second moments."""
+        return self
+
+    def independent(self, tangent: Float[Array, " sites"]) -> Any:  # noqa: ARG002
+        """Return what it knows of a tangent that is independent of the signals."""
+        return None
 
 
 class Gaussian(AbstractLaw):
@@ -49,6 +76,10 @@ class Gaussian(AbstractLaw):
     def scaled(self, factor: Float[Array, "..."] | ScalarLike) -> "Gaussian":  # noqa: ARG002
         """Return a Gaussian law."""
         return self
+
+    def begun(self, gram: "Gram") -> AbstractLaw:
+        """Return the signals' law, if it is Gaussian."""
+        return self if gram.gaussian else Unknown()
 
 
 class Unknown(AbstractLaw):
@@ -102,6 +133,16 @@ class Gram(eqx.Module):
         """Return what is known of signals with these moments, Gaussian to a φ that acts on them."""
         mean = jnp.zeros_like(jnp.diagonal(covariance)) if mean is None else mean
         return cls(covariance, mean)
+
+    @property
+    def tangents(self) -> tuple[Any, Any]:
+        """All that is known of a tangent: second moments, and what the law remembers, or None."""
+        return self.tangent, self.law.memory
+
+    def with_tangents(self, tangents: tuple[Any, Any]) -> "Gram":
+        """Return it with this known of a tangent."""
+        tangent, memory = tangents
+        return dataclasses.replace(self, tangent=tangent, law=self.law.taking(memory))
 
     @property
     def gaussian(self) -> bool:
@@ -163,10 +204,9 @@ class Gram(eqx.Module):
             tangent = tangent + seen_by(other.tangent, self.covariance)
         return Gram(self.covariance * other.covariance, self.mean * other.mean, tangent, Unknown())
 
-    def settled(self, *, gaussian: bool = True) -> "Gram":
-        """Return it with a law that a loop can carry; not Gaussian unless ``gaussian``."""
-        law = Gaussian() if self.gaussian and gaussian else Unknown()
-        return dataclasses.replace(self, law=law)
+    def settled(self, ends: AbstractLaw) -> "Gram":
+        """Return it with its law as a loop carries it that ends in the law ``ends``."""
+        return dataclasses.replace(self, law=ends.begun(self))
 
 
 def multiply_gram(
@@ -174,7 +214,7 @@ def multiply_gram(
     *,
     sigma_w: ScalarLike,
     distribution: Distribution,
-    tap: Float[Array, ""] | None = None,
+    tap: Float[Array, "..."] | None = None,
     seen: Gram | None = None,
     **_: object,
 ) -> Gram:
@@ -182,10 +222,11 @@ def multiply_gram(
 
     Weights whose rows sum to 0 see what differs from the mean over units alone.
 
-    ``tap`` is a zero to differentiate by: the second moment, times fan_in, of a small random change
-    of W. A gradient of W x with second moments Λ then has the cotangent Σ_ab Λ_ab E[x_a x_b], the
-    variance of a component of ∂C/∂W (Glorot & Bengio 2010, eqs. 3 and 7), as in a simulation
-    (`simulation.samplers`). Where W is a part of a larger matrix, all of it gets ``seen``.
+    ``tap`` is a zero, or one for each site, to differentiate by: the second moment, times fan_in,
+    of a small random change of W. A gradient of W x with second moments Λ then has the cotangent
+    Σ_ab Λ_ab E[x_a x_b], the variance of a component of ∂C/∂W (Glorot & Bengio 2010, eqs. 3 and 7),
+    as in a simulation (`simulation.samplers`). Where W is a part of a larger matrix, all of it gets
+    ``seen``.
     """
     passed = gram.centred() if distribution.centred else gram
     scale = jnp.square(sigma_w)

@@ -20,6 +20,7 @@ ORDER = (
     "ensembles",
     "batch",
     "gram",
+    "cells",
     "blocks.base",
     "blocks.dense",
     "blocks.convolution",

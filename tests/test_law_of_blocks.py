@@ -12,6 +12,7 @@ import pytest
 
 from gradflow import activations, blocks, comparison, ensembles, networks
 from gradflow.blocks import (
+    LSTM,
     AbstractBlock,
     Activate,
     BatchNorm,
@@ -40,10 +41,10 @@ def differences(network, sites, number=NETWORKS):
 
 def in_a_network(block):
     """Return three layers that end in a random matrix each, and are wide."""
-    layer = Chain((block, Linear()))
-    scaled = networks.stack(100, [layer]).widths[-1]
-    assert scaled == 100, "by default a block takes 100 units and hands on as many"
-    return networks.stack(INPUTS, [Linear(100), (layer, 3)])
+    width = 200 if isinstance(block, LSTM) else 100
+    layer = Chain((block, Linear(width)))
+    assert networks.stack(width, [layer]).widths[-1] == width, "as many units as it takes"
+    return networks.stack(INPUTS, [Linear(width), (layer, 3)])
 
 
 # Those whose fast tests stand for all: a composition, and a block that mixes inputs.

@@ -27,7 +27,7 @@ batch_norm
 dropout
     `Dropout`.
 recurrent
-    `Drive`, an input that is new at every time step, and `GRU`.
+    `Drive`, an input that is new at every time step, `GRU` and `LSTM`.
 
 To add a block, write one class in one of these files, with a default for every field, and name it
 in the file's ``__all__``: `ALL` and the shared law tests find it.

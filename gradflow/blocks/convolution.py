@@ -22,7 +22,7 @@ from gradflow.blocks.base import AbstractBlock, Multiply
 from gradflow.blocks.dense import Linear
 from gradflow.ensembles import Distribution
 from gradflow.errors import InputError, check_count, unknown_name
-from gradflow.gram import Gram, Unknown, multiply_gram
+from gradflow.gram import Gaussian, Gram, Unknown, multiply_gram
 
 __all__ = ["Convolution", "Flatten", "GlobalMean", "Patches"]
 
@@ -306,7 +306,7 @@ class GlobalMean(_OverPositions):
 
         tangent = None if gram.tangent is None else pairs(gram.tangent)
         mean = jnp.mean(gram.mean.reshape(inputs, -1), axis=1)
-        return Gram(pairs(gram.covariance), mean, tangent, gram.law).settled()
+        return Gram(pairs(gram.covariance), mean, tangent, gram.law).settled(Gaussian())
 
 
 class Flatten(_OverPositions):

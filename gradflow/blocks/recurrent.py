@@ -13,11 +13,12 @@ from gradflow import activations, ensembles
 from gradflow.activations import Activation
 from gradflow.blocks.base import AbstractBlock, Multiply, each_step
 from gradflow.blocks.dense import Linear
+from gradflow.cells import Cells
 from gradflow.ensembles import Distribution
 from gradflow.errors import InputError, check_scale, is_traced
 from gradflow.gram import Gram, Unknown, multiply_gram
 
-__all__ = ["GRU", "Drive"]
+__all__ = ["GRU", "LSTM", "Drive"]
 
 
 class Drive(AbstractBlock):
@@ -100,9 +101,7 @@ class GRU(AbstractBlock):
         """Return the next state."""
 
         def layer(x: Array, key: PRNGKeyArray) -> Array:
-            weights_key, drive_key = jax.random.split(key)
-            z = self._layer.apply(x, multiply, weights_key)
-            return z if self.drive is None else self.drive.apply(z, multiply, drive_key)
+            return _driven(self._layer, self.drive, x, multiply, key)
 
         keys = jax.random.split(key, 3)
         reset = _gate(self.reset_bias)(layer(signal, keys[0]))
@@ -169,6 +168,125 @@ class GRU(AbstractBlock):
     def narrowed(self, factor: int) -> "GRU":
         """Return it with its units divided by ``factor``, and its scales kept."""
         return dataclasses.replace(self, units=self.units // factor)
+
+
+class LSTM(AbstractBlock):
+    """c' = f ⊙ c + i ⊙ g, h' = o ⊙ tanh(c'): long short-term memory with forget gates.
+
+    With f = σ(W_f h + b_f), i and o alike, σ the logistic, and g = tanh(W_g h + b_g). All weights
+    have variance σ_w²/fan_in; biases are N(μ, σ_b²), with a mean μ for each gate and 0 for g. There
+    are no connections from the cells to the gates. An input is one block before: see ``drive``. Its
+    signal is the state, (c, h) side by side, of twice as many units as it has.
+
+    At infinite width, if weights are drawn anew at every step, the gates of a step are independent
+    of a unit's cell and of each other. Second moments do not close: `gradflow.cells` carries the
+    law of the cells over units, and of a tangent with them,
+
+        E[h_a' h_b'] = E[o_a o_b] E[tanh(c_a') tanh(c_b')],    ċ' = f ċ + c ḟ + g i̇ + i ġ.
+
+    Where all steps share their weights and biases this is not the limit, at any width, as for
+    `GRU`. After 10 steps with σ_w = 1.2, σ_b = 0.5 and 800 units, the logarithms of q and of
+    ‖∂C/∂z^1‖ are above this theory by 1.35 and 2.28 for μ_f = 0, 1.99 and 1.35 for 1, 1.65 and 0.55
+    for 3, each to 0.02, and for 200 units alike; with weights drawn anew they are within 0.02. Of a
+    network that mixes inputs' gradients elsewhere (BatchNorm, convolutions) there is no theory.
+
+    References: Hochreiter & Schmidhuber 1997, Neural Computation 9, 1735; Gers, Schmidhuber &
+    Cummins 2000, Neural Computation 12, 2451 (the forget gate); Jozefowicz, Zaremba & Sutskever
+    2015, ICML (μ_f = 1); Gilboa et al. 2019, arXiv:1901.08987 (mean-field theory).
+    """
+
+    units: int = eqx.field(static=True, default=100)
+    sigma_w: ScalarLike = 1.0
+    sigma_b: ScalarLike | None = None
+    forget_bias: ScalarLike = 1.0
+    input_bias: ScalarLike = 0.0
+    output_bias: ScalarLike = 0.0
+    drive: Drive | None = None
+    distribution: Distribution = eqx.field(static=True, default=ensembles.gaussian)
+
+    @property
+    def _layer(self) -> Linear:
+        return Linear(self.units, self.sigma_w, self.sigma_b, self.distribution)
+
+    def apply(
+        self, signal: Float[Array, "sites n"], multiply: Multiply, key: PRNGKeyArray
+    ) -> Float[Array, "sites n"]:
+        """Return the next state."""
+        cell, hidden = jnp.split(signal, 2, axis=1)
+
+        def layer(key: PRNGKeyArray) -> Array:
+            return _driven(self._layer, self.drive, hidden, multiply, key)
+
+        keys = jax.random.split(key, 4)
+        forget = _gate(self.forget_bias)(layer(keys[0]))
+        entry = _gate(self.input_bias)(layer(keys[1]))
+        candidate = jnp.tanh(layer(keys[2]))
+        output = _gate(self.output_bias)(layer(keys[3]))
+        cell = forget * cell + entry * candidate
+        return jnp.concatenate([cell, output * jnp.tanh(cell)], axis=1)
+
+    def kernel(self, gram: Gram, multiply: Multiply = multiply_gram) -> Gram:
+        """Return what is known of the next state, its cells' law with it, and of its tangent.
+
+        Raises
+        ------
+        InputError
+            If the signal is neither Gaussian nor a state, or sites mix and gradients are wanted.
+        """
+        law = Cells.of(gram)
+        own = None if law.memory is None else law.memory.hidden
+        hidden = Gram(law.hidden, jnp.zeros_like(gram.mean), own, Unknown())
+
+        def layer() -> Gram:
+            z = self._layer.kernel(hidden, multiply)
+            return z if self.drive is None else self.drive.kernel(z)
+
+        forget, entry, candidate, output = (layer() for _ in range(4))
+        opened = output.through(_gate(self.output_bias))
+        biases = (self.forget_bias, self.input_bias)
+        return law.stepped(forget, entry, candidate, opened, biases).gram()
+
+    @property
+    def homogeneous(self) -> bool:
+        """It is not."""
+        return False
+
+    @property
+    def distributions(self) -> tuple[Distribution, ...]:
+        """The laws of W_f, W_i, W_g and W_o."""
+        return (self.distribution,) * 4
+
+    def width_after(self, n_in: int) -> int:
+        """Return as many units as it gets.
+
+        Raises
+        ------
+        InputError
+            If it does not get twice as many as it has.
+        """
+        if n_in != 2 * self.units:
+            raise InputError(
+                f"an LSTM of {self.units} units gets {n_in}; its state, c and h, before and after "
+                f"a step is {2 * self.units}, so put a Linear block of as many before it"
+            )
+        return n_in
+
+    def shapes(self, n_in: int) -> tuple[tuple[int, int], ...]:  # noqa: ARG002
+        """Return the shapes of W_f, W_i, W_g and W_o."""
+        return ((self.units, self.units),) * 4
+
+    def narrowed(self, factor: int) -> "LSTM":
+        """Return it with its units divided by ``factor``, and its scales kept."""
+        return dataclasses.replace(self, units=self.units // factor)
+
+
+def _driven(
+    linear: Linear, drive: Drive | None, x: Array, multiply: Multiply, key: PRNGKeyArray
+) -> Array:
+    """Return W x + b, with the input of this time step."""
+    weights_key, drive_key = jax.random.split(key)
+    z = linear.apply(x, multiply, weights_key)
+    return z if drive is None else drive.apply(z, multiply, drive_key)
 
 
 def _gate(bias: ScalarLike) -> Activation:

@@ -79,13 +79,19 @@ def walk(block: AbstractBlock, q0: ArrayLike, depth: int) -> Walk:
     check_scale("q0", q0)
     depth = check_count("depth", depth)
     begin = Gram.of(jnp.asarray(q0, jnp.result_type(q0, 0.0))[None, None])
-    ends = jax.eval_shape(block.kernel, begin)
+    ends = jax.eval_shape(block.kernel, begin).law
+    if ends.remembers:
+        raise InputError(
+            "block hands on an LSTM's state, whose gradient has no factor of one block; use "
+            "mean_field.predict"
+        )
 
     def step(state: Gram, _: None) -> tuple[Gram, tuple[Array, Array]]:
-        after = block.kernel(state).settled()
+        after = block.kernel(state)
+        after = after.settled(state.law if depth > 1 else after.law)
         return after, (after.covariance[0, 0], mean_field.gain(block, state)[0])
 
-    begin = begin.settled(gaussian=ends.gaussian or depth == 1)
+    begin = begin.settled(ends) if depth > 1 else begin
     _, (q, chi) = mean_field.scan_layers(step, begin, None, length=depth)
     return Walk(q, chi, jnp.cumsum(jnp.log(chi)))
 

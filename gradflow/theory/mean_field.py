@@ -10,9 +10,10 @@ where T is what the block does to the second moment of a tangent, σ_w² E[φ'²
 (Schoenholz et al. 2017, arXiv:1611.01232, eq. 7), and the ratio of widths turns the sum over fan_in
 into the backward sum over fan_out (Glorot & Bengio 2010, eq. 6). Where a block mixes the sites
 (BatchNorm, convolution), tangents' and gradients' second moments over sites are matrices, S and Λ,
-and Λ goes down by the transpose of the linear map S -> T[S]. The top is δ^L ~ N(0, I), independent
-for each site, and C the mean cost over them. Backward weights are as good as independent of forward
-ones at infinite width.
+and Λ goes down by the transpose of the linear map S -> T[S]. Where tangents depend on the signals
+(an LSTM's cells), it is the transpose of what becomes of all that is known of them. The top is
+δ^L ~ N(0, I), independent for each site, and C the mean cost over them. Backward weights are as
+good as independent of forward ones at infinite width.
 
 Scales that are negative or not finite raise `InputError`, where they are known before the program
 runs (outside jit).
@@ -27,6 +28,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.flatten_util import ravel_pytree
 from jax.typing import DTypeLike
 from jaxtyping import Array, ArrayLike, Float
 
@@ -56,9 +58,13 @@ __all__ = [
 
 # Layers whose quadratures, of about 100 kB each for every average, are in memory together.
 _LAYERS_AT_ONCE = 1000
+# Layers, and steps of a gradient, after which laws that remember tangents are taken as settled.
+_TURNS = 300
 
 
 Share = Float[np.ndarray, " weights"]
+# Of a tangent's second moments, and of what the signals' law knows of it beyond them, or None.
+_Cotangent = tuple[Array, Any]
 
 
 def input_gram(inputs: Float[ArrayLike, "sites n_in"]) -> Float[Array, "sites sites"]:
@@ -268,9 +274,11 @@ def laws(
     """
     gram = jnp.asarray(gram)
     begin = Gram.of(gram, None if mean is None else jnp.asarray(mean, gram.dtype))
-    entering, forward = _up(network, begin)
+    entering, leaving, forward = _up(network, begin)
     if network.mixes_sites:
         return forward, _down_together(network, entering, forward[-1].mean.shape[-1])
+    if any(gram.law.remembers for gram in leaving):
+        return forward, [_down_in_turn(network, entering, leaving)]
     return forward, [_down(network, entering)]
 
 
@@ -280,29 +288,41 @@ def _each_layer(f: Callable[[Any], Any], layers: Any) -> Any:
     return jax.vmap(f)(layers) if few else jax.lax.map(f, layers)
 
 
-def _up(network: Network, state: Gram) -> tuple[list[Gram], list[ForwardLaw]]:
-    """Return what enters each stage's blocks, and every layer's law, by runs of equal sites."""
+def _up(network: Network, state: Gram) -> tuple[list[Gram], list[Gram], list[ForwardLaw]]:
+    """Return what enters each stage's blocks, what leaves it, and every layer's law.
+
+    Laws are by runs of equal sites.
+    """
     entering: list[Gram] = []
+    leaving: list[Gram] = []
     found: list[ForwardLaw] = []
 
     def law(covariance: Array, mean: Array, gaussian: bool) -> ForwardLaw:
         return ForwardLaw(covariance, mean, jnp.full(len(mean), gaussian), network.activation)
 
     for stage in network.stages:
-
-        def step(state: Gram, _: None, block: AbstractBlock = stage.block) -> tuple[Gram, Gram]:
-            return block.kernel(state).settled(), state
-
-        # What a loop carries must not be known better at its start than at its end.
-        ends = jax.eval_shape(lambda state, step=step: step(state, None)[0], state)
-        state = state.settled(gaussian=ends.gaussian or stage.repeats == 1)
-        state, stage_entering = scan_layers(step, state, None, length=stage.repeats)
+        state, stage_entering = _through(stage.block, state, stage.repeats)
         entering.append(stage_entering)
+        leaving.append(state)
         known = state.gaussian
         if stage.repeats > 1:
             found.append(law(stage_entering.covariance[1:], stage_entering.mean[1:], known))
         found.append(law(state.covariance[None], state.mean[None], known))
-    return entering, _joined(found)
+    return entering, leaving, _joined(found)
+
+
+def _through(block: AbstractBlock, state: Gram, repeats: int) -> tuple[Gram, Gram]:
+    """Return what leaves equal blocks, and what enters each of them."""
+    if repeats > 1:
+        # What a loop carries must not be known better at its start than at its end.
+        state = state.settled(jax.eval_shape(block.kernel, state).law)
+    law = state.law
+
+    def step(state: Gram, _: None) -> tuple[Gram, Gram]:
+        after = block.kernel(state)
+        return after.settled(law if repeats > 1 else after.law), state
+
+    return scan_layers(step, state, None, length=repeats)
 
 
 def _joined(laws: Sequence[Any]) -> list[Any]:
@@ -396,6 +416,73 @@ def _down_together(network: Network, entering: Sequence[Gram], sites: int) -> li
     return runs
 
 
+def _down_in_turn(
+    network: Network, entering: Sequence[Gram], leaving: Sequence[Gram]
+) -> BackwardLaw:
+    """Return the law of the gradient at every layer, where a law has tangents of its own.
+
+    The gradient goes down as the cotangent of all that is known of a tangent: at variance 1, beside
+    a log, for each site.
+    """
+    sites = len(leaving[-1].mean)
+    one = jnp.ones(sites, leaving[-1].mean.dtype)
+    ratios = _log_width_ratios(network, one.dtype)
+    carry = ((one, None), jnp.zeros_like(one))  # δ^L ~ N(0, I)
+    found: list[tuple[Array, Array, Array]] = []
+    last = network.depth
+    for stage, stage_entering, left, share in reversed(
+        list(zip(network.stages, entering, leaving, _shares(network), strict=True))
+    ):
+
+        def step(
+            carry: tuple[_Cotangent, Array],
+            layer: tuple[Gram, Array],
+            block: AbstractBlock = stage.block,
+            share: Share = share,
+        ) -> tuple[tuple[_Cotangent, Array], tuple[Array, Array, Array]]:
+            (above, log), (gram, ratio) = carry, layer
+            below, weight = _pull_all_back(block, share, gram, above)
+            size = _variance(gram, below)
+            below = jax.tree.map(lambda x: jax.vmap(jnp.divide)(x, size), below)
+            gained = jnp.log(size) + ratio
+            return (below, log + gained), (log, gained, jnp.log(weight) + log)
+
+        gradient, log = carry
+        carry = (_as_left(left, gradient), log)
+        first = last - stage.repeats
+        parts = (stage_entering, ratios[first:last])
+        carry, values = scan_layers(step, carry, parts, length=stage.repeats, reverse=True)
+        found.insert(0, values)
+        last = first
+    log_variance, gained, log_weight = (jnp.concatenate(v) for v in zip(*found, strict=True))
+    return BackwardLaw(
+        log_variance,
+        jnp.concatenate([gained[1:], jnp.full_like(log_variance[:1], jnp.nan)]),
+        jax.nn.logsumexp(log_weight, axis=1) - 2 * math.log(sites),
+        jnp.asarray(np.array(network.widths[1:]), one.dtype),
+    )
+
+
+def _variance(gram: Gram, gradient: _Cotangent) -> Float[Array, " sites"]:
+    """Return the mean square over units of a gradient: its factor of a tangent that is alike."""
+    plain, own = gradient
+    if own is None:
+        return plain
+    _, pull = jax.vjp(gram.law.independent, jnp.ones_like(plain))
+    return plain + pull(own)[0]
+
+
+def _as_left(left: Gram, gradient: _Cotangent) -> _Cotangent:
+    """Return the gradient of what the layer above took, as that of what the one below left."""
+    plain, own = gradient
+    if not left.law.remembers:
+        # The layer above took it as a tangent that is independent of the signals.
+        return (plain, None) if own is None else (jnp.ones_like(plain), None)
+    if own is None:
+        own = jax.tree.map(jnp.zeros_like, left.law.independent(plain))
+    return plain, own
+
+
 def _log_mean(log: Float[Array, " sites"]) -> Float[Array, ""]:
     return jax.nn.logsumexp(log) - math.log(log.shape[0])
 
@@ -444,25 +531,51 @@ def _pull_back(
     The transpose of what the block does to a tangent's second moments, which have the same shape:
     (sites,), or (sites, sites) where sites mix.
     """
+    taps = jnp.zeros(block.n_weights, above.dtype)
+    zero = jnp.zeros(entering.mean.shape * above.ndim, above.dtype)
 
-    def tangent_out(tangent: Array, taps: Array) -> Array:
-        remaining = iter(taps)
-
-        def multiply(gram: Gram, **law: Any) -> Gram:
-            return multiply_gram(gram, tap=next(remaining), **law)
-
-        moved = block.kernel(dataclasses.replace(entering, tangent=tangent), multiply).tangent
+    def out(tangent: Array, taps: Array) -> Array:
+        moved = _tapped(block, dataclasses.replace(entering, tangent=tangent), taps).tangent
         assert moved is not None
         return moved
 
-    below = entering.mean.shape * above.ndim
-    taps = jnp.zeros(block.n_weights, above.dtype)
-    _, pull = jax.vjp(tangent_out, jnp.zeros(below, above.dtype), taps)
-    tangent, by_weights = pull(above)
-    # A block without weights has no gradient of them.
-    none = jnp.full((), jnp.nan, above.dtype)
-    shares = jnp.asarray(share, above.dtype)
-    return tangent, jnp.sum(shares * by_weights) if block.n_weights else none
+    _, pull = jax.vjp(out, zero, taps)
+    below, by_weights = pull(above)
+    return below, _weighted(share, by_weights)
+
+
+def _pull_all_back(
+    block: AbstractBlock, share: Share, entering: Gram, above: _Cotangent
+) -> tuple[_Cotangent, Float[Array, " sites"]]:
+    """Do what `_pull_back` does, with all that is known of a tangent, for each site."""
+    plain = above[0]
+    taps = jnp.zeros((block.n_weights, *plain.shape), plain.dtype)
+    zero = jnp.zeros_like(plain)
+
+    def out(tangents: _Cotangent, taps: Array) -> _Cotangent:
+        return _tapped(block, entering.with_tangents(tangents), taps).tangents
+
+    _, pull = jax.vjp(out, (zero, entering.law.independent(zero)), taps)
+    below, by_weights = pull(above)
+    return below, _weighted(share, by_weights) * jnp.ones_like(plain)
+
+
+def _tapped(block: AbstractBlock, entering: Gram, taps: Array) -> Gram:
+    """Return what is known after the block; its weights' tangents are the taps, one after one."""
+    remaining = iter(taps)
+
+    def multiply(gram: Gram, **law: Any) -> Gram:
+        return multiply_gram(gram, tap=next(remaining), **law)
+
+    return block.kernel(entering, multiply)
+
+
+def _weighted(share: Share, by_weights: Float[Array, "weights ..."]) -> Array:
+    """Return the variance of ∂C/∂W over all matrices; a block without weights has none: NaN."""
+    if not len(by_weights):
+        return jnp.full((), jnp.nan, by_weights.dtype)
+    shares = jnp.asarray(share, by_weights.dtype)
+    return jnp.sum(jax.vmap(jnp.multiply)(shares, by_weights), axis=0)
 
 
 def gain(block: AbstractBlock, entering: Gram) -> Float[Array, " sites"]:
@@ -511,11 +624,23 @@ def asymptotic_log_chi(network: Network, q: Float[Array, ""], beyond: int) -> Fl
     """
     # The first block's input has no activation: it is none to be repeated, if there is another.
     block = max(network.stages[1:] or network.stages, key=lambda stage: stage.repeats).block
-    state = Gram.of(jnp.asarray(q)[None, None])
-    ends = jax.eval_shape(block.kernel, state)
+    begin = Gram.of(jnp.asarray(q)[None, None])
+    if not jax.eval_shape(block.kernel, begin).law.remembers:
+        return jnp.log(gain(block, _through(block, begin, beyond)[0])[0])
+    state, _ = _through(block, begin, min(beyond, _TURNS))
+    # Of gradients that have settled too: the largest eigenvalue of what a layer does to them.
+    zero = jnp.zeros_like(state.mean)
+    none, unravel = ravel_pytree((zero, state.law.independent(zero)))
 
-    def up(state: Gram, _: None) -> tuple[Gram, None]:
-        return block.kernel(state).settled(), None
+    def out(tangents: Array) -> Array:
+        return ravel_pytree(block.kernel(state.with_tangents(unravel(tangents))).tangents)[0]
 
-    state, _ = jax.lax.scan(up, state.settled(gaussian=ends.gaussian), None, length=beyond)
-    return jnp.log(gain(block, state)[0])
+    step = jax.jacfwd(out)(none)
+
+    def turn(v: Array, _: None) -> tuple[Array, Array]:
+        v = jnp.matmul(step, v, precision=jax.lax.Precision.HIGHEST)
+        size = jnp.linalg.norm(v)
+        return v / size, size
+
+    start = ravel_pytree((zero + 1, state.law.independent(zero + 1)))[0]
+    return jnp.log(jax.lax.scan(turn, start, None, length=_TURNS)[1][-1])
