@@ -12,9 +12,9 @@ import jaxtyping
 import matplotlib
 import pytest
 
-# Most programs run for an instant here, so compile them soon rather than well: a third of the time.
-# XLA_FLAGS in the environment are used instead, and empty ones are as users have it: so does .ci/run
-# under Python 3.13.
+# Most programs run for an instant here, so compile them soon rather than well: two thirds of the
+# time. XLA_FLAGS in the environment are used instead, and empty ones are as users have it: .ci/run
+# sets them so under Python 3.13.
 _SOON = "--xla_backend_optimization_level=1"
 if jax.__version_info__ < (0, 11):  # later ones know no other way to generate loops
     _SOON += " --xla_cpu_use_fusion_emitters=false"
