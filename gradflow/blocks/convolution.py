@@ -6,7 +6,6 @@ filter sees at a position is put into one vector (`Patches`), so that its weight
 matrix, drawn by the samplers like any other.
 """
 
-import dataclasses
 import itertools
 import math
 from collections.abc import Iterator, Sequence
@@ -19,7 +18,7 @@ from jaxtyping import Array, Float, PRNGKeyArray, ScalarLike
 from gradflow import activations, ensembles
 from gradflow.activations import Activation
 from gradflow.blocks.base import AbstractBlock, Multiply
-from gradflow.blocks.dense import Linear
+from gradflow.blocks.dense import AbstractLayer, Linear
 from gradflow.ensembles import Distribution
 from gradflow.errors import InputError, check_count, unknown_name
 from gradflow.gram import Gaussian, Gram, Unknown, multiply_gram
@@ -160,7 +159,7 @@ class Patches(AbstractBlock):
         return self.elements * n_in
 
 
-class Convolution(AbstractBlock):
+class Convolution(AbstractLayer):
     """z' = W * φ(z) + b: activation, `Patches`, `Linear`, in one layer of ``units`` channels.
 
     Var W = σ_w²/(k c), k the filter's elements and c the channels it takes; biases are shared by
@@ -220,31 +219,13 @@ class Convolution(AbstractBlock):
         return self.linear.kernel(h, _as_if_of(patches, multiply))
 
     @property
-    def homogeneous(self) -> bool:
-        """Whether φ is positively homogeneous and there is no bias."""
-        return self.activation.homogeneous and self.sigma_b is None
-
-    @property
-    def distributions(self) -> tuple[Distribution, ...]:
-        """The law of W."""
-        return (self.distribution,)
-
-    @property
     def mixes_sites(self) -> bool:
         """It does; a delta's signals do not, but its weights' gradient does."""
         return True
 
-    def width_after(self, n_in: int) -> int:  # noqa: ARG002
-        """Return the number of channels."""
-        return self.units
-
     def shapes(self, n_in: int) -> tuple[tuple[int, int], ...]:
         """Return the shape of W, (channels, elements · channels of the input)."""
-        return ((self.units, self.patches.width_after(n_in)),)
-
-    def narrowed(self, factor: int) -> "Convolution":
-        """Return the layer with its channels divided by ``factor``, σ_w and σ_b kept."""
-        return dataclasses.replace(self, units=self.units // factor)
+        return self.linear.shapes(self.patches.width_after(n_in))
 
 
 def _as_if_of(seen: Array | Gram, multiply: Multiply) -> Multiply:

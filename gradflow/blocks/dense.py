@@ -1,6 +1,8 @@
 """Layers of units: a product with a random matrix, an activation, and both as one layer."""
 
+import abc
 import dataclasses
+from typing import Any
 
 import equinox as eqx
 import jax
@@ -13,7 +15,7 @@ from gradflow.blocks.base import AbstractBlock, Multiply
 from gradflow.ensembles import Distribution
 from gradflow.gram import Gram, multiply_gram
 
-__all__ = ["Activate", "Dense", "Linear"]
+__all__ = ["AbstractLayer", "Activate", "Dense", "Linear"]
 
 
 class Activate(AbstractBlock):
@@ -97,7 +99,37 @@ class Linear(AbstractBlock):
         return dataclasses.replace(self, units=self.units // factor)
 
 
-class Dense(AbstractBlock):
+class AbstractLayer(AbstractBlock):
+    """A layer of units: an activation, then one random matrix, that of its ``linear``."""
+
+    activation: eqx.AbstractVar[Activation]
+
+    @property
+    @abc.abstractmethod
+    def linear(self) -> Linear:
+        """The random matrix and the biases."""
+
+    @property
+    def homogeneous(self) -> bool:
+        """Whether φ is positively homogeneous and there is no bias."""
+        return self.activation.homogeneous and self.linear.homogeneous
+
+    @property
+    def distributions(self) -> tuple[Distribution, ...]:
+        """The law of W."""
+        return self.linear.distributions
+
+    def width_after(self, n_in: int) -> int:
+        """Return the number of units."""
+        return self.linear.width_after(n_in)
+
+    def narrowed(self, factor: int) -> "AbstractLayer":
+        """Return the layer with its units divided by ``factor``, σ_w and σ_b kept."""
+        fewer: dict[str, Any] = {"units": self.linear.units // factor}
+        return dataclasses.replace(self, **fewer)
+
+
+class Dense(AbstractLayer):
     """z' = W φ(z) + b: `Activate`, then `Linear`, in one layer.
 
     At infinite width k' = σ_w² E[φ(u) φ(v)] + σ_b² (Poole et al. 2016, arXiv:1606.05340, eqs. 3
@@ -125,24 +157,6 @@ class Dense(AbstractBlock):
         """Return σ_w² E[φ(u) φ(v)] + σ_b²."""
         return self.linear.kernel(gram.through(self.activation), multiply)
 
-    @property
-    def homogeneous(self) -> bool:
-        """Whether φ is positively homogeneous and there is no bias."""
-        return self.activation.homogeneous and self.sigma_b is None
-
-    @property
-    def distributions(self) -> tuple[Distribution, ...]:
-        """The law of W."""
-        return (self.distribution,)
-
-    def width_after(self, n_in: int) -> int:  # noqa: ARG002
-        """Return the number of units."""
-        return self.units
-
     def shapes(self, n_in: int) -> tuple[tuple[int, int], ...]:
         """Return the shape of W."""
-        return ((self.units, n_in),)
-
-    def narrowed(self, factor: int) -> "Dense":
-        """Return the layer with its units divided by ``factor``, σ_w and σ_b kept."""
-        return dataclasses.replace(self, units=self.units // factor)
+        return self.linear.shapes(n_in)
