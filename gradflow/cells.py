@@ -17,7 +17,7 @@ A *tangent* of the cells is τ_k = E[ċ² ℓ_k(c)]: it has been multiplied by f
 c. That of h is a random matrix's product with what went before, and knows of nothing.
 
 Nodes are Chebyshev's in x, where c = (π/2) sinh(a x): however far cells reach, tanh(c), with its
-poles at ±iπ/2, needs about equally many. They reach to 10 standard deviations of c, and to 1.
+poles at ±iπ/2, needs about equally many. They reach to 10 standard deviations of c.
 Beside twice as many nodes and points of z, logarithms of q and of the gradient's variance are right
 to 1e-5 over 15 steps from a state of q = 1 with σ_w up to 2.5, and to 4e-4 with σ_w = 10; to 1e-3
 from a state of q = 10, and to 1e-2 from one of 100. One step of one site takes about 10 ms on a
@@ -43,6 +43,8 @@ __all__ = ["Cells", "Tangent"]
 _NODES = 40
 _POLE = math.pi / 2
 _DEVIATIONS = 10.0
+# Of the variance of cells: what is below counts as none.
+_LEAST = 1e-32
 # Of a gate and of g: where its nearest pole is, ±i times this, points of the rule for averages, and
 # Hermite's polynomials for pairs.
 _GATE, _CANDIDATE = (math.pi, 20, 8), (math.pi / 2, 28, 22)
@@ -142,7 +144,7 @@ class Cells(AbstractLaw):
         """Return E[F(c_a) F(c_b)] from the values of F at each site's nodes, (sites, nodes)."""
         a, b = _pairs(len(f))
         both = _sum("pjk,pj,pk->p", self.pairs, f[a], f[b])
-        own = jnp.diag(jnp.sum(self.weights * f**2, axis=1))
+        own = jnp.diag(jnp.maximum(jnp.sum(self.weights * f**2, axis=1), 0))
         return own.at[a, b].set(both).at[b, a].set(both)
 
     @property
@@ -229,8 +231,7 @@ def _step(
     c = _nodes(reach)
     middle = _dot(chance, f**2) * _dot(weights, c**2)
     after = middle + _dot(chance, i**2) * _dot(chance_g, g**2)
-    middle, after = (_DEVIATIONS * jnp.sqrt(jnp.maximum(v, 0)) for v in (middle, after))
-    middle, after = (jnp.maximum(v, 1) for v in (middle, after))
+    middle, after = _reach(middle), _reach(after)
     kept = _polynomials(jnp.outer(f, c), middle)
     shifts = jnp.outer(i, g)[..., None]
     added = _polynomials(shifts + _nodes(middle)[None, None], after)
@@ -277,7 +278,7 @@ def _moved(
 def _gaussian_cells(k: Float[Array, "sites sites"]) -> Cells:
     """Return the law of a state of which c and h are Gaussian and have these second moments."""
     root = jnp.sqrt(jnp.diagonal(k))
-    reach = jnp.maximum(_DEVIATIONS * root, 1)
+    reach = _reach(root**2)
     z = jnp.asarray(_Z, k.dtype)
     chance = jnp.exp(-(z**2) / 2)
     chance = chance / jnp.sum(chance)
@@ -312,6 +313,10 @@ _TO_NODES[0] /= 2
 def _nodes(reach: Float[Array, ""]) -> Float[Array, " nodes"]:
     x = jnp.asarray(np.cos(_ANGLES), reach.dtype)
     return _POLE * jnp.sinh(jnp.arcsinh(reach / _POLE) * x)
+
+
+def _reach(variance: Float[Array, "*sites"]) -> Float[Array, "*sites"]:
+    return _DEVIATIONS * jnp.sqrt(jnp.maximum(variance, _LEAST))
 
 
 def _polynomials(

@@ -187,6 +187,23 @@ def test_stages_do_not_matter():
     assert float(chained["log_q"][2]) == pytest.approx(float(one["log_q"][4]), abs=ROUNDING)
 
 
+def test_signals_that_vanish_are_followed():
+    """Without biases, where they are small, f, i and o are constant and tanh is linear.
+
+    At μ_f = -1, E[c²] and E[h²] then follow a linear map, until about 1e-30, which counts as
+    nothing. Nothing remains nothing.
+    """
+    block = LSTM(2, 1.0, None, -1.0)
+    q = np.asarray(predicted((block, 30))["log_q"])
+    f = 1 / (1 + np.e)
+    # (E c², E h²) -> f² E c² + E h²/4, and a quarter of it.
+    assert np.diff(q)[-10:] == pytest.approx(np.log(f**2 + 1 / 16), abs=1e-4)
+    assert q[-1] < -50
+    nothing = predicted((block, 4), start=np.zeros((2, 2)))
+    assert (np.asarray(nothing["log_q"]) < -60).all()
+    assert np.isfinite(nothing["log_gradient_norm"]).all()
+
+
 @pytest.mark.slow
 def test_chi_of_a_settled_state_is_found():
     block = dataclasses.replace(CASES["usual"], units=2)
