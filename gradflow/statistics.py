@@ -142,6 +142,15 @@ class Statistic:
         return self.log or self.name.startswith("log_")
 
 
+def _exp(x: Array | np.ndarray) -> Array | np.ndarray:
+    """Return exp(x), of NumPy's float64 as float64, whatever JAX's x64 setting."""
+    if isinstance(x, np.ndarray):
+        with np.errstate(over="ignore"):
+            return np.asarray(np.exp(x))
+    # Of a NaN that the compiler knows of, XLA's exp in float32 is any number (on CPUs, JAX 0.10).
+    return jnp.where(jnp.isnan(x), x, jnp.exp(x))
+
+
 def _log_mean_exp(x: Float[Array, " sites"]) -> Array:
     return jax.nn.logsumexp(x) - jnp.log(jnp.asarray(x.shape[0], x.dtype))
 
@@ -239,8 +248,8 @@ correlation = Statistic(
 chi = Statistic(
     "chi",
     "χ, factor of the mean squared gradient going down one layer",
-    measure=lambda s: jnp.mean(jnp.exp(s.log_ratio)),
-    predict=lambda law: jnp.mean(jnp.exp(law.log_ratio)),
+    measure=lambda s: jnp.mean(_exp(s.log_ratio)),
+    predict=lambda law: jnp.mean(_exp(law.log_ratio)),
     backward=True,
 )
 gradient_variance = Statistic(
@@ -306,14 +315,6 @@ def with_names(values: Mapping[str, Any]) -> dict[str, Any]:
     """Return values by key, and with each log key the quantity itself by its name."""
     logs = {s.name: _exp(np.asarray(values[s.key])) for s in ALL if s.log and s.key in values}
     return {**logs, **values}
-
-
-def _exp(x: Array | np.ndarray) -> Array | np.ndarray:
-    """Return exp(x), of NumPy's float64 as float64, whatever JAX's x64 setting."""
-    if not isinstance(x, np.ndarray):
-        return jnp.exp(x)
-    with np.errstate(over="ignore"):
-        return np.asarray(np.exp(x))
 
 
 def labelled(dataset: xarray.Dataset) -> xarray.Dataset:
