@@ -20,6 +20,7 @@ estimation         means, standard errors and histograms over networks
 simulation         matrices and samplers (dense, matrix_free), propagation, jacobians,
                    singular_values, monte_carlo
 comparison         theory beside measurement: z-scores and a verdict
+training           weights as parameters; layers along training, many networks at once
 data               real inputs
 figures            one function a figure
 studies            note (the study that the project began with), jacobian_spectrum

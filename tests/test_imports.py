@@ -56,6 +56,7 @@ ORDER = (
     "simulation.monte_carlo",
     "simulation",
     "comparison",
+    "training",
     "data",
     "figures",
     "studies.note",

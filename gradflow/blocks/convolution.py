@@ -7,6 +7,7 @@ matrix, drawn by the samplers like any other.
 """
 
 import dataclasses
+import functools
 import itertools
 import math
 from collections.abc import Iterator, Sequence
@@ -250,6 +251,7 @@ class Convolution(AbstractBlock):
 def _as_if_of(seen: Array | Gram, multiply: Multiply) -> Multiply:
     """Return a ``multiply`` by a part of a filter, whose gradient is that of all of it."""
 
+    @functools.wraps(multiply)  # it keeps what else a ``multiply`` has: a step, biases
     def multiply_part(*what: object, **law: object) -> object:
         return multiply(*what, **law, seen=seen)
 
