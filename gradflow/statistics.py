@@ -239,7 +239,7 @@ correlation = Statistic(
 chi = Statistic(
     "chi",
     "χ, factor of the mean squared gradient going down one layer",
-    measure=lambda s: jnp.mean(jnp.exp(s.log_ratio)),
+    measure=lambda s: jnp.mean(jnp.where(jnp.isnan(s.log_ratio), jnp.nan, jnp.exp(s.log_ratio))),
     predict=lambda law: jnp.mean(jnp.exp(law.log_ratio)),
     backward=True,
 )
