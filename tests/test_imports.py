@@ -68,6 +68,7 @@ ORDER = (
     "cli.shared",
     "cli.simulating",
     "cli.theory",
+    "cli.training",
     "cli",
 )
 # Whatever the order: two answers are worth comparing only if neither knows the other.
