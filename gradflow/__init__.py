@@ -21,6 +21,7 @@ estimation         means, standard errors and histograms over networks
 simulation         matrices and samplers (dense, matrix_free), propagation, jacobians,
                    singular_values, monte_carlo
 comparison         theory beside measurement: z-scores and a verdict
+training           weights as parameters; layers along training, many networks at once
 shapeset           images of shapes, endless and drawn by key
 data               real inputs, with labels: what networks are trained on
 figures            one function a figure

@@ -25,6 +25,7 @@ __all__ = [
     "chi_against_width",
     "gradient_histograms",
     "gradient_norm",
+    "learning",
     "phase_diagram",
     "remedies",
     "save",
@@ -130,6 +131,71 @@ def remedies(results: Mapping[str, xarray.Dataset]) -> Figure:
     )
     figure.suptitle("lines: theory (infinite width); points: simulation, ±2 s.e.", fontsize=9)
     return figure
+
+
+def learning(results: Mapping[str, xarray.Dataset]) -> Figure:
+    """Gradients before training, and how far layers have moved at several steps, by layer.
+
+    Above, root mean square of ∂C/∂z, with theory scaled to what is measured at the top; below,
+    ‖W - W₀‖/‖W₀‖. Points are means over networks of the logarithm; those that have diverged to
+    what is not finite are left out.
+
+    Parameters
+    ----------
+    results
+        By title, `Training.to_xarray()` of one network and learning rate each.
+    """
+    columns = len(results)
+    figure = Figure(figsize=(2.7 * columns + 0.8, 5.6), layout="constrained")
+    grid = figure.subplots(2, columns, squeeze=False, sharey="row", sharex="col")
+    for above, below, (title, dataset) in zip(grid[0], grid[1], results.items(), strict=True):
+        one = dataset.isel(network=0, learning_rate=0)
+        unit = 1 / (2 * _LN10)
+        theory = one.log_gradient_variance_theory * unit
+        above.plot(one.layer, theory, color=COLOURS[0], linewidth=1.3, label="theory")
+        start = one.log_gradient_variance.isel(step=0) * unit
+        _points(above, one.layer.values, start.values, "step 0", 0)
+        moved = [step for step in _spread(one.step.values) if step > 0]
+        for index, step in enumerate(moved):
+            with np.errstate(divide="ignore"):
+                log_movement = np.log10(one.movement.sel(step=step).values)
+            _points(below, one.layer.values, log_movement, f"step {step}", index + 1)
+        above.set_title(title, fontsize=9.5)
+        below.set_title(title, fontsize=9.5)
+        below.set_xlabel("layer (1 is next to the input)", fontsize=8.5)
+        below.xaxis.get_major_locator().set_params(integer=True)
+    grid[0, 0].set_ylabel("log₁₀ r.m.s. gradient ∂C/∂z", fontsize=8.5)
+    grid[1, 0].set_ylabel("log₁₀ movement ‖W - W₀‖/‖W₀‖", fontsize=8.5)
+    grid[0, 0].legend(frameon=False, fontsize=7.5)
+    handles, labels = grid[1, 0].get_legend_handles_labels()
+    figure.legend(
+        handles, labels, loc="outside lower center", ncols=len(labels), frameon=False, fontsize=8
+    )
+    figure.suptitle(
+        "lines: theory (infinite width); points: mean over networks, ±2 s.e.", fontsize=9
+    )
+    return figure
+
+
+def _points(axes: Axes, layer: np.ndarray, values: np.ndarray, name: str, index: int) -> None:
+    """Draw means over networks, (networks, layers), of what is finite."""
+    usable = np.isfinite(values)
+    count = usable.sum(axis=0)
+    some, several = np.maximum(count, 1), np.where(count > 1, count - 1, np.nan)
+    mean = np.where(count > 0, np.sum(values, axis=0, where=usable) / some, np.nan)
+    square = np.sum(np.square(np.where(usable, values - mean, 0)), axis=0)
+    axes.errorbar(
+        layer,
+        mean,
+        yerr=_ERRORS * np.sqrt(square / several / some),
+        fmt=MARKERS[index % len(MARKERS)],
+        color=COLOURS[index % len(COLOURS)],
+        markersize=4,
+        markerfacecolor="white",
+        capsize=2,
+        linestyle="none",
+        label=name,
+    )
 
 
 def activation_histograms(results: Mapping[str, xarray.Dataset]) -> Figure:

@@ -42,7 +42,7 @@ from gradflow.ensembles import Ensemble
 from gradflow.errors import InputError, check_count, unknown_name
 
 __all__ = ["Network", "Stage", "as_sites", "convolutional", "mlp", "narrowed", "recurrent"]
-__all__ += ["residual", "stack", "unit_variance"]
+__all__ += ["residual", "stack", "unit_variance", "with_biases"]
 
 
 class Stage(eqx.Module):
@@ -641,6 +641,18 @@ def _fixup_gains(layers: int, depth: int) -> list[float]:
 def _kind(norm: str | None, place: str, keep: float | None) -> str:
     normed = "" if norm is None else f", {place}-{norm}norm"
     return normed if keep is None else f"{normed}, dropout keeping {keep:g}"
+
+
+def with_biases(network: Network) -> Network:
+    """Return the network with biases that start at 0 wherever a layer has none: for training."""
+
+    def with_bias(block: Any) -> Any:
+        if getattr(block, "sigma_b", 0.0) is None:
+            return dataclasses.replace(block, sigma_b=0.0)
+        return block
+
+    layers = jax.tree.map(with_bias, network.stages, is_leaf=lambda b: hasattr(b, "sigma_b"))
+    return dataclasses.replace(network, stages=layers)
 
 
 def unit_variance(network: Network) -> Network:

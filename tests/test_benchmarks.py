@@ -47,3 +47,11 @@ def test_leading_singular_values_compares_every_contender():
 def test_theory_agrees_with_its_peers():
     rows = load("theory").main(["--quick"])
     assert all(row["largest_difference"] < 1e-9 for row in rows)
+
+
+@pytest.mark.slow
+def test_training_compares_every_contender():
+    arguments = ["--width", "8", "--depth", "2", "--steps", "20", "--networks", "4", "--json"]
+    rows = load("training").main(arguments)["rows"]
+    assert {"gradflow", "gradflow, blocks of 1"} <= set(rows)
+    assert all(row["microseconds_a_step"] > 0 for row in rows.values())

@@ -51,6 +51,21 @@ def test_one_layer_and_one_network_have_a_table_too(tmp_path):
     assert "nan" not in done.stdout
 
 
+@pytest.mark.slow
+def test_train_prints_a_row_for_each_network_and_writes_a_figure(tmp_path):
+    small = ["--width", "10", "--depth", "2", "--networks", "2", "--steps", "20"]
+    done = gradflow("train", *small, "--out", "made", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    for word in ("logistic, unscaled", "relu, he", "moved", "diverged", "0 of 2"):
+        assert word in done.stdout
+    assert len(list((tmp_path / "made").glob("*.nc"))) == 5
+    assert (tmp_path / "made" / "learning.png").stat().st_size > 10_000
+    one = gradflow("train", *small, "--activation", "erf", "--json", cwd=tmp_path)
+    (row,) = json.loads(one.stdout)["networks"].values()
+    assert len(row["moved"]) == 3
+    assert row["gradient_ratio"] > 0
+
+
 def test_json_is_json_and_nothing_else(tmp_path):
     done = gradflow(
         "compare", *SMALL, "--widths", "30,20,10", "--seed", str(1 << 40), "--json", cwd=tmp_path
@@ -236,6 +251,11 @@ def test_help_is_there_with_examples(command, tmp_path):
         (["remedies", "--inputs", "3"], "inputs is 3; it is a whole number of at least 4"),
         (["remedies", "--weights", "glorott"], "did you mean 'glorot'"),
         (["remedies", "--sigma-b", "-1"], "sigma_b is -1.0"),
+        (["train", "--learning-rate", "0"], "learning_rate is 0.0; it is a finite number above 0"),
+        (["train", "--batch", "2000"], "batch is 2000, and there are 1797 samples"),
+        (["train", "--optimiser", "adamm"], "did you mean 'adam'"),
+        (["train", "--networks", "0"], "networks is 0"),
+        (["train", "--width", "1000000"], "GiB in training"),
         (["studdy"], "studdy"),
     ],
     ids=lambda v: " ".join(v) if isinstance(v, list) else "",

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from matplotlib.container import ErrorbarContainer
 
-from gradflow import activations, comparison, figures, networks
+from gradflow import activations, comparison, figures, networks, training
 from gradflow.errors import InputError
 from gradflow.studies import jacobian_spectrum
 from gradflow.theory import criticality
@@ -21,6 +21,12 @@ def dataset():
     return comparison.confront(network, x, networks=10, histograms=True).to_xarray()
 
 
+def learning():
+    x = np.asarray(jax.random.normal(jax.random.key(4), (30, 6), np.float32))
+    network = networks.mlp([6, 8, 8, 3], "tanh", "glorot")
+    return training.train(network, x, np.arange(30) % 3, steps=5, seeds=3).to_xarray()
+
+
 def drawn(dataset):
     family = {"tanh": {"standard": dataset, "again": dataset}}
     at = np.array([10.0, 100.0])
@@ -33,6 +39,7 @@ def drawn(dataset):
         "chi_against_width": figures.chi_against_width(
             {"tanh": (at, at / 50)}, {"tanh": (at, at / 50, at / 1000)}, 50.0
         ),
+        "learning": figures.learning({"tanh": learning()}),
         "remedies": figures.remedies({"the sick network": dataset, "a remedy": dataset}),
         "phase_diagram": figures.phase_diagram(
             criticality.phase_diagram(activations.relu, np.linspace(1, 2, 5), np.linspace(0, 1, 4))

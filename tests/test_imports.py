@@ -57,6 +57,7 @@ ORDER = (
     "simulation.monte_carlo",
     "simulation",
     "comparison",
+    "training",
     "shapeset",
     "data",
     "figures",
@@ -69,6 +70,7 @@ ORDER = (
     "cli.shared",
     "cli.simulating",
     "cli.theory",
+    "cli.training",
     "cli",
 )
 # Whatever the order: two answers are worth comparing only if neither knows the other.

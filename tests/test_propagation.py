@@ -273,3 +273,12 @@ def test_lsuv_scales_every_matrix_of_a_block():
     found = propagation.lsuv(network, jnp.ones((2, 6)), jax.random.key(0))
     assert [scales.shape for scales in found] == [(1, 1), (4, 3)]
     assert all((np.asarray(scales) > 0).all() for scales in found)
+
+
+def test_chi_is_nan_at_the_top_of_many_inputs_too():
+    # XLA makes a number of exp(NaN) where it sums over many sites.
+    network = networks.mlp((64, *[100] * 5, 10), "tanh", "glorot")
+    x = jax.random.normal(jax.random.key(1), (300, 64), jnp.float32)
+    run = jax.jit(lambda x: propagation.propagate(network, x, jax.random.key(0))["chi"])
+    assert np.isnan(run(x)[-1])
+    assert np.all(np.isfinite(run(x)[:-1]))

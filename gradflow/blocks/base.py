@@ -7,12 +7,13 @@ from typing import Any
 
 import equinox as eqx
 import jax
-from jaxtyping import Array, Float, PRNGKeyArray
+import jax.numpy as jnp
+from jaxtyping import Array, Float, PRNGKeyArray, ScalarLike
 
 from gradflow.ensembles import Distribution
 from gradflow.gram import Gram, multiply_gram
 
-__all__ = ["AbstractBlock", "AbstractComposite", "each_step"]
+__all__ = ["AbstractBlock", "AbstractComposite", "add_bias", "each_step"]
 
 Multiply = Callable[..., Any]
 
@@ -25,6 +26,28 @@ def each_step(key: PRNGKeyArray, multiply: Multiply) -> PRNGKeyArray:
     """
     step = getattr(multiply, "step", None)
     return key if step is None else jax.random.fold_in(key, step)
+
+
+def add_bias(
+    key: PRNGKeyArray,
+    signal: Float[Array, "sites n"],
+    sigma_b: ScalarLike | None,
+    multiply: Multiply,
+) -> Float[Array, "sites n"]:
+    """Return z + b with b ~ N(0, σ_b²), shared by the sites; z itself where there is no σ_b.
+
+    A ``multiply`` that holds a network's parameters has a ``bias``, which is told how b is drawn
+    and says what it is.
+    """
+    if sigma_b is None:
+        return signal
+
+    def draw() -> Array:
+        normal = jax.random.normal(key, (1, signal.shape[1]), signal.dtype)
+        return jnp.asarray(sigma_b, signal.dtype) * normal
+
+    bias = getattr(multiply, "bias", None)
+    return signal + (draw() if bias is None else bias(draw))
 
 
 class AbstractBlock(eqx.Module):
@@ -43,7 +66,7 @@ class AbstractBlock(eqx.Module):
         ``multiply(key, x, sigma_w=…, width=…, distribution=…)`` is x Wᵀ, where W has shape
         (width, n_in), mean 0 and variance σ_w²/n_in; the sampler that runs the block supplies it.
         All other randomness comes from the key, and is the same when the block is applied again:
-        biases from the key itself, and what is no parameter from `each_step` of it.
+        biases from the key itself, by `add_bias`, and what is no parameter from `each_step` of it.
         Where W is a part of a larger matrix, the rest of which is zero, ``seen=…`` is what all of
         it gets: its gradient is δ seenᵀ.
         """

@@ -6,6 +6,7 @@ filter sees at a position is put into one vector (`Patches`), so that its weight
 matrix, drawn by the samplers like any other.
 """
 
+import functools
 import itertools
 import math
 from collections.abc import Iterator, Sequence
@@ -231,6 +232,7 @@ class Convolution(AbstractLayer):
 def _as_if_of(seen: Array | Gram, multiply: Multiply) -> Multiply:
     """Return a ``multiply`` by a part of a filter, whose gradient is that of all of it."""
 
+    @functools.wraps(multiply)  # it keeps what else a ``multiply`` has: a step, biases
     def multiply_part(*what: object, **law: object) -> object:
         return multiply(*what, **law, seen=seen)
 

@@ -6,12 +6,11 @@ from typing import Any
 
 import equinox as eqx
 import jax
-import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray, ScalarLike
 
 from gradflow import activations, ensembles
 from gradflow.activations import Activation
-from gradflow.blocks.base import AbstractBlock, Multiply
+from gradflow.blocks.base import AbstractBlock, Multiply, add_bias
 from gradflow.ensembles import Distribution
 from gradflow.gram import Gram, multiply_gram
 
@@ -66,10 +65,7 @@ class Linear(AbstractBlock):
             width=self.units,
             distribution=self.distribution,
         )
-        if self.sigma_b is None:
-            return out
-        bias = jax.random.normal(bias_key, (1, self.units), out.dtype)
-        return out + jnp.asarray(self.sigma_b, out.dtype) * bias
+        return add_bias(bias_key, out, self.sigma_b, multiply)
 
     def kernel(self, gram: Gram, multiply: Multiply = multiply_gram) -> Gram:
         """Return σ_w² E[h_a h_b] + σ_b² (Poole et al. 2016, eq. 3)."""

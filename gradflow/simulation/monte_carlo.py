@@ -218,7 +218,7 @@ def simulate(
     parts: dict[str, list[Estimate]] = {s.key: [] for s in wanted}
     samples: dict[str, list[np.ndarray]] = {s.key: [] for s in wanted}
     overflowed, vanished = np.zeros((2, network.depth), np.int64)
-    for done, values in _in_order(run, networks, chunk, plan.workers):
+    for done, values in in_order(run, networks, chunk, plan.workers):
         for statistic in wanted:
             value = values[statistic.key]
             parts[statistic.key].append(Estimate.of(value, log=statistic.log))
@@ -385,10 +385,11 @@ _VANISHED = Statistic(
 )
 
 
-def _in_order(
-    call: Callable, networks: int, chunk: int, workers: int
-) -> Iterator[tuple[int, dict[str, np.ndarray]]]:
-    """Run the chunks, several at a time, and hand on their values in order, on the host."""
+def in_order(call: Callable, networks: int, chunk: int, workers: int) -> Iterator[tuple[int, Any]]:
+    """Run the chunks, several at a time, and hand on their values in order, on the host.
+
+    ``call`` takes a chunk's first number; all that it returns has an axis of networks in front.
+    """
     with ThreadPoolExecutor(workers) as pool:
         waiting: collections.deque[tuple[int, Future]] = collections.deque()
         starts = iter(range(0, networks, chunk))
@@ -403,7 +404,7 @@ def _in_order(
                 first, future = waiting.popleft()
                 # The last chunk is padded with networks that nobody asked for.
                 count = min(chunk, networks - first)
-                yield first + count, {k: v[:count] for k, v in future.result().items()}
+                yield first + count, jax.tree.map(lambda v, stop=count: v[:stop], future.result())
         finally:
             for _, future in waiting:
                 future.cancel()

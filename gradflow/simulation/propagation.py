@@ -27,9 +27,9 @@ from gradflow import statistics
 from gradflow.blocks import AbstractBlock
 from gradflow.networks import Network, Stage
 from gradflow.norms import unit_rows
-from gradflow.simulation import questions
-from gradflow.simulation.matrices import Matrix
-from gradflow.simulation.questions import LayerKey, Maker, stage_keys
+from gradflow.simulation import questions, samplers
+from gradflow.simulation.matrices import Drawn, Matrix
+from gradflow.simulation.questions import LayerKey, LayerWeights, Maker, stage_keys
 from gradflow.simulation.samplers import SAMPLERS, Sampler
 from gradflow.statistics import BackwardSample, ForwardSample, Statistic
 
@@ -65,6 +65,8 @@ def propagate(
     key: PRNGKeyArray,
     *,
     sampler: str = "dense",
+    weights: Sequence[LayerWeights] | None = None,
+    cotangent: Callable[[Array], Array] | None = None,
     wanted: Sequence[Statistic] = statistics.ALL,
     keep: bool = False,
     checkpoint: bool = False,
@@ -83,6 +85,12 @@ def propagate(
         The network's key.
     sampler
         ``"dense"`` or ``"matrix_free"``; see `gradflow.simulation.samplers`.
+    weights
+        The network's weights and biases, of `training.initial_weights` or trained, where they are
+        not to be drawn; the sampler has no say then, and the key draws what is no parameter.
+    cotangent
+        What takes z^L, (sites, n_L), to δ^L = ∂C/∂z^L of each site's own cost; δ^L ~ N(0, I)
+        without it.
     wanted
         The statistics to measure; those that need more inputs than there are, are left out.
     keep
@@ -103,7 +111,8 @@ def propagate(
     """
     wanted = [s for s in wanted if s.sites <= inputs.shape[0]]
     policy = _Keep(linearisations=keep, signals=not checkpoint)
-    return _walk(network, inputs, key, sampler, wanted, policy)[0]
+    given = _Given(weights, cotangent)
+    return _walk(network, inputs, key, sampler, wanted, policy, given=given)[0]
 
 
 def signals(
@@ -176,6 +185,16 @@ class _Keep(NamedTuple):
     signals: bool = True  # of every layer
 
 
+class _Given(NamedTuple):
+    """What is given and not drawn."""
+
+    weights: Sequence[LayerWeights] | None = None  # by stage
+    cotangent: Callable[[Array], Array] | None = None
+
+
+_NOTHING_GIVEN = _Given()
+
+
 def _walk(
     network: Network,
     inputs: Array,
@@ -185,6 +204,7 @@ def _walk(
     keep: _Keep,
     *,
     collect: bool = False,
+    given: _Given = _NOTHING_GIVEN,
 ) -> tuple[dict[str, Array], tuple[list, list]]:
     """Walk up and down; return the statistics and, if asked, every stage's signals both ways."""
     forward = [s for s in wanted if not s.backward]
@@ -204,13 +224,13 @@ def _walk(
         )
         return _row([s.measure(sample) for s in forward], signal.dtype)
 
-    pieces = _stretches(network, keep)
+    pieces = _stretches(network, keep, given.weights)
     signal, log_scale = inputs, jnp.zeros(sites, inputs.dtype)
     walkers: list[_Apart | _Shared] = []
     memories: list[tuple[Matrix, ...]] = []
     kept, ups, measured, first = [], [], [], 0
-    for stage, stretch in pieces:
-        of_stage = stage_keys(stage, layer_keys[first : first + stage.repeats])
+    for stage, stretch, weights in pieces:
+        of_stage = stage_keys(stage, layer_keys[first : first + stage.repeats], weights)
         walker = _walker(stage, sampler, network.mixes_sites, keep.linearisations)
         up = functools.partial(
             _up,
@@ -222,7 +242,7 @@ def _walk(
         state, (stage_kept, stage_up, rows) = _through_stretches(
             functools.partial(up, measure=measure),
             functools.partial(up, measure=lambda *_: ()),
-            (signal, log_scale, _nothing_asked(stage, sampler, of_stage, signal)),
+            (signal, log_scale, _nothing_asked(stage, sampler, of_stage, signal, weights)),
             of_stage,
             stretch,
         )
@@ -234,7 +254,10 @@ def _walk(
         ups.append(stage_up)
         measured.append(rows)
 
-    delta = jax.random.normal(top_key, signal.shape, inputs.dtype)
+    if given.cotangent is None:
+        delta = jax.random.normal(top_key, signal.shape, inputs.dtype)
+    else:
+        delta = given.cotangent(signal * jnp.exp(log_scale)[:, None])
     delta, log_norm = _at_unit_scale(delta, network.mixes_sites)
     carry = (delta, (log_norm, jnp.zeros_like(log_norm)), jnp.full_like(log_norm, jnp.nan))
     downs: list[Any] = []
@@ -319,21 +342,31 @@ def kept_signals(layers: int) -> tuple[int, int, int]:
     return layers // stretch, stretch, layers % stretch
 
 
-def _stretches(network: Network, keep: _Keep) -> list[tuple[Stage, int]]:
+def _stretches(
+    network: Network, keep: _Keep, weights: Sequence[LayerWeights] | None
+) -> list[tuple[Stage, int, LayerWeights | None]]:
     """Return the stages, each with the length of the stretches it is walked in again, or 1.
+
+    And with its weights, if they are given.
 
     A stage that is no whole number of stretches is cut in two; one that shares its weights is not
     walked in again, for its matrices would be asked twice.
     """
     pieces = []
-    for stage in network.stages:
+    given = [None] * len(network.stages) if weights is None else weights
+    for stage, of_stage in zip(network.stages, given, strict=True):
         if stage.tied:
-            pieces.append((stage, 1))
+            pieces.append((stage, 1, of_stage))
             continue
         _, stretch, rest = (0, 1, 0) if keep.signals else kept_signals(stage.repeats)
-        pieces.append((Stage(stage.block, stage.repeats - rest), stretch))
+        cut = stage.repeats - rest
+        below, above = (
+            jax.tree.map(lambda leaf, part=part: leaf[part], of_stage)
+            for part in (slice(cut), slice(cut, None))
+        )
+        pieces.append((Stage(stage.block, cut), stretch, below))
         if rest:
-            pieces.append((Stage(stage.block, rest), 1))
+            pieces.append((Stage(stage.block, rest), 1, above))
     return pieces
 
 
@@ -362,7 +395,7 @@ def _through_stretches(
     """Scan a stage on the way up; keep what its blocks, or its stretches of blocks, need."""
     if stretch == 1:
         return scan_blocks(up, state, keys)
-    keys = jax.tree.map(lambda leaf: leaf.reshape(-1, stretch), keys)
+    keys = jax.tree.map(lambda leaf: leaf.reshape(-1, stretch, *leaf.shape[1:]), keys)
 
     def through(state: Any, keys: LayerKey) -> tuple[Any, Any]:
         last, (_, _, measured) = jax.lax.scan(up, state, keys)
@@ -390,25 +423,27 @@ def _linearise(
     block: AbstractBlock,
     sampler: Sampler,
     mixes: bool,
-    key: PRNGKeyArray,
+    key: LayerKey,
     signal: Float[Array, "sites n_in"],
 ) -> tuple[Float[Array, "sites_out n_out"], Callable[[Array], tuple[Array, Array]]]:
     """Apply the block with the weights of this key; return the result and its pull-back.
 
-    The pull-back takes ∂C/∂z^l to ∂C/∂z^{l-1} and to the (sites, sites) array whose sum is the
-    squared norm of the weight gradient, summed over the block's weights. Where sites mix it is that
-    sum, (1, 1): no site has a scale of its own, and a block may have matrices of fewer sites.
+    Or with those that are given with it. The pull-back takes ∂C/∂z^l to ∂C/∂z^{l-1} and to the
+    (sites, sites) array whose sum is the squared norm of the weight gradient, summed over the
+    block's weights. Where sites mix it is that sum, (1, 1): no site has a scale of its own, and a
+    block may have matrices of fewer sites.
     """
     pairs = (1, 1) if mixes else (signal.shape[0],) * 2
 
     def apply(signal: Array, taps: Array) -> Array:
         remaining = iter(taps)
+        times = sampler if key.given is None else samplers.given(key.given.matrices)
 
         def multiply(weights_key: PRNGKeyArray, x: Array, **law: Any) -> Array:
             tap = jnp.broadcast_to(next(remaining), (x.shape[0], x.shape[0]))
-            return sampler(weights_key, x, tap, **law)
+            return times(weights_key, x, tap, **law)
 
-        return block.apply(signal, multiply, key)
+        return questions.blockwise(block, key, signal, multiply)
 
     taps = jnp.zeros((block.n_weights, *pairs), signal.dtype)
     out, pull = jax.vjp(apply, signal, taps)
@@ -430,7 +465,7 @@ class _Apart(NamedTuple):
 
     def up(self, memory: tuple, key: LayerKey, signal: Array) -> tuple[Array, Any, tuple]:
         """Return the next signal, what it takes to pull gradients back, and nothing to remember."""
-        out, pull = _linearise(self.block, self.sampler, self.mixes, key.key, signal)
+        out, pull = _linearise(self.block, self.sampler, self.mixes, key, signal)
         return out, pull if self.keep else signal, memory
 
     def down(
@@ -439,7 +474,7 @@ class _Apart(NamedTuple):
         """Return the gradient below, and `_linearise`'s array of the weights' gradient."""
         pull = saved
         if not callable(saved):
-            pull = _linearise(self.block, self.sampler, self.mixes, key.key, saved)[1]
+            pull = _linearise(self.block, self.sampler, self.mixes, key, saved)[1]
         return *pull(delta), memory
 
 
@@ -478,10 +513,14 @@ def _walker(stage: Stage, sampler: str, mixes: bool, keep: bool) -> _Apart | _Sh
     return _Apart(stage.block, SAMPLERS[sampler], mixes, keep)
 
 
-def _nothing_asked(stage: Stage, sampler: str, keys: LayerKey, signal: Array) -> tuple[Matrix, ...]:
+def _nothing_asked(
+    stage: Stage, sampler: str, keys: LayerKey, signal: Array, weights: LayerWeights | None
+) -> tuple[Matrix, ...]:
     """Return the matrices that all steps of a tied stage share."""
     if not stage.tied:
         return ()
+    if weights is not None:
+        return tuple(map(Drawn, weights.matrices))
     places = stage.repeats * len(signal)
     first = jax.tree.map(lambda leaf: leaf[0], keys)
     return questions.made(stage.block, Maker(sampler, (places, places)), first, signal)

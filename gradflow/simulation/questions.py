@@ -21,24 +21,42 @@ from gradflow.networks import Stage
 from gradflow.simulation import matrices
 from gradflow.simulation.matrices import Matrix
 
-__all__ = ["Asked", "LayerKey", "Maker", "ask", "hooked", "made", "pull", "push", "stage_keys"]
+__all__ = ["Asked", "LayerKey", "LayerWeights", "Maker", "ask", "blockwise", "hooked", "made"]
+__all__ += ["pull", "push", "stage_keys"]
+
+
+class LayerWeights(NamedTuple):
+    """The parameters of a layer, or with an axis of layers in front, in the order of their use."""
+
+    matrices: tuple[Float[Array, "*layers n_out n_in"], ...]  # W itself, σ_w/√n_in and all
+    biases: tuple[Float[Array, "*layers 1 n_out"], ...]
 
 
 class LayerKey(NamedTuple):
-    """What a layer draws from: the key of its weights and biases and, if it is tied, its step."""
+    """What a layer draws from: the key of its weights and biases and, if it is tied, its step.
+
+    Or does not, where its weights are given: then the key is for what is no parameter.
+    """
 
     key: Array  # one, or with an axis of layers
     step: Int[Array, "*layers"] | None = None
+    given: LayerWeights | None = None  # of a tied layer, the biases only
 
 
-def stage_keys(stage: Stage, keys: Array) -> LayerKey:
+def stage_keys(stage: Stage, keys: Array, given: LayerWeights | None = None) -> LayerKey:
     """Return what each layer of a stage draws from, with an axis of layers.
 
     ``keys`` is one for each layer; a tied stage has the first one's weights at all of its steps.
+    Those that are ``given`` have an axis of layers unless the stage is tied.
     """
     if not stage.tied:
-        return LayerKey(keys)
-    return LayerKey(jnp.broadcast_to(keys[0], keys.shape), jnp.arange(stage.repeats))
+        return LayerKey(keys, given=given)
+
+    def at_each_step(leaf: Array) -> Array:
+        return jnp.broadcast_to(leaf, (stage.repeats, *leaf.shape))
+
+    biases = None if given is None else LayerWeights((), jax.tree.map(at_each_step, given.biases))
+    return LayerKey(at_each_step(keys[0]), jnp.arange(stage.repeats), biases)
 
 
 class Maker(NamedTuple):
@@ -55,17 +73,29 @@ class Maker(NamedTuple):
 
 
 class _Multiply:
-    """What a block multiplies with: an answer to each question, and the time step it is."""
+    """What a block multiplies with: an answer to each question, biases, the time step it is."""
 
-    def __init__(self, answer: Callable[..., Array], step: Array | None) -> None:
-        self.answer, self.step = answer, step
+    def __init__(self, answer: Callable[..., Array], key: LayerKey) -> None:
+        self.answer, self.step = answer, key.step
+        biases = None if key.given is None else iter(key.given.biases)
+        self.bias = None if biases is None else lambda draw: next(biases)  # noqa: ARG005
 
     def __call__(self, key: PRNGKeyArray, x: Array, **law: Any) -> Array:
         return self.answer(key, x, **law)
 
 
-def _scale(sigma_w: Any, x: Array) -> Array:
-    return jnp.asarray(sigma_w, x.dtype) / x.shape[-1] ** 0.5
+def blockwise(
+    block: AbstractBlock, key: LayerKey, signal: Float[Array, "sites n_in"], answer: Callable
+) -> Float[Array, "sites_out n_out"]:
+    """Apply a block whose random matrices answer so, with the biases that are given, if any."""
+    return block.apply(signal, _Multiply(answer, key), key.key)
+
+
+def _scaled(key: LayerKey, sigma_w: Any, x: Array) -> Array:
+    """Return what a matrix is asked: weights that are given have their scale already."""
+    if key.given is not None:
+        return x
+    return jnp.asarray(sigma_w, x.dtype) / x.shape[-1] ** 0.5 * x
 
 
 def made(
@@ -87,7 +117,7 @@ def made(
         found.append(make(key, (width, x.shape[1]), distribution, x.dtype))
         return jnp.zeros((x.shape[0], width), x.dtype)
 
-    block.apply(signal, _Multiply(multiply, key.step), key.key)
+    blockwise(block, key, signal, multiply)
     return tuple(found)
 
 
@@ -115,13 +145,13 @@ def ask(
         _: PRNGKeyArray, x: Array, *, sigma_w: Any, seen: Array | None = None, **law: Any
     ) -> Array:
         del law
-        answer, matrix = known[len(answers)].times(_scale(sigma_w, x) * x)
+        answer, matrix = known[len(answers)].times(_scaled(key, sigma_w, x))
         answers.append(answer)
         questions.append(x if seen is None else seen)
         remembered.append(matrix)
         return answer
 
-    out = block.apply(signal, _Multiply(multiply, key.step), key.key)
+    out = blockwise(block, key, signal, multiply)
     return Asked(out, tuple(answers), tuple(questions), tuple(remembered))
 
 
@@ -133,10 +163,10 @@ def hooked(
 
     def multiply(_: PRNGKeyArray, x: Array, *, sigma_w: Any, **law: Any) -> Array:
         del law
-        asked.append(_scale(sigma_w, x) * x)
+        asked.append(_scaled(key, sigma_w, x))
         return next(given)
 
-    return block.apply(signal, _Multiply(multiply, key.step), key.key), tuple(asked)
+    return blockwise(block, key, signal, multiply), tuple(asked)
 
 
 def _ask(matrix: Matrix, x: Array) -> tuple[Array, Matrix]:

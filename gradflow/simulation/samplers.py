@@ -1,7 +1,8 @@
 """Samplers: how a product with a random weight matrix is drawn.
 
 A sampler is one function ``multiply(key, x, tap, …)`` that returns x Wᵀ for a random W of shape
-(n_out, n_in), with a rule for pulling a gradient Δ back to Δ W. There are two.
+(n_out, n_in), with a rule for pulling a gradient Δ back to Δ W. There are two, and `given`, which
+draws nothing: for networks that have been trained.
 
 `dense` draws every weight. It is what any reader would write, and works for every ensemble.
 
@@ -15,14 +16,15 @@ one's answer, as `gradflow.simulation.jacobians` does, and `gradflow.simulation.
 the time steps of a stage share their weights: T steps ask each matrix 2T times, at a cost of
 O(n T² sites²) without the weights and of O(n² T sites) with them.
 
-In both, ``tap`` is a (sites, sites) array of zeros whose cotangent is *defined* as
+In all, ``tap`` is a (sites, sites) array of zeros whose cotangent is *defined* as
 (Δ Δᵀ) ∘ (x xᵀ): the sum of its entries is ‖Δᵀ x‖_F², the squared norm of ∂C/∂W. That is how a
 weight gradient is measured without the weights. Where W is a part of a larger matrix, the rest of
 which is zero, ``seen`` is what all of it gets, and takes the place of x in this.
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -35,7 +37,7 @@ from gradflow.networks import Network
 from gradflow.simulation import matrices
 from gradflow.simulation.matrices import Matrix
 
-__all__ = ["SAMPLERS", "choose", "dense", "matrix_free", "seconds"]
+__all__ = ["SAMPLERS", "choose", "dense", "given", "matrix_free", "seconds"]
 
 _matmul = functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
 
@@ -74,6 +76,23 @@ def matrix_free(
     """
     matrix = matrices.undecided(key, (width, x.shape[1]), distribution, x.dtype)
     return _scaled(matrix, sigma_w, x, tap, seen)
+
+
+def given(weights: Sequence[Float[Array, "n_out n_in"]]) -> "Sampler":
+    """Return the sampler whose products are with these matrices, one after the other."""
+    remaining = iter(weights)
+
+    def multiply(
+        key: PRNGKeyArray,  # noqa: ARG001
+        x: Float[Array, "sites n_in"],
+        tap: Float[Array, "sites sites"],
+        *,
+        seen: Float[Array, "sites n_all"] | None = None,
+        **law: Any,  # noqa: ARG001
+    ) -> Float[Array, "sites n_out"]:
+        return _tapped(_matmul(x, next(remaining).T), x if seen is None else seen, tap)
+
+    return multiply
 
 
 @jax.custom_vjp

@@ -1,0 +1,192 @@
+"""The command that trains networks and shows how fast each layer learns: train."""
+
+import functools
+import math
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import typer
+from rich import box
+from rich.table import Table
+
+from gradflow.cli.shared import (
+    Depth,
+    Json,
+    Out,
+    Seed,
+    app,
+    at_least,
+    check_depth,
+    file_name,
+    make_console,
+    print_json,
+    show_progress,
+    writable_folder,
+    write_netcdf,
+)
+
+# The note's networks: which of them learn, and in which layers.
+_OF_THE_NOTE = (
+    ("logistic", "unscaled"),
+    ("logistic", "glorot"),
+    ("tanh", "unscaled"),
+    ("tanh", "glorot"),
+    ("relu", "he"),
+)
+
+
+@app.command(
+    epilog="Examples:\n\n"
+    "- `gradflow train`\n"
+    "- `gradflow train --activation tanh --weights orthogonal --depth 50 --learning-rate 0.03`\n"
+    "- `gradflow train --activation relu --weights he --optimiser adam --learning-rate 0.001 "
+    "--json`"
+)
+def train(
+    activation: Annotated[
+        str | None,
+        typer.Option(help="φ, by name; the networks of the study note without it.", metavar="NAME"),
+    ] = None,
+    weights: Annotated[
+        str | None, typer.Option(help="The ensemble, by name: glorot without it.", metavar="NAME")
+    ] = None,
+    width: Annotated[int, typer.Option(help="Units a hidden layer.")] = 100,
+    depth: Depth = 10,
+    learning_rate: Annotated[float, typer.Option(help="Of the optimiser.")] = 0.1,
+    optimiser: Annotated[str, typer.Option(help="sgd, momentum or adam.")] = "sgd",
+    steps: Annotated[int, typer.Option(help="How many updates.")] = 5000,
+    batch: Annotated[int, typer.Option(help="Images an update.")] = 10,
+    networks: Annotated[int, typer.Option(help="How many random networks of each kind.")] = 4,
+    seed: Seed = 0,
+    out: Out = None,
+    as_json: Json = False,
+) -> None:
+    """Train on handwritten digits: how far each layer moves, beside its gradient by theory."""
+    import optax  # noqa: PLC0415  (JAX is slow to import)
+    from sklearn.datasets import load_digits  # noqa: PLC0415
+
+    from gradflow import data, figures, training  # noqa: PLC0415
+    from gradflow import networks as nets  # noqa: PLC0415
+    from gradflow.errors import unknown_name  # noqa: PLC0415
+
+    optimisers = {
+        "sgd": optax.sgd,
+        "momentum": lambda rate: optax.sgd(rate, momentum=0.9),
+        "adam": optax.adam,
+    }
+    if optimiser not in optimisers:
+        raise unknown_name("optimiser", optimiser, optimisers)
+    width_, depth_ = at_least("width", width), check_depth(depth)
+    at_least("networks", networks)
+    images, labels = data.digits(), load_digits().target
+    # The layers of this depth, and the one that makes logits of the last of them.
+    shape = (images.shape[1], *[width_] * depth_, 10)
+    chosen = (
+        _OF_THE_NOTE
+        if activation is None and weights is None
+        else ((activation or "tanh", weights or "glorot"),)
+    )
+    laws = [nets.mlp(shape, phi, ensemble) for phi, ensemble in chosen]
+    label = "note" if len(laws) > 1 else laws[0].name
+    label = f"{label}-width{width_}-depth{depth_}-seed{seed}"
+    folder = writable_folder(out or Path("results") / "train" / file_name(label))
+
+    found: dict[str, Any] = {}
+    with show_progress() as report:
+        for law in laws:
+            found[law.name] = training.train(
+                law,
+                images,
+                labels,
+                steps=steps,
+                batch=batch,
+                learning_rate=learning_rate,
+                seeds=networks,
+                key=seed,
+                optimiser=optimisers[optimiser],
+                progress=functools.partial(report, law.name),
+            )
+    datasets = {
+        name: result.to_xarray().assign_attrs(seed=seed, optimiser=optimiser)
+        for name, result in found.items()
+    }
+    written = [
+        write_netcdf(dataset, folder / f"{file_name(name)}.nc")
+        for name, dataset in datasets.items()
+    ]
+    written.append(figures.save(figures.learning(datasets), folder / "learning.png"))
+    rows = {name: _row(result) for name, result in found.items()}
+    if as_json:
+        print_json({"networks": rows, "files": [str(path) for path in written]})
+        return
+    console = make_console()
+    title = (
+        f"{depth_} layers of {width_} and one of 10, handwritten digits, {steps} steps of {batch}"
+    )
+    console.print(_table(f"{title}, learning rate {learning_rate:g}", rows))
+    console.print(
+        "moved     ‖W - W₀‖/‖W₀‖ at the end, geometric mean over networks whose weights are finite"
+    )
+    console.print(
+        "gradient  r.m.s. ∂C/∂z of layer 1 over that of the last hidden layer, before training"
+    )
+    console.print("error     of 300 of the images that they are trained on, after the last step")
+    console.print(
+        "diverged  the loss is not finite, or above guessing with a layer moved 10 times its norm"
+    )
+    seconds = sum(result.seconds for result in found.values())
+    count = steps * networks * len(found)
+    console.print(
+        f"trained   {count} updates in {seconds:.1f} s, {1e6 * seconds / count:.0f} µs each"
+    )
+    console.print(f"written   to {folder}: {', '.join(path.name for path in written)}")
+
+
+def _row(result: Any) -> dict[str, Any]:
+    """Return one network's numbers: lists are by layer."""
+    log_moved = np.full(result.networks[0].depth, math.nan)
+    moved = result["movement"][0, 0, :, -1].astype(np.float64)
+    finite = np.isfinite(moved).all(axis=1)
+    with np.errstate(divide="ignore"):
+        if finite.any():
+            log_moved = np.log10(moved[finite]).mean(axis=0)
+    # Of one layer there is nothing to compare.
+    log_start = result["log_gradient_variance"][0, 0, :, 0].astype(np.float64).mean(axis=0)
+    theory = result.theory()["log_gradient_variance"]
+    gradient, by_theory = (math.exp((v[0] - v[-2]) / 2) for v in (log_start, theory))
+    diverged = result.diverged[0, 0]
+    return {
+        "moved": (10**log_moved).tolist(),
+        "gradient_ratio": gradient,
+        "gradient_ratio_theory": by_theory,
+        "loss": result["loss"][0, 0, :, -1].tolist(),
+        "error": result["error"][0, 0, :, -1].tolist(),
+        "diverged": int(np.count_nonzero(diverged >= 0)),
+        "networks": len(diverged),
+    }
+
+
+def _table(title: str, rows: dict[str, dict[str, Any]]) -> Table:
+    table = Table(title=title, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
+    table.add_column("network")
+    hidden = len(next(iter(rows.values()))["moved"]) - 1
+    layers = sorted({0, (hidden - 1) // 2, hidden - 1, hidden})
+    for column in ("gradient\nmeasured", "gradient\ntheory"):
+        table.add_column(column, justify="right", no_wrap=True)
+    for layer in layers:
+        table.add_column(f"moved\nlayer {layer + 1}", justify="right", no_wrap=True)
+    for column in ("error\nmean", "error\nleast", "error\nmost"):
+        table.add_column(column, justify="right", no_wrap=True)
+    table.add_column("diverged", justify="right", no_wrap=True)
+    for name, row in rows.items():
+        error = np.asarray(row["error"])
+        table.add_row(
+            name,
+            f"{row['gradient_ratio']:.3g}",
+            f"{row['gradient_ratio_theory']:.3g}",
+            *("-" if math.isnan(row["moved"][k]) else f"{row['moved'][k]:.2g}" for k in layers),
+            *(f"{100 * v:.1f} %" for v in (error.mean(), error.min(), error.max())),
+            f"{row['diverged']} of {row['networks']}",
+        )
+    return table

@@ -1,0 +1,392 @@
+"""Training: weights are those of the dense sampler, measured by the same walk, and descend."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from gradflow import data, ensembles, networks, statistics, training
+from gradflow.blocks import GRU, Chain, Convolution, Dense, Flatten, Linear, Maxout
+from gradflow.errors import InputError
+from gradflow.simulation import monte_carlo, propagation
+
+ORTHOGONAL = ensembles.fan_in(1.1, "orthogonal")
+CASES = {
+    "mlp": networks.mlp((6, 10, 10, 10, 4), "tanh", ensembles.fan_in(1.4), sigma_b=0.5),
+    "homogeneous": networks.mlp((6, 9, 9, 9, 4), "relu", "he"),
+    "uniform": networks.mlp((6, 9, 9, 4), "logistic", "standard", sigma_b=0.1),
+    "dropout": networks.mlp((6, 9, 9, 9, 4), "tanh", "glorot", keep=0.7),
+    "residual": networks.residual(6, 9, 4, "relu", "he", norm="layer", layers=2, sigma_b=0.2),
+    "batch": networks.mlp((6, 9, 9, 9, 4), "relu", "he", norm="batch"),
+    "two matrices": networks.stack(6, [Linear(9), (Maxout(Linear(9, sigma_b=0.3)), 3)]),
+    "recurrent": networks.recurrent(6, 9, 5, "tanh", ensembles.fan_in(0.9), sigma_b=0.3),
+    "gru": networks.stack(
+        6, [Linear(9), networks.Stage(GRU(9, sigma_b=0.2), 4, tied=True)], "tanh"
+    ),
+}
+# Products are of scaled entries here, and scaled products there; float32, through few layers.
+ROUNDING = 2e-5
+
+
+def inputs_of(network, sites=4):
+    return jax.random.normal(jax.random.key(3), (sites, network.input_width), jnp.float32)
+
+
+def assert_same(found, expected, tolerance=ROUNDING):
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        np.testing.assert_allclose(found[name], value, tolerance, tolerance, err_msg=name)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_given_weights_give_the_statistics_of_the_network_they_were_drawn_for(name):
+    network, key = CASES[name], jax.random.key(5)
+    x = inputs_of(network)
+    weights = training.initial_weights(network, key)
+    drawn = propagation.propagate(network, x, key)
+    assert_same(propagation.propagate(network, x, key, weights=weights), drawn)
+
+
+@pytest.mark.parametrize("delta", [False, True])
+def test_filters_are_parameters_too(delta):
+    blocks = [Linear(3), (Convolution(shape=(4,), units=3, delta=delta, sigma_b=0.2), 3)]
+    network = networks.stack(2, [*blocks, Chain((Flatten((4,)), Dense(units=5)))])
+    key, x = jax.random.key(5), jax.random.normal(jax.random.key(1), (8, 2), jnp.float32)
+    weights = training.initial_weights(network, key)
+    assert weights[1].matrices[0].shape == ((3, 3, 3) if delta else (3, 3, 9))
+    drawn = propagation.propagate(network, x, key)
+    assert_same(propagation.propagate(network, x, key, weights=weights), drawn)
+    assert training.outputs(network, weights, x, key).shape == (2, 5)
+
+
+def test_checkpoints_and_kept_linearisations_know_given_weights():
+    network, key = CASES["mlp"], jax.random.key(5)
+    deep = networks.mlp((6, *[8] * 12), "tanh", "glorot", sigma_b=0.2)
+    x, weights = inputs_of(network), training.initial_weights(deep, key)
+    expected = propagation.propagate(deep, x, key, weights=weights)
+    for how in ({"checkpoint": True}, {"keep": True}):
+        assert_same(propagation.propagate(deep, x, key, weights=weights, **how), expected)
+
+
+def test_other_weights_give_other_statistics():
+    # The negative control of the tests above.
+    network, key = CASES["mlp"], jax.random.key(5)
+    x = inputs_of(network)
+    other = training.initial_weights(network, jax.random.key(6))
+    drawn = propagation.propagate(network, x, key)
+    found = propagation.propagate(network, x, key, weights=other)
+    assert not np.allclose(found["log_q"], drawn["log_q"], rtol=0.01)
+
+
+def test_weights_have_the_variance_of_their_ensemble():
+    network = networks.mlp((200, 300, 300, 300), "tanh", "he", sigma_b=0.5)
+    weights = training.initial_weights(network, jax.random.key(0))
+    # 90 000 entries: the relative s.e. of a variance is √(2/90000) = 0.5 %; five of them.
+    for matrix in (*weights[0].matrices[0], *weights[1].matrices[0]):
+        assert np.var(matrix) * matrix.shape[1] == pytest.approx(2, rel=0.025)
+    # 900 biases: √(1/1800) of their standard deviation is 2.4 %.
+    biases = jnp.concatenate([stage.biases[0].ravel() for stage in weights])
+    assert np.std(biases) == pytest.approx(0.5, rel=0.12)
+
+
+def cross_entropy(logits, labels):
+    return jnp.mean(jax.nn.logsumexp(logits, axis=1) - logits[jnp.arange(len(labels)), labels])
+
+
+def test_gradients_are_those_of_a_plain_network():
+    network = CASES["mlp"]
+    weights = training.initial_weights(network, jax.random.key(5))
+    x, labels = inputs_of(network), jnp.array([0, 3, 1, 1])
+
+    def plain(parameters):
+        h = x
+        for layer, (w, b) in enumerate(parameters):
+            z = h @ w.T + b
+            h = jnp.tanh(z)
+            last = layer == len(parameters) - 1
+        assert last
+        return cross_entropy(z, labels)
+
+    flat = [(w, b) for s in weights for w, b in zip(s.matrices[0], s.biases[0], strict=True)]
+    assert [w.shape for w, _ in flat] == [(10, 6), (10, 10), (10, 10), (4, 10)]
+    expected = jax.grad(plain)(flat)
+
+    def ours(weights):
+        return cross_entropy(training.outputs(network, weights, x), labels)
+
+    value, found = jax.value_and_grad(ours)(weights)
+    assert value == pytest.approx(float(plain(flat)), rel=1e-5)
+    of_layers = [(w, b) for s in found for w, b in zip(s.matrices[0], s.biases[0], strict=True)]
+    for (w, b), (w_plain, b_plain) in zip(of_layers, expected, strict=True):
+        np.testing.assert_allclose(w, w_plain, 1e-4, 1e-6)
+        np.testing.assert_allclose(b, b_plain, 1e-4, 1e-6)
+
+    # And the walk's are the same: of each site's own cost, C being their mean.
+    def at_the_top(logits):
+        return jax.nn.softmax(logits) - jax.nn.one_hot(labels, 4, dtype=logits.dtype)
+
+    measured = propagation.propagate(
+        network, x, jax.random.key(0), weights=weights, cotangent=at_the_top
+    )
+    square = [float(jnp.mean(w**2)) for w, _ in expected]
+    np.testing.assert_allclose(np.exp(measured["log_weight_gradient_variance"]), square, 1e-4)
+
+
+@pytest.mark.parametrize("name", ["recurrent", "gru", "residual", "dropout"])
+def test_outputs_are_what_the_walk_sees_at_the_top(name):
+    network, key = CASES[name], jax.random.key(5)
+    x, weights = inputs_of(network), training.initial_weights(network, key)
+    seen = []
+    propagation.propagate(
+        network, x, key, weights=weights, cotangent=lambda z: seen.append(z) or jnp.ones_like(z)
+    )
+    np.testing.assert_allclose(
+        training.outputs(network, weights, x, key), seen[0], ROUNDING, ROUNDING
+    )
+
+
+def test_biases_that_start_at_zero_change_no_statistic_and_are_parameters():
+    network = networks.with_biases(networks.mlp((6, 9, 9, 4), "tanh", "glorot"))
+    weights = training.initial_weights(network, jax.random.key(1))
+    assert [s.biases[0].shape for s in weights] == [(1, 1, 9), (1, 1, 9), (1, 1, 4)]
+    assert not any(np.any(np.asarray(s.biases[0])) for s in weights)
+    assert networks.with_biases(CASES["mlp"]) == CASES["mlp"]
+
+
+# Training, at first of a tiny network on all of the data at every step: plain gradient descent.
+WIDTHS = (6, 8, 8, 3)
+SAMPLES = 40
+FEW = (statistics.q, statistics.log_gradient_norm, statistics.weight_gradient_variance)
+
+
+def data_of(width=6, classes=3, samples=SAMPLES):
+    keys = jax.random.split(jax.random.key(11))
+    x = jax.random.normal(keys[0], (samples, width), jnp.float32)
+    return np.asarray(x), np.asarray(jax.random.randint(keys[1], (samples,), 0, classes))
+
+
+@pytest.fixture(scope="module")
+def trained():
+    network = networks.mlp(WIDTHS, "tanh", ensembles.fan_in(1.3))
+    x, y = data_of()
+    how = {"steps": 6, "batch": SAMPLES, "learning_rate": 0.5, "seeds": 3, "key": 4}
+    result = training.train(network, x, y, record=[0, 2, 6], keep_state=True, **how)
+    return result, network, x, y
+
+
+def test_before_the_first_step_it_is_the_simulations_network(trained):
+    result, network, x, _ = trained
+    simulated = monte_carlo.simulate(
+        networks.with_biases(network), x, key=4, networks=3, sampler="dense", keep_samples=True
+    )
+    forward = [s.key for s in statistics.ALL if not s.backward]
+    for key in forward:
+        np.testing.assert_allclose(
+            result[key][0, 0, :, 0], simulated.samples[key], ROUNDING, ROUNDING, err_msg=key
+        )
+
+
+def test_what_is_recorded_at_a_step_is_what_propagate_measures_of_its_weights(trained):
+    result, network, x, y = trained
+    network = networks.with_biases(network)
+    with pytest.raises(InputError, match="weights were not kept"):
+        dataclasses.replace(result, state=None).weights()
+    for number in range(3):
+        weights = result.weights(seed=number)
+        found = propagation.propagate(
+            network,
+            jnp.asarray(x),
+            jax.random.fold_in(jax.random.key(4), number),
+            weights=weights,
+            cotangent=lambda z: jax.nn.softmax(z) - jax.nn.one_hot(y, 3, dtype=z.dtype),
+        )
+        recorded = {key: result[key][0, 0, number, -1] for key in found}
+        assert_same(recorded, found, 1e-4)
+
+
+def test_training_is_gradient_descent(trained):
+    result, network, x, y = trained
+    network = networks.with_biases(network)
+    start = training.initial_weights(network, jax.random.fold_in(jax.random.key(4), 1))
+
+    def cost(weights):
+        return cross_entropy(training.outputs(network, weights, jnp.asarray(x)), y)
+
+    weights = start
+    for _ in range(6):
+        weights = jax.tree.map(lambda w, g: w - 0.5 * g, weights, jax.grad(cost)(weights))
+    assert result["loss"][0, 0, 1, -1] == pytest.approx(float(cost(weights)), rel=1e-4)
+
+    def norms(weights):
+        matrices = jnp.concatenate([s.matrices[0].reshape(len(s.matrices[0]), -1) for s in weights])
+        return np.linalg.norm(matrices, axis=1)
+
+    def padded(weights):  # to one size, zeros adding nothing to a norm
+        return [
+            s._replace(matrices=(jnp.pad(s.matrices[0], ((0, 0), (0, 5), (0, 5)))[:, :8, :8],))
+            for s in weights
+        ]
+
+    moved = jax.tree.map(jnp.subtract, weights, start)
+    np.testing.assert_allclose(
+        result["movement"][0, 0, 1, -1], norms(padded(moved)) / norms(padded(start)), 1e-3
+    )
+    change = jax.tree.map(lambda g: 0.5 * g, jax.grad(cost)(weights))
+    np.testing.assert_allclose(
+        result["update_ratio"][0, 0, 1, -1], norms(padded(change)) / norms(padded(weights)), 1e-3
+    )
+    assert not np.any(result["movement"][:, :, :, 0])
+
+
+def test_the_98th_percentile_is_that(trained):
+    result, network, x, _ = trained
+    network = networks.with_biases(network)
+    weights = training.initial_weights(network, jax.random.fold_in(jax.random.key(4), 2))
+    h = np.tanh(training.outputs(network, weights, jnp.asarray(x)))
+    found = float(result["activation_percentile_98"][0, 0, 2, 0, -1])
+    assert np.mean(h <= found + 1e-6) >= 0.98
+    assert np.mean(h < found - 1e-6) < 0.98
+
+
+def test_every_epoch_has_every_sample_once():
+    # One layer from one-hot inputs: a step changes the column of its sample and no other.
+    network, n = networks.mlp((9, 4), "linear", "lecun"), 9
+    x, y = np.eye(n, dtype=np.float32), np.arange(n) % 4
+    result = training.train(
+        network, x, y, steps=2 * n, batch=1, biases=False, keep_state=True, wanted=(), record=[18]
+    )
+    w = np.asarray(result.state.start[0].matrices[0][0, 0])
+    for _ in range(2):
+        w = w - 0.1 * np.asarray(jax.nn.softmax(w, axis=0) - np.eye(4)[:, y])
+    np.testing.assert_allclose(result.state.weights[0].matrices[0][0, 0], w, 1e-5, 1e-6)
+
+
+@pytest.fixture(scope="module")
+def grid():
+    x, y = data_of()
+    laws = [networks.mlp(WIDTHS, "tanh", ensembles.fan_in(s), sigma_b=0.1) for s in (0.5, 2.0)]
+    how = {"steps": 20, "batch": 8, "seeds": 2, "wanted": FEW, "record": [0, 20]}
+    result = training.train(laws, x, y, learning_rate=[0.1, 0.4], **how)
+    return result, laws, x, y, how
+
+
+def test_a_point_of_a_grid_is_the_network_alone_however_they_are_grouped(grid):
+    result, laws, x, y, how = grid
+    assert result["loss"].shape == (2, 2, 2, 2)
+    grouped = training.train(laws, x, y, learning_rate=[0.1, 0.4], block=3, **how)
+    alone = training.train(laws[1], x, y, learning_rate=0.4, **how)
+    for key, value in result.values.items():
+        np.testing.assert_allclose(grouped[key], value, 1e-3, 1e-4, err_msg=key)
+        np.testing.assert_allclose(alone[key][0, 0], value[1, 1], 1e-3, 1e-4, err_msg=key)
+    assert not np.allclose(result["loss"][0, 0], result["loss"][1, 1], rtol=0.01)
+
+
+def test_results_have_names_and_theory_beside_them(grid):
+    dataset = grid[0].to_xarray()
+    assert dataset.q.dims == ("network", "learning_rate", "seed", "step", "layer")
+    assert dataset.q_theory.dims == ("network", "layer")
+    assert dataset.q.attrs["long_name"] == statistics.q.label
+    # Width 8, 2 seeds × 2 rates (the same weights), step 0: theory to a factor of 3.
+    ratio = dataset.q.isel(step=0).mean(("seed", "learning_rate")) / dataset.q_theory
+    assert np.all((ratio > 1 / 3) & (ratio < 3))
+
+
+def test_training_goes_on_from_a_state_as_if_it_had_not_stopped():
+    network, (x, y) = networks.mlp(WIDTHS, "relu", "he"), data_of()
+
+    def optimiser(rate):
+        return optax.adam(optax.exponential_decay(rate, 10, 0.5))
+
+    how = {"batch": 7, "seeds": 2, "learning_rate": 0.01, "wanted": (), "optimiser": optimiser}
+    whole = training.train(network, x, y, steps=13, record=[13], **how)
+    half = training.train(network, x, y, steps=8, record=[8], keep_state=True, **how)
+    rest = training.train(network, x, y, steps=13, record=[13], state=half.state, **how)
+    for key, value in whole.values.items():
+        np.testing.assert_allclose(rest[key], value, 1e-4, 1e-6, err_msg=key)
+
+
+def test_what_diverges_is_recorded_and_told_by_movement_and_loss_too():
+    x, y = data_of()
+    how = {"steps": 60, "batch": 8, "wanted": (), "record": [0, 30, 60]}
+    broken = training.train(
+        networks.mlp((6, 20, 20, 3), "relu", "he"), x, y, learning_rate=[0.01, 1e4], **how
+    )
+    assert broken.first_nonfinite[0, 0, 0] == -1
+    assert 0 < broken.first_nonfinite[0, 1, 0] < 30
+    np.testing.assert_array_equal(broken.diverged[0, :, 0], [-1, 30])
+    assert broken["error"][0, 1, 0, -1] == 1
+    bounded = training.train(
+        networks.mlp((6, 20, 20, 3), "tanh", "unscaled"), x, y, learning_rate=[0.01, 100.0], **how
+    )
+    assert np.all(bounded.first_nonfinite == -1)
+    np.testing.assert_array_equal(bounded.diverged[0, :, 0], [-1, 30])
+
+
+OTHERS = {
+    "convolutional": (networks.convolutional((4,), [2, 3, 3], "relu", "he", dense=[3]), 8),
+    "recurrent": (networks.recurrent(6, 3, 5, "tanh", "glorot", sigma_u=0.3), 6),
+    "dropout, batch": (networks.mlp((6, 8, 8, 3), "relu", "he", norm="batch", keep=0.8), 6),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", OTHERS)
+def test_any_network_trains(name):
+    network, width = OTHERS[name]
+    x, y = data_of(width)
+    result = training.train(network, x, y, steps=100, batch=8, learning_rate=0.05)
+    loss = result["loss"][0, 0, 0]
+    assert loss[-1] < loss[0]
+    assert np.all(np.isfinite(result["movement"][..., -1, 0]))
+
+
+def test_digits_are_learnt():
+    from sklearn.datasets import load_digits
+
+    network = networks.mlp((64, 30, 10), "tanh", "glorot")
+    result = training.train(
+        network, data.digits(), load_digits().target, steps=400, record=[0, 400], wanted=()
+    )
+    assert result["error"][0, 0, 0, 0] > 0.7  # ten classes
+    assert result["error"][0, 0, 0, 1] < 0.15
+
+
+BAD = {
+    "labels has 3; the network's last layer has 3 units, so that labels are from 0 to 2": {
+        "labels": np.full(SAMPLES, 3)
+    },
+    "labels is of float64 and shape": {"labels": np.zeros(SAMPLES)},
+    "labels is of int64 and shape": {"labels": np.zeros(SAMPLES - 1, int)},
+    r"inputs\[0, 0\] is nan; every value must be a finite number": {
+        "inputs": np.full((SAMPLES, 6), np.nan)
+    },
+    r"inputs has shape \(40, 5\); it is \(samples, 6\) for this network": {
+        "inputs": np.zeros((SAMPLES, 5))
+    },
+    "learning_rate is -0.1; it is a finite number above 0": {"learning_rate": [0.1, -0.1]},
+    "learning_rate is 0.0; it is a finite number above 0": {"learning_rate": 0},
+    "batch is 41, and there are 40 samples; use at most as many": {"batch": SAMPLES + 1},
+    "steps is 0; it is a whole number of at least 1": {"steps": 0},
+    r"record is \[11\]; it is some of the steps 0 to 10": {"record": [11]},
+    "needs .* GiB in training and .* are free": {"memory_budget": 100},
+    "networks is empty": {"networks": []},
+    "differ in more than numbers": {
+        "networks": [networks.mlp(WIDTHS, phi, "he") for phi in ("tanh", "relu")]
+    },
+    "a UnitVariance block says how LSUV starts weights": {
+        "networks": networks.unit_variance(networks.mlp(WIDTHS, "tanh", "he"))
+    },
+    r"monitor's inputs has shape \(1, 2\)": {"monitor": (np.zeros((1, 2)), np.zeros(1, int))},
+}
+
+
+@pytest.mark.usefixtures("unchecked")
+@pytest.mark.parametrize("sentence", BAD)
+def test_bad_input_is_said_in_a_sentence(sentence):
+    x, y = data_of()
+    given = {"networks": networks.mlp(WIDTHS, "tanh", "he"), "inputs": x, "labels": y, "steps": 10}
+    with pytest.raises(InputError, match=sentence):
+        training.train(**(given | BAD[sentence]))
