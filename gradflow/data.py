@@ -1,8 +1,9 @@
 """Real inputs, with labels: what is sent through random networks, and what networks train on.
 
 A `Dataset` is images, or any rows of numbers, with labels: `labelled_digits`, `mnist_subset`,
-`shapes`, or the caller's own by `from_arrays`, `from_npz` and `from_idx`. `split` divides one into
-training, validation and test sets, and `Split.standardised` scales them as the training set says.
+`shapes`, or the caller's own by `from_arrays`, `from_npz` and `from_idx`; `load` finds one by its
+name. `split` divides one into training, validation and test sets, and `Split.standardised` scales
+them as the training set says.
 """
 
 import dataclasses
@@ -11,6 +12,7 @@ import gzip
 import io
 import math
 import zlib
+from collections.abc import Callable
 from numbers import Integral, Real
 from os import PathLike
 from pathlib import Path
@@ -20,7 +22,7 @@ import numpy as np
 from jaxtyping import Float32, Int32
 from numpy.typing import ArrayLike
 
-from gradflow.errors import InputError, check_count
+from gradflow.errors import InputError, check_count, unknown_name
 
 if TYPE_CHECKING:
     from jaxtyping import PRNGKeyArray
@@ -33,6 +35,7 @@ __all__ = [
     "from_idx",
     "from_npz",
     "labelled_digits",
+    "load",
     "mnist_subset",
     "resized",
     "shapes",
@@ -305,6 +308,30 @@ def from_idx(
         _idx("labels", labels),
         classes,
     )
+
+
+# Images of shapes that `load` draws.
+_SHAPES = 50_000
+_NAMED: dict[str, Callable[[], Dataset]] = {
+    "digits": labelled_digits,
+    "mnist": mnist_subset,
+    "shapeset": functools.partial(shapes, _SHAPES),
+}
+
+
+def load(name: str) -> Dataset:
+    """Return the dataset of this name, ``digits``, ``mnist`` or ``shapeset``, or in an .npz file.
+
+    Raises
+    ------
+    InputError
+        If there is none of this name, or as its own function does.
+    """
+    if name.endswith(".npz"):
+        return from_npz(name)
+    if name not in _NAMED:
+        raise unknown_name("data", name, [*_NAMED, "a path that ends in .npz"])
+    return _NAMED[name]()
 
 
 _IDX_TYPES = {0x08: ">u1", 0x09: ">i1", 0x0B: ">i2", 0x0C: ">i4", 0x0D: ">f4", 0x0E: ">f8"}

@@ -362,3 +362,12 @@ def test_bad_idx_files_are_refused(tmp_path):
         data.from_idx(bad, tmp_path / "none")
     with pytest.raises(InputError, match="labels of '.*good' has 2 at 1; .* with 2 classes"):
         data.from_idx(bad, good, classes=2)
+
+
+def test_data_are_loaded_by_name_or_path(tmp_path):
+    assert len(data.load("digits")) == 1797
+    path = tmp_path / "mine.npz"
+    np.savez(path, inputs=np.eye(4), labels=[0, 1, 2, 1])
+    assert data.load(str(path)).classes == 3
+    with pytest.raises(InputError, match=r"unknown data 'shapes' \(did you mean 'shapeset'\?\)"):
+        data.load("shapes")
