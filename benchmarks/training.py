@@ -25,9 +25,7 @@ from gradflow import data, networks, training
 
 
 def digits():
-    from sklearn.datasets import load_digits
-
-    return data.digits(), load_digits().target
+    return data.digits(), data.labelled_digits().labels
 
 
 def gradflow(widths, batch, steps, count, block):

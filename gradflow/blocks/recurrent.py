@@ -1,7 +1,9 @@
 """Time steps of recurrent networks: an input that is new at every step, and gated units."""
 
+import abc
 import dataclasses
 from collections.abc import Callable
+from typing import Any, ClassVar
 
 import equinox as eqx
 import jax
@@ -61,7 +63,33 @@ class Drive(AbstractBlock):
         return False
 
 
-class GRU(AbstractBlock):
+class _GatedStep(AbstractBlock):
+    """A step of gates and a candidate, ``_count`` in all, each a random matrix's: ``_layer``."""
+
+    _count: ClassVar[int]
+
+    @property
+    @abc.abstractmethod
+    def _layer(self) -> Linear:
+        """What makes the argument of each."""
+
+    @property
+    def homogeneous(self) -> bool:
+        """It is not."""
+        return False
+
+    @property
+    def distributions(self) -> tuple[Distribution, ...]:
+        """The laws of its random matrices, in the order of the formula's gates and candidate."""
+        return self._layer.distributions * self._count
+
+    def narrowed(self, factor: int) -> "_GatedStep":
+        """Return it with its units divided by ``factor``, and its scales kept."""
+        fewer: dict[str, Any] = {"units": self._layer.units // factor}
+        return dataclasses.replace(self, **fewer)
+
+
+class GRU(_GatedStep):
     """h' = u ⊙ h + (1 - u) ⊙ φ(W (r ⊙ h) + b): gated units (Cho et al. 2014, arXiv:1406.1078).
 
     With gates r = σ(W_r h + b_r) and u = σ(W_u h + b_u), σ the logistic. All weights have variance
@@ -81,6 +109,8 @@ class GRU(AbstractBlock):
     this theory by 1.10 and 2.33 for μ_u = 0, 1.69 and 1.43 for 1, 0.57 and 0.31 for 3, each to
     0.02; with weights drawn anew they are within 0.02.
     """
+
+    _count = 3
 
     units: int = eqx.field(static=True, default=100)
     activation: Activation = eqx.field(static=True, default=activations.tanh)
@@ -136,16 +166,6 @@ class GRU(AbstractBlock):
             tangent = tangent + own(apart) * update.tangent
         return Gram(covariance, mean, tangent, Unknown())
 
-    @property
-    def homogeneous(self) -> bool:
-        """It is not."""
-        return False
-
-    @property
-    def distributions(self) -> tuple[Distribution, ...]:
-        """The laws of W_r, W_u and W."""
-        return (self.distribution,) * 3
-
     def width_after(self, n_in: int) -> int:
         """Return as many units as it gets.
 
@@ -165,12 +185,8 @@ class GRU(AbstractBlock):
         """Return the shapes of W_r, W_u and W."""
         return ((self.units, n_in),) * 3
 
-    def narrowed(self, factor: int) -> "GRU":
-        """Return it with its units divided by ``factor``, and its scales kept."""
-        return dataclasses.replace(self, units=self.units // factor)
 
-
-class LSTM(AbstractBlock):
+class LSTM(_GatedStep):
     """c' = f ⊙ c + i ⊙ g, h' = o ⊙ tanh(c'): long short-term memory with forget gates.
 
     With f = σ(W_f h + b_f), i and o alike, σ the logistic, and g = tanh(W_g h + b_g). All weights
@@ -194,6 +210,8 @@ class LSTM(AbstractBlock):
     Cummins 2000, Neural Computation 12, 2451 (the forget gate); Jozefowicz, Zaremba & Sutskever
     2015, ICML (μ_f = 1); Gilboa et al. 2019, arXiv:1901.08987 (mean-field theory).
     """
+
+    _count = 4
 
     units: int = eqx.field(static=True, default=100)
     sigma_w: ScalarLike = 1.0
@@ -246,16 +264,6 @@ class LSTM(AbstractBlock):
         biases = (self.forget_bias, self.input_bias)
         return law.stepped(forget, entry, candidate, opened, biases).gram()
 
-    @property
-    def homogeneous(self) -> bool:
-        """It is not."""
-        return False
-
-    @property
-    def distributions(self) -> tuple[Distribution, ...]:
-        """The laws of W_f, W_i, W_g and W_o."""
-        return (self.distribution,) * 4
-
     def width_after(self, n_in: int) -> int:
         """Return as many units as it gets.
 
@@ -274,10 +282,6 @@ class LSTM(AbstractBlock):
     def shapes(self, n_in: int) -> tuple[tuple[int, int], ...]:  # noqa: ARG002
         """Return the shapes of W_f, W_i, W_g and W_o."""
         return ((self.units, self.units),) * 4
-
-    def narrowed(self, factor: int) -> "LSTM":
-        """Return it with its units divided by ``factor``, and its scales kept."""
-        return dataclasses.replace(self, units=self.units // factor)
 
 
 def _driven(
