@@ -7,6 +7,7 @@ differ in their markers. Figures are made without pyplot, so that nothing global
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import xarray
@@ -18,6 +19,7 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
 from gradflow.errors import InputError
+from gradflow.estimation import Estimate
 
 __all__ = [
     "activation_histograms",
@@ -37,6 +39,13 @@ COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#0
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 _ERRORS = 2  # error bars, in standard errors
 _LEAST_SPAN = 0.5  # of an axis, in decades, so that noise about a constant looks like one
+# How simulation is drawn.
+_POINTS: dict[str, Any] = {
+    "markersize": 4,
+    "markerfacecolor": "white",
+    "capsize": 2,
+    "linestyle": "none",
+}
 _MOST_LINEAR = 50  # ratio of the highest to the lowest histogram that a linear axis shows
 _LN10 = float(np.log(10))
 
@@ -179,22 +188,15 @@ def learning(results: Mapping[str, xarray.Dataset]) -> Figure:
 
 def _points(axes: Axes, layer: np.ndarray, values: np.ndarray, name: str, index: int) -> None:
     """Draw means over networks, (networks, layers), of what is finite."""
-    usable = np.isfinite(values)
-    count = usable.sum(axis=0)
-    some, several = np.maximum(count, 1), np.where(count > 1, count - 1, np.nan)
-    mean = np.where(count > 0, np.sum(values, axis=0, where=usable) / some, np.nan)
-    square = np.sum(np.square(np.where(usable, values - mean, 0)), axis=0)
+    estimate = Estimate.of(values)
     axes.errorbar(
         layer,
-        mean,
-        yerr=_ERRORS * np.sqrt(square / several / some),
+        estimate.value,
+        yerr=_ERRORS * estimate.standard_error,
         fmt=MARKERS[index % len(MARKERS)],
         color=COLOURS[index % len(COLOURS)],
-        markersize=4,
-        markerfacecolor="white",
-        capsize=2,
-        linestyle="none",
         label=name,
+        **_POINTS,
     )
 
 
@@ -376,12 +378,9 @@ def spectrum(dataset: xarray.Dataset) -> Figure:
             yerr=_ERRORS * dataset.standard_error,
             fmt=MARKERS[0],
             color=COLOURS[1],
-            markerfacecolor="white",
-            markersize=4,
-            capsize=2,
-            linestyle="none",
             label=f"simulation, {dataset.attrs['networks']} networks of width "
             f"{dataset.attrs['width']} (±2 s.e.)",
+            **_POINTS,
         )
     for place, mass in zip(dataset.atom.values, dataset.mass.values, strict=True):
         label = f"atom: {100 * mass:.1f} % of all, at s = {place:.3g}"
@@ -462,11 +461,8 @@ def _draw(
         yerr=_ERRORS * error[shown],
         fmt=marker,
         color=colour,
-        markersize=4,
-        markerfacecolor="white",
-        capsize=2,
-        linestyle="none",
         label=name,
+        **_POINTS,
     )
 
 
