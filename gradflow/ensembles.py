@@ -14,6 +14,7 @@ name                   variance of a weight   source
 ``lecun``              1 / fan_in             LeCun, Bottou, Orr & Müller 1998
 ``he``                 2 / fan_in             He et al. 2015 (arXiv:1502.01852), eq. 10
 ``he_fan_out``         2 / fan_out            the same, eq. 14
+``orthogonal``         1 / max(fans)          Saxe et al. 2014: WᵀW = I or WWᵀ = I, Haar
 ``mup_output``         1 / fan_in²            μP's top layer: Yang et al. 2022 (arXiv:2203.03466)
 ``unscaled``           1                      the N(0, 1) that the 2010 paper is cited against
 ``fan_in(σ_w)``        σ_w² / fan_in          the mean-field literature (Poole et al. 2016)
@@ -190,6 +191,10 @@ def _mup_output(fan_in: int, fan_out: int) -> float:  # noqa: ARG001
     return 1.0 / fan_in**2
 
 
+def _semi_orthogonal(fan_in: int, fan_out: int) -> float:
+    return 1.0 / max(fan_in, fan_out)
+
+
 def _unscaled(fan_in: int, fan_out: int) -> float:  # noqa: ARG001
     return 1.0
 
@@ -209,6 +214,8 @@ he_truncated_normal = Ensemble("he_truncated_normal", truncated_normal, _he)
 he_orthogonal = Ensemble("he_orthogonal", orthogonal, _he)
 he_fan_out = Ensemble("he_fan_out", gaussian, _he_fan_out)
 he_fan_out_uniform = Ensemble("he_fan_out_uniform", uniform, _he_fan_out)
+# As the `orthogonal` of JAX and PyTorch; the plain name is the distribution's.
+semi_orthogonal = Ensemble("orthogonal", orthogonal, _semi_orthogonal)
 mup_output = Ensemble("mup_output", gaussian, _mup_output)
 unscaled = Ensemble("unscaled", gaussian, _unscaled)
 

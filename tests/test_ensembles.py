@@ -50,6 +50,8 @@ def test_orthogonal_weights_are_orthogonal(shape):
     short = w if shape[0] <= shape[1] else w.T
     gram = short @ short.T
     np.testing.assert_allclose(gram, gram[0, 0] * np.eye(min(shape)), atol=1e-5 * gram[0, 0])
+    isometry = ensembles.get("orthogonal").variance(shape[1], shape[0])
+    assert isometry * gram[0, 0] == pytest.approx(2 / sum(shape))
 
 
 @pytest.mark.parametrize(
