@@ -5,13 +5,15 @@ would show by chance anywhere (Bonferroni, Student's t). A significant differenc
 infinite-width theory need not be an error: networks are finite. For Gaussian weights theory says
 what that does, to first order in 1/width (`theory.corrections`), and the difference must be that.
 Where it does not say, the effect's shrinking as 1/width is tested: the same network is simulated at
-a quarter of its width, where it must be four times as large.
+a quarter of its width, where it must be four times as large. If it is not, half of the width tells
+whether it goes as a/width + b/width²: a batch that is not small beside the width needs b, and
+orthogonal weights may have no a.
 """
 
 import dataclasses
 import enum
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -43,8 +45,11 @@ __all__ = ["Comparison", "Contrast", "Status", "Verdict", "compare", "confront"]
 __all__ += ["correct_float64", "predict_float64"]
 
 # How much narrower the networks are that tell a finite-width effect from an error, and how many
-# more of them are drawn: their statistics spread more, and they cost less.
-_NARROWER = 4
+# more of them are drawn: their statistics spread more, and they cost less. The second is needed
+# where the first does not tell.
+_NARROWER = (4, 2)
+# Where sites mix, effects go like their number beside the width: far above it is this many times.
+_MANY = 16
 # The chance that a comparison of correct theory with simulation shows any significant difference.
 FALSE_ALARM_RATE = 0.01
 # Rounding of the simulation's float type that a measurement may carry, in units of its epsilon.
@@ -144,7 +149,7 @@ class Comparison(eqx.Module):
     corrections
         What theory says of this width, if it does.
     narrower
-        The simulation at a quarter of the width, if it was needed.
+        The simulations at a quarter and at half of the width, if they were needed.
     threshold
         The z-score beyond which a difference is significant.
     verdict
@@ -155,7 +160,7 @@ class Comparison(eqx.Module):
     theory: Prediction
     simulation: Simulation
     corrections: Corrections | None
-    narrower: Simulation | None
+    narrower: tuple[Simulation, ...]
     threshold: float = eqx.field(static=True)
     verdict: Verdict = eqx.field(static=True)
 
@@ -173,7 +178,7 @@ class Comparison(eqx.Module):
         agrees, finite, differs = (
             self.count(s) for s in (Status.AGREES, Status.FINITE_WIDTH, Status.DIFFERS)
         )
-        total = agrees + finite + differs
+        total, network = agrees + finite + differs, self.simulation.network
         if self.simulation.networks == 1:
             return "nothing is compared: one network has no standard error"
         sentence = f"{agrees} of {total} values agree within |z| < {self.threshold:.1f}"
@@ -182,22 +187,37 @@ class Comparison(eqx.Module):
                 int(((c.status == Status.FINITE_WIDTH) & c.foreseen(self.threshold)).sum())
                 for c in self.contrasts.values()
             )
+            shrinks = f"{_NARROWER[0]} times as large at 1/{_NARROWER[0]} of it"
+            if len(self.narrower) > 1:
+                shrinks += f", or seen at 1/{_NARROWER[1]} of it too to go to 0 with the width"
             how = [
                 (foreseen, "by what theory says of this width"),
-                (finite - foreseen, f"which is {_NARROWER} times as large at 1/{_NARROWER} of it"),
+                (finite - foreseen, f"which is {shrinks}"),
             ]
             said = " and ".join(f"{count} {words}" for count, words in how if count)
             sentence += f"; finite-width effects: {said}"
         if differs:
             worst, contrast = max(self.contrasts.items(), key=lambda item: _worst(item[1]))
             layer = int(np.argmax(np.where(contrast.status == Status.DIFFERS, abs(contrast.z), -1)))
-            unchecked = self.narrower is None and self.corrections is None
+            unchecked = not self.narrower and self.corrections is None
             checked = "" if unchecked else " and the width does not explain it"
             sentence += (
                 f"; {differs} differ{checked}, most {statistics.named()[worst].name} at layer "
                 f"{layer + 1} (z = {contrast.z[layer]:.1f}, "
                 f"{100 * contrast.relative_difference[layer]:+.2g} %)"
             )
+            sites, width = self.simulation.sites, min(network.widths[1:])
+            if network.mixes_sites and width < _MANY * sites:
+                sentence += (
+                    f"; {sites} sites mix, and a width of {width} is not far above their number, "
+                    "as the theory's is"
+                )
+            if network.tied:
+                steps = max(stage.repeats for stage in network.stages if stage.tied)
+                sentence += (
+                    "; the theory is of weights drawn anew at each step: shared ones meet it where "
+                    f"the width is far above steps² = {steps**2}, and in a GRU or LSTM nowhere"
+                )
         return sentence
 
     def to_xarray(self) -> xarray.Dataset:
@@ -237,8 +257,7 @@ def compare(
     simulation: Simulation,
     *,
     corrections: Corrections | None = None,
-    narrower: Simulation | None = None,
-    narrower_theory: Prediction | None = None,
+    narrower: Sequence[tuple[Simulation, Prediction]] = (),
     log_chi_beyond: float | None = None,
 ) -> Comparison:
     """Put theory beside measurement.
@@ -251,10 +270,10 @@ def compare(
         From `simulation.monte_carlo.simulate`.
     corrections
         From `theory.corrections.correct`, to tell finite-width effects from errors.
-    narrower, narrower_theory
-        Simulation and theory at a quarter of the width (`networks.narrowed`), to do so where the
-        corrections do not; without any of them every significant difference is reported as an
-        error.
+    narrower
+        Simulation and theory at a quarter of the width (`networks.narrowed`), and at half of it, to
+        do so where the corrections do not; without any of them every significant difference is
+        reported as an error.
     log_chi_beyond
         log χ far above the top (`theory.mean_field.asymptotic_log_chi`), for the verdict; the top
         layers' is used without it.
@@ -301,13 +320,13 @@ def compare(
             ),
         )
         explained = contrast.foreseen(threshold)
-        if narrower is not None and narrower_theory is not None:
-            narrow = _differences(key, narrower_theory, narrower)
-            with np.errstate(invalid="ignore"):
-                narrow_difference = narrow[1] - narrow[0]
-            explained = explained | _shrinks_as_one_over_width(
-                (difference, error), (narrow_difference, narrow[2]), threshold
-            )
+        if narrower:
+            at_widths = [(difference, error)]
+            for narrow_simulation, narrow_theory in narrower:
+                below, above, narrow_error, _ = _differences(key, narrow_theory, narrow_simulation)
+                with np.errstate(invalid="ignore"):
+                    at_widths.append((above - below, narrow_error))
+            explained = explained | _shrinks_with_the_width(at_widths, threshold)
         status = contrast.status
         status = np.where((status == Status.DIFFERS) & explained, Status.FINITE_WIDTH, status)
         status = np.where(np.isnan(z), Status.NOT_COMPARED, status).astype(np.int8)
@@ -317,7 +336,7 @@ def compare(
         theory=theory,
         simulation=simulation,
         corrections=corrections,
-        narrower=narrower,
+        narrower=tuple(simulation for simulation, _ in narrower),
         threshold=threshold,
         verdict=_verdict(theory, simulation, log_chi_beyond),
     )
@@ -367,25 +386,29 @@ def confront(
     if histograms:
         simulation = with_densities(simulation, inputs)
     comparison = compare(theory, simulation, corrections=corrections, log_chi_beyond=beyond)
-    if not explain or not comparison.count(Status.DIFFERS) or min(network.widths[1:]) < _NARROWER:
-        return comparison
-    narrow = narrowed(network, _NARROWER)
-    # Another key: the two simulations must be independent to be extrapolated.
-    narrower = simulate(
-        narrow,
-        inputs,
-        key=jax.random.fold_in(key, 1 << 31),
-        networks=_NARROWER * networks,
-        sampler=sampler,
-    )
-    return compare(
-        theory,
-        simulation,
-        corrections=corrections,
-        narrower=narrower,
-        narrower_theory=mean_field.at_widths(theory, network, narrow),
-        log_chi_beyond=beyond,
-    )
+    narrower: list[tuple[Simulation, Prediction]] = []
+    for number, factor in enumerate(_NARROWER):
+        differs = explain and comparison.count(Status.DIFFERS)
+        if not differs or min(network.widths[1:]) < _NARROWER[0]:
+            break
+        narrow = narrowed(network, factor)
+        measured = simulate(
+            narrow,
+            inputs,
+            # Another key: the simulations must be independent to be extrapolated.
+            key=jax.random.fold_in(key, (1 << 31) + number),
+            networks=factor * networks,
+            sampler=sampler,
+        )
+        narrower.append((measured, mean_field.at_widths(theory, network, narrow)))
+        comparison = compare(
+            theory,
+            simulation,
+            corrections=corrections,
+            narrower=narrower,
+            log_chi_beyond=beyond,
+        )
+    return comparison
 
 
 def _theory(
@@ -521,21 +544,26 @@ def _threshold(networks: int, comparisons: int) -> float:
     return float(scipy.stats.t.isf(tail, max(networks - 1, 1)))
 
 
-def _shrinks_as_one_over_width(
-    wide: tuple[np.ndarray, np.ndarray], narrow: tuple[np.ndarray, np.ndarray], threshold: float
+def _shrinks_with_the_width(
+    at_widths: Sequence[tuple[np.ndarray, np.ndarray]], threshold: float
 ) -> np.ndarray:
-    """Whether a difference d is `_NARROWER` times as large at that fraction of the width.
+    """Whether a difference d, with its error, at this width and `_NARROWER` ones, goes to 0.
 
-    Then its limit at infinite width, (r d - d_narrow)/(r - 1), is 0: it must vanish within its
-    standard error or, where 1/width² terms still show, to a third of d. And d must have grown
-    beyond twice itself, which an error that does not depend on the width does not.
+    As a/width its limit at infinite width is (4 d - d_quarter)/3, and as a/width + b/width² it is
+    (8 d - 6 d_half + d_quarter)/3: one must vanish within its standard error or, where higher terms
+    still show, to a third of d. And d must have grown beyond twice itself at a quarter, which an
+    error that does not depend on the width does not.
     """
-    (difference, error), (difference_narrow, error_narrow) = wide, narrow
-    with np.errstate(invalid="ignore"):  # of what has left the float's range
-        limit = (_NARROWER * difference - difference_narrow) / (_NARROWER - 1)
-    limit_error = np.hypot(_NARROWER * error, error_narrow) / (_NARROWER - 1)
-    vanishes = (np.abs(limit) < threshold * limit_error) | (np.abs(limit) < np.abs(difference) / 3)
-    grew = difference_narrow * np.sign(difference) > 2 * np.abs(difference)
+    difference, quarter = at_widths[0][0], at_widths[1][0]
+    vanishes = np.zeros(difference.shape, bool)
+    for shares in ((4, -1), (8, 1, -6))[: len(at_widths) - 1]:
+        parts = list(zip(shares, at_widths, strict=False))
+        with np.errstate(invalid="ignore"):  # of what has left the float's range
+            limit = sum((share * d for share, (d, _) in parts), np.zeros(())) / 3
+        error = np.sqrt(sum(((share * e) ** 2 for share, (_, e) in parts), np.zeros(()))) / 3
+        vanishes |= (np.abs(limit) < threshold * error) | (np.abs(limit) < np.abs(difference) / 3)
+    with np.errstate(invalid="ignore"):
+        grew = quarter * np.sign(difference) > 2 * np.abs(difference)
     return vanishes & grew
 
 
@@ -575,6 +603,8 @@ def _verdict(theory: Prediction, simulation: Simulation, log_chi_beyond: float |
         sentence = f"{kind} ×{factor:.3g} a layer (theory ×{factor_theory:.3g})"
         if kind == "critical":
             sentence += f", ×{math.exp(change):.2g} over {depth} layers"
+        elif grows != (factor_theory > 1):
+            sentence += f", and ×{math.exp(log_chi / 2):.3g} further up"
 
     saturated_from = _saturated_from(simulation)
     if saturated_from is not None:

@@ -110,7 +110,7 @@ orthogonal = Distribution("orthogonal", _draw_orthogonal, haar=True)
 # second moments multiplied by n_in/(n_in - 1), which is not 1 for a narrow input.
 standardised = Distribution("standardised", _draw_standardised, centred=True)
 
-DISTRIBUTIONS = {d.name: d for d in (gaussian, uniform, truncated_normal, orthogonal, standardised)}
+DISTRIBUTIONS = {d.name: d for d in list(vars().values()) if isinstance(d, Distribution)}
 
 
 @dataclasses.dataclass(frozen=True)

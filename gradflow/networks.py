@@ -22,6 +22,7 @@ from gradflow import activations, ensembles
 from gradflow.activations import Activation
 from gradflow.blocks import (
     AbstractBlock,
+    AbstractLayer,
     Activate,
     BatchNorm,
     Chain,
@@ -658,21 +659,37 @@ def with_biases(network: Network) -> Network:
 def unit_variance(network: Network) -> Network:
     """Return the network with the weights of every layer divided as LSUV does.
 
-    Behind each `Linear` and `Dense` block, wherever it is nested, stands a `UnitVariance`. LSUV
-    starts from orthonormal weights, ``ensembles.fan_in(1.0, "orthogonal")``, and no biases; what
-    scale these have does not matter then.
+    Behind each `Linear`, `Dense` and `Convolution` block, wherever it is nested, stands a
+    `UnitVariance`; a `GRU` or `LSTM` stays as it is. LSUV starts from orthonormal weights,
+    ``ensembles.fan_in(1.0, "orthogonal")``, and no biases; what scale these have does not matter
+    then.
+
+    Raises
+    ------
+    InputError
+        If layers share their weights: there is no scale for each.
 
     References
     ----------
     Mishkin & Matas 2016, arXiv:1511.06422, algorithm 1.
     """
-    layers = (Linear, Dense)
+    check_lsuv(network)
+    layers = (Linear, AbstractLayer)
 
     def followed(block: object) -> object:
         return Chain((block, UnitVariance())) if isinstance(block, layers) else block
 
     stages = jax.tree.map(followed, network.stages, is_leaf=lambda b: isinstance(b, layers))
     return dataclasses.replace(network, stages=stages, name=f"{network.name}, LSUV")
+
+
+def check_lsuv(network: Network) -> None:
+    """Raise `InputError` if layers share their weights: LSUV has a scale for each."""
+    if network.tied:
+        raise InputError(
+            f"network is {network.name!r}, whose steps share their weights; LSUV has a scale for "
+            "each layer's own"
+        )
 
 
 def narrowed(network: Network, factor: int) -> Network:

@@ -1,5 +1,6 @@
 """BatchNorm: averages over a batch, reference table 8, and one network simulated."""
 
+import dataclasses
 import math
 from fractions import Fraction
 
@@ -115,15 +116,25 @@ def test_the_integral_for_any_batch_against_draws(name):
         np.testing.assert_allclose(found, drawn, atol=0.08 * max(1, np.abs(drawn).max()))
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("x64_only")
-def test_draws_for_any_activation_agree_with_the_sphere():
-    """tanh and GELU, a batch that is exchangeable: to 2 %, what the module says of its draws."""
-    one = batch.centred(jnp.eye(8))
-    for phi in (activations.tanh, activations.gelu):
-        exact = batch._exchangeable(phi, 1.3 * one, 0.7 * one, jnp.asarray(1.5))
-        drawn = batch._drawn(phi, 1.3 * one, 0.7 * one, jnp.asarray(1.5))
-        for a, b in zip(exact, drawn, strict=True):
-            np.testing.assert_allclose(a, b, atol=0.02 * max(float(jnp.abs(a).max()), 1))
+@pytest.mark.parametrize(("far", "error"), [(1.0, 0.01), (0.1, 0.001)])
+def test_any_activation_in_any_batch(far, error):
+    """ReLU as if nothing were known of it, against its integral: better the more alike inputs are.
+
+    Null: of 2^18 draws (a batch of 8) averages are off by 0.2 % of what is not alike; the bounds
+    are 5 times as large.
+    """
+    rng = np.random.default_rng(1)
+    k, s = (
+        (1 - far) * np.eye(8) + far * a @ a.T / a.shape[1]
+        for a in (rng.normal(size=(8, 9)), rng.normal(size=(8, 7)))
+    )
+    unknown = dataclasses.replace(activations.relu, homogeneous=False)
+    exact = batch.averages(activations.relu, jnp.asarray(k), jnp.asarray(s))
+    found = batch.averages(unknown, jnp.asarray(k), jnp.asarray(s))
+    for a, b in zip(exact, found, strict=True):
+        np.testing.assert_allclose(a, b, atol=error * max(float(jnp.abs(a).max()), 1))
 
 
 def test_the_gradient_of_a_batch_is_that_of_autodiff(key):

@@ -37,10 +37,15 @@ def test_a_wrong_theory_is_found_and_not_called_finite_width():
     found = comparison.compare(
         wrong,
         simulation,
-        narrower=narrower,
-        narrower_theory=dataclasses.replace(
-            wrong, values=comparison.predict_float64(narrow, X).values | {"chi": wrong["chi"]}
-        ),
+        narrower=[
+            (
+                narrower,
+                dataclasses.replace(
+                    wrong,
+                    values=comparison.predict_float64(narrow, X).values | {"chi": wrong["chi"]},
+                ),
+            )
+        ],
     )
     assert (found["chi"].status[:-1] == Status.DIFFERS).all()
     assert found["chi"].relative_difference[0] == pytest.approx(1 / 1.05 - 1, abs=0.01)
@@ -54,7 +59,7 @@ def test_finite_width_effects_are_told_from_errors():
     assert found["log_gradient_norm"].status[0] == Status.FINITE_WIDTH
     assert "finite-width effect" in found.agreement
     assert "by what theory says of this width" in found.agreement
-    assert found.narrower is None
+    assert not found.narrower
     without = comparison.confront(network, X, key=3, networks=4000, explain=False)
     assert without["log_gradient_norm"].status[0] == Status.DIFFERS
 

@@ -24,7 +24,7 @@ from gradflow.errors import InputError
 from gradflow.gram import Gram
 from gradflow.simulation import jacobians, matrices, monte_carlo
 from gradflow.simulation.propagation import propagate
-from gradflow.theory import architectures, mean_field
+from gradflow.theory import architectures, fixed_points, mean_field
 
 FILTERS = {
     "1-D": ((5,), 3),
@@ -156,6 +156,50 @@ class TestMeanField:
         block = Convolution(activations.erf, sigma_w=1.3, sigma_b=0.2, delta=True)
         found, dense = (b.kernel(k) for b in (block, Dense(activations.erf, 100, 1.3, 0.2)))
         np.testing.assert_array_equal(found.covariance, dense.covariance)
+
+
+@pytest.mark.parametrize(("shape", "size"), [((6,), 3), ((4, 5), (2, 3))])
+def test_every_fourier_mode_has_its_own_factor(shape, size):
+    """A wave over pairs at one distance, about the chaotic fixed point: χ_c λ(f) in a layer.
+
+    By the derivative of the kernel, against the filter's modes.
+    """
+    phi, sigma_w2, sigma_b2 = activations.erf, 2.5, 0.1
+    block = Convolution(phi, shape, size, sigma_w=sigma_w2**0.5, sigma_b=sigma_b2**0.5)
+    modes = architectures.convolution_modes(block.patches)
+    assert modes.shape == shape
+    fixed = fixed_points.analyse(phi, sigma_w2, sigma_b2)
+    positions = int(np.prod(shape))
+    q, c = float(fixed.q_star), float(fixed.c_star)
+    settled = q * (c + (1 - c) * jnp.eye(positions))
+    place = np.stack(np.unravel_index(np.arange(positions), shape), -1)
+    apart = np.ravel_multi_index(((place + 1) % shape).T, shape)
+    waves = np.arange(positions)
+
+    @jax.jit
+    def factor(frequency, second):
+        phase = 2 * jnp.pi * (place @ (frequency / jnp.array(shape)))
+        wave = jnp.stack([jnp.cos(phase), jnp.sin(phase)])
+
+        def change(wave):
+            small = jnp.zeros_like(settled).at[waves, second].set(wave)
+            moved = jax.jvp(lambda k: block.kernel(Gram.of(k)).covariance, (settled,), (small,))[1]
+            return moved[waves, second]
+
+        return jnp.linalg.norm(jax.vmap(change)(wave)) / jnp.linalg.norm(wave)
+
+    for frequency in ((0,) * len(shape), (1,) * len(shape), tuple(n // 2 for n in shape)):
+        share = float(modes[frequency])
+        found = float(factor(jnp.array(frequency), apart))
+        assert found == pytest.approx(float(fixed.chi_c) * share, abs=1e3 * ROUNDING)
+    assert float(modes[(0,) * len(shape)]) == pytest.approx(1)
+    assert (modes <= 1 + ROUNDING).all()
+
+
+def test_modes_are_those_of_circular_padding():
+    assert architectures.convolution_modes(Patches((6,), 3))[3] == pytest.approx(1 / 3)
+    with pytest.raises(InputError, match="padding is 'zeros'"):
+        architectures.convolution_modes(Patches((6,), 3, "zeros"))
 
 
 @pytest.mark.slow

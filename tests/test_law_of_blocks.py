@@ -12,6 +12,7 @@ import pytest
 
 from gradflow import activations, blocks, comparison, ensembles, networks
 from gradflow.blocks import (
+    GRU,
     LSTM,
     AbstractBlock,
     Activate,
@@ -117,6 +118,19 @@ COMPOSITIONS = {
             networks.residual(INPUTS, WIDTH, 4, "tanh", "lecun", scale=0.5, layers=2)
         ),
         3,
+    ),
+    "LSUV, convolutions": (
+        lambda: networks.unit_variance(
+            networks.convolutional((3,), [INPUTS, *[100] * 3], "tanh", "glorot", padding="zeros")
+        ),
+        6,
+    ),
+    "highway": (
+        lambda: networks.stack(
+            INPUTS,
+            [Linear(WIDTH), (GRU(WIDTH, activations.relu, 1.4, 0.2, None, update_bias=1.0), 6)],
+        ),
+        2,
     ),
     "μP, a top layer of its own": (
         lambda: networks.mlp([INPUTS, *[WIDTH] * 4], "relu", "lecun", last="mup_output"),

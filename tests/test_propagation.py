@@ -9,7 +9,8 @@ import pytest
 import scipy.special
 
 from gradflow import activations, ensembles, gaussian, networks, statistics
-from gradflow.blocks import Dense, Linear
+from gradflow.blocks import Dense, Linear, Residual
+from gradflow.errors import InputError
 from gradflow.simulation import monte_carlo, propagation, threefry
 from gradflow.theory import mean_field
 
@@ -273,6 +274,26 @@ def test_lsuv_scales_every_matrix_of_a_block():
     found = propagation.lsuv(network, jnp.ones((2, 6)), jax.random.key(0))
     assert [scales.shape for scales in found] == [(1, 1), (4, 3)]
     assert all((np.asarray(scales) > 0).all() for scales in found)
+
+
+def test_lsuv_names_the_layer_that_gets_nothing():
+    nothing = Dense(activations.get(lambda x: 0 * x), 8)
+    network = networks.stack(6, [Linear(8), (Residual(nothing), 2)])
+    for given, layer in ((jnp.ones((2, 6)), 2), (jnp.zeros((2, 6)), 1)):
+        with pytest.raises(InputError, match=f"product of layer {layer} has no variance"):
+            propagation.lsuv(network, given, jax.random.key(0))
+    scales = jax.jit(lambda x: propagation.lsuv(network, x, jax.random.key(0)))(jnp.ones((2, 6)))
+    assert np.isinf(scales[1][0])
+
+
+def test_lsuv_is_for_layers_of_their_own_weights():
+    network = networks.recurrent(6, 8, 3)
+    for ask in (
+        lambda: propagation.lsuv(network, jnp.ones((2, 6)), jax.random.key(0)),
+        lambda: networks.unit_variance(network),
+    ):
+        with pytest.raises(InputError, match="whose steps share their weights"):
+            ask()
 
 
 def test_chi_is_nan_at_the_top_of_many_inputs_too():

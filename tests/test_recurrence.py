@@ -1,5 +1,6 @@
 """Recurrence: the same weights at every time step, and gated units."""
 
+import dataclasses
 import functools
 
 import jax
@@ -269,6 +270,12 @@ def test_gru_computes_what_it_says():
     reset, update = logistic(2 * h - 1), logistic(3 * h + 0.5)
     expected = update * h + (1 - update) * np.tanh(4 * reset * h)
     np.testing.assert_allclose(gru.apply(h, multiply, jax.random.key(1)), expected, rtol=1e-5)
+    asked.clear()
+    highway = dataclasses.replace(gru, reset_bias=None)
+    assert highway.n_weights == len(highway.shapes(3)) == 2
+    carried = logistic(2 * h + 0.5)
+    expected = carried * h + (1 - carried) * np.tanh(3 * h)
+    np.testing.assert_allclose(highway.apply(h, multiply, jax.random.key(1)), expected, rtol=1e-5)
 
 
 def lstm(width, steps, tied, **more):

@@ -96,7 +96,7 @@ class Maxout(AbstractBlock):
     second moment k/2. Lengths and gradients are those of one of the two products, χ = σ_w².
     """
 
-    linear: Linear = Linear()
+    linear: AbstractBlock = Linear()
 
     def apply(
         self, signal: Float[Array, "sites n_in"], multiply: Multiply, key: PRNGKeyArray
@@ -122,6 +122,11 @@ class Maxout(AbstractBlock):
     def distributions(self) -> tuple[Distribution, ...]:
         """The laws of W and V."""
         return 2 * self.linear.distributions
+
+    @property
+    def mixes_sites(self) -> bool:
+        """Whether its products do, as `networks.unit_variance` makes them."""
+        return self.linear.mixes_sites
 
     def width_after(self, n_in: int) -> int:
         """Return the number of units."""

@@ -3,7 +3,7 @@
 import abc
 import dataclasses
 from collections.abc import Callable
-from typing import Any, ClassVar
+from typing import Any
 
 import equinox as eqx
 import jax
@@ -66,7 +66,10 @@ class Drive(AbstractBlock):
 class _GatedStep(AbstractBlock):
     """A step of gates and a candidate, ``_count`` in all, each a random matrix's: ``_layer``."""
 
-    _count: ClassVar[int]
+    @property
+    @abc.abstractmethod
+    def _count(self) -> int:
+        """How many there are."""
 
     @property
     @abc.abstractmethod
@@ -95,6 +98,9 @@ class GRU(_GatedStep):
     With gates r = σ(W_r h + b_r) and u = σ(W_u h + b_u), σ the logistic. All weights have variance
     σ_w²/fan_in; biases are N(μ, σ_b²), μ_r and μ_u for the gates and 0 for the candidate. An input
     is one block before: see ``drive``. Its signal is the state h, which is not Gaussian over units.
+    ``reset_bias=None`` is without W_r, r = 1. A stack of such steps, each with weights of its own,
+    is a highway network with the carry gate u, whose bias is best positive (Srivastava, Greff &
+    Schmidhuber 2015, arXiv:1505.00387).
 
     At infinite width, gates and candidate of a step are independent of a unit's state and of each
     other, if weights are drawn anew at every step, and second moments close,
@@ -110,16 +116,18 @@ class GRU(_GatedStep):
     0.02; with weights drawn anew they are within 0.02.
     """
 
-    _count = 3
-
     units: int = eqx.field(static=True, default=100)
     activation: Activation = eqx.field(static=True, default=activations.tanh)
     sigma_w: ScalarLike = 1.0
     sigma_b: ScalarLike | None = None
-    reset_bias: ScalarLike = 0.0
+    reset_bias: ScalarLike | None = 0.0
     update_bias: ScalarLike = 0.0
     drive: Drive | None = None
     distribution: Distribution = eqx.field(static=True, default=ensembles.gaussian)
+
+    @property
+    def _count(self) -> int:
+        return 2 if self.reset_bias is None else 3
 
     @property
     def _layer(self) -> Linear:
@@ -134,9 +142,11 @@ class GRU(_GatedStep):
             return _driven(self._layer, self.drive, x, multiply, key)
 
         keys = jax.random.split(key, 3)
-        reset = _gate(self.reset_bias)(layer(signal, keys[0]))
+        kept = signal
+        if self.reset_bias is not None:
+            kept = _gate(self.reset_bias)(layer(signal, keys[0])) * signal
         update = _gate(self.update_bias)(layer(signal, keys[1]))
-        candidate = self.activation(layer(reset * signal, keys[2]))
+        candidate = self.activation(layer(kept, keys[2]))
         return update * signal + (1 - update) * candidate
 
     def kernel(self, gram: Gram, multiply: Multiply = multiply_gram) -> Gram:
@@ -146,9 +156,11 @@ class GRU(_GatedStep):
             z = self._layer.kernel(gram, multiply)
             return z if self.drive is None else self.drive.kernel(z)
 
-        reset = layer(gram).through(_gate(self.reset_bias))
+        entering = gram
+        if self.reset_bias is not None:
+            entering = layer(gram).through(_gate(self.reset_bias)).times(gram)
         update = layer(gram).through(_gate(self.update_bias))
-        candidate = layer(reset.times(gram)).through(self.activation)
+        candidate = layer(entering).through(self.activation)
         # c + u d, d = h - c: the tangent is u ḣ + (1 - u) ċ + u̇ d.
         u, m, k = update.mean[:, None], gram.mean[:, None], candidate.covariance
         kept = update.covariance
@@ -183,7 +195,7 @@ class GRU(_GatedStep):
 
     def shapes(self, n_in: int) -> tuple[tuple[int, int], ...]:
         """Return the shapes of W_r, W_u and W."""
-        return ((self.units, n_in),) * 3
+        return ((self.units, n_in),) * self._count
 
 
 class LSTM(_GatedStep):
@@ -211,8 +223,6 @@ class LSTM(_GatedStep):
     2015, ICML (μ_f = 1); Gilboa et al. 2019, arXiv:1901.08987 (mean-field theory).
     """
 
-    _count = 4
-
     units: int = eqx.field(static=True, default=100)
     sigma_w: ScalarLike = 1.0
     sigma_b: ScalarLike | None = None
@@ -221,6 +231,10 @@ class LSTM(_GatedStep):
     output_bias: ScalarLike = 0.0
     drive: Drive | None = None
     distribution: Distribution = eqx.field(static=True, default=ensembles.gaussian)
+
+    @property
+    def _count(self) -> int:
+        return 4
 
     @property
     def _layer(self) -> Linear:
@@ -281,7 +295,7 @@ class LSTM(_GatedStep):
 
     def shapes(self, n_in: int) -> tuple[tuple[int, int], ...]:  # noqa: ARG002
         """Return the shapes of W_f, W_i, W_g and W_o."""
-        return ((self.units, self.units),) * 4
+        return ((self.units, self.units),) * self._count
 
 
 def _driven(

@@ -20,12 +20,14 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from gradflow import statistics
 from gradflow.blocks import AbstractBlock
-from gradflow.networks import Network, Stage
+from gradflow.errors import InputError, is_traced
+from gradflow.networks import Network, Stage, check_lsuv
 from gradflow.norms import unit_rows
 from gradflow.simulation import questions, samplers
 from gradflow.simulation.matrices import Drawn, Matrix
@@ -146,13 +148,20 @@ def lsuv(
     Returns
     -------
     list
-        One array (layers, weights) for each stage: σ_w by layer, and by random matrix in it. It is
-        infinite where the product is 0.
+        One array (layers, weights) for each stage: σ_w by layer, and by random matrix in it. In a
+        program that is traced it is infinite where the product has no variance.
+
+    Raises
+    ------
+    InputError
+        If a product has no variance, as that of a signal of zeros, and so no scale gives it any, or
+        if layers share their weights.
 
     References
     ----------
     Mishkin & Matas 2016, arXiv:1511.06422, algorithm 1.
     """
+    check_lsuv(network)
     multiply_by_one = SAMPLERS[sampler]
     tap = jnp.zeros((inputs.shape[0],) * 2, inputs.dtype)
 
@@ -173,9 +182,23 @@ def lsuv(
     for stage in network.stages:
         step = functools.partial(up, block=stage.block)
         signal, scales = scan_blocks(step, signal, keys[first : first + stage.repeats])
+        _check_scales(scales, first)
         found.append(scales)
         first += stage.repeats
     return found
+
+
+def _check_scales(scales: Float[Array, "layers weights"], below: int) -> None:
+    """Raise `InputError` where one is infinite, of a stage that has so many layers below it."""
+    infinite = not is_traced(scales) and np.isinf(scales)
+    if np.any(infinite):
+        layer, matrix = np.argwhere(infinite)[0]
+        which = f" with its random matrix {matrix + 1}" if scales.shape[1] > 1 else ""
+        raise InputError(
+            f"the product of layer {below + layer + 1}{which} has no variance over units and "
+            "inputs, and so no scale gives it variance 1; what enters it is 0 for these inputs, or "
+            "it is one number alone"
+        )
 
 
 class _Keep(NamedTuple):

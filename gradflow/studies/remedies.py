@@ -18,7 +18,7 @@ import numpy as np
 
 from gradflow import activations, data, ensembles, gaussian, networks
 from gradflow.activations import Activation
-from gradflow.blocks import AbstractBlock, Activate, Chain, Gated, Linear, Maxout
+from gradflow.blocks import GRU, AbstractBlock, Activate, Chain, Gated, Linear, Maxout
 from gradflow.comparison import Comparison, confront
 from gradflow.ensembles import Ensemble
 from gradflow.errors import InputError, check_count
@@ -34,6 +34,10 @@ __all__ = ["Outcome", "Remedies", "Remedy", "proposals", "run"]
 _TRAINABLE = 6.0
 # Of the networks whose Jacobian is multiplied out, and how many of them.
 _CONDITION_WIDTH, _CONDITION_NETWORKS = 100, 5
+# LeCun, Bottou, Orr & Müller 1998, 'Efficient BackProp', section 4.4.
+_LECUN_TANH = Activation("1.7159 tanh(2z/3)", lambda z: 1.7159 * jnp.tanh(2 * z / 3))
+# A highway network's carry gate (Srivastava et al. 2015, arXiv:1505.00387, section 2.2).
+_CARRIED = 2.0
 # A change of c of this size in the top layers, or less, is rounding.
 _ROUNDING = 1e-12
 
@@ -269,14 +273,22 @@ class _Proposer:
             "its gain is derived for q = 1",
         )
 
-    def _critical(self, distribution: str | None) -> Network:
-        found = prescription.prescribe(self.phi, self.shape)
+    def _critical(self, distribution: str | None, phi: Activation | None = None) -> Network:
+        phi = phi or self.phi
+        found = prescription.prescribe(phi, self.shape)
         if not math.isfinite(found.sigma_w2):
-            raise InputError(f"activation {self.phi.name!r} has no critical point")
+            raise InputError(f"activation {phi.name!r} has no critical point")
         ensemble = ensembles.fan_in(math.sqrt(found.sigma_w2))
         if distribution is not None:
             ensemble = ensemble.drawn_from(distribution)
-        return networks.mlp(self.shape, self.phi, ensemble, sigma_b=found.bias_sd)
+        return networks.mlp(self.shape, phi, ensemble, sigma_b=found.bias_sd)
+
+    def _centred(self) -> Network:
+        phi, at_zero = self.phi, float(self.phi(0.0))
+        if at_zero == 0:
+            raise InputError(f"activation {phi.name!r} is 0 at 0 as it is")
+        name = f"{phi.name} - {at_zero:.3g}"
+        return self._critical(None, Activation(name, lambda z: phi(z) - at_zero, phi.kinks))
 
     def _unit_variance(self) -> Network:
         orthonormal = ensembles.fan_in(1.0, "orthogonal")
@@ -290,15 +302,23 @@ class _Proposer:
         return networks.mlp(self.shape, self.phi, ensemble)
 
     def _activations(self) -> Iterator[_Proposal]:
+        yield (
+            "centred activation φ(z) - φ(0), critical weights",
+            self._centred,
+            "none",
+            "gradients still shrink, as a power of the depth",
+        )
         for other, rule, caveat in (
             ("tanh", "glorot", "gradients still shrink, as a power of the depth"),
             ("relu", "he", "all inputs become alike: their correlation tends to 1; units die"),
             ("selu", "lecun", "lengths settle at 1, but gradients grow: χ = 1.07"),
+            (_LECUN_TANH, "lecun", "made for signals of variance 1; gradients grow a little"),
         ):
-            if other != self.phi.name:
+            phi = activations.get(other)
+            if phi != self.phi:
                 yield (
-                    f"{other}, {rule.capitalize() if rule != 'lecun' else 'LeCun'} weights",
-                    functools.partial(networks.mlp, self.shape, other, rule),
+                    f"{phi.name}, {rule.capitalize() if rule != 'lecun' else 'LeCun'} weights",
+                    functools.partial(networks.mlp, self.shape, phi, rule),
                     "none",
                     caveat,
                 )
@@ -413,6 +433,19 @@ class _Proposer:
             residual(scale="depth", norm="layer", weights="lecun", sigma_b=None),
             "an addition and a LayerNorm a layer",
             "the stream's variance grows, so later branches matter less",
+        )
+        yield (
+            "post-LN residual, LeCun weights",
+            residual(norm="layer", place="post", weights="lecun", sigma_b=None),
+            "an addition and a LayerNorm a layer",
+            "every block divides the path past it, and gradients with it",
+        )
+        carry = GRU(width, self.phi, reset_bias=None, update_bias=_CARRIED)
+        yield (
+            f"highway, carry bias {_CARRIED:g}, LeCun weights",
+            functools.partial(self._instead, carry),
+            "twice the weights and products",
+            "a gate that is nearly open lets little of a layer through",
         )
 
 

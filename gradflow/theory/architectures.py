@@ -1,7 +1,8 @@
 """Architectures: depth laws of residual, normalised and dropout networks, without a simulation.
 
 `walk` follows one input through equal blocks of any kind: what residual networks grow to, and what
-each block does to the gradient. `batch_norm_chi` and `dropout` are where deep networks settle.
+each block does to the gradient. `batch_norm_chi` and `dropout` are where deep networks settle;
+`convolution_modes` is how long convolutions keep what differs from position to position.
 
 ==========================  ======================================================================
 form                        block
@@ -26,12 +27,13 @@ from jaxtyping import Array, ArrayLike, Float, Int
 
 from gradflow import activations, batch, gaussian
 from gradflow.activations import Activation
-from gradflow.blocks import AbstractBlock
+from gradflow.blocks import AbstractBlock, Patches
 from gradflow.errors import InputError, check_count, check_scale, is_traced
 from gradflow.gram import Gram
 from gradflow.theory import fixed_points, mean_field
 
-__all__ = ["DropoutAnalysis", "Walk", "batch_norm_chi", "critical_dropout", "dropout", "walk"]
+__all__ = ["DropoutAnalysis", "Walk", "batch_norm_chi", "convolution_modes", "critical_dropout"]
+__all__ += ["dropout", "walk"]
 
 # Newton steps within a bracket, which bisection would need for a float64.
 _STEPS = 60
@@ -130,6 +132,43 @@ def batch_norm_chi(activation: Activation | str, size: int | float) -> Float[Arr
     size = check_count("batch", int(size) if size == int(size) else size, batch.SMALLEST)
     m = batch.sphere_averages(phi, size)
     return size / (size - 3) * (m["own_slope"] - m["other_slope"]) / (m["own"] - m["other"])
+
+
+def convolution_modes(patches: Patches) -> Float[Array, "*shape"]:
+    """Return λ(f) = |(1/k) Σ_d exp(2πi f·d)|, by which a filter multiplies each Fourier mode.
+
+    A circular convolution averages second moments over the filter's elements d. So where all
+    positions are alike, a small change of them that is a wave over positions with the frequency f
+    is multiplied, in each layer, by λ(f) and by what a dense layer multiplies changes by: χ_c for
+    pairs of positions or inputs, and for gradients χ. λ(0) is 1: what is alike at all positions
+    goes as in a dense layer, with its ξ_c, and all else is lost sooner, on -1/log(χ_c λ(f)) layers
+    (`fixed_points.depth_scale`). A delta's filter, of one element, has λ = 1: nothing is lost.
+
+    Parameters
+    ----------
+    patches
+        What the filter sees, as a `blocks.Convolution` has it.
+
+    Returns
+    -------
+    Array
+        Of the patches' shape, by frequency, as `jax.numpy.fft.fftn` orders them.
+
+    Raises
+    ------
+    InputError
+        If the padding is not circular: zeros have no Fourier modes.
+
+    References
+    ----------
+    Xiao et al. 2018, arXiv:1806.05393, section 2.4.
+    """
+    if patches.padding != "circular":
+        raise InputError(
+            f"padding is {patches.padding!r}; Fourier modes are those of circular padding"
+        )
+    filter_ = jnp.zeros(patches.shape).at[tuple(map(slice, patches.sizes))].set(1)
+    return jnp.abs(jnp.fft.fftn(filter_)) / patches.elements
 
 
 class DropoutAnalysis(NamedTuple):
