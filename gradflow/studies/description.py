@@ -38,7 +38,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, ArrayLike, PRNGKeyArray, UInt32
+from jaxtyping import Array, ArrayLike, Key, PRNGKeyArray, UInt32
 
 from gradflow import activations, ensembles, networks, statistics
 from gradflow.errors import InputError, unknown_name
@@ -55,7 +55,7 @@ _MOST_UNITS = 10**9
 _MOST_BINS = 10_000
 _LARGEST_FILE = 1 << 24
 # Significant digits of a value in a range: one that is in two ranges is then the same number.
-_DIGITS = 12
+_DECIMALS = 12
 
 Check = Callable[[str, object], Any]
 
@@ -160,6 +160,12 @@ class Point:
             If the fields do not go together.
         """
         try:
+            batch, width = self.settings["batch"], _input_width(self.settings)
+            if batch > width and "data" not in self.settings:
+                raise InputError(
+                    f"inputs.batch is {batch}, and the input's width {width}; there are at most as "
+                    "many inputs as it has components"
+                )
             network = _network(self.settings)
         except InputError as error:
             raise InputError(f"the point {self.description}: {error}") from error
@@ -177,7 +183,7 @@ class Point:
 
 
 @jax.jit
-def keys(words: UInt32[ArrayLike, "points 3"]) -> PRNGKeyArray:
+def keys(words: UInt32[ArrayLike, "points 3"]) -> Key[Array, " points"]:
     """Return the keys of points from their seeds and the two numbers that each name is."""
 
     def one(of: Array) -> PRNGKeyArray:
@@ -301,7 +307,7 @@ def load(path: Path) -> Study:
             f"file is {str(path)!r}, which cannot be read ({(error.strerror or str(error)).lower()}"
             "); it is a study file in TOML"
         ) from error
-    except ValueError as error:
+    except UnicodeDecodeError as error:
         raise InputError(f"file is {str(path)!r}, which is not text in UTF-8") from error
     return parse(text)
 
@@ -339,6 +345,8 @@ def parse(text: str) -> Study:
         raise InputError(f"{given['seed']} also stands at sampling.seed; it has one place")
     everything = {"seed": sampling.seed, **base, **inputs}
     batches = _values_of("batch", everything, axes) or [1]
+    if "data" in base | inputs and max(batches) > _DIGITS_IMAGES:
+        raise InputError(f"inputs.batch is {max(batches)}; there are {_DIGITS_IMAGES} digit images")
     least = min(_values_of("correlation", everything, axes) or [0.0])
     if "correlation" in given and max(batches) == 1:
         raise InputError(f"{given['correlation']} is between inputs, and inputs.batch is 1")
@@ -495,7 +503,7 @@ NETWORK: dict[str, Check] = {
     "sigma_b": _scale,
     "sigma_b2": _scale,
     "width": _count(),
-    "depth": _count(1_000_000),
+    "depth": _count(100_000),
     "input_width": _count(),
     "widths": _widths,
     "norm": _name("norm", (*networks.NORMS, _NO_NORM)),
@@ -603,7 +611,7 @@ def _range(path: str, field: str, given: Mapping[str, Any]) -> tuple:
     if spacing == "geometric" and not (start > 0 and stop > 0):
         raise InputError(f"{path}.from is {start} and to is {stop}; a geometric range is above 0")
     make = np.geomspace if spacing == "geometric" else np.linspace
-    values = tuple(float(f"{value:.{_DIGITS}g}") for value in make(start, stop, points))
+    values = tuple(float(f"{value:.{_DECIMALS}g}") for value in make(start, stop, points))
     if field in _COUNTS:
         return tuple(round(value) for value in values)
     return values
@@ -779,7 +787,8 @@ def _network(settings: Mapping[str, Any]) -> Network:
     return networks.mlp(widths, activation, ensemble, last=given("last"), **common)
 
 
-_DIGITS_WIDTH = 64
+# Of scikit-learn's images of digits: how many there are, and the pixels of each.
+_DIGITS_IMAGES, _DIGITS_WIDTH = 1797, 64
 
 
 def _input_width(settings: Mapping[str, Any]) -> int:

@@ -178,7 +178,7 @@ def groups(study: Study) -> tuple[Group, ...]:
         text = point.structure
         if text not in known:
             network = dataclasses.replace(point.network(), name="")
-            sites = len(point.inputs())
+            sites = point.settings["batch"]
             known[text] = (jax.tree.structure(network), sites, network.input_width)
             first.setdefault(known[text], network)
         members.setdefault(known[text], []).append((number, point.name))
@@ -286,16 +286,12 @@ def _work(
     blocks = -(-total // together)
     calls = max(math.ceil(blocks / max(1, most // together)), min(blocks, plan.workers))
     chunk = together * math.ceil(blocks / calls)
-    ends = np.cumsum(count)
-    starts = np.arange(0, total, chunk)
-    last = np.minimum(starts + chunk, total) - 1
-    window = np.searchsorted(ends, last, side="right") - np.searchsorted(ends, starts, "right") + 1
     work = Work(
         names=names,
         first=first,
         count=count,
         chunk=chunk,
-        window=int(window.max()),
+        window=min(len(names), chunk // per_point + 2),
         block=plan.block,
         keep=plan.keep,
         checkpoint=plan.checkpoint,

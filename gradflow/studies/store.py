@@ -42,6 +42,9 @@ from gradflow.studies.plan import Work
 __all__ = ["Found", "Store", "combined", "works_of"]
 
 _FORMAT = 1
+# How a file is called before it is in its place; what there is before store.json.
+_WRITING = ".writing-"
+_BEGUN = {"lock", "rounds", "chunks", "theory", "study.toml"}
 # How many files are merged into one, unless that had more bytes than this.
 _FAN = 32
 _MERGED_BYTES = 1 << 26
@@ -172,7 +175,9 @@ class Store:
         with contextlib.ExitStack() as stack:
             with _sentences(folder):
                 fresh = not (folder / "store.json").exists()
-                if fresh and folder.exists() and any(p.name != "lock" for p in folder.iterdir()):
+                # The first thing that is written may be all there is of one.
+                strange = {p.name for p in folder.iterdir()} - _BEGUN if folder.is_dir() else set()
+                if fresh and not all(name.startswith(_WRITING) for name in strange):
                     raise InputError(
                         f"out is {str(folder)!r}, which holds something that is no study; give a "
                         "new folder, or one that a study was begun in"
@@ -210,7 +215,7 @@ class Store:
     def _prepare(self, fresh: bool) -> None:
         for name in ("rounds", "chunks", "theory"):
             (self.folder / name).mkdir(exist_ok=True)
-        for left in self.folder.rglob(".writing-*"):
+        for left in self.folder.rglob(f"{_WRITING}*"):
             left.unlink()
         # Merged files are there before what they were made of is gone.
         for file in self._files():
@@ -407,7 +412,7 @@ class Store:
 
     def _beside(self, name: str) -> Path:
         path = self.folder / name
-        return path.with_name(f".writing-{path.name}")
+        return path.with_name(f"{_WRITING}{path.name}")
 
     def _write(self, name: str, content: bytes) -> None:
         path = self.folder / name
@@ -475,7 +480,7 @@ def _axes(study: Study) -> dict[str, Any]:
 
 
 def _chunk_name(number: int, group: int, first: int, last: int) -> str:
-    return f"chunks/{number:04}-{group:05}-{first:08}-{last:08}.npz"
+    return f"chunks/{number:04}-{group:05}-{first:010}-{last:010}.npz"
 
 
 def _within(file: _File, other: _File) -> bool:
