@@ -144,7 +144,7 @@ class Crash(BaseException):
 def test_ended_at_any_file_operation_it_goes_on_to_the_same_bits(
     reference, tmp_path, monkeypatch, operation
 ):
-    """Before one after the other of them; the networks are those of the reference, to draw none again."""
+    """Before one after the other; the networks are those of the reference, to draw none again."""
     _without_drawing(monkeypatch, reference)
     where = os if operation == "fsync" else Path
     real = getattr(where, operation)

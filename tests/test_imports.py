@@ -70,6 +70,7 @@ ORDER = (
     "studies.store",
     "studies.results",
     "studies.execution",
+    "studies.report",
     "studies",
     "",
     "cli.shared",

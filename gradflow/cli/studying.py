@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from gradflow.cli.shared import Json, app, make_console, print_json, write_netcdf
+from gradflow.cli.shared import Json, app, make_console, print_json, write_netcdf, write_text
 from gradflow.errors import InputError
 
 File = Annotated[Path, typer.Argument(help="The study file (TOML).", show_default=False)]
@@ -27,8 +27,6 @@ Folder = Annotated[
 
 # Seconds between two lines of progress, where there is no terminal.
 _LINE_EVERY = 10.0
-# A z beyond this is told of: 1 in 16 000 by chance.
-_LARGE = 4.0
 
 
 @app.command(
@@ -175,7 +173,7 @@ def show(folder: Folder, as_json: Json = False) -> None:
         return
     dataset = xarray.load_dataset(path)
     if as_json:
-        rows = [_agreement(dataset, name) for name in dataset.attrs["statistics"].split()]
+        rows = [results.agreement(dataset, name) for name in dataset.attrs["statistics"].split()]
         print_json(
             {"title": study.title, "finished": True, "networks": drawn, "points": len(study)}
             | {"statistics": rows}
@@ -185,6 +183,8 @@ def show(folder: Folder, as_json: Json = False) -> None:
 
 
 def _show(console: Console, title: str, dataset: xarray.Dataset) -> None:
+    from gradflow.studies import results  # noqa: PLC0415
+
     axes = dataset.attrs["axes"].split()
     shape = " × ".join(f"{axis} ({dataset.sizes[axis]})" for axis in axes) or "one point"
     console.print(f"study     {title}", markup=False)
@@ -197,16 +197,16 @@ def _show(console: Console, title: str, dataset: xarray.Dataset) -> None:
     )
     table = Table(box=box.SIMPLE)
     table.add_column("statistic")
-    for name in ("values", f"|z| < {_LARGE:g}", "largest |z|", "there measured", "theory"):
+    for name in ("values", f"|z| < {results.LARGE:g}", "largest |z|", "there measured", "theory"):
         table.add_column(name, justify="right")
     table.add_column("where")
     shifted = any(
         f"{name}_finite_width_z" in dataset for name in dataset.attrs["statistics"].split()
     )
     if shifted:
-        table.add_column(f"|z| < {_LARGE:g}, width known", justify="right")
+        table.add_column(f"|z| < {results.LARGE:g}, width known", justify="right")
     for name in dataset.attrs["statistics"].split():
-        row = _agreement(dataset, name)
+        row = results.agreement(dataset, name)
         cells = [
             name,
             str(row["values"]),
@@ -221,39 +221,6 @@ def _show(console: Console, title: str, dataset: xarray.Dataset) -> None:
         ]
         table.add_row(*cells, *([_share(row["within_finite_width"])] if shifted else []))
     console.print(table)
-
-
-def _agreement(dataset: xarray.Dataset, name: str) -> dict[str, Any]:
-    """Return how measurement and theory of a statistic agree, over all points and layers."""
-    z = np.abs(dataset[f"{name}_z"].to_numpy())
-    corrected = dataset.get(f"{name}_finite_width_z")
-    known = np.full(1, np.nan) if corrected is None else np.abs(corrected.to_numpy())
-    found: dict[str, Any] = {
-        "statistic": name,
-        "values": int(np.isfinite(z).sum()),
-        "within": _within(z),
-        "within_finite_width": _within(known),
-        "largest_z": math.nan,
-        "measured": math.nan,
-        "theory": math.nan,
-        "where": {},
-    }
-    if not found["values"]:
-        return found
-    place = np.unravel_index(np.nanargmax(z), z.shape)
-    there = dataset.isel(dict(zip(dataset[f"{name}_z"].dims, map(int, place), strict=True)))
-    return found | {
-        "largest_z": float(z[place]),
-        "measured": float(there[name]),
-        "theory": float(there[f"{name}_theory"]),
-        "where": {str(k): there[k].item() for k in dataset[f"{name}_z"].dims},
-    }
-
-
-def _within(z: np.ndarray) -> float:
-    """Return the share of those that are known which are small."""
-    known = z[np.isfinite(z)]
-    return float(np.mean(known < _LARGE)) if known.size else math.nan
 
 
 def _share(ratio: float) -> str:
@@ -291,6 +258,27 @@ def export(
             _write_table(name, table.to_dataframe().reset_index(), target)
     if netcdf is not None:
         write_netcdf(dataset, netcdf)
+
+
+@app.command(epilog="Examples:\n\n- `gradflow report results/phase-diagram`")
+def report(
+    folder: Folder,
+    out: Annotated[
+        Path | None, typer.Option(help="The page; DIR/report.html without it.", show_default=False)
+    ] = None,
+) -> None:
+    """Write a page on what a finished study has found: one file of HTML that needs nothing else."""
+    from gradflow.studies import report as reports  # noqa: PLC0415
+    from gradflow.studies import results  # noqa: PLC0415
+    from gradflow.studies.store import Store  # noqa: PLC0415
+
+    Store.of(folder)
+    path = folder / results.FILE
+    if not path.exists():
+        raise InputError(f"the study in {str(folder)!r} is not finished; `gradflow show` says more")
+    page = out or folder / "report.html"
+    write_text(reports.page(xarray.load_dataset(path)), page)
+    typer.echo(f"written   {page}")
 
 
 def _write_table(name: str, table: Any, path: Path) -> None:

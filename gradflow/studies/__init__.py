@@ -22,6 +22,8 @@ results
     All of it with labels, theory beside it.
 execution
     Running it.
+report
+    A page on what it found.
 """
 
 from gradflow.studies import (
@@ -32,9 +34,10 @@ from gradflow.studies import (
     plan,
     point,
     remedies,
+    report,
     results,
     store,
 )
 
 __all__ = ["description", "execution", "jacobian_spectrum", "note", "plan", "point", "remedies"]
-__all__ += ["results", "store"]
+__all__ += ["report", "results", "store"]

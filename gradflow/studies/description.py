@@ -399,8 +399,8 @@ def _known(path: str, table: Mapping[str, Any], allowed: Iterable[str]) -> None:
             raise InputError(f"{where}{unknown_name('entry', _clipped(key), allowed)}")
 
 
-def _clipped(text: str) -> str:
-    return text if len(text) <= 60 else f"{text[:60]}…"
+def _clipped(text: str, most: int = 60) -> str:
+    return text if len(text) <= most else f"{text[:most]}…"
 
 
 def _table(name: str, found: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -467,6 +467,18 @@ def _name(what: str, allowed: Iterable[str]) -> Check:
     return check
 
 
+def _looked_up(get: Callable[[str], object]) -> Check:
+    def check(path: str, value: object) -> str:
+        name = _text(path, value)
+        try:
+            get(name)
+        except InputError as error:
+            raise InputError(f"{path}: {_clipped(str(error), 400)}") from error
+        return name
+
+    return check
+
+
 # Beyond these a float32 has no room for their squares.
 _scale = _number("a number from 0 to 1e15", lambda v: 0 <= v <= 1e15)
 _positive = _number("a number above 0, at most 1e15", lambda v: 0 < v <= 1e15)
@@ -488,18 +500,17 @@ def _widths(path: str, value: object) -> list[int]:
     return [_count()(f"{path}[{place}]", width) for place, width in enumerate(value)]
 
 
-_ENSEMBLES = [e.name for e in ensembles.ALL]
 _NO_NORM = "none"
 
 # What stands in [network]: by field, what it may be.
 NETWORK: dict[str, Check] = {
     "kind": _name("kind", ("mlp", "residual")),
-    "activation": _name("activation", [a.name for a in activations.ALL]),
-    "weights": _name("weights", _ENSEMBLES),
+    "activation": _looked_up(activations.get),
+    "weights": _looked_up(ensembles.get),
     "sigma_w": _positive,
     "sigma_w2": _positive,
     "distribution": _name("distribution", ensembles.DISTRIBUTIONS),
-    "last": _name("last", _ENSEMBLES),
+    "last": _looked_up(ensembles.get),
     "sigma_b": _scale,
     "sigma_b2": _scale,
     "width": _count(),

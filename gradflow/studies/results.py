@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -20,9 +21,11 @@ from gradflow.studies.description import Point, Study
 from gradflow.studies.plan import Group
 from gradflow.studies.store import Found, Store
 
-__all__ = ["assemble", "of_group", "one", "theory", "write"]
+__all__ = ["FILE", "LARGE", "agreement", "assemble", "of_group", "one", "theory", "write"]
 
 FILE = "results.nc"
+# A z beyond this is told of: 1 in 16 000 by chance.
+LARGE = 4.0
 
 
 def theory(study: Study, points: Sequence[Point]) -> dict[str, np.ndarray]:
@@ -116,6 +119,40 @@ def write(study: Study, found: Sequence[Group], store: Store) -> Path:
     """Write the results into the store, as netCDF 3, and return the file."""
     dataset = assemble(study, found, store)
     return store.publish(FILE, lambda path: dataset.to_netcdf(path, engine="scipy"))
+
+
+def agreement(dataset: xarray.Dataset, name: str) -> dict[str, Any]:
+    """Return how measurement and theory of a statistic agree, over all points and layers."""
+    z = np.abs(dataset[f"{name}_z"].to_numpy())
+    corrected = dataset.get(f"{name}_finite_width_z")
+    known = np.full(1, np.nan) if corrected is None else np.abs(corrected.to_numpy())
+    found: dict[str, Any] = {
+        "statistic": name,
+        "values": int(np.isfinite(z).sum()),
+        "within": _within(z),
+        "within_finite_width": _within(known),
+        "known_finite_width": int(np.isfinite(known).sum()),
+        "largest_z": math.nan,
+        "measured": math.nan,
+        "theory": math.nan,
+        "where": {},
+    }
+    if not found["values"]:
+        return found
+    place = np.unravel_index(np.nanargmax(z), z.shape)
+    there = dataset.isel(dict(zip(dataset[f"{name}_z"].dims, map(int, place), strict=True)))
+    return found | {
+        "largest_z": float(z[place]),
+        "measured": float(there[name]),
+        "theory": float(there[f"{name}_theory"]),
+        "where": {str(k): there[k].item() for k in dataset[f"{name}_z"].dims},
+    }
+
+
+def _within(z: np.ndarray) -> float:
+    """Return the share of those that are known which are small."""
+    known = z[np.isfinite(z)]
+    return float(np.mean(known < LARGE)) if known.size else math.nan
 
 
 @dataclasses.dataclass
