@@ -175,24 +175,45 @@ def _next_round(
 ) -> tuple[tuple[Work, ...], int, list[int]]:
     """Return what is to be drawn, the round's number, and each group's first chunk."""
 
-    def decide() -> bytes:
+    def ask() -> bytes:
+        """Return what points have and shall have, or nothing where a round is not finished."""
         assert store is not None
         number = store.rounds - 1
-        if number < 0 or not store.goes_on(number) or _is_done(store, number):
-            works = _more(study, found, store, devices)
-            if not works:
-                return b""
-            number = store.begin(works)
-        works = store.works(number)
-        starts = [store.finished(number, group) for group in range(len(works))]
+        if number >= 0 and store.goes_on(number) and not _is_done(store, number):
+            return b""
+        names = np.concatenate([group.names for group in found]).tolist()
+        done = store.networks()
+        wanted = _wanted(study, found, done, store)
+        table = [[done.get(name, 0), wanted.get(name, study.sampling.networks)] for name in names]
+        return np.array(table, np.int64).tobytes()
+
+    asked = _from_first(ask)
+    if asked:
+        names = np.concatenate([group.names for group in found]).tolist()
+        done, wanted = np.frombuffer(asked, np.int64).reshape(-1, 2).T.tolist()
+        # By all processes: they agree on what memory there is.
+        have, shall = (dict(zip(names, counts, strict=True)) for counts in (done, wanted))
+        works = plan.make(study, found, have, shall, devices).works
+        if not works:
+            return (), -1, []
+        _from_first(lambda: _begin(store, works))
+
+    def read() -> bytes:
+        assert store is not None
+        number = store.rounds - 1
+        groups = range(len(store.works(number)))
+        starts = [store.finished(number, group) for group in groups]
         header = json.dumps({"number": number, "starts": starts})
         return header.encode() + b"\n" + store.round_file(number)
 
-    answer = _from_first(decide)
-    if not answer:
-        return (), -1, []
-    header, _, content = answer.partition(b"\n")
+    header, _, content = _from_first(read).partition(b"\n")
     return works_of(content), *json.loads(header).values()
+
+
+def _begin(store: Store | None, works: Sequence[Work]) -> bytes:
+    assert store is not None
+    store.begin(works)
+    return b""
 
 
 def _is_done(store: Store, number: int) -> bool:
@@ -200,23 +221,18 @@ def _is_done(store: Store, number: int) -> bool:
     return all(store.finished(number, group) == work.chunks for group, work in works)
 
 
-def _more(
-    study: Study, found: Sequence[Group], store: Store, devices: Sequence[jax.Device]
-) -> tuple[Work, ...]:
-    """Return the works of a new round, none if all points have what they need."""
-    done = store.networks()
-    wanted = None
-    if study.sampling.target:
-        wanted = {
-            name: _wanted(study, done.get(name, 0), met)
-            for group in found
-            for name, met in _met(study, group, store).items()
-        }
-    return plan.make(study, found, done, wanted, devices).works
-
-
-def _wanted(study: Study, done: int, met: bool) -> int:
-    return done if met else min(done + study.sampling.networks, study.sampling.most)
+def _wanted(
+    study: Study, found: Sequence[Group], done: dict[int, int], store: Store
+) -> dict[int, int]:
+    """Return how many networks points with a target shall have after another round."""
+    if not study.sampling.target:
+        return {}
+    each, most = study.sampling.networks, study.sampling.most
+    return {
+        name: done.get(name, 0) if met else min(done.get(name, 0) + each, most)
+        for group in found
+        for name, met in _met(study, group, store).items()
+    }
 
 
 def _met(study: Study, group: Group, store: Store) -> dict[int, bool]:
