@@ -28,9 +28,10 @@ from jaxtyping import PRNGKeyArray
 from gradflow import statistics
 from gradflow.compilation import Float64Program
 from gradflow.errors import InputError
+from gradflow.estimation import Estimate
 from gradflow.networks import Network, narrowed
 from gradflow.simulation.monte_carlo import Progress, Simulation, check_inputs, simulate
-from gradflow.statistics import Prediction
+from gradflow.statistics import Prediction, Statistic
 from gradflow.theory import densities, mean_field
 from gradflow.theory.corrections import (
     Corrections,
@@ -42,7 +43,7 @@ from gradflow.theory.corrections import (
 )
 
 __all__ = ["Comparison", "Contrast", "Status", "Verdict", "compare", "confront"]
-__all__ += ["correct_float64", "predict_float64"]
+__all__ += ["correct_float64", "differences", "predict_float64"]
 
 # How much narrower the networks are that tell a finite-width effect from an error, and how many
 # more of them are drawn: their statistics spread more, and they cost less. The second is needed
@@ -511,32 +512,51 @@ def _differences(
     key: str, theory: Prediction, simulation: Simulation
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """Return theory, measurement, its standard error and z; logarithms where they are kept."""
-    statistic = statistics.named()[key]
     predicted = np.asarray(theory.values[key], np.float64)
-    estimate = simulation.estimates[key]
+    network = simulation.network
+    units = np.array(network.sites(simulation.sites)) * np.array(network.widths[1:])
+    found = differences(
+        statistics.named()[key],
+        predicted,
+        simulation.estimates[key],
+        simulation.networks * units,
+        simulation.dtype,
+    )
+    return predicted, *found
+
+
+def differences(
+    statistic: Statistic, predicted: np.ndarray, estimate: Estimate, units: np.ndarray, dtype: str
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return what was measured, its standard error and z; logarithms where they are kept.
+
+    Parameters
+    ----------
+    statistic
+        What is compared.
+    predicted, estimate
+        Theory in the unit that the statistic is kept in, and measurement, of one shape.
+    units
+        How many units were seen in all networks: a fraction of them has a binomial error at least.
+    dtype
+        The simulation's, whose rounding a measurement may carry.
+    """
     if statistic.log:
         measured, error = estimate.log_value, estimate.log_standard_error
     else:
         measured, error = estimate.value, estimate.standard_error
     if statistic.fraction:
-        error = np.maximum(error, _binomial_error(predicted, simulation))
-    epsilon = float(np.finfo(simulation.dtype).eps)
+        variance = np.clip(predicted * (1 - predicted), 0, None)
+        error = np.maximum(error, np.sqrt(variance / np.maximum(units, 1)))
+    epsilon = float(np.finfo(dtype).eps)
     # Of a logarithm, the rounding of what it is of, and its own.
     rounding = _ROUNDING * epsilon * (np.abs(predicted) + statistic.logarithmic)
-    rounding += float(np.finfo(simulation.dtype).tiny)
+    rounding += float(np.finfo(dtype).tiny)
     with np.errstate(invalid="ignore"):
         z = (measured - predicted) / np.hypot(error, rounding)
     # What has left the float's range is counted and said (the verdict), and not compared.
     z = np.where(np.isfinite(measured), z, np.nan)
-    return predicted, measured, error, z
-
-
-def _binomial_error(p: np.ndarray, simulation: Simulation) -> np.ndarray:
-    """Return the standard error of a fraction p of all units seen, were they independent."""
-    network = simulation.network
-    sites = np.array(network.sites(simulation.sites))
-    units = simulation.networks * sites * np.array(network.widths[1:])
-    return np.sqrt(np.clip(p * (1 - p), 0, None) / units)
+    return measured, error, z
 
 
 def _threshold(networks: int, comparisons: int) -> float:

@@ -10,11 +10,11 @@ from typing import Annotated
 import typer
 
 import gradflow
-from gradflow.cli import simulating, theory, training
+from gradflow.cli import simulating, studying, theory, training
 from gradflow.cli.shared import Json, app, print_json
 from gradflow.errors import InputError
 
-__all__ = ["app", "main", "simulating", "theory", "training"]
+__all__ = ["app", "main", "simulating", "studying", "theory", "training"]
 
 _OUT_OF_MEMORY = "out of memory; use fewer inputs, a smaller width or depth, or sampler matrix_free"
 

@@ -149,8 +149,13 @@ def write_netcdf(dataset: xarray.Dataset, path: Path) -> Path:
 
 def write_json(summary: Mapping[str, Any], path: Path) -> Path:
     """Write JSON, whole or not at all."""
+    return write_text(_dumps(summary), path)
+
+
+def write_text(text: str, path: Path) -> Path:
+    """Write text, whole or not at all."""
     with _complete(path) as beside:
-        beside.write_text(_dumps(summary), encoding="utf-8")
+        beside.write_text(text, encoding="utf-8")
     return path
 
 

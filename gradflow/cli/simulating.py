@@ -10,6 +10,7 @@ import xarray
 from rich import box
 from rich.table import Table
 
+from gradflow.cli import studying
 from gradflow.cli.shared import (
     Depth,
     Json,
@@ -113,23 +114,45 @@ def compare(
 @app.command(
     epilog="Examples:\n\n"
     "- `gradflow study`\n"
+    "- `gradflow study scripts/phase-diagram.toml --out results/phase-diagram`\n"
     "- `gradflow study --depth 50 --networks 5000 --out results/deep`\n"
     "- `gradflow study --width 100 --depth 10 --networks 200 --uniform-networks 20 --json`"
 )
 def study(
+    context: typer.Context,
+    file: Annotated[
+        Path | None, typer.Argument(help="A study file (TOML) instead.", show_default=False)
+    ] = None,
     width: Annotated[int, typer.Option(help="Units a layer.")] = 1000,
     depth: Depth = 30,
     networks: Annotated[int, typer.Option(help="Networks of each Gaussian setting.")] = 1000,
     uniform_networks: Annotated[int, typer.Option(help="Networks of each uniform setting.")] = 50,
     seed: Seed = 0,
     out: Out = None,
+    auto: Annotated[
+        bool, typer.Option("--distributed", help="FILE: join the processes of SLURM or a cloud.")
+    ] = False,
+    coordinator: Annotated[
+        str | None, typer.Option(help="FILE: HOST:PORT of the first process, to join others.")
+    ] = None,
+    processes: Annotated[int, typer.Option(help="How many processes there are.")] = 1,
+    process: Annotated[int, typer.Option(help="Which of them this is, from 0 on.")] = 0,
     as_json: Json = False,
 ) -> None:
     """Ask whether what is said of vanishing and exploding gradients is true: the main job.
 
     Eleven settings, from the logistic sigmoid with N(0, 1) weights to what is said to mend it, on
     images of handwritten digits; then each claim of the note that this project began with.
+
+    With a FILE, what that describes: a grid of networks, as many as there is time for. It may be
+    interrupted in any way, and the same command goes on.
     """
+    if file is not None:
+        for option in ("width", "depth", "networks", "uniform_networks", "seed"):
+            check_instead(context, option, "file")
+        with studying.distributed(auto, coordinator, processes, process):
+            studying.run_file(file, out or Path("results") / file.stem, as_json)
+        return
     from gradflow.studies import note  # noqa: PLC0415  (JAX is slow to import)
 
     at_least("networks", networks, 2)

@@ -32,7 +32,8 @@ from gradflow.networks import Network
 from gradflow.simulation import memory, propagation, samplers, threefry
 from gradflow.statistics import Statistic
 
-__all__ = ["Progress", "Simulation", "simulate"]
+__all__ = ["OVERFLOWED", "VANISHED", "Laws", "Progress", "Simulation", "check_inputs", "compiled"]
+__all__ += ["in_order", "of_one", "simulate"]
 
 # Called as (networks done, networks in all); the first call, with 0, comes before compilation.
 Progress = Callable[[int, int], None]
@@ -203,29 +204,34 @@ def simulate(
     chunk = _chunk_size(
         networks, block * len(devices), plan.workers, network.depth * (len(wanted) + 2)
     )
-    run = _compiled(
-        (network.as_arrays(inputs.dtype), inputs, key),
+    law = of_one(network, inputs, key)
+    run = compiled(
+        law,
         chunk,
         devices,
         networks * samplers.seconds(sampler, network, sites),
+        measured=(*wanted, OVERFLOWED, VANISHED),
         sampler=sampler,
-        measured=(*wanted, _OVERFLOWED, _VANISHED),
         keep=(plan.keep, plan.checkpoint),
         block=block,
     )
-    compiled = time.perf_counter()
+    ready = time.perf_counter()
+    of_the_law = np.zeros(chunk, np.int32)
+
+    def call(first: int) -> dict[str, np.ndarray]:
+        return run(law, of_the_law, np.arange(first, first + chunk, dtype=np.int32))
 
     parts: dict[str, list[Estimate]] = {s.key: [] for s in wanted}
     samples: dict[str, list[np.ndarray]] = {s.key: [] for s in wanted}
     overflowed, vanished = np.zeros((2, network.depth), np.int64)
-    for done, values in in_order(run, networks, chunk, plan.workers):
+    for done, values in in_order(call, networks, chunk, plan.workers):
         for statistic in wanted:
             value = values[statistic.key]
             parts[statistic.key].append(Estimate.of(value, log=statistic.log))
             if keep_samples:
                 samples[statistic.key].append(value)
-        overflowed += np.count_nonzero(values[_OVERFLOWED.key], axis=0)
-        vanished += np.count_nonzero(values[_VANISHED.key], axis=0)
+        overflowed += np.count_nonzero(values[OVERFLOWED.key], axis=0)
+        vanished += np.count_nonzero(values[VANISHED.key], axis=0)
         if progress:
             progress(done, networks)
     finished = time.perf_counter()
@@ -242,8 +248,8 @@ def simulate(
         sampler=sampler,
         reason=reason,
         dtype=str(inputs.dtype),
-        seconds=finished - compiled,
-        compile_seconds=compiled - begun,
+        seconds=finished - ready,
+        compile_seconds=ready - begun,
     )
 
 
@@ -287,31 +293,81 @@ def _on_devices(mesh: Mesh, spec: PartitionSpec, value: Array | np.ndarray) -> A
     return jax.make_array_from_callback(known.shape, sharding, lambda part: known[part])
 
 
-def _compiled(
-    law: tuple[Network, Array, PRNGKeyArray],
+class Laws(eqx.Module):
+    """Laws of random networks of one structure, with the inputs and the key of each.
+
+    Attributes
+    ----------
+    network
+        Its scales are arrays with a leading axis of laws (`Network.as_arrays`).
+    inputs
+        Shape (laws, sites, n_0).
+    key
+        Shape (laws,). Network i of a law has ``fold_in(key, i)``.
+    """
+
+    network: Network
+    inputs: Array | np.ndarray
+    key: Array
+
+
+def of_one(network: Network, inputs: Array, key: PRNGKeyArray) -> Laws:
+    """Return one law, as several are held."""
+    law = Laws(network.as_arrays(inputs.dtype), inputs, key)
+    return jax.tree.map(lambda leaf: leaf[None], law)
+
+
+def compiled(
+    laws: Laws,
     chunk: int,
     devices: tuple[jax.Device, ...],
     seconds: float,
     *,
     measured: tuple[Statistic, ...],
-    **static: Any,
-) -> Callable[[int], dict[str, np.ndarray]]:
-    """Return the function from a chunk's first number to what its networks measured.
+    sampler: str,
+    keep: tuple[bool, bool],
+    block: int,
+) -> Callable[[Laws, np.ndarray, np.ndarray], dict[str, np.ndarray]]:
+    """Return the function from laws and a chunk of networks to what those measured.
 
-    ``seconds`` is how long all of them will take, on one core.
+    It takes as many laws as these and of their structure, and for each of ``chunk`` networks which
+    law it is of, and its number; both are int32. It returns each statistic by its key, shape
+    (chunk, layers).
+
+    Parameters
+    ----------
+    laws
+        The structure, the dtype and how many laws one call knows.
+    chunk
+        How many networks a call draws; a multiple of the number of devices.
+    devices
+        Who shares them.
+    seconds
+        How long all calls will take, on one core.
+    measured, sampler, keep, block
+        What is measured, and how the walk is done: see `memory.Plan`.
     """
     mesh = Mesh(np.array(devices), (_NETWORKS,))
     everywhere, each = PartitionSpec(), PartitionSpec(_NETWORKS)
-    law = jax.tree.map(functools.partial(_on_devices, mesh, everywhere), law)
+    put = functools.partial(_on_devices, mesh)
 
-    def numbers(first: int) -> Array:
-        return _on_devices(mesh, each, np.arange(first, first + chunk, dtype=np.int32))
+    def arguments(laws: Laws, which: np.ndarray, numbers: np.ndarray) -> tuple[Laws, Array, Array]:
+        known = jax.tree.map(functools.partial(put, everywhere), laws)
+        return known, put(each, which), put(each, numbers)
 
-    lowered = _run.lower(*law, numbers(0), measured=measured, mesh=mesh, **static)
+    nobody = np.zeros(chunk, np.int32)
+    lowered = _run.lower(
+        *arguments(laws, nobody, nobody),
+        sampler=sampler,
+        measured=measured,
+        keep=keep,
+        block=block,
+        mesh=mesh,
+    )
     program = lowered.compile(compilation.options(seconds, computes_twice=True))
 
-    def run(first: int) -> dict[str, np.ndarray]:
-        found = program(*law, numbers(first))
+    def run(laws: Laws, which: np.ndarray, numbers: np.ndarray) -> dict[str, np.ndarray]:
+        found = program(*arguments(laws, which, numbers))
         if mesh.is_multi_process:
             found = multihost_utils.process_allgather(found, tiled=True)
         return dict(zip((s.key for s in measured), np.asarray(found), strict=True))
@@ -321,9 +377,8 @@ def _compiled(
 
 @functools.partial(jax.jit, static_argnames=("sampler", "measured", "keep", "block", "mesh"))
 def _run(
-    network: Network,
-    inputs: Array,
-    key: Array,
+    laws: Laws,
+    which: Array,
     numbers: Array,
     sampler: str,
     measured: tuple[Statistic, ...],
@@ -331,16 +386,19 @@ def _run(
     block: int,
     mesh: Mesh,
 ) -> Array:
-    """One chunk: the statistics of networks number ``numbers``, (statistics, chunk, layers)."""
+    """One chunk: the statistics of these networks of these laws, (statistics, chunk, layers)."""
 
-    def on_one_device(network: Network, inputs: Array, key: Array, numbers: Array) -> Array:
-        # Here, where the key is an argument: of a constant one, JAX 0.12 may compile without end.
-        key = threefry.fused(key)
+    def on_one_device(laws: Laws, which: Array, numbers: Array) -> Array:
+        several = laws.inputs.shape[0] > 1
 
-        def one(number: Array) -> Array:
+        def one(which: Array, number: Array) -> Array:
+            law = jax.tree.map(lambda leaf: leaf[which if several else 0], laws)
+            # Here, where the key is an argument: of a constant one, JAX 0.12 may compile without
+            # end.
+            key = threefry.fused(law.key)
             found = propagation.propagate(
-                network,
-                inputs,
+                law.network,
+                law.inputs,
                 jax.random.fold_in(key, number),
                 sampler=sampler,
                 wanted=measured,
@@ -350,34 +408,33 @@ def _run(
             return jnp.stack([found[s.key] for s in measured])
 
         found = (
-            jax.vmap(one)(numbers)
+            jax.vmap(one)(which, numbers)
             if len(numbers) == block
-            else jax.lax.map(one, numbers, batch_size=block)
+            else jax.lax.map(lambda pair: one(*pair), (which, numbers), batch_size=block)
         )
         return found.swapaxes(0, 1)
 
-    law = (network, inputs, key)
     if mesh.size == 1:
-        return on_one_device(*law, numbers)
+        return on_one_device(laws, which, numbers)
     everywhere, each = PartitionSpec(), PartitionSpec(_NETWORKS)
     shared = jax.shard_map(
         on_one_device,
         mesh=mesh,
-        in_specs=(everywhere, everywhere, everywhere, each),
+        in_specs=(everywhere, each, each),
         out_specs=PartitionSpec(None, _NETWORKS),
         check_vma=False,
     )
-    return shared(*law, numbers)
+    return shared(laws, which, numbers)
 
 
 # What became of a layer's signal, measured like a statistic but never reported as one.
-_OVERFLOWED = Statistic(
+OVERFLOWED = Statistic(
     "overflowed",
     "signal is not finite",
     measure=lambda s: ~jnp.all(jnp.isfinite(s.preactivation)),
     predict=lambda _: jnp.zeros(()),
 )
-_VANISHED = Statistic(
+VANISHED = Statistic(
     "vanished",
     "signal is zero",
     measure=lambda s: jnp.all(s.preactivation == 0),

@@ -9,8 +9,35 @@ remedies
     How to tackle them: a sick network, and every remedy beside it.
 point
     Everything that the theory says at one σ_w² and σ_b².
+
+Studies that a file describes, of any size (`gradflow study FILE`):
+
+description
+    The study file: a base network and axes over it, checked.
+plan
+    Which programs it takes, in which chunks, and how long.
+store
+    The folder that holds what is finished, whatever happens to the process.
+results
+    All of it with labels, theory beside it.
+execution
+    Running it.
+report
+    A page on what it found.
 """
 
-from gradflow.studies import jacobian_spectrum, note, point, remedies
+from gradflow.studies import (
+    description,
+    execution,
+    jacobian_spectrum,
+    note,
+    plan,
+    point,
+    remedies,
+    report,
+    results,
+    store,
+)
 
-__all__ = ["jacobian_spectrum", "note", "point", "remedies"]
+__all__ = ["description", "execution", "jacobian_spectrum", "note", "plan", "point", "remedies"]
+__all__ += ["report", "results", "store"]

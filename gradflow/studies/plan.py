@@ -1,0 +1,312 @@
+"""The plan of a study: which programs it takes, in which chunks its networks are drawn, how long.
+
+Points whose networks differ in numbers alone are one group, and have one compiled program. A group
+draws its networks in a line, those of its first point before those of the second; a chunk is a
+stretch of this line, what one call of the program draws. A chunk is large enough to be worth a file
+and small enough to be lost. What a round of chunks depends on, the block of networks in a vmap
+above all, is in the plan, so that a study that goes on has the same arithmetic as one that was
+never interrupted.
+"""
+
+import dataclasses
+import math
+from collections.abc import Iterator, Sequence
+
+import jax
+import numpy as np
+
+from gradflow.errors import InputError
+from gradflow.networks import Network
+from gradflow.simulation import memory, samplers
+from gradflow.studies.description import Study
+
+__all__ = ["Group", "Plan", "Segment", "Work", "groups", "check_memory", "make", "row_bytes"]
+
+# Seconds on one core that a chunk takes, or so.
+_CHUNK_SECONDS = 2.0
+# How many values a chunk hands back, at most.
+_CHUNK_VALUES = 1 << 23
+# Bytes of scales and inputs that one call is handed, at most, unless one point has more.
+_WINDOW_BYTES = 1 << 26
+# Seconds to trace and compile a program; of theory, for a layer of one input and for each pair of
+# inputs more, without a closed form: measured, on one core.
+_COMPILE_SECONDS = 6.0
+_THEORY_SECONDS, _THEORY_SECONDS_A_PAIR = 1e-4, 1e-3
+_SHIFT_SECONDS, _SHIFT_SECONDS_A_PAIR = 1e-4, 1e-2
+
+
+@dataclasses.dataclass(frozen=True)
+class Group:
+    """Points of one structure.
+
+    Attributes
+    ----------
+    network
+        That of the first of them.
+    sites
+        How many inputs each has.
+    numbers, names
+        The points in the study's order, and their names, uint64; each name is there once.
+    sampler, reason
+        How their networks are drawn.
+    """
+
+    network: Network
+    sites: int
+    numbers: np.ndarray
+    names: np.ndarray
+    sampler: str
+    reason: str
+
+    @property
+    def units(self) -> np.ndarray:
+        """How many units of all inputs a network has, shape (layers,)."""
+        return np.array(self.network.sites(self.sites)) * np.array(self.network.widths[1:])
+
+    @property
+    def seconds(self) -> float:
+        """How long one network takes on one core, or so."""
+        return samplers.seconds(self.sampler, self.network, self.sites)
+
+
+@dataclasses.dataclass(frozen=True)
+class Segment:
+    """Networks ``first`` to ``first + count`` of a point, given by its place in a `Work`."""
+
+    place: int
+    first: int
+    count: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Work:
+    """What a round draws of one group.
+
+    Attributes
+    ----------
+    names, first, count
+        By point: its name, its first network's number, and how many; arrays of one shape.
+    chunk, window
+        Networks a chunk, and the most points that one has.
+    block, keep, checkpoint
+        As in `memory.Plan`.
+    seconds
+        How long all of it will take on one core, which decides how it is compiled.
+    sampler
+        How networks are drawn.
+    """
+
+    names: np.ndarray
+    first: np.ndarray
+    count: np.ndarray
+    chunk: int
+    window: int
+    block: int
+    keep: bool
+    checkpoint: bool
+    seconds: float
+    sampler: str
+
+    @property
+    def networks(self) -> int:
+        """In all."""
+        return int(self.count.sum())
+
+    @property
+    def chunks(self) -> int:
+        """How many there are."""
+        return -(-self.networks // self.chunk)
+
+    def segments(self, chunk: int) -> Iterator[Segment]:
+        """Yield what a chunk draws, in order."""
+        ends = np.cumsum(self.count)
+        start = chunk * self.chunk
+        stop = min(start + self.chunk, self.networks)
+        place = int(np.searchsorted(ends, start, side="right"))
+        while start < stop:
+            begin = int(ends[place] - self.count[place])
+            until = min(int(ends[place]), stop)
+            yield Segment(place, int(self.first[place]) + start - begin, until - start)
+            start, place = until, place + 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What will be done, before any of it is.
+
+    Attributes
+    ----------
+    groups, works
+        One of each for each structure.
+    chunk_bytes, available
+        The most memory that simulating takes at a time, and what is free or allowed.
+    seconds
+        How long it will take in all, or so, with all the cores or devices there are.
+    output_bytes
+        The size of the results.
+    """
+
+    groups: tuple[Group, ...]
+    works: tuple[Work, ...]
+    chunk_bytes: int
+    available: int
+    seconds: float
+    output_bytes: int
+
+    @property
+    def networks(self) -> int:
+        """In all; with a target, of the first round."""
+        return sum(work.networks for work in self.works)
+
+
+def groups(study: Study) -> tuple[Group, ...]:
+    """Return the structures of a study's points.
+
+    Raises
+    ------
+    InputError
+        If the fields of a point do not go together.
+    """
+    known: dict[str, tuple] = {}
+    members: dict[tuple, list[tuple[int, int]]] = {}
+    first: dict[tuple, Network] = {}
+    seen: set[int] = set()
+    for number, point in enumerate(study.points()):
+        if point.name in seen:
+            continue
+        seen.add(point.name)
+        text = point.structure
+        if text not in known:
+            network = dataclasses.replace(point.network(), name="")
+            sites = point.settings["batch"]
+            known[text] = (jax.tree.structure(network), sites, network.input_width)
+            first.setdefault(known[text], network)
+        members.setdefault(known[text], []).append((number, point.name))
+    found = []
+    for key, those in members.items():
+        network, sites = first[key], key[1]
+        sampler, reason = samplers.choose(study.sampling.sampler, network, sites)
+        numbers = np.array([number for number, _ in those], np.int64)
+        names = np.array([name for _, name in those], np.uint64)
+        found.append(Group(network, sites, numbers, names, sampler, reason))
+    return tuple(found)
+
+
+def make(
+    study: Study,
+    found: Sequence[Group],
+    done: dict[int, int] | None = None,
+    wanted: dict[int, int] | None = None,
+    devices: Sequence[jax.Device] = (),
+) -> Plan:
+    """Return the plan of a round.
+
+    Parameters
+    ----------
+    study, found
+        The study and its `groups`.
+    done
+        Networks that points have already, by name; none without it.
+    wanted
+        Networks that points shall have, by name; without it what the study says, or a first round.
+    devices
+        Who draws them; all of JAX's devices without it.
+
+    Raises
+    ------
+    InputError
+        If not even one network fits into memory.
+    """
+    devices = tuple(devices or jax.devices())
+    done = done or {}
+    works, used, free, seconds = [], 0, 0, 0.0
+    cores = len(devices)
+    for group in found:
+        names = group.names.tolist()
+        first = np.array([done.get(name, 0) for name in names], np.int64)
+        goal = [study.sampling.networks if wanted is None else wanted.get(n, 0) for n in names]
+        count = np.maximum(np.array(goal, np.int64) - first, 0)
+        rest = count > 0
+        if not rest.any():
+            continue
+        work, plan = _work(study, group, group.names[rest], first[rest], count[rest], devices)
+        works.append(work)
+        cores = max(plan.workers, len(devices))
+        used, free = max(used, plan.bytes_needed), plan.bytes_available
+        seconds += _COMPILE_SECONDS + work.seconds / cores
+        fresh = int(np.count_nonzero(first[rest] == 0))
+        seconds += fresh * _theory_seconds(study, group) / cores
+    output = sum(len(group.names) * row_bytes(study, group.network.depth) for group in found)
+    return Plan(tuple(found), tuple(works), used, free, seconds, output)
+
+
+def row_bytes(study: Study, depth: int) -> int:
+    """Return the size of what is kept of one point: five numbers, theory, z; histograms."""
+    bins = sum(histogram.bins + 2 for histogram in study.histograms.values())
+    return 8 * depth * (11 * len(study.statistics) + 2 + bins)
+
+
+def _theory_seconds(study: Study, group: Group) -> float:
+    pairs = group.sites * (group.sites - 1) / 2
+    each = _THEORY_SECONDS * group.sites + _THEORY_SECONDS_A_PAIR * pairs
+    if study.finite_width:
+        each += _SHIFT_SECONDS * group.sites + _SHIFT_SECONDS_A_PAIR * pairs
+    return each * group.network.depth
+
+
+def _work(
+    study: Study,
+    group: Group,
+    names: np.ndarray,
+    first: np.ndarray,
+    count: np.ndarray,
+    devices: Sequence[jax.Device],
+) -> tuple[Work, memory.Plan]:
+    total, itemsize = int(count.sum()), np.dtype(study.sampling.dtype).itemsize
+    budget = study.sampling.memory_gib
+    plan = memory.plan(
+        group.network,
+        group.sites,
+        group.sampler,
+        total,
+        budget=None if budget is None else int(budget * 2**30),
+        itemsize=itemsize,
+        devices=devices,
+    )
+    together = plan.block * len(devices)
+    values = group.network.depth * (len(study.statistics) + 2)
+    # Of one point there may be as few as one network in a chunk, and so as many points as networks.
+    each_point = itemsize * group.sites * group.network.input_width
+    per_point = max(1, int(count.min()))
+    most = min(
+        _CHUNK_SECONDS / group.seconds,
+        _CHUNK_VALUES / values,
+        per_point * max(1, _WINDOW_BYTES // each_point - 1),
+    )
+    blocks = -(-total // together)
+    calls = max(math.ceil(blocks / max(1, most // together)), min(blocks, plan.workers))
+    chunk = together * math.ceil(blocks / calls)
+    work = Work(
+        names=names,
+        first=first,
+        count=count,
+        chunk=chunk,
+        window=min(len(names), chunk // per_point + 2),
+        block=plan.block,
+        keep=plan.keep,
+        checkpoint=plan.checkpoint,
+        seconds=total * group.seconds,
+        sampler=group.sampler,
+    )
+    return work, plan
+
+
+def check_memory(study: Study, plan: Plan) -> None:
+    """Raise `InputError` if the results do not fit into memory, where they are put together."""
+    free = memory.available() if study.sampling.memory_gib is None else plan.available
+    if 2 * plan.output_bytes > free:
+        raise InputError(
+            f"the results of {len(study)} points take {plan.output_bytes / 2**30:.3g} GiB, and "
+            f"twice that does not fit into the {free / 2**30:.3g} GiB that are free; use fewer "
+            "points, layers, statistics or bins"
+        )

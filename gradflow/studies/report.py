@@ -1,0 +1,374 @@
+"""The report of a study: one page of HTML that needs nothing else, from its labelled results.
+
+Figures are SVG in the page itself; there is no script, and no address that a browser would open.
+Every text that comes from a file is escaped.
+"""
+
+import html
+import io
+import json
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import matplotlib
+import numpy as np
+import scipy.stats
+import xarray
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from gradflow import statistics
+from gradflow.figures import COLOURS, MARKERS
+from gradflow.studies import results
+
+__all__ = ["page"]
+
+# Points that a figure by layer shows; statistics that have one.
+_SHOWN = len(MARKERS)
+_BY_LAYER = ("q", "correlation", "saturation", "chi", "log_gradient_norm")
+# z-scores beyond which maps have the colour of their ends.
+_MOST_Z = 6.0
+_WORST = 12
+
+
+def page(dataset: xarray.Dataset) -> str:
+    """Return the report of a study's results, as HTML."""
+    title = dataset.attrs["title"] or "A study without a title"
+    rows = [results.agreement(dataset, name) for name in _names(dataset)]
+    parts = [
+        f"<h1>{_safe(title)}</h1>",
+        f"<p class=question>{_safe(dataset.attrs['question'])}</p>",
+        f"<p>{_method()}</p>",
+        _facts(dataset),
+        "<h2>Theory against measurement</h2>",
+        f"<p>{_verdict(rows)}</p>",
+        _agreement_table(rows),
+        *(_figure(figure, caption) for figure, caption in _figures(dataset)),
+        "<h2>Where they disagree most</h2>",
+        _worst_table(dataset),
+        "<h2>How to make it again</h2>",
+        _reproduction(dataset),
+    ]
+    return _PAGE.format(title=_safe(title), style=_STYLE, body="\n".join(parts))
+
+
+_STYLE = """
+body { font: 16px/1.5 system-ui, sans-serif; color: #111; margin: 0 auto; padding: 1rem;
+  max-width: 62rem; overflow-wrap: break-word; }
+h1 { font-size: 1.6rem; line-height: 1.2; margin: .5rem 0; }
+h2 { font-size: 1.2rem; margin: 2rem 0 .5rem; }
+.question { font-size: 1.1rem; color: #444; white-space: pre-line; }
+.wide { overflow-x: auto; }
+table { border-collapse: collapse; font-size: .875rem; font-variant-numeric: tabular-nums; }
+th, td { padding: .25rem .75rem .25rem 0; text-align: right; border-bottom: 1px solid #ddd; }
+th { border-bottom-color: #888; vertical-align: bottom; }
+th.text, td.text { text-align: left; }
+td { white-space: nowrap; }
+td.text { white-space: normal; }
+figure { margin: 1.5rem 0; }
+figure svg { width: 100%; height: auto; max-width: var(--width); display: block;
+  min-width: min(var(--width), 36rem); }
+figcaption { font-size: .875rem; color: #444; }
+pre { background: #f4f4f4; padding: .75rem; overflow-x: auto; font-size: .8125rem; }
+@media print { body { max-width: none; } figure, tr { break-inside: avoid; }
+  pre { white-space: pre-wrap; } }
+"""
+_PAGE = """<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{title}</title>
+<style>{style}</style>
+</head>
+<body>
+{body}
+</body>
+</html>
+"""
+
+
+def _safe(text: object) -> str:
+    return html.escape(str(text), quote=True)
+
+
+def _names(dataset: xarray.Dataset) -> list[str]:
+    return list(dataset.attrs["statistics"].split())
+
+
+def _axes(dataset: xarray.Dataset) -> list[str]:
+    return list(dataset.attrs["axes"].split())
+
+
+def _number(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def _method() -> str:
+    return (
+        "Random networks are drawn, the inputs are sent up through each and gradients down, and "
+        "every statistic is averaged over networks; theory is that of infinite width, in float64, "
+        "and z is the difference of the two in standard errors of the mean over networks."
+    )
+
+
+def _facts(dataset: xarray.Dataset) -> str:
+    axes = _axes(dataset)
+    drawn = json.loads(dataset.attrs["drawn_with"])
+    facts = {
+        "grid": " × ".join(f"{axis} ({dataset.sizes[axis]})" for axis in axes) or "one point",
+        "networks": f"{dataset.attrs['networks']:.0f} in all, in {dataset.attrs['dtype']}",
+        "layers": str(dataset.sizes["layer"]),
+        "drawn": "; ".join(json.loads(dataset.attrs["samplers"])),
+        "with": "; ".join(
+            f"gradflow {d['gradflow']}, JAX {d['jax']}, {d['devices']} × {d['device']}"
+            for d in drawn
+        ),
+    }
+    lines = (f"<tr><th class=text>{_safe(k)}<td class=text>{_safe(v)}" for k, v in facts.items())
+    return f"<div class=wide><table>{''.join(lines)}</table></div>"
+
+
+def _verdict(rows: Sequence[dict[str, Any]]) -> str:
+    total = sum(row["values"] for row in rows)
+    if not total:
+        return "Nothing is compared: there is no standard error, or no theory."
+    within = sum(row["within"] * row["values"] for row in rows if row["values"]) / total
+    # Of values that theory is right about, Student's t aside.
+    expected = 1 - 2 * scipy.stats.norm.sf(results.LARGE)
+    sentence = (
+        f"{100 * within:.4g} % of {total} values are within {results.LARGE:g} standard errors of "
+        f"the theory of infinite width ({100 * expected:.4g} % would be where theory is exact)"
+    )
+    known = [row for row in rows if not math.isnan(row["within_finite_width"])]
+    if known:
+        count = sum(row["known_finite_width"] for row in known)
+        share = sum(row["within_finite_width"] * row["known_finite_width"] for row in known) / count
+        sentence += (
+            f"; {100 * share:.4g} % of {count} are when theory's first order in 1/width is added"
+        )
+    return f"{sentence}."
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]], texts: Sequence[int] = (0,)) -> str:
+    def cells(tag: str, row: Sequence[str]) -> str:
+        classes = (" class=text" if place in texts else "" for place in range(len(row)))
+        return "".join(f"<{tag}{c}>{_safe(cell)}" for c, cell in zip(classes, row, strict=True))
+
+    body = "".join(f"<tr>{cells('td', row)}" for row in rows)
+    return f"<div class=wide><table><tr>{cells('th', head)}{body}</table></div>"
+
+
+def _agreement_table(rows: Sequence[dict[str, Any]]) -> str:
+    head = ("statistic", "values", f"|z| < {results.LARGE:g}", "with the width's effect")
+    return _table(
+        (*head, "largest |z|"),
+        [
+            (
+                row["statistic"],
+                str(row["values"]),
+                _percent(row["within"]),
+                _percent(row["within_finite_width"]),
+                _number(row["largest_z"]),
+            )
+            for row in rows
+        ],
+    )
+
+
+def _percent(share: float) -> str:
+    return "–" if math.isnan(share) else f"{100 * share:.4g} %"
+
+
+def _worst_table(dataset: xarray.Dataset) -> str:
+    found = []
+    for name in _names(dataset):
+        plain = dataset[f"{name}_z"]
+        z = dataset.get(f"{name}_finite_width_z", plain)
+        z = z if bool(np.isfinite(z).any()) else plain
+        sizes = np.abs(np.nan_to_num(z.to_numpy(), nan=0.0)).ravel()
+        for flat in np.argsort(-sizes, kind="stable")[:_WORST]:
+            place = dict(zip(z.dims, np.unravel_index(flat, z.shape), strict=True))
+            there = dataset.isel({k: int(v) for k, v in place.items()})
+            where = ", ".join(f"{k} {_number(there[k].item())}" for k in z.dims)
+            values = (float(there[name]), float(there[f"{name}_theory"]), float(there[f"{name}_z"]))
+            found.append((sizes[flat], name, where, *values, float(z.to_numpy().ravel()[flat])))
+    found.sort(key=lambda row: -row[0])
+    return (
+        "<p>By their distance in standard errors from theory, with the first order in 1/width "
+        "where it is known.</p>"
+    ) + _table(
+        ("statistic", "where", "measured", "theory", "z", "z with the width"),
+        [(name, where, *map(_number, values)) for _, name, where, *values in found[:_WORST]],
+        texts=(0, 1),
+    )
+
+
+def _reproduction(dataset: xarray.Dataset) -> str:
+    return (
+        "<p>With this file as <code>study.toml</code>, and the versions above, "
+        "<code>gradflow study study.toml --out DIR</code> draws the same networks: "
+        f"{_safe(dataset.attrs['key'])}.</p><pre>{_safe(dataset.attrs['study'])}</pre>"
+    )
+
+
+# Figures.
+
+
+def _figure(figure: Figure, caption: str) -> str:
+    """Return a figure as part of a page: no prolog, no date, and names of its own."""
+    buffer = io.StringIO()
+    with matplotlib.rc_context({"svg.hashsalt": caption, "svg.fonttype": "path"}):
+        figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
+    svg = buffer.getvalue()
+    width = f"{figure.get_figwidth():g}in"
+    return (
+        f'<figure style="--width: {width}"><div class=wide>{svg[svg.index("<svg") :]}</div>'
+        f"<figcaption>{_safe(caption)}</figcaption></figure>"
+    )
+
+
+def _figures(dataset: xarray.Dataset) -> Iterator[tuple[Figure, str]]:
+    plane = [
+        axis
+        for axis in _axes(dataset)
+        if dataset.sizes[axis] > 3 and np.issubdtype(dataset[axis].dtype, np.number)
+    ]
+    if len(plane) >= 2:
+        rest = {axis: dataset.sizes[axis] // 2 for axis in _axes(dataset) if axis not in plane[:2]}
+        there = dataset.isel(rest)
+        at = ", ".join(f"{axis} {_number(there[axis].item())}" for axis in rest)
+        for name in _names(dataset):
+            if name in _BY_LAYER:
+                yield _map(there, name, plane[0], plane[1], at)
+    else:
+        for name in _names(dataset):
+            if name in _BY_LAYER:
+                yield _lines(dataset, name)
+    yield _distribution(dataset)
+
+
+def _kept(dataset: xarray.Dataset, name: str) -> tuple[xarray.DataArray, ...]:
+    """Return a statistic measured, its error and theory, as a logarithm where it has one."""
+    key = f"log_{name}" if f"log_{name}" in dataset else name
+    return dataset[key], dataset[f"{key}_standard_error"], dataset[f"{key}_theory"]
+
+
+def _label(name: str) -> str:
+    known = {statistic.name: statistic for statistic in statistics.ALL}[name]
+    return f"log {known.label}" if known.log else known.label
+
+
+def _map(dataset: xarray.Dataset, name: str, x: str, y: str, at: str) -> tuple[Figure, str]:
+    """Draw measurement, theory and z over two axes.
+
+    Of gradients at the first layer, which they reach last, and of signals at the top.
+    """
+    layer = 0 if name in ("chi", "log_gradient_norm") else -1
+    there = dataset.isel(layer=layer)
+    measured, _, predicted = (v.transpose(y, x) for v in _kept(there, name))
+    panels = [("measured", measured), ("theory", predicted)]
+    panels.append(("z, difference in standard errors", there[f"{name}_z"].transpose(y, x)))
+    corrected = f"{name}_finite_width_z"
+    if corrected in dataset and bool(np.isfinite(there[corrected]).any()):
+        panels.append(("z with the width's effect", there[corrected].transpose(y, x)))
+    both = np.concatenate([measured.to_numpy().ravel(), predicted.to_numpy().ravel()])
+    both = both[np.isfinite(both)]
+    limits = (both.min(), both.max()) if both.size else (0.0, 1.0)
+    figure = Figure(figsize=(3.4 * len(panels), 3.2), layout="constrained")
+    for axes, (title, values) in zip(
+        np.atleast_1d(figure.subplots(1, len(panels), sharey=True)), panels, strict=True
+    ):
+        is_z = title.startswith("z")
+        low, high = (-_MOST_Z, _MOST_Z) if is_z else limits
+        image = axes.pcolormesh(
+            values[x],
+            values[y],
+            values,
+            vmin=low,
+            vmax=high,
+            cmap="RdBu_r" if is_z else "viridis",
+            shading="nearest",
+            rasterized=True,
+        )
+        figure.colorbar(image, ax=axes, extend="both" if is_z else "neither")
+        axes.set_facecolor("0.75")
+        axes.set_title(title, fontsize=10)
+        axes.set_xlabel(x)
+    figure.axes[0].set_ylabel(y)
+    number = int(dataset.layer[layer])
+    where = f"; {at}" if at else ""
+    return figure, f"{_label(name)} at layer {number}, over {x} and {y}{where}."
+
+
+def _lines(dataset: xarray.Dataset, name: str) -> tuple[Figure, str]:
+    """Draw a statistic by layer at some points: theory as lines, measurement with error bars."""
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.subplots()
+    measured, error, predicted = _kept(dataset, name)
+    shape = measured.shape[:-1]
+    count = math.prod(shape)
+    chosen = np.unique(np.linspace(0, count - 1, min(count, _SHOWN)).round().astype(int))
+    for index, flat in enumerate(chosen):
+        place = dict(zip(measured.dims, np.unravel_index(flat, shape), strict=False))
+        place = {axis: int(number) for axis, number in place.items()}
+        label = ", ".join(
+            f"{axis} {_number(dataset[axis][number].item())}" for axis, number in place.items()
+        )
+        there = (measured.isel(place), error.isel(place), predicted.isel(place))
+        _points(axes, there, index, label)
+    axes.set_xlabel("layer")
+    axes.set_ylabel(_label(name))
+    if shape:
+        axes.legend(fontsize=8)
+    some = f", at {len(chosen)} of {count} points" if len(chosen) < count else ""
+    return figure, (
+        f"{_label(name)} by layer{some}: theory as lines, measurement as points with two standard "
+        "errors."
+    )
+
+
+def _points(axes: Axes, values: tuple[xarray.DataArray, ...], index: int, label: str) -> None:
+    measured, error, predicted = values
+    colour = COLOURS[index % len(COLOURS)]
+    axes.plot(predicted.layer, predicted, color=colour, linewidth=1.2)
+    every = slice(None, None, max(1, measured.sizes["layer"] // 20))
+    axes.errorbar(
+        measured.layer[every],
+        measured[every],
+        2 * error[every],
+        color=colour,
+        marker=MARKERS[index],
+        markersize=4,
+        markerfacecolor="white",
+        linestyle="none",
+        capsize=2,
+        label=label,
+    )
+
+
+def _distribution(dataset: xarray.Dataset) -> tuple[Figure, str]:
+    """Draw how all z are spread, beside a normal distribution's density."""
+    figure = Figure(figsize=(7, 3.2), layout="constrained")
+    axes = figure.subplots()
+    edges = np.linspace(-2 * _MOST_Z, 2 * _MOST_Z, 61)
+    kinds = {"z": "infinite width", "finite_width_z": "with the width's effect"}
+    for (suffix, label), colour in zip(kinds.items(), COLOURS, strict=False):
+        those = [
+            dataset[f"{n}_{suffix}"].to_numpy().ravel()
+            for n in _names(dataset)
+            if f"{n}_{suffix}" in dataset
+        ]
+        z = np.concatenate(those) if those else np.zeros(0)
+        z = np.clip(z[np.isfinite(z)], edges[0], edges[-1])
+        if z.size:
+            axes.hist(z, edges.tolist(), density=True, histtype="step", color=colour, label=label)
+    at = np.linspace(edges[0], edges[-1], 400)
+    axes.plot(at, scipy.stats.norm.pdf(at), color="0.4", linewidth=1, label="by chance: N(0, 1)")
+    axes.set(xlabel="z", ylabel="density", yscale="log", ylim=(1e-5, 1))
+    axes.legend(fontsize=8)
+    return figure, (
+        "z of all statistics, points and layers; those beyond the axis are in its end bins. Values "
+        "of one network are not independent of each other."
+    )

@@ -1,0 +1,267 @@
+"""The results of a study, labelled: every statistic over the axes and layers, theory beside it."""
+
+import dataclasses
+import json
+import math
+import os
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import xarray
+
+from gradflow import comparison, statistics
+from gradflow.estimation import Estimate
+from gradflow.networks import Network
+from gradflow.studies import store as stores
+from gradflow.studies.description import Point, Study
+from gradflow.studies.plan import Group
+from gradflow.studies.store import Found, Store
+
+__all__ = ["FILE", "LARGE", "agreement", "assemble", "of_group", "one", "theory", "write"]
+
+FILE = "results.nc"
+# A z beyond this is told of: 1 in 16 000 by chance.
+LARGE = 4.0
+
+
+def theory(study: Study, points: Sequence[Point]) -> dict[str, np.ndarray]:
+    """Return what theory says of points of one structure, in float64.
+
+    Returns
+    -------
+    dict
+        ``names``; ``predicted`` and ``shift``, shape (points, statistics, layers), in the unit that
+        each statistic is kept in. ``shift`` is what the width does, to first order in 1/width; NaN
+        where theory does not say, or is not asked.
+    """
+    keys = [statistic.key for statistic in study.statistics]
+
+    def of(point: Point) -> tuple[np.ndarray, np.ndarray]:
+        network, inputs = point.network(), point.inputs()
+        found = comparison.predict_float64(network, inputs)
+        predicted = np.stack([np.asarray(found.values[key], np.float64) for key in keys])
+        shift = np.full_like(predicted, np.nan)
+        corrections = comparison.correct_float64(network, inputs) if study.finite_width else None
+        if corrections is not None:
+            shift[:] = [corrections.shift[key] for key in keys]
+        return predicted, shift
+
+    # The first compiles what the others use, side by side.
+    found = [of(points[0])]
+    with ThreadPoolExecutor(min(os.cpu_count() or 1, 8)) as pool:
+        found += pool.map(of, points[1:])
+    predicted, shift = (np.stack(parts) for parts in zip(*found, strict=True))
+    names = np.array([point.name for point in points], np.uint64)
+    return {"names": names, "predicted": predicted, "shift": shift}
+
+
+def of_group(group: Group, store: Store) -> Found | None:
+    """Return all that is known of a group's points, in its order; None if there is nothing."""
+    known = set(group.names.tolist())
+    those = {
+        (number, place)
+        for number in range(store.rounds)
+        for place, work in enumerate(store.works(number))
+        if int(work.names[0]) in known
+    }
+    return stores.combined(store.found(lambda *of: of in those), group.names)
+
+
+def one(found: Found, place: int) -> Estimate:
+    """Return the estimate of one of the statistics, shape (points, layers)."""
+    return jax.tree.map(lambda leaf: leaf[:, place], found.estimates)
+
+
+def assemble(study: Study, found: Sequence[Group], store: Store) -> xarray.Dataset:
+    """Return everything, over the study's axes and layers; NaN where there is nothing."""
+    depth = max(group.network.depth for group in found)
+    rows: dict[int, list[int]] = {}
+    for number, point in enumerate(study.points()):
+        rows.setdefault(point.name, []).append(number)
+    grid = _Grid(study, depth, rows)
+    for group in found:
+        total = of_group(group, store)
+        _put_laws(grid, study, group)
+        if total is not None:
+            _put(grid, study, group, total, _theory_of(group, store, total))
+    coordinates: dict[str, Any] = {"layer": statistics.layers(depth)}
+    for axis in study.axes:
+        if len(axis.values) > 1:
+            coordinates[axis.name] = np.arange(len(axis))
+        coordinates |= {field: (axis.name, list(v)) for field, v in axis.values.items()}
+    for name, histogram in study.histograms.items():
+        edges = histogram.edges
+        coordinates[f"{name}_bin"] = (edges[1:] + edges[:-1]) / 2
+    dataset = xarray.Dataset(grid.variables(), coords=coordinates)
+    for statistic in study.statistics:
+        for name in (statistic.name, f"{statistic.name}_theory"):
+            dataset[name].attrs["long_name"] = statistic.label
+    return statistics.labelled(dataset).assign_attrs(
+        title=study.title,
+        question=study.question,
+        study=study.text,
+        dtype=study.sampling.dtype,
+        networks=float(sum(store.networks().values())),
+        points=len(study),
+        axes=" ".join(axis.name for axis in study.axes),
+        statistics=" ".join(statistic.name for statistic in study.statistics),
+        key="network i of a point has fold_in(point.key, i): gradflow.studies.description.Point",
+        drawn_with=json.dumps(store.drawn_with, sort_keys=True),
+        samplers=json.dumps(sorted({f"{group.sampler}: {group.reason}" for group in found})),
+    )
+
+
+def write(study: Study, found: Sequence[Group], store: Store) -> Path:
+    """Write the results into the store, as netCDF 3, and return the file."""
+    dataset = assemble(study, found, store)
+    return store.publish(FILE, lambda path: dataset.to_netcdf(path, engine="scipy"))
+
+
+def agreement(dataset: xarray.Dataset, name: str) -> dict[str, Any]:
+    """Return how measurement and theory of a statistic agree, over all points and layers."""
+    z = np.abs(dataset[f"{name}_z"].to_numpy())
+    corrected = dataset.get(f"{name}_finite_width_z")
+    known = np.full(1, np.nan) if corrected is None else np.abs(corrected.to_numpy())
+    found: dict[str, Any] = {
+        "statistic": name,
+        "values": int(np.isfinite(z).sum()),
+        "within": _within(z),
+        "within_finite_width": _within(known),
+        "known_finite_width": int(np.isfinite(known).sum()),
+        "largest_z": math.nan,
+        "measured": math.nan,
+        "theory": math.nan,
+        "where": {},
+    }
+    if not found["values"]:
+        return found
+    place = np.unravel_index(np.nanargmax(z), z.shape)
+    there = dataset.isel(dict(zip(dataset[f"{name}_z"].dims, map(int, place), strict=True)))
+    return found | {
+        "largest_z": float(z[place]),
+        "measured": float(there[name]),
+        "theory": float(there[f"{name}_theory"]),
+        "where": {str(k): there[k].item() for k in dataset[f"{name}_z"].dims},
+    }
+
+
+def _within(z: np.ndarray) -> float:
+    """Return the share of those that are known which are small."""
+    known = z[np.isfinite(z)]
+    return float(np.mean(known < LARGE)) if known.size else math.nan
+
+
+@dataclasses.dataclass
+class _Grid:
+    """Arrays over a study's axes and what is beyond them, filled point by point."""
+
+    study: Study
+    depth: int
+    rows: dict[int, list[int]]
+    arrays: dict[str, tuple[tuple[str, ...], np.ndarray]] = dataclasses.field(default_factory=dict)
+
+    def put(
+        self, name: str, group: Group, values: np.ndarray, beyond: tuple[str, ...] = ("layer",)
+    ) -> None:
+        """Put values of a group's points, (points, layers, …) or (points,), in their places."""
+        rest = values.shape[1:]
+        if rest:
+            rest = (self.depth, *rest[1:])
+        if name not in self.arrays:
+            self.arrays[name] = (beyond, np.full((len(self.study), *rest), np.nan))
+        array = self.arrays[name][1]
+        for name_of, value in zip(group.names.tolist(), values, strict=True):
+            for row in self.rows[name_of]:
+                array[(row, slice(len(value))) if rest else row] = value
+
+    def variables(self) -> dict[str, tuple[tuple[str, ...], np.ndarray]]:
+        """Return the arrays with their dimensions."""
+        dims = tuple(axis.name for axis in self.study.axes)
+        return {
+            name: ((*dims, *beyond), array.reshape(*self.study.shape, *array.shape[1:]))
+            for name, (beyond, array) in self.arrays.items()
+        }
+
+
+def _put(
+    grid: _Grid, study: Study, group: Group, total: Found, laws: dict[str, np.ndarray]
+) -> None:
+    for place, statistic in enumerate(study.statistics):
+        name, estimate = statistic.name, one(total, place)
+        predicted, shift = laws["predicted"][:, place], laws["shift"][:, place]
+        measured, error, z = comparison.differences(
+            statistic,
+            predicted,
+            estimate,
+            estimate.count * group.units,
+            study.sampling.dtype,
+        )
+        grid.put(name, group, estimate.value)
+        grid.put(f"{name}_standard_deviation", group, estimate.standard_deviation)
+        grid.put(f"{name}_standard_error", group, estimate.standard_error)
+        grid.put(f"{name}_networks", group, estimate.count)
+        if statistic.log:
+            grid.put(statistic.key, group, measured)
+            grid.put(f"{statistic.key}_standard_error", group, error)
+            grid.put(f"{statistic.key}_theory", group, predicted)
+            with np.errstate(over="ignore"):
+                grid.put(f"{name}_theory", group, np.exp(predicted))
+        else:
+            grid.put(f"{name}_theory", group, predicted)
+        grid.put(f"{name}_z", group, z)
+        if study.finite_width:
+            corrected = comparison.differences(
+                statistic,
+                predicted + shift,
+                estimate,
+                estimate.count * group.units,
+                study.sampling.dtype,
+            )[2]
+            grid.put(f"{name}_finite_width_shift", group, shift)
+            grid.put(f"{name}_finite_width_z", group, corrected)
+        if name in total.histograms:
+            counts = total.histograms[name]
+            grid.put(f"{name}_histogram", group, counts[..., 1:-1], ("layer", f"{name}_bin"))
+            grid.put(f"{name}_histogram_below", group, counts[..., 0])
+            grid.put(f"{name}_histogram_above", group, counts[..., -1])
+    grid.put("overflowed", group, total.failures[:, 0])
+    grid.put("vanished", group, total.failures[:, 1])
+
+
+def _put_laws(grid: _Grid, study: Study, group: Group) -> None:
+    points = [study.point(int(number)) for number in group.numbers]
+    variance = np.stack([_weight_variance(point.network()) for point in points])
+    grid.put("weight_variance", group, variance)
+
+
+def _weight_variance(network: Network) -> np.ndarray:
+    """Return the variance of each layer's weights, the mean over its matrices' entries."""
+    found = []
+    widths = iter(network.shapes)
+    for stage in network.stages:
+        layers = jax.tree.leaves(stage.block, is_leaf=lambda b: hasattr(b, "sigma_w"))
+        scales = np.array([b.sigma_w for b in layers if hasattr(b, "sigma_w")], float)
+        for _ in range(stage.repeats):
+            shapes = np.array(next(widths), float).reshape(-1, 2)
+            entries = shapes.prod(axis=1)
+            known = len(entries) == len(scales) > 0
+            found.append(
+                np.sum(entries * scales**2 / shapes[:, 1]) / entries.sum() if known else np.nan
+            )
+    return np.array(found)
+
+
+def _theory_of(group: Group, store: Store, like: Found) -> dict[str, np.ndarray]:
+    place = {name: row for row, name in enumerate(group.names.tolist())}
+    found = {name: np.full(like.estimates.mean.shape, np.nan) for name in ("predicted", "shift")}
+    for block in store.theory():
+        rows = [n for n, name in enumerate(block["names"].tolist()) if name in place]
+        there = [place[int(block["names"][n])] for n in rows]
+        if rows:
+            for name, array in found.items():
+                array[there] = block[name][rows]
+    return found

@@ -1,0 +1,527 @@
+"""The store of a study: a folder that holds what is finished, whatever happens to the process.
+
+    study.toml          the study file, as it was given
+    store.json          what may not change, and what the networks were drawn with
+    rounds/0000.npz     which networks of which points a round draws, in which chunks
+    chunks/…            what chunks found: estimates that can be merged
+    theory/…            what theory says of points
+    results.nc          all of it, labelled, when the study is finished
+    log.jsonl           when what was done, and how long it took; nothing depends on it
+    lock                held by the process that writes
+
+Each file is written beside its place, brought to the disk and then renamed, so that it is there
+whole or not at all. A group's chunks are finished in order. Every `_FAN` of them are merged into
+one file, and so are those, always the same ones and in the same order: there are few files, and
+each estimate has the same bits whether or not the study was interrupted.
+"""
+
+import contextlib
+import dataclasses
+import errno
+import fcntl
+import io
+import json
+import os
+import platform
+import time
+import zipfile
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+import gradflow.estimation
+from gradflow.errors import InputError
+from gradflow.estimation import Estimate
+from gradflow.studies import description
+from gradflow.studies.description import Study
+from gradflow.studies.plan import Work
+
+__all__ = ["Found", "Store", "combined", "works_of"]
+
+_FORMAT = 1
+# How a file is called before it is in its place; what there is before store.json.
+_WRITING = ".writing-"
+_BEGUN = {"lock", "rounds", "chunks", "theory", "study.toml"}
+# How many files are merged into one, unless that had more bytes than this.
+_FAN = 32
+_MERGED_BYTES = 1 << 26
+_BY_POINT = ("names", "first", "count")
+_FIELDS = ("count", "excluded", "mean", "squares", "log_unit")
+
+
+@dataclasses.dataclass(frozen=True)
+class Found:
+    """What networks of some points did; every array has a leading axis of points.
+
+    Attributes
+    ----------
+    names
+        The points', uint64, each once.
+    estimates
+        Arrays of shape (points, statistics, layers).
+    failures
+        Shape (points, 2, layers): in how many networks the signal overflowed, and vanished.
+    histograms
+        By statistic, shape (points, layers, bins + 2): networks below, in and above the bins.
+    """
+
+    names: np.ndarray
+    estimates: Estimate
+    failures: np.ndarray
+    histograms: Mapping[str, np.ndarray]
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        """Return all of it by name, as files have it."""
+        found = {field: getattr(self.estimates, field) for field in _FIELDS}
+        found |= {f"histogram/{name}": counts for name, counts in self.histograms.items()}
+        return found | {"names": self.names, "failures": self.failures}
+
+    @classmethod
+    def of(cls, arrays: Mapping[str, np.ndarray]) -> "Found":
+        """Return what such arrays hold."""
+        prefix = "histogram/"
+        return cls(
+            names=arrays["names"],
+            estimates=Estimate(**{field: arrays[field] for field in _FIELDS}),
+            failures=arrays["failures"],
+            histograms={
+                key.removeprefix(prefix): arrays[key] for key in arrays if key.startswith(prefix)
+            },
+        )
+
+    @property
+    def bytes(self) -> int:
+        """Its size in memory, and in a file."""
+        return sum(array.nbytes for array in self.arrays().values())
+
+
+def combined(parts: Iterable[Found], names: np.ndarray | None = None) -> Found | None:
+    """Return several of one depth merged in their order; None of none.
+
+    With ``names`` only those of these points, in this order, and all of them: those that are in no
+    part have a count of 0.
+    """
+    total: dict[str, np.ndarray] = {}
+    place: dict[int, int] = {}
+    for part in parts:
+        arrays = part.arrays()
+        if not total:
+            known = part.names[:0] if names is None else names
+            total = {key: _empty(array, len(known)) for key, array in arrays.items()}
+            total["names"] = known
+            place = {name: row for row, name in enumerate(known.tolist())}
+        listed = part.names.tolist()
+        new = [name for name in listed if name not in place]
+        if new and names is None:
+            place |= {name: len(place) + n for n, name in enumerate(new)}
+            total = {
+                key: np.concatenate([array, _empty(array, len(new))])
+                for key, array in total.items()
+            }
+            total["names"][len(place) - len(new) :] = new
+        here = np.array([n for n, name in enumerate(listed) if name in place], int)
+        there = np.array([place[listed[n]] for n in here], int)
+        merged = gradflow.estimation.merge(
+            [
+                Estimate(**{field: values[field][rows] for field in _FIELDS})
+                for values, rows in ((total, there), (arrays, here))
+            ]
+        )
+        for field in _FIELDS:
+            total[field][there] = getattr(merged, field)
+        for key in total:
+            if key not in (*_FIELDS, "names"):
+                total[key][there] += arrays[key][here]
+    return Found.of(total) if total else None
+
+
+def _empty(like: np.ndarray, rows: int) -> np.ndarray:
+    return np.zeros((rows, *like.shape[1:]), like.dtype)
+
+
+@dataclasses.dataclass(frozen=True)
+class _File:
+    """A file of chunks ``first`` to ``last`` of a group in a round."""
+
+    path: Path
+    round: int
+    group: int
+    first: int
+    last: int
+
+
+class Store:
+    """The folder of one study, held by this process while it is open."""
+
+    def __init__(self, folder: Path, study: Study) -> None:
+        self.folder, self.study = folder, study
+
+    # Opening.
+
+    @classmethod
+    @contextlib.contextmanager
+    def opened(cls, folder: Path, study: Study) -> Iterator["Store"]:
+        """Make or go on with the store of a study, and let nobody else write to it meanwhile.
+
+        Raises
+        ------
+        InputError
+            If the folder cannot be written to, another process writes to it, it holds something
+            else, or the study has changed by more than new points and more networks.
+        """
+        with contextlib.ExitStack() as stack:
+            with _sentences(folder):
+                fresh = not (folder / "store.json").exists()
+                # The first thing that is written may be all there is of one.
+                strange = {p.name for p in folder.iterdir()} - _BEGUN if folder.is_dir() else set()
+                if fresh and not all(name.startswith(_WRITING) for name in strange):
+                    raise InputError(
+                        f"out is {str(folder)!r}, which holds something that is no study; give a "
+                        "new folder, or one that a study was begun in"
+                    )
+                folder.mkdir(parents=True, exist_ok=True)
+                lock = os.open(folder / "lock", os.O_RDWR | os.O_CREAT, 0o644)
+                stack.callback(os.close, lock)
+                try:
+                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except BlockingIOError as error:
+                    raise InputError(
+                        f"out is {str(folder)!r}, where another process writes its study; wait for "
+                        "it, stop it, or give another folder"
+                    ) from error
+                store = cls(folder, study)
+                store._prepare(fresh)
+            yield store
+
+    @classmethod
+    def of(cls, folder: Path) -> "Store":
+        """Return a folder's store, to read.
+
+        Raises
+        ------
+        InputError
+            If it is none.
+        """
+        if not (folder / "store.json").is_file():
+            raise InputError(
+                f"folder is {str(folder)!r}, which holds no study; it is the --out of a "
+                "`gradflow study FILE`"
+            )
+        return cls(folder, description.load(folder / "study.toml"))
+
+    def _prepare(self, fresh: bool) -> None:
+        for name in ("rounds", "chunks", "theory"):
+            (self.folder / name).mkdir(exist_ok=True)
+        for left in self.folder.rglob(f"{_WRITING}*"):
+            left.unlink()
+        # Merged files are there before what they were made of is gone.
+        for file in self._files():
+            if any(_within(file, other) for other in self._files()):
+                file.path.unlink()
+        before = [] if fresh else self.drawn_with
+        if not fresh:
+            self._check_change()
+        # All there was to the last bit: what a study goes on with may be another machine.
+        now = _drawn_with()
+        drawn_with = before if now in before else [*before, now]
+        known = {"format": _FORMAT, "fixed": self.study.fixed(), "drawn_with": drawn_with}
+        self._write("study.toml", self.study.text.encode())
+        self._write("store.json", json.dumps(known, indent=1, sort_keys=True).encode())
+        # What was to be merged when the process ended.
+        for file in self._files():
+            if not any(o.first > file.last for o in self._files() if _alike(o, file)):
+                self._merge_all(file.round, file.group, file.last)
+
+    def _check_change(self) -> None:
+        old = description.load(self.folder / "study.toml")
+        new = self.study
+        if old.text == new.text:
+            return
+        changed = description.differences(old.fixed(), new.fixed())
+        if not changed:
+            lost = {point.name for point in old.points()} - {point.name for point in new.points()}
+            if lost:
+                changed = description.differences(
+                    {"base": old.base, "axes": _axes(old)}, {"base": new.base, "axes": _axes(new)}
+                )
+                changed.append(f"{len(lost)} of {len(old)} points are gone")
+        for name in ("networks", "most"):
+            was, now = getattr(old.sampling, name), getattr(new.sampling, name)
+            if now < was:
+                changed.append(f"sampling.{name} was {was}, is {now}")
+        if changed:
+            raise InputError(
+                f"the study file is not the one that {str(self.folder)!r} was begun with: "
+                f"{'; '.join(changed)}; only points and networks may be added, anything else "
+                "takes another folder"
+            )
+
+    # Rounds.
+
+    @property
+    def rounds(self) -> int:
+        """How many there are."""
+        return len(list((self.folder / "rounds").glob("*.npz")))
+
+    def begin(self, works: Sequence[Work]) -> int:
+        """Write down what the next round draws, and return its number."""
+        number = self.rounds
+        arrays: dict[str, np.ndarray] = {}
+        plain = []
+        for group, work in enumerate(works):
+            fields = {field.name: getattr(work, field.name) for field in dataclasses.fields(work)}
+            for name in _BY_POINT:
+                arrays[f"{group}/{name}"] = fields.pop(name)
+            plain.append(fields)
+        header = {"groups": plain, "study": _digest(self.study)}
+        arrays["header"] = np.frombuffer(json.dumps(header, sort_keys=True).encode(), np.uint8)
+        self._write(f"rounds/{number:04}.npz", _npz(arrays))
+        return number
+
+    def round_file(self, number: int) -> bytes:
+        """Return the file of a round."""
+        return (self.folder / "rounds" / f"{number:04}.npz").read_bytes()
+
+    def works(self, number: int) -> tuple[Work, ...]:
+        """Return what a round draws."""
+        return works_of(self.round_file(number))
+
+    def goes_on(self, number: int) -> bool:
+        """Whether a round was begun with this study, and not with a smaller one."""
+        return bool(_header(self.round_file(number))["study"] == _digest(self.study))
+
+    def finished(self, number: int, group: int) -> int:
+        """Return how many of a group's chunks are finished; they are the first ones."""
+        ends = [f.last + 1 for f in self._files() if (f.round, f.group) == (number, group)]
+        return max(ends, default=0)
+
+    def networks(self) -> dict[int, int]:
+        """Return how many networks every point has, by its name."""
+        done: dict[int, int] = {}
+        for number in range(self.rounds):
+            for group, work in enumerate(self.works(number)):
+                drawn = min(self.finished(number, group) * work.chunk, work.networks)
+                ends = np.cumsum(work.count)
+                each = np.clip(drawn - (ends - work.count), 0, work.count)
+                for name, first, count in zip(
+                    work.names.tolist(), work.first.tolist(), each.tolist(), strict=True
+                ):
+                    if count:
+                        done[name] = first + count
+        return done
+
+    # Chunks.
+
+    def add(self, number: int, group: int, chunk: int, found: Found) -> None:
+        """Keep what a chunk found, the next one of its group, and merge what is to be merged."""
+        with _sentences(self.folder):
+            self._write(_chunk_name(number, group, chunk, chunk), _npz(found.arrays()))
+            self._merge_all(number, group, chunk)
+
+    def _merge_all(self, number: int, group: int, chunk: int) -> None:
+        size = _FAN
+        while (chunk + 1) % size == 0 and self._merge(number, group, chunk, size):
+            size *= _FAN
+
+    def _merge(self, number: int, group: int, last: int, size: int) -> bool:
+        """Merge the files of the last ``size`` chunks into one; whether they are one now."""
+        here = [
+            file
+            for file in self._files()
+            if (file.round, file.group) == (number, group) and file.first > last - size
+        ]
+        if len(here) == 1:
+            return True
+        if len(here) > _FAN:  # some of them were too large to be merged
+            return False
+        found = combined(Found.of(_arrays(file.path)) for file in here)
+        if found is None or found.bytes > _MERGED_BYTES:
+            return False
+        self._write(_chunk_name(number, group, here[0].first, last), _npz(found.arrays()))
+        for file in here:
+            file.path.unlink()
+        return True
+
+    def found(self, of: Callable[[int, int], bool]) -> Iterator[Found]:
+        """Yield what is in the files of some (round, group), in the order of merging."""
+        for file in self._files():
+            if of(file.round, file.group):
+                yield Found.of(_arrays(file.path))
+
+    def _files(self) -> list[_File]:
+        return [
+            _File(path, *map(int, path.stem.split("-")))
+            for path in sorted((self.folder / "chunks").glob("*.npz"))
+        ]
+
+    # Theory.
+
+    def has_theory(self, name: str) -> bool:
+        """Whether a block of theory is there."""
+        return (self.folder / "theory" / f"{name}.npz").exists()
+
+    def add_theory(self, name: str, arrays: Mapping[str, np.ndarray]) -> None:
+        """Keep a block of theory: ``names``, and arrays of shape (points, statistics, layers)."""
+        with _sentences(self.folder):
+            self._write(f"theory/{name}.npz", _npz(arrays))
+
+    def theory_block(self, name: str) -> dict[str, np.ndarray]:
+        """Return a block of theory."""
+        return _arrays(self.folder / "theory" / f"{name}.npz")
+
+    def theory(self) -> Iterator[dict[str, np.ndarray]]:
+        """Yield the blocks of theory."""
+        for path in sorted((self.folder / "theory").glob("*.npz")):
+            yield _arrays(path)
+
+    # Files.
+
+    @property
+    def drawn_with(self) -> list[dict[str, Any]]:
+        """Versions and machines that the networks were drawn with."""
+        known = json.loads((self.folder / "store.json").read_text(encoding="utf-8"))
+        if known["format"] != _FORMAT:
+            raise InputError(
+                f"{str(self.folder)!r} has format {known['format']}, which this version of "
+                f"gradflow does not know; it knows {_FORMAT}"
+            )
+        return list(known["drawn_with"])
+
+    def log(self, **what: Any) -> None:
+        """Note what was done and when."""
+        line = json.dumps({"at": time.strftime("%Y-%m-%dT%H:%M:%S%z"), **what})
+        with (
+            _sentences(self.folder),
+            open(self.folder / "log.jsonl", "a", encoding="utf-8") as file,
+        ):
+            file.write(f"{line}\n")
+
+    def publish(self, name: str, write: Callable[[Path], None]) -> Path:
+        """Put a file in its place once ``write`` has made it, elsewhere."""
+        with _sentences(self.folder):
+            beside = self._beside(name)
+            try:
+                write(beside)
+                self._put(beside, name)
+            finally:
+                beside.unlink(missing_ok=True)
+        return self.folder / name
+
+    def _beside(self, name: str) -> Path:
+        path = self.folder / name
+        return path.with_name(f"{_WRITING}{path.name}")
+
+    def _write(self, name: str, content: bytes) -> None:
+        path = self.folder / name
+        if path.exists() and path.stat().st_size == len(content) and path.read_bytes() == content:
+            return
+        beside = self._beside(name)
+        try:
+            beside.write_bytes(content)
+            self._put(beside, name)
+        finally:
+            beside.unlink(missing_ok=True)
+
+    def _put(self, beside: Path, name: str) -> None:
+        with open(beside, "rb") as file:
+            os.fsync(file.fileno())
+        path = self.folder / name
+        beside.replace(path)
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+
+
+def works_of(content: bytes) -> tuple[Work, ...]:
+    """Return what a round's file says is drawn."""
+    plain = _header(content)["groups"]
+    with np.load(io.BytesIO(content)) as arrays:
+        return tuple(
+            Work(**fields, **{name: arrays[f"{group}/{name}"] for name in _BY_POINT})
+            for group, fields in enumerate(plain)
+        )
+
+
+def _header(content: bytes) -> dict[str, Any]:
+    with np.load(io.BytesIO(content)) as arrays:
+        return dict(json.loads(arrays["header"].tobytes()))
+
+
+def _drawn_with() -> dict[str, Any]:
+    """Return what the last bit of a result depends on, beside the plan."""
+    device = jax.devices()[0]
+    return {
+        "gradflow": gradflow.__version__,
+        "jax": jax.__version__,
+        "numpy": np.__version__,
+        "python": platform.python_version(),
+        "platform": device.platform,
+        "device": device.device_kind,
+        "devices": len(jax.devices()),
+        "processes": jax.process_count(),
+    }
+
+
+def _digest(study: Study) -> str:
+    """Return what tells a study that asks for other networks."""
+    sampling = study.sampling
+    asked: dict[str, Any] = {"base": study.base, "axes": _axes(study), "fixed": study.fixed()}
+    asked |= {"networks": sampling.networks, "most": sampling.most}
+    return json.dumps(asked, sort_keys=True)
+
+
+def _axes(study: Study) -> dict[str, Any]:
+    return {f"{n}": {k: list(v) for k, v in a.values.items()} for n, a in enumerate(study.axes)}
+
+
+def _chunk_name(number: int, group: int, first: int, last: int) -> str:
+    return f"chunks/{number:04}-{group:05}-{first:010}-{last:010}.npz"
+
+
+def _within(file: _File, other: _File) -> bool:
+    inside = other.first <= file.first and file.last <= other.last
+    return _alike(file, other) and file != other and inside
+
+
+def _alike(file: _File, other: _File) -> bool:
+    return (file.round, file.group) == (other.round, other.group)
+
+
+def _npz(arrays: Mapping[str, np.ndarray]) -> bytes:
+    """Return the arrays as a file, the same bytes for the same arrays."""
+    buffer = io.BytesIO()
+    np.savez(buffer, allow_pickle=False, **arrays)
+    return buffer.getvalue()
+
+
+def _arrays(path: Path) -> dict[str, np.ndarray]:
+    try:
+        with np.load(path) as found:
+            return dict(found)
+    except (EOFError, ValueError, zipfile.BadZipFile) as error:
+        raise InputError(
+            f"{str(path)!r} is damaged ({' '.join(str(error).split())}); the study takes another "
+            "folder"
+        ) from error
+
+
+@contextlib.contextmanager
+def _sentences(folder: Path) -> Iterator[None]:
+    """Say in a sentence what the disk refuses."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise InputError(
+                f"the disk of {str(folder)!r} is full ({error.strerror}); what is finished is "
+                "kept, and the same command goes on from there when there is room"
+            ) from error
+        raise InputError(
+            f"out is {str(folder)!r}, which cannot be written to "
+            f"({(error.strerror or str(error)).lower()}); it is a folder, new or not, that can be"
+        ) from error

@@ -1,0 +1,408 @@
+"""Studies are run: the same networks whatever the chunks, and the same bits however interrupted."""
+
+import json
+import os
+import random
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+import xarray
+
+from gradflow import comparison
+from gradflow.errors import InputError
+from gradflow.simulation import monte_carlo
+from gradflow.studies import description, execution, plan, store
+
+TEXT = """
+title = "a small study"
+[network]
+activation = "tanh"
+width = 12
+depth = 4
+input_width = 10
+[[axes]]
+sigma_w2 = [0.5, 1.0, 2.0]
+[[axes]]
+sigma_b2 = [0.0, 0.1]
+[sampling]
+networks = 20
+[histograms]
+log_gradient_norm = { from = -2, to = 2, bins = 8 }
+"""
+TARGET = TEXT.replace("networks = 20", "target = { q = 0.08 }\nround = 15\nmost = 60")
+
+
+@pytest.fixture(autouse=True)
+def _small_chunks(monkeypatch):
+    """So that a small study has some, and merges them."""
+    monkeypatch.setattr(plan, "_CHUNK_SECONDS", 0.0)
+    monkeypatch.setattr(plan, "_CHUNK_VALUES", 1)
+    monkeypatch.setattr(store, "_FAN", 3)
+    real = plan.memory.plan
+    monkeypatch.setattr(
+        plan.memory, "plan", lambda *a, **k: plan.dataclasses.replace(real(*a, **k), block=8)
+    )
+
+
+def run(folder, text=TEXT, **how):
+    return execution.run(description.parse(text), folder, **how)
+
+
+def files(folder):
+    """Everything in a store but the lock and the times."""
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and path.name not in ("log.jsonl", "lock")
+    }
+
+
+@pytest.fixture(scope="module")
+def reference(tmp_path_factory):
+    """The study run in one go."""
+    with pytest.MonkeyPatch.context() as patch:
+        _small_chunks.__wrapped__(patch)
+        folder = tmp_path_factory.mktemp("reference") / "study"
+        outcome = run(folder)
+    assert (outcome.finished, outcome.networks, outcome.rounds) == (True, 120, 1)
+    return folder
+
+
+def test_points_are_those_of_simulate_and_of_theory(reference):
+    """Estimates, theory and z, point by point, to the rounding of another order of networks."""
+    study = description.parse(TEXT)
+    dataset = xarray.load_dataset(reference / "results.nc")
+    for number in (0, 3, 5):
+        point = study.point(number)
+        inputs = point.inputs().astype(np.float32)
+        found = monte_carlo.simulate(point.network(), inputs, key=point.key, networks=20)
+        compared = comparison.compare(comparison.predict_float64(point.network(), inputs), found)
+        here = dataset.isel(sigma_w2=point.place[0], sigma_b2=point.place[1])
+        for statistic in study.statistics:
+            name, estimate = statistic.name, found.estimates[statistic.key]
+            contrast = compared.contrasts[statistic.key]
+            for ours, theirs in (
+                (here[name], estimate.value),
+                (here[f"{name}_standard_error"], estimate.standard_error),
+                (here[f"{statistic.key}_theory"], contrast.theory),
+                (here[f"{name}_networks"], estimate.count),
+            ):
+                np.testing.assert_allclose(ours, theirs, rtol=2e-4, atol=1e-5, err_msg=name)
+            np.testing.assert_allclose(here[f"{name}_z"], contrast.z, rtol=0.02, atol=0.02)
+        correction = comparison.correct_float64(point.network(), point.inputs())
+        np.testing.assert_allclose(
+            here.chi_finite_width_shift, correction.shift["chi"], rtol=1e-9, atol=1e-12
+        )
+
+
+def test_results_are_labelled_and_say_where_they_are_from(reference):
+    dataset = xarray.load_dataset(reference / "results.nc")
+    assert dataset.q.dims == ("sigma_w2", "sigma_b2", "layer")
+    assert dataset.q.attrs["long_name"] == "second moment of pre-activations q"
+    first = dataset.sel(sigma_w2=2.0, sigma_b2=0.1, method="nearest")
+    np.testing.assert_allclose(first.weight_variance, [2 / 10, *[2 / 12] * 3])
+    counts = first.log_gradient_norm_histogram.sum("log_gradient_norm_bin")
+    counts += first.log_gradient_norm_histogram_below + first.log_gradient_norm_histogram_above
+    np.testing.assert_array_equal(counts, 20)
+    assert description.parse(dataset.attrs["study"]) == description.parse(TEXT)
+    (drawn,) = json.loads(dataset.attrs["drawn_with"])
+    assert drawn["jax"] == jax.__version__
+    assert dataset.attrs["dtype"] == "float32"
+
+
+def test_few_files_are_left(reference):
+    """120 networks, in 15 chunks of 8: three files of three were merged, and so were they."""
+    names = [path.stem for path in sorted((reference / "chunks").iterdir())]
+    spans = [tuple(int(n) for n in name.split("-")[2:]) for name in names]
+    assert spans == [(0, 8), (9, 11), (12, 14)]
+
+
+def test_stopped_after_some_chunks_it_ends_in_the_same_bits(reference, tmp_path):
+    networks = []
+    for _ in range(4):
+        outcome = run(tmp_path / "study", stop=lambda: True)
+        assert not outcome.finished
+        assert outcome.results is None
+        networks.append(outcome.networks)
+    assert networks == [0, 8, 16, 24]  # theory first
+    assert run(tmp_path / "study").finished
+    assert files(tmp_path / "study") == files(reference)
+
+
+class Crash(BaseException):
+    """The process ends here."""
+
+
+@pytest.mark.parametrize("operation", ["fsync", "replace", "unlink"])
+def test_ended_at_any_file_operation_it_goes_on_to_the_same_bits(
+    reference, tmp_path, monkeypatch, operation
+):
+    """Before one after the other; the networks are those of the reference, to draw none again."""
+    _without_drawing(monkeypatch, reference)
+    where = os if operation == "fsync" else Path
+    real = getattr(where, operation)
+    crashes, finished = 0, False
+    while not finished:
+        left = 1 + crashes % 7
+
+        def counted(*arguments, **options):
+            nonlocal left
+            left -= 1
+            if left == 0:
+                raise Crash
+            return real(*arguments, **options)
+
+        monkeypatch.setattr(where, operation, counted)
+        try:
+            finished = run(tmp_path / "study").finished
+        except Crash:
+            crashes += 1
+        finally:
+            monkeypatch.setattr(where, operation, real)
+    assert crashes > 3
+    assert files(tmp_path / "study") == files(reference)
+
+
+def test_a_full_disk_is_a_sentence_and_the_same_command_goes_on(reference, tmp_path, monkeypatch):
+    _without_drawing(monkeypatch, reference)
+    real, written = Path.write_bytes, []
+
+    def full(path, content):
+        written.append(path)
+        if len(written) > 8:
+            real(path, content[:10])
+            raise OSError(28, "No space left on device")
+        return real(path, content)
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    with pytest.raises(InputError, match="the disk of '.*' is full .*; what is finished is kept"):
+        run(tmp_path / "study")
+    monkeypatch.setattr(Path, "write_bytes", real)
+    assert store.Store.of(tmp_path / "study").networks()
+    run(tmp_path / "study")
+    assert files(tmp_path / "study") == files(reference)
+
+
+def _without_drawing(monkeypatch, reference):
+    """Let chunks have what they had: of the program's values, kept in this process."""
+    if not VALUES:
+        real = monte_carlo.compiled
+
+        def noting(*arguments, **options):
+            program = real(*arguments, **options)
+
+            def call(laws, which, numbers):
+                found = program(laws, which, numbers)
+                VALUES[_of(laws, which, numbers)] = found
+                return found
+
+            return call
+
+        with monkeypatch.context() as patch:
+            patch.setattr(monte_carlo, "compiled", noting)
+            run(reference.parent / "noted")
+    monkeypatch.setattr(
+        monte_carlo, "compiled", lambda *_, **__: lambda *chunk: VALUES[_of(*chunk)]
+    )
+
+
+VALUES: dict[bytes, dict[str, np.ndarray]] = {}
+
+
+def _of(laws, which, numbers):
+    words = np.asarray(jax.random.key_data(laws.key))
+    return words.tobytes() + which.tobytes() + numbers.tobytes()
+
+
+def test_other_chunks_change_nothing_but_the_rounding(reference, tmp_path, monkeypatch):
+    monkeypatch.setattr(plan, "_CHUNK_VALUES", 10_000)
+    run(tmp_path / "study")
+    same(tmp_path / "study", reference)
+
+
+def same(one, other):
+    """Whether two studies found the same but for rounding."""
+    ours, theirs = (xarray.load_dataset(folder / "results.nc") for folder in (one, other))
+    assert set(ours) == set(theirs)
+    for name in ours:
+        if name.endswith("_z"):  # differences of what is nearly the same
+            continue
+        scale = 1e-5 * float(np.abs(theirs[name]).max())
+        np.testing.assert_allclose(ours[name], theirs[name], rtol=5e-4, atol=scale, err_msg=name)
+
+
+def test_points_and_networks_may_be_added_and_nothing_else(tmp_path):
+    larger = TEXT.replace("[0.5, 1.0, 2.0]", "[0.5, 0.7, 1.0, 2.0]").replace("= 20", "= 25")
+    run(tmp_path / "whole", larger)
+    run(tmp_path / "grown", stop=lambda: True)  # which is not even finished
+    outcome = run(tmp_path / "grown", larger)
+    assert (outcome.networks, outcome.rounds) == (200, 2)
+    same(tmp_path / "grown", tmp_path / "whole")
+    before = files(tmp_path / "grown")
+    for text, message in (
+        (TEXT, "2 of 8 points are gone"),
+        (larger.replace("= 25", "= 24"), "sampling.networks was 25, is 24"),
+        (larger.replace("depth = 4", "depth = 5"), "base.depth was 4, is 5"),
+        (larger.replace("bins = 8", "bins = 9"), "histograms.log_gradient_norm.bins was 8, is 9"),
+        (larger.replace("networks", 'dtype = "float64"\nnetworks'), "was 'float32', is 'float64'"),
+    ):
+        with pytest.raises(InputError, match=message):
+            run(tmp_path / "grown", text)
+    assert files(tmp_path / "grown") == before
+    run(tmp_path / "grown", larger.replace("a small study", "another title"))
+    assert xarray.load_dataset(tmp_path / "grown" / "results.nc").attrs["title"] == "another title"
+
+
+def test_a_target_is_met_in_rounds_that_an_interruption_does_not_change(tmp_path):
+    """Points whose q varies more have more networks; none has more than it may."""
+    run(tmp_path / "whole", TARGET)
+    while not run(tmp_path / "stopped", TARGET, stop=iter([False] * 5 + [True]).__next__).finished:
+        pass
+    assert files(tmp_path / "stopped") == files(tmp_path / "whole")
+    dataset = xarray.load_dataset(tmp_path / "whole" / "results.nc")
+    networks = dataset.q_networks.max("layer").to_numpy()
+    error = dataset.log_q_standard_error.max("layer").to_numpy()
+    assert set(np.unique(networks)) <= {15, 30, 45, 60}
+    assert len(np.unique(networks)) > 1
+    assert ((error <= 0.08) | (networks == 60)).all()
+
+
+def test_one_process_at_a_time_and_no_folder_of_something_else(tmp_path):
+    study = description.parse(TEXT)
+    with (
+        store.Store.opened(tmp_path / "study", study),
+        pytest.raises(InputError, match="another process writes its study"),
+        store.Store.opened(tmp_path / "study", study),
+    ):
+        pass
+    with store.Store.opened(tmp_path / "study", study):
+        pass
+    (tmp_path / "note.txt").touch()
+    with (
+        pytest.raises(InputError, match="holds something that is no study"),
+        store.Store.opened(tmp_path, study),
+    ):
+        pass
+    with pytest.raises(InputError, match="which holds no study"):
+        store.Store.of(tmp_path)
+
+
+def test_what_is_merged_is_as_if_it_had_been_estimated_together():
+    draw = np.random.default_rng(0)
+    values = draw.normal(size=(30, 2, 5))
+    values[3, 0, 1] = np.nan
+    study = description.parse(TEXT)
+    parts = []
+    for first, last in ((0, 7), (7, 9), (9, 30)):
+        estimate = execution._estimate(values[first:last, None], np.array([False, True]))
+        failures = np.full((1, 2, 5), last - first)
+        parts.append(store.Found(np.array([4], np.uint64), estimate, failures, {}))
+    whole = execution._estimate(values[:, None], np.array([False, True]))
+    other = store.Found(np.array([9], np.uint64), whole, np.zeros((1, 2, 5), np.int64), {})
+    found = store.combined([parts[0], other, *parts[1:]])
+    np.testing.assert_array_equal(found.names, [4, 9])
+    np.testing.assert_array_equal(found.failures[:, 0, 0], [30, 0])
+    for row in (0, 1):
+        for name in ("value", "standard_error", "count", "log_value"):
+            ours = getattr(jax.tree.map(lambda leaf, r=row: leaf[r], found.estimates), name)
+            theirs = getattr(jax.tree.map(lambda leaf: leaf[0], whole), name)
+            np.testing.assert_allclose(ours, theirs, rtol=1e-12, err_msg=name)
+    assert study.sampling.networks == 20
+
+
+# In processes of their own, as users run it.
+
+COMMAND = [sys.executable, "-c", "from gradflow.cli import main; main()", "study"]
+KILLS = int(os.environ.get("GRADFLOW_TEST_KILLS", "4"))
+
+
+def begin(file, out, *more, devices=1):
+    flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={devices}"
+    return subprocess.Popen(
+        [*COMMAND, str(file), "--out", str(out), *more],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"XLA_FLAGS": flags},
+    )
+
+
+def wait(process):
+    out, said = process.communicate(timeout=600)
+    return process.returncode, out, said
+
+
+@pytest.fixture(scope="module")
+def long_study(tmp_path_factory):
+    """A file of a study of some chunks, and its store, run in one go."""
+    folder = tmp_path_factory.mktemp("long")
+    text = TEXT.replace("networks = 20", "networks = 50_000").replace("depth = 4", "depth = 20")
+    (folder / "study.toml").write_text(text)
+    code, out, said = wait(begin(folder / "study.toml", folder / "whole"))
+    assert code == 0, said
+    assert "a small study" in out
+    assert "networks/s" in said
+    return folder
+
+
+@pytest.mark.slow
+def test_killed_at_random_instants_it_ends_in_the_same_bits(long_study, tmp_path):
+    """GRADFLOW_TEST_KILLS=100 for as many."""
+    draw, killed = random.Random(0), 0
+    while killed < KILLS:
+        process = begin(long_study / "study.toml", tmp_path / "study")
+        log = tmp_path / "study" / "log.jsonl"
+        before = log.stat().st_size if log.exists() else 0
+        deadline = time.monotonic() + 300
+        # A random while after it has begun to draw: half of what is before is imports.
+        while not (log.exists() and log.stat().st_size > before) and process.poll() is None:
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        time.sleep(draw.uniform(0, 1.0))
+        if process.poll() is not None:
+            break
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+        killed += 1
+    code, _, said = wait(begin(long_study / "study.toml", tmp_path / "study"))
+    assert code == 0, said
+    assert killed
+    assert files(tmp_path / "study") == files(long_study / "whole")
+
+
+@pytest.mark.slow
+def test_an_interruption_finishes_the_chunk_and_says_how_to_go_on(long_study, tmp_path):
+    process = begin(long_study / "study.toml", tmp_path / "study")
+    while not list(tmp_path.glob("study/theory/*.npz")) and process.poll() is None:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    code, _, said = wait(process)
+    assert code == 130, said
+    assert said.splitlines()[-1].startswith("gradflow: interrupted; ")
+    assert "Traceback" not in said
+
+
+@pytest.mark.slow
+def test_devices_and_processes_change_nothing_but_the_rounding(long_study, tmp_path):
+    code, _, said = wait(begin(long_study / "study.toml", tmp_path / "devices", devices=2))
+    assert code == 0, said
+    same(tmp_path / "devices", long_study / "whole")
+    with socket.socket() as one:
+        one.bind(("127.0.0.1", 0))
+        port = one.getsockname()[1]
+    among = ("--coordinator", f"127.0.0.1:{port}", "--processes", "2", "--process")
+    both = [
+        begin(long_study / "study.toml", tmp_path / "processes", *among, str(process))
+        for process in range(2)
+    ]
+    for process in both:
+        code, _, said = wait(process)
+        assert code == 0, said
+    same(tmp_path / "processes", long_study / "whole")

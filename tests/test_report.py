@@ -1,0 +1,136 @@
+"""The page on a study: whole, escaped, without addresses, and readable in a real browser."""
+
+import html.parser
+import os
+import re
+import shutil
+import subprocess
+
+import matplotlib.image
+import numpy as np
+import pytest
+import xarray
+from typer.testing import CliRunner
+
+from gradflow import cli
+from gradflow.studies import report
+
+EVIL = '<script>alert("1")</script> & <img src=x>'
+TEXT = f"""
+title = '{EVIL}'
+question = '{EVIL}'
+[network]
+activation = "tanh"
+width = 10
+depth = 3
+[[axes]]
+sigma_w2 = {{ from = 0.5, to = 2, points = 4 }}
+[[axes]]
+sigma_b2 = {{ from = 0.01, to = 1, points = 5, spacing = "geometric" }}
+[sampling]
+networks = 12 # {EVIL}
+"""
+BROWSER = next(filter(shutil.which, ("chromium", "chromium-browser", "google-chrome")), None)
+
+
+@pytest.fixture(scope="module")
+def study(tmp_path_factory):
+    """A store that the command line has made, and what it said."""
+    folder = tmp_path_factory.mktemp("study")
+    (folder / "study.toml").write_text(TEXT)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("jaxtyping.config.jaxtyping_disable", True)  # typer's calls are its own
+        said = invoke("study", folder / "study.toml", "--out", folder / "out")
+        invoke("report", folder / "out")
+    return folder / "out", said
+
+
+def invoke(*arguments):
+    done = CliRunner().invoke(cli.app, list(map(str, arguments)))
+    assert done.exit_code == 0, (done.output, done.exception)
+    return done.output
+
+
+class Reader(html.parser.HTMLParser):
+    """What tags, addresses and texts a page has."""
+
+    def __init__(self):
+        super().__init__()
+        self.tags, self.addresses, self.text = [], [], []
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append(tag)
+        self.addresses += [v for k, v in attrs if k.endswith(("href", "src", "action"))]
+
+    def handle_data(self, data):
+        self.text.append(data)
+
+
+def test_the_page_is_whole_and_what_is_in_a_file_is_text(study):
+    page = (study[0] / "report.html").read_text()
+    reader = Reader()
+    reader.feed(page)
+    assert "script" not in reader.tags
+    assert "img" not in reader.tags
+    # Within the page, or in it: images of maps.
+    assert all(re.match(r"#|data:image/png", address) for address in reader.addresses)
+    assert "url(http" not in page
+    assert reader.tags.count("svg") == 5
+    text = "".join(reader.text)
+    assert text.count(EVIL) >= 4  # title twice, question, and in the file
+    for word in ("Theory against measurement", "How to make it again", "standard errors", "q"):
+        assert word in text
+    identifiers = re.findall(r'\bid="([^"]+)"', page)
+    figures = [set(re.findall(r'\bid="([^"]+)"', svg)) for svg in page.split("<svg")[1:]]
+    used = set(re.findall(r'(?:url\(#|href="#)([^")]+)', page))
+    shared = set.union(*(a & b for n, a in enumerate(figures) for b in figures[:n]))
+    assert used <= set(identifiers)
+    # A letter's outline is the same in all figures.
+    assert not {name for name in shared & used if not name.startswith("DejaVu")}
+
+
+def test_a_study_without_a_plane_has_lines_by_layer(study):
+    dataset = xarray.load_dataset(study[0] / "results.nc")
+    row = dataset.isel(sigma_b2=slice(0, 2), layer=slice(0, 2))
+    assert report.page(row).count("theory as lines, measurement as points") == 4
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_show_and_export_have_what_the_results_have(study, tmp_path):
+    folder, said = study
+    dataset = xarray.load_dataset(folder / "results.nc")
+    assert "sigma_w2 (4) × sigma_b2 (5), 3 layers; 240 networks, float32" in said
+    invoke("export", folder, "--csv", tmp_path / "a.csv", "--netcdf", tmp_path / "a.nc")
+    xarray.testing.assert_identical(xarray.load_dataset(tmp_path / "a.nc"), dataset)
+    lines = (tmp_path / "a.csv").read_text().splitlines()
+    assert len(lines) == 1 + 4 * 5 * 3
+    found = dict(zip(lines[0].split(","), lines[-1].split(","), strict=True))
+    assert float(found["q"]) == pytest.approx(float(dataset.q[-1, -1, -1]), rel=1e-12)
+    assert float(found["sigma_b2"]) == 1
+    (folder / "results.nc").rename(tmp_path / "kept")
+    try:  # of a study that is not finished: what there is
+        invoke("export", folder, "--netcdf", tmp_path / "b.nc")
+        xarray.testing.assert_identical(xarray.load_dataset(tmp_path / "b.nc"), dataset)
+        assert "not finished" in invoke("show", folder)
+    finally:
+        (tmp_path / "kept").rename(folder / "results.nc")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(BROWSER is None, reason="there is no browser here")
+@pytest.mark.parametrize("width", [500, 1200])
+def test_a_browser_shows_it(study, tmp_path, width):
+    """Nothing beyond the window's edge: the right margin is white."""
+    picture = tmp_path / "page.png"
+    command = [BROWSER, "--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars"]
+    command += [f"--window-size={width},3000", f"--screenshot={picture}"]
+    command += [f"--user-data-dir={tmp_path / 'profile'}", (study[0] / "report.html").as_uri()]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, env=os.environ)
+    assert picture.exists(), done.stderr
+    pixels = matplotlib.image.imread(picture)[..., :3]
+    assert pixels.shape[1] == width
+    assert np.all(pixels[:, -8:] == 1)
+    dark = (pixels.mean(axis=2) < 0.5).mean(axis=1) > 0  # lines of pixels with something in them
+    assert dark.mean() > 0.2
+    colours = np.ptp(pixels, axis=2) > 0.3
+    assert colours.mean() > 0.005  # the maps
