@@ -487,7 +487,8 @@ def recurrent(
     Layer 1 is z^0, and layer t + 1 is time t; gradients go down as in backpropagation through time
     (Hochreiter 1991; Bengio, Simard & Frasconi 1994). At every layer the gradient is with respect
     to that step's signal alone, and the weights' gradient is that step's term of ∂C/∂W, the sum
-    over the steps.
+    over the steps. Terms of different steps are orthogonal at infinite width, so that the mean
+    square of ∂C/∂W is the sum of theirs.
 
     *Shared weights.* The theory is that of weights drawn anew at each step, and has the same limit:
     at infinite width W φ(z^s) and W φ(z^t) are Gaussian, and the law at one time does not see how

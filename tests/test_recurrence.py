@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from laws import smallest_p_value
 
-from gradflow import comparison, ensembles, networks, statistics
+from gradflow import comparison, ensembles, networks, statistics, training
 from gradflow.blocks import GRU, LSTM, Chain, Dense, Drive, Dropout, Linear
 from gradflow.comparison import Status
 from gradflow.errors import InputError
@@ -225,6 +225,28 @@ def test_corrections_are_not_those_of_shared_weights():
     network = driven(100, 5)
     assert comparison.correct_float64(network, np.ones((1, 50))) is None
     assert comparison.correct_float64(networks.recurrent(5, 9, 3, tied=False), np.ones((1, 5)))
+
+
+def test_the_squares_of_the_steps_weight_gradients_add():
+    """Of ∂C/∂W, by differentiating whole networks of 4 steps and 400 units.
+
+    Null: the mean square is the sum of the theory's steps', but for steps²/width = 0.04; 100
+    networks, 4.5 standard errors (1e-5). One step's alone would be 30 % or more off.
+    """
+    network, x = networks.recurrent(5, 400, 4, "tanh"), jnp.ones((1, 5))
+    steps = comparison.predict_float64(network, x)["weight_gradient_variance"][1:]
+
+    @jax.jit
+    def mean_square(key):
+        weights = training.initial_weights(network, key, x.dtype)
+        top = jax.random.normal(jax.random.fold_in(key, 1), (400,), x.dtype)
+        gradient = jax.grad(lambda w: training.outputs(network, w, x)[0] @ top)(weights)
+        return jnp.mean(gradient[1].matrices[0] ** 2)
+
+    found = np.array([mean_square(key) for key in jax.random.split(jax.random.key(0), 100)])
+    error = found.std(ddof=1) / 10
+    assert steps.sum() > 1.3 * steps.max()
+    assert abs(found.mean() / steps.sum() - 1) < 0.04 + 4.5 * error / steps.sum()
 
 
 def gated(steps, tied, **more):

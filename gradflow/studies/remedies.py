@@ -312,7 +312,7 @@ class _Proposer:
             ("tanh", "glorot", "gradients still shrink, as a power of the depth"),
             ("relu", "he", "all inputs become alike: their correlation tends to 1; units die"),
             ("selu", "lecun", "lengths settle at 1, but gradients grow: χ = 1.07"),
-            (_LECUN_TANH, "lecun", "made for signals of variance 1; gradients grow a little"),
+            (_LECUN_TANH, "lecun", "made for signals of variance 1"),
         ):
             phi = activations.get(other)
             if phi != self.phi:
