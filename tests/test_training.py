@@ -325,6 +325,111 @@ def test_what_diverges_is_recorded_and_told_by_movement_and_loss_too():
     np.testing.assert_array_equal(bounded.diverged[0, :, 0], [-1, 30])
 
 
+def stacked(*scales):
+    return networks.stack(6, [Linear(3, scale) for scale in scales], "linear")
+
+
+@pytest.mark.parametrize(
+    ("network", "layer"),
+    [
+        # Signals of 1e30, and then of 1e60.
+        (stacked(1.0, 1e30, 1e30, 1.0), 3),
+        # Signals are of 1e-25 to 1e15, gradients of 1e40 and more below layer 2.
+        (stacked(1e-25, 1e-20, 1e30, 1e30), 2),
+    ],
+    ids=["on the way up", "on the way down"],
+)
+def test_the_layer_where_numbers_leave_the_floats_range_is_found(network, layer):
+    x, y = data_of()
+    x = x.astype(np.float32)
+    result = training.train(
+        network, x, y, steps=3, batch=SAMPLES, seeds=2, wanted=(), record=[3], block=2
+    )
+    np.testing.assert_array_equal(result.nonfinite_layer[0, 0], layer)
+    np.testing.assert_array_equal(result.first_nonfinite[0, 0], 0 if layer == 3 else 1)
+
+
+CLIP = 0.02
+
+
+@pytest.fixture(scope="module")
+def clipped():
+    network = networks.mlp(WIDTHS, "tanh", ensembles.fan_in(1.3))
+    (x, y), (more, labels) = data_of(), data_of(samples=25)
+    result = training.train(
+        network,
+        x,
+        y,
+        steps=3,
+        batch=SAMPLES,
+        learning_rate=[1e6, 0.5, 1e-6],
+        seeds=2,
+        clip=optax.adaptive_grad_clip(CLIP),
+        validation=(more + 0.1, labels),
+        wanted=(),
+        record=[0, 3],
+        keep_state=True,
+    )
+    return result, networks.with_biases(network), x, y, (more + 0.1, labels)
+
+
+def test_a_clipped_gradient_is_what_optax_makes_of_it_layer_by_layer(clipped):
+    result, network, x, y, _ = clipped
+    weights = result.weights(learning_rate=1, seed=1)
+
+    def cost(weights):
+        return cross_entropy(training.outputs(network, weights, jnp.asarray(x)), y)
+
+    def plain(weights):  # as one would hold them: (n_in, n_out)
+        return [w.T for s in weights for w in s.matrices[0]]
+
+    found = jax.grad(cost)(weights)
+    expected = [jnp.log(jnp.linalg.norm(w)) for w in plain(found)]
+    np.testing.assert_allclose(
+        result["log_batch_gradient_norm"][0, 1, 1, -1], expected, rtol=1e-4, atol=1e-4
+    )
+    clip = optax.adaptive_grad_clip(CLIP)
+    small, _ = clip.update(plain(found), clip.init(plain(weights)), plain(weights))
+    expected = [jnp.log(jnp.linalg.norm(w)) for w in small]
+    np.testing.assert_allclose(
+        result["log_clipped_gradient_norm"][0, 1, 1, -1], expected, rtol=1e-4, atol=1e-4
+    )
+    assert np.all(np.asarray(expected) < result["log_batch_gradient_norm"][0, 1, 1, -1])
+
+
+def test_the_best_rate_is_that_of_the_least_validation_error(clipped):
+    result, network, _, _, (more, labels) = clipped
+    assert result["validation_error"].shape == (1, 3, 2, 2)
+    logits = training.outputs(network, result.weights(0, 2, 1), jnp.asarray(more))
+    error = np.mean(np.argmax(logits, axis=1) != labels)
+    assert result["validation_error"][0, 2, 1, -1] == pytest.approx(error)
+    loss = result["validation_loss"][0, 2, 1, -1]
+    assert loss == pytest.approx(float(cross_entropy(logits, labels)), rel=1e-4)
+
+    def best(errors, losses, first_nonfinite=None):
+        values = {"validation_error": np.asarray(errors), "validation_loss": np.asarray(losses)}
+        values = {name: value[None, :, :, None] for name, value in values.items()}
+        none = np.full(values["validation_loss"].shape[:3], -1)
+        gone = none if first_nonfinite is None else np.asarray(first_nonfinite)[None]
+        return dataclasses.replace(result, values=values, first_nonfinite=gone).best_rate().item()
+
+    rates = [[0.5, 0.1], [0.2, 0.2], [0.3, 0.3]]
+    assert best(rates, np.ones((3, 2))) == 1
+    assert best([[0.2, 0.2], *rates[1:]], [[1, 1], [2, 0.1], [1, 1]]) == 0
+    assert best([[0.2, 0.2], *rates[1:]], [[1, 1], [1, 0.9], [1, 1]]) == 1
+    assert best(rates, np.ones((3, 2)), [[-1, -1], [-1, 7], [-1, -1]]) in (0, 2)
+    with pytest.raises(InputError, match="no best learning rate without validation data"):
+        dataclasses.replace(result, values={}).best_rate()
+
+
+def test_the_spread_of_speeds_is_that_of_update_ratios(clipped):
+    ratio = clipped[0]["update_ratio"][0, 1]
+    expected = ratio.max(axis=-1) / ratio.min(axis=-1)
+    np.testing.assert_allclose(clipped[0].speed_spread[0, 1], expected, rtol=1e-6)
+    labelled = clipped[0].to_xarray().speed_spread
+    assert labelled.dims == ("network", "learning_rate", "seed", "step")
+
+
 OTHERS = {
     "convolutional": (networks.convolutional((4,), [2, 3, 3], "relu", "he", dense=[3]), 8),
     "recurrent": (networks.recurrent(6, 3, 5, "tanh", "glorot", sigma_u=0.3), 6),
@@ -379,6 +484,7 @@ BAD = {
     "a UnitVariance block says how LSUV starts weights": {
         "networks": networks.unit_variance(networks.mlp(WIDTHS, "tanh", "he"))
     },
+    "validation's labels has 5": {"validation": (np.zeros((1, 6)), np.full(1, 5))},
     r"monitor's inputs has shape \(1, 2\)": {"monitor": (np.zeros((1, 2)), np.zeros(1, int))},
 }
 

@@ -277,10 +277,10 @@ def _chunk_size(networks: int, block: int, workers: int, values: int) -> int:
 _NETWORKS = "networks"
 
 
-def _on_devices(mesh: Mesh, spec: PartitionSpec, value: Array | np.ndarray) -> Array:
+def on_devices(mesh: Mesh, spec: PartitionSpec, value: Array | np.ndarray) -> Array:
     """Return the array on a mesh, which may reach into other processes that have the same one."""
     if jnp.issubdtype(value.dtype, jax.dtypes.prng_key):
-        words = _on_devices(mesh, spec, jax.random.key_data(value))
+        words = on_devices(mesh, spec, jax.random.key_data(value))
         return jax.random.wrap_key_data(words, impl=jax.random.key_impl(value))
     known = np.asarray(value)
     sharding = NamedSharding(mesh, spec)
@@ -302,10 +302,10 @@ def _compiled(
     """
     mesh = Mesh(np.array(devices), (_NETWORKS,))
     everywhere, each = PartitionSpec(), PartitionSpec(_NETWORKS)
-    law = jax.tree.map(functools.partial(_on_devices, mesh, everywhere), law)
+    law = jax.tree.map(functools.partial(on_devices, mesh, everywhere), law)
 
     def numbers(first: int) -> Array:
-        return _on_devices(mesh, each, np.arange(first, first + chunk, dtype=np.int32))
+        return on_devices(mesh, each, np.arange(first, first + chunk, dtype=np.int32))
 
     lowered = _run.lower(*law, numbers(0), measured=measured, mesh=mesh, **static)
     program = lowered.compile(compilation.options(seconds, computes_twice=True))

@@ -1,0 +1,363 @@
+"""Many networks at once: a grid of laws, learning rates and seeds, trained in chunks.
+
+A chunk's networks go through the programs of `loop` together, from one recorded step to the next,
+and no further than some seconds at a time, so that progress shows. On a CPU several chunks are
+trained side by side; an accelerator trains one, as wide as its memory allows.
+"""
+
+import concurrent.futures
+import functools
+import itertools
+import math
+import os
+import queue
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+import optax
+from jax.sharding import Mesh, PartitionSpec
+from jax.typing import ArrayLike
+from jaxtyping import PRNGKeyArray
+
+from gradflow import compilation
+from gradflow import networks as nets
+from gradflow.errors import InputError, check_count, check_scale
+from gradflow.networks import Network
+from gradflow.simulation import memory, monte_carlo
+from gradflow.simulation.monte_carlo import Progress
+from gradflow.statistics import Statistic
+from gradflow.training import loop, records
+from gradflow.training.checks import checked_data, checked_laws, record_steps
+from gradflow.training.loop import Each, Given, Job, State
+from gradflow.training.records import RECORDED, Data
+from gradflow.training.result import Training
+
+__all__ = ["train"]
+
+# What the paper monitors (Glorot & Bengio 2010, section 3).
+_MONITORED = 300
+# Copies of a network's weights while it is trained: themselves, their start, gradients, updates,
+# two of an optimiser, and two while they are measured.
+_COPIES = 8
+# On a CPU a few small networks in one vmap take half as long as one after another, and large ones
+# twice as long: networks in a block at most, and weights in it, measured at widths 30, 100 and 300.
+_IN_A_BLOCK, _WEIGHTS_IN_A_BLOCK = 4, 200_000
+_FLOPS_A_SECOND = 1e10  # of one core, with small matrices
+# How long a chunk of networks takes at least, where there are enough, so that calls cost little;
+# and a call at most, so that progress shows.
+_CHUNK_SECONDS, _CALL_SECONDS = 2.0, 1.0
+
+
+def train(
+    networks: Network | Sequence[Network],
+    inputs: ArrayLike,
+    labels: ArrayLike,
+    *,
+    steps: int = 1000,
+    batch: int = 10,
+    learning_rate: float | Sequence[float] = 0.1,
+    seeds: int = 1,
+    key: PRNGKeyArray | int = 0,
+    optimiser: Callable[[Any], optax.GradientTransformation] = optax.sgd,
+    clip: optax.GradientTransformation | None = None,
+    record: Sequence[int] | None = None,
+    monitor: tuple[ArrayLike, ArrayLike] | None = None,
+    validation: tuple[ArrayLike, ArrayLike] | None = None,
+    wanted: Sequence[Statistic] = RECORDED,
+    biases: bool = True,
+    keep_state: bool = False,
+    state: State | None = None,
+    block: int | None = None,
+    memory_budget: int | None = None,
+    devices: Sequence[jax.Device] | None = None,
+    progress: Progress | None = None,
+) -> Training:
+    """Train networks × learning rates × seeds, each by itself, in one compiled program.
+
+    Parameters
+    ----------
+    networks
+        One law or several that differ in numbers alone (σ_w, σ_b, branch scales), as
+        ``[mlp(widths, "tanh", fan_in(s)) for s in …]``; the last layer's units are the classes.
+    inputs
+        Shape (samples, features): the features are n_0, or for convolutions n_0 of each position.
+        Their dtype is that of training.
+    labels
+        Shape (samples,): whole numbers from 0.
+    steps, batch
+        How many updates, in all, each of so many inputs.
+    learning_rate
+        One or several: what ``optimiser`` is called with.
+    seeds
+        How many random networks at each point of the grid.
+    key
+        A JAX key, or an integer seed.
+    optimiser
+        From a learning rate, which is traced, to an optax optimiser: ``optax.adam``, or for a
+        schedule ``lambda rate: optax.sgd(optax.cosine_decay_schedule(rate, 1000))``. It is given
+        arrays of weights with an axis of layers in front, one layer each in stages of at most 16.
+        Where it draws random numbers, as `optax.add_noise` does, each network draws its own.
+    clip
+        What is done to a gradient before the optimiser gets it, as `optax.adaptive_grad_clip`. It
+        is given one matrix (n_in, n_out) and one vector of biases for each layer.
+    record
+        The steps to record; 0, ``steps`` and some between, ever further apart, without it.
+    monitor
+        (inputs, labels) that everything is measured on; 300 of the data without it.
+    validation
+        (inputs, labels) that the best learning rate is chosen by.
+    wanted
+        The statistics to record.
+    biases
+        Whether layers without biases get some that start at 0 (as the paper's do).
+    keep_state
+        Also return the networks as they are after the last step.
+    state
+        Go on from this one, of the same call with fewer ``steps``; record what comes after those.
+    block
+        How many networks one vmap holds; chosen from the device and its free memory without it: on
+        a CPU a few, and blocks are trained one after the other on each of its cores.
+    memory_budget
+        Bytes to stay within on each device; its free memory without it.
+    devices
+        Who shares the networks; all of this process's devices without it.
+    progress
+        Called with (updates done, updates in all), of all networks together; the first call, with
+        0, comes before compilation.
+
+    Raises
+    ------
+    InputError
+        If data do not fit the network or are not finite, a label is no class, a learning rate is
+        not above 0, the batch is larger than the data, or a number is not a whole one of at least
+        1. A network that diverges raises nothing; see `Training.diverged`.
+    """
+    laws = (networks,) if isinstance(networks, Network) else tuple(networks)
+    laws = checked_laws(tuple(map(nets.with_biases, laws)) if biases else laws)
+    steps, seeds = check_count("steps", steps), check_count("seeds", seeds)
+    rates = np.atleast_1d(np.asarray(learning_rate, np.float64))
+    check_scale("learning_rate", rates, positive=True)
+    data = checked_data("", inputs, labels, laws[0])
+    samples, batch = len(data.labels), check_count("batch", batch)
+    if batch > samples:
+        raise InputError(f"batch is {batch}, and there are {samples} samples; use at most as many")
+    chosen = np.arange(min(_MONITORED, samples)) * samples // min(_MONITORED, samples)
+    seen = (
+        Data(data.inputs[chosen], data.labels[chosen])
+        if monitor is None
+        else checked_data("monitor's ", *monitor, laws[0])
+    )
+    held_out = None if validation is None else checked_data("validation's ", *validation, laws[0])
+    dtype = data.inputs.dtype
+    begin = 0 if state is None else int(state.step[0])
+    times = record_steps(record, begin, steps)
+    key = jax.random.key(key) if isinstance(key, int) else key
+    devices = tuple(jax.local_devices() if devices is None else devices)
+    if not devices:
+        raise InputError("devices is empty; it takes at least one")
+
+    points = itertools.product(range(len(laws)), range(len(rates)), range(seeds))
+    grid = np.array(list(points))
+    arrays = [law.as_arrays(dtype) for law in laws]
+    each = Each(
+        jax.tree.map(lambda *leaves: np.stack(leaves)[grid[:, 0]], *arrays),
+        rates.astype(dtype)[grid[:, 1]],
+        grid[:, 2].astype(np.int32),
+    )
+    wanted = tuple(s for s in wanted if s.sites <= len(seen.labels))
+
+    count = len(grid)
+    weights = sum(n * m for layer in laws[0].shapes for n, m in layer)
+    seconds = 6 * weights * batch * (steps - begin) / _FLOPS_A_SECOND  # of one network
+    looked_at = [records.sites(one.inputs).shape[0] for one in (seen, held_out) if one is not None]
+    plan = _plan(
+        laws[0], max(looked_at), count, seconds, block, memory_budget, dtype.itemsize, devices
+    )
+    mesh = Mesh(np.array(devices), (loop.NETWORKS,))
+    job = Job(optimiser, clip, batch, wanted, plan.block, mesh)
+    begun = time.perf_counter()
+    if progress:
+        progress(0, count * (steps - begin))
+    programs = _Programs(each, Given(key, data, seen, held_out), job, plan.chunk, state, times)
+    programs.compile(count * seconds)
+    compiled = time.perf_counter()
+    parts = _in_chunks(programs, count, plan.workers, begin, progress)
+    finished = time.perf_counter()
+
+    # The last chunk is padded with networks that nobody asked for.
+    values, last = jax.tree.map(lambda *leaves: np.concatenate(leaves)[:count], *parts)
+    shape = (len(laws), len(rates), seeds)
+    return Training(
+        values={k: v.reshape(*shape, *v.shape[1:]) for k, v in values.items()},
+        steps=times,
+        first_nonfinite=last.first_nonfinite.reshape(shape),
+        nonfinite_layer=last.nonfinite_layer.reshape(shape),
+        networks=laws,
+        learning_rates=rates,
+        monitor=np.asarray(seen.inputs),
+        state=last if keep_state else None,
+        seeds=seeds,
+        batch=batch,
+        samples=samples,
+        seconds=finished - compiled,
+        compile_seconds=compiled - begun,
+    )
+
+
+class _Plan(NamedTuple):
+    """How many networks are in one vmap and in one call, and how many calls run at a time."""
+
+    block: int
+    chunk: int
+    workers: int
+
+
+def _plan(
+    network: Network,
+    sites: int,
+    count: int,
+    seconds: float,
+    block: int | None,
+    budget: int | None,
+    itemsize: int,
+    devices: tuple[jax.Device, ...],
+) -> _Plan:
+    """Return how ``count`` networks are grouped, each of which takes so many seconds."""
+    on_cpu = devices[0].platform == "cpu"
+    # The devices that a CPU is divided into share its memory and its cores.
+    sharing = len(devices) if on_cpu else 1
+    free = memory.available(devices[0]) // sharing if budget is None else budget
+    weights = sum(n * m for layer in network.shapes for n, m in layer) + sum(network.widths)
+    needed = _COPIES * weights * itemsize
+    needed += memory.bytes_per_network(network, sites, "dense", itemsize=itemsize)
+    if needed > free:
+        raise InputError(
+            f"one network of {weights} weights, monitored on {sites} inputs, needs "
+            f"{needed / 2**30:.3g} GiB in training and {free / 2**30:.3g} GiB are free; use a "
+            "smaller network, or fewer monitored inputs"
+        )
+    fitting = max(1, free // (2 * needed))
+    cores = max(1, min(os.cpu_count() or 1, 8) // sharing) if on_cpu else 1
+    on_each = -(-count // len(devices))
+    if block is None:
+        few = min(_IN_A_BLOCK, _WEIGHTS_IN_A_BLOCK // weights, -(-on_each // cores))
+        block = max(1, min(few, fitting)) if on_cpu else min(on_each, fitting)
+    block = min(check_count("block", block), on_each)
+    workers = max(1, min(cores, fitting // block, -(-on_each // block)))
+    # Blocks one after the other in a call: the networks' weights are all held.
+    blocks = min(-(-on_each // (workers * block)), max(1, fitting // (workers * block)))
+    blocks = max(1, min(blocks, math.ceil(_CHUNK_SECONDS / (seconds * block))))
+    return _Plan(int(block), int(block * blocks * len(devices)), int(workers))
+
+
+class _Programs:
+    """The compiled programs of training, and what they are called with."""
+
+    def __init__(
+        self,
+        each: Each,
+        given: Given,
+        job: Job,
+        chunk: int,
+        state: State | None,
+        times: np.ndarray,
+    ) -> None:
+        self.each, self.job, self.chunk, self.state, self.times = each, job, chunk, state, times
+        self._on_all = functools.partial(monte_carlo.on_devices, job.mesh, PartitionSpec())
+        self.given = jax.tree.map(self._on_all, given)
+
+    def _part(self, tree: Any, first: int) -> Any:
+        """Return a chunk's part of what there is of each network, padded with the last one."""
+        number = len(self.each.number)
+        at = np.minimum(np.arange(first, first + self.chunk), number - 1)
+        spec = PartitionSpec(loop.NETWORKS)
+        return jax.tree.map(
+            lambda leaf: monte_carlo.on_devices(self.job.mesh, spec, leaf[at]), tree
+        )
+
+    def compile(self, seconds: float) -> None:
+        """Compile them, for what takes so many seconds on one core."""
+        each = self._part(self.each, 0)
+        job, step = self.job, self._step(0)
+        lowered = [loop.begin.lower(each, self.given, job=job)]
+        state = jax.tree.map(
+            lambda leaf: (
+                jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding)
+                if hasattr(leaf, "sharding") and leaf.sharding is not None
+                else leaf
+            ),
+            lowered[0].out_info,
+        )
+        lowered.append(loop.advance.lower(each, state, self.given, step, step, job=job))
+        lowered.append(loop.measure.lower(each, state, self.given, step, job=job))
+        times = (0.1, seconds, 0.01 * len(self.times) * len(self.each.number))
+        with concurrent.futures.ThreadPoolExecutor() as pool:
+            self._begin, self._advance, self._measure = pool.map(
+                lambda one, time: one.compile(compilation.options(time)), lowered, times
+            )
+
+    def along(self, first: int, begin: int) -> Iterator[tuple[int, Any]]:
+        """Train a chunk; after each call yield how many steps it took, at last what was found."""
+        each = self._part(self.each, first)
+        if self.state is None:
+            state = self._begin(each, self.given)
+        else:
+            state = self._part(self.state, first)
+        found, step, at_once = [], begin, 1
+        for time_ in self.times:
+            while step < time_:
+                stop = min(int(time_), step + at_once)
+                begun = time.perf_counter()
+                state = self._advance(each, state, self.given, self._step(step), self._step(stop))
+                jax.block_until_ready(state.step)
+                taken = (time.perf_counter() - begun) / (stop - step)
+                at_once = max(1, min(int(_CALL_SECONDS / taken), 8 * at_once))
+                yield stop - step, None
+                step = stop
+            recorded = self._measure(each, state, self.given, self._step(step))
+            found.append(jax.device_get(recorded))
+        values = jax.tree.map(lambda *leaves: np.stack(leaves, axis=1), *found)
+        yield 0, (values, jax.device_get(state))
+
+    def _step(self, number: int) -> jax.Array:
+        return self._on_all(np.asarray(number, np.int32))
+
+
+def _in_chunks(
+    programs: _Programs, count: int, workers: int, begin: int, progress: Progress | None
+) -> list[Any]:
+    """Train all chunks, several at a time; return what was found of each, in order."""
+    done, total = 0, count * int(programs.times[-1] - begin)
+    news: queue.SimpleQueue[int | None] = queue.SimpleQueue()
+    stopped = threading.Event()
+
+    def run(first: int) -> Any:
+        size = min(programs.chunk, count - first)
+        try:
+            for taken, found in programs.along(first, begin):
+                news.put(taken * size)
+                if found is not None or stopped.is_set():
+                    return found
+            return None
+        finally:
+            news.put(None)
+
+    with concurrent.futures.ThreadPoolExecutor(workers) as pool:
+        running = [pool.submit(run, first) for first in range(0, count, programs.chunk)]
+        try:
+            left = len(running)
+            while left:
+                taken = news.get()
+                left -= taken is None
+                if taken and progress:
+                    done += taken
+                    progress(done, total)
+            return [one.result() for one in running]
+        finally:
+            stopped.set()
+            for one in running:
+                one.cancel()
