@@ -173,7 +173,16 @@ def trained():
     network = networks.mlp(WIDTHS, "tanh", ensembles.fan_in(1.3))
     x, y = data_of()
     how = {"steps": 6, "batch": SAMPLES, "learning_rate": 0.5, "seeds": 3, "key": 4}
-    result = training.train(network, x, y, record=[0, 2, 6], keep_state=True, **how)
+    result = training.train(
+        network,
+        x,
+        y,
+        record=[0, 2, 6],
+        histograms=12,
+        singular_values=3,
+        keep_state=True,
+        **how,
+    )
     return result, network, x, y
 
 
@@ -205,6 +214,35 @@ def test_what_is_recorded_at_a_step_is_what_propagate_measures_of_its_weights(tr
         )
         recorded = {key: result[key][0, 0, number, -1] for key in found}
         assert_same(recorded, found, 1e-4)
+
+
+def test_histograms_and_singular_values_are_those_of_the_weights_of_that_step(trained):
+    result, network, x, _ = trained
+    network, key = networks.with_biases(network), jax.random.fold_in(jax.random.key(4), 1)
+    weights = result.weights(seed=1)
+    signals = propagation.signals(network, jnp.asarray(x), key, weights=weights)
+    h = np.tanh(np.asarray(signals.preactivation[1][0]))
+    expected, edges = np.histogram(h, 12, (-1, 1), density=True)
+    # A value on an edge may fall to either side of it: two of 320 values are 0.04 of density.
+    np.testing.assert_allclose(
+        result["activation_histogram"][0, 0, 1, -1, 1], expected, atol=0.04 + 1e-5
+    )
+    assert result["activation_low"][0, 0, 1, -1, 1] == edges[0]
+    assert result["activation_high"][0, 0, 1, -1, 1] == edges[-1]
+    mass = result["activation_histogram"].sum(axis=-1) * (2 / 12)
+    np.testing.assert_allclose(mass, 1, rtol=1e-5)
+
+    def logits(x):
+        return training.outputs(network, weights, x[None])[0]
+
+    jacobian = np.asarray(jax.jacobian(logits)(jnp.asarray(x[0])), np.float64)
+    expected = np.log(np.linalg.svd(jacobian, compute_uv=False))
+    np.testing.assert_allclose(result["log_singular_values"][0, 0, 1, -1], expected, atol=1e-4)
+    dataset = result.to_xarray()
+    assert dataset.log_singular_values.dims[-2:] == ("step", "singular_value")
+    assert dataset.activation_histogram.dims[-3:] == ("step", "layer", "bin")
+    for name, variable in dataset.data_vars.items():
+        assert "long_name" in variable.attrs or name.endswith("_theory"), name
 
 
 def test_training_is_gradient_descent(trained):
@@ -478,6 +516,11 @@ BAD = {
     r"record is \[11\]; it is some of the steps 0 to 10": {"record": [11]},
     "needs .* GiB in training and .* are free": {"memory_budget": 100},
     "networks is empty": {"networks": []},
+    "singular_values is 4; the Jacobian of 3 outputs by 6 inputs has 3": {"singular_values": 4},
+    "singular_values is 1, .* under BatchNorm a signal depends on the whole batch": {
+        "singular_values": 1,
+        "networks": networks.mlp(WIDTHS, "tanh", "he", norm="batch"),
+    },
     "differ in more than numbers": {
         "networks": [networks.mlp(WIDTHS, phi, "he") for phi in ("tanh", "relu")]
     },

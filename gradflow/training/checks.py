@@ -8,12 +8,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
-from gradflow.blocks import UnitVariance
+from gradflow.blocks import BatchNorm, UnitVariance
 from gradflow.errors import InputError, check_count
 from gradflow.networks import Network
 from gradflow.training.records import Data
 
-__all__ = ["checked_data", "checked_laws", "record_steps"]
+__all__ = ["check_singular_values", "checked_data", "checked_laws", "record_steps"]
 
 
 def checked_laws(laws: tuple[Network, ...]) -> tuple[Network, ...]:
@@ -27,13 +27,35 @@ def checked_laws(laws: tuple[Network, ...]) -> tuple[Network, ...]:
                 f"networks {laws[0].name!r} and {law.name!r} differ in more than numbers (widths, "
                 "depth, activation, blocks, biases); train them in calls of their own"
             )
-    blocks = jax.tree.leaves(laws[0].stages, is_leaf=lambda b: isinstance(b, UnitVariance))
-    if any(isinstance(block, UnitVariance) for block in blocks):
+    if _has(laws[0], UnitVariance):
         raise InputError(
             "a UnitVariance block says how LSUV starts weights, and is no layer to train; train a "
             "network without it, with the σ_w of simulation.propagation.lsuv"
         )
     return laws
+
+
+def _has(network: Network, kind: type) -> bool:
+    """Whether there is such a block, wherever it is nested."""
+    blocks = jax.tree.leaves(network.stages, is_leaf=lambda block: isinstance(block, kind))
+    return any(isinstance(block, kind) for block in blocks)
+
+
+def check_singular_values(count: int, network: Network) -> int:
+    """Return how many singular values of an input's Jacobian to record, if it has as many."""
+    positions = math.prod(stage.block.merges for stage in network.stages)
+    most = min(positions * network.input_width, network.widths[-1])
+    if check_count("singular_values", count, 0) > most:
+        raise InputError(
+            f"singular_values is {count}; the Jacobian of {network.widths[-1]} outputs by "
+            f"{positions * network.input_width} inputs has {most}"
+        )
+    if count and _has(network, BatchNorm):
+        raise InputError(
+            f"singular_values is {count}, which are of one input's Jacobian, and under BatchNorm a "
+            "signal depends on the whole batch; use 0"
+        )
+    return count
 
 
 def checked_data(whose: str, inputs: ArrayLike, labels: ArrayLike, network: Network) -> Data:

@@ -31,7 +31,7 @@ from gradflow.simulation import memory, monte_carlo
 from gradflow.simulation.monte_carlo import Progress
 from gradflow.statistics import Statistic
 from gradflow.training import loop, records
-from gradflow.training.checks import checked_data, checked_laws, record_steps
+from gradflow.training.checks import check_singular_values, checked_data, checked_laws, record_steps
 from gradflow.training.loop import Each, Given, Job, State
 from gradflow.training.records import RECORDED, Data
 from gradflow.training.result import Training
@@ -68,6 +68,8 @@ def train(
     monitor: tuple[ArrayLike, ArrayLike] | None = None,
     validation: tuple[ArrayLike, ArrayLike] | None = None,
     wanted: Sequence[Statistic] = RECORDED,
+    histograms: int = 0,
+    singular_values: int = 0,
     biases: bool = True,
     keep_state: bool = False,
     state: State | None = None,
@@ -112,6 +114,10 @@ def train(
         (inputs, labels) that the best learning rate is chosen by.
     wanted
         The statistics to record.
+    histograms
+        Record the distribution of activations at each layer in so many bins.
+    singular_values
+        Record so many of the largest singular values of ∂z^L/∂x at the first monitored input.
     biases
         Whether layers without biases get some that start at 0 (as the paper's do).
     keep_state
@@ -156,6 +162,8 @@ def train(
     begin = 0 if state is None else int(state.step[0])
     times = record_steps(record, begin, steps)
     key = jax.random.key(key) if isinstance(key, int) else key
+    bins = check_count("histograms", histograms, 0)
+    leading = check_singular_values(singular_values, laws[0])
     devices = tuple(jax.local_devices() if devices is None else devices)
     if not devices:
         raise InputError("devices is empty; it takes at least one")
@@ -178,7 +186,7 @@ def train(
         laws[0], max(looked_at), count, seconds, block, memory_budget, dtype.itemsize, devices
     )
     mesh = Mesh(np.array(devices), (loop.NETWORKS,))
-    job = Job(optimiser, clip, batch, wanted, plan.block, mesh)
+    job = Job(optimiser, clip, batch, wanted, bins, leading, plan.block, mesh)
     begun = time.perf_counter()
     if progress:
         progress(0, count * (steps - begin))

@@ -64,6 +64,8 @@ class Job(NamedTuple):
     clip: optax.GradientTransformation | None
     batch: int
     wanted: tuple[Statistic, ...]
+    bins: int  # of histograms; none if 0
+    singular_values: int
     block: int
     mesh: Mesh
 
@@ -209,9 +211,12 @@ class _Trained:
         if self.job.clip is not None:
             found["log_clipped_gradient_norm"] = norms(clipped)
         weights = parameters.together(self.network, state.weights)
-        found |= records.monitored(
-            self.network, weights, self.key, self.given.seen, self.job.wanted
-        )
+        seen = (self.network, weights, self.key, self.given.seen)
+        found |= records.monitored(*seen, self.job.wanted)
+        if self.job.bins:
+            found |= records.activation_histograms(*seen, self.job.bins)
+        if self.job.singular_values:
+            found |= records.leading_singular_values(*seen, self.job.singular_values)
         if self.given.validation is not None:
             found |= records.validated(self.lean, state.weights, self.key, self.given.validation)
         return found

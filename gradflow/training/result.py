@@ -42,8 +42,12 @@ class Training(eqx.Module):
         ``update_ratio``, ``log_batch_gradient_norm`` and, where gradients are clipped,
         ``log_clipped_gradient_norm``; and ``movement``, since the start.
 
-        *Of networks*: ``loss`` and ``error`` on the monitored inputs, ``validation_loss`` and
-        ``validation_error`` where there were data for it.
+        *Histograms*, where they were asked for: ``activation_histogram`` (…, layers, bins), the
+        density of activations in equal bins between ``activation_low`` and ``activation_high``.
+
+        *Of networks*: ``log_singular_values`` (…, k), where they were asked for; ``loss`` and
+        ``error`` on the monitored inputs, ``validation_loss`` and ``validation_error`` where there
+        were data for it.
     steps
         The recorded ones; 0 is before the first.
     first_nonfinite, nonfinite_layer
@@ -166,8 +170,7 @@ class Training(eqx.Module):
         known = {s.key: s for s in records.RECORDED}
         found: dict[str, Any] = {}
         for key, value in self.values.items():
-            layered = key not in records.OF_NETWORKS
-            dims = (*of_networks, "step", "layer") if layered else (*of_networks, "step")
+            dims = (*of_networks, "step", *records.axes(key))
             found[key] = (dims, value)
             if key in known and known[key].log:
                 with np.errstate(over="ignore"):
