@@ -13,6 +13,7 @@ PACKAGE = Path(__file__).parents[1] / "gradflow"
 # `gradflow` itself, which has the version, directly above the one that may want it.
 ORDER = (
     "errors",
+    "files",
     "compilation",
     "norms",
     "activations",
@@ -62,6 +63,8 @@ ORDER = (
     "training.loop",
     "training.result",
     "training.checks",
+    "training.optimisers",
+    "training.saved",
     "training.grid",
     "training",
     "shapeset",

@@ -17,9 +17,11 @@ compiled programs, `grid` runs them for many networks, and `result` is what come
 
 from gradflow.training.grid import train
 from gradflow.training.loop import State
+from gradflow.training.optimisers import CLIPPINGS, OPTIMISERS, clipping, optimiser, with_noise
 from gradflow.training.parameters import Weights, initial_weights, outputs
 from gradflow.training.records import RECORDED, activation_percentile_98
 from gradflow.training.result import Training
 
-__all__ = ["RECORDED", "State", "Training", "Weights", "activation_percentile_98"]
-__all__ += ["initial_weights", "outputs", "train"]
+__all__ = ["CLIPPINGS", "OPTIMISERS", "RECORDED", "State", "Training", "Weights"]
+__all__ += ["activation_percentile_98", "clipping", "initial_weights", "optimiser", "outputs"]
+__all__ += ["train", "with_noise"]

@@ -14,12 +14,14 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jax.typing import ArrayLike
 from jaxtyping import PRNGKeyArray
 
@@ -35,6 +37,7 @@ from gradflow.training.checks import check_singular_values, checked_data, checke
 from gradflow.training.loop import Each, Given, Job, State
 from gradflow.training.records import RECORDED, Data
 from gradflow.training.result import Training
+from gradflow.training.saved import Saved, identity
 
 __all__ = ["train"]
 
@@ -50,6 +53,9 @@ _FLOPS_A_SECOND = 1e10  # of one core, with small matrices
 # How long a chunk of networks takes at least, where there are enough, so that calls cost little;
 # and a call at most, so that progress shows.
 _CHUNK_SECONDS, _CALL_SECONDS = 2.0, 1.0
+_MEASURE_SECONDS = 0.01  # about, of one network
+# Between two times that a chunk is saved, at least; and twenty times as long as saving takes.
+_SAVE_SECONDS = 10.0
 
 
 def train(
@@ -76,6 +82,7 @@ def train(
     block: int | None = None,
     memory_budget: int | None = None,
     devices: Sequence[jax.Device] | None = None,
+    save: str | Path | None = None,
     progress: Progress | None = None,
 ) -> Training:
     """Train networks × learning rates × seeds, each by itself, in one compiled program.
@@ -131,6 +138,10 @@ def train(
         Bytes to stay within on each device; its free memory without it.
     devices
         Who shares the networks; all of this process's devices without it.
+    save
+        A folder to keep the run in while it goes on, by its identity: if it is interrupted or
+        killed, a call like it, in any process, goes on from where it was saved last; and if it has
+        ended, returns what was found. See `Training.saved`.
     progress
         Called with (updates done, updates in all), of all networks together; the first call, with
         0, comes before compilation.
@@ -185,15 +196,17 @@ def train(
     plan = _plan(
         laws[0], max(looked_at), count, seconds, block, memory_budget, dtype.itemsize, devices
     )
-    mesh = Mesh(np.array(devices), (loop.NETWORKS,))
-    job = Job(optimiser, clip, batch, wanted, bins, leading, plan.block, mesh)
     begun = time.perf_counter()
     if progress:
         progress(0, count * (steps - begin))
-    programs = _Programs(each, Given(key, data, seen, held_out), job, plan.chunk, state, times)
-    programs.compile(count * seconds)
+    mesh = Mesh(np.array(devices), (loop.NETWORKS,))
+    job = Job(optimiser, clip, batch, wanted, bins, leading, plan.block, mesh)
+    run = _Run(each, Given(key, data, seen, held_out), job, plan, state, times)
+    if save is not None:
+        run = run.saved_in(save)
+    programs = _Programs(run, count * seconds)
     compiled = time.perf_counter()
-    parts = _in_chunks(programs, count, plan.workers, begin, progress)
+    parts = _in_chunks(programs, begin, progress)
     finished = time.perf_counter()
 
     # The last chunk is padded with networks that nobody asked for.
@@ -208,6 +221,7 @@ def train(
         learning_rates=rates,
         monitor=np.asarray(seen.inputs),
         state=last if keep_state else None,
+        saved=None if run.saved is None else run.saved.folder,
         seeds=seeds,
         batch=batch,
         samples=samples,
@@ -262,100 +276,183 @@ def _plan(
     return _Plan(int(block), int(block * blocks * len(devices)), int(workers))
 
 
-class _Programs:
-    """The compiled programs of training, and what they are called with."""
+class _Run(NamedTuple):
+    """What is to be done."""
 
-    def __init__(
-        self,
-        each: Each,
-        given: Given,
-        job: Job,
-        chunk: int,
-        state: State | None,
-        times: np.ndarray,
-    ) -> None:
-        self.each, self.job, self.chunk, self.state, self.times = each, job, chunk, state, times
-        self._on_all = functools.partial(monte_carlo.on_devices, job.mesh, PartitionSpec())
-        self.given = jax.tree.map(self._on_all, given)
+    each: Each
+    given: Given
+    job: Job
+    plan: _Plan
+    state: State | None  # to go on from
+    times: np.ndarray  # of the recorded steps
+    saved: Saved | None = None
 
-    def _part(self, tree: Any, first: int) -> Any:
+    @property
+    def networks(self) -> int:
+        """How many there are."""
+        return len(self.each.number)
+
+    def saved_in(self, folder: str | Path) -> "_Run":
+        """Return it as it was begun, if it was, with the networks grouped as they were then."""
+        alone = self._replace(
+            job=self.job._replace(block=1, mesh=Mesh(jax.local_devices()[:1], (loop.NETWORKS,))),
+            plan=_Plan(1, 1, 1),
+        )
+        texts = [program.as_text() for program in alone.lowered()]
+        values = _without_keys((self.each, self.given, self.state, self.times))
+        saved = Saved(folder, identity(texts, values))
+        plan = _Plan(*saved.plan(self.plan))
+        return self._replace(job=self.job._replace(block=plan.block), plan=plan, saved=saved)
+
+    def on_all(self, value: Any) -> Any:
+        """Return what all devices have."""
+        place = functools.partial(monte_carlo.on_devices, self.job.mesh, PartitionSpec())
+        return jax.tree.map(place, value)
+
+    def part(self, tree: Any, first: int) -> Any:
         """Return a chunk's part of what there is of each network, padded with the last one."""
-        number = len(self.each.number)
-        at = np.minimum(np.arange(first, first + self.chunk), number - 1)
-        spec = PartitionSpec(loop.NETWORKS)
-        return jax.tree.map(
-            lambda leaf: monte_carlo.on_devices(self.job.mesh, spec, leaf[at]), tree
-        )
+        at = np.minimum(np.arange(first, first + self.plan.chunk), self.networks - 1)
+        return self.on_each(jax.tree.map(lambda leaf: leaf[at], tree))
 
-    def compile(self, seconds: float) -> None:
-        """Compile them, for what takes so many seconds on one core."""
-        each = self._part(self.each, 0)
-        job, step = self.job, self._step(0)
-        lowered = [loop.begin.lower(each, self.given, job=job)]
-        state = jax.tree.map(
-            lambda leaf: (
-                jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding)
-                if hasattr(leaf, "sharding") and leaf.sharding is not None
-                else leaf
-            ),
-            lowered[0].out_info,
+    def on_each(self, tree: Any) -> Any:
+        """Return what there is of each network, shared among the devices."""
+        place = functools.partial(
+            monte_carlo.on_devices, self.job.mesh, PartitionSpec(loop.NETWORKS)
         )
-        lowered.append(loop.advance.lower(each, state, self.given, step, step, job=job))
-        lowered.append(loop.measure.lower(each, state, self.given, step, job=job))
-        times = (0.1, seconds, 0.01 * len(self.times) * len(self.each.number))
+        return jax.tree.map(place, tree)
+
+    def lowered(self) -> list[jax.stages.Lowered]:
+        """Return the programs: to start networks, to take steps, and to record."""
+        each, given = self.part(self.each, 0), self.on_all(self.given)
+        step = self.on_all(np.zeros((), np.int32))
+        begin = loop.begin.lower(each, given, job=self.job)
+        state = jax.tree.map(
+            lambda leaf: jax.ShapeDtypeStruct(
+                leaf.shape,
+                leaf.dtype,
+                sharding=NamedSharding(self.job.mesh, PartitionSpec(loop.NETWORKS)),
+            ),
+            begin.out_info,
+        )
+        return [
+            begin,
+            loop.advance.lower(each, state, given, step, step, job=self.job),
+            loop.measure.lower(each, state, given, step, job=self.job),
+        ]
+
+
+def _with_keys(tree: Any, like: Any) -> Any:
+    """Return a tree with JAX's keys where another has them and this one has their data."""
+
+    def wrapped(leaf: jax.Array, known: jax.Array) -> jax.Array:
+        if jnp.issubdtype(known.dtype, jax.dtypes.prng_key):
+            return jax.random.wrap_key_data(leaf, impl=jax.random.key_impl(known))
+        return leaf
+
+    return jax.tree.map(wrapped, tree, like)
+
+
+def _without_keys(tree: Any) -> Any:
+    """Return the tree on the host, with the data of JAX's keys in their place."""
+
+    def known(leaf: Any) -> np.ndarray:
+        is_key = isinstance(leaf, jax.Array) and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+        return np.asarray(jax.random.key_data(leaf) if is_key else leaf)
+
+    return jax.tree.map(known, tree)
+
+
+class _Programs:
+    """The compiled programs of a run, and what they are called with."""
+
+    def __init__(self, run: _Run, seconds: float) -> None:
+        """Compile them, for a run of so many seconds on one core."""
+        self.run, self.given = run, run.on_all(run.given)
+        lowered = run.lowered()
+        times = (0.1, seconds, _MEASURE_SECONDS * len(run.times) * run.networks)
         with concurrent.futures.ThreadPoolExecutor() as pool:
             self._begin, self._advance, self._measure = pool.map(
                 lambda one, time: one.compile(compilation.options(time)), lowered, times
             )
 
-    def along(self, first: int, begin: int) -> Iterator[tuple[int, Any]]:
+    def along(self, first: int, begin: int, stopped: threading.Event) -> Iterator[tuple[int, Any]]:
         """Train a chunk; after each call yield how many steps it took, at last what was found."""
-        each = self._part(self.each, first)
-        if self.state is None:
-            state = self._begin(each, self.given)
-        else:
-            state = self._part(self.state, first)
-        found, step, at_once = [], begin, 1
-        for time_ in self.times:
+        run = self.run
+        each = run.part(run.each, first)
+        state, found = self._begun(each, first)
+        step, at_once = int(np.asarray(state.step)[0]), 1
+        yield step - begin, None
+        saved = time.perf_counter()
+        pause = _SAVE_SECONDS
+        for time_ in run.times[len(found) :]:
             while step < time_:
                 stop = min(int(time_), step + at_once)
                 begun = time.perf_counter()
                 state = self._advance(each, state, self.given, self._step(step), self._step(stop))
                 jax.block_until_ready(state.step)
-                taken = (time.perf_counter() - begun) / (stop - step)
-                at_once = max(1, min(int(_CALL_SECONDS / taken), 8 * at_once))
-                yield stop - step, None
-                step = stop
-            recorded = self._measure(each, state, self.given, self._step(step))
-            found.append(jax.device_get(recorded))
-        values = jax.tree.map(lambda *leaves: np.stack(leaves, axis=1), *found)
-        yield 0, (values, jax.device_get(state))
+                ended = time.perf_counter()
+                taken, step = stop - step, stop
+                at_once = max(1, min(int(_CALL_SECONDS * taken / (ended - begun)), 8 * at_once))
+                stopping = stopped.is_set()
+                if stopping or ended > saved + pause:
+                    self._save(first, state, found)
+                    saved = time.perf_counter()
+                    pause = max(_SAVE_SECONDS, 20 * (saved - ended))
+                yield taken, None
+                if stopping:
+                    return
+            found.append(jax.device_get(self._measure(each, state, self.given, self._step(step))))
+        self._save(first, state, found)
+        yield 0, (_stacked(found), _without_keys(state))
+
+    def _begun(self, each: Each, first: int) -> tuple[State, list[dict[str, Any]]]:
+        """Return a chunk's state and what was recorded, as it is saved or at its beginning."""
+        fresh = self._begin(each, self.given)
+        known = self.run.saved.read(first) if self.run.saved else None
+        if known is not None:
+            leaves, records = known
+            state = jax.tree.unflatten(jax.tree.structure(fresh), leaves)
+            steps = next(iter(records.values())).shape[1] if records else 0
+            found = [{name: v[:, n] for name, v in records.items()} for n in range(steps)]
+            return _with_keys(self.run.on_each(state), fresh), found
+        if self.run.state is not None:
+            return _with_keys(self.run.part(self.run.state, first), fresh), []
+        return fresh, []
+
+    def _save(self, first: int, state: State, found: list[dict[str, Any]]) -> None:
+        if self.run.saved:
+            records = _stacked(found) if found else {}
+            self.run.saved.write(first, jax.tree.leaves(_without_keys(state)), records)
 
     def _step(self, number: int) -> jax.Array:
-        return self._on_all(np.asarray(number, np.int32))
+        return self.run.on_all(np.asarray(number, np.int32))
 
 
-def _in_chunks(
-    programs: _Programs, count: int, workers: int, begin: int, progress: Progress | None
-) -> list[Any]:
+def _stacked(found: list[dict[str, Any]]) -> dict[str, np.ndarray]:
+    """Return what was recorded at each step, with an axis of steps behind that of networks."""
+    return jax.tree.map(lambda *leaves: np.stack(leaves, axis=1), *found)
+
+
+def _in_chunks(programs: _Programs, begin: int, progress: Progress | None) -> list[Any]:
     """Train all chunks, several at a time; return what was found of each, in order."""
-    done, total = 0, count * int(programs.times[-1] - begin)
+    plan, count = programs.run.plan, programs.run.networks
+    done, total = 0, count * int(programs.run.times[-1] - begin)
     news: queue.SimpleQueue[int | None] = queue.SimpleQueue()
     stopped = threading.Event()
 
-    def run(first: int) -> Any:
-        size = min(programs.chunk, count - first)
+    def train_chunk(first: int) -> Any:
+        size = min(plan.chunk, count - first)
         try:
-            for taken, found in programs.along(first, begin):
+            for taken, found in programs.along(first, begin, stopped):
                 news.put(taken * size)
-                if found is not None or stopped.is_set():
+                if found is not None:
                     return found
             return None
         finally:
             news.put(None)
 
-    with concurrent.futures.ThreadPoolExecutor(workers) as pool:
-        running = [pool.submit(run, first) for first in range(0, count, programs.chunk)]
+    with concurrent.futures.ThreadPoolExecutor(plan.workers) as pool:
+        running = [pool.submit(train_chunk, first) for first in range(0, count, plan.chunk)]
         try:
             left = len(running)
             while left:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from pathlib import Path
 from typing import Any
 
 import equinox as eqx
@@ -61,6 +62,8 @@ class Training(eqx.Module):
         How many inputs a step, in all, and monitored; how many classes.
     state
         The networks after the last step, flattened to one axis; None unless it was asked for.
+    saved
+        The folder where the run was saved, if it was; whoever has no more use for it removes it.
     """
 
     values: dict[str, np.ndarray]
@@ -71,6 +74,7 @@ class Training(eqx.Module):
     learning_rates: np.ndarray
     monitor: np.ndarray
     state: State | None
+    saved: Path | None = eqx.field(static=True)
     seeds: int = eqx.field(static=True)
     batch: int = eqx.field(static=True)
     samples: int = eqx.field(static=True)
