@@ -1,6 +1,10 @@
 """Training: weights are those of the dense sampler, measured by the same walk, and descend."""
 
 import dataclasses
+import os
+import signal
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -466,6 +470,155 @@ def test_the_spread_of_speeds_is_that_of_update_ratios(clipped):
     np.testing.assert_allclose(clipped[0].speed_spread[0, 1], expected, rtol=1e-6)
     labelled = clipped[0].to_xarray().speed_spread
     assert labelled.dims == ("network", "learning_rate", "seed", "step")
+
+
+def test_a_schedule_is_one_of_steps():
+    network, (x, y) = networks.mlp(WIDTHS, "tanh", "glorot"), data_of()
+    result = training.train(
+        network,
+        x,
+        y,
+        steps=20,
+        batch=8,
+        optimiser=lambda rate: optax.sgd(optax.piecewise_constant_schedule(rate, {6: 0.0})),
+        wanted=(),
+        record=[5, 6, 20],
+    )
+    ratio, movement = result["update_ratio"][0, 0, 0], result["movement"][0, 0, 0]
+    assert np.all(ratio[0] > 0)
+    assert not np.any(ratio[1:])
+    assert np.all(movement[1] > 0)
+    np.testing.assert_array_equal(movement[2], movement[1])
+
+
+def test_noise_in_gradients_is_each_networks_own_and_the_same_again():
+    network, (x, y) = networks.mlp((6, 40, 3), "tanh", "glorot"), data_of()
+    how = {"steps": 1, "batch": 8, "learning_rate": 1e-3, "seeds": 2, "wanted": (), "record": [1]}
+    optimiser = training.with_noise(optax.sgd, 1e4)
+
+    def noise(**other):
+        result = training.train(network, x, y, optimiser=optimiser, keep_state=True, **how | other)
+        change = jax.tree.map(jnp.subtract, result.state.weights, result.state.start)
+        return -1e3 * np.concatenate([np.asarray(s.matrices[0]).reshape(2, -1) for s in change], 1)
+
+    # 360 values of sd 100, of which the gradient is less than 0.01: the relative s.e. of their mean
+    # square is √(2/360) = 0.075, that of their correlation √(1/360) = 0.053; five of each.
+    first = noise()
+    np.testing.assert_allclose(np.mean(np.square(first), axis=1), 1e4, rtol=5 * 0.075)
+    assert abs(np.corrcoef(first)[0, 1]) < 5 * 0.053
+    np.testing.assert_array_equal(noise(), first)
+    assert abs(np.corrcoef(noise(key=1)[0], first[0])[0, 1]) < 5 * 0.053
+
+
+def test_optimisers_and_clippings_have_names():
+    weights = {"matrix": jnp.ones((3, 2)), "bias": jnp.ones(2)}
+    gradient = jax.tree.map(lambda w: 10 * w, weights)
+    for name in training.OPTIMISERS:
+        optimiser = training.optimiser(name)(0.1)
+        change, _ = optimiser.update(gradient, optimiser.init(weights), weights)
+        assert np.all(np.asarray(change["matrix"]) < 0), name
+
+    def norms(text):
+        clip = training.clipping(text)
+        found, _ = clip.update(gradient, clip.init(weights), weights)
+        return [float(jnp.linalg.norm(found[name])) for name in ("matrix", "bias")]
+
+    np.testing.assert_allclose(norms("value:1"), np.sqrt([6, 2]), rtol=1e-5)
+    np.testing.assert_allclose(norms("norm:0.5"), [0.5, 0.5], rtol=1e-5)
+    np.testing.assert_allclose(norms("norm:100"), 10 * np.sqrt([6, 2]), rtol=1e-5)
+    np.testing.assert_allclose(norms("global-norm:2"), 2 * np.sqrt([6 / 8, 2 / 8]), rtol=1e-5)
+    np.testing.assert_allclose(norms("adaptive:0.01"), 0.01 * np.sqrt([6, 2]), rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        ("norms:1", "unknown clipping 'norms'.*did you mean 'norm'"),
+        ("norm", "clip is 'norm'; it is a name and a threshold above 0 with a colon between"),
+        ("norm:0", "as norm:1.0"),
+        ("value:nan", "as value:1.0"),
+    ],
+)
+def test_a_wrong_clipping_is_said_in_a_sentence(text, sentence):
+    with pytest.raises(InputError, match=sentence):
+        training.clipping(text)
+
+
+# A run of several calls, in this process or in one that is killed.
+RUN = """
+import os, signal
+import numpy as np
+import optax
+from gradflow import networks, training
+from gradflow.training import grid
+
+HOW = {"steps": 30, "batch": 8, "learning_rate": [0.1, 0.2], "seeds": 2, "wanted": ()}
+HOW |= {"optimiser": training.with_noise(optax.adam, 0.1), "record": [0, *range(3, 30, 4), 30]}
+
+def run(save, after=None, stop=None, **other):
+    seen = []
+    def progress(done, total):
+        seen.append(done)
+        if after is not None and done > after:
+            stop()
+    x = np.sin(np.arange(240, dtype=np.float32)).reshape(40, 6)
+    result = training.train(
+        networks.mlp((6, 8, 8, 3), "tanh", "glorot"), x, np.arange(40) % 3, save=save,
+        progress=progress, **HOW | other
+    )
+    return result, seen
+"""
+run = {}
+exec(RUN, run)
+
+
+def interrupt():
+    raise KeyboardInterrupt
+
+
+@pytest.fixture(scope="module")
+def uninterrupted():
+    return run["run"](None)[0]
+
+
+def assert_goes_on(folder, uninterrupted):
+    """Assert that most of the first half was saved, and that the end is as it would have been."""
+    steps = [np.load(file)["state/0"] for file in folder.glob("*/networks-*.npz")]
+    assert 50 < np.concatenate(steps).sum() < 120
+    result, seen = run["run"](folder)
+    assert seen[1] > 0
+    assert seen[-1] == 120
+    for name, value in uninterrupted.values.items():
+        np.testing.assert_array_equal(result[name], value, err_msg=name)
+
+
+def test_an_interrupted_run_goes_on_as_if_it_had_not_stopped(tmp_path, uninterrupted):
+    with pytest.raises(KeyboardInterrupt):
+        run["run"](tmp_path, 60, interrupt)
+    assert_goes_on(tmp_path, uninterrupted)
+    # And is at hand once it has ended; another one is kept apart, and nothing else is left.
+    again, seen = run["run"](tmp_path)
+    assert seen == [0, 60, 120]
+    (folder,) = tmp_path.iterdir()
+    assert again.saved == folder
+    run["run"](tmp_path, steps=7, record=[7])
+    assert len(list(tmp_path.iterdir())) == 2
+    (broken, *_) = folder.glob("*.npz")
+    broken.write_bytes(b"half a file")
+    with pytest.raises(InputError, match="where a run was saved; remove .* to begin anew"):
+        run["run"](tmp_path)
+
+
+@pytest.mark.slow
+def test_a_killed_process_loses_little(tmp_path, uninterrupted):
+    program = f"{RUN}\ngrid._SAVE_SECONDS, grid._SAVE_SHARE = 0.0, np.inf\n"
+    program += f"run({str(tmp_path)!r}, 60, lambda: os.kill(os.getpid(), signal.SIGKILL))"
+    x64 = str(int(jax.config.jax_enable_x64))
+    killed = subprocess.run(
+        [sys.executable, "-c", program], env=os.environ | {"JAX_ENABLE_X64": x64}, check=False
+    )
+    assert killed.returncode == -signal.SIGKILL
+    assert_goes_on(tmp_path, uninterrupted)
 
 
 OTHERS = {

@@ -93,10 +93,17 @@ def checked_data(whose: str, inputs: ArrayLike, labels: ArrayLike, network: Netw
     return Data(jnp.asarray(found), jnp.asarray(classes, jnp.int32))
 
 
-def record_steps(record: Sequence[int] | None, begin: int, steps: int) -> np.ndarray:
-    """Return the steps to record, after those that were taken."""
+# Of a run's time, the share that recording takes, where the steps to record are not given; and how
+# many of them there are then.
+_SHARE = 0.2
+_FEWEST, _MOST = 3, 25
+
+
+def record_steps(record: Sequence[int] | None, begin: int, steps: int, cost: float) -> np.ndarray:
+    """Return the steps to record, after those that were taken; one costs ``cost`` steps."""
     if record is None:
-        known = np.unique(np.round(np.geomspace(1, steps + 1, 25)).astype(np.int32) - 1)
+        count = min(max(int(_SHARE * steps / cost), _FEWEST), _MOST)
+        known = np.unique(np.round(np.geomspace(1, steps + 1, count)).astype(np.int32) - 1)
         return known[known >= begin]
     times = np.unique([check_count("record", step, 0) for step in record]).astype(np.int32)
     if not times.size or times[0] < begin or times[-1] != steps:

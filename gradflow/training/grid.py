@@ -54,8 +54,8 @@ _FLOPS_A_SECOND = 1e10  # of one core, with small matrices
 # and a call at most, so that progress shows.
 _CHUNK_SECONDS, _CALL_SECONDS = 2.0, 1.0
 _MEASURE_SECONDS = 0.01  # about, of one network
-# Between two times that a chunk is saved, at least; and twenty times as long as saving takes.
-_SAVE_SECONDS = 10.0
+# Between two times that a chunk is saved, at least; and the share of the time that it may take.
+_SAVE_SECONDS, _SAVE_SHARE = 10.0, 0.05
 
 
 def train(
@@ -114,7 +114,8 @@ def train(
         What is done to a gradient before the optimiser gets it, as `optax.adaptive_grad_clip`. It
         is given one matrix (n_in, n_out) and one vector of biases for each layer.
     record
-        The steps to record; 0, ``steps`` and some between, ever further apart, without it.
+        The steps to record; without it 0, ``steps`` and some between, ever further apart: as many,
+        up to 25, as take a fifth of the time of training, and at least one.
     monitor
         (inputs, labels) that everything is measured on; 300 of the data without it.
     validation
@@ -171,7 +172,7 @@ def train(
     held_out = None if validation is None else checked_data("validation's ", *validation, laws[0])
     dtype = data.inputs.dtype
     begin = 0 if state is None else int(state.step[0])
-    times = record_steps(record, begin, steps)
+    times = record_steps(record, begin, steps, _record_cost(batch, seen, held_out))
     key = jax.random.key(key) if isinstance(key, int) else key
     bins = check_count("histograms", histograms, 0)
     leading = check_singular_values(singular_values, laws[0])
@@ -228,6 +229,12 @@ def train(
         seconds=finished - compiled,
         compile_seconds=compiled - begun,
     )
+
+
+def _record_cost(batch: int, seen: Data, validation: Data | None) -> float:
+    """Return how many steps take as long as recording everything once; measured on a CPU."""
+    held_out = 0 if validation is None else len(validation.labels)
+    return 10 + (2.2 * len(seen.labels) + 0.5 * held_out) / batch
 
 
 class _Plan(NamedTuple):
@@ -397,7 +404,7 @@ class _Programs:
                 if stopping or ended > saved + pause:
                     self._save(first, state, found)
                     saved = time.perf_counter()
-                    pause = max(_SAVE_SECONDS, 20 * (saved - ended))
+                    pause = max(_SAVE_SECONDS, (saved - ended) / _SAVE_SHARE)
                 yield taken, None
                 if stopping:
                     return
