@@ -59,7 +59,7 @@ def pytorch(widths, batch, steps, count, threads):
 
     torch.set_num_threads(threads)
     x, y = digits()
-    x, y = torch.from_numpy(np.array(x)), torch.from_numpy(np.array(y))
+    x, y = torch.from_numpy(np.array(x)), torch.from_numpy(np.array(y, np.int64))
 
     def one(seed, steps):
         torch.manual_seed(seed)
