@@ -95,7 +95,7 @@ def checked_data(whose: str, inputs: ArrayLike, labels: ArrayLike, network: Netw
 
 # Of a run's time, the share that recording takes, where the steps to record are not given; and how
 # many of them there are then.
-_SHARE = 0.2
+_SHARE = 0.12
 _FEWEST, _MOST = 3, 25
 
 

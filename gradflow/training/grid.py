@@ -118,7 +118,7 @@ def train(
         is given one matrix (n_in, n_out) and one vector of biases for each layer.
     record
         The steps to record; without it 0, ``steps`` and some between, ever further apart: as many,
-        up to 25, as take a fifth of the time of training, and at least one.
+        up to 25, as take an eighth of the time of training by a rough estimate, and at least one.
     monitor
         (inputs, labels) that everything is measured on; 300 of the data without it.
     validation
