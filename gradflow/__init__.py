@@ -4,6 +4,7 @@ Will the gradients of this network vanish or explode? It is answered twice, by
 theory and by exact simulation of many random networks at once, and the two are compared. Each
 module is a subject; each imports only from those above it:
 
+files              files that are written whole or not at all
 norms              norms as logarithms, which no float's range ends
 activations        what a unit does: φ, its kinks, closed forms
 gaussian           expectations under a Gaussian, in one and two dimensions

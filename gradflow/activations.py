@@ -139,6 +139,21 @@ class Activation:
         x = np.unique(np.concatenate([-half, half, kinks - beside, kinks + beside]))
         return x, _slopes(self, x)
 
+    @functools.cached_property
+    def bounds(self) -> tuple[float, float] | None:
+        """The least and largest value of φ, or None if it is unbounded.
+
+        It is taken for bounded if nothing beyond |x| = 16 is outside of what is found up to there
+        by more than a tenth of its span.
+        """
+        x = np.concatenate([self._scan[0], [-1e30, 1e30]])
+        with _concrete():
+            values = np.asarray(_compiled(self, jnp.asarray(x)))
+        near = values[np.abs(x) <= 16]
+        low, high = float(values.min()), float(values.max())
+        beyond = max(near.min() - low, high - near.max())
+        return (low, high) if beyond <= 0.1 * (near.max() - near.min()) else None
+
     def saturated_intervals(self, threshold: float) -> np.ndarray:
         """Return where |φ'(x)| < threshold · max|φ'|.
 
@@ -209,6 +224,7 @@ def _concrete() -> Iterator[None]:
         yield
 
 
+_compiled = jax.jit(Activation.__call__, static_argnums=0)
 _compiled_derivative = jax.jit(Activation.derivative, static_argnums=0)
 
 # Points at which a slope is evaluated in one call.

@@ -53,7 +53,9 @@ def test_theory_agrees_with_its_peers():
 
 @pytest.mark.slow
 def test_training_compares_every_contender():
-    arguments = ["--width", "8", "--depth", "2", "--steps", "20", "--networks", "4", "--json"]
-    rows = load("training").main(arguments)["rows"]
-    assert {"gradflow", "gradflow, blocks of 1"} <= set(rows)
+    size = ["--size", "2x8x10", "--steps", "20", "--networks", "4", "--repeats", "1", "--json"]
+    (found,) = load("training").main(size)["sizes"].values()
+    assert found["recording"] > -1
+    rows = found["rows"]
+    assert {"gradflow", "gradflow, recording"} <= set(rows)
     assert all(row["microseconds_a_step"] > 0 for row in rows.values())

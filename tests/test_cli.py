@@ -62,10 +62,14 @@ def test_train_prints_a_row_for_each_network_and_writes_a_figure(tmp_path):
         assert word in done.stdout
     assert len(list((tmp_path / "made").glob("*.nc"))) == 5
     assert (tmp_path / "made" / "learning.png").stat().st_size > 10_000
-    one = gradflow("train", *small, "--activation", "erf", "--json", cwd=tmp_path)
+    assert not (tmp_path / "made" / "unfinished").exists()
+    rates = ["--learning-rate", "1e-6,0.5", "--clip", "norm:1", "--noise", "1e-4"]
+    one = gradflow("train", *small, "--activation", "erf", *rates, "--json", cwd=tmp_path)
     (row,) = json.loads(one.stdout)["networks"].values()
     assert len(row["moved"]) == 3
     assert row["gradient_ratio"] > 0
+    assert row["learning_rate"] == 0.5
+    assert len(row["validation_error"]) == 2
 
 
 def test_json_is_json_and_nothing_else(tmp_path):
@@ -254,6 +258,10 @@ def test_help_is_there_with_examples(command, tmp_path):
         (["remedies", "--weights", "glorott"], "did you mean 'glorot'"),
         (["remedies", "--sigma-b", "-1"], "sigma_b is -1.0"),
         (["train", "--learning-rate", "0"], "learning_rate is 0.0; it is a finite number above 0"),
+        (["train", "--learning-rate", "0.1;1"], "learning_rate is '0.1;1'; it is one number above"),
+        (["train", "--clip", "global_norm:1"], "did you mean 'global-norm'"),
+        (["train", "--clip", "value"], "clip is 'value'; it is a name and a threshold"),
+        (["train", "--noise", "-1"], "variance is -1.0; it is a finite number, 0 or more"),
         (["train", "--batch", "2000"], "batch is 2000, and there are 1257 samples"),
         (["train", "--data", "digit"], "did you mean 'digits'"),
         (["train", "--data", "none.npz"], "none.npz"),

@@ -20,7 +20,7 @@ import numpy as np
 out, devices, processes, process, port = sys.argv[1], *map(int, sys.argv[2:])
 if processes > 1:
     jax.distributed.initialize(f"127.0.0.1:{port}", processes, process)
-from gradflow import networks
+from gradflow import ensembles, networks, statistics, training
 from gradflow.simulation import monte_carlo
 assert len(jax.devices()) == devices * processes
 network = networks.mlp([12, *[16] * 4], "tanh", "glorot", sigma_b=0.1)
@@ -30,6 +30,13 @@ for sampler in ("dense", "matrix_free"):
     result = monte_carlo.simulate(network, x, networks=37, sampler=sampler, keep_samples=True)
     found |= {f"{sampler}/{name}": value for name, value in result.samples.items()}
     found |= {f"{sampler}/mean/{n}": e.value for n, e in result.estimates.items()}
+if processes == 1:
+    x = np.sin(np.arange(240, dtype=np.float32)).reshape(20, 12)
+    wanted = (statistics.q, statistics.weight_gradient_variance)
+    laws = [networks.mlp([12, 16, 16, 3], "tanh", ensembles.fan_in(s)) for s in (0.5, 1.5)]
+    how = {"steps": 12, "batch": 4, "seeds": 2, "record": [0, 12], "wanted": wanted}
+    result = training.train(laws, x, np.arange(20) % 3, **how)
+    found |= {f"training/{name}": value for name, value in result.values.items()}
 np.savez(out, **found)
 """
 
@@ -67,7 +74,7 @@ def alone(tmp_path_factory):
 )
 def test_devices_and_processes_change_nothing_but_the_rounding(tmp_path, alone, devices, processes):
     for found in results(tmp_path, devices, processes):
-        assert set(found) == set(alone)
+        assert set(found) == {n for n in alone if processes == 1 or "training" not in n}
         for name, value in found.items():
             np.testing.assert_allclose(value, alone[name], rtol=2e-4, atol=2e-5, err_msg=name)
 

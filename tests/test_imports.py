@@ -13,6 +13,7 @@ PACKAGE = Path(__file__).parents[1] / "gradflow"
 # `gradflow` itself, which has the version, directly above the one that may want it.
 ORDER = (
     "errors",
+    "files",
     "compilation",
     "norms",
     "activations",
@@ -57,6 +58,14 @@ ORDER = (
     "simulation.monte_carlo",
     "simulation",
     "comparison",
+    "training.parameters",
+    "training.records",
+    "training.loop",
+    "training.result",
+    "training.checks",
+    "training.optimisers",
+    "training.saved",
+    "training.grid",
     "training",
     "shapeset",
     "data",

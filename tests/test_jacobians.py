@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from laws import smallest_p_value
 
-from gradflow import ensembles, networks
+from gradflow import ensembles, networks, training
 from gradflow.errors import InputError
 from gradflow.simulation import jacobians, propagation, singular_values
 
@@ -49,6 +49,30 @@ def test_layer_jacobians_are_those_of_the_network_that_is_propagated(activation)
         np.testing.assert_allclose(
             delta, norm * np.asarray(drawn.gradient[stage][place, 0]), rtol=2e-5, atol=1e-6
         )
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_given_weights_have_the_jacobian_of_the_network_they_were_drawn_for(tied):
+    tanh = ensembles.fan_in(1.3)
+    recurrent = networks.recurrent(4, 5, 3, "tanh", tanh, sigma_b=0.2)
+    network, key = recurrent if tied else mlp(), jax.random.key(1)
+    x = jnp.linspace(-1, 1, 4, dtype=jnp.float32)[None]
+    weights = training.initial_weights(network, key)
+    drawn, given = (
+        jax.jit(
+            lambda weights: singular_values.of_jacobian(
+                jacobians.draw(network, x, key, sampler="dense", weights=weights)
+            )
+        )(weights)
+        for weights in (None, weights)
+    )
+    np.testing.assert_allclose(given.log, drawn.log, atol=1e-4)
+    whole = jax.jacobian(lambda x: training.outputs(network, weights, x[None], key)[0])(x[0])
+    expected = np.log(np.linalg.svd(np.asarray(whole, np.float64), compute_uv=False))
+    np.testing.assert_allclose(given.log, expected, atol=1e-4)
+    other = jax.tree.map(lambda w: 1.1 * w, weights)
+    found = singular_values.of_jacobian(jacobians.draw(network, x, key, weights=other))
+    assert not np.allclose(found.log, drawn.log, atol=1e-2)
 
 
 @pytest.mark.parametrize(("below", "above"), [(0, None), (0, 2), (1, 3), (3, 4), (2, 4)])

@@ -1,6 +1,10 @@
 """Training: weights are those of the dense sampler, measured by the same walk, and descend."""
 
 import dataclasses
+import os
+import signal
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -173,7 +177,16 @@ def trained():
     network = networks.mlp(WIDTHS, "tanh", ensembles.fan_in(1.3))
     x, y = data_of()
     how = {"steps": 6, "batch": SAMPLES, "learning_rate": 0.5, "seeds": 3, "key": 4}
-    result = training.train(network, x, y, record=[0, 2, 6], keep_state=True, **how)
+    result = training.train(
+        network,
+        x,
+        y,
+        record=[0, 2, 6],
+        histograms=12,
+        singular_values=3,
+        keep_state=True,
+        **how,
+    )
     return result, network, x, y
 
 
@@ -205,6 +218,35 @@ def test_what_is_recorded_at_a_step_is_what_propagate_measures_of_its_weights(tr
         )
         recorded = {key: result[key][0, 0, number, -1] for key in found}
         assert_same(recorded, found, 1e-4)
+
+
+def test_histograms_and_singular_values_are_those_of_the_weights_of_that_step(trained):
+    result, network, x, _ = trained
+    network, key = networks.with_biases(network), jax.random.fold_in(jax.random.key(4), 1)
+    weights = result.weights(seed=1)
+    signals = propagation.signals(network, jnp.asarray(x), key, weights=weights)
+    h = np.tanh(np.asarray(signals.preactivation[1][0]))
+    expected, edges = np.histogram(h, 12, (-1, 1), density=True)
+    # A value on an edge may fall to either side of it: two of 320 values are 0.04 of density.
+    np.testing.assert_allclose(
+        result["activation_histogram"][0, 0, 1, -1, 1], expected, atol=0.04 + 1e-5
+    )
+    assert result["activation_low"][0, 0, 1, -1, 1] == edges[0]
+    assert result["activation_high"][0, 0, 1, -1, 1] == edges[-1]
+    mass = result["activation_histogram"].sum(axis=-1) * (2 / 12)
+    np.testing.assert_allclose(mass, 1, rtol=1e-5)
+
+    def logits(x):
+        return training.outputs(network, weights, x[None])[0]
+
+    jacobian = np.asarray(jax.jacobian(logits)(jnp.asarray(x[0])), np.float64)
+    expected = np.log(np.linalg.svd(jacobian, compute_uv=False))
+    np.testing.assert_allclose(result["log_singular_values"][0, 0, 1, -1], expected, atol=1e-4)
+    dataset = result.to_xarray()
+    assert dataset.log_singular_values.dims[-2:] == ("step", "singular_value")
+    assert dataset.activation_histogram.dims[-3:] == ("step", "layer", "bin")
+    for name, variable in dataset.data_vars.items():
+        assert "long_name" in variable.attrs or name.endswith("_theory"), name
 
 
 def test_training_is_gradient_descent(trained):
@@ -325,6 +367,260 @@ def test_what_diverges_is_recorded_and_told_by_movement_and_loss_too():
     np.testing.assert_array_equal(bounded.diverged[0, :, 0], [-1, 30])
 
 
+def stacked(*scales):
+    return networks.stack(6, [Linear(3, scale) for scale in scales], "linear")
+
+
+@pytest.mark.parametrize(
+    ("network", "layer"),
+    [
+        # Signals of 1e30, and then of 1e60.
+        (stacked(1.0, 1e30, 1e30, 1.0), 3),
+        # Signals are of 1e-25 to 1e15, gradients of 1e40 and more below layer 2.
+        (stacked(1e-25, 1e-20, 1e30, 1e30), 2),
+    ],
+    ids=["on the way up", "on the way down"],
+)
+def test_the_layer_where_numbers_leave_the_floats_range_is_found(network, layer):
+    x, y = data_of()
+    x = x.astype(np.float32)
+    result = training.train(
+        network, x, y, steps=3, batch=SAMPLES, seeds=2, wanted=(), record=[3], block=2
+    )
+    np.testing.assert_array_equal(result.nonfinite_layer[0, 0], layer)
+    np.testing.assert_array_equal(result.first_nonfinite[0, 0], 0 if layer == 3 else 1)
+
+
+CLIP = 0.02
+
+
+@pytest.fixture(scope="module")
+def clipped():
+    network = networks.mlp(WIDTHS, "tanh", ensembles.fan_in(1.3))
+    (x, y), (more, labels) = data_of(), data_of(samples=25)
+    result = training.train(
+        network,
+        x,
+        y,
+        steps=3,
+        batch=SAMPLES,
+        learning_rate=[1e6, 0.5, 1e-6],
+        seeds=2,
+        clip=optax.adaptive_grad_clip(CLIP),
+        validation=(more + 0.1, labels),
+        wanted=(),
+        record=[0, 3],
+        keep_state=True,
+    )
+    return result, networks.with_biases(network), x, y, (more + 0.1, labels)
+
+
+def test_a_clipped_gradient_is_what_optax_makes_of_it_layer_by_layer(clipped):
+    result, network, x, y, _ = clipped
+    weights = result.weights(learning_rate=1, seed=1)
+
+    def cost(weights):
+        return cross_entropy(training.outputs(network, weights, jnp.asarray(x)), y)
+
+    def plain(weights):  # as one would hold them: (n_in, n_out)
+        return [w.T for s in weights for w in s.matrices[0]]
+
+    found = jax.grad(cost)(weights)
+    expected = [jnp.log(jnp.linalg.norm(w)) for w in plain(found)]
+    np.testing.assert_allclose(
+        result["log_batch_gradient_norm"][0, 1, 1, -1], expected, rtol=1e-4, atol=1e-4
+    )
+    clip = optax.adaptive_grad_clip(CLIP)
+    small, _ = clip.update(plain(found), clip.init(plain(weights)), plain(weights))
+    expected = [jnp.log(jnp.linalg.norm(w)) for w in small]
+    np.testing.assert_allclose(
+        result["log_clipped_gradient_norm"][0, 1, 1, -1], expected, rtol=1e-4, atol=1e-4
+    )
+    assert np.all(np.asarray(expected) < result["log_batch_gradient_norm"][0, 1, 1, -1])
+
+
+def test_the_best_rate_is_that_of_the_least_validation_error(clipped):
+    result, network, _, _, (more, labels) = clipped
+    assert result["validation_error"].shape == (1, 3, 2, 2)
+    logits = training.outputs(network, result.weights(0, 2, 1), jnp.asarray(more))
+    error = np.mean(np.argmax(logits, axis=1) != labels)
+    assert result["validation_error"][0, 2, 1, -1] == pytest.approx(error)
+    loss = result["validation_loss"][0, 2, 1, -1]
+    assert loss == pytest.approx(float(cross_entropy(logits, labels)), rel=1e-4)
+
+    def best(errors, losses, first_nonfinite=None):
+        values = {"validation_error": np.asarray(errors), "validation_loss": np.asarray(losses)}
+        values = {name: value[None, :, :, None] for name, value in values.items()}
+        none = np.full(values["validation_loss"].shape[:3], -1)
+        gone = none if first_nonfinite is None else np.asarray(first_nonfinite)[None]
+        return dataclasses.replace(result, values=values, first_nonfinite=gone).best_rate().item()
+
+    rates = [[0.5, 0.1], [0.2, 0.2], [0.3, 0.3]]
+    assert best(rates, np.ones((3, 2))) == 1
+    assert best([[0.2, 0.2], *rates[1:]], [[1, 1], [2, 0.1], [1, 1]]) == 0
+    assert best([[0.2, 0.2], *rates[1:]], [[1, 1], [1, 0.9], [1, 1]]) == 1
+    assert best(rates, np.ones((3, 2)), [[-1, -1], [-1, 7], [-1, -1]]) in (0, 2)
+    with pytest.raises(InputError, match="no best learning rate without validation data"):
+        dataclasses.replace(result, values={}).best_rate()
+
+
+def test_the_spread_of_speeds_is_that_of_update_ratios(clipped):
+    ratio = clipped[0]["update_ratio"][0, 1]
+    expected = ratio.max(axis=-1) / ratio.min(axis=-1)
+    np.testing.assert_allclose(clipped[0].speed_spread[0, 1], expected, rtol=1e-6)
+    labelled = clipped[0].to_xarray().speed_spread
+    assert labelled.dims == ("network", "learning_rate", "seed", "step")
+
+
+def test_a_schedule_is_one_of_steps():
+    network, (x, y) = networks.mlp(WIDTHS, "tanh", "glorot"), data_of()
+    result = training.train(
+        network,
+        x,
+        y,
+        steps=20,
+        batch=8,
+        optimiser=lambda rate: optax.sgd(optax.piecewise_constant_schedule(rate, {6: 0.0})),
+        wanted=(),
+        record=[5, 6, 20],
+    )
+    ratio, movement = result["update_ratio"][0, 0, 0], result["movement"][0, 0, 0]
+    assert np.all(ratio[0] > 0)
+    assert not np.any(ratio[1:])
+    assert np.all(movement[1] > 0)
+    np.testing.assert_array_equal(movement[2], movement[1])
+
+
+def test_noise_in_gradients_is_each_networks_own_and_the_same_again():
+    network, (x, y) = networks.mlp((6, 40, 3), "tanh", "glorot"), data_of()
+    how = {"steps": 1, "batch": 8, "learning_rate": 1e-3, "seeds": 2, "wanted": (), "record": [1]}
+    optimiser = training.with_noise(optax.sgd, 1e4)
+
+    def noise(**other):
+        result = training.train(network, x, y, optimiser=optimiser, keep_state=True, **how | other)
+        change = jax.tree.map(jnp.subtract, result.state.weights, result.state.start)
+        return -1e3 * np.concatenate([np.asarray(s.matrices[0]).reshape(2, -1) for s in change], 1)
+
+    # 360 values of sd 100, of which the gradient is less than 0.01: the relative s.e. of their mean
+    # square is √(2/360) = 0.075, that of their correlation √(1/360) = 0.053; five of each.
+    first = noise()
+    np.testing.assert_allclose(np.mean(np.square(first), axis=1), 1e4, rtol=5 * 0.075)
+    assert abs(np.corrcoef(first)[0, 1]) < 5 * 0.053
+    np.testing.assert_array_equal(noise(), first)
+    assert abs(np.corrcoef(noise(key=1)[0], first[0])[0, 1]) < 5 * 0.053
+
+
+def test_optimisers_and_clippings_have_names():
+    weights = {"matrix": jnp.ones((3, 2)), "bias": jnp.ones(2)}
+    gradient = jax.tree.map(lambda w: 10 * w, weights)
+    for name in training.OPTIMISERS:
+        optimiser = training.optimiser(name)(0.1)
+        change, _ = optimiser.update(gradient, optimiser.init(weights), weights)
+        assert np.all(np.asarray(change["matrix"]) < 0), name
+
+    def norms(text):
+        clip = training.clipping(text)
+        found, _ = clip.update(gradient, clip.init(weights), weights)
+        return [float(jnp.linalg.norm(found[name])) for name in ("matrix", "bias")]
+
+    np.testing.assert_allclose(norms("value:1"), np.sqrt([6, 2]), rtol=1e-5)
+    np.testing.assert_allclose(norms("norm:0.5"), [0.5, 0.5], rtol=1e-5)
+    np.testing.assert_allclose(norms("norm:100"), 10 * np.sqrt([6, 2]), rtol=1e-5)
+    np.testing.assert_allclose(norms("global-norm:2"), 2 * np.sqrt([6 / 8, 2 / 8]), rtol=1e-5)
+    np.testing.assert_allclose(norms("adaptive:0.01"), 0.01 * np.sqrt([6, 2]), rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        ("norms:1", "unknown clipping 'norms'.*did you mean 'norm'"),
+        ("norm", "clip is 'norm'; it is a name and a threshold above 0 with a colon between"),
+        ("norm:0", "as norm:1.0"),
+        ("value:nan", "as value:1.0"),
+    ],
+)
+def test_a_wrong_clipping_is_said_in_a_sentence(text, sentence):
+    with pytest.raises(InputError, match=sentence):
+        training.clipping(text)
+
+
+# A run of several calls, in this process or in one that is killed.
+RUN = """
+import os, signal
+import numpy as np
+import optax
+from gradflow import networks, training
+from gradflow.training import grid
+
+HOW = {"steps": 30, "batch": 8, "learning_rate": [0.1, 0.2], "seeds": 2, "wanted": ()}
+HOW |= {"optimiser": training.with_noise(optax.adam, 0.1), "record": [0, *range(3, 30, 4), 30]}
+
+def run(save, after=None, stop=None, **other):
+    seen = []
+    def progress(done, total):
+        seen.append(done)
+        if after is not None and done > after:
+            stop()
+    x = np.sin(np.arange(240, dtype=np.float32)).reshape(40, 6)
+    result = training.train(
+        networks.mlp((6, 8, 8, 3), "tanh", "glorot"), x, np.arange(40) % 3, save=save,
+        progress=progress, **HOW | other
+    )
+    return result, seen
+"""
+run = {}
+exec(RUN, run)
+
+
+def interrupt():
+    raise KeyboardInterrupt
+
+
+@pytest.fixture(scope="module")
+def uninterrupted():
+    return run["run"](None)[0]
+
+
+def assert_goes_on(folder, uninterrupted):
+    """Assert that most of the first half was saved, and that the end is as it would have been."""
+    steps = [np.load(file)["state/0"] for file in folder.glob("*/networks-*.npz")]
+    assert 50 < np.concatenate(steps).sum() < 120
+    result, seen = run["run"](folder)
+    assert seen[1] > 0
+    assert seen[-1] == 120
+    for name, value in uninterrupted.values.items():
+        np.testing.assert_array_equal(result[name], value, err_msg=name)
+
+
+def test_an_interrupted_run_goes_on_as_if_it_had_not_stopped(tmp_path, uninterrupted):
+    with pytest.raises(KeyboardInterrupt):
+        run["run"](tmp_path, 60, interrupt)
+    assert_goes_on(tmp_path, uninterrupted)
+    # And is at hand once it has ended; another one is kept apart, and nothing else is left.
+    again, seen = run["run"](tmp_path)
+    assert seen == [0, 60, 120]
+    (folder,) = tmp_path.iterdir()
+    assert again.saved == folder
+    run["run"](tmp_path, steps=7, record=[7])
+    assert len(list(tmp_path.iterdir())) == 2
+    (broken, *_) = folder.glob("*.npz")
+    broken.write_bytes(b"half a file")
+    with pytest.raises(InputError, match="where a run was saved; remove .* to begin anew"):
+        run["run"](tmp_path)
+
+
+@pytest.mark.slow
+def test_a_killed_process_loses_little(tmp_path, uninterrupted):
+    program = f"{RUN}\ngrid._SAVE_SECONDS, grid._SAVE_SHARE = 0.0, np.inf\n"
+    program += f"run({str(tmp_path)!r}, 60, lambda: os.kill(os.getpid(), signal.SIGKILL))"
+    x64 = str(int(jax.config.jax_enable_x64))
+    killed = subprocess.run(
+        [sys.executable, "-c", program], env=os.environ | {"JAX_ENABLE_X64": x64}, check=False
+    )
+    assert killed.returncode == -signal.SIGKILL
+    assert_goes_on(tmp_path, uninterrupted)
+
+
 OTHERS = {
     "convolutional": (networks.convolutional((4,), [2, 3, 3], "relu", "he", dense=[3]), 8),
     "recurrent": (networks.recurrent(6, 3, 5, "tanh", "glorot", sigma_u=0.3), 6),
@@ -373,12 +669,18 @@ BAD = {
     r"record is \[11\]; it is some of the steps 0 to 10": {"record": [11]},
     "needs .* GiB in training and .* are free": {"memory_budget": 100},
     "networks is empty": {"networks": []},
+    "singular_values is 4; the Jacobian of 3 outputs by 6 inputs has 3": {"singular_values": 4},
+    "singular_values is 1, .* under BatchNorm a signal depends on the whole batch": {
+        "singular_values": 1,
+        "networks": networks.mlp(WIDTHS, "tanh", "he", norm="batch"),
+    },
     "differ in more than numbers": {
         "networks": [networks.mlp(WIDTHS, phi, "he") for phi in ("tanh", "relu")]
     },
     "a UnitVariance block says how LSUV starts weights": {
         "networks": networks.unit_variance(networks.mlp(WIDTHS, "tanh", "he"))
     },
+    "validation's labels has 5": {"validation": (np.zeros((1, 6)), np.full(1, 5))},
     r"monitor's inputs has shape \(1, 2\)": {"monitor": (np.zeros((1, 2)), np.zeros(1, int))},
 }
 

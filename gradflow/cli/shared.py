@@ -2,9 +2,7 @@
 
 import json
 import math
-import os
 import sys
-import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,6 +14,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from gradflow.errors import InputError
+from gradflow.files import complete
+from gradflow.files import writable_folder as writable_folder
 
 app = typer.Typer(
     name="gradflow",
@@ -105,34 +105,6 @@ def file_name(name: str) -> str:
     return "-".join(part for part in kept.split("-") if part).lower()
 
 
-def writable_folder(folder: Path) -> Path:
-    """Make the folder and try it, before anything is computed that could be lost."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=folder):
-            pass
-    except OSError as error:
-        reason = (error.strerror or str(error)).lower()
-        raise InputError(
-            f"out is {str(folder)!r}, which cannot be written to ({reason}); it is a folder, "
-            "new or not, that can be"
-        ) from error
-    return folder
-
-
-@contextmanager
-def _complete(path: Path) -> Iterator[Path]:
-    """Write beside the file and then put it in place, so that no half of one is ever seen."""
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        yield beside
-        beside.replace(path)
-    except OSError as error:
-        raise InputError(f"cannot write {str(path)!r}: {error.strerror or error}") from error
-    finally:
-        beside.unlink(missing_ok=True)
-
-
 def write_netcdf(dataset: xarray.Dataset, path: Path) -> Path:
     """Write the dataset, whole or not at all.
 
@@ -142,7 +114,7 @@ def write_netcdf(dataset: xarray.Dataset, path: Path) -> Path:
     large = {
         k: str(v) for k, v in dataset.attrs.items() if isinstance(v, int) and abs(v) >= 1 << 31
     }
-    with _complete(path) as beside:
+    with complete(path) as beside:
         dataset.assign_attrs(large).to_netcdf(beside, engine="scipy")
     return path
 
@@ -154,7 +126,7 @@ def write_json(summary: Mapping[str, Any], path: Path) -> Path:
 
 def write_text(text: str, path: Path) -> Path:
     """Write text, whole or not at all."""
-    with _complete(path) as beside:
+    with complete(path) as beside:
         beside.write_text(text, encoding="utf-8")
     return path
 
@@ -168,7 +140,7 @@ def make_console() -> Console:
 
 
 @contextmanager
-def show_progress() -> Iterator[Callable[[str, int, int], None]]:
+def show_progress(unit: str = "networks") -> Iterator[Callable[[str, int, int], None]]:
     """Report progress on standard error: bars on a terminal, else a line for each thing done."""
     if not sys.stderr.isatty():
         compiling: set[str] = set()
@@ -178,7 +150,7 @@ def show_progress() -> Iterator[Callable[[str, int, int], None]]:
                 compiling.add(name)
                 typer.echo(f"{name}: compiling", err=True)
             elif done == total:
-                typer.echo(f"{name}: {done} networks done", err=True)
+                typer.echo(f"{name}: {done} {unit} done", err=True)
 
         yield line
         return
@@ -186,7 +158,7 @@ def show_progress() -> Iterator[Callable[[str, int, int], None]]:
         TextColumn("{task.description}"),
         BarColumn(),
         MofNCompleteColumn(),
-        TextColumn("networks"),
+        TextColumn(unit),
         TimeRemainingColumn(),
         TextColumn("{task.fields[state]}"),
     )

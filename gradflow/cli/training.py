@@ -1,7 +1,10 @@
 """The command that trains networks and shows how fast each layer learns: train."""
 
+import contextlib
 import functools
 import math
+import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -25,9 +28,12 @@ from gradflow.cli.shared import (
     writable_folder,
     write_netcdf,
 )
+from gradflow.errors import InputError
 
 # Images of the test set that everything is measured on, as the paper does (section 3).
 _MONITORED = 300
+# Where a run is kept while it goes on, in the folder of its results.
+_UNFINISHED = "unfinished"
 # The note's networks: which of them learn, and in which layers.
 _OF_THE_NOTE = (
     ("logistic", "unscaled"),
@@ -43,8 +49,9 @@ _OF_THE_NOTE = (
     "- `gradflow train`\n"
     "- `gradflow train --activation tanh --weights orthogonal --depth 50 --learning-rate 0.03`\n"
     "- `gradflow train --data shapeset --depth 5 --steps 20000`\n"
-    "- `gradflow train --activation relu --weights he --optimiser adam --learning-rate 0.001 "
-    "--json`"
+    "- `gradflow train --activation relu --weights he --optimiser adam "
+    "--learning-rate 0.01,0.001 --json`\n"
+    "- `gradflow train --activation tanh --weights unscaled --clip global-norm:1`"
 )
 def train(
     activation: Annotated[
@@ -62,8 +69,30 @@ def train(
             "--data", help="digits, mnist, shapeset, or a path to .npz.", metavar="NAME|PATH"
         ),
     ] = "digits",
-    learning_rate: Annotated[float, typer.Option(help="Of the optimiser.")] = 0.1,
-    optimiser: Annotated[str, typer.Option(help="sgd, momentum or adam.")] = "sgd",
+    learning_rate: Annotated[
+        str,
+        typer.Option(
+            help="Of the optimiser; of several, with commas between, the best on validation data "
+            "is reported.",
+            metavar="RATE,…",
+        ),
+    ] = "0.1",
+    optimiser: Annotated[
+        str,
+        typer.Option(
+            help="sgd, momentum, nesterov, adagrad, rmsprop, adam, adamw or lion.", metavar="NAME"
+        ),
+    ] = "sgd",
+    clip: Annotated[
+        str | None,
+        typer.Option(
+            help="Clip gradients: value:1, norm:1 (each matrix's), global-norm:1, adaptive:0.01.",
+            metavar="NAME:THRESHOLD",
+        ),
+    ] = None,
+    noise: Annotated[
+        float, typer.Option(help="Variance of noise in gradients at first; it decays.")
+    ] = 0.0,
     steps: Annotated[int, typer.Option(help="How many updates.")] = 5000,
     batch: Annotated[int, typer.Option(help="Images an update.")] = 10,
     networks: Annotated[int, typer.Option(help="How many random networks of each kind.")] = 4,
@@ -71,20 +100,18 @@ def train(
     out: Out = None,
     as_json: Json = False,
 ) -> None:
-    """Train on images: how far each layer moves, beside its gradient by theory."""
-    import optax  # noqa: PLC0415  (JAX is slow to import)
+    """Train on images: how far each layer moves, beside its gradient by theory.
 
-    from gradflow import data, figures, training  # noqa: PLC0415
+    A run that is interrupted goes on where it was when the same command is given again.
+    """
+    from gradflow import data, figures, training  # noqa: PLC0415  (JAX is slow to import)
     from gradflow import networks as nets  # noqa: PLC0415
-    from gradflow.errors import unknown_name  # noqa: PLC0415
 
-    optimisers = {
-        "sgd": optax.sgd,
-        "momentum": lambda rate: optax.sgd(rate, momentum=0.9),
-        "adam": optax.adam,
-    }
-    if optimiser not in optimisers:
-        raise unknown_name("optimiser", optimiser, optimisers)
+    rates = _rates(learning_rate)
+    chosen_optimiser = training.optimiser(optimiser)
+    if noise:
+        chosen_optimiser = training.with_noise(chosen_optimiser, noise)
+    clipping = None if clip is None else training.clipping(clip)
     width_, depth_ = at_least("width", width), check_depth(depth)
     at_least("networks", networks)
     dataset = data.load(dataset_name)
@@ -103,31 +130,38 @@ def train(
     folder = writable_folder(out or Path("results") / "train" / file_name(label))
 
     found: dict[str, Any] = {}
-    with show_progress() as report:
+    with _resumable(folder), show_progress("updates") as report:
         for law in laws:
             found[law.name] = training.train(
                 law,
                 parts.train.inputs,
                 parts.train.labels,
                 monitor=(seen.inputs, seen.labels),
+                validation=(parts.validation.inputs, parts.validation.labels),
                 steps=steps,
                 batch=batch,
-                learning_rate=learning_rate,
+                learning_rate=rates,
                 seeds=networks,
                 key=seed,
-                optimiser=optimisers[optimiser],
+                optimiser=chosen_optimiser,
+                clip=clipping,
+                save=folder / _UNFINISHED,
                 progress=functools.partial(report, law.name),
             )
-    datasets = {
-        name: result.to_xarray().assign_attrs(seed=seed, optimiser=optimiser)
-        for name, result in found.items()
-    }
+    how = {"seed": seed, "optimiser": optimiser, "clip": clip or "none", "noise": noise}
+    datasets = {name: result.to_xarray().assign_attrs(how) for name, result in found.items()}
     written = [
         write_netcdf(dataset, folder / f"{file_name(name)}.nc")
         for name, dataset in datasets.items()
     ]
-    written.append(figures.save(figures.learning(datasets), folder / "learning.png"))
-    rows = {name: _row(result) for name, result in found.items()}
+    best = {name: int(result.best_rate()[0]) for name, result in found.items()}
+    shown = {name: dataset.isel(learning_rate=[best[name]]) for name, dataset in datasets.items()}
+    written.append(figures.save(figures.learning(shown), folder / "learning.png"))
+    for result in found.values():
+        shutil.rmtree(result.saved, ignore_errors=True)
+    with contextlib.suppress(OSError):  # other runs may be there
+        (folder / _UNFINISHED).rmdir()
+    rows = {name: _row(result, best[name]) for name, result in found.items()}
     if as_json:
         print_json({"networks": rows, "files": [str(path) for path in written]})
         return
@@ -136,7 +170,12 @@ def train(
         f"{depth_} layers of {width_} and one of {dataset.classes}, {dataset_name}, "
         f"{steps} steps of {batch}"
     )
-    console.print(_table(f"{title}, learning rate {learning_rate:g}", rows))
+    console.print(_table(f"{title}, {_in_words(optimiser, clip, noise)}", rows))
+    if len(rates) > 1:
+        console.print(
+            f"rate      with the least error of {len(parts.validation)} validation images, of "
+            f"{', '.join(f'{rate:g}' for rate in rates)}"
+        )
     console.print(
         "moved     ‖W - W₀‖/‖W₀‖ at the end, geometric mean over networks whose weights are finite"
     )
@@ -148,32 +187,59 @@ def train(
         "diverged  the loss is not finite, or above guessing with a layer moved 10 times its norm"
     )
     seconds = sum(result.seconds for result in found.values())
-    count = steps * networks * len(found)
-    console.print(
-        f"trained   {count} updates in {seconds:.1f} s, {1e6 * seconds / count:.0f} µs each"
-    )
+    count = steps * networks * len(found) * len(rates)
+    console.print(f"trained   {count} updates in {seconds:.1f} s")
     console.print(f"written   to {folder}: {', '.join(path.name for path in written)}")
 
 
-def _row(result: Any) -> dict[str, Any]:
-    """Return one network's numbers: lists are by layer."""
+@contextlib.contextmanager
+def _resumable(folder: Path) -> Iterator[None]:
+    """Say what to do after an interruption."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        typer.echo(f"gradflow: saved in {folder}; the same command goes on from there", err=True)
+        raise
+
+
+def _rates(text: str) -> list[float]:
+    """Return the numbers of 0.1,0.01."""
+    try:
+        return [float(part) for part in text.split(",")]
+    except ValueError as error:
+        raise InputError(
+            f"learning_rate is {text!r}; it is one number above 0 or several with commas between, "
+            "as 0.1,0.01"
+        ) from error
+
+
+def _in_words(optimiser: str, clip: str | None, noise: float) -> str:
+    clipped = "" if clip is None else f", clipped by {clip}"
+    return f"{optimiser}{clipped}" + (f", noise {noise:g}" if noise else "")
+
+
+def _row(result: Any, rate: int) -> dict[str, Any]:
+    """Return one network's numbers at one of its learning rates: lists are by layer."""
     log_moved = np.full(result.networks[0].depth, math.nan)
-    moved = result["movement"][0, 0, :, -1].astype(np.float64)
+    moved = result["movement"][0, rate, :, -1].astype(np.float64)
     finite = np.isfinite(moved).all(axis=1)
     with np.errstate(divide="ignore"):
         if finite.any():
             log_moved = np.log10(moved[finite]).mean(axis=0)
     # Of one layer there is nothing to compare.
-    log_start = result["log_gradient_variance"][0, 0, :, 0].astype(np.float64).mean(axis=0)
+    log_start = result["log_gradient_variance"][0, rate, :, 0].astype(np.float64).mean(axis=0)
     theory = result.theory()["log_gradient_variance"]
     gradient, by_theory = (math.exp((v[0] - v[-2]) / 2) for v in (log_start, theory))
-    diverged = result.diverged[0, 0]
+    diverged = result.diverged[0, rate]
     return {
+        "learning_rate": float(result.learning_rates[rate]),
         "moved": (10**log_moved).tolist(),
         "gradient_ratio": gradient,
         "gradient_ratio_theory": by_theory,
-        "loss": result["loss"][0, 0, :, -1].tolist(),
-        "error": result["error"][0, 0, :, -1].tolist(),
+        "speed_spread": result.speed_spread[0, rate, :, 0].tolist(),
+        "loss": result["loss"][0, rate, :, -1].tolist(),
+        "error": result["error"][0, rate, :, -1].tolist(),
+        "validation_error": result["validation_error"][0, rate, :, -1].tolist(),
         "diverged": int(np.count_nonzero(diverged >= 0)),
         "networks": len(diverged),
     }
@@ -182,6 +248,7 @@ def _row(result: Any) -> dict[str, Any]:
 def _table(title: str, rows: dict[str, dict[str, Any]]) -> Table:
     table = Table(title=title, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
     table.add_column("network")
+    table.add_column("rate", justify="right", no_wrap=True)
     hidden = len(next(iter(rows.values()))["moved"]) - 1
     layers = sorted({0, (hidden - 1) // 2, hidden - 1, hidden})
     for column in ("gradient\nmeasured", "gradient\ntheory"):
@@ -195,6 +262,7 @@ def _table(title: str, rows: dict[str, dict[str, Any]]) -> Table:
         error = np.asarray(row["error"])
         table.add_row(
             name,
+            f"{row['learning_rate']:g}",
             f"{row['gradient_ratio']:.3g}",
             f"{row['gradient_ratio_theory']:.3g}",
             *("-" if math.isnan(row["moved"][k]) else f"{row['moved'][k]:.2g}" for k in layers),

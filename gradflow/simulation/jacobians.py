@@ -12,7 +12,7 @@ how a block is linearised.
 import functools
 import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import equinox as eqx
@@ -26,9 +26,9 @@ from gradflow.errors import InputError, check_count
 from gradflow.networks import Network
 from gradflow.norms import unit_rows
 from gradflow.simulation import questions, samplers
-from gradflow.simulation.matrices import Matrix
+from gradflow.simulation.matrices import Drawn, Matrix
 from gradflow.simulation.propagation import scan_blocks
-from gradflow.simulation.questions import LayerKey, Maker
+from gradflow.simulation.questions import LayerKey, LayerWeights, Maker
 
 __all__ = [
     "Jacobian",
@@ -190,6 +190,7 @@ def draw(
     key: PRNGKeyArray,
     *,
     sampler: str = "auto",
+    weights: Sequence[LayerWeights] | None = None,
     below: int = 0,
     above: int | None = None,
     tangents: int = 1,
@@ -211,6 +212,9 @@ def draw(
         The network's key.
     sampler
         ``"dense"``, ``"matrix_free"``, or ``"auto"``: matrix_free where the law allows it.
+    weights
+        The network's weights and biases, of `training.initial_weights` or trained, where they are
+        not to be drawn; the sampler has no say then.
     below, above
         The stretch: ∂z^above/∂z^below, with z^0 the input; the whole network without them.
     tangents, cotangents
@@ -248,11 +252,17 @@ def draw(
         sites * (1 + check_count("tangents", tangents, 0)),
         sites * check_count("cotangents", cotangents, 0),
     )
-    make = Maker(chosen_sampler(sampler, network), places)
+    make = Maker(chosen_sampler("dense" if weights is not None else sampler, network), places)
     keys = jax.random.split(key, network.depth + 1)[1:]
     signal, layers, first = inputs, [], 0
-    for stage in network.stages:
-        layer_keys = questions.stage_keys(stage, keys[first : first + stage.repeats])
+    each_given = [None] * len(network.stages) if weights is None else weights
+    for stage, given in zip(network.stages, each_given, strict=True):
+        layer_keys = questions.stage_keys(stage, keys[first : first + stage.repeats], given)
+        if stage.tied and given is not None and layer_keys.given is not None:
+            # Biases are at each step already; here the matrices are too.
+            steps = stage.repeats
+            shared = tuple(jnp.broadcast_to(m, (steps, *m.shape)) for m in given.matrices)
+            layer_keys = layer_keys._replace(given=layer_keys.given._replace(matrices=shared))
         # Layers below the stretch are walked for their signal alone.
         for start, stop in _within(first, stage.repeats, below, above, apart):
             if apart:
@@ -273,7 +283,11 @@ def _linearised(
     block: AbstractBlock, make: Maker, signal: Array, key: LayerKey
 ) -> tuple[Array, tuple[LayerKey, Array, tuple[Array, ...], tuple[Matrix, ...]]]:
     """Apply a block; return its output, and its key, input, and matrices with their answers."""
-    asked = questions.ask(block, key, signal, questions.made(block, make, key, signal))
+    if key.given is None:
+        known = questions.made(block, make, key, signal)
+    else:
+        known = tuple(map(Drawn, key.given.matrices))
+    asked = questions.ask(block, key, signal, known)
     return asked.out, (key, signal, asked.answers, asked.matrices)
 
 

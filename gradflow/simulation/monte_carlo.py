@@ -283,10 +283,10 @@ def _chunk_size(networks: int, block: int, workers: int, values: int) -> int:
 _NETWORKS = "networks"
 
 
-def _on_devices(mesh: Mesh, spec: PartitionSpec, value: Array | np.ndarray) -> Array:
+def on_devices(mesh: Mesh, spec: PartitionSpec, value: Array | np.ndarray) -> Array:
     """Return the array on a mesh, which may reach into other processes that have the same one."""
     if jnp.issubdtype(value.dtype, jax.dtypes.prng_key):
-        words = _on_devices(mesh, spec, jax.random.key_data(value))
+        words = on_devices(mesh, spec, jax.random.key_data(value))
         return jax.random.wrap_key_data(words, impl=jax.random.key_impl(value))
     known = np.asarray(value)
     sharding = NamedSharding(mesh, spec)
@@ -349,7 +349,7 @@ def compiled(
     """
     mesh = Mesh(np.array(devices), (_NETWORKS,))
     everywhere, each = PartitionSpec(), PartitionSpec(_NETWORKS)
-    put = functools.partial(_on_devices, mesh)
+    put = functools.partial(on_devices, mesh)
 
     def arguments(laws: Laws, which: np.ndarray, numbers: np.ndarray) -> tuple[Laws, Array, Array]:
         known = jax.tree.map(functools.partial(put, everywhere), laws)

@@ -123,9 +123,14 @@ def signals(
     key: PRNGKeyArray,
     *,
     sampler: str = "dense",
+    weights: Sequence[LayerWeights] | None = None,
 ) -> Signals:
-    """Draw the network that `propagate` draws from this key, and return its units' signals."""
-    collected = _walk(network, inputs, key, sampler, (), _Keep(), collect=True)[1]
+    """Draw the network that `propagate` draws from this key, and return its units' signals.
+
+    Or those of one with these weights, as for `propagate`.
+    """
+    given = _Given(weights)
+    collected = _walk(network, inputs, key, sampler, (), _Keep(), collect=True, given=given)[1]
     (z, log_scale), (gradient, log_norm) = (zip(*side, strict=True) for side in collected)
     return Signals(list(z), list(log_scale), list(gradient), list(log_norm))
 

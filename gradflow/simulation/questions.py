@@ -21,8 +21,8 @@ from gradflow.networks import Stage
 from gradflow.simulation import matrices
 from gradflow.simulation.matrices import Matrix
 
-__all__ = ["Asked", "LayerKey", "LayerWeights", "Maker", "ask", "blockwise", "hooked", "made"]
-__all__ += ["pull", "push", "stage_keys"]
+__all__ = ["Asked", "Law", "LayerKey", "LayerWeights", "Maker", "ask", "blockwise", "hooked"]
+__all__ += ["laws", "made", "pull", "push", "stage_keys"]
 
 
 class LayerWeights(NamedTuple):
@@ -78,7 +78,7 @@ class _Multiply:
     def __init__(self, answer: Callable[..., Array], key: LayerKey) -> None:
         self.answer, self.step = answer, key.step
         biases = None if key.given is None else iter(key.given.biases)
-        self.bias = None if biases is None else lambda draw: next(biases)  # noqa: ARG005
+        self.bias: Callable | None = None if biases is None else lambda _: next(biases)
 
     def __call__(self, key: PRNGKeyArray, x: Array, **law: Any) -> Array:
         return self.answer(key, x, **law)
@@ -98,11 +98,25 @@ def _scaled(key: LayerKey, sigma_w: Any, x: Array) -> Array:
     return jnp.asarray(sigma_w, x.dtype) / x.shape[-1] ** 0.5 * x
 
 
-def made(
-    block: AbstractBlock, make: Maker, key: LayerKey, signal: Float[Array, "sites n_in"]
-) -> tuple[Matrix, ...]:
-    """Return the random matrices that the block multiplies with, not asked yet."""
-    found: list[Matrix] = []
+class Law(NamedTuple):
+    """How a random matrix is drawn, and what it is then multiplied by, but for 1/√n_in."""
+
+    key: PRNGKeyArray
+    shape: tuple[int, int]  # n_out, n_in
+    distribution: Distribution
+    dtype: jnp.dtype
+    sigma_w: Any
+
+
+def laws(
+    block: AbstractBlock, key: LayerKey, signal: Float[Array, "sites n_in"]
+) -> tuple[tuple[Law, ...], tuple[Array, ...]]:
+    """Return the laws of the block's random matrices, in the order of their use, and its biases.
+
+    By applying it to a signal of this shape, whose values do not matter.
+    """
+    found: list[Law] = []
+    biases: list[Array] = []
 
     def multiply(
         key: PRNGKeyArray,
@@ -113,12 +127,29 @@ def made(
         distribution: Distribution,
         seen: Array | None = None,
     ) -> Array:
-        del sigma_w, seen
-        found.append(make(key, (width, x.shape[1]), distribution, x.dtype))
+        del seen
+        found.append(Law(key, (width, x.shape[1]), distribution, x.dtype, sigma_w))
         return jnp.zeros((x.shape[0], width), x.dtype)
 
-    blockwise(block, key, signal, multiply)
-    return tuple(found)
+    recorder = _Multiply(multiply, key)
+    given = recorder.bias
+
+    def bias(draw: Callable[[], Array]) -> Array:
+        biases.append(draw() if given is None else given(draw))
+        return biases[-1]
+
+    recorder.bias = bias
+    block.apply(signal, recorder, key.key)
+    return tuple(found), tuple(biases)
+
+
+def made(
+    block: AbstractBlock, make: Maker, key: LayerKey, signal: Float[Array, "sites n_in"]
+) -> tuple[Matrix, ...]:
+    """Return the random matrices that the block multiplies with, not asked yet."""
+    return tuple(
+        make(law.key, law.shape, law.distribution, law.dtype) for law in laws(block, key, signal)[0]
+    )
 
 
 class Asked(NamedTuple):

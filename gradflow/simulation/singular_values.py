@@ -51,6 +51,7 @@ __all__ = [
     "extreme_singular_values",
     "log_singular_values",
     "lyapunov_exponents",
+    "of_jacobian",
 ]
 
 _matmul = functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
@@ -159,6 +160,30 @@ def log_singular_values(
     runs = _runs(factors)
     found = _in_float64(_log_singular_values, runs)
     return found._replace(log=found.log.astype(runs[0].dtype))
+
+
+def of_jacobian(jacobian: Jacobian) -> LogSingularValues:
+    """Return all singular values of a Jacobian with few outputs, or few inputs.
+
+    Its rows, or its columns if they are fewer, are made one by one, each beside the logarithm of
+    its length, and turned orthogonal as above. The largest are right to rounding; those that are
+    far below what rows have in common are lost in it. A pure function: jit it, vmap it.
+
+    Parameters
+    ----------
+    jacobian
+        Drawn ``matrix_free`` it needs places for as many cotangents as there are outputs, or for as
+        many tangents as there are inputs, whichever are fewer.
+    """
+    n_in, n_out = math.prod(jacobian.tangent_shape), math.prod(jacobian.cotangent_shape)
+    basis = jnp.eye(min(n_in, n_out), dtype=jacobian.dtype)
+    if n_out <= n_in:
+        rows = jacobian.transpose_times(basis.reshape(-1, *jacobian.cotangent_shape))
+    else:
+        rows = jacobian.times(basis.reshape(-1, *jacobian.tangent_shape))
+    log, sweeps, cosine = _orthogonalise(rows.direction.reshape(len(basis), -1), rows.log_norm)
+    log = jnp.sort(log, descending=True)
+    return LogSingularValues(log, jnp.isneginf(log).sum(), sweeps, cosine)
 
 
 def lyapunov_exponents(

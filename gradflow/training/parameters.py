@@ -1,0 +1,214 @@
+"""The weights of a random network as parameters, and the network as a function of them."""
+
+import dataclasses
+import functools
+import itertools
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+from jaxtyping import Array, Bool, Float, PRNGKeyArray
+
+from gradflow.networks import Network, Stage
+from gradflow.norms import unit_rows
+from gradflow.simulation import matrices, questions
+from gradflow.simulation.propagation import scan_blocks
+from gradflow.simulation.questions import LayerKey, LayerWeights
+
+__all__ = ["Weights", "initial_weights", "outputs"]
+
+_matmul = functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
+
+# By stage, each array with an axis of layers in front, unless the stage's layers share theirs.
+Weights = tuple[LayerWeights, ...]
+
+# Stages of no more layers are trained as so many arrays: a loop over slices of one takes a third
+# more time, and compiles in a time that does not grow with them.
+_FEW_LAYERS = 16
+
+
+def initial_weights(network: Network, key: PRNGKeyArray, dtype: DTypeLike = jnp.float32) -> Weights:
+    """Draw the weights and biases of one random network, as the dense sampler does.
+
+    Biases are parameters where the network has them, and `networks.with_biases` gives it some that
+    start at 0.
+
+    Returns
+    -------
+    tuple
+        For each stage, its matrices W, (layers, n_out, n_in), σ_w/√n_in and all, and its biases,
+        (layers, 1, n_out); without the axis of layers where they share their weights.
+    """
+    keys = jax.random.split(key, network.depth + 1)[1:]
+    sites = 2 * math.prod(stage.block.merges for stage in network.stages)
+    found, first = [], 0
+    for stage, n_in in zip(network.stages, network.stage_widths[:-1], strict=True):
+        draw = functools.partial(_drawn, stage, jnp.zeros((sites, n_in), dtype))
+        of_stage = keys[first : first + stage.repeats]
+        # One layer after another, so that a deep stage takes no longer to compile.
+        found.append(draw(of_stage[0]) if stage.tied else jax.lax.map(draw, of_stage))
+        first += stage.repeats
+        sites //= stage.block.merges
+    return tuple(found)
+
+
+def _drawn(stage: Stage, signal: Array, key: Array) -> LayerWeights:
+    """Return what a block draws, when it is applied to a signal of this shape."""
+    laws, biases = questions.laws(stage.block, LayerKey(key), signal)
+
+    def weights(law: questions.Law) -> Array:
+        entries = matrices.drawn(law.key, law.shape, law.distribution, law.dtype).weights
+        return jnp.asarray(law.sigma_w, law.dtype) / law.shape[1] ** 0.5 * entries
+
+    return LayerWeights(tuple(map(weights, laws)), biases)
+
+
+def outputs(
+    network: Network,
+    weights: Weights,
+    inputs: Float[Array, "sites n_in"],
+    key: PRNGKeyArray | None = None,
+) -> Float[Array, "sites_out n_out"]:
+    """Return z^L of the network with these weights: with softmax, its logits.
+
+    A pure function: jit it, vmap it, differentiate it.
+
+    Parameters
+    ----------
+    network
+        Its structure; the scales of its law have no say.
+    weights
+        Those of `initial_weights`, or trained.
+    inputs
+        Shape (sites, n_0).
+    key
+        For what is random and no parameter: masks of dropout, the inputs of a recurrent network.
+        With the key of `propagate` they are the same as there.
+    """
+    return _walk(network, weights, inputs, key, lambda _: None)[0]
+
+
+def finite_layers(
+    network: Network, weights: Weights, inputs: Float[Array, "sites n_in"], key: PRNGKeyArray
+) -> Bool[Array, " layers"]:
+    """Return whether the pre-activations of `outputs` are finite, at each layer."""
+    looks = _walk(network, weights, inputs, key, lambda signal: jnp.all(jnp.isfinite(signal)))[1]
+    return jnp.concatenate(looks)
+
+
+def _walk(
+    network: Network, weights: Weights, inputs: Array, key: PRNGKeyArray | None, look: Callable
+) -> tuple[Array, list[Any]]:
+    """Return z^L, and by stage what ``look`` makes of each layer's signal."""
+    key = jax.random.key(0) if key is None else key
+    keys = jax.random.split(key, network.depth + 1)[1:]
+    signal, looks, first = inputs, [], 0
+    for stage, given in zip(network.stages, weights, strict=True):
+        of_stage = questions.stage_keys(stage, keys[first : first + stage.repeats])
+        step = functools.partial(_layer, stage, given if stage.tied else None, look)
+        each = None if stage.tied else given
+        signal, seen = scan_blocks(step, signal, (of_stage, each))
+        looks.append(seen)
+        first += stage.repeats
+    return signal, looks
+
+
+def _layer(
+    stage: Stage,
+    shared: LayerWeights | None,
+    look: Callable,
+    signal: Array,
+    parts: tuple[LayerKey, LayerWeights | None],
+) -> tuple[Array, Any]:
+    key, own = parts
+    given = shared if own is None else own
+    assert given is not None
+    remaining = iter(given.matrices)
+
+    def answer(_: PRNGKeyArray, x: Array, **law: Any) -> Array:
+        del law
+        return _matmul(x, next(remaining).T)
+
+    key = key._replace(given=LayerWeights((), given.biases))
+    signal = questions.blockwise(stage.block, key, signal, answer)
+    return signal, look(signal)
+
+
+def log_norms(network: Network, weights: Weights) -> Float[Array, " layers"]:
+    """Return log ‖W‖_F of each layer, all of its matrices together; biases are apart."""
+    found, dtype = [], jax.tree.leaves(weights)[0].dtype
+    for stage, given in zip(network.stages, weights, strict=True):
+        rows = [m[None] if stage.tied else m for m in given.matrices]
+        logs = [unit_rows(m.reshape(len(m), -1))[1] for m in rows]
+        none = jnp.full(stage.repeats, -jnp.inf, dtype)
+        log = jax.nn.logsumexp(2 * jnp.stack(logs), axis=0) / 2 if logs else none
+        found.append(jnp.broadcast_to(log, (stage.repeats,)))
+    return jnp.concatenate(found)
+
+
+def _few(stage: Stage) -> bool:
+    return not stage.tied and stage.repeats <= _FEW_LAYERS
+
+
+def lean(network: Network) -> Network:
+    """Return the network with stages of few layers as so many stages of one."""
+    each = [
+        stage.repeats * [Stage(stage.block)] if _few(stage) else [stage] for stage in network.stages
+    ]
+    return dataclasses.replace(network, stages=tuple(itertools.chain.from_iterable(each)))
+
+
+def apart(network: Network, weights: Weights) -> Weights:
+    """Return a network's weights as those of its `lean` one."""
+    found: list[LayerWeights] = []
+    for stage, given in zip(network.stages, weights, strict=True):
+        for layer in range(stage.repeats) if _few(stage) else [slice(None)]:
+            at = slice(layer, layer + 1) if isinstance(layer, int) else layer
+            found.append(given if stage.tied else jax.tree.map(lambda m, at=at: m[at], given))
+    return tuple(found)
+
+
+def together(network: Network, weights: Weights) -> Weights:
+    """Return the weights of a `lean` network as the network's own."""
+    rest = iter(weights)
+    return tuple(
+        jax.tree.map(lambda *m: jnp.concatenate(m), *itertools.islice(rest, stage.repeats))
+        if _few(stage)
+        else next(rest)
+        for stage in network.stages
+    )
+
+
+def as_tensors(network: Network, weights: Weights) -> list[LayerWeights]:
+    """Return them as others hold theirs: for each layer, matrices (n_in, n_out), biases (n_out,).
+
+    What an optimiser that knows of tensors and of units takes for one.
+    """
+    layers: list[LayerWeights] = []
+    for stage, given in zip(network.stages, weights, strict=True):
+        if stage.tied:
+            given = jax.tree.map(lambda m: m[None], given)
+        for layer in range(1 if stage.tied else stage.repeats):
+            layers.append(
+                LayerWeights(
+                    tuple(m[layer].T for m in given.matrices),
+                    tuple(b[layer, 0] for b in given.biases),
+                )
+            )
+    return layers
+
+
+def from_tensors(network: Network, layers: list[LayerWeights]) -> Weights:
+    """Return what `as_tensors` was given."""
+    rest = iter(layers)
+    found = []
+    for stage in network.stages:
+        each = [
+            LayerWeights(tuple(m.T for m in one.matrices), tuple(b[None] for b in one.biases))
+            for one in itertools.islice(rest, 1 if stage.tied else stage.repeats)
+        ]
+        found.append(each[0] if stage.tied else jax.tree.map(lambda *m: jnp.stack(m), *each))
+    return tuple(found)
