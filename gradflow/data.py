@@ -97,6 +97,29 @@ class Split(NamedTuple):
             )
         )
 
+    def rescaled(self, low: float = 0.0, high: float = 1.0) -> "Split":
+        """Return it with the training set's least number moved to ``low``, its largest to ``high``.
+
+        All features alike, as the shades of an image. Where all numbers are equal they become
+        ``low``.
+
+        Raises
+        ------
+        InputError
+            If ``low`` is not below ``high``, or one is not finite.
+        """
+        if not (math.isfinite(low) and math.isfinite(high) and low < high):
+            raise InputError(
+                f"low is {low!r} and high is {high!r}; they are finite, and the first is less"
+            )
+        least = float(self.train.inputs.min())
+        unit = (high - low) / ((float(self.train.inputs.max()) - least) or 1.0)
+
+        def moved(values: np.ndarray) -> np.ndarray:
+            return (low + (values.astype(np.float64) - least) * unit).astype(np.float32)
+
+        return Split(*(dataclasses.replace(part, inputs=moved(part.inputs)) for part in self))
+
 
 def standardised(values: np.ndarray, like: np.ndarray | None = None) -> np.ndarray:
     """Return each column of (samples, features) less its mean, over its standard deviation.

@@ -9,7 +9,7 @@ import xarray
 from typer.testing import CliRunner
 
 from gradflow import cli
-from gradflow.studies import remedies
+from gradflow.studies import experiments, remedies
 
 COMMANDS = [c.name or c.callback.__name__ for c in cli.app.registered_commands]
 SMALL = ["--width", "20", "--depth", "4", "--networks", "8"]
@@ -54,22 +54,34 @@ def test_one_layer_and_one_network_have_a_table_too(tmp_path):
 
 
 @pytest.mark.slow
-def test_train_prints_a_row_for_each_network_and_writes_a_figure(tmp_path):
+def test_train_prints_a_table_findings_and_writes_a_figure(tmp_path):
     small = ["--width", "10", "--depth", "2", "--networks", "2", "--steps", "20"]
-    done = gradflow("train", *small, "--out", "made", cwd=tmp_path)
+    chosen = ["--activation", "erf", "--weights", "he"]
+    done = gradflow("train", *small, *chosen, "--out", "made", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    for word in ("logistic, unscaled", "relu, he", "moved", "diverged", "0 of 2"):
-        assert word in done.stdout
-    assert len(list((tmp_path / "made").glob("*.nc"))) == 5
-    assert (tmp_path / "made" / "learning.png").stat().st_size > 10_000
-    assert not (tmp_path / "made" / "unfinished").exists()
-    rates = ["--learning-rate", "1e-6,0.5", "--clip", "norm:1", "--noise", "1e-4"]
-    one = gradflow("train", *small, "--activation", "erf", *rates, "--json", cwd=tmp_path)
-    (row,) = json.loads(one.stdout)["networks"].values()
-    assert len(row["moved"]) == 3
-    assert row["gradient_ratio"] > 0
-    assert row["learning_rate"] == 0.5
-    assert len(row["validation_error"]) == 2
+    for word in ("erf, he", "moved", "- erf, he: of the hidden layers", "updates done"):
+        assert word in done.stdout + done.stderr
+    dataset = xarray.load_dataset(tmp_path / "made" / "layers.nc")
+    assert dataset.movement.sizes["seed"] == 2
+    assert (tmp_path / "made" / "layers.png").stat().st_size > 10_000
+    assert not list((tmp_path / "made").glob("unfinished*"))
+    how = ["--learning-rate", "1e-6,0.5", "--clip", "norm:1", "--noise", "1e-4"]
+    one = gradflow("train", "layers", *small, *chosen, *how, "--json", cwd=tmp_path)
+    found = json.loads(one.stdout)
+    assert found["rows"][0]["rate"] == 0.5
+    assert found["experiment"] == "layers"
+    assert found["rows"][0]["gradient"] > 0
+    assert "erf, he" in found["findings"][0]
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_help_of_train_lists_the_experiments(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["gradflow", "train", "--help"])
+    with pytest.raises(SystemExit):
+        cli.main()
+    shown = capsys.readouterr().out
+    for name in experiments.ALL:
+        assert name in shown
 
 
 def test_json_is_json_and_nothing_else(tmp_path):
@@ -258,7 +270,7 @@ def test_help_is_there_with_examples(command, tmp_path):
         (["remedies", "--weights", "glorott"], "did you mean 'glorot'"),
         (["remedies", "--sigma-b", "-1"], "sigma_b is -1.0"),
         (["train", "--learning-rate", "0"], "learning_rate is 0.0; it is a finite number above 0"),
-        (["train", "--learning-rate", "0.1;1"], "learning_rate is '0.1;1'; it is one number above"),
+        (["train", "--learning-rate", "0.1;1"], "learning_rate is '0.1;1'; it is numbers, several"),
         (["train", "--clip", "global_norm:1"], "did you mean 'global-norm'"),
         (["train", "--clip", "value"], "clip is 'value'; it is a name and a threshold"),
         (["train", "--noise", "-1"], "variance is -1.0; it is a finite number, 0 or more"),
@@ -275,6 +287,13 @@ def test_help_is_there_with_examples(command, tmp_path):
         (["report", "nowhere"], "'nowhere', which holds no study"),
         (["export", "nowhere", "--csv", "a.csv"], "'nowhere', which holds no study"),
         (["export", "nowhere"], "no format is given"),
+        (["train", "layer"], "unknown experiment 'layer' (did you mean 'layers'?)"),
+        (["train", "--depths", "1,2"], "experiment 'layers' has no use for --depths; it takes"),
+        (
+            ["train", "saturation", "--depths", "1,x"],
+            "depths is '1,x'; it is whole numbers, several",
+        ),
+        (["train", "saturation", "--depths", "0"], "depth is 0"),
         (["studdy"], "studdy"),
     ],
     ids=lambda v: " ".join(v) if isinstance(v, list) else "",

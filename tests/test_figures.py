@@ -5,8 +5,9 @@ import numpy as np
 import pytest
 from matplotlib.container import ErrorbarContainer
 
-from gradflow import activations, comparison, figures, networks, training
+from gradflow import activations, comparison, figures, networks
 from gradflow.errors import InputError
+from gradflow.figures import theory_and_simulation
 from gradflow.studies import jacobian_spectrum
 from gradflow.theory import criticality
 
@@ -21,12 +22,6 @@ def dataset():
     return comparison.confront(network, x, networks=10, histograms=True).to_xarray()
 
 
-def learning():
-    x = np.asarray(jax.random.normal(jax.random.key(4), (30, 6), np.float32))
-    network = networks.mlp([6, 8, 8, 3], "tanh", "glorot")
-    return training.train(network, x, np.arange(30) % 3, steps=5, seeds=3).to_xarray()
-
-
 def drawn(dataset):
     family = {"tanh": {"standard": dataset, "again": dataset}}
     at = np.array([10.0, 100.0])
@@ -39,7 +34,6 @@ def drawn(dataset):
         "chi_against_width": figures.chi_against_width(
             {"tanh": (at, at / 50)}, {"tanh": (at, at / 50, at / 1000)}, 50.0
         ),
-        "learning": figures.learning({"tanh": learning()}),
         "remedies": figures.remedies({"the sick network": dataset, "a remedy": dataset}),
         "phase_diagram": figures.phase_diagram(
             criticality.phase_diagram(activations.relu, np.linspace(1, 2, 5), np.linspace(0, 1, 4))
@@ -61,7 +55,7 @@ def drawn(dataset):
 
 def test_every_figure_has_labels_a_legend_and_points_with_error_bars(dataset, tmp_path):
     made = drawn(dataset)
-    assert set(made) | {"save"} == set(figures.__all__)
+    assert set(made) == set(theory_and_simulation.__all__)  # others: test_experiments
     for name, figure in made.items():
         for axes in (a for a in figure.axes if a.get_visible() and a.get_label() != "<colorbar>"):
             assert axes.get_title(), name

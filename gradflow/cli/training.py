@@ -1,26 +1,21 @@
-"""The command that trains networks and shows how fast each layer learns: train."""
+"""The command that trains networks: one experiment of `studies.experiments`, by its name."""
 
 import contextlib
-import functools
-import math
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
-import numpy as np
 import typer
 from rich import box
 from rich.table import Table
+from typer.core import TyperCommand
 
 from gradflow.cli.shared import (
-    Depth,
     Json,
     Out,
     Seed,
     app,
-    at_least,
-    check_depth,
     file_name,
     make_console,
     print_json,
@@ -30,165 +25,145 @@ from gradflow.cli.shared import (
 )
 from gradflow.errors import InputError
 
-# Images of the test set that everything is measured on, as the paper does (section 3).
-_MONITORED = 300
-# Where a run is kept while it goes on, in the folder of its results.
-_UNFINISHED = "unfinished"
-# The note's networks: which of them learn, and in which layers.
-_OF_THE_NOTE = (
-    ("logistic", "unscaled"),
-    ("logistic", "glorot"),
-    ("tanh", "unscaled"),
-    ("tanh", "glorot"),
-    ("relu", "he"),
-)
+
+class _WithExperiments(TyperCommand):
+    """Lists the experiments in its help: JAX, which they import, is slow to import."""
+
+    def format_help(self, ctx: Any, formatter: Any) -> None:
+        from gradflow.studies import experiments  # noqa: PLC0415
+
+        lines = "\n".join(f"- `{one.name}`: {one.summary}" for one in experiments.ALL.values())
+        self.epilog = f"Experiments:\n\n{lines}\n\n{self.epilog}"
+        super().format_help(ctx, formatter)
+
+
+def _numbers(name: str, text: str, kind: type[int] | type[float]) -> list[Any]:
+    """Return the numbers of 1,2,4."""
+    try:
+        return [kind(part) for part in text.split(",")]
+    except ValueError:
+        what = "whole numbers" if kind is int else "numbers"
+        raise InputError(f"{name} is {text!r}; it is {what}, several with commas between") from None
 
 
 @app.command(
+    cls=_WithExperiments,
     epilog="Examples:\n\n"
     "- `gradflow train`\n"
-    "- `gradflow train --activation tanh --weights orthogonal --depth 50 --learning-rate 0.03`\n"
-    "- `gradflow train --data shapeset --depth 5 --steps 20000`\n"
-    "- `gradflow train --activation relu --weights he --optimiser adam "
-    "--learning-rate 0.01,0.001 --json`\n"
-    "- `gradflow train --activation tanh --weights unscaled --clip global-norm:1`"
+    "- `gradflow train saturation --depths 4,5 --steps 60000`\n"
+    "- `gradflow train table-1 --width 1000 --steps 30000 --images 140000`\n"
+    "- `gradflow train layers --activation tanh --weights glorot_orthogonal --depth 50 "
+    "--learning-rate 0.03`\n"
+    "- `gradflow train layers --activation relu --weights he --optimiser adam "
+    "--learning-rate 0.001 --json`",
 )
 def train(
+    context: typer.Context,
+    experiment: Annotated[str, typer.Argument(help="Which one; they are listed below.")] = "layers",
     activation: Annotated[
-        str | None,
-        typer.Option(help="φ, by name; the networks of the study note without it.", metavar="NAME"),
+        str | None, typer.Option(help="φ, by name, in place of the experiment's.", metavar="NAME")
     ] = None,
     weights: Annotated[
-        str | None, typer.Option(help="The ensemble, by name: glorot without it.", metavar="NAME")
+        str | None, typer.Option(help="The weights' ensemble, by name.", metavar="NAME")
     ] = None,
-    width: Annotated[int, typer.Option(help="Units a hidden layer.")] = 100,
-    depth: Depth = 10,
-    dataset_name: Annotated[
-        str,
-        typer.Option(
-            "--data", help="digits, mnist, shapeset, or a path to .npz.", metavar="NAME|PATH"
-        ),
-    ] = "digits",
+    width: Annotated[int | None, typer.Option(help="Units a hidden layer.")] = None,
+    depth: Annotated[int | None, typer.Option(help="Hidden layers.")] = None,
+    depths: Annotated[
+        str | None, typer.Option(help="Several depths, as 1,2,4.", metavar="N,N,…")
+    ] = None,
+    data: Annotated[
+        str | None, typer.Option(help="digits, mnist, shapeset, or a path to .npz.")
+    ] = None,
+    images: Annotated[int | None, typer.Option(help="How many of Shapeset to draw.")] = None,
+    times: Annotated[int | None, typer.Option(help="Steps of the recurrent network.")] = None,
     learning_rate: Annotated[
-        str,
+        str | None,
         typer.Option(
             help="Of the optimiser; of several, with commas between, the best on validation data "
             "is reported.",
             metavar="RATE,…",
         ),
-    ] = "0.1",
-    optimiser: Annotated[
-        str,
-        typer.Option(
-            help="sgd, momentum, nesterov, adagrad, rmsprop, adam, adamw or lion.", metavar="NAME"
-        ),
-    ] = "sgd",
+    ] = None,
+    optimiser: Annotated[str | None, typer.Option(help="sgd, momentum, adam, …")] = None,
     clip: Annotated[
         str | None,
-        typer.Option(
-            help="Clip gradients: value:1, norm:1 (each matrix's), global-norm:1, adaptive:0.01.",
-            metavar="NAME:THRESHOLD",
-        ),
+        typer.Option(help="Gradient clipping, as global-norm:1.", metavar="NAME:NUMBER"),
     ] = None,
+    steps: Annotated[int | None, typer.Option(help="How many updates.")] = None,
+    batch: Annotated[int | None, typer.Option(help="Images an update.")] = None,
     noise: Annotated[
-        float, typer.Option(help="Variance of noise in gradients at first; it decays.")
-    ] = 0.0,
-    steps: Annotated[int, typer.Option(help="How many updates.")] = 5000,
-    batch: Annotated[int, typer.Option(help="Images an update.")] = 10,
-    networks: Annotated[int, typer.Option(help="How many random networks of each kind.")] = 4,
+        float | None, typer.Option(help="Variance of noise in gradients at first; it decays.")
+    ] = None,
+    threshold: Annotated[
+        float | None, typer.Option(help="The norm that gradients are clipped to.")
+    ] = None,
+    networks: Annotated[
+        int | None, typer.Option(help="How many random networks of each kind.")
+    ] = None,
     seed: Seed = 0,
     out: Out = None,
     as_json: Json = False,
 ) -> None:
-    """Train on images: how far each layer moves, beside its gradient by theory.
+    """Train networks on images, in one of the experiments on how layers learn.
 
+    Sizes are the experiment's own without options: the least that shows its effect in about a
+    minute or two. Options that an experiment has no use for are refused.
     A run that is interrupted goes on where it was when the same command is given again.
     """
-    from gradflow import data, figures, training  # noqa: PLC0415  (JAX is slow to import)
-    from gradflow import networks as nets  # noqa: PLC0415
+    from gradflow import figures  # noqa: PLC0415  (JAX is slow to import)
+    from gradflow.studies import experiments  # noqa: PLC0415
 
-    rates = _rates(learning_rate)
-    chosen_optimiser = training.optimiser(optimiser)
-    if noise:
-        chosen_optimiser = training.with_noise(chosen_optimiser, noise)
-    clipping = None if clip is None else training.clipping(clip)
-    width_, depth_ = at_least("width", width), check_depth(depth)
-    at_least("networks", networks)
-    dataset = data.load(dataset_name)
-    parts = data.split(dataset, key=seed).standardised()
-    seen = parts.test[:_MONITORED]
-    # The layers of this depth, and the one that makes logits of the last of them.
-    shape = (dataset.inputs.shape[1], *[width_] * depth_, dataset.classes)
-    chosen = (
-        _OF_THE_NOTE
-        if activation is None and weights is None
-        else ((activation or "tanh", weights or "glorot"),)
-    )
-    laws = [nets.mlp(shape, phi, ensemble) for phi, ensemble in chosen]
-    label = "note" if len(laws) > 1 else laws[0].name
-    label = f"{label}-width{width_}-depth{depth_}-seed{seed}"
-    folder = writable_folder(out or Path("results") / "train" / file_name(label))
-
-    found: dict[str, Any] = {}
-    with _resumable(folder), show_progress("updates") as report:
-        for law in laws:
-            found[law.name] = training.train(
-                law,
-                parts.train.inputs,
-                parts.train.labels,
-                monitor=(seen.inputs, seen.labels),
-                validation=(parts.validation.inputs, parts.validation.labels),
-                steps=steps,
-                batch=batch,
-                learning_rate=rates,
-                seeds=networks,
-                key=seed,
-                optimiser=chosen_optimiser,
-                clip=clipping,
-                save=folder / _UNFINISHED,
-                progress=functools.partial(report, law.name),
+    chosen = experiments.get(experiment)
+    ours = ("experiment", "out", "as_json")
+    given = {n: v for n, v in context.params.items() if v is not None and n not in ours}
+    if "learning_rate" in given:
+        rates = _numbers("learning_rate", given.pop("learning_rate"), float)
+        several = "learning_rates" in chosen.options
+        if not several and len(rates) > 1:
+            raise InputError(
+                f"experiment {experiment!r} takes one learning_rate, and {rates} are given"
             )
-    how = {"seed": seed, "optimiser": optimiser, "clip": clip or "none", "noise": noise}
-    datasets = {name: result.to_xarray().assign_attrs(how) for name, result in found.items()}
+        given |= {"learning_rates": rates} if several else {"learning_rate": rates[0]}
+    for name in given:
+        if name not in chosen.options:
+            known = ", ".join(
+                _flag(one.removesuffix("s") if one == "learning_rates" else one)
+                for one in chosen.options
+                if one in context.params or one == "learning_rates"
+            )
+            raise InputError(
+                f"experiment {experiment!r} has no use for {_flag(name)}; it takes {known}"
+            )
+    if "depths" in given:
+        given["depths"] = _numbers("depths", given["depths"], int)
+    folder = writable_folder(out or Path("results") / "train" / file_name(_label(chosen, given)))
+    unfinished = folder / f"unfinished-{chosen.name}"
+    with _resumable(folder), show_progress("updates") as report:
+        dataset = chosen.run(**given, save=unfinished, progress=report)
     written = [
-        write_netcdf(dataset, folder / f"{file_name(name)}.nc")
-        for name, dataset in datasets.items()
+        write_netcdf(dataset, folder / f"{chosen.name}.nc"),
+        figures.save(chosen.figure(dataset), folder / f"{chosen.name}.png"),
     ]
-    best = {name: int(result.best_rate()[0]) for name, result in found.items()}
-    shown = {name: dataset.isel(learning_rate=[best[name]]) for name, dataset in datasets.items()}
-    written.append(figures.save(figures.learning(shown), folder / "learning.png"))
-    for result in found.values():
-        shutil.rmtree(result.saved, ignore_errors=True)
-    with contextlib.suppress(OSError):  # other runs may be there
-        (folder / _UNFINISHED).rmdir()
-    rows = {name: _row(result, best[name]) for name, result in found.items()}
+    shutil.rmtree(unfinished, ignore_errors=True)
+    table, findings = chosen.table(dataset), chosen.findings(dataset)
     if as_json:
-        print_json({"networks": rows, "files": [str(path) for path in written]})
+        print_json(
+            {
+                "experiment": chosen.name,
+                "rows": table.rows,
+                "findings": findings,
+                "files": [str(path) for path in written],
+            }
+        )
         return
     console = make_console()
-    title = (
-        f"{depth_} layers of {width_} and one of {dataset.classes}, {dataset_name}, "
-        f"{steps} steps of {batch}"
-    )
-    console.print(_table(f"{title}, {_in_words(optimiser, clip, noise)}", rows))
-    if len(rates) > 1:
-        console.print(
-            f"rate      with the least error of {len(parts.validation)} validation images, of "
-            f"{', '.join(f'{rate:g}' for rate in rates)}"
-        )
-    console.print(
-        "moved     ‖W - W₀‖/‖W₀‖ at the end, geometric mean over networks whose weights are finite"
-    )
-    console.print(
-        "gradient  r.m.s. ∂C/∂z of layer 1 over that of the last hidden layer, before training"
-    )
-    console.print(f"error     of {len(seen)} images of the test set, after the last step")
-    console.print(
-        "diverged  the loss is not finite, or above guessing with a layer moved 10 times its norm"
-    )
-    seconds = sum(result.seconds for result in found.values())
-    count = steps * networks * len(found) * len(rates)
-    console.print(f"trained   {count} updates in {seconds:.1f} s")
+    console.print(_printed(table.title, table.rows))
+    for note in table.notes:
+        console.print(note)
+    console.print()
+    for finding in findings:
+        console.print(f"- {finding}")
+    console.print(f"trained   in {dataset.attrs['seconds']:.1f} s, without compiling")
     console.print(f"written   to {folder}: {', '.join(path.name for path in written)}")
 
 
@@ -202,71 +177,30 @@ def _resumable(folder: Path) -> Iterator[None]:
         raise
 
 
-def _rates(text: str) -> list[float]:
-    """Return the numbers of 0.1,0.01."""
-    try:
-        return [float(part) for part in text.split(",")]
-    except ValueError as error:
-        raise InputError(
-            f"learning_rate is {text!r}; it is one number above 0 or several with commas between, "
-            "as 0.1,0.01"
-        ) from error
+def _flag(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
 
 
-def _in_words(optimiser: str, clip: str | None, noise: float) -> str:
-    clipped = "" if clip is None else f", clipped by {clip}"
-    return f"{optimiser}{clipped}" + (f", noise {noise:g}" if noise else "")
+def _label(chosen: Any, given: dict[str, Any]) -> str:
+    """Return a folder's name: the experiment, and what is not its default."""
+    others = {n: v for n, v in given.items() if n != "seed" and v != chosen.options[n]}
+    words = (
+        f"{n}{v if isinstance(v, str | int | float) else '-'.join(map(str, v))}"
+        for n, v in others.items()
+    )
+    return "-".join((chosen.name, *words, f"seed{given['seed']}"))
 
 
-def _row(result: Any, rate: int) -> dict[str, Any]:
-    """Return one network's numbers at one of its learning rates: lists are by layer."""
-    log_moved = np.full(result.networks[0].depth, math.nan)
-    moved = result["movement"][0, rate, :, -1].astype(np.float64)
-    finite = np.isfinite(moved).all(axis=1)
-    with np.errstate(divide="ignore"):
-        if finite.any():
-            log_moved = np.log10(moved[finite]).mean(axis=0)
-    # Of one layer there is nothing to compare.
-    log_start = result["log_gradient_variance"][0, rate, :, 0].astype(np.float64).mean(axis=0)
-    theory = result.theory()["log_gradient_variance"]
-    gradient, by_theory = (math.exp((v[0] - v[-2]) / 2) for v in (log_start, theory))
-    diverged = result.diverged[0, rate]
-    return {
-        "learning_rate": float(result.learning_rates[rate]),
-        "moved": (10**log_moved).tolist(),
-        "gradient_ratio": gradient,
-        "gradient_ratio_theory": by_theory,
-        "speed_spread": result.speed_spread[0, rate, :, 0].tolist(),
-        "loss": result["loss"][0, rate, :, -1].tolist(),
-        "error": result["error"][0, rate, :, -1].tolist(),
-        "validation_error": result["validation_error"][0, rate, :, -1].tolist(),
-        "diverged": int(np.count_nonzero(diverged >= 0)),
-        "networks": len(diverged),
-    }
-
-
-def _table(title: str, rows: dict[str, dict[str, Any]]) -> Table:
+def _printed(title: str, rows: list[dict[str, Any]]) -> Table:
     table = Table(title=title, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
-    table.add_column("network")
-    table.add_column("rate", justify="right", no_wrap=True)
-    hidden = len(next(iter(rows.values()))["moved"]) - 1
-    layers = sorted({0, (hidden - 1) // 2, hidden - 1, hidden})
-    for column in ("gradient\nmeasured", "gradient\ntheory"):
-        table.add_column(column, justify="right", no_wrap=True)
-    for layer in layers:
-        table.add_column(f"moved\nlayer {layer + 1}", justify="right", no_wrap=True)
-    for column in ("error\nmean", "error\nleast", "error\nmost"):
-        table.add_column(column, justify="right", no_wrap=True)
-    table.add_column("diverged", justify="right", no_wrap=True)
-    for name, row in rows.items():
-        error = np.asarray(row["error"])
-        table.add_row(
-            name,
-            f"{row['learning_rate']:g}",
-            f"{row['gradient_ratio']:.3g}",
-            f"{row['gradient_ratio_theory']:.3g}",
-            *("-" if math.isnan(row["moved"][k]) else f"{row['moved'][k]:.2g}" for k in layers),
-            *(f"{100 * v:.1f} %" for v in (error.mean(), error.min(), error.max())),
-            f"{row['diverged']} of {row['networks']}",
-        )
+    for index, column in enumerate(rows[0]):
+        table.add_column(column.replace(", ", "\n"), justify="right" if index else "left")
+    for row in rows:
+        table.add_row(*(_cell(value) for value in row.values()))
     return table
+
+
+def _cell(value: Any) -> str:
+    if isinstance(value, float):
+        return "-" if value != value else f"{value:.3g}"
+    return str(value)

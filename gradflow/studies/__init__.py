@@ -10,6 +10,11 @@ remedies
 point
     Everything that the theory says at one σ_w² and σ_b².
 
+Networks in training:
+
+experiments
+    What the paper showed, and what came after it.
+
 Studies that a file describes, of any size (`gradflow study FILE`):
 
 description
@@ -29,6 +34,7 @@ report
 from gradflow.studies import (
     description,
     execution,
+    experiments,
     jacobian_spectrum,
     note,
     plan,
@@ -39,5 +45,5 @@ from gradflow.studies import (
     store,
 )
 
-__all__ = ["description", "execution", "jacobian_spectrum", "note", "plan", "point", "remedies"]
-__all__ += ["report", "results", "store"]
+__all__ = ["description", "execution", "experiments", "jacobian_spectrum", "note", "plan", "point"]
+__all__ += ["remedies", "report", "results", "store"]

@@ -19,7 +19,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from gradflow import statistics
-from gradflow.figures import COLOURS, MARKERS
+from gradflow.figures.drawing import COLOURS, MARKERS
 from gradflow.studies import results
 
 __all__ = ["page"]

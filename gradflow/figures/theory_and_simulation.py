@@ -1,13 +1,6 @@
-"""Figures: one public function a figure, from labelled results to a matplotlib `Figure`.
+"""What theory says of random networks beside what was simulated: lines and points."""
 
-Theory is drawn as lines, simulation as points with error bars (two standard errors of the mean over
-networks). Colours are those of Okabe & Ito, told apart by every kind of colour vision; series also
-differ in their markers. Figures are made without pyplot, so that nothing global changes.
-"""
-
-from collections.abc import Mapping, Sequence
-from pathlib import Path
-from typing import Any
+from collections.abc import Mapping
 
 import numpy as np
 import xarray
@@ -19,7 +12,16 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
 from gradflow.errors import InputError
-from gradflow.estimation import Estimate
+from gradflow.figures.drawing import (
+    COLOURS,
+    ERRORS,
+    LEAST_SPAN,
+    LN10,
+    MARKERS,
+    POINTS,
+    at_least,
+    spread,
+)
 
 __all__ = [
     "activation_histograms",
@@ -27,27 +29,13 @@ __all__ = [
     "chi_against_width",
     "gradient_histograms",
     "gradient_norm",
-    "learning",
     "phase_diagram",
     "remedies",
-    "save",
     "saturation",
     "spectrum",
 ]
 
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-MARKERS = ("o", "s", "^", "D", "v", "P", "X")
-_ERRORS = 2  # error bars, in standard errors
-_LEAST_SPAN = 0.5  # of an axis, in decades, so that noise about a constant looks like one
-# How simulation is drawn.
-_POINTS: dict[str, Any] = {
-    "markersize": 4,
-    "markerfacecolor": "white",
-    "capsize": 2,
-    "linestyle": "none",
-}
 _MOST_LINEAR = 50  # ratio of the highest to the lowest histogram that a linear axis shows
-_LN10 = float(np.log(10))
 
 Families = Mapping[str, Mapping[str, xarray.Dataset]]
 
@@ -60,7 +48,7 @@ def activation_variance(results: Families) -> Figure:
     results
         For each panel's title, the results to show in it by name: `Comparison.to_xarray()`.
     """
-    return _by_layer(results, "log_activation_variance", 1 / _LN10, "log₁₀ variance of activations")
+    return _by_layer(results, "log_activation_variance", 1 / LN10, "log₁₀ variance of activations")
 
 
 def gradient_norm(results: Families) -> Figure:
@@ -72,7 +60,7 @@ def gradient_norm(results: Families) -> Figure:
         As for `activation_variance`.
     """
     return _by_layer(
-        results, "log_gradient_variance", 1 / (2 * _LN10), "log₁₀ r.m.s. gradient ∂C/∂z (top = 0)"
+        results, "log_gradient_variance", 1 / (2 * LN10), "log₁₀ r.m.s. gradient ∂C/∂z (top = 0)"
     )
 
 
@@ -111,15 +99,15 @@ def remedies(results: Mapping[str, xarray.Dataset]) -> Figure:
                 grey = sick[key].sel(source="theory")
                 axes.plot(
                     sick.layer,
-                    (grey - grey.isel(at_origin)) * (unit / _LN10),
+                    (grey - grey.isel(at_origin)) * (unit / LN10),
                     color="0.75",
                     linestyle=("-", "--")[index],
                 )
             relative = dataset.assign({key: dataset[key] - dataset[key].isel(at_origin)})
-            _draw(axes, relative, key, unit / _LN10, name, index)
+            _draw(axes, relative, key, unit / LN10, name, index)
         axes.set_title(title, fontsize=8.5)
         axes.tick_params(labelsize=7.5)
-        axes.set_ylim(*_at_least(axes.get_ylim(), _LEAST_SPAN))
+        axes.set_ylim(*at_least(axes.get_ylim(), LEAST_SPAN))
     for axes in grid[len(results) :]:
         axes.set_visible(False)
     for axes in grid[max(0, len(results) - columns) : len(results)]:
@@ -140,64 +128,6 @@ def remedies(results: Mapping[str, xarray.Dataset]) -> Figure:
     )
     figure.suptitle("lines: theory (infinite width); points: simulation, ±2 s.e.", fontsize=9)
     return figure
-
-
-def learning(results: Mapping[str, xarray.Dataset]) -> Figure:
-    """Gradients before training, and how far layers have moved at several steps, by layer.
-
-    Above, root mean square of ∂C/∂z, with theory scaled to what is measured at the top; below,
-    ‖W - W₀‖/‖W₀‖. Points are means over networks of the logarithm; those that have diverged to
-    what is not finite are left out.
-
-    Parameters
-    ----------
-    results
-        By title, `Training.to_xarray()` of one network and learning rate each.
-    """
-    columns = len(results)
-    figure = Figure(figsize=(2.7 * columns + 0.8, 5.6), layout="constrained")
-    grid = figure.subplots(2, columns, squeeze=False, sharey="row", sharex="col")
-    for above, below, (title, dataset) in zip(grid[0], grid[1], results.items(), strict=True):
-        one = dataset.isel(network=0, learning_rate=0)
-        unit = 1 / (2 * _LN10)
-        theory = one.log_gradient_variance_theory * unit
-        above.plot(one.layer, theory, color=COLOURS[0], linewidth=1.3, label="theory")
-        start = one.log_gradient_variance.isel(step=0) * unit
-        _points(above, one.layer.values, start.values, "step 0", 0)
-        moved = [step for step in _spread(one.step.values) if step > 0]
-        for index, step in enumerate(moved):
-            with np.errstate(divide="ignore"):
-                log_movement = np.log10(one.movement.sel(step=step).values)
-            _points(below, one.layer.values, log_movement, f"step {step}", index + 1)
-        above.set_title(title, fontsize=9.5)
-        below.set_title(title, fontsize=9.5)
-        below.set_xlabel("layer (1 is next to the input)", fontsize=8.5)
-        below.xaxis.get_major_locator().set_params(integer=True)
-    grid[0, 0].set_ylabel("log₁₀ r.m.s. gradient ∂C/∂z", fontsize=8.5)
-    grid[1, 0].set_ylabel("log₁₀ movement ‖W - W₀‖/‖W₀‖", fontsize=8.5)
-    grid[0, 0].legend(frameon=False, fontsize=7.5)
-    handles, labels = grid[1, 0].get_legend_handles_labels()
-    figure.legend(
-        handles, labels, loc="outside lower center", ncols=len(labels), frameon=False, fontsize=8
-    )
-    figure.suptitle(
-        "lines: theory (infinite width); points: mean over networks, ±2 s.e.", fontsize=9
-    )
-    return figure
-
-
-def _points(axes: Axes, layer: np.ndarray, values: np.ndarray, name: str, index: int) -> None:
-    """Draw means over networks, (networks, layers), of what is finite."""
-    estimate = Estimate.of(values)
-    axes.errorbar(
-        layer,
-        estimate.value,
-        yerr=_ERRORS * estimate.standard_error,
-        fmt=MARKERS[index % len(MARKERS)],
-        color=COLOURS[index % len(COLOURS)],
-        label=name,
-        **_POINTS,
-    )
 
 
 def activation_histograms(results: Mapping[str, xarray.Dataset]) -> Figure:
@@ -247,7 +177,7 @@ def chi_against_width(
             axes.errorbar(
                 at,
                 measured,
-                yerr=_ERRORS * error,
+                yerr=ERRORS * error,
                 fmt=MARKERS[index],
                 color=COLOURS[index],
                 markersize=5,
@@ -375,12 +305,12 @@ def spectrum(dataset: xarray.Dataset) -> Figure:
         axes.errorbar(
             dataset.bin,
             dataset.simulated,
-            yerr=_ERRORS * dataset.standard_error,
+            yerr=ERRORS * dataset.standard_error,
             fmt=MARKERS[0],
             color=COLOURS[1],
             label=f"simulation, {dataset.attrs['networks']} networks of width "
             f"{dataset.attrs['width']} (±2 s.e.)",
-            **_POINTS,
+            **POINTS,
         )
     for place, mass in zip(dataset.atom.values, dataset.mass.values, strict=True):
         label = f"atom: {100 * mass:.1f} % of all, at s = {place:.3g}"
@@ -395,21 +325,6 @@ def spectrum(dataset: xarray.Dataset) -> Figure:
     axes.title.set_fontsize(10)
     axes.legend(frameon=False, fontsize=8.5, loc="upper center")
     return figure
-
-
-def save(figure: Figure, path: Path) -> Path:
-    """Write the figure as a PNG of 130 dots an inch, and return where.
-
-    Raises
-    ------
-    InputError
-        If the file cannot be written.
-    """
-    try:
-        figure.savefig(path, dpi=130)
-    except OSError as error:
-        raise InputError(f"cannot write {str(path)!r}: {error.strerror or error}") from error
-    return path
 
 
 def _by_layer(
@@ -427,7 +342,7 @@ def _by_layer(
         axes.set_xlabel("layer (1 is next to the input)", fontsize=9)
         axes.margins(x=0.03)
         axes.xaxis.get_major_locator().set_params(integer=True)
-        axes.set_ylim(*(limits or _at_least(axes.get_ylim(), _LEAST_SPAN)))
+        axes.set_ylim(*(limits or at_least(axes.get_ylim(), LEAST_SPAN)))
         axes.legend(frameon=False, fontsize=7.5)
     for axes in grid[len(panels) :]:
         axes.set_visible(False)
@@ -435,12 +350,6 @@ def _by_layer(
         axes.set_ylabel(label, fontsize=9)
     figure.suptitle("lines: theory (infinite width); points: simulation, ±2 s.e.", fontsize=9)
     return figure
-
-
-def _at_least(limits: tuple[float, float], span: float) -> tuple[float, float]:
-    low, high = limits
-    missing = max(0.0, span - (high - low)) / 2
-    return low - missing, high + missing
 
 
 def _draw(
@@ -458,11 +367,11 @@ def _draw(
     axes.errorbar(
         layer[shown],
         np.where(np.isfinite(measured), measured, np.nan)[shown],
-        yerr=_ERRORS * error[shown],
+        yerr=ERRORS * error[shown],
         fmt=marker,
         color=colour,
         label=name,
-        **_POINTS,
+        **POINTS,
     )
 
 
@@ -474,7 +383,7 @@ def _histograms(results: Mapping[str, xarray.Dataset], signal: str, label: str) 
     panels = figure.subplots(len(results), 1, squeeze=False, sharex=True).ravel()
     for axes, (title, dataset) in zip(panels, results.items(), strict=True):
         peaks: list[float] = []
-        for index, layer in enumerate(_spread(dataset.layer.values)):
+        for index, layer in enumerate(spread(dataset.layer.values)):
             at = dataset.sel(layer=layer)
             unit = np.exp(at[f"{signal}_histogram_log_unit"].item())
             edges = at[f"{signal}_histogram_edges"].values * unit
@@ -487,7 +396,7 @@ def _histograms(results: Mapping[str, xarray.Dataset], signal: str, label: str) 
             axes.errorbar(
                 middle,
                 density,
-                yerr=_ERRORS * error,
+                yerr=ERRORS * error,
                 fmt=MARKERS[index % len(MARKERS)],
                 color=COLOURS[index % len(COLOURS)],
                 markersize=2.5,
@@ -506,9 +415,3 @@ def _histograms(results: Mapping[str, xarray.Dataset], signal: str, label: str) 
     lines = "; lines: theory" if known else ""
     figure.suptitle(f"points: simulation, mean over networks, bars ±2 s.e.{lines}", fontsize=9)
     return figure
-
-
-def _spread(layers: np.ndarray) -> Sequence[int]:
-    """At most five layers, from the first to the last."""
-    picked = np.unique(np.linspace(0, len(layers) - 1, 5).round().astype(int))
-    return [int(layers[i]) for i in picked]

@@ -1,0 +1,76 @@
+"""What figures share: colours, points with error bars, and how one is saved.
+
+Colours are those of Okabe & Ito, told apart by every kind of colour vision; series also differ in
+their markers.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from gradflow.errors import InputError
+from gradflow.estimation import Estimate
+
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+ERRORS = 2  # error bars, in standard errors
+LEAST_SPAN = 0.5  # of an axis, in decades, so that noise about a constant looks like one
+# How what is measured is drawn.
+POINTS: dict[str, Any] = {
+    "markersize": 4,
+    "markerfacecolor": "white",
+    "capsize": 2,
+    "linestyle": "none",
+}
+LN10 = float(np.log(10))
+
+
+def save(figure: Figure, path: Path) -> Path:
+    """Write the figure as a PNG of 130 dots an inch, and return where.
+
+    Raises
+    ------
+    InputError
+        If the file cannot be written.
+    """
+    try:
+        figure.savefig(path, dpi=130)
+    except OSError as error:
+        raise InputError(f"cannot write {str(path)!r}: {error.strerror or error}") from error
+    return path
+
+
+def at_least(limits: tuple[float, float], span: float) -> tuple[float, float]:
+    """Return an axis's limits, apart by at least so much."""
+    low, high = limits
+    missing = max(0.0, span - (high - low)) / 2
+    return low - missing, high + missing
+
+
+def spread(values: np.ndarray, most: int = 5) -> Sequence[int]:
+    """Return at most so many of the whole numbers, from the first to the last."""
+    picked = np.unique(np.linspace(0, len(values) - 1, most).round().astype(int))
+    return [int(values[i]) for i in picked]
+
+
+def style(index: int) -> dict[str, Any]:
+    """Return the marker and the colour of a figure's series of this number."""
+    return {"fmt": MARKERS[index % len(MARKERS)], "color": COLOURS[index % len(COLOURS)]}
+
+
+def points(
+    axes: Axes, x: np.ndarray, values: np.ndarray, name: str | None, index: int, **options: Any
+) -> None:
+    """Draw means over networks of values, (networks, len(x)), of what is finite, ± 2 s.e."""
+    estimate = Estimate.of(values)
+    axes.errorbar(
+        x,
+        estimate.value,
+        yerr=ERRORS * estimate.standard_error,
+        label=name,
+        **{**style(index), **POINTS, **options},
+    )
