@@ -26,7 +26,8 @@ training           weights as parameters; layers along training, many networks a
 shapeset           images of shapes, endless and drawn by key
 data               real inputs, with labels: what networks are trained on
 figures            one function a figure
-studies            note (the study that the project began with), jacobian_spectrum
+studies            note (the study that the project began with), jacobian_spectrum; and what
+                   study files need: description, plan, store, execution, results, report
 cli                the command ``gradflow``
 """
 

@@ -32,7 +32,7 @@ __all__ = ["Outcome", "Progress", "Step", "run"]
 
 # Points whose theory is one file.
 _THEORY_BLOCK = 256
-# Programs at a time, on a CPU; monte_carlo's plan says how many a machine has cores for.
+# Chunks at a time: one is drawn while another's values are averaged.
 _WORKERS = 2
 
 

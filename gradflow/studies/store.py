@@ -267,7 +267,11 @@ class Store:
         return len(list((self.folder / "rounds").glob("*.npz")))
 
     def begin(self, works: Sequence[Work]) -> int:
-        """Write down what the next round draws, and return its number."""
+        """Write down what the next round draws, and return its number.
+
+        Results of fewer networks or points are no longer those of the study.
+        """
+        (self.folder / "results.nc").unlink(missing_ok=True)
         number = self.rounds
         arrays: dict[str, np.ndarray] = {}
         plain = []
