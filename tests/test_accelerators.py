@@ -31,9 +31,8 @@ def simulation(network, sampler):
     x = jnp.ones((4 * positions, network.input_width), jnp.float32)
     return functools.partial(
         monte_carlo._run.trace,
-        network.as_arrays(x.dtype),
-        x,
-        jax.random.key(0),
+        monte_carlo.of_one(network, x, jax.random.key(0)),
+        jnp.zeros(2, jnp.int32),
         jnp.arange(2, dtype=jnp.int32),
         sampler=sampler,
         measured=statistics.ALL,
