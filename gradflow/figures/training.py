@@ -6,6 +6,7 @@ import numpy as np
 import xarray
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import NullFormatter
 
 from gradflow.estimation import Estimate
 from gradflow.figures.drawing import COLOURS, ERRORS, LN10, POINTS, points, spread, style
@@ -338,6 +339,10 @@ def isometry(dataset: xarray.Dataset) -> Figure:
         ylabel="steps to close 90 % of the gap",
         title=f"deep linear networks (none: not in {attrs['linear_steps']} steps)",
     )
+    linear.set_xticks(dataset.depth.values, [str(depth) for depth in dataset.depth.values])
+    for axis in (linear.xaxis, linear.yaxis):
+        axis.set_minor_formatter(NullFormatter())
+    linear.set_ylim(1, attrs["linear_steps"])
     for axes in (spectrum, errors, linear):
         axes.title.set_fontsize(9.5)
         axes.legend(frameon=False, fontsize=8)
@@ -376,7 +381,7 @@ def league(dataset: xarray.Dataset) -> Figure:
     axes.set(
         xlabel="test error, %",
         ylabel="contender, at its best learning rate",
-        xlim=(-2, 100),
+        xlim=(-2, 103),
         title=f"{attrs['depth']} layers of {attrs['width']}, {attrs['steps']} steps of "
         f"{attrs['batch']}",
     )

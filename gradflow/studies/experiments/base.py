@@ -163,6 +163,12 @@ def recorded_steps(steps: int, count: int) -> list[int]:
     return sorted({round(steps * k / count) for k in range(count + 1)})
 
 
+def spread_steps(steps: int, count: int) -> list[int]:
+    """Return at most so many steps, ever further apart, from 0 to the last one."""
+    steps = check_count("steps", steps)
+    return sorted({round(step) - 1 for step in np.geomspace(1, steps + 1, count).tolist()})
+
+
 def geometric_mean(values: xarray.DataArray, over: str = "seed") -> xarray.DataArray:
     """Return the geometric mean over networks whose values are finite in all layers."""
     with np.errstate(divide="ignore"):

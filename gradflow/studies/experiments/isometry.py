@@ -138,6 +138,7 @@ def run(
         ("network", "k"),
         np.stack([theory[name] for name in _LAWS]),
     )
+    found["k"] = np.arange(1, found.sizes["k"] + 1)
     linear = _linear(whole, width, depths, linear_steps, batch, networks, seed, save, progress)
     return found.merge(linear, combine_attrs="drop_conflicts").assign_attrs(
         activation=activation, sigma_w2=sigma_w2, sigma_b2=sigma_b2, depth=depth

@@ -20,7 +20,6 @@ import xarray
 from gradflow import ensembles, training
 from gradflow import networks as nets
 from gradflow.data import Dataset
-from gradflow.errors import check_count
 from gradflow.figures import learning
 from gradflow.studies.experiments import base
 from gradflow.studies.experiments.base import Experiment, Progress, Table
@@ -36,6 +35,8 @@ OF_THE_NOTE = (
     ("tanh", "glorot"),
     ("relu", "he"),
 )
+# Steps to record, ever further apart.
+_RECORDS = 25
 # How near a movement is to be to theory to be called predicted.
 _NEAR = 3.0
 # A change of a float32 by less than this, relative to it, is rounded away or up.
@@ -116,8 +117,7 @@ def run(
         steps=steps,
         batch=batch,
         learning_rates=learning_rates,
-        record=np.unique(np.geomspace(1, check_count("steps", steps) + 1, 25).round().astype(int))
-        - 1,
+        record=base.spread_steps(steps, _RECORDS),
         optimiser=rule,
         clip=held,
     )
