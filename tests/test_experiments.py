@@ -22,6 +22,7 @@ TINY = {
     "table-1": {"depth": 1, "steps": 20, "data": "digits", "learning_rates": (0.1, 0.3)},
     "isometry": {"depth": 3, "steps": 4, "depths": (1, 2), "linear_steps": 3, "batch": 16},
     "league": {"depth": 2, "steps": 6, "learning_rates": (0.1, 0.3)},
+    "methods": {"depth": 2, "steps": 6, "learning_rates": (0.1, 0.3)},
     "clipping": {"depth": 2, "times": 2, "steps": 10, "learning_rates": (0.1, 0.3)},
     "trainability": {"depths": (2, 4), "steps": 4, "sigma_w2": (1.0, 1.76), "batch": 16},
 }
@@ -30,6 +31,7 @@ MAPS = {"trainability"}
 
 
 TINY["league"]["contenders"] = ("ReLU, He", "ReLU, He, ReZero")
+TINY["methods"]["methods"] = ("adam", "sgd, clipped, norm:0.1")
 
 
 # Most take some seconds to compile.

@@ -87,6 +87,7 @@ ORDER = (
     "studies.experiments.trainability",
     "studies.experiments.isometry",
     "studies.experiments.league",
+    "studies.experiments.methods",
     "studies.experiments.clipping",
     "studies.experiments",
     "studies.description",

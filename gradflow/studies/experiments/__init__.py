@@ -12,6 +12,7 @@ from gradflow.studies.experiments import (
     isometry,
     layers,
     league,
+    methods,
     percentiles,
     saturation,
     table_1,
@@ -29,6 +30,7 @@ _MODULES = (
     trainability,
     isometry,
     league,
+    methods,
     clipping,
 )
 ALL = {module.EXPERIMENT.name: module.EXPERIMENT for module in _MODULES}
