@@ -95,6 +95,7 @@ def train_each(
     along: str = "network",
     monitored: int = MONITORED,
     progress: Progress | None = None,
+    own: Mapping[Any, Mapping[str, Any]] | None = None,
     **how: Any,
 ) -> xarray.Dataset:
     """Train networks of each of these laws, and return what was recorded along a new axis.
@@ -114,8 +115,8 @@ def train_each(
         What to call the axis.
     monitored
         Of how many images of the test set, at most.
-    how
-        Further arguments of `training.train`.
+    own, how
+        Further arguments of `training.train`: of one law, by its name, and of all.
     """
     check_count("networks", networks)
     rates = list(learning_rates)
@@ -133,6 +134,7 @@ def train_each(
             key=seed,
             progress=named(progress, str(name) if along == "network" else f"{along} {name}"),
             **how,
+            **(own or {}).get(name, {}),
         )
         best = int(result.best_rate()[0]) if len(rates) > 1 else 0
         one = result.to_xarray().isel(network=0, learning_rate=best, drop=False)

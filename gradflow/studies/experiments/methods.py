@@ -4,7 +4,6 @@ All train the same networks on the same batches, each at the learning rate that 
 validation data. `league` has the remedies that change the network.
 """
 
-import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -83,31 +82,22 @@ def run(
     parts = base.divided(data, seed).standardised()
     law = nets.mlp(base.shape(parts, width, depth), activation, weights)
     names = list(METHODS if methods is None else methods)
-    found = []
     for name in names:
         if name not in METHODS:
             raise unknown_name("method", name, METHODS)
-        found.append(
-            base.train_each(
-                {name: law},
-                parts,
-                networks=networks,
-                seed=seed,
-                save=save,
-                progress=progress,
-                steps=steps,
-                batch=batch,
-                learning_rates=learning_rates,
-                record=base.recorded_steps(steps, 3),
-                wanted=(),
-                **METHODS[name],
-            )
-        )
-    together = xarray.concat(
-        found, "network", data_vars="all", coords="all", combine_attrs="drop_conflicts"
-    )
-    return together.assign_attrs(
-        {key: math.fsum(one.attrs[key] for one in found) for key in ("seconds", "compile_seconds")}
+    return base.train_each(
+        dict.fromkeys(names, law),
+        parts,
+        networks=networks,
+        seed=seed,
+        save=save,
+        progress=progress,
+        steps=steps,
+        batch=batch,
+        learning_rates=learning_rates,
+        record=base.recorded_steps(steps, 3),
+        wanted=(),
+        own=METHODS,
     )
 
 
