@@ -137,6 +137,10 @@ def study(
     ] = None,
     processes: Annotated[int, typer.Option(help="How many processes there are.")] = 1,
     process: Annotated[int, typer.Option(help="Which of them this is, from 0 on.")] = 0,
+    share: Annotated[
+        str | None,
+        typer.Option(help="FILE: draw a part, as 2/8; `gradflow merge` puts all together."),
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Ask whether what is said of vanishing and exploding gradients is true: the main job.
@@ -151,7 +155,7 @@ def study(
         for option in ("width", "depth", "networks", "uniform_networks", "seed"):
             check_instead(context, option, "file")
         with studying.distributed(auto, coordinator, processes, process):
-            studying.run_file(file, out or Path("results") / file.stem, as_json)
+            studying.run_file(file, out or Path("results") / file.stem, share, as_json)
         return
     from gradflow.studies import note  # noqa: PLC0415  (JAX is slow to import)
 

@@ -93,15 +93,17 @@ def plan(file: File, as_json: Json = False) -> None:
     console.print(f"time      about {_duration(made.seconds)}{first}, on this machine")
 
 
-def run_file(file: Path, folder: Path, as_json: bool) -> None:
+def run_file(file: Path, folder: Path, share: str | None, as_json: bool) -> None:
     """Run a study file into a folder, with progress, until it is finished or interrupted."""
     import jax  # noqa: PLC0415
 
     from gradflow.studies import description, execution, results  # noqa: PLC0415
+    from gradflow.studies.plan import ALL  # noqa: PLC0415
 
+    part = ALL if share is None else _part(share)
     study = description.load(file)
     with _interruptible() as stop, _progress() as report:
-        outcome = execution.run(study, folder, progress=report, stop=stop)
+        outcome = execution.run(study, folder, share=part, progress=report, stop=stop)
     if jax.process_index() > 0:
         return
     if not outcome.finished:
@@ -118,6 +120,40 @@ def run_file(file: Path, folder: Path, as_json: bool) -> None:
     console = make_console()
     _show(console, study.title or file.name, xarray.load_dataset(written))
     console.print(f"written   {written}; gradflow show {folder}", markup=False)
+
+
+def _part(text: str) -> Any:
+    """Return the share that 2/8 means."""
+    from gradflow.studies.plan import Share  # noqa: PLC0415
+
+    place, slash, parts = text.partition("/")
+    if not (slash and place.isdecimal() and parts.isdecimal() and 1 <= int(place) <= int(parts)):
+        raise InputError(
+            f"share is {text!r}; it is which part of how many, from 1/1 on, as 2/8 for the second "
+            "of eight"
+        )
+    return Share(int(place) - 1, int(parts))
+
+
+@app.command(
+    epilog="Examples:\n\n"
+    "- `gradflow study FILE --share 1/2 --out a`, elsewhere `gradflow study FILE --share 2/2 "
+    "--out b`, then `gradflow merge a b --out whole`"
+)
+def merge(
+    folders: Annotated[
+        list[Path], typer.Argument(help="The --out of every share.", show_default=False)
+    ],
+    out: Annotated[Path, typer.Option(help="A new folder for the whole.", show_default=False)],
+) -> None:
+    """Put together the shares of a study that hosts drew without knowing of each other."""
+    from gradflow.studies import merging  # noqa: PLC0415
+
+    console = make_console()
+    written = merging.merge(folders, out)
+    dataset = xarray.load_dataset(written)
+    _show(console, dataset.attrs["title"], dataset)
+    console.print(f"written   {written}; gradflow show {out}", markup=False)
 
 
 @contextmanager

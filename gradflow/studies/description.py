@@ -248,6 +248,23 @@ class Study:
         """Yield all points in order."""
         return map(self.point, range(len(self)))
 
+    def asked(self) -> dict[str, Any]:
+        """Return all that decides which networks are drawn and what is measured, by its name."""
+        return {
+            "base": dict(self.base),
+            "axes": self.named_axes(),
+            "fixed": self.fixed(),
+            "networks": self.sampling.networks,
+            "most": self.sampling.most,
+        }
+
+    def named_axes(self) -> dict[str, Any]:
+        """Return the fields of every axis, by its number."""
+        return {
+            f"{number}": {field: list(values) for field, values in axis.values.items()}
+            for number, axis in enumerate(self.axes)
+        }
+
     def fixed(self) -> dict[str, Any]:
         """Return what may not change while a study grows: all but points, networks and words."""
         sampling = dataclasses.asdict(self.sampling)

@@ -1,7 +1,8 @@
 """A study is run: theory of its points, then round after round of networks, until it is finished.
 
 Every process of `jax.distributed` calls `run`. The first one has the store, and tells the others
-what to draw; all of them draw each chunk together.
+what to draw; all of them draw each chunk together, and each works out the theory of some points.
+Hosts that do not know of each other run a share each, in folders of their own.
 """
 
 import dataclasses
@@ -25,7 +26,7 @@ from gradflow.simulation.monte_carlo import Laws
 from gradflow.statistics import Statistic
 from gradflow.studies import plan, results
 from gradflow.studies.description import Study, keys
-from gradflow.studies.plan import Group, Work
+from gradflow.studies.plan import ALL, Group, Share, Work
 from gradflow.studies.store import Found, Store, works_of
 
 __all__ = ["Outcome", "Progress", "Step", "run"]
@@ -92,6 +93,7 @@ def run(
     folder: Path,
     *,
     devices: Sequence[jax.Device] | None = None,
+    share: Share = ALL,
     progress: Progress | None = None,
     stop: Callable[[], bool] | None = None,
 ) -> Outcome:
@@ -105,6 +107,8 @@ def run(
         Its store; new, or that of the same study.
     devices
         Who draws the networks; all of JAX's devices without it.
+    share
+        Which part of them, and of the points' theory; `merging.merge` puts the parts together.
     progress
         Called after each chunk, and for each block of theory.
     stop
@@ -113,28 +117,28 @@ def run(
     Raises
     ------
     InputError
-        If the points' fields do not go together, memory does not suffice, or the store cannot be
-        had or written to.
+        If the points' fields do not go together, memory does not suffice, a study with targets is
+        to be shared, or the store cannot be had or written to.
     """
     devices = tuple(devices or jax.devices())
     report = progress or (lambda _: None)
     asked = stop or (lambda: False)
     leads = jax.process_index() == 0
     found = plan.groups(study)
-    first = plan.make(study, found, devices=devices)
+    first = plan.make(study, found, devices=devices, share=share)
     plan.check_memory(study, first)
     with ExitStack() as stack:
         store: Store | None = None
 
         def open_store() -> bytes:
             nonlocal store
-            store = stack.enter_context(Store.opened(folder, study))
+            store = stack.enter_context(Store.opened(folder, study, share))
             return b""
 
         _from_first(open_store)
         finished = False
         while not finished:
-            works, number, starts = _next_round(study, found, store, devices)
+            works, number, starts = _next_round(study, found, store, devices, share)
             if not works:
                 finished = True
             else:
@@ -171,7 +175,11 @@ def _from_first(function: Callable[[], bytes]) -> bytes:
 
 
 def _next_round(
-    study: Study, found: Sequence[Group], store: Store | None, devices: Sequence[jax.Device]
+    study: Study,
+    found: Sequence[Group],
+    store: Store | None,
+    devices: Sequence[jax.Device],
+    share: Share,
 ) -> tuple[tuple[Work, ...], int, list[int]]:
     """Return what is to be drawn, the round's number, and each group's first chunk."""
 
@@ -193,7 +201,7 @@ def _next_round(
         done, wanted = np.frombuffer(asked, np.int64).reshape(-1, 2).T.tolist()
         # By all processes: they agree on what memory there is.
         have, shall = (dict(zip(names, counts, strict=True)) for counts in (done, wanted))
-        works = plan.make(study, found, have, shall, devices).works
+        works = plan.make(study, found, have, shall, devices, share).works
         if not works:
             return (), -1, []
         _from_first(lambda: _begin(store, works))
@@ -269,8 +277,7 @@ def _round(
     for place, (work, start) in enumerate(zip(works, starts, strict=True)):
         group = next(group for group in found if work.names[0] in group.names)
         drawing = _Drawing(study, group, work, devices)
-        if store is not None:
-            _theory(drawing, store, f"{number:04}-{place:05}", report, stop)
+        _theory(drawing, store, f"{number:04}-{place:05}", report, stop)
         for chunk, done, values, seconds in drawing.run(start):
             step = Step("networks", before + done, total)
             if store is not None:
@@ -305,6 +312,14 @@ class _Drawing:
         places = np.searchsorted(self.group.names, self.work.names, sorter=order)
         return np.asarray(self.group.numbers[order[places]])
 
+    @property
+    def is_first(self) -> np.ndarray:
+        """Whether it falls to this round, and this share, to say what theory says of each point."""
+        work = self.work
+        # Of few networks there are not as many as shares.
+        drawing = np.minimum(work.share.parts, self.study.sampling.most)
+        return (work.first == 0) & (self._numbers % drawing == work.share.place)
+
     def points(self, places: Sequence[int] | range) -> list[Any]:
         """Return the points at places of the work."""
         return [self.study.point(int(self._numbers[place])) for place in places]
@@ -338,7 +353,7 @@ class _Drawing:
             for segment in segments:
                 stretch = slice(filled, filled + segment.count)
                 which[stretch] = segment.place - segments[0].place
-                numbers[stretch] = np.arange(segment.first, segment.first + segment.count)
+                numbers[stretch] = work.share.numbers(segment.first, segment.count)
                 filled += segment.count
             with jax.enable_x64(x64):
                 return program(self._laws(segments[0].place), which, numbers)
@@ -430,21 +445,52 @@ def _binned(values: np.ndarray, point: np.ndarray, bins: Any) -> np.ndarray:
 
 
 def _theory(
-    drawing: _Drawing, store: Store, prefix: str, report: Progress, stop: Callable[[], bool]
+    drawing: _Drawing, store: Store | None, prefix: str, report: Progress, stop: Callable[[], bool]
 ) -> None:
-    """Work out what theory says of the points that a round is the first to draw."""
-    fresh = drawing.work.first == 0
-    blocks = range(0, len(fresh), _THEORY_BLOCK)
-    for first in blocks:
-        places = [n for n in range(first, min(first + _THEORY_BLOCK, len(fresh))) if fresh[n]]
+    """Work out what theory says of the points that a round is the first to draw.
+
+    Of a share, those that fall to it; each process does some.
+    """
+    mine = drawing.is_first
+    for first in range(0, len(mine), _THEORY_BLOCK):
+        last = min(first + _THEORY_BLOCK, len(mine))
+        places = [n for n in range(first, last) if mine[n]]
         name = f"{prefix}-{first // _THEORY_BLOCK:06}"
-        if places and not store.has_theory(name):
-            begun = time.perf_counter()
-            store.add_theory(name, results.theory(drawing.study, drawing.points(places)))
+        if not places or _from_first(lambda: b"there" if _knows(store, name) else b""):  # noqa: B023
+            continue
+        begun = time.perf_counter()
+        block = _shared_theory(drawing, places)
+        if store is not None:
+            store.add_theory(name, block)
             store.log(theory=name, seconds=round(time.perf_counter() - begun, 3))
-            report(Step("theory", min(first + _THEORY_BLOCK, len(fresh)), len(fresh)))
-            if stop():
-                raise _Stopped
+        report(Step("theory", last, len(mine)))
+        if _from_first(lambda: b"stop" if stop() else b""):
+            raise _Stopped
+
+
+def _knows(store: Store | None, name: str) -> bool:
+    assert store is not None
+    return store.has_theory(name)
+
+
+def _shared_theory(drawing: _Drawing, places: Sequence[int]) -> dict[str, np.ndarray]:
+    """Return the theory of points, of which each process works out every so manieth."""
+    processes = jax.process_count()
+    # As many for each, so that what they send has one shape.
+    mine = [places[n % len(places)] for n in range(-(-len(places) // processes) * processes)]
+    block = results.theory(drawing.study, drawing.points(mine[jax.process_index() :: processes]))
+    if processes == 1:
+        return block
+    # In bytes: JAX would send numbers of 64 bits as ones of 32.
+    sent = {name: np.ascontiguousarray(array).view(np.uint8) for name, array in block.items()}
+    had = multihost_utils.process_allgather(sent)
+    return {
+        name: np.asarray(had[name])
+        .view(array.dtype)
+        .swapaxes(0, 1)
+        .reshape(-1, *array.shape[1:])[: len(places)]
+        for name, array in block.items()
+    }
 
 
 def _largest_z(

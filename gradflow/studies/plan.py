@@ -11,6 +11,7 @@ never interrupted.
 import dataclasses
 import math
 from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -20,7 +21,8 @@ from gradflow.networks import Network
 from gradflow.simulation import memory, samplers
 from gradflow.studies.description import Study
 
-__all__ = ["Group", "Plan", "Segment", "Work", "groups", "check_memory", "make", "row_bytes"]
+__all__ = ["ALL", "Group", "Plan", "Segment", "Share", "Work", "check_memory", "groups", "make"]
+__all__ += ["row_bytes"]
 
 # Seconds on one core that a chunk takes, or so.
 _CHUNK_SECONDS = 2.0
@@ -69,6 +71,30 @@ class Group:
         return samplers.seconds(self.sampler, self.network, self.sites)
 
 
+class Share(NamedTuple):
+    """One host's part of a study: of every point, each ``parts``-th network from ``place`` on.
+
+    A share numbers its own networks 0, 1, …, so that it grows with the study.
+    """
+
+    place: int
+    parts: int
+
+    def of(self, networks: int) -> int:
+        """Return how many of the first so many networks are in it."""
+        return len(range(self.place, networks, self.parts))
+
+    def numbers(self, first: int, count: int) -> np.ndarray:
+        """Return which networks of a point are the share's own from ``first`` on, int32."""
+        return np.arange(first, first + count, dtype=np.int32) * self.parts + self.place
+
+    def __str__(self) -> str:
+        return f"{self.place + 1}/{self.parts}"
+
+
+ALL = Share(0, 1)
+
+
 @dataclasses.dataclass(frozen=True)
 class Segment:
     """Networks ``first`` to ``first + count`` of a point, given by its place in a `Work`."""
@@ -94,6 +120,8 @@ class Work:
         How long all of it will take on one core, which decides how it is compiled.
     sampler
         How networks are drawn.
+    share
+        Whose part of the study it is; ``first`` and ``count`` are of its own networks.
     """
 
     names: np.ndarray
@@ -106,6 +134,7 @@ class Work:
     checkpoint: bool
     seconds: float
     sampler: str
+    share: Share = ALL
 
     @property
     def networks(self) -> int:
@@ -198,6 +227,7 @@ def make(
     done: dict[int, int] | None = None,
     wanted: dict[int, int] | None = None,
     devices: Sequence[jax.Device] = (),
+    share: Share = ALL,
 ) -> Plan:
     """Return the plan of a round.
 
@@ -206,17 +236,24 @@ def make(
     study, found
         The study and its `groups`.
     done
-        Networks that points have already, by name; none without it.
+        The share's networks that points have already, by name; none without it.
     wanted
         Networks that points shall have, by name; without it what the study says, or a first round.
     devices
         Who draws them; all of JAX's devices without it.
+    share
+        Which part of them.
 
     Raises
     ------
     InputError
-        If not even one network fits into memory.
+        If not even one network fits into memory, or a study with targets is to be shared.
     """
+    if share.parts > 1 and study.sampling.target:
+        raise InputError(
+            f"share is {share}, and the study has a sampling.target, which asks all networks "
+            "together; give sampling.networks, or leave share out"
+        )
     devices = tuple(devices or jax.devices())
     done = done or {}
     works, used, free, seconds = [], 0, 0, 0.0
@@ -225,12 +262,12 @@ def make(
         names = group.names.tolist()
         first = np.array([done.get(name, 0) for name in names], np.int64)
         goal = [study.sampling.networks if wanted is None else wanted.get(n, 0) for n in names]
-        count = np.maximum(np.array(goal, np.int64) - first, 0)
+        count = np.maximum(np.array([share.of(n) for n in goal], np.int64) - first, 0)
         rest = count > 0
         if not rest.any():
             continue
         work, plan = _work(study, group, group.names[rest], first[rest], count[rest], devices)
-        works.append(work)
+        works.append(dataclasses.replace(work, share=share))
         cores = max(plan.workers, len(devices))
         used, free = max(used, plan.bytes_needed), plan.bytes_available
         seconds += _COMPILE_SECONDS + work.seconds / cores

@@ -15,6 +15,7 @@ one file, and so are those, always the same ones and in the same order: there ar
 each estimate has the same bits whether or not the study was interrupted.
 """
 
+import collections
 import contextlib
 import dataclasses
 import errno
@@ -23,6 +24,7 @@ import io
 import json
 import os
 import platform
+import shutil
 import time
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -37,14 +39,15 @@ from gradflow.errors import InputError
 from gradflow.estimation import Estimate
 from gradflow.studies import description
 from gradflow.studies.description import Study
-from gradflow.studies.plan import Work
+from gradflow.studies.plan import ALL, Share, Work
 
 __all__ = ["Found", "Store", "combined", "works_of"]
 
-_FORMAT = 1
+_FORMAT = 2
 # How a file is called before it is in its place; what there is before store.json.
 _WRITING = ".writing-"
-_BEGUN = {"lock", "rounds", "chunks", "theory", "study.toml"}
+_FOLDERS = ("chunks", "theory", "rounds")
+_BEGUN = {"lock", "study.toml", *_FOLDERS}
 # How many files are merged into one, unless that had more bytes than this.
 _FAN = 32
 _MERGED_BYTES = 1 << 26
@@ -156,21 +159,22 @@ class _File:
 class Store:
     """The folder of one study, held by this process while it is open."""
 
-    def __init__(self, folder: Path, study: Study) -> None:
-        self.folder, self.study = folder, study
+    def __init__(self, folder: Path, study: Study, share: Share = ALL) -> None:
+        self.folder, self.study, self.share = folder, study, share
 
     # Opening.
 
     @classmethod
     @contextlib.contextmanager
-    def opened(cls, folder: Path, study: Study) -> Iterator["Store"]:
+    def opened(cls, folder: Path, study: Study, share: Share = ALL) -> Iterator["Store"]:
         """Make or go on with the store of a study, and let nobody else write to it meanwhile.
 
         Raises
         ------
         InputError
             If the folder cannot be written to, another process writes to it, it holds something
-            else, or the study has changed by more than new points and more networks.
+            else or another share, or the study has changed by more than new points and more
+            networks.
         """
         with contextlib.ExitStack() as stack:
             with _sentences(folder):
@@ -192,9 +196,53 @@ class Store:
                         f"out is {str(folder)!r}, where another process writes its study; wait for "
                         "it, stop it, or give another folder"
                     ) from error
-                store = cls(folder, study)
+                store = cls(folder, study, share)
                 store._prepare(fresh)
             yield store
+
+    @classmethod
+    @contextlib.contextmanager
+    def put_together(cls, folder: Path, shares: Sequence["Store"]) -> Iterator["Store"]:
+        """Make one store of all shares of a study, which is there when the context is left.
+
+        Raises
+        ------
+        InputError
+            If the folder holds something, or cannot be written to.
+        """
+        with _sentences(folder):
+            if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
+                raise InputError(
+                    f"out is {str(folder)!r}, which holds something; give a new folder"
+                )
+            beside = folder.with_name(f"{_WRITING}{folder.name}")
+            shutil.rmtree(beside, ignore_errors=True)
+            try:
+                for name in _FOLDERS:
+                    (beside / name).mkdir(parents=True)
+                whole = cls(beside, shares[0].study)
+                for share in shares:
+                    whole._take_in(share)
+                yield whole
+                if folder.exists():
+                    folder.rmdir()
+                beside.replace(folder)
+            finally:
+                shutil.rmtree(beside, ignore_errors=True)
+
+    def _take_in(self, share: "Store") -> None:
+        """Copy the rounds of a share behind those that are there."""
+        before = self.rounds
+        for name in _FOLDERS:
+            for path in sorted((share.folder / name).glob("*.npz")):
+                number, rest = int(path.name[:4]), path.name[4:]
+                self._write(f"{name}/{before + number:04}{rest}", path.read_bytes())
+        known = self.drawn_with if before else []
+        self._write_header([*known, *(d for d in share.drawn_with if d not in known)])
+        log = share.folder / "log.jsonl"
+        if log.exists():
+            with open(self.folder / "log.jsonl", "ab") as file:
+                file.write(log.read_bytes())
 
     @classmethod
     def of(cls, folder: Path) -> "Store":
@@ -210,10 +258,12 @@ class Store:
                 f"folder is {str(folder)!r}, which holds no study; it is the --out of a "
                 "`gradflow study FILE`"
             )
-        return cls(folder, description.load(folder / "study.toml"))
+        store = cls(folder, description.load(folder / "study.toml"))
+        store.share = Share(*store._header["share"])
+        return store
 
     def _prepare(self, fresh: bool) -> None:
-        for name in ("rounds", "chunks", "theory"):
+        for name in _FOLDERS:
             (self.folder / name).mkdir(exist_ok=True)
         for left in self.folder.rglob(f"{_WRITING}*"):
             left.unlink()
@@ -227,15 +277,25 @@ class Store:
         # All there was to the last bit: what a study goes on with may be another machine.
         now = _drawn_with()
         drawn_with = before if now in before else [*before, now]
-        known = {"format": _FORMAT, "fixed": self.study.fixed(), "drawn_with": drawn_with}
-        self._write("study.toml", self.study.text.encode())
-        self._write("store.json", json.dumps(known, indent=1, sort_keys=True).encode())
+        self._write_header(drawn_with)
         # What was to be merged when the process ended.
         for file in self._files():
             if not any(o.first > file.last for o in self._files() if _alike(o, file)):
                 self._merge_all(file.round, file.group, file.last)
 
+    def _write_header(self, drawn_with: Sequence[Mapping[str, Any]]) -> None:
+        known = {"format": _FORMAT, "fixed": self.study.fixed(), "drawn_with": drawn_with}
+        known["share"] = self.share
+        self._write("study.toml", self.study.text.encode())
+        self._write("store.json", json.dumps(known, indent=1, sort_keys=True).encode())
+
     def _check_change(self) -> None:
+        share = Share(*self._header["share"])
+        if share != self.share:
+            raise InputError(
+                f"share is {self.share}, and {str(self.folder)!r} holds share {share}; give "
+                f"--share {share}, or another folder"
+            )
         old = description.load(self.folder / "study.toml")
         new = self.study
         if old.text == new.text:
@@ -245,7 +305,8 @@ class Store:
             lost = {point.name for point in old.points()} - {point.name for point in new.points()}
             if lost:
                 changed = description.differences(
-                    {"base": old.base, "axes": _axes(old)}, {"base": new.base, "axes": _axes(new)}
+                    {"base": old.base, "axes": old.named_axes()},
+                    {"base": new.base, "axes": new.named_axes()},
                 )
                 changed.append(f"{len(lost)} of {len(old)} points are gone")
         for name in ("networks", "most"):
@@ -303,10 +364,11 @@ class Store:
         return max(ends, default=0)
 
     def networks(self) -> dict[int, int]:
-        """Return how many networks every point has, by its name."""
-        done: dict[int, int] = {}
+        """Return how many of its share's networks every point has, by its name."""
+        by_share: dict[Share, dict[int, int]] = {}
         for number in range(self.rounds):
             for group, work in enumerate(self.works(number)):
+                done = by_share.setdefault(work.share, {})
                 drawn = min(self.finished(number, group) * work.chunk, work.networks)
                 ends = np.cumsum(work.count)
                 each = np.clip(drawn - (ends - work.count), 0, work.count)
@@ -315,7 +377,12 @@ class Store:
                 ):
                     if count:
                         done[name] = first + count
-        return done
+        # What is drawn after shares were merged goes on from all of them together.
+        found = by_share.pop(self.share, {})
+        merged = collections.Counter[int]()
+        for part in by_share.values():
+            merged.update(part)
+        return dict(merged) | found
 
     # Chunks.
 
@@ -386,13 +453,17 @@ class Store:
     @property
     def drawn_with(self) -> list[dict[str, Any]]:
         """Versions and machines that the networks were drawn with."""
-        known = json.loads((self.folder / "store.json").read_text(encoding="utf-8"))
+        return list(self._header["drawn_with"])
+
+    @property
+    def _header(self) -> dict[str, Any]:
+        known: dict[str, Any] = json.loads((self.folder / "store.json").read_text("utf-8"))
         if known["format"] != _FORMAT:
             raise InputError(
                 f"{str(self.folder)!r} has format {known['format']}, which this version of "
                 f"gradflow does not know; it knows {_FORMAT}"
             )
-        return list(known["drawn_with"])
+        return known
 
     def log(self, **what: Any) -> None:
         """Note what was done and when."""
@@ -446,7 +517,11 @@ def works_of(content: bytes) -> tuple[Work, ...]:
     plain = _header(content)["groups"]
     with np.load(io.BytesIO(content)) as arrays:
         return tuple(
-            Work(**fields, **{name: arrays[f"{group}/{name}"] for name in _BY_POINT})
+            Work(
+                share=Share(*fields.pop("share")),
+                **fields,
+                **{name: arrays[f"{group}/{name}"] for name in _BY_POINT},
+            )
             for group, fields in enumerate(plain)
         )
 
@@ -473,14 +548,7 @@ def _drawn_with() -> dict[str, Any]:
 
 def _digest(study: Study) -> str:
     """Return what tells a study that asks for other networks."""
-    sampling = study.sampling
-    asked: dict[str, Any] = {"base": study.base, "axes": _axes(study), "fixed": study.fixed()}
-    asked |= {"networks": sampling.networks, "most": sampling.most}
-    return json.dumps(asked, sort_keys=True)
-
-
-def _axes(study: Study) -> dict[str, Any]:
-    return {f"{n}": {k: list(v) for k, v in a.values.items()} for n, a in enumerate(study.axes)}
+    return json.dumps(study.asked(), sort_keys=True)
 
 
 def _chunk_name(number: int, group: int, first: int, last: int) -> str:
