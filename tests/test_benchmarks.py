@@ -59,3 +59,11 @@ def test_training_compares_every_contender():
     rows = found["rows"]
     assert {"gradflow", "gradflow, recording"} <= set(rows)
     assert all(row["microseconds_a_step"] > 0 for row in rows.values())
+
+
+@pytest.mark.slow
+def test_studies_are_shared_in_every_way():
+    (found,) = load("studies").main(["--quick"]).values()
+    assert len(found["scaling"]) == 4
+    assert all(row["networks_per_second"] > 0 for row in found["scaling"])
+    assert found["costs"]["bytes kept"] > 0

@@ -1,0 +1,174 @@
+"""How well does a study share its work? Cores, processes and shares, and what each chunk costs.
+
+    python benchmarks/studies.py            two kinds of networks, about five minutes
+    python benchmarks/studies.py --quick
+
+Every run is a `gradflow study` of its own, as users have it, on as many cores as it is given. Rates
+are those of the chunks but the first, which compiles; an efficiency is the rate over that of one
+core, a core. The second table is of one run in this process: what drawing a chunk takes, and what
+is done with it on the host.
+"""
+
+import argparse
+import collections
+import json
+import os
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+TEXT = """
+[network]
+activation = "tanh"
+width = {width}
+depth = {depth}
+[[axes]]
+sigma_w2 = {{ from = 0.5, to = 2.0, points = 4 }}
+[sampling]
+networks = {networks}
+[statistics]
+measure = ["q", "chi", "gradient_variance", "log_gradient_norm"]
+"""
+KINDS = {
+    "width 1000, depth 50": {"width": 1000, "depth": 50, "networks": 4000},
+    "width 30, depth 20": {"width": 30, "depth": 20, "networks": 1_000_000},
+}
+QUICK = {"width 30, depth 5": {"width": 30, "depth": 5, "networks": 200_000}}
+COMMAND = "import os; os.sched_setaffinity(0, {cores}); from gradflow.cli import main; main()"
+
+
+def rate(folders):
+    """Return the networks a second of stores that were written side by side."""
+    from gradflow.studies.store import Store
+
+    total = 0.0
+    for folder in folders:
+        work = Store.of(folder).works(0)[0]
+        lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+        seconds = [line["seconds"] for line in lines if line.get("chunk", 0) > 0]
+        total += (work.networks - work.chunk) / sum(seconds)
+    return total
+
+
+def started(file, out, cores, *more):
+    return subprocess.Popen(
+        [sys.executable, "-c", COMMAND.format(cores=cores), "study", file, "--out", out, *more],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+
+
+def runs(cores):
+    """Yield each way to run a study: its name, its processes' options and cores, its stores."""
+    several = len(cores)
+    with socket.socket() as one:
+        one.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{one.getsockname()[1]}"
+    yield "1 process, 1 core", [((), cores[:1])], 1, False
+    yield f"1 process, {several} cores", [((), cores)], several, False
+    among = ("--coordinator", address, "--processes", str(several), "--process")
+    yield (
+        f"{several} processes, a core each",
+        [((*among, str(n)), [core]) for n, core in enumerate(cores)],
+        several,
+        False,
+    )
+    yield (
+        f"{several} shares, a core each",
+        [(("--share", f"{n + 1}/{several}"), [core]) for n, core in enumerate(cores)],
+        several,
+        True,
+    )
+
+
+def scaling(kind, folder):
+    cores = sorted(os.sched_getaffinity(0))[:2]
+    file = folder / "study.toml"
+    file.write_text(TEXT.format(**kind))
+    rows, alone = [], None
+    for name, processes, count, apart in runs(cores):
+        outs = [
+            folder / f"{name} {n if apart else 0}".replace(",", "") for n in range(len(processes))
+        ]
+        begun = time.perf_counter()
+        going = [
+            started(str(file), str(out), those, *options)
+            for out, (options, those) in zip(outs, processes, strict=True)
+        ]
+        if any(process.wait() for process in going):
+            raise SystemExit(f"{name} failed")
+        wall = time.perf_counter() - begun
+        found = rate(dict.fromkeys(outs))
+        alone = alone or found
+        row = {"run": name, "networks_per_second": found, "efficiency": found / alone / count}
+        rows.append(row | {"wall_seconds": wall})
+        print(
+            f"{name:<30}{found:>12.0f}{100 * row['efficiency']:>11.0f} %{wall:>10.1f}", flush=True
+        )
+    return rows
+
+
+def costs(kind, folder):
+    """Return the mean seconds of each step of a chunk, and what it weighs."""
+    from gradflow.studies import description, execution, store
+
+    spent = collections.defaultdict(list)
+
+    def timed(name, function):
+        def run(*arguments, **options):
+            begun = time.perf_counter()
+            found = function(*arguments, **options)
+            spent[name].append(time.perf_counter() - begun)
+            if name == "average on the host":
+                spent["bytes handed back"].append(sum(v.nbytes for v in arguments[2].values()))
+                spent["bytes kept"].append(found.bytes)
+            return found
+
+        return run
+
+    compiled = execution.monte_carlo.compiled
+    patched = [
+        (execution.monte_carlo, "compiled", lambda *a, **k: timed("draw", compiled(*a, **k))),
+        (
+            execution._Drawing,
+            "kept",
+            timed("average on the host", execution._Drawing.kept),
+        ),
+        (store.Store, "add", timed("write and merge", store.Store.add)),
+        (execution.results, "theory", timed("theory of all points", execution.results.theory)),
+    ]
+    before = [getattr(owner, name) for owner, name, _ in patched]
+    try:
+        for owner, name, new in patched:
+            setattr(owner, name, new)
+        study = description.parse(TEXT.format(**kind))
+        execution.run(study, folder / "costs")
+    finally:
+        for (owner, name, _), old in zip(patched, before, strict=True):
+            setattr(owner, name, old)
+    work = store.Store.of(folder / "costs").works(0)[0]
+    found = {"networks a chunk": work.chunk, "chunks": work.chunks}
+    return found | {name: sum(values) / len(values) for name, values in spent.items()}
+
+
+def main(arguments=None):
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--quick", action="store_true")
+    options = parser.parse_args(arguments)
+    report = {}
+    for name, kind in (QUICK if options.quick else KINDS).items():
+        print(f"\n{name}\n{'':<30}{'networks/s':>12}{'efficiency':>13}{'wall, s':>10}", flush=True)
+        with tempfile.TemporaryDirectory() as folder:
+            rows = scaling(kind, Path(folder))
+            each = costs(kind, Path(folder))
+        for step, value in each.items():
+            print(f"{step:<30}{value:>12.4g}")
+        report[name] = {"scaling": rows, "costs": each}
+    return report
+
+
+if __name__ == "__main__":
+    main()
