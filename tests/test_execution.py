@@ -13,6 +13,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+import scipy.stats
 import xarray
 
 from gradflow import comparison
@@ -273,6 +274,41 @@ def test_a_target_is_met_in_rounds_that_an_interruption_does_not_change(tmp_path
     assert set(np.unique(networks)) <= {15, 30, 45, 60}
     assert len(np.unique(networks)) > 1
     assert ((error <= 0.08) | (networks == 60)).all()
+
+
+@pytest.mark.slow
+def test_intervals_of_points_that_stop_when_a_target_is_met_cover_what_they_say(
+    tmp_path, monkeypatch
+):
+    """Null: 95 % intervals cover the exact mean in 95 % of 2000 points of linear networks.
+
+    By the binomial law, outside of 93 to 97 % by chance in fewer than 1 of 10 000 runs. Rounds of 5
+    that could stop from the first on would cover 92 %.
+    """
+    text = """
+        [network]
+        activation = "linear"
+        weights = "lecun"
+        width = 100
+        depth = 1
+        [[axes]]
+        seed = { from = 0, to = 1999, points = 2000 }
+        [sampling]
+        target = { q = 0.025 }
+        round = 5
+        [statistics]
+        measure = ["q"]
+        [theory]
+        finite_width = false
+    """
+    monkeypatch.undo()  # with chunks as they are
+    outcome = run(tmp_path / "study", text)
+    assert outcome.rounds > 8
+    found = xarray.load_dataset(tmp_path / "study" / results.FILE).isel(layer=0)
+    assert found.q_networks.min() == 30
+    width = scipy.stats.t.ppf(0.975, found.q_networks - 1) * found.log_q_standard_error
+    covered = float((np.abs(found.log_q - found.log_q_theory) < width).mean())
+    assert 0.93 < covered < 0.97
 
 
 def test_one_process_at_a_time_and_no_folder_of_something_else(tmp_path):

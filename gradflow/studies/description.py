@@ -94,8 +94,9 @@ class Sampling:
     """How many networks a point has, and how they are drawn.
 
     With ``target``, standard errors by statistic in the unit that it is kept in (of a logarithm,
-    relative ones), a point has rounds of ``networks`` until each is met at every layer, and
-    ``most`` networks at the most.
+    relative ones), a point has rounds of ``networks`` until it has at least 30 and each is met at
+    every layer, and ``most`` networks at the most. Intervals of two standard errors are honest all
+    the same: see `execution`.
     """
 
     networks: int
