@@ -116,6 +116,7 @@ def compare(
     "- `gradflow study`\n"
     "- `gradflow study scripts/phase-diagram.toml --out results/phase-diagram`\n"
     "- `gradflow study --depth 50 --networks 5000 --out results/deep`\n"
+    "- `gradflow report results/study`\n"
     "- `gradflow study --width 100 --depth 10 --networks 200 --uniform-networks 20 --json`"
 )
 def study(
@@ -142,10 +143,13 @@ def study(
     """Ask whether what is said of vanishing and exploding gradients is true: the main job.
 
     Eleven settings, from the logistic sigmoid with N(0, 1) weights to what is said to mend it, on
-    images of handwritten digits; then each claim of the note that this project began with.
+    images of handwritten digits; then each claim of the note that this project began with. The
+    options are numbers in the study file that this is, which is kept in the --out.
 
-    With a FILE, what that describes: a grid of networks, as many as there is time for. It may be
-    interrupted in any way, and the same command goes on.
+    With a FILE, what that describes: a grid of networks, as many as there is time for.
+
+    Either may be interrupted in any way, and the same command goes on; with more networks it adds
+    those. With any other change it takes another --out.
     """
     if file is not None:
         for option in ("width", "depth", "networks", "uniform_networks", "seed"):
@@ -158,16 +162,16 @@ def study(
     at_least("networks", networks, 2)
     at_least("uniform_networks", uniform_networks, 2)
     check_depth(depth)
-    folder = writable_folder(out or Path("results") / "study")
-    with show_progress() as report:
-        found = note.run(
-            width=width,
-            depth=depth,
-            networks_gaussian=networks,
-            networks_uniform=uniform_networks,
-            seed=seed,
-            progress=report,
-        )
+    folder = out or Path("results") / "study"
+    described = note.study(
+        width=width,
+        depth=depth,
+        networks_gaussian=networks,
+        networks_uniform=uniform_networks,
+        seed=seed,
+    )
+    studying.run(described, folder)
+    found = note.findings(folder)
     datasets = {
         setting.name: comparison.to_xarray().assign_attrs(seed=seed)
         for setting, comparison in found.comparisons.items()

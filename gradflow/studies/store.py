@@ -248,15 +248,12 @@ class Store:
                     {"base": old.base, "axes": _axes(old)}, {"base": new.base, "axes": _axes(new)}
                 )
                 changed.append(f"{len(lost)} of {len(old)} points are gone")
-        for name in ("networks", "most"):
-            was, now = getattr(old.sampling, name), getattr(new.sampling, name)
-            if now < was:
-                changed.append(f"sampling.{name} was {was}, is {now}")
+        changed += _fewer_networks(old, new)
         if changed:
             raise InputError(
-                f"the study file is not the one that {str(self.folder)!r} was begun with: "
-                f"{'; '.join(changed)}; only points and networks may be added, anything else "
-                "takes another folder"
+                f"the study is not the one that {str(self.folder)!r} was begun with: "
+                f"{'; '.join(changed)}; only points and networks may be added, for anything else "
+                "give another --out"
             )
 
     # Rounds.
@@ -480,7 +477,30 @@ def _digest(study: Study) -> str:
 
 
 def _axes(study: Study) -> dict[str, Any]:
-    return {f"{n}": {k: list(v) for k, v in a.values.items()} for n, a in enumerate(study.axes)}
+    return {
+        str(number): {field: list(values) for field, values in axis.values.items()}
+        | ({} if axis.networks is None else {"networks": list(axis.networks)})
+        for number, axis in enumerate(study.axes)
+    }
+
+
+def _fewer_networks(old: Study, new: Study) -> list[str]:
+    """Return what a study asks fewer networks of than the one before, each as 'path was …'."""
+    found = []
+    was, now = old.sampling.most, new.sampling.most
+    if old.sampling.target:
+        found += [f"sampling.most was {was}, is {now}"] if now < was else []
+    elif all(axis.networks is None for study in (old, new) for axis in study.axes):
+        found += [f"sampling.networks was {was}, is {now}"] if now < was else []
+    else:
+        shall = {point.name: point.networks for point in new.points()}
+        fewer = [p for p in old.points() if shall.get(p.name, p.networks) < p.networks]
+        found += [
+            f"networks of the point {p.description} was {p.networks}, is {shall[p.name]}"
+            for p in fewer[:1]
+        ]
+        found += [f"{len(fewer) - 1} more points have fewer"] if len(fewer) > 1 else []
+    return found
 
 
 def _chunk_name(number: int, group: int, first: int, last: int) -> str:
