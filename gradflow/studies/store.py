@@ -486,21 +486,18 @@ def _axes(study: Study) -> dict[str, Any]:
 
 def _fewer_networks(old: Study, new: Study) -> list[str]:
     """Return what a study asks fewer networks of than the one before, each as 'path was …'."""
+    if all(axis.networks is None for study in (old, new) for axis in study.axes):
+        name = "most" if old.sampling.target else "networks"
+        was, now = (getattr(study.sampling, name) for study in (old, new))
+        return [f"sampling.{name} was {was}, is {now}"] if now < was else []
+    shall = {point.name: point.networks for point in new.points()}
+    fewer = [p for p in old.points() if shall.get(p.name, p.networks) < p.networks]
     found = []
-    was, now = old.sampling.most, new.sampling.most
-    if old.sampling.target:
-        found += [f"sampling.most was {was}, is {now}"] if now < was else []
-    elif all(axis.networks is None for study in (old, new) for axis in study.axes):
-        found += [f"sampling.networks was {was}, is {now}"] if now < was else []
-    else:
-        shall = {point.name: point.networks for point in new.points()}
-        fewer = [p for p in old.points() if shall.get(p.name, p.networks) < p.networks]
-        found += [
-            f"networks of the point {p.description} was {p.networks}, is {shall[p.name]}"
-            for p in fewer[:1]
-        ]
-        found += [f"{len(fewer) - 1} more points have fewer"] if len(fewer) > 1 else []
-    return found
+    for point in fewer[:1]:
+        fields = [name for axis in old.axes for name in axis.values if name in point.settings]
+        where = ", ".join(f"{name} = {point.settings[name]!r}" for name in fields)
+        found.append(f"networks at {where} was {point.networks}, is {shall[point.name]}")
+    return found + ([f"{len(fewer) - 1} more points have fewer"] if len(fewer) > 1 else [])
 
 
 def _chunk_name(number: int, group: int, first: int, last: int) -> str:
