@@ -26,8 +26,8 @@ training           weights as parameters; layers along training, many networks a
 shapeset           images of shapes, endless and drawn by key
 data               real inputs, with labels: what networks are trained on
 figures            one function a figure
-studies            note (the study that the project began with), jacobian_spectrum; and what
-                   study files need: description, plan, store, execution, results, report
+studies            jacobian_spectrum, remedies; what study files need: description, plan, store,
+                   execution, results, report; note (the study that the project began with)
 cli                the command ``gradflow``
 """
 

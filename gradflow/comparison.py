@@ -42,8 +42,9 @@ from gradflow.theory.corrections import (
     prepare,
 )
 
-__all__ = ["Comparison", "Contrast", "Status", "Verdict", "compare", "confront"]
-__all__ += ["correct_float64", "differences", "predict_float64"]
+__all__ = ["Comparison", "Contrast", "Status", "Verdict", "compare", "compile_theory", "confront"]
+__all__ += ["correct_float64", "differences", "explained", "log_chi_beyond", "predict_float64"]
+__all__ += ["theory_float64"]
 
 # How much narrower the networks are that tell a finite-width effect from an error, and how many
 # more of them are drawn: their statistics spread more, and they cost less. The second is needed
@@ -372,8 +373,14 @@ def confront(
     key = jax.random.key(key) if isinstance(key, int) else key
     checked = check_inputs(inputs, network)
     # Beside the simulation: both spend most of their time in the compiler, on one core each.
+    work_out, further_up = _theory(network, inputs, explain), _further_up(network)
+
+    def theories() -> tuple[Prediction, Corrections | None, float]:
+        theory, corrections = work_out()
+        return theory, corrections, further_up(theory)
+
     with ThreadPoolExecutor(1) as pool:
-        predicted = pool.submit(_theory(network, inputs, explain))
+        predicted = pool.submit(theories)
         simulation = simulate(
             network,
             checked,
@@ -383,14 +390,30 @@ def confront(
             histograms=histograms,
             progress=progress,
         )
-    theory, beyond, corrections = predicted.result()
+    theory, corrections, beyond = predicted.result()
     if histograms:
         simulation = with_densities(simulation, inputs)
     comparison = compare(theory, simulation, corrections=corrections, log_chi_beyond=beyond)
+    return explained(comparison, inputs, key=key, sampler=sampler) if explain else comparison
+
+
+def explained(
+    comparison: Comparison, inputs: ArrayLike, *, key: PRNGKeyArray, sampler: str = "auto"
+) -> Comparison:
+    """Return a comparison whose differences were looked for in narrower networks, if there are any.
+
+    Parameters
+    ----------
+    comparison
+        Of a network with its inputs, as `compare` returns it.
+    inputs, key, sampler
+        Those of its simulation. The key is not the narrower networks' own.
+    """
+    theory, simulation = comparison.theory, comparison.simulation
+    network = simulation.network
     narrower: list[tuple[Simulation, Prediction]] = []
     for number, factor in enumerate(_NARROWER):
-        differs = explain and comparison.count(Status.DIFFERS)
-        if not differs or min(network.widths[1:]) < _NARROWER[0]:
+        if not comparison.count(Status.DIFFERS) or min(network.widths[1:]) < _NARROWER[0]:
             break
         narrow = narrowed(network, factor)
         measured = simulate(
@@ -398,41 +421,68 @@ def confront(
             inputs,
             # Another key: the simulations must be independent to be extrapolated.
             key=jax.random.fold_in(key, (1 << 31) + number),
-            networks=factor * networks,
+            networks=factor * simulation.networks,
             sampler=sampler,
         )
         narrower.append((measured, mean_field.at_widths(theory, network, narrow)))
-        comparison = compare(
-            theory,
-            simulation,
-            corrections=corrections,
-            narrower=narrower,
-            log_chi_beyond=beyond,
-        )
+        found = compare(theory, simulation, corrections=comparison.corrections, narrower=narrower)
+        # What the gradient does was said with χ further up.
+        comparison = dataclasses.replace(found, verdict=comparison.verdict)
     return comparison
+
+
+def theory_float64(
+    network: Network, inputs: ArrayLike, *, finite_width: bool = True
+) -> tuple[Prediction, Corrections | None]:
+    """Return what `predict_float64` does, and `correct_float64`, which is half of the work again.
+
+    Without ``finite_width`` the second is None.
+    """
+    return _theory(network, inputs, finite_width)()
+
+
+def compile_theory(network: Network, inputs: ArrayLike, *, finite_width: bool = True) -> None:
+    """Compile what `theory_float64` takes for networks of this structure, if it is not yet."""
+    for program in _programs(*_arguments(network, inputs), finite_width):
+        program.compile()
+
+
+def log_chi_beyond(network: Network, theory: Prediction) -> float:
+    """Return log χ where the network would be with many more layers, for `compare`."""
+    return _further_up(network)(theory)
 
 
 def _theory(
     network: Network, inputs: ArrayLike, explain: bool
-) -> Callable[[], tuple[Prediction, float, Corrections | None]]:
-    """Return a function of the theory, log χ further up, and, to explain differences, corrections.
+) -> Callable[[], tuple[Prediction, Corrections | None]]:
+    """Return a function of the theory and, to explain differences, corrections.
 
     Everything is traced here, and nothing in the function, so that another thread can call it.
     """
-    network, gram, mean = _arguments(network, inputs)
-    explain = explain and covers(network)
-    laws = _prepared(_predict_and_prepare if explain else mean_field.predict, network, gram, mean)
-    correction = _prepared(correct_from, laws.result[1], depth=network.depth) if explain else None
-    further_up = _further_up(network)
+    arguments = _arguments(network, inputs)
+    laws, *correction = _programs(*arguments, explain)
 
-    def run() -> tuple[Prediction, float, Corrections | None]:
-        found = laws(network, gram, mean)
-        if correction is None:
-            return found, further_up(found), None
+    def run() -> tuple[Prediction, Corrections | None]:
+        found = laws(*arguments)
+        if not correction:
+            return found, None
         theory, layers = found
-        return theory, further_up(theory), correction(layers)
+        return theory, correction[0](layers)
 
     return run
+
+
+def _programs(
+    network: Network, gram: np.ndarray, mean: np.ndarray, explain: bool
+) -> list[Float64Program]:
+    """Return the program of the theory and, where it has one and it is asked for, of corrections.
+
+    The first then also returns what the second takes.
+    """
+    if not (explain and covers(network)):
+        return [_prepared(mean_field.predict, network, gram, mean)]
+    laws = _prepared(_predict_and_prepare, network, gram, mean)
+    return [laws, _prepared(correct_from, laws.result[1], depth=network.depth)]
 
 
 def _predict_and_prepare(

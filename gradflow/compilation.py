@@ -106,6 +106,10 @@ class Float64Program:
     def _compiled(self) -> jax.stages.Compiled:
         return self._lowered.compile(self._options)
 
+    def compile(self) -> None:
+        """Compile it now, and not when it is first called."""
+        self._compiled  # noqa: B018  (a property that is kept)
+
     def __call__(self, *arguments: Any) -> Any:
         """Return the function's result as NumPy arrays."""
         arguments = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), arguments)

@@ -365,17 +365,32 @@ def test_remedies_prints_a_table_and_a_figure(tmp_path, monkeypatch):
 
 @pytest.mark.slow
 def test_study_answers_the_note(tmp_path):
-    done = gradflow(
-        "study",
-        *("--width", "60", "--depth", "6", "--networks", "60", "--uniform-networks", "10"),
-        cwd=tmp_path,
-    )
+    command = ["study", "--width", "60", "--depth", "6"]
+    command += ["--networks", "60", "--uniform-networks", "10"]
+    done = gradflow(*command, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     for word in ("logistic, N(0,1)", "selu, LeCun", "the note says", "critical at width 103.01"):
         assert word in done.stdout
     results = tmp_path / "results" / "study"
-    assert len(list(results.glob("*.nc"))) == 11
+    assert len(list(results.glob("*.nc"))) == 12
     assert len(list(results.glob("*.png"))) == 6
     found = json.loads((results / "study.json").read_text())
     assert len(found["claims"]) == 7
     assert found["settings"]["logistic, Glorot"]["verdict"]["kind"] == "vanishing"
+
+    # Again it draws nothing, and says the same; with more networks it draws those.
+    again = gradflow(*command, cwd=tmp_path)
+    assert (again.returncode, again.stdout) == (0, done.stdout), again.stderr
+    assert json.loads((results / "study.json").read_text()) == found
+    assert "networks" not in again.stderr
+    shown = gradflow("show", "results/study", "--json", cwd=tmp_path)
+    assert json.loads(shown.stdout)["networks"] == 9 * 60 + 2 * 10
+    assert gradflow("report", "results/study", cwd=tmp_path).returncode == 0
+    more = gradflow(*command, "--uniform-networks", "15", "--json", cwd=tmp_path)
+    assert json.loads(more.stdout)["settings"]["tanh, Glorot (uniform)"]["networks"] == 15
+
+    # Anything else is not the same study: nothing is overwritten.
+    other = gradflow("study", "--depth", "5", cwd=tmp_path)
+    assert other.returncode == 2
+    assert "base.depth was 6, is 5; " in other.stderr
+    assert other.stderr.endswith("for anything else give another --out\n")

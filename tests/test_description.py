@@ -7,7 +7,7 @@ import sys
 import numpy as np
 import pytest
 
-from gradflow import cli
+from gradflow import cli, data
 from gradflow.errors import InputError
 from gradflow.studies import description, plan
 
@@ -56,6 +56,9 @@ measure = ["q", "log_gradient_norm"]
 [theory]
 finite_width = false
 """
+ALONG = GOOD.replace("networks = 50\n", "").replace(
+    'norm = ["none", "layer"]', 'norm = ["none", "layer"]\nnetworks = [50, 20]'
+)
 
 
 def test_a_grid_is_the_product_of_its_axes():
@@ -116,8 +119,42 @@ def test_a_residual_network_with_data_and_a_target():
     assert study.point(3).inputs().shape == (1, 64)
     assert study.sampling.target == {"q": 0.05, "log_gradient_norm": 0.1}
     assert [p.settings["seed"] for p in study.points()] == [0, 1, 2, 3]
-    with pytest.raises(InputError, match="64 numbers each, and the input's width is 8"):
-        plan.groups(description.parse(RESIDUAL))
+
+
+def test_images_are_resized_to_the_inputs_width():
+    for width in (8, 64, 100):
+        text = RESIDUAL.replace("input_width = 8", f"input_width = {width}")
+        point = description.parse(text.replace('"digits"', '"digits"\nbatch = 2')).point(0)
+        assert point.network().input_width == width
+        expected = data.resized(data.digits()[:2].astype(np.float64), width)
+        np.testing.assert_array_equal(point.inputs(), expected)
+    with pytest.raises(InputError, match="the point .*: width is 1; .* nothing but zeros"):
+        plan.groups(description.parse(RESIDUAL.replace("input_width = 8", "input_width = 1")))
+
+
+def test_networks_along_an_axis_are_how_many_points_have_and_nothing_else():
+    """The points are those of the study without, and the plan has each one's own number."""
+    study, plain = description.parse(ALONG), description.parse(GOOD)
+    assert [p.networks for p in study.points()] == [50, 20] * 3
+    assert [p.name for p in study.points()] == [p.name for p in plain.points()]
+    assert [axis.name for axis in study.axes] == [axis.name for axis in plain.axes]
+    made = plan.make(study, plan.groups(study))
+    assert made.networks == 3 * (50 + 20)
+    counts = {
+        n: c for w in made.works for n, c in zip(w.names.tolist(), w.count.tolist(), strict=True)
+    }
+    assert counts == {p.name: p.networks for p in study.points()}
+
+
+def test_a_point_that_is_there_twice_has_the_most_networks_that_are_asked():
+    """Where a norm stands does not matter where there is none."""
+    text = GOOD.replace('norm = ["none", "layer"]', "").replace("networks = 50", "")
+    text = text.replace(
+        "[inputs]",
+        '[[axes]]\nnorm = ["none", "none"]\nplace = ["pre", "post"]\nnetworks = [30, 40]\n[inputs]',
+    )
+    (group,) = plan.groups(description.parse(text))
+    assert group.networks.tolist() == [40] * 6
 
 
 def changed(old, new):
@@ -173,7 +210,32 @@ def changed(old, new):
             "sampling.target.p: unknown statistic 'p'",
         ),
         (changed("networks = 50", "round = 3"), "sampling.round goes with a target"),
-        (changed("networks = 50", ""), "sampling.networks is missing"),
+        (changed("networks = 50", ""), "sampling.networks is missing; give it, there or along an"),
+        (
+            changed("sigma_b2 =", "networks = [1, 2]\nsigma_b2 ="),
+            r"axes\[1\].networks also stands at sampling.networks; it has one place",
+        ),
+        (
+            ALONG.replace("sigma_w2 =", "networks = [1, 2, 3]\nsigma_w2 ="),
+            r"axes\[1\].networks also stands at axes\[0\].networks; it has one place",
+        ),
+        (
+            ALONG.replace("seed = 7", "target = { q = 0.1 }"),
+            r"axes\[1\].networks takes the place of sampling.target",
+        ),
+        (ALONG.replace("[50, 20]", "[50]"), r"axes\[1\] has values of several lengths \(sigma_b2"),
+        (ALONG.replace("[50, 20]", "[50, 0]"), r"axes\[1\].networks\[1\] is 0; it is a whole"),
+        (ALONG.replace("[50, 20]", "[50, 2.5]"), r"axes\[1\].networks\[1\] is 2.5; it is a whole"),
+        (
+            ALONG.replace("[0.0, 0.1]", "[0.1, 0.1]").replace('"layer"', '"none"'),
+            r"axes\[1\] has \(0.1, 'none'\) twice",
+        ),
+        (
+            changed("networks = 50", "").replace(
+                "[inputs]", "[[axes]]\nnetworks = [1, 2]\n[inputs]"
+            ),
+            r"axes\[2\] has networks alone; give a field",
+        ),
         (changed("batch = 2", "batch = 1"), "inputs.correlation is between inputs"),
         (changed("= 0.5\n[sam", "= -1.5\n[sam"), "inputs.correlation is -1.5"),
         (changed("bins = 20", "bins = 0"), "histograms.log_gradient_norm.bins is 0"),
@@ -274,12 +336,12 @@ def valid(text):
 def test_500_mutations_are_valid_or_one_sentence_and_nothing_is_written(
     tmp_path, monkeypatch, capsys
 ):
-    """Of two files, drawn with a fixed seed; each refused one at the command line as well."""
+    """Of three files, drawn with a fixed seed; each refused one at the command line as well."""
     draw = random.Random(0)
     file, out = tmp_path / "study.toml", tmp_path / "out"
     refused = 0
     for number in range(500):
-        text = mutated((GOOD, RESIDUAL)[number % 2], draw)
+        text = mutated((GOOD, RESIDUAL, ALONG)[number % 3], draw)
         if valid(text):
             continue
         refused += 1

@@ -7,6 +7,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -260,6 +261,70 @@ def test_points_and_networks_may_be_added_and_nothing_else(tmp_path):
     assert files(tmp_path / "grown") == before
     run(tmp_path / "grown", larger.replace("a small study", "another title"))
     assert xarray.load_dataset(tmp_path / "grown" / "results.nc").attrs["title"] == "another title"
+
+
+def test_networks_along_an_axis_may_be_added_and_not_taken_away(tmp_path):
+    """Points have their own numbers; more of some is another round, fewer of one is refused."""
+
+    def text(first, second):
+        along = f"sigma_b2 = [0.0, 0.1]\nnetworks = [{first}, {second}]"
+        return TEXT.replace("networks = 20\n", "").replace("sigma_b2 = [0.0, 0.1]", along)
+
+    networks = xarray.load_dataset(run_whole(tmp_path / "whole", text(20, 35))).q_networks
+    np.testing.assert_array_equal(networks.max("layer"), [[20, 35]] * 3)
+    assert networks.dims == ("sigma_w2", "sigma_b2", "layer")
+    while not run(tmp_path / "stopped", text(20, 35), stop=lambda: True).finished:
+        pass
+    assert files(tmp_path / "stopped") == files(tmp_path / "whole")
+
+    run(tmp_path / "grown", text(20, 10))
+    outcome = run(tmp_path / "grown", text(20, 35))
+    assert (outcome.networks, outcome.rounds) == (3 * (20 + 35), 2)
+    same(tmp_path / "grown", tmp_path / "whole")
+    before = files(tmp_path / "grown")
+    for refused, message in (
+        (text(20, 34), "sigma_b2 = 0.1 was 35, is 34; 2 more points have fewer; only points"),
+        (TEXT, "networks at sigma_w2 = 0.5, sigma_b2 = 0.1 was 35, is 20"),
+        (text(20, 35).replace("depth = 4", "depth = 5"), "base.depth was 4, is 5"),
+    ):
+        with pytest.raises(InputError, match=message):
+            run(tmp_path / "grown", refused)
+    assert files(tmp_path / "grown") == before
+    outcome = run(tmp_path / "grown", TEXT.replace("= 20", "= 35"))  # along no axis any more
+    assert outcome.networks == 6 * 35
+
+
+def run_whole(folder, text):
+    outcome = run(folder, text)
+    assert (outcome.finished, outcome.rounds) == (True, 1)
+    return outcome.results
+
+
+def test_the_next_program_is_compiled_while_one_draws_and_no_bit_is_another(tmp_path, monkeypatch):
+    text = TEXT.replace('activation = "tanh"\n', "").replace(
+        "sigma_b2 = [0.0, 0.1]", 'activation = ["tanh", "relu", "linear"]'
+    )
+    begun = {name: threading.Event() for name in ("compile", "compile_theory")}
+    for name, event in begun.items():
+        real = getattr(execution._Drawing, name)
+
+        def noted(drawing, real=real, event=event):
+            if drawing.group.network.activation.name == "relu":
+                event.set()
+            real(drawing)
+
+        monkeypatch.setattr(execution._Drawing, name, noted)
+
+    def wait_for_the_next(step):
+        # The first chunks are those of the tanh networks.
+        if step.what == "networks":
+            assert all(event.wait(timeout=300) for event in begun.values())
+
+    run(tmp_path / "ahead", text, progress=wait_for_the_next)
+    for name in begun:
+        monkeypatch.setattr(execution._Drawing, name, lambda _: None)
+    run(tmp_path / "in turn", text)
+    assert files(tmp_path / "ahead") == files(tmp_path / "in turn")
 
 
 def test_a_target_is_met_in_rounds_that_an_interruption_does_not_change(tmp_path):

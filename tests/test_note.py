@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 
-from gradflow import activations
+from gradflow import activations, comparison
 from gradflow.errors import InputError
-from gradflow.studies import note
+from gradflow.studies import description, execution, note
 
 
 def test_unscaled_logistic_networks_are_critical_at_width_103():
@@ -29,8 +29,70 @@ def test_chi_of_unscaled_networks_is_that_of_the_notes_table(name, width, chi):
     assert found[0] == pytest.approx(float(chi), abs=0.5 * 10**-digits)
 
 
+def test_the_study_is_that_of_its_file_with_other_numbers():
+    assert note.study().text == note.FILE.read_text(encoding="utf-8")
+    study = note.study(width=20, depth=4, networks_gaussian=7, networks_uniform=3, seed=5)
+    assert study == description.parse(study.text)
+    points = list(study.points())
+    assert [p.networks for p in points] == [7, 7, 7, 3, 3, 7, 7, 7, 7, 7, 7]
+    assert [p.network().widths for p in points] == [(20,) * 5] * 11
+    assert study.sampling.seed == 5
+    assert points[0].settings["data"] == "digits"
+
+
 def test_bad_input_is_refused_before_anything_runs():
     with pytest.raises(InputError, match="depth is 2; it is a whole number of at least 3"):
-        note.run(depth=2)
+        note.study(depth=2)
     with pytest.raises(InputError, match="networks_uniform is 1"):
-        note.run(networks_uniform=1)
+        note.study(networks_uniform=1)
+    with pytest.raises(InputError, match="seed is -1; it is a whole number from 0"):
+        note.study(seed=-1)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A small one that has been run, its file and its folder."""
+    folder = tmp_path_factory.mktemp("note") / "study"
+    study = note.study(width=30, depth=3, networks_gaussian=40, networks_uniform=10)
+    assert execution.run(study, folder).networks == 9 * 40 + 2 * 10
+    return study, folder
+
+
+@pytest.mark.slow
+def test_comparisons_are_those_of_confront_with_the_points_key(finished):
+    """To the rounding of another order of networks, for Gaussian weights and for others."""
+    study, folder = finished
+    found = note.findings(folder).comparisons
+    assert [setting.name for setting in found][::5] == [
+        "logistic, N(0,1)",
+        "tanh, Glorot",
+        "linear, Glorot",
+    ]
+    for number in (0, 4, 8):
+        point, ours = study.point(number), list(found.values())[number]
+        theirs = comparison.confront(
+            point.network(),
+            point.inputs().astype(np.float32),
+            key=point.key,
+            networks=point.networks,
+        )
+        assert ours.verdict.sentence == theirs.verdict.sentence
+        assert ours.agreement == theirs.agreement
+        ours, theirs = ours.to_xarray(), theirs.to_xarray()
+        assert set(ours) == set(theirs)
+        for name in ours:
+            if name.endswith("_z"):  # differences of what is nearly the same
+                continue
+            # And of what is 0, as the width's effect on a mean of 1/2, the rounding alone.
+            scale = 1e-5 * float(np.abs(theirs[name]).max()) + 1e-12
+            np.testing.assert_allclose(
+                ours[name], theirs[name], rtol=2e-3, atol=scale, err_msg=f"{number} {name}"
+            )
+
+
+@pytest.mark.slow
+def test_what_was_found_is_found_again(finished):
+    _, folder = finished
+    first, second = (note.findings(folder) for _ in range(2))
+    assert first.claims == second.claims
+    assert len(first.claims) == 7

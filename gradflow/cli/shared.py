@@ -48,10 +48,15 @@ def at_least(name: str, value: int, least: int = 1) -> int:
     return value
 
 
+def is_given(context: typer.Context, option: str) -> bool:
+    """Whether an option stands on the command line."""
+    source = context.get_parameter_source(option)
+    return source is not None and source.name == "COMMANDLINE"
+
+
 def check_instead(context: typer.Context, option: str, other: str) -> None:
     """Raise if an option was given beside another one, whose place it takes."""
-    sources = (context.get_parameter_source(name) for name in (option, other))
-    if all(source is not None and source.name == "COMMANDLINE" for source in sources):
+    if is_given(context, option) and is_given(context, other):
         raise InputError(
             f"{option} is {context.params[option]!r} and {other} is {context.params[other]!r}; "
             "the first takes the other's place: give one of them"

@@ -22,6 +22,7 @@ from gradflow.cli.shared import (
     check_depth,
     check_instead,
     file_name,
+    is_given,
     make_console,
     parse_widths,
     print_json,
@@ -116,6 +117,7 @@ def compare(
     "- `gradflow study`\n"
     "- `gradflow study scripts/phase-diagram.toml --out results/phase-diagram`\n"
     "- `gradflow study --depth 50 --networks 5000 --out results/deep`\n"
+    "- `gradflow report results/study`\n"
     "- `gradflow study --width 100 --depth 10 --networks 200 --uniform-networks 20 --json`"
 )
 def study(
@@ -146,10 +148,13 @@ def study(
     """Ask whether what is said of vanishing and exploding gradients is true: the main job.
 
     Eleven settings, from the logistic sigmoid with N(0, 1) weights to what is said to mend it, on
-    images of handwritten digits; then each claim of the note that this project began with.
+    images of handwritten digits; then each claim of the note that this project began with. The
+    options are numbers in the study file that this is, which is kept in the --out.
 
-    With a FILE, what that describes: a grid of networks, as many as there is time for. It may be
-    interrupted in any way, and the same command goes on.
+    With a FILE, what that describes: a grid of networks, as many as there is time for.
+
+    Either may be interrupted in any way, and the same command goes on; with more networks it adds
+    those. With any other change it takes another --out.
     """
     if file is not None:
         for option in ("width", "depth", "networks", "uniform_networks", "seed"):
@@ -157,21 +162,28 @@ def study(
         with studying.distributed(auto, coordinator, processes, process):
             studying.run_file(file, out or Path("results") / file.stem, share, as_json)
         return
+    for option in ("auto", "coordinator", "processes", "process", "share"):
+        if is_given(context, option):
+            name = {"auto": "distributed"}.get(option, option)
+            raise InputError(
+                f"--{name} goes with a study file; the main job is `gradflow study "
+                "scripts/paper.toml`, without its claims and figures"
+            )
     from gradflow.studies import note  # noqa: PLC0415  (JAX is slow to import)
 
     at_least("networks", networks, 2)
     at_least("uniform_networks", uniform_networks, 2)
     check_depth(depth)
-    folder = writable_folder(out or Path("results") / "study")
-    with show_progress() as report:
-        found = note.run(
-            width=width,
-            depth=depth,
-            networks_gaussian=networks,
-            networks_uniform=uniform_networks,
-            seed=seed,
-            progress=report,
-        )
+    folder = out or Path("results") / "study"
+    described = note.study(
+        width=width,
+        depth=depth,
+        networks_gaussian=networks,
+        networks_uniform=uniform_networks,
+        seed=seed,
+    )
+    studying.run(described, folder)
+    found = note.findings(folder)
     datasets = {
         setting.name: comparison.to_xarray().assign_attrs(seed=seed)
         for setting, comparison in found.comparisons.items()

@@ -1,4 +1,4 @@
-"""Commands on study files and their stores: plan, show, export, and what `study FILE` does."""
+"""Commands on study files and their stores: plan, show, export, and how `study` runs one."""
 
 import math
 import signal
@@ -61,7 +61,9 @@ def plan(file: File, as_json: Json = False) -> None:
         "axes": {axis.name: len(axis) for axis in study.axes},
         "programs": len(rows),
         "networks": made.networks,
-        "most_networks": len(study) * study.sampling.most,
+        "most_networks": len(study) * study.sampling.most
+        if study.sampling.target
+        else made.networks,
         "chunk_bytes": made.chunk_bytes,
         "output_bytes": made.output_bytes,
         "seconds": round(made.seconds, 1),
@@ -93,32 +95,45 @@ def plan(file: File, as_json: Json = False) -> None:
     console.print(f"time      about {_duration(made.seconds)}{first}, on this machine")
 
 
-def run_file(file: Path, folder: Path, share: str | None, as_json: bool) -> None:
-    """Run a study file into a folder, with progress, until it is finished or interrupted."""
+def run(study: Any, folder: Path, part: Any = None) -> int:
+    """Run a study into a folder, with progress, until it is finished; exit if it is interrupted.
+
+    Of a study that is shared, its part. Return how many networks the folder has in all.
+    """
     import jax  # noqa: PLC0415
 
-    from gradflow.studies import description, execution, results  # noqa: PLC0415
+    from gradflow.studies import execution  # noqa: PLC0415
     from gradflow.studies.plan import ALL  # noqa: PLC0415
 
-    part = ALL if share is None else _part(share)
-    study = description.load(file)
     with _interruptible() as stop, _progress() as report:
-        outcome = execution.run(study, folder, share=part, progress=report, stop=stop)
-    if jax.process_index() > 0:
-        return
-    if not outcome.finished:
+        outcome = execution.run(study, folder, share=part or ALL, progress=report, stop=stop)
+    if jax.process_index() == 0 and not outcome.finished:
         typer.echo(
             f"gradflow: interrupted; {str(folder)!r} holds {outcome.networks} networks, and the "
             "same command goes on from there",
             err=True,
         )
         raise typer.Exit(130)
+    return outcome.networks
+
+
+def run_file(file: Path, folder: Path, share: str | None, as_json: bool) -> None:
+    """Run a study file, or a share of it, into a folder, and show what it found."""
+    import jax  # noqa: PLC0415
+
+    from gradflow.studies import description, results  # noqa: PLC0415
+
+    part = None if share is None else _part(share)
+    drawn = run(description.load(file), folder, part)
+    if jax.process_index() > 0:
+        return
     written = folder / results.FILE
     if as_json:
-        print_json({"finished": True, "networks": outcome.networks, "files": [str(written)]})
+        print_json({"finished": True, "networks": drawn, "files": [str(written)]})
         return
     console = make_console()
-    _show(console, study.title or file.name, xarray.load_dataset(written))
+    dataset = xarray.load_dataset(written)
+    _show(console, dataset.attrs["title"] or file.name, dataset)
     console.print(f"written   {written}; gradflow show {folder}", markup=False)
 
 

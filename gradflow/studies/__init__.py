@@ -1,8 +1,5 @@
 """Studies: many networks with a question.
 
-note
-    The question that the project exists for: does Glorot & Bengio's variance theory say what random
-    networks do, and is what is said of vanishing and exploding gradients true?
 jacobian_spectrum
     The singular values of the end-to-end Jacobian, in theory and of real networks.
 remedies
@@ -29,6 +26,9 @@ execution
     Running it.
 report
     A page on what it found.
+note
+    The one that the project exists for (`gradflow study`): does Glorot & Bengio's variance theory
+    say what random networks do, and is what is said of vanishing and exploding gradients true?
 """
 
 from gradflow.studies import (

@@ -20,6 +20,8 @@
     networks = 100             # a point; or target = { q = 0.01 }, round = 100, most = 10000
     seed = 0
 
+How many networks may also stand along an axis, beside its fields: ``networks = [100, 50]``.
+
 Nothing in a file is run. Every mistake is an `InputError` of one sentence that begins with the path
 of the entry, as ``axes[0].sigma_w2[3]``. A point is known by its settings alone, so that its
 networks are the same whatever other points there are.
@@ -62,9 +64,13 @@ Check = Callable[[str, object], Any]
 
 @dataclasses.dataclass(frozen=True)
 class Axis:
-    """One dimension of the grid: fields that take these values together, each of one length."""
+    """One dimension of the grid: fields that take these values together, each of one length.
+
+    ``networks`` is how many the points at each value have, where the file says so here.
+    """
 
     values: Mapping[str, tuple]
+    networks: tuple[int, ...] | None = None
 
     @property
     def name(self) -> str:
@@ -96,7 +102,7 @@ class Sampling:
     With ``target``, standard errors by statistic in the unit that it is kept in (of a logarithm,
     relative ones), a point has rounds of ``networks`` until it has at least 30 and each is met at
     every layer, and ``most`` networks at the most. Intervals of two standard errors are honest all
-    the same: see `execution`.
+    the same: see `execution`. Where an axis has the networks, these are the most of them.
     """
 
     networks: int
@@ -118,10 +124,13 @@ class Point:
         Its index along every axis.
     settings
         All that decides it: the network's fields, the inputs' and the seed.
+    networks
+        How many it has; with a target, a round.
     """
 
     place: tuple[int, ...]
     settings: Mapping[str, Any]
+    networks: int
 
     @functools.cached_property
     def name(self) -> int:
@@ -162,7 +171,10 @@ class Point:
         """
         try:
             batch, width = self.settings["batch"], _input_width(self.settings)
-            if batch > width and "data" not in self.settings:
+            if "data" in self.settings:
+                if width < _DIGITS_WIDTH:
+                    self.inputs()  # of few pixels there may be nothing but zeros
+            elif batch > width:
                 raise InputError(
                     f"inputs.batch is {batch}, and the input's width {width}; there are at most as "
                     "many inputs as it has components"
@@ -243,7 +255,13 @@ class Study:
             for axis, index in zip(self.axes, place, strict=True)
             for field, values in axis.values.items()
         }
-        return Point(place, _resolved({**self.base, **varied}))
+        along = [
+            axis.networks[index]
+            for axis, index in zip(self.axes, place, strict=True)
+            if axis.networks is not None
+        ]
+        count = along[0] if along else self.sampling.networks
+        return Point(place, _resolved({**self.base, **varied}), count)
 
     def points(self) -> Iterator[Point]:
         """Yield all points in order."""
@@ -262,7 +280,8 @@ class Study:
     def named_axes(self) -> dict[str, Any]:
         """Return the fields of every axis, by its number."""
         return {
-            f"{number}": {field: list(values) for field, values in axis.values.items()}
+            str(number): {field: list(values) for field, values in axis.values.items()}
+            | ({} if axis.networks is None else {"networks": list(axis.networks)})
             for number, axis in enumerate(self.axes)
         }
 
@@ -348,8 +367,8 @@ def parse(text: str) -> Study:
     question = _text("question", found.get("question", ""))
     base = _fields("network", _table("network", found), NETWORK)
     inputs = _fields("inputs", _table("inputs", found), INPUTS)
-    sampling = _sampling(_table("sampling", found))
     axes = _axes(found.get("axes", []))
+    sampling = _sampling(_table("sampling", found), axes)
     given = {field: f"network.{field}" for field in base}
     given |= {field: f"inputs.{field}" for field in inputs}
     for number, axis in enumerate(axes):
@@ -572,14 +591,15 @@ INPUTS: dict[str, Check] = {
 }
 # A key has 32 bits where JAX has no 64-bit integers.
 _seed = _count(2**32 - 1, 0)
+_networks = _count(_MOST_NETWORKS)
 # What an axis may go over: all of these but a list.
-_AXES: dict[str, Check] = {**NETWORK, **INPUTS, "seed": _seed}
+_AXES: dict[str, Check] = {**NETWORK, **INPUTS, "seed": _seed, "networks": _networks}
 del _AXES["widths"]
 _NUMBERS = (
     *("sigma_w", "sigma_w2", "sigma_b", "sigma_b2", "keep", "scale"),
     *("mean_square", "correlation"),
 )
-_COUNTS = ("width", "depth", "input_width", "hidden", "layers", "batch", "seed")
+_COUNTS = ("width", "depth", "input_width", "hidden", "layers", "batch", "seed", "networks")
 
 
 def _fields(path: str, table: Mapping[str, Any], checks: Mapping[str, Check]) -> dict[str, Any]:
@@ -602,11 +622,14 @@ def _axis(path: str, table: object) -> Axis:
     if len(set(lengths.values())) > 1:
         listed = ", ".join(f"{field} {length}" for field, length in lengths.items())
         raise InputError(f"{path} has values of several lengths ({listed}); they go together")
+    count = values.pop("networks", None)
+    if not values:
+        raise InputError(f"{path} has networks alone; give a field that they go together with")
     rows = list(zip(*values.values(), strict=True))
     if len(set(rows)) < len(rows):
         place = next(n for n, row in enumerate(rows) if row in rows[:n])
         raise InputError(f"{path} has {_shown(rows[place])} twice; its values differ")
-    return Axis(values)
+    return Axis(values, count)
 
 
 def _values(path: str, field: str, given: object) -> tuple:
@@ -674,9 +697,9 @@ def _together(given: Mapping[str, str], base: Mapping[str, Any], axes: Sequence[
         raise InputError(f"{given['place']} says where norm stands, and there is none; give norm")
 
 
-def _sampling(table: Mapping[str, Any]) -> Sampling:
+def _sampling(table: Mapping[str, Any], axes: Sequence[Axis]) -> Sampling:
     checks: dict[str, Check] = {
-        "networks": _count(_MOST_NETWORKS),
+        "networks": _networks,
         "round": _count(_MOST_NETWORKS, 2),
         "most": _count(_MOST_NETWORKS, 2),
         "target": _target,
@@ -690,11 +713,21 @@ def _sampling(table: Mapping[str, Any]) -> Sampling:
     for field in ("round", "most"):
         if field in found and not target:
             raise InputError(f"sampling.{field} goes with a target; give sampling.target")
-    if target and "networks" in found:
-        raise InputError("sampling.networks takes the place of sampling.target; give one of them")
-    if not target and "networks" not in found:
-        raise InputError("sampling.networks is missing; give it, or a target standard error")
-    networks = found.get("round", 100) if target else found["networks"]
+    counts = {"sampling.networks": found["networks"]} if "networks" in found else {}
+    for number, axis in enumerate(axes):
+        if axis.networks is not None:
+            counts[f"axes[{number}].networks"] = max(axis.networks)
+    places = list(counts)
+    if target and places:
+        raise InputError(f"{places[0]} takes the place of sampling.target; give one of them")
+    if len(places) > 1:
+        raise InputError(f"{places[1]} also stands at {places[0]}; it has one place")
+    if not target and not places:
+        raise InputError(
+            "sampling.networks is missing; give it, there or along an axis, or a target standard "
+            "error"
+        )
+    networks = found.get("round", 100) if target else counts[places[0]]
     most = found.get("most", 100 * networks) if target else networks
     if most < networks:
         raise InputError(f"sampling.most is {most}; it is at least the round, {networks}")
@@ -821,24 +854,17 @@ _DIGITS_IMAGES, _DIGITS_WIDTH = 1797, 64
 
 
 def _input_width(settings: Mapping[str, Any]) -> int:
-    width = settings.get("input_width")
     if "widths" in settings:
-        width = settings["widths"][0]
-    if "data" in settings:
-        if width not in (None, _DIGITS_WIDTH):
-            raise InputError(
-                f"inputs.data is {settings['data']!r}, of {_DIGITS_WIDTH} numbers each, and the "
-                f"input's width is {width}; leave that out"
-            )
-        return _DIGITS_WIDTH
-    return int(settings["width"] if width is None else width)
+        return int(settings["widths"][0])
+    own = _DIGITS_WIDTH if "data" in settings else settings["width"]
+    return int(settings.get("input_width", own))
 
 
 def _inputs(settings: Mapping[str, Any], width: int) -> np.ndarray:
     """Return inputs x_a of (1/n_0) x_a·x_b = mean_square · (correlation, or 1 where a = b).
 
     Made of the cosines of a discrete cosine transform: orthogonal, none sparse, and with a mean of
-    0 over components but the last.
+    0 over components but the last. Images are `data.resized` to the width.
     """
     batch = settings["batch"]
     if "data" in settings:
@@ -847,7 +873,7 @@ def _inputs(settings: Mapping[str, Any], width: int) -> np.ndarray:
         images = data.digits()
         if batch > len(images):
             raise InputError(f"inputs.batch is {batch}; there are {len(images)} digit images")
-        return np.asarray(images[:batch], np.float64)
+        return data.resized(np.asarray(images[:batch], np.float64), width)
     if batch > width:
         raise InputError(
             f"inputs.batch is {batch}; of {width} components there are at most as many"

@@ -34,10 +34,11 @@ __all__ = ["Outcome", "Progress", "Step", "run"]
 # Points whose theory is one file.
 _THEORY_BLOCK = 256
 # Of fewer networks no point has met its target: their spread is too often too small by chance. With
-# so many, intervals of 95 % cover 94 to 95 % though what was found decided when to stop; with rounds
+# so many, 95 % intervals cover 94 to 95 % though what was found decided when to stop; with rounds
 # of 5 and no such rule 92 %, of 2 as few as 90 % (normal values, 20 000 times).
 _FEWEST = 30
-# Chunks at a time: one is drawn while another's values are averaged.
+# Chunks at a time: one is drawn while another's values are averaged. And programs that are compiled
+# at a time, which uses a core each, while the group before draws.
 _WORKERS = 2
 
 
@@ -196,7 +197,7 @@ def _next_round(
         names = np.concatenate([group.names for group in found]).tolist()
         done = store.networks()
         wanted = _wanted(study, found, done, store)
-        table = [[done.get(name, 0), wanted.get(name, study.sampling.networks)] for name in names]
+        table = [[done.get(name, 0), wanted[name]] for name in names]
         return np.array(table, np.int64).tobytes()
 
     asked = _from_first(ask)
@@ -236,9 +237,13 @@ def _is_done(store: Store, number: int) -> bool:
 def _wanted(
     study: Study, found: Sequence[Group], done: dict[int, int], store: Store
 ) -> dict[int, int]:
-    """Return how many networks points with a target shall have after another round."""
+    """Return how many networks points shall have: with a target, after another round."""
     if not study.sampling.target:
-        return {}
+        return {
+            name: count
+            for group in found
+            for name, count in zip(group.names.tolist(), group.networks.tolist(), strict=True)
+        }
     each, most = study.sampling.networks, study.sampling.most
     return {
         name: done.get(name, 0) if met else min(done.get(name, 0) + each, most)
@@ -278,9 +283,8 @@ def _round(
     number, works, starts = what
     total = sum(work.networks for work in works)
     before = 0
-    for place, (work, start) in enumerate(zip(works, starts, strict=True)):
-        group = next(group for group in found if work.names[0] in group.names)
-        drawing = _Drawing(study, group, work, devices)
+    for place, drawing in enumerate(_compiled_ahead(study, found, works, starts, devices)):
+        work, start = works[place], starts[place]
         _theory(drawing, store, f"{number:04}-{place:05}", report, stop)
         for chunk, done, values, seconds in drawing.run(start):
             step = Step("networks", before + done, total)
@@ -294,6 +298,37 @@ def _round(
             if _from_first(lambda: b"stop" if stop() else b""):
                 raise _Stopped
         before += work.networks
+
+
+def _compiled_ahead(
+    study: Study,
+    found: Sequence[Group],
+    works: Sequence[Work],
+    starts: Sequence[int],
+    devices: Sequence[jax.Device],
+) -> Iterator["_Drawing"]:
+    """Yield what is drawn of each group, compiled; the next one is compiled while it is drawn.
+
+    The programs, and so the results, are those that they are without.
+    """
+    drawings = {}
+    for place, work in enumerate(works):
+        group = next(group for group in found if work.names[0] in group.names)
+        drawings[place] = _Drawing(study, group, work, devices)
+
+    def compile_one(number: int) -> None:
+        """Compile the program of a group's networks, or those of its theory."""
+        place, theory = divmod(number, 2)
+        # Several processes compile in step.
+        if jax.process_count() == 1 and starts[place] < works[place].chunks:
+            if not theory:
+                drawings[place].compile()
+            elif starts[place] == 0:
+                drawings[place].compile_theory()
+
+    for done, _ in monte_carlo.in_order(compile_one, 2 * len(works), 1, _WORKERS):
+        if done % 2 == 0:
+            yield drawings.pop(done // 2 - 1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -310,36 +345,54 @@ class _Drawing:
         return (*self.study.statistics, monte_carlo.OVERFLOWED, monte_carlo.VANISHED)
 
     @functools.cached_property
-    def _numbers(self) -> np.ndarray:
-        """The points' numbers in the study, in the order of the work."""
+    def _rows(self) -> np.ndarray:
+        """The points' places in the group, in the order of the work."""
         order = np.argsort(self.group.names)
-        places = np.searchsorted(self.group.names, self.work.names, sorter=order)
-        return np.asarray(self.group.numbers[order[places]])
+        return order[np.searchsorted(self.group.names, self.work.names, sorter=order)]
+
+    @property
+    def _numbers(self) -> np.ndarray:
+        """The points' numbers in the study."""
+        return np.asarray(self.group.numbers[self._rows])
 
     @property
     def is_first(self) -> np.ndarray:
         """Whether it falls to this round, and this share, to say what theory says of each point."""
         work = self.work
         # Of few networks there are not as many as shares.
-        drawing = np.minimum(work.share.parts, self.study.sampling.most)
-        return (work.first == 0) & (self._numbers % drawing == work.share.place)
+        shares = np.minimum(work.share.parts, self.group.networks[self._rows])
+        return (work.first == 0) & (self._numbers % shares == work.share.place)
 
     def points(self, places: Sequence[int] | range) -> list[Any]:
         """Return the points at places of the work."""
         return [self.study.point(int(self._numbers[place])) for place in places]
 
-    def run(self, start: int) -> Iterator[tuple[int, int, dict[str, np.ndarray], float]]:
-        """Yield each chunk from ``start`` on: its number, networks done, values, and seconds."""
-        work, study = self.work, self.study
-        if start == work.chunks:
-            return
-        x64 = study.sampling.dtype == "float64"
-        together = work.block * len(self.devices)
-        size = -(-work.chunk // together) * together
-        with jax.enable_x64(x64):
-            program = monte_carlo.compiled(
+    @property
+    def _x64(self) -> bool:
+        return self.study.sampling.dtype == "float64"
+
+    @property
+    def _size(self) -> int:
+        """How many networks a call draws: a chunk, in whole blocks."""
+        together = self.work.block * len(self.devices)
+        return -(-self.work.chunk // together) * together
+
+    def compile(self) -> None:
+        """Compile what draws the networks, before `run` needs it."""
+        self._program  # noqa: B018  (a property that is kept)
+
+    def compile_theory(self) -> None:
+        """Compile the theory of the points that are drawn for the first time, if there are any."""
+        for point in self.points(np.flatnonzero(self.is_first)[:1].tolist()):
+            results.compile_theory(self.study, point)
+
+    @functools.cached_property
+    def _program(self) -> Callable[[Laws, np.ndarray, np.ndarray], dict[str, np.ndarray]]:
+        work = self.work
+        with jax.enable_x64(self._x64):
+            return monte_carlo.compiled(
                 self._laws(0),
-                size,
+                self._size,
                 tuple(self.devices),
                 work.seconds,
                 measured=self.measured,
@@ -347,6 +400,13 @@ class _Drawing:
                 keep=(work.keep, work.checkpoint),
                 block=work.block,
             )
+
+    def run(self, start: int) -> Iterator[tuple[int, int, dict[str, np.ndarray], float]]:
+        """Yield each chunk from ``start`` on: its number, networks done, values, and seconds."""
+        work, size = self.work, self._size
+        if start == work.chunks:
+            return
+        program = self._program
         offset = start * work.chunk
 
         def call(first: int) -> dict[str, np.ndarray]:
@@ -359,7 +419,7 @@ class _Drawing:
                 which[stretch] = segment.place - segments[0].place
                 numbers[stretch] = work.share.numbers(segment.first, segment.count)
                 filled += segment.count
-            with jax.enable_x64(x64):
+            with jax.enable_x64(self._x64):
                 return program(self._laws(segments[0].place), which, numbers)
 
         workers = 1 if jax.process_count() > 1 else _WORKERS

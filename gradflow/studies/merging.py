@@ -78,7 +78,7 @@ def _check(stores: Sequence[Store]) -> None:
 
 def _check_finished(store: Store, found: Sequence[plan.Group]) -> None:
     done, share = store.networks(), store.share
-    shall = share.of(store.study.sampling.networks) * sum(len(group.names) for group in found)
+    shall = sum(share.of(count) for group in found for count in group.networks.tolist())
     if sum(done.values()) < shall:
         raise InputError(
             f"folder {str(store.folder)!r} is not finished: it holds {sum(done.values())} of "

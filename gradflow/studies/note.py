@@ -4,13 +4,19 @@ The note says that with the logistic sigmoid and N(0, 1) weights the variance gr
 layer until the top layers saturate, that the logistic's mean of 0.5 makes it worse, and that a
 saturated unit leaves no gradient for the layers below. Each claim is put to many random networks on
 real images (handwritten digits) and to the theory, beside the settings that are said to be better.
+
+The networks are those of a study file, `FILE`, which `execution.run` draws like any other:
+
+    execution.run(note.study(), folder)
+    found = note.findings(folder)
 """
 
 import dataclasses
 import functools
 import math
-from collections.abc import Callable
+import re
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -19,14 +25,37 @@ import scipy.optimize
 
 from gradflow import activations, data, networks
 from gradflow.activations import Activation
-from gradflow.comparison import Comparison, confront, with_densities
-from gradflow.errors import check_count
+from gradflow.comparison import (
+    Comparison,
+    compare,
+    explained,
+    log_chi_beyond,
+    with_densities,
+)
+from gradflow.errors import InputError, check_count
 from gradflow.estimation import Estimate
 from gradflow.simulation.monte_carlo import Simulation, simulate
+from gradflow.statistics import Prediction
 from gradflow.statistics import chi as chi_statistic
-from gradflow.theory import mean_field
+from gradflow.studies import description, plan, results
+from gradflow.studies.plan import Group
+from gradflow.studies.store import Store
+from gradflow.theory import corrections, mean_field
 
-__all__ = ["SETTINGS", "Claim", "Setting", "Study", "WidthSweep", "critical_width", "run"]
+__all__ = ["FILE", "Claim", "Findings", "Setting", "WidthSweep", "critical_width", "findings"]
+__all__ += ["study"]
+
+# The study file; `scripts/paper.toml` is the same.
+FILE = Path(__file__).with_name("note.toml")
+# What the note calls the weights.
+_NOTES = {
+    "unscaled": "N(0,1)",
+    "standard": "standard (uniform)",
+    "normalized": "Glorot (uniform)",
+    "glorot": "Glorot",
+    "he": "He",
+    "lecun": "LeCun",
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,7 +64,11 @@ class Setting:
 
     activation: str
     weights: str
-    note: str
+
+    @property
+    def note(self) -> str:
+        """What the note calls its weights."""
+        return _NOTES[self.weights]
 
     @property
     def name(self) -> str:
@@ -43,19 +76,6 @@ class Setting:
         return f"{self.activation}, {self.note}"
 
 
-SETTINGS = (
-    Setting("logistic", "unscaled", "N(0,1)"),
-    Setting("logistic", "glorot", "Glorot"),
-    Setting("tanh", "unscaled", "N(0,1)"),
-    Setting("tanh", "standard", "standard (uniform)"),
-    Setting("tanh", "normalized", "Glorot (uniform)"),
-    Setting("tanh", "glorot", "Glorot"),
-    Setting("softsign", "glorot", "Glorot"),
-    Setting("relu", "glorot", "Glorot"),
-    Setting("relu", "he", "He"),
-    Setting("selu", "lecun", "LeCun"),
-    Setting("linear", "glorot", "Glorot"),
-)
 # The widths at which χ of un-scaled N(0, 1) networks is also measured.
 _SWEEP_WIDTHS = (30, 103)
 _SWEEP_DEPTH = 10
@@ -99,7 +119,7 @@ class WidthSweep:
 
 
 @dataclasses.dataclass(frozen=True)
-class Study:
+class Findings:
     """All that was found.
 
     Attributes
@@ -121,20 +141,15 @@ class Study:
     claims: tuple[Claim, ...]
 
 
-# Called as (setting's name, networks done, networks in all).
-StudyProgress = Callable[[str, int, int], None]
-
-
-def run(
+def study(
     *,
     width: int = 1000,
     depth: int = 30,
     networks_gaussian: int = 1000,
     networks_uniform: int = 50,
     seed: int = 0,
-    progress: StudyProgress | None = None,
-) -> Study:
-    """Run every setting, the sweep over width, and hold the note's claims against them.
+) -> description.Study:
+    """Return the study of `FILE` with other numbers in it, also in its text.
 
     Parameters
     ----------
@@ -143,41 +158,136 @@ def run(
     networks_gaussian, networks_uniform
         How many to draw for each setting: uniform weights must be drawn one by one, and are slow.
     seed
-        Of everything that is random.
-    progress
-        Called with (setting, networks done, networks in all).
+        Of everything that is random, from 0 to 2³² - 1.
 
     Raises
     ------
     InputError
-        If a number is not a whole one of at least 1, depth is below 3, or memory does not suffice.
+        If a number is not a whole one in its range: of width and networks at least 2, of depth 3.
     """
     width, depth = check_count("width", width, 2), check_count("depth", depth, 3)
     check_count("networks_gaussian", networks_gaussian, 2)
     check_count("networks_uniform", networks_uniform, 2)
-    # A 0 and a 1, as wide as the layers: the note's setting has one width throughout.
-    inputs = jnp.asarray(data.resized(data.digits()[:2], width))
-    key = jax.random.key(seed)
+    if not 0 <= seed < 1 << 32:
+        raise InputError(f"seed is {seed}; it is a whole number from 0 to {(1 << 32) - 1}")
+    text = FILE.read_text(encoding="utf-8")
+    counts = [
+        networks_gaussian if point.network().iid_gaussian else networks_uniform
+        for point in description.parse(text).points()
+    ]
+    for field, value in {
+        "width": width,
+        "depth": depth,
+        "input_width": width,
+        "networks": counts,
+        "seed": seed,
+    }.items():
+        text = re.sub(rf"(?m)^{field} = (\d+|\[.*\])", f"{field} = {value}", text)
+    return description.parse(text)
 
-    def one(index: int) -> Comparison:
-        setting = SETTINGS[index]
-        network = networks.mlp([width] * (depth + 1), setting.activation, setting.weights)
-        count = networks_gaussian if network.iid_gaussian else networks_uniform
-        return confront(
-            network,
-            inputs,
-            key=jax.random.fold_in(key, index),
-            networks=count,
-            progress=progress and (lambda done, total: progress(setting.name, done, total)),
-        )
 
+def findings(folder: Path) -> Findings:
+    """Hold the note's claims against what a finished run of `study` has in its folder.
+
+    The sweep over width and the paper's own networks are drawn here, each time the same ones.
+
+    Raises
+    ------
+    InputError
+        If the folder holds no study.
+    """
+    store = Store.of(folder)
+    width, seed = store.study.base["width"], store.study.base["seed"]
+    key, settings = jax.random.key(seed), len(store.study)
+    known = _known(store)
     # Several at a time: while one compiles, which uses a single core, another runs.
     with ThreadPoolExecutor(2) as pool:
-        paper = pool.submit(_paper_networks, jax.random.fold_in(key, len(SETTINGS)))
-        narrower = pool.submit(_narrower_chi, jax.random.fold_in(key, len(SETTINGS) + 1), width)
-        comparisons = dict(zip(SETTINGS, pool.map(one, range(len(SETTINGS))), strict=True))
+        paper = pool.submit(_paper_networks, jax.random.fold_in(key, settings))
+        narrower = pool.submit(_narrower_chi, jax.random.fold_in(key, settings + 1), width)
+        comparisons = dict(pool.map(_comparison, (known[number] for number in sorted(known))))
     sweep = _sweep(comparisons, narrower.result())
-    return Study(comparisons, sweep, paper.result(), _claims(comparisons, sweep))
+    return Findings(comparisons, sweep, paper.result(), _claims(comparisons, sweep))
+
+
+@dataclasses.dataclass(frozen=True)
+class _Known:
+    """What the store has of a point; arrays of shape (statistics, layers)."""
+
+    point: description.Point
+    keys: tuple[str, ...]
+    estimates: Estimate
+    failures: np.ndarray
+    theory: dict[str, np.ndarray]
+    group: Group
+    dtype: str
+
+    def by_key(self, values: np.ndarray) -> dict[str, jax.Array | np.ndarray]:
+        """Return a row of the values for each statistic."""
+        return dict(zip(self.keys, values, strict=True))
+
+    def simulation(self) -> Simulation:
+        """Return the networks as `simulate` has them; how long they took is not known."""
+        overflowed, vanished = self.failures
+        counts = self.estimates.count + self.estimates.excluded
+        return Simulation(
+            estimates={
+                key: jax.tree.map(lambda leaf, place=place: leaf[place], self.estimates)
+                for place, key in enumerate(self.keys)
+            },
+            histograms={},
+            samples={},
+            overflowed=overflowed,
+            vanished=vanished,
+            network=self.point.network(),
+            sites=self.group.sites,
+            networks=int(counts.max()),
+            sampler=self.group.sampler,
+            reason=self.group.reason,
+            dtype=self.dtype,
+            seconds=math.nan,
+            compile_seconds=math.nan,
+        )
+
+
+def _known(store: Store) -> dict[int, _Known]:
+    """Return what the store has, by the point's number."""
+    study, found = store.study, {}
+    keys = tuple(statistic.key for statistic in study.statistics)
+    for group in plan.groups(study):
+        total = results.of_group(group, store)
+        if total is None:
+            continue
+        theory = results.theory_of(group, store, total)
+        for row, number in enumerate(group.numbers.tolist()):
+            found[number] = _Known(
+                point=study.point(number),
+                keys=keys,
+                estimates=jax.tree.map(lambda leaf, row=row: leaf[row], total.estimates),
+                failures=total.failures[row],
+                theory={name: values[row] for name, values in theory.items()},
+                group=group,
+                dtype=study.sampling.dtype,
+            )
+    return found
+
+
+def _comparison(known: _Known) -> tuple[Setting, Comparison]:
+    """Return a setting, and theory beside simulation as `comparison.confront` has it."""
+    point, simulation = known.point, known.simulation()
+    theory = Prediction(known.by_key(known.theory["predicted"]))
+    of_this_width = None
+    if corrections.covers(simulation.network):
+        shift, deviation = (known.by_key(known.theory[name]) for name in ("shift", "deviation"))
+        of_this_width = corrections.Corrections(shift, deviation)
+    compared = compare(
+        theory,
+        simulation,
+        corrections=of_this_width,
+        log_chi_beyond=log_chi_beyond(simulation.network, theory),
+    )
+    inputs = point.inputs().astype(known.dtype)
+    setting = Setting(point.settings["activation"], point.settings["weights"])
+    return setting, explained(compared, inputs, key=point.key)
 
 
 def _paper_networks(key: jax.Array) -> dict[str, Simulation]:

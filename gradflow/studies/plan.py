@@ -49,6 +49,8 @@ class Group:
         How many inputs each has.
     numbers, names
         The points in the study's order, and their names, uint64; each name is there once.
+    networks
+        How many each shall have; with a target, a round. The most where a name is twice in a study.
     sampler, reason
         How their networks are drawn.
     """
@@ -57,6 +59,7 @@ class Group:
     sites: int
     numbers: np.ndarray
     names: np.ndarray
+    networks: np.ndarray
     sampler: str
     reason: str
 
@@ -199,11 +202,12 @@ def groups(study: Study) -> tuple[Group, ...]:
     known: dict[str, tuple] = {}
     members: dict[tuple, list[tuple[int, int]]] = {}
     first: dict[tuple, Network] = {}
-    seen: set[int] = set()
+    shall: dict[int, int] = {}
     for number, point in enumerate(study.points()):
-        if point.name in seen:
+        known_already = point.name in shall
+        shall[point.name] = max(point.networks, shall.get(point.name, 0))
+        if known_already:
             continue
-        seen.add(point.name)
         text = point.structure
         if text not in known:
             network = dataclasses.replace(point.network(), name="")
@@ -217,7 +221,8 @@ def groups(study: Study) -> tuple[Group, ...]:
         sampler, reason = samplers.choose(study.sampling.sampler, network, sites)
         numbers = np.array([number for number, _ in those], np.int64)
         names = np.array([name for _, name in those], np.uint64)
-        found.append(Group(network, sites, numbers, names, sampler, reason))
+        goal = np.array([shall[name] for _, name in those], np.int64)
+        found.append(Group(network, sites, numbers, names, goal, sampler, reason))
     return tuple(found)
 
 
@@ -261,7 +266,7 @@ def make(
     for group in found:
         names = group.names.tolist()
         first = np.array([done.get(name, 0) for name in names], np.int64)
-        goal = [study.sampling.networks if wanted is None else wanted.get(n, 0) for n in names]
+        goal = [wanted.get(n, 0) for n in names] if wanted is not None else group.networks.tolist()
         count = np.maximum(np.array([share.of(n) for n in goal], np.int64) - first, 0)
         rest = count > 0
         if not rest.any():

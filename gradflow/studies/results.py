@@ -21,9 +21,12 @@ from gradflow.studies.description import Point, Study
 from gradflow.studies.plan import Group
 from gradflow.studies.store import Found, Store
 
-__all__ = ["FILE", "LARGE", "agreement", "assemble", "of_group", "one", "theory", "write"]
+__all__ = ["FILE", "LARGE", "agreement", "assemble", "compile_theory", "of_group", "one", "theory"]
+__all__ += ["theory_of", "write"]
 
 FILE = "results.nc"
+# What there is of each point's theory.
+_THEORY = ("predicted", "shift", "deviation")
 # A z beyond this is told of: 1 in 16 000 by chance.
 LARGE = 4.0
 
@@ -34,29 +37,34 @@ def theory(study: Study, points: Sequence[Point]) -> dict[str, np.ndarray]:
     Returns
     -------
     dict
-        ``names``; ``predicted`` and ``shift``, shape (points, statistics, layers), in the unit that
-        each statistic is kept in. ``shift`` is what the width does, to first order in 1/width; NaN
-        where theory does not say, or is not asked.
+        ``names``; ``predicted``, ``shift`` and ``deviation``, shape (points, statistics, layers),
+        in the unit that each statistic is kept in. ``shift`` is what the width does, to first order
+        in 1/width, and ``deviation`` the standard deviation over networks (`theory.corrections`);
+        NaN where theory does not say, or is not asked.
     """
     keys = [statistic.key for statistic in study.statistics]
 
-    def of(point: Point) -> tuple[np.ndarray, np.ndarray]:
+    def of(point: Point) -> np.ndarray:
         network, inputs = point.network(), point.inputs()
-        found = comparison.predict_float64(network, inputs)
-        predicted = np.stack([np.asarray(found.values[key], np.float64) for key in keys])
-        shift = np.full_like(predicted, np.nan)
-        corrections = comparison.correct_float64(network, inputs) if study.finite_width else None
-        if corrections is not None:
-            shift[:] = [corrections.shift[key] for key in keys]
-        return predicted, shift
+        found, corrections = comparison.theory_float64(
+            network, inputs, finite_width=study.finite_width
+        )
+        each = [found.values]
+        each += [corrections.shift, corrections.standard_deviation] if corrections else []
+        values = np.full((len(_THEORY), len(keys), network.depth), np.nan)
+        values[: len(each)] = [[by_key[key] for key in keys] for by_key in each]
+        return values
 
-    # The first compiles what the others use, side by side.
-    found = [of(points[0])]
+    compile_theory(study, points[0])
     with ThreadPoolExecutor(min(os.cpu_count() or 1, 8)) as pool:
-        found += pool.map(of, points[1:])
-    predicted, shift = (np.stack(parts) for parts in zip(*found, strict=True))
+        found = list(pool.map(of, points))
     names = np.array([point.name for point in points], np.uint64)
-    return {"names": names, "predicted": predicted, "shift": shift}
+    return {"names": names, **dict(zip(_THEORY, np.stack(found, axis=1), strict=True))}
+
+
+def compile_theory(study: Study, point: Point) -> None:
+    """Compile what `theory` takes for points of this one's structure, if it is not yet."""
+    comparison.compile_theory(point.network(), point.inputs(), finite_width=study.finite_width)
 
 
 def of_group(group: Group, store: Store) -> Found | None:
@@ -69,6 +77,19 @@ def of_group(group: Group, store: Store) -> Found | None:
         if int(work.names[0]) in known
     }
     return stores.combined(store.found(lambda *of: of in those), group.names)
+
+
+def theory_of(group: Group, store: Store, like: Found) -> dict[str, np.ndarray]:
+    """Return what `theory` said of a group's points, in its order and of the shape of ``like``."""
+    place = {name: row for row, name in enumerate(group.names.tolist())}
+    found = {name: np.full(like.estimates.mean.shape, np.nan) for name in _THEORY}
+    for block in store.theory():
+        rows = [n for n, name in enumerate(block["names"].tolist()) if name in place]
+        there = [place[int(block["names"][n])] for n in rows]
+        if rows:
+            for name in found.keys() & block.keys():
+                found[name][there] = block[name][rows]
+    return found
 
 
 def one(found: Found, place: int) -> Estimate:
@@ -87,7 +108,7 @@ def assemble(study: Study, found: Sequence[Group], store: Store) -> xarray.Datas
         total = of_group(group, store)
         _put_laws(grid, study, group)
         if total is not None:
-            _put(grid, study, group, total, _theory_of(group, store, total))
+            _put(grid, study, group, total, theory_of(group, store, total))
     coordinates: dict[str, Any] = {"layer": statistics.layers(depth)}
     for axis in study.axes:
         if len(axis.values) > 1:
@@ -253,15 +274,3 @@ def _weight_variance(network: Network) -> np.ndarray:
                 np.sum(entries * scales**2 / shapes[:, 1]) / entries.sum() if known else np.nan
             )
     return np.array(found)
-
-
-def _theory_of(group: Group, store: Store, like: Found) -> dict[str, np.ndarray]:
-    place = {name: row for row, name in enumerate(group.names.tolist())}
-    found = {name: np.full(like.estimates.mean.shape, np.nan) for name in ("predicted", "shift")}
-    for block in store.theory():
-        rows = [n for n, name in enumerate(block["names"].tolist()) if name in place]
-        there = [place[int(block["names"][n])] for n in rows]
-        if rows:
-            for name, array in found.items():
-                array[there] = block[name][rows]
-    return found

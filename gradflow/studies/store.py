@@ -309,15 +309,12 @@ class Store:
                     {"base": new.base, "axes": new.named_axes()},
                 )
                 changed.append(f"{len(lost)} of {len(old)} points are gone")
-        for name in ("networks", "most"):
-            was, now = getattr(old.sampling, name), getattr(new.sampling, name)
-            if now < was:
-                changed.append(f"sampling.{name} was {was}, is {now}")
+        changed += _fewer_networks(old, new)
         if changed:
             raise InputError(
-                f"the study file is not the one that {str(self.folder)!r} was begun with: "
-                f"{'; '.join(changed)}; only points and networks may be added, anything else "
-                "takes another folder"
+                f"the study is not the one that {str(self.folder)!r} was begun with: "
+                f"{'; '.join(changed)}; only points and networks may be added, for anything else "
+                "give another --out"
             )
 
     # Rounds.
@@ -549,6 +546,22 @@ def _drawn_with() -> dict[str, Any]:
 def _digest(study: Study) -> str:
     """Return what tells a study that asks for other networks."""
     return json.dumps(study.asked(), sort_keys=True)
+
+
+def _fewer_networks(old: Study, new: Study) -> list[str]:
+    """Return what a study asks fewer networks of than the one before, each as 'path was …'."""
+    if all(axis.networks is None for study in (old, new) for axis in study.axes):
+        name = "most" if old.sampling.target else "networks"
+        was, now = (getattr(study.sampling, name) for study in (old, new))
+        return [f"sampling.{name} was {was}, is {now}"] if now < was else []
+    shall = {point.name: point.networks for point in new.points()}
+    fewer = [p for p in old.points() if shall.get(p.name, p.networks) < p.networks]
+    found = []
+    for point in fewer[:1]:
+        fields = [name for axis in old.axes for name in axis.values if name in point.settings]
+        where = ", ".join(f"{name} = {point.settings[name]!r}" for name in fields)
+        found.append(f"networks at {where} was {point.networks}, is {shall[point.name]}")
+    return found + ([f"{len(fewer) - 1} more points have fewer"] if len(fewer) > 1 else [])
 
 
 def _chunk_name(number: int, group: int, first: int, last: int) -> str:
