@@ -124,7 +124,7 @@ def costs(kind, folder):
             spent[name].append(time.perf_counter() - begun)
             if name == "average on the host":
                 spent["bytes handed back"].append(sum(v.nbytes for v in arguments[2].values()))
-                spent["bytes kept"].append(found.bytes)
+                spent["bytes kept"].append(found.nbytes)
             return found
 
         return run

@@ -33,7 +33,7 @@ from gradflow.simulation import memory, propagation, samplers, threefry
 from gradflow.statistics import Statistic
 
 __all__ = ["OVERFLOWED", "VANISHED", "Laws", "Progress", "Simulation", "check_inputs", "compiled"]
-__all__ += ["in_order", "of_one", "simulate"]
+__all__ += ["in_order", "of_one", "own_networks", "simulate"]
 
 # Called as (networks done, networks in all); the first call, with 0, comes before compilation.
 Progress = Callable[[int, int], None]
@@ -327,6 +327,7 @@ def compiled(
     sampler: str,
     keep: tuple[bool, bool],
     block: int,
+    everywhere: bool = True,
 ) -> Callable[[Laws, np.ndarray, np.ndarray], dict[str, np.ndarray]]:
     """Return the function from laws and a chunk of networks to what those measured.
 
@@ -346,13 +347,15 @@ def compiled(
         How long all calls will take, on one core.
     measured, sampler, keep, block
         What is measured, and how the walk is done: see `memory.Plan`.
+    everywhere
+        Whether every process has the values of all networks; else those of `own_networks` alone.
     """
     mesh = Mesh(np.array(devices), (_NETWORKS,))
-    everywhere, each = PartitionSpec(), PartitionSpec(_NETWORKS)
+    whole, each = PartitionSpec(), PartitionSpec(_NETWORKS)
     put = functools.partial(on_devices, mesh)
 
     def arguments(laws: Laws, which: np.ndarray, numbers: np.ndarray) -> tuple[Laws, Array, Array]:
-        known = jax.tree.map(functools.partial(put, everywhere), laws)
+        known = jax.tree.map(functools.partial(put, whole), laws)
         return known, put(each, which), put(each, numbers)
 
     nobody = np.zeros(chunk, np.int32)
@@ -368,11 +371,20 @@ def compiled(
 
     def run(laws: Laws, which: np.ndarray, numbers: np.ndarray) -> dict[str, np.ndarray]:
         found = program(*arguments(laws, which, numbers))
-        if mesh.is_multi_process:
+        if mesh.is_multi_process and everywhere:
             found = multihost_utils.process_allgather(found, tiled=True)
+        elif mesh.is_multi_process:
+            parts = sorted(found.addressable_shards, key=lambda part: part.index[1].start)
+            found = np.concatenate([part.data for part in parts], axis=1)
         return dict(zip((s.key for s in measured), np.asarray(found), strict=True))
 
     return run
+
+
+def own_networks(chunk: int, devices: Sequence[jax.Device]) -> np.ndarray:
+    """Return which networks of a chunk the devices of this process draw, in ascending order."""
+    mine = [device.process_index == jax.process_index() for device in devices]
+    return np.flatnonzero(np.repeat(mine, chunk // len(devices)))
 
 
 @functools.partial(jax.jit, static_argnames=("sampler", "measured", "keep", "block", "mesh"))

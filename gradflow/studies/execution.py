@@ -1,7 +1,8 @@
 """A study is run: theory of its points, then round after round of networks, until it is finished.
 
 Every process of `jax.distributed` calls `run`. The first one has the store, and tells the others
-what to draw; all of them draw each chunk together, and each works out the theory of some points.
+what to draw; all of them draw each chunk together, and each averages what its own devices drew and
+works out the theory of some points.
 Hosts that do not know of each other run a share each, in folders of their own.
 """
 
@@ -26,8 +27,8 @@ from gradflow.simulation.monte_carlo import Laws
 from gradflow.statistics import Statistic
 from gradflow.studies import plan, results
 from gradflow.studies.description import Study, keys
-from gradflow.studies.plan import ALL, Group, Share, Work
-from gradflow.studies.store import Found, Store, works_of
+from gradflow.studies.plan import ALL, Group, Segment, Share, Work
+from gradflow.studies.store import Found, Store, combined, works_of
 
 __all__ = ["Outcome", "Progress", "Step", "run"]
 
@@ -125,7 +126,8 @@ def run(
         If the points' fields do not go together, memory does not suffice, a study with targets is
         to be shared, or the store cannot be had or written to.
     """
-    devices = tuple(devices or jax.devices())
+    # Those of a process side by side, so that it draws a stretch of each chunk.
+    devices = tuple(sorted(devices or jax.devices(), key=lambda device: device.process_index))
     report = progress or (lambda _: None)
     asked = stop or (lambda: False)
     leads = jax.process_index() == 0
@@ -288,8 +290,9 @@ def _round(
         _theory(drawing, store, f"{number:04}-{place:05}", report, stop)
         for chunk, done, values, seconds in drawing.run(start):
             step = Step("networks", before + done, total)
+            kept = _put_together(drawing.kept(chunk, values))
             if store is not None:
-                kept = drawing.kept(chunk, values)
+                assert kept is not None
                 store.add(number, place, chunk, kept)
                 store.log(round=number, group=place, chunk=chunk, seconds=round(seconds, 3))
                 largest, of = _largest_z(drawing, store, f"{number:04}-{place:05}", chunk, kept)
@@ -298,6 +301,20 @@ def _round(
             if _from_first(lambda: b"stop" if stop() else b""):
                 raise _Stopped
         before += work.networks
+
+
+def _put_together(mine: Found | None) -> Found | None:
+    """Return what all processes kept of a chunk, in the first of them."""
+    if jax.process_count() == 1:
+        return mine
+    content = b"" if mine is None else mine.packed()
+    lengths = multihost_utils.process_allgather(np.int32(len(content)))
+    padded = np.frombuffer(content.ljust(int(lengths.max()), b"\0"), np.uint8)
+    parts = np.asarray(multihost_utils.process_allgather(padded), np.uint8)
+    if jax.process_index() > 0:
+        return None
+    sent = zip(parts, lengths.tolist(), strict=True)
+    return combined(Found.unpacked(part[:length].tobytes()) for part, length in sent if length)
 
 
 def _compiled_ahead(
@@ -399,10 +416,19 @@ class _Drawing:
                 sampler=work.sampler,
                 keep=(work.keep, work.checkpoint),
                 block=work.block,
+                everywhere=False,
             )
 
+    @functools.cached_property
+    def _own(self) -> np.ndarray:
+        """Which networks of a chunk this process draws: a stretch of them."""
+        return monte_carlo.own_networks(self._size, self.devices)
+
     def run(self, start: int) -> Iterator[tuple[int, int, dict[str, np.ndarray], float]]:
-        """Yield each chunk from ``start`` on: its number, networks done, values, and seconds."""
+        """Yield each chunk from ``start`` on: its number, networks done, values, and seconds.
+
+        The values are those of this process's own networks.
+        """
         work, size = self.work, self._size
         if start == work.chunks:
             return
@@ -420,7 +446,9 @@ class _Drawing:
                 numbers[stretch] = work.share.numbers(segment.first, segment.count)
                 filled += segment.count
             with jax.enable_x64(self._x64):
-                return program(self._laws(segments[0].place), which, numbers)
+                values = program(self._laws(segments[0].place), which, numbers)
+            mine = np.searchsorted(self._own, filled)
+            return {name: value[:mine] for name, value in values.items()}
 
         workers = 1 if jax.process_count() > 1 else _WORKERS
         left, begun = work.networks - offset, time.perf_counter()
@@ -440,9 +468,24 @@ class _Drawing:
         words = np.array([point.key_words for point in points], np.uint32)
         return Laws(network, inputs, keys(words))
 
-    def kept(self, chunk: int, values: dict[str, np.ndarray]) -> Found:
-        """Return what is kept of a chunk's values."""
-        segments = list(self.work.segments(chunk))
+    def _own_segments(self, chunk: int) -> list[Segment]:
+        """Return what this process draws of a chunk."""
+        first, last = int(self._own[0]), int(self._own[-1]) + 1
+        found, begin = [], 0
+        for segment in self.work.segments(chunk):
+            end = begin + segment.count
+            count = min(end, last) - max(begin, first)
+            if count > 0:
+                begun = segment.first + max(first - begin, 0)
+                found.append(Segment(segment.place, begun, count))
+            begin = end
+        return found
+
+    def kept(self, chunk: int, values: dict[str, np.ndarray]) -> Found | None:
+        """Return what is kept of this process's values of a chunk; None if it drew nothing."""
+        segments = self._own_segments(chunk)
+        if not segments:
+            return None
         statistics = self.study.statistics
         table = np.stack([values[s.key] for s in statistics], axis=1)
         logs = np.array([s.log for s in statistics])

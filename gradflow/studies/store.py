@@ -96,9 +96,19 @@ class Found:
         )
 
     @property
-    def bytes(self) -> int:
+    def nbytes(self) -> int:
         """Its size in memory, and in a file."""
         return sum(array.nbytes for array in self.arrays().values())
+
+    def packed(self) -> bytes:
+        """Return it as a file's content."""
+        return _npz(self.arrays())
+
+    @classmethod
+    def unpacked(cls, content: bytes) -> "Found":
+        """Return what was `packed`."""
+        with np.load(io.BytesIO(content)) as arrays:
+            return cls.of(dict(arrays))
 
 
 def combined(parts: Iterable[Found], names: np.ndarray | None = None) -> Found | None:
@@ -386,7 +396,7 @@ class Store:
     def add(self, number: int, group: int, chunk: int, found: Found) -> None:
         """Keep what a chunk found, the next one of its group, and merge what is to be merged."""
         with _sentences(self.folder):
-            self._write(_chunk_name(number, group, chunk, chunk), _npz(found.arrays()))
+            self._write(_chunk_name(number, group, chunk, chunk), found.packed())
             self._merge_all(number, group, chunk)
 
     def _merge_all(self, number: int, group: int, chunk: int) -> None:
@@ -406,9 +416,9 @@ class Store:
         if len(here) > _FAN:  # some of them were too large to be merged
             return False
         found = combined(Found.of(_arrays(file.path)) for file in here)
-        if found is None or found.bytes > _MERGED_BYTES:
+        if found is None or found.nbytes > _MERGED_BYTES:
             return False
-        self._write(_chunk_name(number, group, here[0].first, last), _npz(found.arrays()))
+        self._write(_chunk_name(number, group, here[0].first, last), found.packed())
         for file in here:
             file.path.unlink()
         return True
