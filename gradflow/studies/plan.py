@@ -24,9 +24,11 @@ from gradflow.studies.description import Study
 __all__ = ["ALL", "Group", "Plan", "Segment", "Share", "Work", "check_memory", "groups", "make"]
 __all__ += ["row_bytes"]
 
-# Seconds on one core that a chunk takes, or so.
+# Seconds that a chunk takes, or so.
 _CHUNK_SECONDS = 2.0
-# How many values a chunk hands back, at most.
+# How many cores an accelerator is worth: by its memory's speed, as none has been measured.
+_CORES = 300
+# How many values a chunk hands back to each process, at most.
 _CHUNK_VALUES = 1 << 23
 # Bytes of scales and inputs that one call is handed, at most, unless one point has more.
 _WINDOW_BYTES = 1 << 26
@@ -315,16 +317,20 @@ def _work(
         itemsize=itemsize,
         devices=devices,
     )
-    together = plan.block * len(devices)
     values = group.network.depth * (len(study.statistics) + 2)
     # Of one point there may be as few as one network in a chunk, and so as many points as networks.
     each_point = itemsize * group.sites * group.network.input_width
     per_point = max(1, int(count.min()))
+    accelerated = devices[0].platform != "cpu"
+    speed = len(devices) * (_CORES if accelerated else 1)
     most = min(
-        _CHUNK_SECONDS / group.seconds,
-        _CHUNK_VALUES / values,
+        _CHUNK_SECONDS * speed / group.seconds,
+        _CHUNK_VALUES * len({device.process_index for device in devices}) / values,
         per_point * max(1, _WINDOW_BYTES // each_point - 1),
     )
+    # Accelerators have memory for more networks at once than a chunk shall have.
+    block = max(1, min(plan.block, int(most) // len(devices))) if accelerated else plan.block
+    together = block * len(devices)
     blocks = -(-total // together)
     calls = max(math.ceil(blocks / max(1, most // together)), min(blocks, plan.workers))
     chunk = together * math.ceil(blocks / calls)
@@ -334,7 +340,7 @@ def _work(
         count=count,
         chunk=chunk,
         window=min(len(names), chunk // per_point + 2),
-        block=plan.block,
+        block=block,
         keep=plan.keep,
         checkpoint=plan.checkpoint,
         seconds=total * group.seconds,
