@@ -17,7 +17,7 @@ from gradflow import comparison, statistics
 from gradflow.estimation import Estimate
 from gradflow.networks import Network
 from gradflow.studies import store as stores
-from gradflow.studies.description import Point, Study
+from gradflow.studies.description import Axis, Point, Study
 from gradflow.studies.plan import Group
 from gradflow.studies.store import Found, Store
 
@@ -112,7 +112,7 @@ def assemble(study: Study, found: Sequence[Group], store: Store) -> xarray.Datas
     coordinates: dict[str, Any] = {"layer": statistics.layers(depth)}
     for axis in study.axes:
         if len(axis.values) > 1:
-            coordinates[axis.name] = np.arange(len(axis))
+            coordinates[axis.name] = _labels(axis)
         coordinates |= {field: (axis.name, list(v)) for field, v in axis.values.items()}
     for name, histogram in study.histograms.items():
         edges = histogram.edges
@@ -134,6 +134,14 @@ def assemble(study: Study, found: Sequence[Group], store: Store) -> xarray.Datas
         drawn_with=json.dumps(store.drawn_with, sort_keys=True),
         samplers=json.dumps(sorted({f"{group.sampler}: {group.reason}" for group in found})),
     )
+
+
+def _labels(axis: Axis) -> list[str] | np.ndarray:
+    """Return what tells an axis's places where several fields go together: names, or numbers."""
+    rows = list(zip(*axis.values.values(), strict=True))
+    if any(isinstance(value, str) for value in rows[0]):
+        return [" ".join(map(str, row)) for row in rows]
+    return np.arange(len(rows))
 
 
 def write(study: Study, found: Sequence[Group], store: Store) -> Path:

@@ -564,7 +564,9 @@ def _fewer_networks(old: Study, new: Study) -> list[str]:
         name = "most" if old.sampling.target else "networks"
         was, now = (getattr(study.sampling, name) for study in (old, new))
         return [f"sampling.{name} was {was}, is {now}"] if now < was else []
-    shall = {point.name: point.networks for point in new.points()}
+    shall: dict[int, int] = {}
+    for point in new.points():
+        shall[point.name] = max(point.networks, shall.get(point.name, 0))
     fewer = [p for p in old.points() if shall.get(p.name, p.networks) < p.networks]
     found = []
     for point in fewer[:1]:
