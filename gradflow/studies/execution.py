@@ -23,7 +23,7 @@ from gradflow.estimation import Estimate
 from gradflow.simulation import monte_carlo
 from gradflow.simulation.monte_carlo import Laws
 from gradflow.statistics import Statistic
-from gradflow.studies import plan, results
+from gradflow.studies import plan, results, spectra
 from gradflow.studies.description import Study, keys
 from gradflow.studies.plan import Group, Work
 from gradflow.studies.store import Found, Store, works_of
@@ -327,6 +327,7 @@ class _Drawing:
                 sampler=work.sampler,
                 keep=(work.keep, work.checkpoint),
                 block=work.block,
+                spectrum=study.spectrum is not None,
             )
         offset = start * work.chunk
 
@@ -389,6 +390,11 @@ class _Drawing:
                 for name in [s.name]
                 if name in self.study.histograms
             },
+            spectra={}
+            if self.study.spectrum is None
+            else spectra.counted(
+                values[monte_carlo.LOG_SINGULAR_VALUES], point, self.study.spectrum
+            ),
         )
 
 

@@ -16,6 +16,7 @@ import xarray
 from gradflow import comparison, statistics
 from gradflow.estimation import Estimate
 from gradflow.networks import Network
+from gradflow.studies import spectra
 from gradflow.studies import store as stores
 from gradflow.studies.description import Point, Study
 from gradflow.studies.plan import Group
@@ -24,6 +25,8 @@ from gradflow.studies.store import Found, Store
 __all__ = ["FILE", "LARGE", "agreement", "assemble", "of_group", "one", "theory", "write"]
 
 FILE = "results.nc"
+# What comes before the names of `spectra.theory` in a file.
+_SPECTRUM = "spectrum/"
 # A z beyond this is told of: 1 in 16 000 by chance.
 LARGE = 4.0
 
@@ -36,11 +39,12 @@ def theory(study: Study, points: Sequence[Point]) -> dict[str, np.ndarray]:
     dict
         ``names``; ``predicted`` and ``shift``, shape (points, statistics, layers), in the unit that
         each statistic is kept in. ``shift`` is what the width does, to first order in 1/width; NaN
-        where theory does not say, or is not asked.
+        where theory does not say, or is not asked. And, if singular values are measured, what
+        `spectra.theory` says, each array with an axis of points.
     """
     keys = [statistic.key for statistic in study.statistics]
 
-    def of(point: Point) -> tuple[np.ndarray, np.ndarray]:
+    def of(point: Point) -> dict[str, np.ndarray]:
         network, inputs = point.network(), point.inputs()
         found = comparison.predict_float64(network, inputs)
         predicted = np.stack([np.asarray(found.values[key], np.float64) for key in keys])
@@ -48,15 +52,19 @@ def theory(study: Study, points: Sequence[Point]) -> dict[str, np.ndarray]:
         corrections = comparison.correct_float64(network, inputs) if study.finite_width else None
         if corrections is not None:
             shift[:] = [corrections.shift[key] for key in keys]
-        return predicted, shift
+        those = {"predicted": predicted, "shift": shift}
+        if study.spectrum is not None:
+            log_q = np.asarray(found.values["log_q"])
+            law = spectra.theory(network, log_q, study.spectrum)
+            those |= {f"{_SPECTRUM}{name}": value for name, value in law.items()}
+        return those
 
     # The first compiles what the others use, side by side.
     found = [of(points[0])]
     with ThreadPoolExecutor(min(os.cpu_count() or 1, 8)) as pool:
         found += pool.map(of, points[1:])
-    predicted, shift = (np.stack(parts) for parts in zip(*found, strict=True))
     names = np.array([point.name for point in points], np.uint64)
-    return {"names": names, "predicted": predicted, "shift": shift}
+    return {"names": names} | {key: np.stack([each[key] for each in found]) for key in found[0]}
 
 
 def of_group(group: Group, store: Store) -> Found | None:
@@ -87,7 +95,7 @@ def assemble(study: Study, found: Sequence[Group], store: Store) -> xarray.Datas
         total = of_group(group, store)
         _put_laws(grid, study, group)
         if total is not None:
-            _put(grid, study, group, total, _theory_of(group, store, total))
+            _put(grid, study, group, total, _theory_of(study, group, store, total))
     coordinates: dict[str, Any] = {"layer": statistics.layers(depth)}
     for axis in study.axes:
         if len(axis.values) > 1:
@@ -96,6 +104,9 @@ def assemble(study: Study, found: Sequence[Group], store: Store) -> xarray.Datas
     for name, histogram in study.histograms.items():
         edges = histogram.edges
         coordinates[f"{name}_bin"] = (edges[1:] + edges[:-1]) / 2
+    if study.spectrum is not None:
+        edges = study.spectrum.edges
+        coordinates[spectra.BIN] = (edges[1:] + edges[:-1]) / 2
     dataset = xarray.Dataset(grid.variables(), coords=coordinates)
     for statistic in study.statistics:
         for name in (statistic.name, f"{statistic.name}_theory"):
@@ -167,9 +178,9 @@ class _Grid:
     def put(
         self, name: str, group: Group, values: np.ndarray, beyond: tuple[str, ...] = ("layer",)
     ) -> None:
-        """Put values of a group's points, (points, layers, …) or (points,), in their places."""
+        """Put values of a group's points, (points, layers, …) or others, in their places."""
         rest = values.shape[1:]
-        if rest:
+        if beyond[:1] == ("layer",):
             rest = (self.depth, *rest[1:])
         if name not in self.arrays:
             self.arrays[name] = (beyond, np.full((len(self.study), *rest), np.nan))
@@ -230,6 +241,12 @@ def _put(
             grid.put(f"{name}_histogram_above", group, counts[..., -1])
     grid.put("overflowed", group, total.failures[:, 0])
     grid.put("vanished", group, total.failures[:, 1])
+    if study.spectrum is not None:
+        law = {k.removeprefix(_SPECTRUM): v for k, v in laws.items() if k.startswith(_SPECTRUM)}
+        depth, dtype = group.network.depth, study.sampling.dtype
+        found = spectra.labelled(total.spectra, law, study.spectrum, depth, dtype)
+        for name, (beyond, values) in found.items():
+            grid.put(name, group, values, beyond)
 
 
 def _put_laws(grid: _Grid, study: Study, group: Group) -> None:
@@ -255,9 +272,12 @@ def _weight_variance(network: Network) -> np.ndarray:
     return np.array(found)
 
 
-def _theory_of(group: Group, store: Store, like: Found) -> dict[str, np.ndarray]:
+def _theory_of(study: Study, group: Group, store: Store, like: Found) -> dict[str, np.ndarray]:
     place = {name: row for row, name in enumerate(group.names.tolist())}
     found = {name: np.full(like.estimates.mean.shape, np.nan) for name in ("predicted", "shift")}
+    if study.spectrum is not None:
+        for name, value in spectra.unknown(study.spectrum).items():
+            found[f"{_SPECTRUM}{name}"] = np.tile(value, (len(place), 1))
     for block in store.theory():
         rows = [n for n, name in enumerate(block["names"].tolist()) if name in place]
         there = [place[int(block["names"][n])] for n in rows]
