@@ -27,7 +27,8 @@ shapeset           images of shapes, endless and drawn by key
 data               real inputs, with labels: what networks are trained on
 figures            one function a figure
 studies            note (the study that the project began with), jacobian_spectrum; and what
-                   study files need: description, plan, store, execution, results, report
+                   study files need: description, plan, store, spectra, execution, results,
+                   report
 cli                the command ``gradflow``
 """
 

@@ -68,6 +68,14 @@ def theory():
     return functools.partial(predict.trace, NETWORKS["gaussian"], jnp.eye(2))
 
 
+def end_to_end_singular_values():
+    network = networks.mlp([6, *[6] * 3], "tanh", "glorot")
+    of_key = jax.jit(
+        jax.vmap(lambda key: singular_values.end_to_end(network, jnp.ones((1, 6)), key))
+    )
+    return functools.partial(of_key.trace, jax.random.split(jax.random.key(0), 2))
+
+
 PROGRAMS = {
     **{f"dense {name}": functools.partial(simulation, n, "dense") for name, n in NETWORKS.items()},
     **{
@@ -76,6 +84,7 @@ PROGRAMS = {
     },
     "training": gradient_of_a_network,
     "jacobians": jacobian_products,
+    "spectra": end_to_end_singular_values,
     "theory": theory,
 }
 

@@ -91,6 +91,7 @@ ORDER = (
     "studies.experiments.clipping",
     "studies.experiments",
     "studies.description",
+    "studies.spectra",
     "studies.plan",
     "studies.store",
     "studies.results",

@@ -389,9 +389,7 @@ class EndToEnd(NamedTuple):
     alive: Int[Array, ""]
 
 
-def end_to_end(
-    network: Network, inputs: Float[Array, "sites n_0"], key: PRNGKeyArray
-) -> EndToEnd:
+def end_to_end(network: Network, inputs: Float[Array, "sites n_0"], key: PRNGKeyArray) -> EndToEnd:
     """Return the end-to-end Jacobian of the network that `propagation.propagate` draws densely.
 
     A pure function: jit it, vmap it. One walk up, with the input's n_0 directions beside the

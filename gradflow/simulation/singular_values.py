@@ -223,18 +223,24 @@ def end_to_end(
     return jnp.where(finite, log, jnp.nan)
 
 
-# Nanoseconds on one core of a CPU, measured: of an SVD, for n³; of a layer, for an entry of its
-# weights and of the product, and for each multiplication of the two.
-_PER_CUBE, _PER_ENTRY, _PER_PRODUCT = 0.5, 5.0, 0.05
+# Nanoseconds on one core of a CPU, measured: of an SVD, for n³; of a layer, for each entry of its
+# weights, and for each of its multiplications with the product; and, where weights are orthogonal,
+# for each in their QR factorisation.
+_PER_CUBE, _PER_ENTRY, _PER_PRODUCT, _FACTORISED = 0.5, 5.0, 0.01, 0.1
 # Arrays of n² numbers that are alive at once: weights while they are drawn, products, the SVD's.
 _SQUARES = 10
 
 
 def seconds(network: Network) -> float:
-    """Return about how long `end_to_end` takes for one network, on one core of a CPU."""
+    """Return about how long `end_to_end` takes beside a walk, for one network on one core of a CPU.
+
+    With the factorisations of that walk, up and down, which `samplers.seconds` leaves out: n³.
+    """
     n = float(network.input_width)
-    each = sum(math.prod(shape) for layer in network.shapes for shape in layer)
-    return 1e-9 * (_PER_CUBE * n**3 + each * (_PER_ENTRY + _PER_PRODUCT * n))
+    haar = any(law.haar for stage in network.stages for law in stage.block.distributions)
+    entries = sum(math.prod(shape) for layer in network.shapes for shape in layer)
+    each = _PER_ENTRY + (_PER_PRODUCT + 3 * _FACTORISED * haar) * n
+    return 1e-9 * (_PER_CUBE * n**3 + each * entries)
 
 
 def bytes_needed(network: Network, itemsize: int) -> int:
@@ -244,7 +250,10 @@ def bytes_needed(network: Network, itemsize: int) -> int:
 
 def _singular_values() -> Callable[[Array], Array]:
     """Return the function from a matrix to its singular values, descending."""
-    values = functools.partial(jnp.linalg.svd, compute_uv=False)
+
+    def values(matrix: Array) -> Array:
+        return jnp.linalg.svd(matrix, compute_uv=False)
+
     if jax.default_backend() == "cpu":
         # Under vmap one after another, for the reason that `ensembles` has.
         return jax.custom_batching.sequential_vmap(values)

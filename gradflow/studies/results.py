@@ -22,7 +22,8 @@ from gradflow.studies.description import Point, Study
 from gradflow.studies.plan import Group
 from gradflow.studies.store import Found, Store
 
-__all__ = ["FILE", "LARGE", "agreement", "assemble", "of_group", "one", "theory", "write"]
+__all__ = ["FILE", "LARGE", "agreement", "assemble", "compared", "of_group", "one", "theory"]
+__all__ += ["write"]
 
 FILE = "results.nc"
 # What comes before the names of `spectra.theory` in a file.
@@ -132,8 +133,16 @@ def write(study: Study, found: Sequence[Group], store: Store) -> Path:
     return store.publish(FILE, lambda path: dataset.to_netcdf(path, engine="scipy"))
 
 
+def compared(dataset: xarray.Dataset) -> list[str]:
+    """Return the names of all that has theory beside it: statistics, and a spectrum's."""
+    return [
+        *dataset.attrs["statistics"].split(),
+        *(name for name in spectra.COMPARED if name in dataset),
+    ]
+
+
 def agreement(dataset: xarray.Dataset, name: str) -> dict[str, Any]:
-    """Return how measurement and theory of a statistic agree, over all points and layers."""
+    """Return how measurement and theory of one of `compared` agree, over all that there is."""
     z = np.abs(dataset[f"{name}_z"].to_numpy())
     corrected = dataset.get(f"{name}_finite_width_z")
     known = np.full(1, np.nan) if corrected is None else np.abs(corrected.to_numpy())

@@ -7,8 +7,11 @@ them, and the standard error is that between networks, whose singular values kee
 from each other. Those that are 0, for want of units with a slope, are counted by themselves; all
 others are above 0, and those below rounding are in the bin that begins at 0.
 
-Theory is that of infinite width and of one q in all layers. Where q, by theory, changes by more
-than 1 % from layer to layer and the law of φ' with it, theory is not offered, and NaN.
+Theory is that of infinite width and of one q in all layers. Where q, by theory, is anywhere more
+than 1 % from its mean over layers, and the law of φ' depends on it, theory is not offered, and NaN.
+Gaussian networks differ from it by O(1/n), and their largest singular value by O(n^(-2/3)). Where
+units without slope make zeros, there are those of the layer that has most of them, O(n^(-1/2)) more
+than theory's atom; they are missing from the bin beside it.
 """
 
 from collections.abc import Mapping
@@ -45,10 +48,11 @@ _AT_EDGE = 1e-4
 # Seconds that theory of a point runs for, or so: less than it takes to compile it well.
 _SECONDS = 0.5
 
+# Values of points by name, with their dimensions beyond that of points.
+_Labelled = dict[str, tuple[tuple[str, ...], np.ndarray]]
 
-def counted(
-    logs: np.ndarray, point: np.ndarray, bins: HistogramRange
-) -> dict[str, np.ndarray]:
+
+def counted(logs: np.ndarray, point: np.ndarray, bins: HistogramRange) -> dict[str, np.ndarray]:
     """Return what is kept of networks' singular values; sums, so that it can be added up.
 
     Parameters
@@ -155,7 +159,9 @@ def _theory(
     law = spectrum.slope_law(activation, q)
     layers = (sigma_w2, depth, "orthogonal" if orthogonal else "gaussian")
     found = spectrum.shares(law, *layers, edges=edges)
-    shares = jnp.concatenate([jnp.stack([found.zero, found.below]), found.inside, found.above[None]])
+    shares = jnp.concatenate(
+        [jnp.stack([found.zero, found.below]), found.inside, found.above[None]]
+    )
     ends = spectrum.support(law, *layers)
     places = jnp.sqrt(jnp.where(ends.masses > 0, ends.atoms, 0))
     near = jnp.abs(places[None, :] - edges[:, None]) <= _AT_EDGE * edges[:, None]
@@ -171,7 +177,7 @@ def labelled(
     bins: HistogramRange,
     depth: int,
     dtype: str,
-) -> dict[str, tuple[tuple[str, ...], np.ndarray]]:
+) -> _Labelled:
     """Return the results of points, each with its dimensions beyond that of points.
 
     Parameters
@@ -194,17 +200,17 @@ def labelled(
     inside, width = slice(2, -1), (bins.stop - bins.start) / bins.bins
     # On which side of an edge rounding puts an atom is not compared.
     bin_z = np.where(laws["at_edge"] == 1, np.nan, z[:, inside])
-    density = [part[:, inside] / width for part in (share, error, laws["shares"])]
-    results = {"singular_value_networks": ((), networks.astype(float))}
-    results |= _compared("singular_value_density", (BIN,), *density, bin_z)
+    density, density_error, theory = (
+        part[:, inside] / width for part in (share, error, laws["shares"])
+    )
+    results: _Labelled = {"singular_value_networks": ((), networks.astype(float))}
+    results |= _compared("singular_value_density", (BIN,), density, density_error, theory, bin_z)
     for place, name in (
         (0, "zero_singular_values"),
         (1, "singular_values_below"),
         (-1, "singular_values_above"),
     ):
-        results |= _compared(
-            name, (), *(part[:, place] for part in (share, error, laws["shares"], z))
-        )
+        results |= _compared(name, (), *[p[:, place] for p in (share, error, laws["shares"], z)])
     values, errors = _mean_and_error(found["sums"], found["sums_of_squares"], found["known"])
     expected = laws["values"]
     rounding = _ROUNDING * depth * float(np.finfo(dtype).eps) * (1 + np.abs(expected))
@@ -212,7 +218,7 @@ def labelled(
     # The largest is below theory's edge by n^(-2/3) of it in every network: no z.
     z[:, 2] = np.nan
     for place, name in enumerate((*COMPARED[2:], "largest_singular_value")):
-        results |= _compared(name, (), *(part[:, place] for part in (values, errors, expected, z)))
+        results |= _compared(name, (), *[p[:, place] for p in (values, errors, expected, z)])
     return results
 
 
@@ -223,7 +229,7 @@ def _compared(
     error: np.ndarray,
     expected: np.ndarray,
     z: np.ndarray,
-) -> dict[str, tuple[tuple[str, ...], np.ndarray]]:
+) -> _Labelled:
     named = {"": value, "_standard_error": error, "_theory": expected, "_z": z}
     return {f"{name}{suffix}": (beyond, array) for suffix, array in named.items()}
 

@@ -562,7 +562,7 @@ def _on_the_negative_axis(layers: _Layers, log_t: Float[Array, " points"]) -> Ar
     return jnp.interp(-log_t, -found, log_s)
 
 
-# Shares of all singular values ---------------------------------------------------------------------
+# Shares of all singular values --------------------------------------------------------------------
 
 
 class Shares(NamedTuple):
