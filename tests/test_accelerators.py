@@ -69,10 +69,8 @@ def theory():
 
 
 def end_to_end_singular_values():
-    network = networks.mlp([6, *[6] * 3], "tanh", "glorot")
-    of_key = jax.jit(
-        jax.vmap(lambda key: singular_values.end_to_end(network, jnp.ones((1, 6)), key))
-    )
+    network, x = networks.mlp([6, *[6] * 3], "tanh", "glorot"), jnp.ones((1, 6))
+    of_key = jax.jit(jax.vmap(lambda key: singular_values.end_to_end(network, x, key)))
     return functools.partial(of_key.trace, jax.random.split(jax.random.key(0), 2))
 
 
