@@ -4,7 +4,7 @@ And one that is traced in float64 and called from any thread, as theory beside a
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from typing import Any
 
 import jax
@@ -73,7 +73,7 @@ class Float64Program:
 
     @classmethod
     def of(
-        cls, function: Callable, arguments: tuple, seconds: float, **static: int
+        cls, function: Callable, arguments: tuple, seconds: float, **static: Hashable
     ) -> "Float64Program":
         """Return the function's program for arguments like these, which will run for ``seconds``.
 
@@ -91,7 +91,7 @@ class Float64Program:
         structure: PyTreeDef,
         shapes: tuple[tuple[int, ...], ...],
         seconds: float,
-        static: tuple[tuple[str, int], ...],
+        static: tuple[tuple[str, Hashable], ...],
     ) -> "Float64Program":
         leaves = [jax.ShapeDtypeStruct(shape, np.float64) for shape in shapes]
         with jax.enable_x64(True):

@@ -68,6 +68,12 @@ def theory():
     return functools.partial(predict.trace, NETWORKS["gaussian"], jnp.eye(2))
 
 
+def end_to_end_singular_values():
+    network, x = networks.mlp([6, *[6] * 3], "tanh", "glorot"), jnp.ones((1, 6))
+    of_key = jax.jit(jax.vmap(lambda key: singular_values.end_to_end(network, x, key)))
+    return functools.partial(of_key.trace, jax.random.split(jax.random.key(0), 2))
+
+
 PROGRAMS = {
     **{f"dense {name}": functools.partial(simulation, n, "dense") for name, n in NETWORKS.items()},
     **{
@@ -76,6 +82,7 @@ PROGRAMS = {
     },
     "training": gradient_of_a_network,
     "jacobians": jacobian_products,
+    "spectra": end_to_end_singular_values,
     "theory": theory,
 }
 

@@ -3,6 +3,7 @@
 import jax
 import numpy as np
 import pytest
+import xarray
 from matplotlib.container import ErrorbarContainer
 
 from gradflow import activations, comparison, figures, networks
@@ -22,6 +23,37 @@ def dataset():
     return comparison.confront(network, x, networks=10, histograms=True).to_xarray()
 
 
+def study():
+    """A spectrum's results, of two kinds of weights at three depths."""
+    dims = ("distribution", "depth", "singular_value_bin")
+    theory = np.exp(-np.arange(24.0).reshape(2, 3, 4) / 6)
+    theory[0, 0, 0] = 0  # has no place on a logarithmic axis
+    return xarray.Dataset(
+        {
+            "singular_value_density": (dims, 1.1 * theory),
+            "singular_value_density_standard_error": (dims, 0.1 * theory),
+            "singular_value_density_theory": (dims, theory),
+        },
+        coords={
+            "distribution": ["gaussian", "orthogonal"],
+            "depth": [1, 2, 3],
+            "singular_value_bin": [0.5, 1.5, 2.5, 3.5],
+        },
+    )
+
+
+def test_spectra_are_told_apart_by_the_axis_of_words_and_theory_has_the_bins_edges():
+    figure = figures.spectra(study())
+    assert [axes.get_title() for axes in figure.axes] == ["depth 1", "depth 2", "depth 3"]
+    names = [text.get_text() for text in figure.legends[0].get_texts()]
+    assert names == ["distribution gaussian", "distribution orthogonal"]
+    step = figure.axes[1].patches[1].get_data()
+    np.testing.assert_allclose(step.edges, [0, 1, 2, 3, 4])
+    np.testing.assert_allclose(step.values, study().singular_value_density_theory[1, 1])
+    alone = figures.spectra(study().isel(distribution=0, drop=True))
+    assert [axes.get_title() for axes in alone.axes] == ["all points"]
+
+
 def drawn(dataset):
     family = {"tanh": {"standard": dataset, "again": dataset}}
     at = np.array([10.0, 100.0])
@@ -38,6 +70,7 @@ def drawn(dataset):
         "phase_diagram": figures.phase_diagram(
             criticality.phase_diagram(activations.relu, np.linspace(1, 2, 5), np.linspace(0, 1, 4))
         ),
+        "spectra": figures.spectra(study()),
         "spectrum": figures.spectrum(
             jacobian_spectrum.run(
                 activations.hard_tanh,

@@ -90,6 +90,7 @@ ORDER = (
     "studies.experiments.clipping",
     "studies.experiments",
     "studies.description",
+    "studies.spectra",
     "studies.plan",
     "studies.store",
     "studies.results",

@@ -139,6 +139,47 @@ def test_the_density_has_the_moments(name, depth, weights):
     )
 
 
+def test_shares_of_one_gaussian_layer_are_those_of_the_quarter_circle():
+    """s in [0, 2] with density √(4 - s²)/π; all edges, also those beside the law."""
+    edges = np.array([0.0, 0.3, 1.0, 1.9, 2.5, 3.0])
+    found = spectrum.shares(spectrum.slope_law("linear", 1.0), 1.0, 1, edges=edges)
+    s = np.minimum(edges, 2)
+    below = (s * np.sqrt(4 - s**2) / 2 + 2 * np.arcsin(s / 2)) / math.pi
+    np.testing.assert_allclose(found.inside, np.diff(below), atol=1e-9)
+    np.testing.assert_allclose([found.zero, found.below, found.above], 0, atol=1e-12)
+    inner = spectrum.shares(spectrum.slope_law("linear", 1.0), 1.0, 1, edges=edges[1:3])
+    expected = [below[1], below[2] - below[1], 1 - below[2]]
+    np.testing.assert_allclose([inner.below, *inner.inside, inner.above], expected, atol=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("name", "q", "sigma_w2", "depth", "weights"),
+    [
+        ("tanh", 0.4, 1.5, 5, "orthogonal"),
+        ("hard_tanh", 0.25, 1.05, 4, "orthogonal"),  # atoms at 0 and at σ_w^4, and what is between
+        pytest.param("relu", 1.0, 2.0, 3, "gaussian", marks=pytest.mark.slow),
+    ],
+)
+def test_shares_have_the_moments_and_the_atoms(name, q, sigma_w2, depth, weights):
+    """In so many bins that s² is nearly constant in each: E s² to a bin's width squared, 1/12."""
+    law, layers = spectrum.slope_law(name, q), (sigma_w2, depth, weights)
+    ends = spectrum.support(law, *layers)
+    top = float(np.sqrt(np.nanmax([ends.upper, *ends.atoms])))
+    edges = np.linspace(0, 1.01 * top, 401)
+    found = spectrum.shares(law, *layers, edges=edges)
+    middle = (edges[1:] + edges[:-1]) / 2
+    total = float(found.zero + found.below + found.inside.sum() + found.above)
+    assert total == pytest.approx(1, abs=1e-12)
+    np.testing.assert_allclose(found.zero, ends.masses[0], atol=1e-12)
+    mean = spectrum.mean_and_variance(law, *layers)[0]
+    np.testing.assert_allclose(np.sum(found.inside * middle**2), mean, rtol=3e-3)
+    assert found.inside.min() > -1e-9
+    coarse = spectrum.shares(law, *layers, edges=edges[::100])
+    np.testing.assert_allclose(
+        coarse.inside, np.asarray(found.inside).reshape(4, 100).sum(axis=1), atol=1e-9
+    )
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("weights", ["gaussian", "orthogonal"])
 def test_simulated_singular_values_follow_the_density(weights, key):

@@ -224,7 +224,7 @@ def show(folder: Folder, as_json: Json = False) -> None:
         return
     dataset = xarray.load_dataset(path)
     if as_json:
-        rows = [results.agreement(dataset, name) for name in dataset.attrs["statistics"].split()]
+        rows = [results.agreement(dataset, name) for name in results.compared(dataset)]
         print_json(
             {"title": study.title, "finished": True, "networks": drawn, "points": len(study)}
             | {"statistics": rows}
@@ -256,7 +256,7 @@ def _show(console: Console, title: str, dataset: xarray.Dataset) -> None:
     )
     if shifted:
         table.add_column(f"|z| < {results.LARGE:g}, width known", justify="right")
-    for name in dataset.attrs["statistics"].split():
+    for name in results.compared(dataset):
         row = results.agreement(dataset, name)
         cells = [
             name,

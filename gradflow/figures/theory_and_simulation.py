@@ -1,6 +1,6 @@
 """What theory says of random networks beside what was simulated: lines and points."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import xarray
@@ -21,6 +21,7 @@ from gradflow.figures.drawing import (
     POINTS,
     at_least,
     spread,
+    style,
 )
 
 __all__ = [
@@ -32,6 +33,7 @@ __all__ = [
     "phase_diagram",
     "remedies",
     "saturation",
+    "spectra",
     "spectrum",
 ]
 
@@ -283,6 +285,105 @@ def _name_phases(axes: Axes, dataset: xarray.Dataset) -> None:
             color="black",
             bbox={"facecolor": "white", "alpha": 0.75, "edgecolor": "none", "pad": 2},
         )
+
+
+# Panels of `spectra`, and the most columns of them.
+_MOST_PANELS, _MOST_COLUMNS = 15, 5
+
+
+def spectra(dataset: xarray.Dataset) -> Figure:
+    """Density of singular values of the Jacobian at a study's points: theory as steps, by bin.
+
+    One axis of the study is told by colour: one that is no number, as the weights' distribution, or
+    else the last of few values; a panel for each place along the others, or some of them.
+
+    Parameters
+    ----------
+    dataset
+        A study's results, with ``singular_value_density``.
+    """
+    density = dataset.singular_value_density
+    *over, bins = map(str, density.dims)
+    told = _told_by_colour(dataset, over)
+    others = [axis for axis in over if axis != told]
+    places = [
+        dict(zip(others, where, strict=True))
+        for where in np.ndindex(*(dataset.sizes[axis] for axis in others))
+    ]
+    columns = dataset.sizes[others[-1]] if others else 1
+    if len(places) > _MOST_PANELS or columns > _MOST_COLUMNS:
+        places, columns = [places[n] for n in spread(np.arange(len(places)), _MOST_PANELS)], 3
+    columns = min(columns, len(places))
+    rows = -(-len(places) // columns)
+    figure = Figure(figsize=(3.4 * columns + 0.6, 2.4 * rows + 0.9), layout="constrained")
+    grid = figure.subplots(rows, columns, squeeze=False, sharex=True).ravel()
+    centre = dataset[bins].to_numpy()
+    half = (centre[1] - centre[0]) / 2 if centre.size > 1 else centre[0]
+    edges = np.append(centre - half, centre[-1] + half)
+    for axes, place in zip(grid, places, strict=False):
+        there = dataset.isel(place)
+        for index in range(dataset.sizes[told] if told else 1):
+            one = there.isel({told: index}) if told else there
+            name = _place_name(dataset, {told: index}) if told else "all points"
+            _draw_density(axes, one, edges, name, index)
+        axes.set_title(_place_name(dataset, place), fontsize=8)
+        axes.set(yscale="log", xlim=(edges[0], edges[-1]))
+    for axes in grid[len(places) :]:
+        axes.set_visible(False)
+    for axes in grid[::columns]:
+        axes.set_ylabel("density", fontsize=9)
+    for axes in grid[max(0, len(places) - columns) : len(places)]:
+        axes.set_xlabel("singular value s of J", fontsize=9)
+        axes.tick_params(labelbottom=True)
+    handles, labels = grid[0].get_legend_handles_labels()
+    figure.legend(
+        handles,
+        labels,
+        loc="outside upper center",
+        ncols=len(labels),
+        frameon=False,
+        title="lines: theory (infinite width), mean over each bin; points: simulation, ±2 s.e.",
+    )
+    return figure
+
+
+def _told_by_colour(dataset: xarray.Dataset, axes: Sequence[str]) -> str | None:
+    """Return the axis whose values have colours, if one has few enough."""
+    few = [axis for axis in axes if dataset.sizes[axis] <= len(COLOURS)]
+    words = [axis for axis in few if not np.issubdtype(dataset[axis].dtype, np.number)]
+    return words[0] if words else few[-1] if few else None
+
+
+def _place_name(dataset: xarray.Dataset, place: Mapping[str, int]) -> str:
+    """Return the fields' values at a place, in lines of two."""
+    said = []
+    for axis, index in place.items():
+        fields = [str(c) for c in dataset.coords if dataset[c].dims == (axis,)]
+        for field in [f for f in fields if f != axis] or [axis]:
+            value = dataset[field].to_numpy()[index]
+            said.append(f"{field} {value:.4g}" if isinstance(value, float) else f"{field} {value}")
+    return "\n".join(", ".join(said[n : n + 2]) for n in range(0, len(said), 2)) or "all points"
+
+
+def _draw_density(
+    axes: Axes, dataset: xarray.Dataset, edges: np.ndarray, name: str, index: int
+) -> None:
+    measured = dataset.singular_value_density.to_numpy()
+    theory = dataset.singular_value_density_theory.to_numpy()
+    colour = COLOURS[index % len(COLOURS)]
+    # What is 0 has no place on a logarithmic axis.
+    axes.stairs(np.where(theory > 0, theory, np.nan), edges, baseline=None, color=colour)
+    axes.errorbar(
+        (edges[1:] + edges[:-1]) / 2,
+        np.where(measured > 0, measured, np.nan),
+        yerr=ERRORS * dataset.singular_value_density_standard_error.to_numpy(),
+        label=name,
+        **{**style(index), **POINTS, "markersize": 3},
+    )
+    seen = measured[measured > 0]
+    if seen.size:
+        low, high = axes.get_ylim() if index else (np.inf, 0.0)
+        axes.set_ylim(min(low, seen.min() / 2), max(high, 2 * seen.max()))
 
 
 def spectrum(dataset: xarray.Dataset) -> Figure:

@@ -117,8 +117,11 @@ def plan(
     budget: int | None = None,
     itemsize: int = 4,
     devices: Sequence[jax.Device] = (),
+    more: int = 0,
 ) -> Plan:
     """Choose how many networks run at once on each device, and what is kept on the way up.
+
+    ``more`` is how many bytes a network takes beside its walk.
 
     Raises
     ------
@@ -137,7 +140,7 @@ def plan(
     bytes_for = functools.partial(bytes_per_network, network, sites, sampler, itemsize=itemsize)
     # A program is handed its share of what is free; the rest is for what surrounds it.
     checkpoint = bytes_for() > free // 2 and bytes_for(checkpoint=True) < bytes_for()
-    small, large = bytes_for(checkpoint=checkpoint), bytes_for(keep=True)
+    small, large = bytes_for(checkpoint=checkpoint) + more, bytes_for(keep=True) + more
     if small > free:
         less = "a smaller width or depth, or fewer inputs"
         if sampler == "dense" and network.rotation_invariant:

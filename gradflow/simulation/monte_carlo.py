@@ -29,15 +29,17 @@ from gradflow import compilation, estimation, statistics
 from gradflow.errors import InputError, check_count
 from gradflow.estimation import Estimate, Histogram
 from gradflow.networks import Network
-from gradflow.simulation import memory, propagation, samplers, threefry
+from gradflow.simulation import memory, propagation, samplers, singular_values, threefry
 from gradflow.statistics import Statistic
 
-__all__ = ["OVERFLOWED", "VANISHED", "Laws", "Progress", "Simulation", "check_inputs", "compiled"]
-__all__ += ["in_order", "of_one", "own_networks", "simulate"]
+__all__ = ["LOG_SINGULAR_VALUES", "OVERFLOWED", "VANISHED", "Laws", "Progress", "Simulation"]
+__all__ += ["check_inputs", "compiled", "in_order", "of_one", "own_networks", "simulate"]
 
 # Called as (networks done, networks in all); the first call, with 0, comes before compilation.
 Progress = Callable[[int, int], None]
 
+# What `compiled` calls those of the end-to-end Jacobian.
+LOG_SINGULAR_VALUES = "log_singular_values"
 # How many values one call hands back, at most.
 _CHUNK_VALUES = 1 << 24
 # How many values a layer's histogram is made of, at most; and from how many networks.
@@ -327,6 +329,7 @@ def compiled(
     sampler: str,
     keep: tuple[bool, bool],
     block: int,
+    spectrum: bool = False,
     everywhere: bool = True,
 ) -> Callable[[Laws, np.ndarray, np.ndarray], dict[str, np.ndarray]]:
     """Return the function from laws and a chunk of networks to what those measured.
@@ -347,6 +350,9 @@ def compiled(
         How long all calls will take, on one core.
     measured, sampler, keep, block
         What is measured, and how the walk is done: see `memory.Plan`.
+    spectrum
+        Whether `singular_values.end_to_end` of the same networks is returned too, shape (chunk, k),
+        as `LOG_SINGULAR_VALUES`; with the sampler ``"dense"`` and one input.
     everywhere
         Whether every process has the values of all networks; else those of `own_networks` alone.
     """
@@ -365,6 +371,7 @@ def compiled(
         measured=measured,
         keep=keep,
         block=block,
+        spectrum=spectrum,
         mesh=mesh,
     )
     program = lowered.compile(compilation.options(seconds, computes_twice=True))
@@ -374,9 +381,10 @@ def compiled(
         if mesh.is_multi_process and everywhere:
             found = multihost_utils.process_allgather(found, tiled=True)
         elif mesh.is_multi_process:
-            parts = sorted(found.addressable_shards, key=lambda part: part.index[1].start)
-            found = np.concatenate([part.data for part in parts], axis=1)
-        return dict(zip((s.key for s in measured), np.asarray(found), strict=True))
+            found = [_own_part(array, axis) for axis, array in zip((1, 0), found, strict=False)]
+        values, *logs = map(np.asarray, found)
+        named = dict(zip((s.key for s in measured), values, strict=True))
+        return named | dict(zip([LOG_SINGULAR_VALUES], logs, strict=False))
 
     return run
 
@@ -387,7 +395,16 @@ def own_networks(chunk: int, devices: Sequence[jax.Device]) -> np.ndarray:
     return np.flatnonzero(np.repeat(mine, chunk // len(devices)))
 
 
-@functools.partial(jax.jit, static_argnames=("sampler", "measured", "keep", "block", "mesh"))
+def _own_part(array: Array, axis: int) -> np.ndarray:
+    """Return what is on this process's devices of an array that is shared along an axis."""
+    parts = sorted(array.addressable_shards, key=lambda part: part.index[axis].start)
+    return np.concatenate([part.data for part in parts], axis=axis)
+
+
+_STATIC = ("sampler", "measured", "keep", "block", "spectrum", "mesh")
+
+
+@functools.partial(jax.jit, static_argnames=_STATIC)
 def _run(
     laws: Laws,
     which: Array,
@@ -397,34 +414,41 @@ def _run(
     keep: tuple[bool, bool],
     block: int,
     mesh: Mesh,
-) -> Array:
-    """One chunk: the statistics of these networks of these laws, (statistics, chunk, layers)."""
+    spectrum: bool = False,
+) -> tuple[Array, ...]:
+    """One chunk: the statistics of these networks of these laws, (statistics, chunk, layers).
 
-    def on_one_device(laws: Laws, which: Array, numbers: Array) -> Array:
+    And, if they are asked for, log singular values, (chunk, k).
+    """
+
+    def on_one_device(laws: Laws, which: Array, numbers: Array) -> tuple[Array, ...]:
         several = laws.inputs.shape[0] > 1
 
-        def one(which: Array, number: Array) -> Array:
+        def one(which: Array, number: Array) -> tuple[Array, ...]:
             law = jax.tree.map(lambda leaf: leaf[which if several else 0], laws)
             # Here, where the key is an argument: of a constant one, JAX 0.12 may compile without
             # end.
-            key = threefry.fused(law.key)
+            key = jax.random.fold_in(threefry.fused(law.key), number)
             found = propagation.propagate(
                 law.network,
                 law.inputs,
-                jax.random.fold_in(key, number),
+                key,
                 sampler=sampler,
                 wanted=measured,
                 keep=keep[0],
                 checkpoint=keep[1],
             )
-            return jnp.stack([found[s.key] for s in measured])
+            values = jnp.stack([found[s.key] for s in measured])
+            if not spectrum:
+                return (values,)
+            return values, singular_values.end_to_end(law.network, law.inputs, key)
 
-        found = (
+        values, *logs = (
             jax.vmap(one)(which, numbers)
             if len(numbers) == block
             else jax.lax.map(lambda pair: one(*pair), (which, numbers), batch_size=block)
         )
-        return found.swapaxes(0, 1)
+        return values.swapaxes(0, 1), *logs
 
     if mesh.size == 1:
         return on_one_device(laws, which, numbers)
@@ -433,7 +457,7 @@ def _run(
         on_one_device,
         mesh=mesh,
         in_specs=(everywhere, each, each),
-        out_specs=PartitionSpec(None, _NETWORKS),
+        out_specs=(PartitionSpec(None, _NETWORKS), *[each] * spectrum),
         check_vma=False,
     )
     return shared(laws, which, numbers)

@@ -20,6 +20,8 @@ plan
     Which programs it takes, in which chunks, and how long.
 store
     The folder that holds what is finished, whatever happens to the process.
+spectra
+    Singular values of the end-to-end Jacobian, counted, beside theory.
 results
     All of it with labels, theory beside it.
 execution
@@ -42,8 +44,9 @@ from gradflow.studies import (
     remedies,
     report,
     results,
+    spectra,
     store,
 )
 
 __all__ = ["description", "execution", "experiments", "jacobian_spectrum", "note", "plan", "point"]
-__all__ += ["remedies", "report", "results", "store"]
+__all__ += ["remedies", "report", "results", "spectra", "store"]

@@ -20,7 +20,16 @@
     networks = 100             # a point; or target = { q = 0.01 }, round = 100, most = 10000
     seed = 0
 
+    [spectrum]                 # also all singular values of J = D^L W^L … D^1 W^1, in bins
+    from = 0
+    to = 3
+    bins = 60
+
 How many networks may also stand along an axis, beside its fields: ``networks = [100, 50]``.
+
+J is ∂h^L/∂x with h^L = φ(z^L), D^l = diag φ'(z^l): the end-to-end Jacobian that
+`gradflow.theory.spectrum` has the law of. It is measured of plain networks of one width, that of
+their one input, whose weights are all drawn then: kind = "mlp" without norm, keep and last.
 
 Nothing in a file is run. Every mistake is an `InputError` of one sentence that begins with the path
 of the entry, as ``axes[0].sigma_w2[3]``. A point is known by its settings alone, so that its
@@ -223,6 +232,8 @@ class Study:
         What is measured.
     histograms
         Over networks, by statistic.
+    spectrum
+        Bins for all singular values of the end-to-end Jacobian, if those are measured.
     sampling
         How many networks, and how they are drawn.
     finite_width
@@ -236,6 +247,7 @@ class Study:
     axes: tuple[Axis, ...]
     statistics: tuple[Statistic, ...]
     histograms: Mapping[str, HistogramRange]
+    spectrum: HistogramRange | None
     sampling: Sampling
     finite_width: bool
 
@@ -298,12 +310,14 @@ class Study:
             )
         ):
             del sampling[free]
-        return {
+        found: dict[str, Any] = {
             "statistics": {"measure": [s.name for s in self.statistics]},
             "histograms": {k: dataclasses.asdict(h) for k, h in self.histograms.items()},
             "sampling": sampling,
             "theory": {"finite_width": self.finite_width},
         }
+        # Without it what it was before there were any.
+        return found | ({"spectrum": dataclasses.asdict(self.spectrum)} if self.spectrum else {})
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
@@ -400,6 +414,10 @@ def parse(text: str) -> Study:
         )
     theory = _table("theory", found)
     _known("theory", theory, ("finite_width",))
+    spectrum = None
+    if "spectrum" in found:
+        spectrum = _bins("spectrum", _table("spectrum", found))
+        _plain(spectrum, given, everything, axes, sampling)
     return Study(
         text=text,
         title=title,
@@ -408,6 +426,7 @@ def parse(text: str) -> Study:
         axes=axes,
         statistics=measured,
         histograms=_histograms(_table("histograms", found), measured),
+        spectrum=spectrum,
         sampling=sampling,
         finite_width=_flag("theory.finite_width", theory.get("finite_width", max(batches) == 1)),
     )
@@ -415,7 +434,7 @@ def parse(text: str) -> Study:
 
 _TABLES = (
     *("title", "question", "network", "axes", "inputs", "sampling", "statistics"),
-    *("histograms", "theory"),
+    *("histograms", "spectrum", "theory"),
 )
 
 
@@ -790,16 +809,62 @@ def _histograms(
             raise InputError(f"{path} is of a statistic that is not measured")
         if not isinstance(given, Mapping):
             raise InputError(f"{path} is {_shown(given)}; it is {{ from = 0, to = 1, bins = 50 }}")
-        _known(path, given, ("from", "to", "bins"))
-        for needed in ("from", "to", "bins"):
-            if needed not in given:
-                raise InputError(f"{path}.{needed} is missing; a histogram has from, to and bins")
-        start, stop = (_finite(f"{path}.{end}", given[end]) for end in ("from", "to"))
-        bins = _count(_MOST_BINS)(f"{path}.bins", given["bins"])
-        if not 0 < (stop - start) / bins < math.inf:
-            raise InputError(f"{path}.to is {stop}; it is above {path}.from, {start}")
-        found[name] = HistogramRange(start, stop, bins)
+        found[name] = _bins(path, given)
     return found
+
+
+def _bins(path: str, given: Mapping[str, Any]) -> HistogramRange:
+    _known(path, given, ("from", "to", "bins"))
+    for needed in ("from", "to", "bins"):
+        if needed not in given:
+            raise InputError(f"{path}.{needed} is missing; a histogram has from, to and bins")
+    start, stop = (_finite(f"{path}.{end}", given[end]) for end in ("from", "to"))
+    bins = _count(_MOST_BINS)(f"{path}.bins", given["bins"])
+    if not 0 < (stop - start) / bins < math.inf:
+        raise InputError(f"{path}.to is {stop}; it is above {path}.from, {start}")
+    return HistogramRange(start, stop, bins)
+
+
+def _plain(
+    spectrum: HistogramRange,
+    given: Mapping[str, str],
+    base: Mapping[str, Any],
+    axes: Sequence[Axis],
+    sampling: Sampling,
+) -> None:
+    """Raise `InputError` if some network is none whose J there is a spectrum of."""
+
+    def values(field: str) -> list:
+        return _values_of(field, base, axes)
+
+    if spectrum.start < 0:
+        raise InputError(f"spectrum.from is {spectrum.start}; singular values are 0 or more")
+    for field, allowed in (("kind", "mlp"), ("norm", _NO_NORM), ("batch", 1)):
+        others = [value for value in values(field) if value != allowed]
+        if others:
+            raise InputError(
+                f"{given[field]} is {others[0]!r} somewhere; with [spectrum] it is {allowed!r}"
+            )
+    for field in ("keep", "last"):
+        if field in given:
+            raise InputError(f"{given[field]} does not go with [spectrum]; leave it out")
+    widths = {n for value in values("widths") for n in value} or set(values("width"))
+    below, there = set(values("input_width")), given.get("input_width")
+    if "data" in given:
+        below, there = {_DIGITS_WIDTH}, given["data"]
+    if len(widths) > 1 and "widths" in given:
+        raise InputError(
+            f"{given['widths']} has several widths; with [spectrum] input and layers are as wide"
+        )
+    if below and (below != widths or len(widths) > 1):
+        raise InputError(
+            f"{there} makes inputs of width {min(below)}; with [spectrum] they are as wide as "
+            "every layer"
+        )
+    if sampling.sampler == "matrix_free":
+        raise InputError(
+            "sampling.sampler is 'matrix_free'; [spectrum] takes all weights, which 'dense' draws"
+        )
 
 
 # What a field is where it is not given, and matters.

@@ -25,7 +25,7 @@ from gradflow.estimation import Estimate
 from gradflow.simulation import monte_carlo
 from gradflow.simulation.monte_carlo import Laws
 from gradflow.statistics import Statistic
-from gradflow.studies import plan, results
+from gradflow.studies import plan, results, spectra
 from gradflow.studies.description import Study, keys
 from gradflow.studies.plan import ALL, Group, Segment, Share, Work
 from gradflow.studies.store import Found, Store, combined, works_of
@@ -417,6 +417,7 @@ class _Drawing:
                 keep=(work.keep, work.checkpoint),
                 block=work.block,
                 everywhere=False,
+                spectrum=self.study.spectrum is not None,
             )
 
     @functools.cached_property
@@ -511,6 +512,11 @@ class _Drawing:
                 for name in [s.name]
                 if name in self.study.histograms
             },
+            spectra={}
+            if self.study.spectrum is None
+            else spectra.counted(
+                values[monte_carlo.LOG_SINGULAR_VALUES], point, self.study.spectrum
+            ),
         )
 
 

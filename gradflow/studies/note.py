@@ -257,7 +257,7 @@ def _known(store: Store) -> dict[int, _Known]:
         total = results.of_group(group, store)
         if total is None:
             continue
-        theory = results.theory_of(group, store, total)
+        theory = results.theory_of(study, group, store, total)
         for row, number in enumerate(group.numbers.tolist()):
             found[number] = _Known(
                 point=study.point(number),

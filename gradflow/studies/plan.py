@@ -18,7 +18,7 @@ import numpy as np
 
 from gradflow.errors import InputError
 from gradflow.networks import Network
-from gradflow.simulation import memory, samplers
+from gradflow.simulation import memory, samplers, singular_values
 from gradflow.studies.description import Study
 
 __all__ = ["ALL", "Group", "Plan", "Segment", "Share", "Work", "check_memory", "groups", "make"]
@@ -37,6 +37,8 @@ _WINDOW_BYTES = 1 << 26
 _COMPILE_SECONDS = 6.0
 _THEORY_SECONDS, _THEORY_SECONDS_A_PAIR = 1e-4, 1e-3
 _SHIFT_SECONDS, _SHIFT_SECONDS_A_PAIR = 1e-4, 1e-2
+# Of the theory of a spectrum, for a point.
+_SPECTRUM_SECONDS = 0.5
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,6 +57,8 @@ class Group:
         How many each shall have; with a target, a round. The most where a name is twice in a study.
     sampler, reason
         How their networks are drawn.
+    spectrum
+        Whether their Jacobians' singular values are measured.
     """
 
     network: Network
@@ -64,6 +68,7 @@ class Group:
     networks: np.ndarray
     sampler: str
     reason: str
+    spectrum: bool = False
 
     @property
     def units(self) -> np.ndarray:
@@ -73,7 +78,8 @@ class Group:
     @property
     def seconds(self) -> float:
         """How long one network takes on one core, or so."""
-        return samplers.seconds(self.sampler, self.network, self.sites)
+        walk = samplers.seconds(self.sampler, self.network, self.sites)
+        return walk + (singular_values.seconds(self.network) if self.spectrum else 0.0)
 
 
 class Share(NamedTuple):
@@ -217,14 +223,16 @@ def groups(study: Study) -> tuple[Group, ...]:
             known[text] = (jax.tree.structure(network), sites, network.input_width)
             first.setdefault(known[text], network)
         members.setdefault(known[text], []).append((number, point.name))
-    found = []
+    found, measured = [], study.spectrum is not None
     for key, those in members.items():
         network, sites = first[key], key[1]
-        sampler, reason = samplers.choose(study.sampling.sampler, network, sites)
+        sampler, reason = "dense", "singular values take all weights"
+        if not measured:
+            sampler, reason = samplers.choose(study.sampling.sampler, network, sites)
         numbers = np.array([number for number, _ in those], np.int64)
         names = np.array([name for _, name in those], np.uint64)
         goal = np.array([shall[name] for _, name in those], np.int64)
-        found.append(Group(network, sites, numbers, names, goal, sampler, reason))
+        found.append(Group(network, sites, numbers, names, goal, sampler, reason, measured))
     return tuple(found)
 
 
@@ -287,7 +295,8 @@ def make(
 def row_bytes(study: Study, depth: int) -> int:
     """Return the size of what is kept of one point: five numbers, theory, z; histograms."""
     bins = sum(histogram.bins + 2 for histogram in study.histograms.values())
-    return 8 * depth * (11 * len(study.statistics) + 2 + bins)
+    spectrum = 0 if study.spectrum is None else 4 * (study.spectrum.bins + 7)
+    return 8 * (depth * (11 * len(study.statistics) + 2 + bins) + spectrum)
 
 
 def _theory_seconds(study: Study, group: Group) -> float:
@@ -295,7 +304,7 @@ def _theory_seconds(study: Study, group: Group) -> float:
     each = _THEORY_SECONDS * group.sites + _THEORY_SECONDS_A_PAIR * pairs
     if study.finite_width:
         each += _SHIFT_SECONDS * group.sites + _SHIFT_SECONDS_A_PAIR * pairs
-    return each * group.network.depth
+    return each * group.network.depth + _SPECTRUM_SECONDS * group.spectrum
 
 
 def _work(
@@ -316,8 +325,10 @@ def _work(
         budget=None if budget is None else int(budget * 2**30),
         itemsize=itemsize,
         devices=devices,
+        more=singular_values.bytes_needed(group.network, itemsize) if group.spectrum else 0,
     )
     values = group.network.depth * (len(study.statistics) + 2)
+    values += group.network.input_width * group.spectrum
     # Of one point there may be as few as one network in a chunk, and so as many points as networks.
     each_point = itemsize * group.sites * group.network.input_width
     per_point = max(1, int(count.min()))

@@ -18,7 +18,7 @@ import xarray
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from gradflow import statistics
+from gradflow import figures, statistics
 from gradflow.figures.drawing import COLOURS, MARKERS
 from gradflow.studies import results
 
@@ -30,12 +30,17 @@ _BY_LAYER = ("q", "correlation", "saturation", "chi", "log_gradient_norm")
 # z-scores beyond which maps have the colour of their ends.
 _MOST_Z = 6.0
 _WORST = 12
+_OF_SPECTRA = (
+    "Density of all singular values s of J = D^L W^L … D^1 W^1, the Jacobian of the top layer's "
+    "activations by the input; those that are 0, or beyond the axis, are counted and not shown. "
+    "Gaussian networks of width n differ from theory by O(1/n)."
+)
 
 
 def page(dataset: xarray.Dataset) -> str:
     """Return the report of a study's results, as HTML."""
     title = dataset.attrs["title"] or "A study without a title"
-    rows = [results.agreement(dataset, name) for name in _names(dataset)]
+    rows = [results.agreement(dataset, name) for name in results.compared(dataset)]
     parts = [
         f"<h1>{_safe(title)}</h1>",
         f"<p class=question>{_safe(dataset.attrs['question'])}</p>",
@@ -246,6 +251,8 @@ def _figures(dataset: xarray.Dataset) -> Iterator[tuple[Figure, str]]:
         for name in _names(dataset):
             if name in _BY_LAYER:
                 yield _lines(dataset, name)
+    if "singular_value_density" in dataset:
+        yield figures.spectra(dataset), _OF_SPECTRA
     yield _distribution(dataset)
 
 

@@ -16,17 +16,18 @@ import xarray
 from gradflow import comparison, statistics
 from gradflow.estimation import Estimate
 from gradflow.networks import Network
+from gradflow.studies import spectra
 from gradflow.studies import store as stores
 from gradflow.studies.description import Axis, Point, Study
 from gradflow.studies.plan import Group
 from gradflow.studies.store import Found, Store
 
-__all__ = ["FILE", "LARGE", "agreement", "assemble", "compile_theory", "of_group", "one", "theory"]
-__all__ += ["theory_of", "write"]
+__all__ = ["FILE", "LARGE", "agreement", "assemble", "compared", "compile_theory", "of_group"]
+__all__ += ["one", "theory", "theory_of", "write"]
 
 FILE = "results.nc"
-# What there is of each point's theory.
-_THEORY = ("predicted", "shift", "deviation")
+# What there is of each point's theory; and what comes before the names of `spectra.theory`.
+_THEORY, _SPECTRUM = ("predicted", "shift", "deviation"), "spectrum/"
 # A z beyond this is told of: 1 in 16 000 by chance.
 LARGE = 4.0
 
@@ -40,11 +41,12 @@ def theory(study: Study, points: Sequence[Point]) -> dict[str, np.ndarray]:
         ``names``; ``predicted``, ``shift`` and ``deviation``, shape (points, statistics, layers),
         in the unit that each statistic is kept in. ``shift`` is what the width does, to first order
         in 1/width, and ``deviation`` the standard deviation over networks (`theory.corrections`);
-        NaN where theory does not say, or is not asked.
+        NaN where theory does not say, or is not asked. And, if singular values are measured, what
+        `spectra.theory` says, each array with an axis of points.
     """
     keys = [statistic.key for statistic in study.statistics]
 
-    def of(point: Point) -> np.ndarray:
+    def of(point: Point) -> dict[str, np.ndarray]:
         network, inputs = point.network(), point.inputs()
         found, corrections = comparison.theory_float64(
             network, inputs, finite_width=study.finite_width
@@ -53,13 +55,17 @@ def theory(study: Study, points: Sequence[Point]) -> dict[str, np.ndarray]:
         each += [corrections.shift, corrections.standard_deviation] if corrections else []
         values = np.full((len(_THEORY), len(keys), network.depth), np.nan)
         values[: len(each)] = [[by_key[key] for key in keys] for by_key in each]
-        return values
+        those = dict(zip(_THEORY, values, strict=True))
+        if study.spectrum is not None:
+            law = spectra.theory(network, np.asarray(found.values["log_q"]), study.spectrum)
+            those |= {f"{_SPECTRUM}{name}": value for name, value in law.items()}
+        return those
 
     compile_theory(study, points[0])
     with ThreadPoolExecutor(min(os.cpu_count() or 1, 8)) as pool:
         found = list(pool.map(of, points))
     names = np.array([point.name for point in points], np.uint64)
-    return {"names": names, **dict(zip(_THEORY, np.stack(found, axis=1), strict=True))}
+    return {"names": names} | {key: np.stack([each[key] for each in found]) for key in found[0]}
 
 
 def compile_theory(study: Study, point: Point) -> None:
@@ -79,10 +85,13 @@ def of_group(group: Group, store: Store) -> Found | None:
     return stores.combined(store.found(lambda *of: of in those), group.names)
 
 
-def theory_of(group: Group, store: Store, like: Found) -> dict[str, np.ndarray]:
+def theory_of(study: Study, group: Group, store: Store, like: Found) -> dict[str, np.ndarray]:
     """Return what `theory` said of a group's points, in its order and of the shape of ``like``."""
     place = {name: row for row, name in enumerate(group.names.tolist())}
     found = {name: np.full(like.estimates.mean.shape, np.nan) for name in _THEORY}
+    if study.spectrum is not None:
+        for name, value in spectra.unknown(study.spectrum).items():
+            found[f"{_SPECTRUM}{name}"] = np.tile(value, (len(place), 1))
     for block in store.theory():
         rows = [n for n, name in enumerate(block["names"].tolist()) if name in place]
         there = [place[int(block["names"][n])] for n in rows]
@@ -108,7 +117,7 @@ def assemble(study: Study, found: Sequence[Group], store: Store) -> xarray.Datas
         total = of_group(group, store)
         _put_laws(grid, study, group)
         if total is not None:
-            _put(grid, study, group, total, theory_of(group, store, total))
+            _put(grid, study, group, total, theory_of(study, group, store, total))
     coordinates: dict[str, Any] = {"layer": statistics.layers(depth)}
     for axis in study.axes:
         if len(axis.values) > 1:
@@ -117,6 +126,9 @@ def assemble(study: Study, found: Sequence[Group], store: Store) -> xarray.Datas
     for name, histogram in study.histograms.items():
         edges = histogram.edges
         coordinates[f"{name}_bin"] = (edges[1:] + edges[:-1]) / 2
+    if study.spectrum is not None:
+        edges = study.spectrum.edges
+        coordinates[spectra.BIN] = (edges[1:] + edges[:-1]) / 2
     dataset = xarray.Dataset(grid.variables(), coords=coordinates)
     for statistic in study.statistics:
         for name in (statistic.name, f"{statistic.name}_theory"):
@@ -150,8 +162,16 @@ def write(study: Study, found: Sequence[Group], store: Store) -> Path:
     return store.publish(FILE, lambda path: dataset.to_netcdf(path, engine="scipy"))
 
 
+def compared(dataset: xarray.Dataset) -> list[str]:
+    """Return the names of all that has theory beside it: statistics, and a spectrum's."""
+    return [
+        *dataset.attrs["statistics"].split(),
+        *(name for name in spectra.COMPARED if name in dataset),
+    ]
+
+
 def agreement(dataset: xarray.Dataset, name: str) -> dict[str, Any]:
-    """Return how measurement and theory of a statistic agree, over all points and layers."""
+    """Return how measurement and theory of one of `compared` agree, over all that there is."""
     z = np.abs(dataset[f"{name}_z"].to_numpy())
     corrected = dataset.get(f"{name}_finite_width_z")
     known = np.full(1, np.nan) if corrected is None else np.abs(corrected.to_numpy())
@@ -196,9 +216,9 @@ class _Grid:
     def put(
         self, name: str, group: Group, values: np.ndarray, beyond: tuple[str, ...] = ("layer",)
     ) -> None:
-        """Put values of a group's points, (points, layers, …) or (points,), in their places."""
+        """Put values of a group's points, (points, layers, …) or others, in their places."""
         rest = values.shape[1:]
-        if rest:
+        if beyond[:1] == ("layer",):
             rest = (self.depth, *rest[1:])
         if name not in self.arrays:
             self.arrays[name] = (beyond, np.full((len(self.study), *rest), np.nan))
@@ -259,6 +279,12 @@ def _put(
             grid.put(f"{name}_histogram_above", group, counts[..., -1])
     grid.put("overflowed", group, total.failures[:, 0])
     grid.put("vanished", group, total.failures[:, 1])
+    if study.spectrum is not None:
+        law = {k.removeprefix(_SPECTRUM): v for k, v in laws.items() if k.startswith(_SPECTRUM)}
+        depth, dtype = group.network.depth, study.sampling.dtype
+        found = spectra.labelled(total.spectra, law, study.spectrum, depth, dtype)
+        for name, (beyond, values) in found.items():
+            grid.put(name, group, values, beyond)
 
 
 def _put_laws(grid: _Grid, study: Study, group: Group) -> None:

@@ -69,30 +69,37 @@ class Found:
         Shape (points, 2, layers): in how many networks the signal overflowed, and vanished.
     histograms
         By statistic, shape (points, layers, bins + 2): networks below, in and above the bins.
+    spectra
+        Sums over networks of what `spectra.counted` has of their singular values, if they are
+        measured.
     """
 
     names: np.ndarray
     estimates: Estimate
     failures: np.ndarray
     histograms: Mapping[str, np.ndarray]
+    spectra: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)
 
     def arrays(self) -> dict[str, np.ndarray]:
         """Return all of it by name, as files have it."""
         found = {field: getattr(self.estimates, field) for field in _FIELDS}
         found |= {f"histogram/{name}": counts for name, counts in self.histograms.items()}
+        found |= {f"spectrum/{name}": sums for name, sums in self.spectra.items()}
         return found | {"names": self.names, "failures": self.failures}
 
     @classmethod
     def of(cls, arrays: Mapping[str, np.ndarray]) -> "Found":
         """Return what such arrays hold."""
-        prefix = "histogram/"
+
+        def below(prefix: str) -> dict[str, np.ndarray]:
+            return {k.removeprefix(prefix): v for k, v in arrays.items() if k.startswith(prefix)}
+
         return cls(
             names=arrays["names"],
             estimates=Estimate(**{field: arrays[field] for field in _FIELDS}),
             failures=arrays["failures"],
-            histograms={
-                key.removeprefix(prefix): arrays[key] for key in arrays if key.startswith(prefix)
-            },
+            histograms=below("histogram/"),
+            spectra=below("spectrum/"),
         )
 
     @property

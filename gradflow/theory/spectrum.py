@@ -35,8 +35,8 @@ from gradflow import activations, gaussian
 from gradflow.activations import Activation
 from gradflow.errors import InputError, check_count, check_scale, unknown_name
 
-__all__ = ["WEIGHTS", "Density", "SlopeLaw", "Support", "density", "mean_and_variance"]
-__all__ += ["mean_singular_value", "moments", "slope_law", "support", "two_point_law"]
+__all__ = ["WEIGHTS", "Density", "Shares", "SlopeLaw", "Support", "density", "mean_and_variance"]
+__all__ += ["mean_singular_value", "moments", "shares", "slope_law", "support", "two_point_law"]
 
 WEIGHTS = ("gaussian", "orthogonal")
 
@@ -560,6 +560,99 @@ def _on_the_negative_axis(layers: _Layers, log_t: Float[Array, " points"]) -> Ar
     log_s = jnp.linspace(-furthest, furthest, math.ceil(8 * furthest), dtype=log_t.dtype)
     found = jax.vmap(lambda x: _negative(layers, x)[0])(log_s)
     return jnp.interp(-log_t, -found, log_s)
+
+
+# Shares of all singular values --------------------------------------------------------------------
+
+
+class Shares(NamedTuple):
+    """Which shares of all singular values s are 0, below, in and above bins; they add up to 1.
+
+    NaN where the density was not found.
+    """
+
+    zero: Float[Array, ""]  # the atom at 0, which is in no bin
+    below: Float[Array, ""]
+    inside: Float[Array, " bins"]  # with isolated atoms; the last bin has its upper edge
+    above: Float[Array, ""]
+
+
+# Nodes of a bin; pieces that all above the last one is cut into, and how many times as large as the
+# one before each is, at least.
+_NODES, _PIECES, _RATIO = 12, 16, 2.0
+
+
+def shares(
+    law: SlopeLaw,
+    sigma_w2: ArrayLike,
+    depth: int,
+    weights: str = "gaussian",
+    *,
+    edges: Float[ArrayLike, " edges"],
+) -> Shares:
+    """Return the shares of singular values between edges: the density's integrals, and atoms.
+
+    Parameters
+    ----------
+    law, sigma_w2, depth, weights
+        As for `mean_and_variance`.
+    edges
+        Shape (bins + 1,): values s >= 0, ascending; the last is above 0.
+
+    Raises
+    ------
+    InputError
+        If an argument is out of range.
+
+    Notes
+    -----
+    The integral is taken from the upper end of the law down. What is left over at its lower end is
+    that of the bin there: towards s = 0 most singular values of a deep network are further below
+    the largest than any density can be followed to. In each bin s = a + (b - a) (1 - cos πt)/2, so
+    that a root of the density, as at the ends of the law, is smooth in t.
+
+    One orthogonal layer has the law of σ_w |φ'|, and no density is offered (`density`): its shares
+    are known where φ is straight, and NaN elsewhere.
+    """
+    layers = _layers(law, sigma_w2, depth, weights)
+    check_scale("edges", edges)
+    edges = jnp.asarray(edges, law.values.dtype)
+    ends = support(law, sigma_w2, depth, weights)
+    rest = 1 - jnp.sum(ends.masses)
+    rest = jnp.where(rest > 1e-12, rest, 0)
+    lower, upper = (jnp.nan_to_num(jnp.sqrt(end)) for end in (ends.lower, ends.upper))
+    ratio = jnp.maximum(_RATIO, (upper / edges[-1]) ** (1 / _PIECES))
+    cuts = jnp.append(edges, edges[-1] * ratio ** jnp.arange(1, _PIECES + 1))
+    if layers.depth == 1 and not layers.gaussian:
+        each = jnp.where(rest > 0, jnp.nan, jnp.zeros(cuts.size - 1, cuts.dtype))
+    else:
+        each = _integrals(layers, jnp.clip(cuts, lower, jnp.maximum(lower, upper)))
+    beyond = jnp.append(jnp.cumsum(each[::-1])[::-1], 0)[: edges.size]
+    beyond = jnp.where(edges <= lower, rest, beyond)
+    # An isolated atom is in the bin that begins with it or before it; one at the last edge, in it.
+    places = jnp.sqrt(ends.atoms)
+    after = places[None, :] >= edges[:, None]
+    after = after.at[-1].set(places > edges[-1])
+    beyond += jnp.sum(jnp.where(after & (places > 0)[None, :], ends.masses[None, :], 0), axis=1)
+    return Shares(
+        zero=ends.masses[0],
+        below=1 - ends.masses[0] - beyond[0],
+        inside=beyond[:-1] - beyond[1:],
+        above=beyond[-1],
+    )
+
+
+def _integrals(layers: _Layers, cuts: Float[Array, " cuts"]) -> Float[Array, " pieces"]:
+    """Return the integrals of the density of s between cuts, which are within the law's ends."""
+    t, weight = (jnp.asarray(v, cuts.dtype) for v in np.polynomial.legendre.leggauss(_NODES))
+    low, width = cuts[:-1, None], jnp.diff(cuts)[:, None]
+    angle = (math.pi * (1 + t) / 2)[None, :]
+    s = low + width * (1 - jnp.cos(angle)) / 2
+    empty = (width == 0) | (s == 0)
+    at = jnp.where(empty, jnp.exp(layers.depth * layers.log_sigma_w2), s**2)
+    rho = 2 * jnp.sqrt(at) * _density(layers, at)[0]
+    terms = rho * jnp.sin(angle) * weight[None, :] * width * math.pi / 4
+    return jnp.sum(jnp.where(empty, 0, terms), axis=1)
 
 
 def mean_singular_value(
