@@ -434,7 +434,7 @@ def explained(
 def theory_float64(
     network: Network, inputs: ArrayLike, *, finite_width: bool = True
 ) -> tuple[Prediction, Corrections | None]:
-    """Return what `predict_float64` does, and `correct_float64`, which is half of the work again.
+    """Return what `predict_float64` and `correct_float64` do, which share most of their work.
 
     Without ``finite_width`` the second is None.
     """
