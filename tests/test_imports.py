@@ -93,6 +93,8 @@ ORDER = (
     "studies.description",
     "studies.plan",
     "studies.store",
+    "studies.depth_scales",
+    "studies.gradient_spread",
     "studies.results",
     "studies.execution",
     "studies.report",

@@ -23,6 +23,8 @@ plan
     Which programs it takes, in which chunks, and how long.
 store
     The folder that holds what is finished, whatever happens to the process.
+depth_scales, gradient_spread
+    What is made of the statistics: ξ of gradients, lengths and correlations; how networks differ.
 results
     All of it with labels, theory beside it.
 execution
@@ -32,9 +34,11 @@ report
 """
 
 from gradflow.studies import (
+    depth_scales,
     description,
     execution,
     experiments,
+    gradient_spread,
     jacobian_spectrum,
     note,
     plan,
@@ -45,5 +49,5 @@ from gradflow.studies import (
     store,
 )
 
-__all__ = ["description", "execution", "experiments", "jacobian_spectrum", "note", "plan", "point"]
-__all__ += ["remedies", "report", "results", "store"]
+__all__ = ["depth_scales", "description", "execution", "experiments", "gradient_spread"]
+__all__ += ["jacobian_spectrum", "note", "plan", "point", "remedies", "report", "results", "store"]

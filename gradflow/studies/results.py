@@ -16,6 +16,7 @@ import xarray
 from gradflow import comparison, statistics
 from gradflow.estimation import Estimate
 from gradflow.networks import Network
+from gradflow.studies import depth_scales, gradient_spread
 from gradflow.studies import store as stores
 from gradflow.studies.description import Point, Study
 from gradflow.studies.plan import Group
@@ -26,6 +27,8 @@ __all__ = ["FILE", "LARGE", "agreement", "assemble", "of_group", "one", "theory"
 FILE = "results.nc"
 # A z beyond this is told of: 1 in 16 000 by chance.
 LARGE = 4.0
+# What there is of theory, beside the points' names.
+_THEORY = ("predicted", "shift", "deviation")
 
 
 def theory(study: Study, points: Sequence[Point]) -> dict[str, np.ndarray]:
@@ -34,29 +37,31 @@ def theory(study: Study, points: Sequence[Point]) -> dict[str, np.ndarray]:
     Returns
     -------
     dict
-        ``names``; ``predicted`` and ``shift``, shape (points, statistics, layers), in the unit that
-        each statistic is kept in. ``shift`` is what the width does, to first order in 1/width; NaN
-        where theory does not say, or is not asked.
+        ``names``; ``predicted``, ``shift`` and ``deviation``, shape (points, statistics, layers),
+        in the unit that each statistic is kept in. ``shift`` is what the width does, to first order
+        in 1/width, and ``deviation`` the standard deviation over networks that it makes, of a
+        logarithm as a share of the mean; NaN where theory does not say, or is not asked.
     """
     keys = [statistic.key for statistic in study.statistics]
 
-    def of(point: Point) -> tuple[np.ndarray, np.ndarray]:
+    def of(point: Point) -> tuple[np.ndarray, ...]:
         network, inputs = point.network(), point.inputs()
         found = comparison.predict_float64(network, inputs)
         predicted = np.stack([np.asarray(found.values[key], np.float64) for key in keys])
-        shift = np.full_like(predicted, np.nan)
+        shift, deviation = np.full_like(predicted, np.nan), np.full_like(predicted, np.nan)
         corrections = comparison.correct_float64(network, inputs) if study.finite_width else None
         if corrections is not None:
             shift[:] = [corrections.shift[key] for key in keys]
-        return predicted, shift
+            deviation[:] = [corrections.standard_deviation[key] for key in keys]
+        return predicted, shift, deviation
 
     # The first compiles what the others use, side by side.
     found = [of(points[0])]
     with ThreadPoolExecutor(min(os.cpu_count() or 1, 8)) as pool:
         found += pool.map(of, points[1:])
-    predicted, shift = (np.stack(parts) for parts in zip(*found, strict=True))
+    columns = (np.stack(parts) for parts in zip(*found, strict=True))
     names = np.array([point.name for point in points], np.uint64)
-    return {"names": names, "predicted": predicted, "shift": shift}
+    return {"names": names, **dict(zip(_THEORY, columns, strict=True))}
 
 
 def of_group(group: Group, store: Store) -> Found | None:
@@ -100,7 +105,10 @@ def assemble(study: Study, found: Sequence[Group], store: Store) -> xarray.Datas
     for statistic in study.statistics:
         for name in (statistic.name, f"{statistic.name}_theory"):
             dataset[name].attrs["long_name"] = statistic.label
-    return statistics.labelled(dataset).assign_attrs(
+    for name, label in gradient_spread.LABELS.items():
+        if name in dataset:
+            dataset[name].attrs["long_name"] = label
+    labelled = statistics.labelled(dataset).assign_attrs(
         title=study.title,
         question=study.question,
         study=study.text,
@@ -113,6 +121,7 @@ def assemble(study: Study, found: Sequence[Group], store: Store) -> xarray.Datas
         drawn_with=json.dumps(store.drawn_with, sort_keys=True),
         samplers=json.dumps(sorted({f"{group.sampler}: {group.reason}" for group in found})),
     )
+    return depth_scales.add(labelled, study)
 
 
 def write(study: Study, found: Sequence[Group], store: Store) -> Path:
@@ -192,7 +201,7 @@ def _put(
 ) -> None:
     for place, statistic in enumerate(study.statistics):
         name, estimate = statistic.name, one(total, place)
-        predicted, shift = laws["predicted"][:, place], laws["shift"][:, place]
+        predicted, shift, deviation = (laws[kind][:, place] for kind in _THEORY)
         measured, error, z = comparison.differences(
             statistic,
             predicted,
@@ -223,6 +232,13 @@ def _put(
             )[2]
             grid.put(f"{name}_finite_width_shift", group, shift)
             grid.put(f"{name}_finite_width_z", group, corrected)
+            with np.errstate(over="ignore"):
+                unit = np.exp(predicted) if statistic.log else 1.0
+                grid.put(f"{name}_standard_deviation_theory", group, unit * deviation)
+        if name == "log_gradient_norm":
+            spread = gradient_spread.spread(group.network, group.sites, estimate, deviation)
+            for variable, values in spread.items():
+                grid.put(variable, group, values)
         if name in total.histograms:
             counts = total.histograms[name]
             grid.put(f"{name}_histogram", group, counts[..., 1:-1], ("layer", f"{name}_bin"))
@@ -257,11 +273,12 @@ def _weight_variance(network: Network) -> np.ndarray:
 
 def _theory_of(group: Group, store: Store, like: Found) -> dict[str, np.ndarray]:
     place = {name: row for row, name in enumerate(group.names.tolist())}
-    found = {name: np.full(like.estimates.mean.shape, np.nan) for name in ("predicted", "shift")}
+    found = {name: np.full(like.estimates.mean.shape, np.nan) for name in _THEORY}
     for block in store.theory():
         rows = [n for n, name in enumerate(block["names"].tolist()) if name in place]
         there = [place[int(block["names"][n])] for n in rows]
         if rows:
             for name, array in found.items():
-                array[there] = block[name][rows]
+                if name in block:  # a store may be older than one of them
+                    array[there] = block[name][rows]
     return found
