@@ -173,7 +173,7 @@ def show(folder: Folder, as_json: Json = False) -> None:
         return
     dataset = xarray.load_dataset(path)
     if as_json:
-        rows = [results.agreement(dataset, name) for name in dataset.attrs["statistics"].split()]
+        rows = [results.agreement(dataset, name) for name in results.compared(dataset)]
         print_json(
             {"title": study.title, "finished": True, "networks": drawn, "points": len(study)}
             | {"statistics": rows}
@@ -200,12 +200,10 @@ def _show(console: Console, title: str, dataset: xarray.Dataset) -> None:
     for name in ("values", f"|z| < {results.LARGE:g}", "largest |z|", "there measured", "theory"):
         table.add_column(name, justify="right")
     table.add_column("where")
-    shifted = any(
-        f"{name}_finite_width_z" in dataset for name in dataset.attrs["statistics"].split()
-    )
+    shifted = any(f"{name}_finite_width_z" in dataset for name in results.compared(dataset))
     if shifted:
         table.add_column(f"|z| < {results.LARGE:g}, width known", justify="right")
-    for name in dataset.attrs["statistics"].split():
+    for name in results.compared(dataset):
         row = results.agreement(dataset, name)
         cells = [
             name,

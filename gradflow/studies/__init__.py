@@ -29,7 +29,7 @@ results
     All of it with labels, theory beside it.
 execution
     Running it.
-report
+report, report_figures
     A page on what it found.
 """
 
@@ -45,9 +45,11 @@ from gradflow.studies import (
     point,
     remedies,
     report,
+    report_figures,
     results,
     store,
 )
 
 __all__ = ["depth_scales", "description", "execution", "experiments", "gradient_spread"]
-__all__ += ["jacobian_spectrum", "note", "plan", "point", "remedies", "report", "results", "store"]
+__all__ += ["jacobian_spectrum", "note", "plan", "point", "remedies", "report"]
+__all__ += ["report_figures", "results", "store"]

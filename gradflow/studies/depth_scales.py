@@ -46,7 +46,7 @@ from gradflow.studies.description import Point, Study
 from gradflow.theory import fixed_points
 from gradflow.theory.fixed_points import Analysis
 
-__all__ = ["SCALES", "Curve", "add", "decay_rate", "gradient_rate", "measured"]
+__all__ = ["SCALES", "Curve", "Rate", "add", "decay_rate", "gradient_rate"]
 
 # By name in results, `rate_…` and `xi_…`: whose depth scale it is.
 SCALES = {"grad": "gradients", "q": "lengths", "c": "correlations"}
@@ -128,11 +128,10 @@ def gradient_rate(curve: Curve, networks: float = math.nan) -> Rate:
 
     own = math.sqrt(max(curve.error[middle] ** 2 - curve.error[top] ** 2, 0.0))
     rounding = curve.rounding * _ROUNDING * (1 + abs(curve.theory[middle]))
-    return _rate(
-        (of(curve.measured), of(curve.theory), of(curve.theory + curve.shift)),
-        (own / steps, math.hypot(own, rounding) / steps),
-        (middle, top),
-    )
+    value, theory, shifted = map(of, (curve.measured, curve.theory, curve.theory + curve.shift))
+    z, shifted_z = ((value - x) * steps / math.hypot(own, rounding) for x in (theory, shifted))
+    layers = (middle + 1.0, top + 1.0)
+    return Rate(value, own / steps, theory, z, shifted - theory, shifted_z, *layers)
 
 
 def decay_rate(curve: Curve, xi: float, limit: float, *, known: bool, log: bool) -> Rate:
@@ -172,24 +171,15 @@ def decay_rate(curve: Curve, xi: float, limit: float, *, known: bool, log: bool)
         return Rate()
     a, b = stretch
     expected = by_theory.slope(a, b)
-    if not abs(expected * xi - 1) < _BIAS or np.any(found.sign[[a, b]] != by_theory.sign[[a, b]]):
+    if not abs(expected * xi - 1) < _BIAS:
         return Rate()
     shifted = distances(curve.theory + curve.shift)
-    return _rate(
-        (found.slope(a, b), expected, shifted.slope(a, b)),
-        (found.error(a, b), by_theory.error(a, b)),
-        (a, b),
-    )
-
-
-def _rate(
-    values: tuple[float, float, float], errors: tuple[float, float], layers: tuple[int, int]
-) -> Rate:
-    """Return it; z is in standard errors as they are where theory is right, ``errors[1]``."""
-    (value, theory, shifted), (error, null_error) = values, errors
-    z, shifted_z = ((value - other) / null_error for other in (theory, shifted))
-    first, last = layers
-    return Rate(value, error, theory, z, shifted - theory, shifted_z, first + 1.0, last + 1.0)
+    z, shifted_z = (found.z(other, a, b) for other in (by_theory, shifted))
+    value, error = found.slope(a, b), found.error(a, b)
+    if np.any(found.sign[[a, b]] != by_theory.sign[[a, b]]):
+        value, error = math.nan, math.nan
+    shift = shifted.slope(a, b) - expected
+    return Rate(value, error, expected, z, shift, shifted_z, a + 1.0, b + 1.0)
 
 
 class _Distance(NamedTuple):
@@ -219,6 +209,17 @@ class _Distance(NamedTuple):
     def slope(self, a: int, b: int) -> float:
         return float(self.log[a] - self.log[b]) / (b - a)
 
+    def z(self, theory: "_Distance", a: int, b: int) -> float:
+        """Return the z of the slope, from distances as shares of theory's.
+
+        They are normal if theory is right, as five standard errors' logarithm is not: that of a
+        distance by chance too small goes far down.
+        """
+        at_a, at_b = (
+            self.sign[n] * theory.sign[n] * np.exp(self.log[n] - theory.log[n]) for n in (a, b)
+        )
+        return float(at_a - at_b) / (b - a) / theory.error(a, b)
+
     def error(self, a: int, b: int) -> float:
         """Return the standard error of the slope, covariances between layers taken as above.
 
@@ -242,11 +243,6 @@ def _stretch(clear: np.ndarray) -> tuple[int, int] | None:
 
 
 # Of a study ---------------------------------------------------------------------------------------
-
-
-def measured(dataset: xarray.Dataset) -> list[str]:
-    """Return the names of the rates that results have, as ``rate_grad``."""
-    return [f"rate_{name}" for name in SCALES if f"rate_{name}" in dataset]
 
 
 def add(dataset: xarray.Dataset, study: Study) -> xarray.Dataset:

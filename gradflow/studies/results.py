@@ -4,7 +4,7 @@ import dataclasses
 import json
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,8 @@ from gradflow.studies.description import Point, Study
 from gradflow.studies.plan import Group
 from gradflow.studies.store import Found, Store
 
-__all__ = ["FILE", "LARGE", "agreement", "assemble", "of_group", "one", "theory", "write"]
+__all__ = ["FILE", "LARGE", "agreement", "assemble", "compared", "of_group", "one", "theory"]
+__all__ += ["where", "write"]
 
 FILE = "results.nc"
 # A z beyond this is told of: 1 in 16 000 by chance.
@@ -130,6 +131,35 @@ def write(study: Study, found: Sequence[Group], store: Store) -> Path:
     return store.publish(FILE, lambda path: dataset.to_netcdf(path, engine="scipy"))
 
 
+def compared(dataset: xarray.Dataset) -> list[str]:
+    """Return the names of what has a z: statistics, and what is made of them where it is known."""
+    made = (*(f"rate_{name}" for name in depth_scales.SCALES), gradient_spread.NAME)
+    known = [n for n in made if f"{n}_z" in dataset and bool(np.isfinite(dataset[f"{n}_z"]).any())]
+    return [*dataset.attrs["statistics"].split(), *known]
+
+
+def where(dataset: xarray.Dataset, place: Mapping[Any, int]) -> str:
+    """Return a place on some axes in words: of each, its value there.
+
+    Of an axis with several fields, it is that of the first field that tells its places apart.
+    """
+    return ", ".join(f"{k} {_shown(v)}" for k, v in _values(dataset, place).items())
+
+
+def _values(dataset: xarray.Dataset, place: Mapping[Any, int]) -> dict[str, Any]:
+    found = {}
+    for axis, index in place.items():
+        along = [c for c in dataset.coords.values() if c.dims == (axis,) and c.name != axis]
+        telling = [c for c in along if len(set(c.values.tolist())) == c.size]
+        coordinate = telling[0] if telling else dataset[axis]
+        found[str(coordinate.name)] = coordinate[index].item()
+    return found
+
+
+def _shown(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
 def agreement(dataset: xarray.Dataset, name: str) -> dict[str, Any]:
     """Return how measurement and theory of a statistic agree, over all points and layers."""
     z = np.abs(dataset[f"{name}_z"].to_numpy())
@@ -148,13 +178,14 @@ def agreement(dataset: xarray.Dataset, name: str) -> dict[str, Any]:
     }
     if not found["values"]:
         return found
-    place = np.unravel_index(np.nanargmax(z), z.shape)
-    there = dataset.isel(dict(zip(dataset[f"{name}_z"].dims, map(int, place), strict=True)))
+    flat = np.unravel_index(np.nanargmax(z), z.shape)
+    place = dict(zip(dataset[f"{name}_z"].dims, map(int, flat), strict=True))
+    there = dataset.isel(place)
     return found | {
-        "largest_z": float(z[place]),
+        "largest_z": float(z[flat]),
         "measured": float(there[name]),
         "theory": float(there[f"{name}_theory"]),
-        "where": {str(k): there[k].item() for k in dataset[f"{name}_z"].dims},
+        "where": _values(dataset, place),
     }
 
 
