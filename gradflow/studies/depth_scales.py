@@ -99,7 +99,7 @@ class Rate(NamedTuple):
     last: float = math.nan
 
 
-def gradient_rate(curve: Curve, networks: float = math.nan) -> Rate:
+def gradient_rate(curve: Curve, networks: float | int = math.nan) -> Rate:
     """Return the rate at which squared gradients vanish going down the upper half of the layers.
 
     Parameters

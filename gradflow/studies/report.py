@@ -42,7 +42,7 @@ def page(dataset: xarray.Dataset) -> str:
         f"<p>{_method()}</p>",
         _facts(dataset),
         "<h2>Theory against measurement</h2>",
-        f"<p>{_verdict(rows[: len(_names(dataset))])}</p>",
+        f"<p>{_verdict([row for row in rows if row['statistic'] in _names(dataset)])}</p>",
         _agreement_table(rows),
         *(_figure(figure, caption) for figure, caption in _figures(dataset)),
         "<h2>Where they disagree most</h2>",
@@ -246,7 +246,7 @@ def _figures(dataset: xarray.Dataset) -> Iterator[tuple[Figure, str]]:
         for name in _names(dataset):
             if name in _BY_LAYER:
                 yield _map(there, name, plane[0], plane[1], at)
-        made.append(report_figures.depth_scale_maps(there, plane[0], plane[1]))
+        made.append(report_figures.depth_scale_maps(there, plane[0], plane[1], at))
     else:
         for name in _names(dataset):
             if name in _BY_LAYER:

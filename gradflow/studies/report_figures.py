@@ -28,11 +28,14 @@ _FEW = 0.2
 # How far a logarithmic axis goes beyond what is measured.
 _HEADROOM = 3
 _SYMBOLS = {"grad": "|ξ_∇|", "q": "ξ_q", "c": "ξ_c"}
+_OF_SPREAD = ("standard_error", "first_order", "theory")
 # Points that differ in these alone are at different depth/width, and in one series.
 _SIZES = ("width", "depth", "input_width")
 
 
-def depth_scale_maps(dataset: xarray.Dataset, x: str, y: str) -> tuple[Figure, str] | None:
+def depth_scale_maps(
+    dataset: xarray.Dataset, x: str, y: str, at: str = ""
+) -> tuple[Figure, str] | None:
     """Depth scales over two axes: measured, theory's, and how far the rates 1/ξ are apart.
 
     Parameters
@@ -41,6 +44,8 @@ def depth_scale_maps(dataset: xarray.Dataset, x: str, y: str) -> tuple[Figure, s
         A study's results, with no axes but these two.
     x, y
         The axes.
+    at
+        Where on the study's other axes that is.
     """
     scales = _measured(dataset)
     if not scales:
@@ -69,9 +74,10 @@ def depth_scale_maps(dataset: xarray.Dataset, x: str, y: str) -> tuple[Figure, s
     for axes in grid[-1]:
         axes.set_xlabel(x)
     return figure, (
-        f"{_which(scales)} over {x} and {y}. Theory is that of the fixed point; z compares the "
-        "rates 1/ξ, estimated alike from the networks and from theory's curve. The line is where "
-        f"χ₁ = 1 in theory; grey is where there is no depth scale, or {_UNKNOWN}"
+        f"{_which(scales)} over {x} and {y}{f', {at}' if at else ''}. Theory is that of the fixed "
+        "point; z compares the rates 1/ξ (rate_… in the table), estimated alike from the networks "
+        "and from theory's curve. The line is where χ₁ = 1 in theory; grey is where there is no "
+        f"depth scale, or {_UNKNOWN}"
     )
 
 
@@ -212,13 +218,9 @@ def _spread_of_one(
     ``place`` is its number in its series, and how far it is moved aside in the last panel.
     """
     name, (number, shift) = gradient_spread.NAME, place
-    x, y, error, first_order, theory = (
-        here[key].to_numpy()[::-1][1:]
-        for key in (
-            *("depth_over_width", name, f"{name}_standard_error"),
-            *(f"{name}_first_order", f"{name}_theory"),
-        )
-    )
+    keys = ("depth_over_width", name, *(f"{name}_{k}" for k in _OF_SPREAD))
+    passed = (here["depth_over_width"] > 0).to_numpy()  # the top is none, nor what is above it
+    x, y, error, first_order, theory = (here[key].to_numpy()[passed][::-1] for key in keys)
     shown = np.unique(np.append(2 ** np.arange(int(np.log2(x.size)) + 1), x.size)) - 1
     slope = first_order / x
     size = {**POINTS, "markersize": 2.5 + 0.7 * min(number, 5), "capsize": 0}
@@ -232,14 +234,14 @@ def _spread_of_one(
 
 
 def _about_spread(dataset: xarray.Dataset, known: bool) -> str:
-    drawn = dataset.attrs["networks"]
-    living = float(dataset.log_gradient_norm_networks.isel(layer=0).sum())
+    counts = dataset.log_gradient_norm_networks
+    drawn, living = (float(c.sum()) for c in (counts.max("layer"), counts.min("layer")))
     caption = (
-        "How far networks of one law differ: the variance over networks of the log of the squared "
-        "gradient at a layer, beside the top's, against depth over width: the sum of 1/width over "
-        "the layers it has passed. Points are 1, 2, 4, … layers below the top, with two standard "
-        "errors (as if the logarithm were normal), the wider the network the larger; those of one "
-        "network are not independent."
+        "How far networks of one law differ (gradient_spread in the table): the variance over "
+        "networks of the log of the squared gradient at a layer, beside the top's, against depth "
+        "over width, which is the sum of 1/width over the layers it has passed. Points are 1, 2, "
+        "4, … layers below the top, with two standard errors (as if the logarithm were normal), "
+        "the wider the network the larger; those of one network are not independent."
     )
     if living < drawn:
         left_out = f"{drawn - living:.0f} of {drawn:.0f} networks"
