@@ -103,6 +103,12 @@ def test_points_are_those_of_simulate_and_of_theory(reference):
         np.testing.assert_allclose(
             here.chi_finite_width_shift, correction.shift["chi"], rtol=1e-9, atol=1e-12
         )
+        spread = correction.standard_deviation
+        for deviation, expected in (
+            (here.chi_standard_deviation_theory, spread["chi"]),
+            (here.q_standard_deviation_theory, spread["log_q"] * np.exp(here.log_q_theory)),
+        ):
+            np.testing.assert_allclose(deviation, expected, rtol=1e-9, atol=1e-12)
 
 
 def test_results_are_labelled_and_say_where_they_are_from(reference):

@@ -13,7 +13,7 @@ import xarray
 from typer.testing import CliRunner
 
 from gradflow import cli
-from gradflow.studies import report
+from gradflow.studies import description, execution, report, results
 
 EVIL = '<script>alert("1")</script> & <img src=x>'
 TEXT = f"""
@@ -93,6 +93,63 @@ def test_a_study_without_a_plane_has_lines_by_layer(study):
     dataset = xarray.load_dataset(study[0] / "results.nc")
     row = dataset.isel(sigma_b2=slice(0, 2), layer=slice(0, 2))
     assert report.page(row).count("theory as lines, measurement as points") == 4
+
+
+DEEP = """
+[network]
+activation = "tanh"
+width = 60
+depth = 9
+[[axes]]
+sigma_w2 = { from = 0.5, to = 2, points = 4 }
+[[axes]]
+sigma_b2 = [0.0, 0.1, 0.2, 0.3]
+[sampling]
+networks = 40
+[statistics]
+measure = ["q", "gradient_variance", "log_gradient_norm"]
+"""
+
+
+@pytest.fixture(scope="module")
+def deep(tmp_path_factory):
+    """Results of networks that are deep enough to have depth scales."""
+    folder = tmp_path_factory.mktemp("deep")
+    written = execution.run(description.parse(DEEP), folder / "out").results
+    return xarray.load_dataset(written)
+
+
+def figures_of(page):
+    """The captions of a page's figures."""
+    return [html.unescape(c) for c in re.findall("<figcaption>(.*?)</figcaption>", page, re.DOTALL)]
+
+
+def test_depth_scales_are_maps_over_a_plane_and_a_row_of_the_table(deep):
+    page = report.page(deep)
+    (caption,) = (c for c in figures_of(page) if "Depth scales" in c)
+    assert "|ξ_∇| of gradients" in caption
+    assert "over sigma_w2 and sigma_b2." in caption
+    row = results.agreement(deep, "rate_grad")
+    assert row["values"] == 16
+    assert row["within"] == 1
+    assert f"<td class=text>rate_grad<td>16<td>100 %<td>100 %<td>{row['largest_z']:.4g}" in page
+    assert not any("How far networks" in c for c in figures_of(page))
+
+
+def test_along_one_axis_they_are_lines_and_the_spread_is_a_figure(deep):
+    captions = figures_of(report.page(deep.isel(sigma_b2=slice(0, 2))))
+    assert any("Depth scales" in c and "along sigma_w2" in c for c in captions)
+    (spread,) = (c for c in captions if "How far networks" in c)
+    assert "left out" not in spread  # tanh networks do not die
+
+
+def test_places_on_an_axis_of_several_fields_are_told_by_the_first_that_tells(deep):
+    dataset = deep.rename(sigma_w2="a_b").assign_coords(
+        a=("a_b", ["x", "x", "y", "y"]), b=("a_b", [1, 2, 3, 4]), a_b=np.arange(4)
+    )
+    assert results.where(dataset, {"a_b": 2, "sigma_b2": 1}) == "b 3, sigma_b2 0.1"
+    assert results.where(dataset.drop_vars("b"), {"a_b": 2}) == "a_b 2"
+    assert results.agreement(dataset, "q")["where"].keys() == {"b", "sigma_b2", "layer"}
 
 
 @pytest.mark.usefixtures("unchecked")

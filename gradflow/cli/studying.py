@@ -251,9 +251,7 @@ def _show(console: Console, title: str, dataset: xarray.Dataset) -> None:
     for name in ("values", f"|z| < {results.LARGE:g}", "largest |z|", "there measured", "theory"):
         table.add_column(name, justify="right")
     table.add_column("where")
-    shifted = any(
-        f"{name}_finite_width_z" in dataset for name in dataset.attrs["statistics"].split()
-    )
+    shifted = any(f"{name}_finite_width_z" in dataset for name in results.compared(dataset))
     if shifted:
         table.add_column(f"|z| < {results.LARGE:g}, width known", justify="right")
     for name in results.compared(dataset):

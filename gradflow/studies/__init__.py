@@ -22,11 +22,13 @@ store
     The folder that holds what is finished, whatever happens to the process.
 spectra
     Singular values of the end-to-end Jacobian, counted, beside theory.
+depth_scales, gradient_spread
+    What is made of the statistics: ξ of gradients, lengths and correlations; how networks differ.
 results
     All of it with labels, theory beside it.
-execution
-    Running it.
-report
+execution, merging
+    Running it; shares of it put together.
+report, report_figures
     A page on what it found.
 note
     The one that the project exists for (`gradflow study`): does Glorot & Bengio's variance theory
@@ -34,19 +36,24 @@ note
 """
 
 from gradflow.studies import (
+    depth_scales,
     description,
     execution,
     experiments,
+    gradient_spread,
     jacobian_spectrum,
+    merging,
     note,
     plan,
     point,
     remedies,
     report,
+    report_figures,
     results,
     spectra,
     store,
 )
 
-__all__ = ["description", "execution", "experiments", "jacobian_spectrum", "note", "plan", "point"]
-__all__ += ["remedies", "report", "results", "spectra", "store"]
+__all__ = ["depth_scales", "description", "execution", "experiments", "gradient_spread"]
+__all__ += ["jacobian_spectrum", "merging", "note", "plan", "point", "remedies", "report"]
+__all__ += ["report_figures", "results", "spectra", "store"]

@@ -20,7 +20,7 @@ from matplotlib.figure import Figure
 
 from gradflow import figures, statistics
 from gradflow.figures.drawing import COLOURS, MARKERS
-from gradflow.studies import results
+from gradflow.studies import report_figures, results
 
 __all__ = ["page"]
 
@@ -47,7 +47,7 @@ def page(dataset: xarray.Dataset) -> str:
         f"<p>{_method()}</p>",
         _facts(dataset),
         "<h2>Theory against measurement</h2>",
-        f"<p>{_verdict(rows)}</p>",
+        f"<p>{_verdict([row for row in rows if row['statistic'] in _names(dataset)])}</p>",
         _agreement_table(rows),
         *(_figure(figure, caption) for figure, caption in _figures(dataset)),
         "<h2>Where they disagree most</h2>",
@@ -196,7 +196,7 @@ def _worst_table(dataset: xarray.Dataset) -> str:
         for flat in np.argsort(-sizes, kind="stable")[:_WORST]:
             place = dict(zip(z.dims, np.unravel_index(flat, z.shape), strict=True))
             there = dataset.isel({k: int(v) for k, v in place.items()})
-            where = ", ".join(f"{k} {_number(there[k].item())}" for k in z.dims)
+            where = results.where(dataset, {k: int(v) for k, v in place.items()})
             values = (float(there[name]), float(there[f"{name}_theory"]), float(there[f"{name}_z"]))
             found.append((sizes[flat], name, where, *values, float(z.to_numpy().ravel()[flat])))
     found.sort(key=lambda row: -row[0])
@@ -235,22 +235,30 @@ def _figure(figure: Figure, caption: str) -> str:
 
 
 def _figures(dataset: xarray.Dataset) -> Iterator[tuple[Figure, str]]:
+    # An axis of several fields counts its places: there is nothing to see along these numbers.
     plane = [
         axis
         for axis in _axes(dataset)
-        if dataset.sizes[axis] > 3 and np.issubdtype(dataset[axis].dtype, np.number)
+        if dataset.sizes[axis] > 3
+        and np.issubdtype(dataset[axis].dtype, np.number)
+        and not any(c.dims == (axis,) and c.name != axis for c in dataset.coords.values())
     ]
+    made = []
     if len(plane) >= 2:
         rest = {axis: dataset.sizes[axis] // 2 for axis in _axes(dataset) if axis not in plane[:2]}
         there = dataset.isel(rest)
-        at = ", ".join(f"{axis} {_number(there[axis].item())}" for axis in rest)
+        at = results.where(dataset, rest)
         for name in _names(dataset):
             if name in _BY_LAYER:
                 yield _map(there, name, plane[0], plane[1], at)
+        made.append(report_figures.depth_scale_maps(there, plane[0], plane[1], at))
     else:
         for name in _names(dataset):
             if name in _BY_LAYER:
                 yield _lines(dataset, name)
+        made += [report_figures.depth_scale_lines(dataset, axis) for axis in plane]
+        made.append(report_figures.spread(dataset))
+    yield from filter(None, made)
     if "singular_value_density" in dataset:
         yield figures.spectra(dataset), _OF_SPECTRA
     yield _distribution(dataset)
@@ -320,9 +328,7 @@ def _lines(dataset: xarray.Dataset, name: str) -> tuple[Figure, str]:
     for index, flat in enumerate(chosen):
         place = dict(zip(measured.dims, np.unravel_index(flat, shape), strict=False))
         place = {axis: int(number) for axis, number in place.items()}
-        label = ", ".join(
-            f"{axis} {_number(dataset[axis][number].item())}" for axis, number in place.items()
-        )
+        label = results.where(dataset, place)
         there = (measured.isel(place), error.isel(place), predicted.isel(place))
         _points(axes, there, index, label)
     axes.set_xlabel("layer")

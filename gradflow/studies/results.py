@@ -4,7 +4,7 @@ import dataclasses
 import json
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -16,14 +16,14 @@ import xarray
 from gradflow import comparison, statistics
 from gradflow.estimation import Estimate
 from gradflow.networks import Network
-from gradflow.studies import spectra
+from gradflow.studies import depth_scales, gradient_spread, spectra
 from gradflow.studies import store as stores
 from gradflow.studies.description import Axis, Point, Study
 from gradflow.studies.plan import Group
 from gradflow.studies.store import Found, Store
 
 __all__ = ["FILE", "LARGE", "agreement", "assemble", "compared", "compile_theory", "of_group"]
-__all__ += ["one", "theory", "theory_of", "write"]
+__all__ += ["one", "theory", "theory_of", "where", "write"]
 
 FILE = "results.nc"
 # What there is of each point's theory; and what comes before the names of `spectra.theory`.
@@ -40,9 +40,9 @@ def theory(study: Study, points: Sequence[Point]) -> dict[str, np.ndarray]:
     dict
         ``names``; ``predicted``, ``shift`` and ``deviation``, shape (points, statistics, layers),
         in the unit that each statistic is kept in. ``shift`` is what the width does, to first order
-        in 1/width, and ``deviation`` the standard deviation over networks (`theory.corrections`);
-        NaN where theory does not say, or is not asked. And, if singular values are measured, what
-        `spectra.theory` says, each array with an axis of points.
+        in 1/width, and ``deviation`` the standard deviation over networks that it makes, of a
+        logarithm as a share of the mean; NaN where theory does not say, or is not asked. And, if
+        singular values are measured, what `spectra.theory` says, each array with an axis of points.
     """
     keys = [statistic.key for statistic in study.statistics]
 
@@ -133,7 +133,10 @@ def assemble(study: Study, found: Sequence[Group], store: Store) -> xarray.Datas
     for statistic in study.statistics:
         for name in (statistic.name, f"{statistic.name}_theory"):
             dataset[name].attrs["long_name"] = statistic.label
-    return statistics.labelled(dataset).assign_attrs(
+    for name, label in gradient_spread.LABELS.items():
+        if name in dataset:
+            dataset[name].attrs["long_name"] = label
+    labelled = statistics.labelled(dataset).assign_attrs(
         title=study.title,
         question=study.question,
         study=study.text,
@@ -146,6 +149,7 @@ def assemble(study: Study, found: Sequence[Group], store: Store) -> xarray.Datas
         drawn_with=json.dumps(store.drawn_with, sort_keys=True),
         samplers=json.dumps(sorted({f"{group.sampler}: {group.reason}" for group in found})),
     )
+    return depth_scales.add(labelled, study)
 
 
 def _labels(axis: Axis) -> list[str] | np.ndarray:
@@ -163,11 +167,36 @@ def write(study: Study, found: Sequence[Group], store: Store) -> Path:
 
 
 def compared(dataset: xarray.Dataset) -> list[str]:
-    """Return the names of all that has theory beside it: statistics, and a spectrum's."""
+    """Return the names of what has a z: statistics, a spectrum's, and what is made of them."""
+    made = (*(f"rate_{name}" for name in depth_scales.SCALES), gradient_spread.NAME)
+    known = [n for n in made if f"{n}_z" in dataset and bool(np.isfinite(dataset[f"{n}_z"]).any())]
     return [
         *dataset.attrs["statistics"].split(),
+        *known,
         *(name for name in spectra.COMPARED if name in dataset),
     ]
+
+
+def where(dataset: xarray.Dataset, place: Mapping[Any, int]) -> str:
+    """Return a place on some axes in words: of each, its value there.
+
+    Of an axis with several fields, it is that of the first field that tells its places apart.
+    """
+    return ", ".join(f"{k} {_shown(v)}" for k, v in _values(dataset, place).items())
+
+
+def _values(dataset: xarray.Dataset, place: Mapping[Any, int]) -> dict[str, Any]:
+    found = {}
+    for axis, index in place.items():
+        along = [c for c in dataset.coords.values() if c.dims == (axis,) and c.name != axis]
+        telling = [c for c in along if len(set(c.values.tolist())) == c.size]
+        coordinate = telling[0] if telling else dataset[axis]
+        found[str(coordinate.name)] = coordinate[index].item()
+    return found
+
+
+def _shown(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def agreement(dataset: xarray.Dataset, name: str) -> dict[str, Any]:
@@ -188,13 +217,14 @@ def agreement(dataset: xarray.Dataset, name: str) -> dict[str, Any]:
     }
     if not found["values"]:
         return found
-    place = np.unravel_index(np.nanargmax(z), z.shape)
-    there = dataset.isel(dict(zip(dataset[f"{name}_z"].dims, map(int, place), strict=True)))
+    flat = np.unravel_index(np.nanargmax(z), z.shape)
+    place = dict(zip(dataset[f"{name}_z"].dims, map(int, flat), strict=True))
+    there = dataset.isel(place)
     return found | {
-        "largest_z": float(z[place]),
+        "largest_z": float(z[flat]),
         "measured": float(there[name]),
         "theory": float(there[f"{name}_theory"]),
-        "where": {str(k): there[k].item() for k in dataset[f"{name}_z"].dims},
+        "where": _values(dataset, place),
     }
 
 
@@ -241,7 +271,7 @@ def _put(
 ) -> None:
     for place, statistic in enumerate(study.statistics):
         name, estimate = statistic.name, one(total, place)
-        predicted, shift = laws["predicted"][:, place], laws["shift"][:, place]
+        predicted, shift, deviation = (laws[kind][:, place] for kind in _THEORY)
         measured, error, z = comparison.differences(
             statistic,
             predicted,
@@ -272,6 +302,13 @@ def _put(
             )[2]
             grid.put(f"{name}_finite_width_shift", group, shift)
             grid.put(f"{name}_finite_width_z", group, corrected)
+            with np.errstate(over="ignore"):
+                unit = np.exp(predicted) if statistic.log else 1.0
+                grid.put(f"{name}_standard_deviation_theory", group, unit * deviation)
+        if name == "log_gradient_norm":
+            spread = gradient_spread.spread(group.network, group.sites, estimate, deviation)
+            for variable, values in spread.items():
+                grid.put(variable, group, values)
         if name in total.histograms:
             counts = total.histograms[name]
             grid.put(f"{name}_histogram", group, counts[..., 1:-1], ("layer", f"{name}_bin"))

@@ -1,0 +1,393 @@
+"""Depth scales as measured: over how many layers gradients, lengths and correlations change by e.
+
+At infinite width squared gradients change by χ₁ a layer on the way down, and a length q and a
+correlation c approach q* and c* by χ∥ and χ_c a layer on the way up (Schoenholz et al. 2017,
+arXiv:1611.01232). Here the rates 1/ξ = -log χ are read off networks of a study:
+
+    1/ξ_∇ = (log g^L - log g^m)/(L - m)           g^l the mean squared gradient, m the middle layer
+    1/ξ_x = (log |x^a - x*| - log |x^b - x*|)/(b - a)      x = q or c, a and b layers below the top
+
+Two layers, and no fit through more. Layers of one network are not independent: gradients and, where
+c* = 1, correlations are products of factors, one a layer, and of the logarithm of such a product
+the ends say all there is to know about its slope. And the standard error of a difference of two
+layers follows from those that a study keeps, while that of a fit would take all covariances.
+
+The top gradient is N(0, I): its length is independent of what it is multiplied by on the way down,
+so that the variance of the difference is that at m less that at the top. Going up, fluctuations
+carry over with the factors χ∥ and χ_c > 0, and covariances between layers are not negative: leaving
+them out of a difference makes its standard error too large and never too small.
+
+x* is a number only where it is one at any width: c* = 1 where χ₁ <= 1 (equal inputs stay equal),
+and q* = 0. Elsewhere it is x^L, as measured. The layers a and b are chosen by theory's curve x^l
+beside the measured errors, so that no choice is made by what is measured: b is the last layer where
+|x - x*| is five standard errors, and five times as far as the top's is in theory; and a lies
+halfway from the first such layer to it, past the transient. The same estimate from theory's curve
+stands beside the measured one, and the two are compared: that at finite depth it is not yet 1/ξ is
+common to both. Where it is off by more than a fifth in theory, depth or precision does not suffice,
+and there is none.
+"""
+
+import dataclasses
+import functools
+import math
+import os
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, NamedTuple
+
+import numpy as np
+import xarray
+from jaxtyping import Array
+
+from gradflow.activations import Activation
+from gradflow.blocks import Dense
+from gradflow.compilation import Float64Program
+from gradflow.studies.description import Point, Study
+from gradflow.theory import fixed_points
+from gradflow.theory.fixed_points import Analysis
+
+__all__ = ["SCALES", "Curve", "Rate", "add", "decay_rate", "gradient_rate"]
+
+# By name in results, `rate_…` and `xi_…`: whose depth scale it is.
+SCALES = {"grad": "gradients", "q": "lengths", "c": "correlations"}
+# Layers that a network has at least; networks with fewer have nothing to measure.
+_LEAST_DEPTH = 8
+# Standard errors that a distance from the fixed point has at least, and a rate whose ξ is given.
+_CLEAR, _KNOWN = 5.0, 4.0
+# Steps from a to b at least, and how far from 1/ξ theory's own estimate may be, as a share.
+_STRETCH, _BIAS = 1, 0.2
+# Rounding of the simulation's float type that a measurement may carry, in units of its epsilon.
+_ROUNDING = 8
+# The skewness of a mean of squared gradients, if they are log-normal, up to which its standard
+# error says how far it is from what it estimates.
+_SKEWNESS = 0.5
+# What a point's fixed points take, on one core.
+_SECONDS = 5e-4
+
+
+@dataclasses.dataclass(frozen=True)
+class Curve:
+    """A statistic of one point by layer: measured, its standard error, and theory; (layers,).
+
+    ``shift`` is what the width adds to theory, to first order, or NaN; ``rounding`` is the float
+    type's epsilon. Of q and of gradients all are natural logarithms.
+    """
+
+    measured: np.ndarray
+    error: np.ndarray
+    theory: np.ndarray
+    shift: np.ndarray
+    rounding: float
+
+    @property
+    def noise(self) -> np.ndarray:
+        """The standard error, and what rounding adds to it."""
+        rounding = _ROUNDING * self.rounding * (1 + np.abs(self.theory))
+        return np.asarray(np.hypot(self.error, rounding))
+
+
+class Rate(NamedTuple):
+    """1/ξ in 1/layers, or NaN."""
+
+    value: float = math.nan
+    error: float = math.nan  # standard error
+    theory: float = math.nan  # the same estimate from theory's curve
+    z: float = math.nan
+    shift: float = math.nan  # what the width adds to theory's, to first order
+    shifted_z: float = math.nan
+    first: float = math.nan  # the layers that it is read off, from 1 on
+    last: float = math.nan
+
+
+def gradient_rate(curve: Curve, networks: float | int = math.nan) -> Rate:
+    """Return the rate at which squared gradients vanish going down the upper half of the layers.
+
+    Parameters
+    ----------
+    curve
+        log of the mean squared gradient; or 2 log ‖∂C/∂z‖ on average, which has another slope: that
+        of the typical network, lower by half the variance of the logarithm.
+    networks
+        How many the mean of squares is over; NaN where the logarithm is averaged.
+
+    Returns
+    -------
+    Rate
+        NaN where a few networks are most of the mean of squares, whose standard error then says
+        nothing: where log-normal numbers of that spread had a mean of skewness above 1/2.
+    """
+    top = len(curve.measured) - 1
+    middle = top // 2
+    steps = top - middle
+    spread = curve.error[middle] * math.sqrt(networks)
+    if (3 + spread**2) * spread > _SKEWNESS * math.sqrt(networks):
+        return Rate()
+
+    def of(values: np.ndarray) -> float:
+        return float(values[top] - values[middle]) / steps
+
+    own = math.sqrt(max(curve.error[middle] ** 2 - curve.error[top] ** 2, 0.0))
+    rounding = curve.rounding * _ROUNDING * (1 + abs(curve.theory[middle]))
+    value, theory, shifted = map(of, (curve.measured, curve.theory, curve.theory + curve.shift))
+    z, shifted_z = ((value - x) * steps / math.hypot(own, rounding) for x in (theory, shifted))
+    layers = (middle + 1.0, top + 1.0)
+    return Rate(value, own / steps, theory, z, shifted - theory, shifted_z, *layers)
+
+
+def decay_rate(curve: Curve, xi: float, limit: float, *, known: bool, log: bool) -> Rate:
+    """Return the rate at which q or c comes near its fixed point.
+
+    Parameters
+    ----------
+    curve
+        log q, or c.
+    xi
+        Theory's ξ, in layers.
+    limit
+        Theory's fixed point, q* or c*.
+    known
+        Whether it is that at any width; otherwise the top layer's value stands for it.
+    log
+        Whether the curve is a logarithm.
+
+    Returns
+    -------
+    Rate
+        NaN where it cannot be measured: see the module's docstring.
+    """
+    if not 0 < xi < math.inf:
+        return Rate()
+
+    def distances(values: np.ndarray, to: float | None = limit if known else None) -> _Distance:
+        return _Distance.of(values, curve.noise, to, log=log)
+
+    by_theory, found = distances(curve.theory), distances(curve.measured)
+    clear = by_theory.own + by_theory.limit < 1 / _CLEAR
+    if not known:  # the top is to be nearer to x* by as much
+        away = distances(curve.theory, limit).log[-1]
+        clear &= by_theory.log > away + math.log(_CLEAR)
+    stretch = _stretch(clear)
+    if stretch is None:
+        return Rate()
+    a, b = stretch
+    expected = by_theory.slope(a, b)
+    if not abs(expected * xi - 1) < _BIAS:
+        return Rate()
+    shifted = distances(curve.theory + curve.shift)
+    z, shifted_z = (found.z(other, a, b) for other in (by_theory, shifted))
+    value, error = found.slope(a, b), found.error(a, b)
+    if np.any(found.sign[[a, b]] != by_theory.sign[[a, b]]):
+        value, error = math.nan, math.nan
+    shift = shifted.slope(a, b) - expected
+    return Rate(value, error, expected, z, shift, shifted_z, a + 1.0, b + 1.0)
+
+
+class _Distance(NamedTuple):
+    """log |x^l - x*| by layer, the sign, and its standard errors from x^l and from x*."""
+
+    log: np.ndarray
+    sign: np.ndarray
+    own: np.ndarray
+    limit: np.ndarray
+
+    @classmethod
+    def of(
+        cls, values: np.ndarray, noise: np.ndarray, limit: float | None, *, log: bool
+    ) -> "_Distance":
+        """Return it of x, or of log x: then in units of x at the top, or, if x* = 0, of 1."""
+        if log and limit == 0:  # and x may have left the float's range
+            return cls(values, np.ones_like(values), noise, np.zeros_like(noise))
+        with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
+            x = np.exp(values - values[-1]) if log else values
+            scale = x if log else 1.0
+            unit = np.exp(values[-1]) if log else 1.0
+            away = x - (x[-1] if limit is None else limit / unit)
+            size = np.abs(away)
+            from_limit = scale * noise[-1] / size if limit is None else np.zeros_like(noise)
+            return cls(np.log(size), np.sign(away), scale * noise / size, from_limit)
+
+    def slope(self, a: int, b: int) -> float:
+        return float(self.log[a] - self.log[b]) / (b - a)
+
+    def z(self, theory: "_Distance", a: int, b: int) -> float:
+        """Return the z of the slope, from distances as shares of theory's.
+
+        They are normal if theory is right, as five standard errors' logarithm is not: that of a
+        distance by chance too small goes far down.
+        """
+        at_a, at_b = (
+            self.sign[n] * theory.sign[n] * np.exp(self.log[n] - theory.log[n]) for n in (a, b)
+        )
+        return float(at_a - at_b) / (b - a) / theory.error(a, b)
+
+    def error(self, a: int, b: int) -> float:
+        """Return the standard error of the slope, covariances between layers taken as above.
+
+        x^L is in both distances, with opposite signs; its covariance with x^a adds, and is at most
+        that of equal fluctuations.
+        """
+        of_limit = abs(self.limit[a] * self.sign[a] - self.limit[b] * self.sign[b])
+        return float(np.hypot(self.own[a] + of_limit, self.own[b])) / (b - a)
+
+
+def _stretch(clear: np.ndarray) -> tuple[int, int] | None:
+    """Return the layers a and b: the upper half of the last run of layers that are clear."""
+    places = np.flatnonzero(clear)
+    if not places.size:
+        return None
+    b = int(places[-1])
+    noisy = np.flatnonzero(~clear[:b])
+    first = int(noisy[-1]) + 1 if noisy.size else 0
+    a = first + (b - first + 1) // 2
+    return (a, b) if b - a >= _STRETCH else None
+
+
+# Of a study ---------------------------------------------------------------------------------------
+
+
+def add(dataset: xarray.Dataset, study: Study) -> xarray.Dataset:
+    """Return a study's results with the depth scales of its points.
+
+    Only fully connected networks of one width have them, without normalisation or dropout, and of
+    eight layers or more. Over the axes, of each of ``grad``, ``q`` and ``c`` that the study
+    measures: ``rate_…``, its ``_standard_error``, ``_theory`` (the same estimate from theory's
+    curve), ``_z``, ``_finite_width_shift`` and ``_finite_width_z``, and the layers ``_first`` and
+    ``_last``; in layers, ``xi_…`` and its ``_standard_error``, where the rate is four standard
+    errors from 0, and ``xi_…_theory``, which is that of the fixed point. ξ_∇ < 0 is growth on the
+    way down.
+
+    Parameters
+    ----------
+    dataset
+        From `results.assemble`.
+    study
+        Its study.
+    """
+    laws = {n: law for n, point in enumerate(study.points()) if (law := _Law.of(point))}
+    gradients = next((n for n in ("gradient_variance", "log_gradient_norm") if n in dataset), "")
+    sources = {"grad": gradients, "q": "q", "c": "correlation"}
+    sources = {name: source for name, source in sources.items() if source in dataset}
+    if not laws or not sources:
+        return dataset
+    asymptotic = _asymptotic(laws)
+    axes = tuple(axis.name for axis in study.axes)
+    for name, source in sources.items():
+        curves = _Curves(dataset, source, len(study))
+        table = np.full((len(study), len(_COLUMNS)), np.nan)
+        for number, law in laws.items():
+            known = asymptotic[number]
+            rate = _rate_of(name, curves.of(number, law.depth), known, curves.networks(number))
+            table[number] = (*rate, *_length(rate), float(getattr(known, f"xi_{name}")))
+        of = SCALES[name] + (", of the typical network" if source == "log_gradient_norm" else "")
+        labels = {"rate": f"1/ξ of {of}, 1/layers", "xi": f"ξ of {of}, in layers"}
+        for column, values in zip(_COLUMNS, table.T, strict=True):
+            kind, _, suffix = column.partition("_")
+            whole = "_".join(filter(None, (kind, name, suffix)))
+            dataset[whole] = (axes, values.reshape(study.shape), {"long_name": labels[kind]})
+    return dataset
+
+
+_COLUMNS = (
+    *("rate", "rate_standard_error", "rate_theory", "rate_z"),
+    *("rate_finite_width_shift", "rate_finite_width_z", "rate_first", "rate_last"),
+    *("xi", "xi_standard_error", "xi_theory"),
+)
+
+
+def _rate_of(name: str, curve: Curve, known: Analysis, networks: float) -> Rate:
+    if name == "grad":
+        return gradient_rate(curve, networks)
+    if name == "q":
+        q, xi = float(known.q_star), float(known.xi_q)
+        return decay_rate(curve, xi, q, known=q == 0, log=True)
+    c, xi = float(known.c_star), float(known.xi_c)
+    return decay_rate(curve, xi, c, known=c == 1, log=False)
+
+
+def _length(rate: Rate) -> tuple[float, float]:
+    """Return ξ and its standard error, to first order; NaN where it may as well be infinite."""
+    if not abs(rate.value) > _KNOWN * rate.error:
+        return math.nan, math.nan
+    return 1 / rate.value, rate.error / rate.value**2
+
+
+class _Curves:
+    """A statistic of all points, by layer."""
+
+    def __init__(self, dataset: xarray.Dataset, name: str, points: int) -> None:
+        def table(key: str) -> np.ndarray:
+            missing = np.full((points, dataset.sizes["layer"]), np.nan)
+            return dataset[key].to_numpy().reshape(missing.shape) if key in dataset else missing
+
+        key = f"log_{name}" if f"log_{name}" in dataset else name
+        # 2 log ‖∂C/∂z‖ is the logarithm of a square, too.
+        unit = 2.0 if name == "log_gradient_norm" else 1.0
+        keys = (key, f"{key}_standard_error", f"{key}_theory", f"{name}_finite_width_shift")
+        self._tables = [unit * table(k) for k in keys]
+        self._networks = table(f"{name}_networks")
+        self._of_a_mean = name != "log_gradient_norm"
+        self._rounding = float(np.finfo(dataset.attrs["dtype"]).eps)
+
+    def of(self, number: int, depth: int) -> Curve:
+        measured, error, theory, shift = (table[number, :depth] for table in self._tables)
+        return Curve(measured, error, theory, shift, self._rounding)
+
+    def networks(self, number: int) -> float:
+        """Return how many networks a mean of squares is over; NaN where logarithms are averaged."""
+        return float(self._networks[number, 0]) if self._of_a_mean else math.nan
+
+
+class _Law(NamedTuple):
+    """What the theory of fixed points needs to know of a point, and its depth."""
+
+    activation: Activation
+    sigma_w2: float
+    sigma_b2: float
+    start: float
+    depth: int
+
+    @classmethod
+    def of(cls, point: Point) -> "_Law | None":
+        """Return it of a fully connected network of one width; None of any other."""
+        network = point.network()
+        if network.depth < _LEAST_DEPTH or len(network.stages) != 2:
+            return None
+        first, rest = (stage.block for stage in network.stages)
+        if not (isinstance(first, Dense) and isinstance(rest, Dense)):
+            return None
+        start = _square(first.sigma_w) * float(np.mean(point.inputs() ** 2))
+        return cls(
+            rest.activation,
+            _square(rest.sigma_w),
+            _square(rest.sigma_b),
+            start + _square(first.sigma_b),
+            network.depth,
+        )
+
+
+def _square(scale: Any) -> float:
+    return 0.0 if scale is None else float(scale) ** 2
+
+
+def _asymptotic(laws: Mapping[int, _Law]) -> dict[int, Analysis]:
+    """Return the fixed point of each, in float64; one program for all of an activation."""
+    numbers: dict[Activation, list[int]] = {}
+    for number, law in laws.items():
+        numbers.setdefault(law.activation, []).append(number)
+    arguments = [np.array([laws[n][1:4] for n in those]).T for those in numbers.values()]
+    programs = [
+        Float64Program.of(_analysis(phi), tuple(columns), _SECONDS * len(columns[0]))
+        for phi, columns in zip(numbers, arguments, strict=True)
+    ]
+    with ThreadPoolExecutor(min(os.cpu_count() or 1, 8)) as pool:
+        found = list(pool.map(lambda program, columns: program(*columns), programs, arguments))
+    return {
+        number: Analysis(*(values[row] for values in table))
+        for those, table in zip(numbers.values(), found, strict=True)
+        for row, number in enumerate(those)
+    }
+
+
+@functools.cache
+def _analysis(activation: Activation) -> Callable[[Array, Array, Array], Analysis]:
+    return lambda w2, b2, start: fixed_points.analyse(activation, w2, b2, start=start)

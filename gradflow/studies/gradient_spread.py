@@ -1,0 +1,94 @@
+"""How far networks of one law differ in their gradients: a matter of depth over width.
+
+log ‖∂C/∂z^l‖² of a random network is, beside that of the top gradient, the logarithm of the squared
+gain ‖Jᵀ u‖² of the layers above, u a random direction. Its variance over networks grows with every
+layer passed by about a constant over that layer's width, so that it is a function of
+
+    Σ_{k=l}^{L-1} 1/n_k,        (L - l)/n at one width
+
+(Hanin & Nica 2020, arXiv:1909.05989): the constant is 2 for linear networks, 5 for ReLU; of others
+first order in 1/n says (`theory.corrections`).
+
+The top gradient is N(0, I) at each input. Its length is independent of its direction, so that the
+variance of its logarithm, ψ'(n_L/2), is known and subtracted.
+"""
+
+import jax
+import numpy as np
+import scipy.special
+
+from gradflow.estimation import Estimate
+from gradflow.networks import Network
+from gradflow.theory import corrections, finite_width
+
+__all__ = ["LABELS", "NAME", "spread"]
+
+NAME = "gradient_spread"
+LABELS = {
+    NAME: "variance over networks of log ‖Jᵀu‖², J from the layer to the top",
+    "depth_over_width": "Σ 1/n over the layers that a gradient has passed",
+}
+
+
+def spread(
+    network: Network, sites: int, log_norm: Estimate, deviation: np.ndarray
+) -> dict[str, np.ndarray]:
+    """Return the variance over networks of log ‖Jᵀu‖² at every layer, beside theory.
+
+    Parameters
+    ----------
+    network, sites
+        What points have in common, and how many inputs each has, over which the logarithm is
+        averaged.
+    log_norm
+        Of the statistic ``log_gradient_norm``, shape (points, layers). Networks whose gradient is 0
+        are not in it.
+    deviation
+        What `corrections.correct` says of its standard deviation, of the same shape; NaN where it
+        does not.
+
+    Returns
+    -------
+    dict
+        Each of shape (points, layers). ``gradient_spread``; its standard error, as if the logarithm
+        were normal (its excess kurtosis is of order 1/n, and falls with every layer passed);
+        ``_first_order`` in 1/width; ``_theory``, the exact variance, of living networks, where
+        there is one (one input, linear or ReLU, Gaussian weights, no biases), and first order where
+        there is none; ``_z``; and ``depth_over_width``. Empty where sites mix: the length of the
+        top gradient is then no factor of each site's.
+    """
+    if network.mixes_sites:
+        return {}
+    widths = np.array(network.widths[1:], float)
+    top = scipy.special.polygamma(1, widths[-1] / 2) / sites
+    whole = 4 * log_norm.standard_deviation**2
+    error = whole * np.sqrt(2 / np.maximum(log_norm.count - 1, 1))
+    first_order = 4 * deviation**2 - top
+    theory = np.where(np.isnan(known := _exact(network, sites)), first_order, known)
+    found = {
+        NAME: whole - top,
+        f"{NAME}_standard_error": error,
+        f"{NAME}_first_order": first_order,
+        f"{NAME}_theory": theory,
+        f"{NAME}_z": (whole - top - theory) / error,
+        "depth_over_width": np.broadcast_to(_passed(1 / widths), whole.shape),
+    }
+    return {name: np.broadcast_to(values, whole.shape) for name, values in found.items()}
+
+
+def _passed(by_layer: np.ndarray) -> np.ndarray:
+    """Return Σ_{k=l}^{L-1} of what each layer k adds."""
+    return np.append(np.cumsum(by_layer[-2::-1])[::-1], 0.0)
+
+
+def _exact(network: Network, sites: int) -> np.ndarray:
+    """Return the variance by `finite_width.gain_law`, (layers,); NaN where that has none."""
+    widths = np.array(network.widths[1:])
+    if sites > 1 or not (corrections.covers(network) and network.homogeneous):
+        return np.full(widths.shape, np.nan)
+    with jax.enable_x64(True):
+        law = {
+            int(n): finite_width.gain_law(network.activation, (int(n), int(n))).variance_of_log
+            for n in np.unique(widths)
+        }
+    return _passed(np.array([float(law[int(n)]) for n in widths]))
