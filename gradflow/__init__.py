@@ -27,8 +27,8 @@ shapeset           images of shapes, endless and drawn by key
 data               real inputs, with labels: what networks are trained on
 figures            one function a figure
 studies            jacobian_spectrum, remedies; what study files need: description, plan, store,
-                   spectra, execution, merging, results, report; note (the study that the project
-                   began with)
+                   spectra, depth_scales, gradient_spread, results, execution, merging, report;
+                   note (the study that the project began with)
 cli                the command ``gradflow``
 """
 

@@ -97,6 +97,7 @@ ORDER = (
     "studies.gradient_spread",
     "studies.results",
     "studies.execution",
+    "studies.merging",
     "studies.report_figures",
     "studies.report",
     "studies.note",
