@@ -427,6 +427,33 @@ def test_shares_of_hosts_that_do_not_meet_are_merged_to_the_whole(reference, tmp
     same(tmp_path / "whole", tmp_path / "at-once")
 
 
+@pytest.mark.parametrize("axes", ["sigma_w2 first", "sigma_w2 last", "a seed"])
+def test_results_that_are_put_together_in_parts_are_the_same(tmp_path, monkeypatch, axes):
+    text = TEXT.replace("[[axes]]", '[[axes]]\nactivation = ["tanh", "relu"]\n[[axes]]', 1).replace(
+        'activation = "tanh"', "", 1
+    )
+    if axes == "sigma_w2 first":
+        text = TEXT
+    elif axes == "a seed":
+        text = text.replace("sigma_b2 = [0.0, 0.1]", "seed = { from = 5, to = 9, points = 5 }")
+    study = description.parse(text)
+    run(tmp_path / "study", text)
+    found = xarray.load_dataset(tmp_path / "study" / results.FILE)
+    assert plan.slabs(study, 4)[0] == ""
+
+    monkeypatch.setattr(plan, "_SLAB_BYTES", 1)
+    along, parts = plan.slabs(study, 4)
+    assert (along, len(parts)) == (("seed", 5) if axes == "a seed" else ("sigma_w2", 3))
+    with store.Store.opened(tmp_path / "study", study) as opened:
+        results.write(study, plan.groups(study), opened)
+    again = xarray.load_dataset(tmp_path / "study" / results.FILE)
+    assert again.q.dims[0] == along
+    xarray.testing.assert_equal(again.transpose(*found.q.dims, ...), found)
+    assert again.attrs == found.attrs
+    for name in found.variables:
+        assert again[name].attrs == found[name].attrs
+
+
 def test_what_is_no_set_of_shares_is_not_merged(reference, tmp_path):
     first, second = tmp_path / "first", tmp_path / "second"
     run(first, share=Share(0, 2))

@@ -132,8 +132,8 @@ def run_file(file: Path, folder: Path, share: str | None, as_json: bool) -> None
         print_json({"finished": True, "networks": drawn, "files": [str(written)]})
         return
     console = make_console()
-    dataset = xarray.load_dataset(written)
-    _show(console, dataset.attrs["title"] or file.name, dataset)
+    with xarray.open_dataset(written) as dataset:
+        _show(console, dataset.attrs["title"] or file.name, dataset)
     console.print(f"written   {written}; gradflow show {folder}", markup=False)
 
 
@@ -166,8 +166,8 @@ def merge(
 
     console = make_console()
     written = merging.merge(folders, out)
-    dataset = xarray.load_dataset(written)
-    _show(console, dataset.attrs["title"], dataset)
+    with xarray.open_dataset(written) as dataset:
+        _show(console, dataset.attrs["title"], dataset)
     console.print(f"written   {written}; gradflow show {out}", markup=False)
 
 
@@ -222,15 +222,15 @@ def show(folder: Folder, as_json: Json = False) -> None:
             f"go on     gradflow study {folder / 'study.toml'} --out {folder}", markup=False
         )
         return
-    dataset = xarray.load_dataset(path)
-    if as_json:
+    with xarray.open_dataset(path) as dataset:
+        if not as_json:
+            _show(console, study.title, dataset)
+            return
         rows = [results.agreement(dataset, name) for name in results.compared(dataset)]
-        print_json(
-            {"title": study.title, "finished": True, "networks": drawn, "points": len(study)}
-            | {"statistics": rows}
-        )
-        return
-    _show(console, study.title, dataset)
+    print_json(
+        {"title": study.title, "finished": True, "networks": drawn, "points": len(study)}
+        | {"statistics": rows}
+    )
 
 
 def _show(console: Console, title: str, dataset: xarray.Dataset) -> None:
@@ -326,7 +326,8 @@ def report(
     if not path.exists():
         raise InputError(f"the study in {str(folder)!r} is not finished; `gradflow show` says more")
     page = out or folder / "report.html"
-    write_text(reports.page(xarray.load_dataset(path)), page)
+    with xarray.open_dataset(path) as dataset:
+        write_text(reports.page(dataset), page)
     typer.echo(f"written   {page}")
 
 

@@ -89,6 +89,11 @@ class Axis:
     def __len__(self) -> int:
         return len(next(iter(self.values.values())))
 
+    def part(self, start: int, stop: int) -> "Axis":
+        """Return a stretch of it."""
+        values = {field: those[start:stop] for field, those in self.values.items()}
+        return Axis(values, self.networks and self.networks[start:stop])
+
 
 @dataclasses.dataclass(frozen=True)
 class HistogramRange:
@@ -278,6 +283,12 @@ class Study:
     def points(self) -> Iterator[Point]:
         """Yield all points in order."""
         return map(self.point, range(len(self)))
+
+    def part(self, axis: int, start: int, stop: int) -> "Study":
+        """Return the study of a stretch of one axis."""
+        axes = list(self.axes)
+        axes[axis] = axes[axis].part(start, stop)
+        return dataclasses.replace(self, axes=tuple(axes))
 
     def asked(self) -> dict[str, Any]:
         """Return all that decides which networks are drawn and what is measured, by its name."""
@@ -614,10 +625,8 @@ _networks = _count(_MOST_NETWORKS)
 # What an axis may go over: all of these but a list.
 _AXES: dict[str, Check] = {**NETWORK, **INPUTS, "seed": _seed, "networks": _networks}
 del _AXES["widths"]
-_NUMBERS = (
-    *("sigma_w", "sigma_w2", "sigma_b", "sigma_b2", "keep", "scale"),
-    *("mean_square", "correlation"),
-)
+SCALES = ("sigma_w", "sigma_w2", "sigma_b", "sigma_b2", "mean_square", "correlation")
+_NUMBERS = (*SCALES, "keep", "scale")
 _COUNTS = ("width", "depth", "input_width", "hidden", "layers", "batch", "seed", "networks")
 
 

@@ -19,10 +19,10 @@ import numpy as np
 from gradflow.errors import InputError
 from gradflow.networks import Network
 from gradflow.simulation import memory, samplers, singular_values
-from gradflow.studies.description import Study
+from gradflow.studies.description import SCALES, Study
 
 __all__ = ["ALL", "Group", "Plan", "Segment", "Share", "Work", "check_memory", "groups", "make"]
-__all__ += ["row_bytes"]
+__all__ += ["row_bytes", "slabs"]
 
 # Seconds that a chunk takes, or so.
 _CHUNK_SECONDS = 2.0
@@ -30,8 +30,10 @@ _CHUNK_SECONDS = 2.0
 _CORES = 300
 # How many values a chunk hands back to each process, at most.
 _CHUNK_VALUES = 1 << 23
-# Bytes of scales and inputs that one call is handed, at most, unless one point has more.
-_WINDOW_BYTES = 1 << 26
+# Points that one call knows, and bytes of their scales and inputs, unless one point has more.
+_WINDOW_BYTES, _WINDOW_POINTS = 1 << 26, 1 << 12
+# Bytes of results that are put together at a time, or so.
+_SLAB_BYTES = 1 << 25
 # Seconds to trace and compile a program; of theory, for a layer of one input and for each pair of
 # inputs more, without a closed form: measured, on one core.
 _COMPILE_SECONDS = 6.0
@@ -156,6 +158,13 @@ class Work:
     def chunks(self) -> int:
         """How many there are."""
         return -(-self.networks // self.chunk)
+
+    def held(self, first: int, last: int) -> np.ndarray:
+        """Return the names of the points that chunks ``first`` to ``last`` have networks of."""
+        ends = np.cumsum(self.count)
+        until = min((last + 1) * self.chunk, self.networks)
+        start = np.searchsorted(ends, first * self.chunk, side="right")
+        return self.names[start : np.searchsorted(ends, until) + 1]
 
     def segments(self, chunk: int) -> Iterator[Segment]:
         """Yield what a chunk draws, in order."""
@@ -292,6 +301,27 @@ def make(
     return Plan(tuple(found), tuple(works), used, free, seconds, output)
 
 
+def slabs(study: Study, depth: int) -> tuple[str, list[Study]]:
+    """Return the parts of a study whose results are put together one by one, and their axis.
+
+    They are along the longest axis of one number that makes no point of another kind, if there is
+    one; with an empty name, the study as it is.
+    """
+    numbers = [
+        (len(axis), -place)
+        for place, axis in enumerate(study.axes)
+        if axis.name in (*SCALES, "seed") and axis.networks is None
+    ]
+    size = len(study) * row_bytes(study, depth)
+    if size <= _SLAB_BYTES or not numbers:
+        return "", [study]
+    length, place = max(numbers)
+    place = -place
+    step = max(1, _SLAB_BYTES * length // size)
+    parts = [study.part(place, n, min(n + step, length)) for n in range(0, length, step)]
+    return study.axes[place].name, parts
+
+
 def row_bytes(study: Study, depth: int) -> int:
     """Return the size of what is kept of one point: five numbers, theory, z; histograms."""
     bins = sum(histogram.bins + 2 for histogram in study.histograms.values())
@@ -337,7 +367,7 @@ def _work(
     most = min(
         _CHUNK_SECONDS * speed / group.seconds,
         _CHUNK_VALUES * len({device.process_index for device in devices}) / values,
-        per_point * max(1, _WINDOW_BYTES // each_point - 1),
+        per_point * max(1, min(_WINDOW_BYTES // each_point, _WINDOW_POINTS) - 1),
     )
     # Accelerators have memory for more networks at once than a chunk shall have.
     block = max(1, min(plan.block, int(most) // len(devices))) if accelerated else plan.block
@@ -361,11 +391,14 @@ def _work(
 
 
 def check_memory(study: Study, plan: Plan) -> None:
-    """Raise `InputError` if the results do not fit into memory, where they are put together."""
+    """Raise `InputError` if results do not fit into memory, where a part is put together."""
     free = memory.available() if study.sampling.memory_gib is None else plan.available
-    if 2 * plan.output_bytes > free:
+    depth = max(group.network.depth for group in plan.groups)
+    parts = slabs(study, depth)[1]
+    needed = plan.output_bytes * max(map(len, parts)) // len(study)
+    if 2 * needed > free:
         raise InputError(
-            f"the results of {len(study)} points take {plan.output_bytes / 2**30:.3g} GiB, and "
+            f"the results of {max(map(len, parts))} points take {needed / 2**30:.3g} GiB, and "
             f"twice that does not fit into the {free / 2**30:.3g} GiB that are free; use fewer "
             "points, layers, statistics or bins"
         )

@@ -13,10 +13,10 @@ import jax
 import numpy as np
 import xarray
 
-from gradflow import comparison, statistics
+from gradflow import comparison, files, statistics
 from gradflow.estimation import Estimate
 from gradflow.networks import Network
-from gradflow.studies import depth_scales, gradient_spread, spectra
+from gradflow.studies import depth_scales, gradient_spread, plan, spectra
 from gradflow.studies import store as stores
 from gradflow.studies.description import Axis, Point, Study
 from gradflow.studies.plan import Group
@@ -75,14 +75,7 @@ def compile_theory(study: Study, point: Point) -> None:
 
 def of_group(group: Group, store: Store) -> Found | None:
     """Return all that is known of a group's points, in its order; None if there is nothing."""
-    known = set(group.names.tolist())
-    those = {
-        (number, place)
-        for number in range(store.rounds)
-        for place, work in enumerate(store.works(number))
-        if int(work.names[0]) in known
-    }
-    return stores.combined(store.found(lambda *of: of in those), group.names)
+    return stores.combined(store.found(group.names), group.names)
 
 
 def theory_of(study: Study, group: Group, store: Store, like: Found) -> dict[str, np.ndarray]:
@@ -92,7 +85,7 @@ def theory_of(study: Study, group: Group, store: Store, like: Found) -> dict[str
     if study.spectrum is not None:
         for name, value in spectra.unknown(study.spectrum).items():
             found[f"{_SPECTRUM}{name}"] = np.tile(value, (len(place), 1))
-    for block in store.theory():
+    for block in store.theory(group.names):
         rows = [n for n, name in enumerate(block["names"].tolist()) if name in place]
         there = [place[int(block["names"][n])] for n in rows]
         if rows:
@@ -109,6 +102,30 @@ def one(found: Found, place: int) -> Estimate:
 def assemble(study: Study, found: Sequence[Group], store: Store) -> xarray.Dataset:
     """Return everything, over the study's axes and layers; NaN where there is nothing."""
     depth = max(group.network.depth for group in found)
+    about = _attributes(study, found, store)
+    return _assembled(study, found, store, depth, about)
+
+
+def _attributes(study: Study, found: Sequence[Group], store: Store) -> dict[str, Any]:
+    return {
+        "title": study.title,
+        "question": study.question,
+        "study": study.text,
+        "dtype": study.sampling.dtype,
+        "networks": float(sum(store.networks().values())),
+        "points": len(study),
+        "axes": " ".join(axis.name for axis in study.axes),
+        "statistics": " ".join(statistic.name for statistic in study.statistics),
+        "key": "network i of a point has fold_in(point.key, i): gradflow.studies.description.Point",
+        "drawn_with": json.dumps(store.drawn_with, sort_keys=True),
+        "samplers": json.dumps(sorted({f"{group.sampler}: {group.reason}" for group in found})),
+    }
+
+
+def _assembled(
+    study: Study, found: Sequence[Group], store: Store, depth: int, about: dict[str, Any]
+) -> xarray.Dataset:
+    """Return everything, with so many layers and these attributes."""
     rows: dict[int, list[int]] = {}
     for number, point in enumerate(study.points()):
         rows.setdefault(point.name, []).append(number)
@@ -136,20 +153,7 @@ def assemble(study: Study, found: Sequence[Group], store: Store) -> xarray.Datas
     for name, label in gradient_spread.LABELS.items():
         if name in dataset:
             dataset[name].attrs["long_name"] = label
-    labelled = statistics.labelled(dataset).assign_attrs(
-        title=study.title,
-        question=study.question,
-        study=study.text,
-        dtype=study.sampling.dtype,
-        networks=float(sum(store.networks().values())),
-        points=len(study),
-        axes=" ".join(axis.name for axis in study.axes),
-        statistics=" ".join(statistic.name for statistic in study.statistics),
-        key="network i of a point has fold_in(point.key, i): gradflow.studies.description.Point",
-        drawn_with=json.dumps(store.drawn_with, sort_keys=True),
-        samplers=json.dumps(sorted({f"{group.sampler}: {group.reason}" for group in found})),
-    )
-    return depth_scales.add(labelled, study)
+    return depth_scales.add(statistics.labelled(dataset).assign_attrs(about), study)
 
 
 def _labels(axis: Axis) -> list[str] | np.ndarray:
@@ -161,9 +165,22 @@ def _labels(axis: Axis) -> list[str] | np.ndarray:
 
 
 def write(study: Study, found: Sequence[Group], store: Store) -> Path:
-    """Write the results into the store, as netCDF 3, and return the file."""
-    dataset = assemble(study, found, store)
-    return store.publish(FILE, lambda path: dataset.to_netcdf(path, engine="scipy"))
+    """Write the results into the store, as netCDF 3, and return the file.
+
+    Of a large study in parts, of which one is in memory at a time; the axis that they are along is
+    then the first in the file.
+    """
+    depth = max(group.network.depth for group in found)
+    along, parts = plan.slabs(study, depth)
+    if not along:
+        dataset = assemble(study, found, store)
+        return store.publish(FILE, lambda path: dataset.to_netcdf(path, engine="scipy"))
+    about = _attributes(study, found, store)
+    slabs = (
+        _assembled(part, plan.groups(part), store, depth, about).transpose(along, ...)
+        for part in parts
+    )
+    return store.publish(FILE, lambda path: files.write_netcdf_slabs(slabs, along, path))
 
 
 def compared(dataset: xarray.Dataset) -> list[str]:

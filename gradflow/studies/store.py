@@ -430,10 +430,12 @@ class Store:
             file.path.unlink()
         return True
 
-    def found(self, of: Callable[[int, int], bool]) -> Iterator[Found]:
-        """Yield what is in the files of some (round, group), in the order of merging."""
+    def found(self, names: np.ndarray) -> Iterator[Found]:
+        """Yield what is in the files that have networks of some points, in the order of merging."""
+        works = [self.works(number) for number in range(self.rounds)]
         for file in self._files():
-            if of(file.round, file.group):
+            held = works[file.round][file.group].held(file.first, file.last)
+            if np.isin(held, names).any():
                 yield Found.of(_arrays(file.path))
 
     def _files(self) -> list[_File]:
@@ -457,10 +459,11 @@ class Store:
         """Return a block of theory."""
         return _arrays(self.folder / "theory" / f"{name}.npz")
 
-    def theory(self) -> Iterator[dict[str, np.ndarray]]:
-        """Yield the blocks of theory."""
+    def theory(self, names: np.ndarray) -> Iterator[dict[str, np.ndarray]]:
+        """Yield the blocks of theory that have some points."""
         for path in sorted((self.folder / "theory").glob("*.npz")):
-            yield _arrays(path)
+            if np.isin(_arrays(path, "names")["names"], names).any():
+                yield _arrays(path)
 
     # Files.
 
@@ -603,10 +606,11 @@ def _npz(arrays: Mapping[str, np.ndarray]) -> bytes:
     return buffer.getvalue()
 
 
-def _arrays(path: Path) -> dict[str, np.ndarray]:
+def _arrays(path: Path, *names: str) -> dict[str, np.ndarray]:
+    """Return the arrays of a file, or some of them."""
     try:
         with np.load(path) as found:
-            return dict(found)
+            return {name: found[name] for name in names or found}
     except (EOFError, ValueError, zipfile.BadZipFile) as error:
         raise InputError(
             f"{str(path)!r} is damaged ({' '.join(str(error).split())}); the study takes another "
