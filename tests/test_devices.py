@@ -30,6 +30,12 @@ for sampler in ("dense", "matrix_free"):
     result = monte_carlo.simulate(network, x, networks=37, sampler=sampler, keep_samples=True)
     found |= {f"{sampler}/{name}": value for name, value in result.samples.items()}
     found |= {f"{sampler}/mean/{n}": e.value for n, e in result.estimates.items()}
+square = networks.mlp([12] * 4, "relu", "he", sigma_b=0.1)
+law = monte_carlo.of_one(square, jax.numpy.asarray(x[:1]), jax.random.key(1))
+chunk, which = 12, np.zeros(12, np.int32)
+how = {"measured": (statistics.q,), "sampler": "dense", "keep": (False, False), "block": 2}
+run = monte_carlo.compiled(law, chunk, tuple(jax.devices()), 1.0, spectrum=True, **how)
+found["spectra"] = np.exp(run(law, which, np.arange(chunk, dtype=np.int32))["log_singular_values"])
 if processes == 1:
     x = np.sin(np.arange(240, dtype=np.float32)).reshape(20, 12)
     wanted = (statistics.q, statistics.weight_gradient_variance)

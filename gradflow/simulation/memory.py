@@ -121,7 +121,7 @@ def plan(
 ) -> Plan:
     """Choose how many networks run at once on each device, and what is kept on the way up.
 
-    ``more`` is how many bytes a network takes beside its walk.
+    ``more`` is how many bytes a network takes beside its walk, for what needs all its weights.
 
     Raises
     ------
@@ -143,7 +143,7 @@ def plan(
     small, large = bytes_for(checkpoint=checkpoint) + more, bytes_for(keep=True) + more
     if small > free:
         less = "a smaller width or depth, or fewer inputs"
-        if sampler == "dense" and network.rotation_invariant:
+        if sampler == "dense" and network.rotation_invariant and not more:
             less += ", or sampler 'matrix_free'"
         raise InputError(
             f"one network of widths {_short(network.widths)} with {sites} inputs needs "

@@ -33,7 +33,8 @@ _WORST = 12
 _OF_SPECTRA = (
     "Density of all singular values s of J = D^L W^L … D^1 W^1, the Jacobian of the top layer's "
     "activations by the input; those that are 0, or beyond the axis, are counted and not shown. "
-    "Gaussian networks of width n differ from theory by O(1/n)."
+    "Gaussian networks of width n differ from theory by O(1/n); zeros, and with them the bin "
+    "beside, by O(n^(-1/2)): they are those of the layer with most units of slope 0."
 )
 
 
