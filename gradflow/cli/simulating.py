@@ -117,8 +117,8 @@ def compare(
     "- `gradflow study`\n"
     "- `gradflow study scripts/phase-diagram.toml --out results/phase-diagram`\n"
     "- `gradflow study --depth 50 --networks 5000 --out results/deep`\n"
-    "- `gradflow report results/study`\n"
-    "- `gradflow study --width 100 --depth 10 --networks 200 --uniform-networks 20 --json`"
+    "- `gradflow study --width 100 --depth 10 --networks 200 --out results/small --json`\n"
+    "- `gradflow report results/study`"
 )
 def study(
     context: typer.Context,
