@@ -455,6 +455,13 @@ def test_results_that_are_put_together_in_parts_are_the_same(tmp_path, monkeypat
         assert again[name].attrs == found[name].attrs
 
 
+def test_seeds_of_32_bits_are_coordinates(tmp_path):
+    axis = "seed = [0, 4_000_000_000]"
+    run(tmp_path / "study", TEXT.replace("sigma_b2 = [0.0, 0.1]", axis))
+    found = xarray.load_dataset(tmp_path / "study" / results.FILE)
+    assert found.seed.values.tolist() == [0, 4_000_000_000]
+
+
 def test_what_is_no_set_of_shares_is_not_merged(reference, tmp_path):
     first, second = tmp_path / "first", tmp_path / "second"
     run(first, share=Share(0, 2))

@@ -310,7 +310,8 @@ def slabs(study: Study, depth: int) -> tuple[str, list[Study]]:
     numbers = [
         (len(axis), -place)
         for place, axis in enumerate(study.axes)
-        if axis.name in (*SCALES, "seed") and axis.networks is None
+        # Integers that fit into a file are kept as they are, in all parts alike.
+        if axis.name in (*SCALES, "seed") and max(axis.values[axis.name]) < 1 << 31
     ]
     size = len(study) * row_bytes(study, depth)
     if size <= _SLAB_BYTES or not numbers:

@@ -139,7 +139,7 @@ def _assembled(
     for axis in study.axes:
         if len(axis.values) > 1:
             coordinates[axis.name] = _labels(axis)
-        coordinates |= {field: (axis.name, list(v)) for field, v in axis.values.items()}
+        coordinates |= {field: (axis.name, _coordinate(v)) for field, v in axis.values.items()}
     for name, histogram in study.histograms.items():
         edges = histogram.edges
         coordinates[f"{name}_bin"] = (edges[1:] + edges[:-1]) / 2
@@ -154,6 +154,12 @@ def _assembled(
         if name in dataset:
             dataset[name].attrs["long_name"] = label
     return depth_scales.add(statistics.labelled(dataset).assign_attrs(about), study)
+
+
+def _coordinate(values: tuple) -> list | np.ndarray:
+    """Return an axis's values; netCDF 3 has no integers of 64 bits, which seeds may need."""
+    large = any(isinstance(value, int) and value >= 1 << 31 for value in values)
+    return np.array(values, np.float64) if large else list(values)
 
 
 def _labels(axis: Axis) -> list[str] | np.ndarray:
