@@ -178,6 +178,9 @@ def test_what_has_no_fixed_points_has_no_depth_scales(tmp_path):
     found = xarray.load_dataset(written)
     assert np.isfinite(found.rate_grad).to_numpy().tolist() == [[False, False], [True, False]]
     assert float(found.xi_grad_theory[1, 0]) == pytest.approx(1 / math.log(2))
+    unasked = text + "\n[theory]\ndepth_scales = false"
+    written = execution.run(description.parse(unasked), tmp_path / "study").results
+    assert "rate_grad" not in xarray.load_dataset(written)
     other = text.replace('"none", "layer"', '"none"').replace("[5, 9]", "[5]")
     written = execution.run(description.parse(other), tmp_path / "shallow").results
     assert "rate_grad" not in xarray.load_dataset(written)

@@ -243,6 +243,8 @@ class Study:
         How many networks, and how they are drawn.
     finite_width
         Whether theory also says what the width does, to first order in 1/width.
+    depth_scales
+        Whether results have ξ beside theory's, whose fixed points take seconds an activation.
     """
 
     text: str
@@ -255,6 +257,7 @@ class Study:
     spectrum: HistogramRange | None
     sampling: Sampling
     finite_width: bool
+    depth_scales: bool
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -424,7 +427,7 @@ def parse(text: str) -> Study:
             f"{_MOST_POINTS}"
         )
     theory = _table("theory", found)
-    _known("theory", theory, ("finite_width",))
+    _known("theory", theory, ("finite_width", "depth_scales"))
     spectrum = None
     if "spectrum" in found:
         spectrum = _bins("spectrum", _table("spectrum", found))
@@ -440,6 +443,7 @@ def parse(text: str) -> Study:
         spectrum=spectrum,
         sampling=sampling,
         finite_width=_flag("theory.finite_width", theory.get("finite_width", max(batches) == 1)),
+        depth_scales=_flag("theory.depth_scales", theory.get("depth_scales", True)),
     )
 
 

@@ -34,9 +34,12 @@ _CHUNK_VALUES = 1 << 23
 _WINDOW_BYTES, _WINDOW_POINTS = 1 << 26, 1 << 12
 # Bytes of results that are put together at a time, or so.
 _SLAB_BYTES = 1 << 25
-# Seconds to trace and compile a program; of theory, for a layer of one input and for each pair of
-# inputs more, without a closed form: measured, on one core.
-_COMPILE_SECONDS = 6.0
+# Seconds to trace and compile a program and its theory, where others are at the same time; to trace
+# and compile an activation's fixed points; and of the host, for a point.
+_COMPILE_SECONDS, _FIXED_POINT_SECONDS, _POINT_SECONDS = 3.0, 3.0, 4e-3
+# Seconds on one core, measured: of a statistic, for a unit; of theory, for a layer of one input and
+# for each pair of inputs more, without a closed form.
+_STATISTIC_SECONDS = 0.6e-9
 _THEORY_SECONDS, _THEORY_SECONDS_A_PAIR = 1e-4, 1e-3
 _SHIFT_SECONDS, _SHIFT_SECONDS_A_PAIR = 1e-4, 1e-2
 # Of the theory of a spectrum, for a point.
@@ -61,6 +64,8 @@ class Group:
         How their networks are drawn.
     spectrum
         Whether their Jacobians' singular values are measured.
+    statistics
+        How many are.
     """
 
     network: Network
@@ -71,6 +76,7 @@ class Group:
     sampler: str
     reason: str
     spectrum: bool = False
+    statistics: int = 0
 
     @property
     def units(self) -> np.ndarray:
@@ -81,6 +87,7 @@ class Group:
     def seconds(self) -> float:
         """How long one network takes on one core, or so."""
         walk = samplers.seconds(self.sampler, self.network, self.sites)
+        walk += _STATISTIC_SECONDS * self.statistics * float(self.units.sum())
         return walk + (singular_values.seconds(self.network) if self.spectrum else 0.0)
 
 
@@ -241,7 +248,8 @@ def groups(study: Study) -> tuple[Group, ...]:
         numbers = np.array([number for number, _ in those], np.int64)
         names = np.array([name for _, name in those], np.uint64)
         goal = np.array([shall[name] for _, name in those], np.int64)
-        found.append(Group(network, sites, numbers, names, goal, sampler, reason, measured))
+        count = len(study.statistics)
+        found.append(Group(network, sites, numbers, names, goal, sampler, reason, measured, count))
     return tuple(found)
 
 
@@ -280,7 +288,10 @@ def make(
         )
     devices = tuple(devices or jax.devices())
     done = done or {}
-    works, used, free, seconds = [], 0, 0, 0.0
+    works, used, free, seconds = [], 0, 0, _POINT_SECONDS * len(study)
+    if study.depth_scales:
+        activations = {group.network.activation for group in found}
+        seconds += _FIXED_POINT_SECONDS * len(activations)
     cores = len(devices)
     for group in found:
         names = group.names.tolist()

@@ -153,7 +153,8 @@ def _assembled(
     for name, label in gradient_spread.LABELS.items():
         if name in dataset:
             dataset[name].attrs["long_name"] = label
-    return depth_scales.add(statistics.labelled(dataset).assign_attrs(about), study)
+    labelled = statistics.labelled(dataset).assign_attrs(about)
+    return depth_scales.add(labelled, study) if study.depth_scales else labelled
 
 
 def _coordinate(values: tuple) -> list | np.ndarray:
