@@ -283,11 +283,24 @@ def _round(
     stop: Callable[[], bool],
 ) -> None:
     number, works, starts = what
+    drawings = {}
+    for place, work in enumerate(works):
+        group = next(group for group in found if work.names[0] in group.names)
+        drawings[place] = _Drawing(study, group, work, devices)
     total = sum(work.networks for work in works)
-    before = 0
-    for place, drawing in enumerate(_compiled_ahead(study, found, works, starts, devices)):
-        work, start = works[place], starts[place]
-        _theory(drawing, store, f"{number:04}-{place:05}", report, stop)
+    points = sum(int(np.count_nonzero(drawing.is_first)) for drawing in drawings.values())
+    before = told = 0
+    for place, (drawing, start) in enumerate(
+        zip(_compiled_ahead(drawings, starts), starts, strict=True)
+    ):
+        work = drawing.work
+        for done, new in _theory(drawing, store, f"{number:04}-{place:05}"):
+            told += done
+            if not new:
+                continue
+            report(Step("theory", told, points))
+            if _from_first(lambda: b"stop" if stop() else b""):
+                raise _Stopped
         for chunk, done, values, seconds in drawing.run(start):
             step = Step("networks", before + done, total)
             kept = _put_together(drawing.kept(chunk, values))
@@ -317,33 +330,23 @@ def _put_together(mine: Found | None) -> Found | None:
     return combined(Found.unpacked(part[:length].tobytes()) for part, length in sent if length)
 
 
-def _compiled_ahead(
-    study: Study,
-    found: Sequence[Group],
-    works: Sequence[Work],
-    starts: Sequence[int],
-    devices: Sequence[jax.Device],
-) -> Iterator["_Drawing"]:
-    """Yield what is drawn of each group, compiled; the next one is compiled while it is drawn.
+def _compiled_ahead(drawings: dict[int, "_Drawing"], starts: Sequence[int]) -> Iterator["_Drawing"]:
+    """Take out what is drawn of each group, compiled; the next is compiled while it is drawn.
 
     The programs, and so the results, are those that they are without.
     """
-    drawings = {}
-    for place, work in enumerate(works):
-        group = next(group for group in found if work.names[0] in group.names)
-        drawings[place] = _Drawing(study, group, work, devices)
 
     def compile_one(number: int) -> None:
         """Compile the program of a group's networks, or those of its theory."""
         place, theory = divmod(number, 2)
         # Several processes compile in step.
-        if jax.process_count() == 1 and starts[place] < works[place].chunks:
+        if jax.process_count() == 1 and starts[place] < drawings[place].work.chunks:
             if not theory:
                 drawings[place].compile()
             elif starts[place] == 0:
                 drawings[place].compile_theory()
 
-    for done, _ in monte_carlo.in_order(compile_one, 2 * len(works), 1, _WORKERS):
+    for done, _ in monte_carlo.in_order(compile_one, 2 * len(starts), 1, _WORKERS):
         if done % 2 == 0:
             yield drawings.pop(done // 2 - 1)
 
@@ -557,28 +560,28 @@ def _binned(values: np.ndarray, point: np.ndarray, bins: Any) -> np.ndarray:
 # Theory.
 
 
-def _theory(
-    drawing: _Drawing, store: Store | None, prefix: str, report: Progress, stop: Callable[[], bool]
-) -> None:
+def _theory(drawing: _Drawing, store: Store | None, prefix: str) -> Iterator[tuple[int, bool]]:
     """Work out what theory says of the points that a round is the first to draw.
 
-    Of a share, those that fall to it; each process does some.
+    Of a share, those that fall to it; each process does some. Yields how many are done each time,
+    and whether they were not before.
     """
     mine = drawing.is_first
     for first in range(0, len(mine), _THEORY_BLOCK):
         last = min(first + _THEORY_BLOCK, len(mine))
         places = [n for n in range(first, last) if mine[n]]
         name = f"{prefix}-{first // _THEORY_BLOCK:06}"
-        if not places or _from_first(lambda: b"there" if _knows(store, name) else b""):  # noqa: B023
+        if not places:
+            continue
+        if _from_first(lambda: b"there" if _knows(store, name) else b""):  # noqa: B023
+            yield len(places), False
             continue
         begun = time.perf_counter()
         block = _shared_theory(drawing, places)
         if store is not None:
             store.add_theory(name, block)
             store.log(theory=name, seconds=round(time.perf_counter() - begun, 3))
-        report(Step("theory", last, len(mine)))
-        if _from_first(lambda: b"stop" if stop() else b""):
-            raise _Stopped
+        yield len(places), True
 
 
 def _knows(store: Store | None, name: str) -> bool:
