@@ -21,8 +21,8 @@ __all__ = ["depth_scale_lines", "depth_scale_maps", "spread"]
 
 # z-scores beyond which maps have the colour of their ends.
 _MOST_Z = 6.0
-# Series of one figure.
-_MOST_SERIES = 12
+# Series of one figure; letters an inch of its legend, and those that a name's marker takes.
+_MOST_SERIES, _LETTERS, _HANDLE = 12, 14, 8
 # A share of points; where no more have a depth scale, as on a critical line, it is not drawn.
 _FEW = 0.2
 # How far a logarithmic axis goes beyond what is measured.
@@ -199,7 +199,9 @@ def spread(dataset: xarray.Dataset) -> tuple[Figure, str] | None:
         axes.set(xscale="log", yscale=scale, xlabel="depth/width, Σ 1/n", ylabel=label)
     handles, names = panels[0].get_legend_handles_labels()
     if names:
-        figure.legend(handles, names, loc="outside lower center", ncols=5, fontsize=8)
+        longest = max(map(len, names)) + _HANDLE
+        columns = max(1, min(5, int(_LETTERS * figure.get_figwidth()) // longest))
+        figure.legend(handles, names, loc="outside lower center", ncols=columns, fontsize=8)
     if known:
         panels[1].axline((0.1, 0.1), (1, 1), color="0.4", linewidth=1, zorder=0)
         panels[2].axhline(1, color="0.4", linewidth=1, zorder=0)
