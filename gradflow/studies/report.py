@@ -126,7 +126,7 @@ def _facts(dataset: xarray.Dataset) -> str:
         "grid": " × ".join(f"{axis} ({dataset.sizes[axis]})" for axis in axes) or "one point",
         "networks": f"{dataset.attrs['networks']:.0f} in all, in {dataset.attrs['dtype']}",
         "layers": str(dataset.sizes["layer"]),
-        "drawn": "; ".join(json.loads(dataset.attrs["samplers"])),
+        "drawn": _samplers(json.loads(dataset.attrs["samplers"])),
         "with": "; ".join(
             f"gradflow {d['gradflow']}, JAX {d['jax']}, {d['devices']} × {d['device']}"
             for d in drawn
@@ -134,6 +134,13 @@ def _facts(dataset: xarray.Dataset) -> str:
     }
     lines = (f"<tr><th class=text>{_safe(k)}<td class=text>{_safe(v)}" for k, v in facts.items())
     return f"<div class=wide><table>{''.join(lines)}</table></div>"
+
+
+def _samplers(those: Sequence[str]) -> str:
+    """Return how networks were drawn: of a few programs also why."""
+    if len(those) <= 2:
+        return "; ".join(those)
+    return ", ".join(dict.fromkeys(sampler.partition(":")[0] for sampler in those))
 
 
 def _verdict(rows: Sequence[dict[str, Any]]) -> str:
