@@ -586,9 +586,11 @@ def test_an_interruption_finishes_the_chunk_and_says_how_to_go_on(long_study, tm
 
 @pytest.mark.slow
 def test_devices_and_processes_change_nothing_but_the_rounding(long_study, tmp_path):
-    code, _, said = wait(begin(long_study / "study.toml", tmp_path / "devices", devices=2))
-    assert code == 0, said
-    same(tmp_path / "devices", long_study / "whole")
+    for devices in (2, 8):
+        out = tmp_path / f"{devices} devices"
+        code, _, said = wait(begin(long_study / "study.toml", out, devices=devices))
+        assert code == 0, said
+        same(out, long_study / "whole")
     with socket.socket() as one:
         one.bind(("127.0.0.1", 0))
         port = one.getsockname()[1]

@@ -13,6 +13,7 @@ import xarray
 from typer.testing import CliRunner
 
 from gradflow import cli
+from gradflow.errors import InputError
 from gradflow.studies import description, execution, report, results
 
 EVIL = '<script>alert("1")</script> & <img src=x>'
@@ -174,6 +175,28 @@ def test_show_and_export_have_what_the_results_have(study, tmp_path):
 
 
 @pytest.mark.slow
+def test_shares_are_merged_on_the_command_line(study, tmp_path, monkeypatch):
+    monkeypatch.setattr("jaxtyping.config.jaxtyping_disable", True)
+    file = study[0] / "study.toml"
+    for share in ("1/2", "2/2"):
+        said = invoke("study", file, "--share", share, "--out", tmp_path / share[0])
+        assert "120 networks" in said
+    said = invoke("merge", tmp_path / "2", tmp_path / "1", "--out", tmp_path / "whole")
+    assert "240 networks" in said
+    found, whole = (xarray.load_dataset(p / results.FILE) for p in (tmp_path / "whole", study[0]))
+    np.testing.assert_allclose(found.q, whole.q, rtol=1e-5)
+    wrong = [
+        (("study", file, "--share", "3/2"), "share is '3/2'; it is which part of how many"),
+        (("study", "--share", "1/2"), "--share goes with a study file"),
+        (("merge", tmp_path / "1", "--out", tmp_path / "o"), "of 2 shares 2 is missing"),
+        (("merge", tmp_path, "--out", tmp_path / "o"), "which holds no study"),
+    ]
+    for arguments, message in wrong:
+        done = CliRunner().invoke(cli.app, list(map(str, arguments)))
+        assert isinstance(done.exception, InputError)
+        assert message in str(done.exception)
+
+
 @pytest.mark.skipif(BROWSER is None, reason="there is no browser here")
 @pytest.mark.parametrize("width", [500, 1200])
 def test_a_browser_shows_it(study, tmp_path, width):
