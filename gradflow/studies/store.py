@@ -1,7 +1,7 @@
 """The store of a study: a folder that holds what is finished, whatever happens to the process.
 
     study.toml          the study file, as it was given
-    store.json          what may not change, and what the networks were drawn with
+    store.json          what may not change, whose share it is, and what networks were drawn with
     rounds/0000.npz     which networks of which points a round draws, in which chunks
     chunks/…            what chunks found: estimates that can be merged
     theory/…            what theory says of points
