@@ -26,9 +26,9 @@ training           weights as parameters; layers along training, many networks a
 shapeset           images of shapes, endless and drawn by key
 data               real inputs, with labels: what networks are trained on
 figures            one function a figure
-studies            jacobian_spectrum, remedies; what study files need: description, plan, store,
-                   spectra, depth_scales, gradient_spread, results, execution, merging, report;
-                   note (the study that the project began with)
+studies            jacobian_spectrum, remedies; what study files need: entries, grid_point,
+                   description, plan, store, spectra, depth_scales, gradient_spread, results,
+                   execution, merging, report; note (the study that the project began with)
 cli                the command ``gradflow``
 """
 

@@ -89,6 +89,8 @@ ORDER = (
     "studies.experiments.methods",
     "studies.experiments.clipping",
     "studies.experiments",
+    "studies.entries",
+    "studies.grid_point",
     "studies.description",
     "studies.spectra",
     "studies.plan",

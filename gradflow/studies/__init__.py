@@ -14,8 +14,10 @@ experiments
 
 Studies that a file describes, of any size (`gradflow study FILE`):
 
-description
-    The study file: a base network and axes over it, checked.
+description, entries
+    The study file: a base network and axes over it; what each of its entries may be.
+grid_point
+    A place in its grid: the networks' law, the inputs and the key.
 plan
     Which programs it takes, in which chunks, and how long.
 store
@@ -38,9 +40,11 @@ note
 from gradflow.studies import (
     depth_scales,
     description,
+    entries,
     execution,
     experiments,
     gradient_spread,
+    grid_point,
     jacobian_spectrum,
     merging,
     note,
@@ -54,6 +58,7 @@ from gradflow.studies import (
     store,
 )
 
-__all__ = ["depth_scales", "description", "execution", "experiments", "gradient_spread"]
-__all__ += ["jacobian_spectrum", "merging", "note", "plan", "point", "remedies", "report"]
+__all__ = ["depth_scales", "description", "entries", "execution", "experiments"]
+__all__ += ["gradient_spread", "grid_point", "jacobian_spectrum", "merging", "note", "plan"]
+__all__ += ["point", "remedies", "report"]
 __all__ += ["report_figures", "results", "spectra", "store"]

@@ -42,7 +42,8 @@ from jaxtyping import Array
 from gradflow.activations import Activation
 from gradflow.blocks import Dense
 from gradflow.compilation import Float64Program
-from gradflow.studies.description import Point, Study
+from gradflow.studies.description import Study
+from gradflow.studies.grid_point import Point
 from gradflow.theory import fixed_points
 from gradflow.theory.fixed_points import Analysis
 

@@ -26,7 +26,8 @@ from gradflow.simulation import monte_carlo
 from gradflow.simulation.monte_carlo import Laws
 from gradflow.statistics import Statistic
 from gradflow.studies import plan, results, spectra
-from gradflow.studies.description import Study, keys
+from gradflow.studies.description import Study
+from gradflow.studies.grid_point import keys
 from gradflow.studies.plan import ALL, Group, Segment, Share, Work
 from gradflow.studies.store import Found, Store, combined, works_of
 

@@ -38,6 +38,7 @@ from gradflow.simulation.monte_carlo import Simulation, simulate
 from gradflow.statistics import Prediction
 from gradflow.statistics import chi as chi_statistic
 from gradflow.studies import description, plan, results
+from gradflow.studies.grid_point import Point
 from gradflow.studies.plan import Group
 from gradflow.studies.store import Store
 from gradflow.theory import corrections, mean_field
@@ -213,7 +214,7 @@ def findings(folder: Path) -> Findings:
 class _Known:
     """What the store has of a point; arrays of shape (statistics, layers)."""
 
-    point: description.Point
+    point: Point
     keys: tuple[str, ...]
     estimates: Estimate
     failures: np.ndarray

@@ -19,7 +19,8 @@ import numpy as np
 from gradflow.errors import InputError
 from gradflow.networks import Network
 from gradflow.simulation import memory, samplers, singular_values
-from gradflow.studies.description import SCALES, Study
+from gradflow.studies.description import Study
+from gradflow.studies.entries import SCALES
 
 __all__ = ["ALL", "Group", "Plan", "Segment", "Share", "Work", "check_memory", "groups", "make"]
 __all__ += ["row_bytes", "slabs"]

@@ -18,7 +18,8 @@ from gradflow.estimation import Estimate
 from gradflow.networks import Network
 from gradflow.studies import depth_scales, gradient_spread, plan, spectra
 from gradflow.studies import store as stores
-from gradflow.studies.description import Axis, Point, Study
+from gradflow.studies.description import Axis, Study
+from gradflow.studies.grid_point import Point
 from gradflow.studies.plan import Group
 from gradflow.studies.store import Found, Store
 
@@ -116,7 +117,7 @@ def _attributes(study: Study, found: Sequence[Group], store: Store) -> dict[str,
         "points": len(study),
         "axes": " ".join(axis.name for axis in study.axes),
         "statistics": " ".join(statistic.name for statistic in study.statistics),
-        "key": "network i of a point has fold_in(point.key, i): gradflow.studies.description.Point",
+        "key": "network i of a point has fold_in(point.key, i): gradflow.studies.grid_point.Point",
         "drawn_with": json.dumps(store.drawn_with, sort_keys=True),
         "samplers": json.dumps(sorted({f"{group.sampler}: {group.reason}" for group in found})),
     }
