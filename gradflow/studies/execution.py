@@ -300,8 +300,7 @@ def _round(
             if not new:
                 continue
             report(Step("theory", told, points))
-            if _from_first(lambda: b"stop" if stop() else b""):
-                raise _Stopped
+            _stop_if_asked(stop)
         for chunk, done, values, seconds in drawing.run(start):
             step = Step("networks", before + done, total)
             kept = _put_together(drawing.kept(chunk, values))
@@ -312,9 +311,14 @@ def _round(
                 largest, of = _largest_z(drawing, store, f"{number:04}-{place:05}", chunk, kept)
                 step = dataclasses.replace(step, largest_z=largest, of=of)
             report(step)
-            if _from_first(lambda: b"stop" if stop() else b""):
-                raise _Stopped
+            _stop_if_asked(stop)
         before += work.networks
+
+
+def _stop_if_asked(stop: Callable[[], bool]) -> None:
+    """Stop all processes if the first one is asked to."""
+    if _from_first(lambda: b"stop" if stop() else b""):
+        raise _Stopped
 
 
 def _put_together(mine: Found | None) -> Found | None:

@@ -21,14 +21,13 @@ from matplotlib.figure import Figure
 from gradflow import figures, statistics
 from gradflow.figures.drawing import COLOURS, MARKERS
 from gradflow.studies import report_figures, results
+from gradflow.studies.report_figures import MOST_Z
 
 __all__ = ["page"]
 
 # Points that a figure by layer shows; statistics that have one.
 _SHOWN = len(MARKERS)
 _BY_LAYER = ("q", "correlation", "saturation", "chi", "log_gradient_norm")
-# z-scores beyond which maps have the colour of their ends.
-_MOST_Z = 6.0
 _WORST = 12
 _OF_SPECTRA = (
     "Density of all singular values s of J = D^L W^L … D^1 W^1, the Jacobian of the top layer's "
@@ -304,19 +303,10 @@ def _map(dataset: xarray.Dataset, name: str, x: str, y: str, at: str) -> tuple[F
         np.atleast_1d(figure.subplots(1, len(panels), sharey=True)), panels, strict=True
     ):
         is_z = title.startswith("z")
-        low, high = (-_MOST_Z, _MOST_Z) if is_z else limits
-        image = axes.pcolormesh(
-            values[x],
-            values[y],
-            values,
-            vmin=low,
-            vmax=high,
-            cmap="RdBu_r" if is_z else "viridis",
-            shading="nearest",
-            rasterized=True,
-        )
+        low, high = (-MOST_Z, MOST_Z) if is_z else limits
+        colours = "RdBu_r" if is_z else "viridis"
+        image = report_figures.image(axes, values, vmin=low, vmax=high, cmap=colours)
         figure.colorbar(image, ax=axes, extend="both" if is_z else "neither")
-        axes.set_facecolor("0.75")
         axes.set_title(title, fontsize=10)
         axes.set_xlabel(x)
     figure.axes[0].set_ylabel(y)
@@ -373,7 +363,7 @@ def _distribution(dataset: xarray.Dataset) -> tuple[Figure, str]:
     """Draw how all z are spread, beside a normal distribution's density."""
     figure = Figure(figsize=(7, 3.2), layout="constrained")
     axes = figure.subplots()
-    edges = np.linspace(-2 * _MOST_Z, 2 * _MOST_Z, 61)
+    edges = np.linspace(-2 * MOST_Z, 2 * MOST_Z, 61)
     kinds = {"z": "infinite width", "finite_width_z": "with the width's effect"}
     for (suffix, label), colour in zip(kinds.items(), COLOURS, strict=False):
         those = [

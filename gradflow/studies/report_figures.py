@@ -17,10 +17,10 @@ from matplotlib.ticker import LogLocator
 from gradflow.figures.drawing import COLOURS, ERRORS, MARKERS, POINTS
 from gradflow.studies import depth_scales, gradient_spread, results
 
-__all__ = ["depth_scale_lines", "depth_scale_maps", "spread"]
+__all__ = ["MOST_Z", "depth_scale_lines", "depth_scale_maps", "image", "spread"]
 
 # z-scores beyond which maps have the colour of their ends.
-_MOST_Z = 6.0
+MOST_Z = 6.0
 # Series of one figure; letters an inch of its legend, and those that a name's marker takes.
 _MOST_SERIES, _LETTERS, _HANDLE = 12, 14, 8
 # A share of points; where no more have a depth scale, as on a critical line, it is not drawn.
@@ -60,13 +60,13 @@ def depth_scale_maps(
         norm = LogNorm(float(np.abs(measured).min()), float(np.abs(measured).max()))
         titles = (f"{_SYMBOLS[scale]} measured", f"{_SYMBOLS[scale]}, theory")
         for axes, values, title in zip(row, (measured, predicted), titles, strict=False):
-            image = _image(axes, abs(values), cmap="viridis", norm=norm)
-            bar = figure.colorbar(image, ax=axes, extend="both", label="layers", format="%g")
+            drawn = image(axes, abs(values), cmap="viridis", norm=norm)
+            bar = figure.colorbar(drawn, ax=axes, extend="both", label="layers", format="%g")
             bar.locator = LogLocator(subs=(1, 2, 5))
             bar.minorticks_off()
             axes.set_title(title, fontsize=10)
-        image = _image(row[2], z, cmap="RdBu_r", vmin=-_MOST_Z, vmax=_MOST_Z)
-        figure.colorbar(image, ax=row[2], extend="both", label="standard errors")
+        drawn = image(row[2], z, cmap="RdBu_r", vmin=-MOST_Z, vmax=MOST_Z)
+        figure.colorbar(drawn, ax=row[2], extend="both", label="standard errors")
         row[2].set_title(f"z of 1/{_SYMBOLS[scale].strip('|')}", fontsize=10)
         row[0].set_ylabel(y)
         for axes in row:
@@ -99,7 +99,8 @@ def _which(scales: Sequence[str]) -> str:
     return f"Depth scales {', '.join(listed)},"
 
 
-def _image(axes: Axes, values: xarray.DataArray, **how: Any) -> Any:
+def image(axes: Axes, values: xarray.DataArray, **how: Any) -> Any:
+    """Draw values over two axes, (y, x), as a map that is grey where there are none."""
     y, x = values.dims
     axes.set_facecolor("0.75")
     return axes.pcolormesh(values[x], values[y], values, shading="nearest", rasterized=True, **how)

@@ -20,6 +20,7 @@ import contextlib
 import dataclasses
 import errno
 import fcntl
+import functools
 import io
 import json
 import os
@@ -529,8 +530,9 @@ class Store:
             os.close(folder)
 
 
+@functools.lru_cache(maxsize=4)
 def works_of(content: bytes) -> tuple[Work, ...]:
-    """Return what a round's file says is drawn."""
+    """Return what a round's file says is drawn; asked for again for every group of a study."""
     plain = _header(content)["groups"]
     with np.load(io.BytesIO(content)) as arrays:
         return tuple(
