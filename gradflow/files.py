@@ -76,7 +76,8 @@ def complete(path: Path, name: str = "file") -> Iterator[Path]:
     Where that is, and what is refused: `writable_file`.
     """
     target = writable_file(path, name)
-    beside = target.with_name(f".{target.name[:40]}.{os.getpid()}")
+    # With the end of its name, which may say of which kind it is.
+    beside = target.with_name(f".{os.getpid()}-{target.name[-40:]}")
     try:
         yield beside
         beside.replace(target)

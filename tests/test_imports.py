@@ -105,6 +105,7 @@ ORDER = (
     "studies.note",
     "studies",
     "",
+    "cli.process",
     "cli.shared",
     "cli.studying",
     "cli.simulating",

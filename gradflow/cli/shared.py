@@ -12,9 +12,12 @@ import typer
 import xarray
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.text import Text
 
-from gradflow.errors import InputError
+from gradflow.cli.process import say
+from gradflow.errors import InputError, printable
 from gradflow.files import complete
+from gradflow.files import writable_file as writable_file
 from gradflow.files import writable_folder as writable_folder
 
 app = typer.Typer(
@@ -27,6 +30,8 @@ app = typer.Typer(
 
 # Bytes that a layer takes of any width: its place in a network, its theory, its statistics.
 _LAYER = 1 << 14
+# Characters of a line: more is a file's mistake.
+_LONGEST_LINE = 10_000
 # What a table needs where there is no terminal to ask.
 _WIDTH_WITHOUT_TERMINAL = 132
 
@@ -136,11 +141,23 @@ def write_text(text: str, path: Path) -> Path:
     return path
 
 
+class _Console(Console):
+    """A terminal that texts do not drive, whatever file they are from: no markup, no escapes."""
+
+    def render_str(self, text: str, **options: Any) -> Text:
+        lines = (printable(line, _LONGEST_LINE) for line in text.split("\n"))
+        return super().render_str("\n".join(lines), **options)
+
+
 def make_console() -> Console:
     """Return the terminal, or a page where there is none."""
-    terminal = sys.stdout.isatty()
-    return Console(
-        width=None if terminal else _WIDTH_WITHOUT_TERMINAL, highlight=False, soft_wrap=False
+    terminal = sys.stdout is not None and sys.stdout.isatty()
+    return _Console(
+        width=None if terminal else _WIDTH_WITHOUT_TERMINAL,
+        highlight=False,
+        markup=False,
+        emoji=False,
+        soft_wrap=False,
     )
 
 
@@ -153,9 +170,9 @@ def show_progress(unit: str = "networks") -> Iterator[Callable[[str, int, int], 
         def line(name: str, done: int, total: int) -> None:
             if done == 0 and name not in compiling:
                 compiling.add(name)
-                typer.echo(f"{name}: compiling", err=True)
+                say(f"{name}: compiling")
             elif done == total:
-                typer.echo(f"{name}: {done} {unit} done", err=True)
+                say(f"{name}: {done} {unit} done")
 
         yield line
         return
@@ -179,7 +196,8 @@ def show_progress(unit: str = "networks") -> Iterator[Callable[[str, int, int], 
 
 
 def _dumps(value: Any) -> str:
-    return json.dumps(_without_nan(value), ensure_ascii=False, indent=1, allow_nan=False)
+    text = json.dumps(_without_nan(value), ensure_ascii=False, indent=1, allow_nan=False)
+    return "".join(c if c.isprintable() or c == "\n" else json.dumps(c)[1:-1] for c in text)
 
 
 def print_json(value: Any) -> None:

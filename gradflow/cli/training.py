@@ -11,6 +11,7 @@ from rich import box
 from rich.table import Table
 from typer.core import TyperCommand
 
+from gradflow.cli.process import say
 from gradflow.cli.shared import (
     Json,
     Out,
@@ -173,7 +174,7 @@ def _resumable(folder: Path) -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt:
-        typer.echo(f"gradflow: saved in {folder}; the same command goes on from there", err=True)
+        say(f"gradflow: saved in {folder}; the same command goes on from there")
         raise
 
 
