@@ -1,9 +1,11 @@
 """What the commands share: their options, checks of input, files, progress and JSON."""
 
+import hashlib
 import json
 import math
+import re
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
@@ -30,13 +32,16 @@ app = typer.Typer(
 
 # Bytes that a layer takes of any width: its place in a network, its theory, its statistics.
 _LAYER = 1 << 14
+# Characters of a folder's name that is made of options.
+_LONGEST_NAME = 120
 # Characters of a line: more is a file's mistake.
 _LONGEST_LINE = 10_000
 # What a table needs where there is no terminal to ask.
 _WIDTH_WITHOUT_TERMINAL = 132
 
 Out = Annotated[
-    Path | None, typer.Option(help="Folder for results and figures.", show_default=False)
+    str | None,
+    typer.Option(help="Folder for results and figures.", show_default=False, metavar="FOLDER"),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON on standard output, for scripts.")]
 Seed = Annotated[
@@ -62,10 +67,24 @@ def is_given(context: typer.Context, option: str) -> bool:
 def check_instead(context: typer.Context, option: str, other: str) -> None:
     """Raise if an option was given beside another one, whose place it takes."""
     if is_given(context, option) and is_given(context, other):
+        one, two = (_given(context, name) for name in (option, other))
+        raise InputError(f"{one} and {two}; the first takes the other's place: give one of them")
+
+
+def check_beside(context: typer.Context, option: str, other: str) -> None:
+    """Raise if an option was given that means nothing without another one, which was not."""
+    if is_given(context, option) and not is_given(context, other):
         raise InputError(
-            f"{option} is {context.params[option]!r} and {other} is {context.params[other]!r}; "
-            "the first takes the other's place: give one of them"
+            f"{_given(context, option)}, which means nothing without --{other}; give both"
         )
+
+
+def _given(context: typer.Context, option: str) -> str:
+    """Return an option and its value in words, under the name that the command line has for it."""
+    parameter = next(p for p in context.command.params if p.name == option)
+    value = context.params[option]
+    text = str(value) if isinstance(value, Path) else value
+    return f"{parameter.opts[0].removeprefix('--').replace('-', '_')} is {text!r}"
 
 
 def check_memory(name: str, value: int, needed: int) -> None:
@@ -110,9 +129,63 @@ def shape_label(widths: tuple[int, ...]) -> str:
 def file_name(name: str) -> str:
     """Return a name with what no file system minds."""
     kept = "".join(
-        c if c.isalnum() or c in "-_." else "-" for c in name.replace("(", "").replace(")", "")
+        c if c.isascii() and (c.isalnum() or c in "-_.") else "-"
+        for c in name.replace("(", "").replace(")", "")
     )
     return "-".join(part for part in kept.split("-") if part).lower()
+
+
+def given_folder(out: str | None, otherwise: Path) -> Path:
+    """Return the folder that was asked for, or another one if none was."""
+    if out is not None and not out.strip():
+        raise InputError(f"out is {out!r}; it is the name of a folder, new or not")
+    return otherwise if out is None else Path(out)
+
+
+def results_folder(context: typer.Context, *first: str, out: str | None) -> Path:
+    """Return the folder for results, which can be written to: results/COMMAND/… without ``out``.
+
+    Its name has all options that are not their defaults, so that no two commands that ask for
+    different things share one.
+
+    Parameters
+    ----------
+    context
+        The command's.
+    first
+        Options whose values come first, without their names, defaults or not.
+    out
+        What was asked for.
+    """
+    values = {
+        parameter.name: context.params[parameter.name]
+        for parameter in context.command.params
+        if parameter.name in context.params
+        and (parameter.name in first or context.params[parameter.name] != parameter.default)
+    }
+    leading = [values.pop(name) for name in first]
+    others = {n: v for n, v in values.items() if v is not None and n not in ("out", "as_json")}
+    place = Path("results") / str(context.command.name) / options_name(leading, others)
+    return writable_folder(given_folder(out, place))
+
+
+def options_name(first: Sequence[Any], others: Mapping[str, Any]) -> str:
+    """Return a folder's name that no other values have.
+
+    As ``tanh-glorot-depth=20``, and with a digest where a value holds what such a name has between
+    values, or what not all file systems tell apart.
+    """
+    values = [*map(_as_text, (*first, *others.values()))]
+    words = [*values[: len(first)], *map("=".join, zip(others, values[len(first) :], strict=True))]
+    name = "-".join(words)
+    if all(re.fullmatch("[a-z0-9_.,]+", value) for value in values) and len(name) <= _LONGEST_NAME:
+        return name
+    digest = hashlib.sha256(repr(words).encode("utf-8", "surrogateescape")).hexdigest()[:8]
+    return f"{file_name(name)[:_LONGEST_NAME]}-{digest}"
+
+
+def _as_text(value: Any) -> str:
+    return ",".join(map(_as_text, value)) if isinstance(value, list | tuple) else str(value)
 
 
 def write_netcdf(dataset: xarray.Dataset, path: Path) -> Path:

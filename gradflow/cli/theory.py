@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
@@ -17,14 +16,15 @@ from gradflow.cli.shared import (
     Seed,
     app,
     at_least,
+    check_beside,
     check_depth,
+    check_instead,
     check_memory,
-    file_name,
     make_console,
     parse_widths,
     print_json,
+    results_folder,
     shape_label,
-    writable_folder,
     write_netcdf,
 )
 from gradflow.errors import InputError
@@ -135,6 +135,7 @@ def critical(
     "- `gradflow phase --activation gelu --sigma-w 1 2.5 --sigma-b 0 1.5 --points 200`"
 )
 def phase(
+    context: typer.Context,
     activation: Phi = "tanh",
     sigma_w: Annotated[tuple[float, float], typer.Option(help="From, to.")] = (0.5, 3.0),
     sigma_b: Annotated[tuple[float, float], typer.Option(help="From, to.")] = (0.0, 1.0),
@@ -155,7 +156,7 @@ def phase(
                 f"{name} is from {low:g} to {high:g}; it is from a number of 0 or more to a larger "
                 "one, both finite"
             )
-    folder = writable_folder(out or Path("results") / "phase" / file_name(phi.name))
+    folder = results_folder(context, "activation", out=out)
     dataset = criticality.phase_diagram(
         phi, np.linspace(*sigma_w, points), np.linspace(*sigma_b, points), start=start
     )
@@ -202,6 +203,7 @@ def phase(
     "- `gradflow spectrum --activation erf --q 0.25 --depth 3 --simulate 20 --width 400`"
 )
 def spectrum(
+    context: typer.Context,
     activation: Phi = "tanh",
     sigma_w2: Annotated[float, typer.Option(help="σ_w²: weights of variance σ_w²/fan_in.")] = 1.5,
     sigma_b2: Annotated[float, typer.Option(help="σ_b²: the variance of the biases.")] = 0.05,
@@ -225,11 +227,12 @@ def spectrum(
     phi = activations.get(activation)
     check_memory("points", at_least("points", points, 2), points * _SPECTRUM_POINT)
     at_least("width", width)
+    check_beside(context, "width", "simulate")
+    check_instead(context, "q", "sigma_b2")
     if at_least("simulate", simulate, 0):
         # A network's layer Jacobians, and some copies of one, in float64.
         check_memory("width", width, 8 * width**2 * (at_least("depth", depth) + 4))
-    label = f"{phi.name}-{weights}-depth{depth}"
-    folder = writable_folder(out or Path("results") / "spectrum" / file_name(label))
+    folder = results_folder(context, "activation", "weights", out=out)
     dataset, report = jacobian_spectrum.run(
         phi,
         sigma_w2,
@@ -270,6 +273,7 @@ def spectrum(
     "- `gradflow prescribe --activation softplus --depth 100 --transform dks`"
 )
 def prescribe(
+    context: typer.Context,
     activation: Phi = "tanh",
     width: Annotated[int, typer.Option(help="Units a layer, above 64 inputs.")] = 1000,
     depth: Depth = 50,
@@ -296,6 +300,9 @@ def prescribe(
     """Find the weights and biases that keep gradients, and show what the usual rules give."""
     from gradflow.theory import prescription  # noqa: PLC0415  (JAX is slow to import)
 
+    for option in ("width", "depth"):
+        check_instead(context, "widths", option)
+    check_beside(context, "target", "transform")
     shape = parse_widths(widths) if widths is not None else None
     shape = shape or (64, *[at_least("width", width)] * check_depth(depth))
     found = prescription.prescribe(

@@ -17,8 +17,9 @@ from gradflow.cli.shared import (
     Out,
     Seed,
     app,
-    file_name,
+    given_folder,
     make_console,
+    options_name,
     print_json,
     show_progress,
     writable_folder,
@@ -137,7 +138,9 @@ def train(
             )
     if "depths" in given:
         given["depths"] = _numbers("depths", given["depths"], int)
-    folder = writable_folder(out or Path("results") / "train" / file_name(_label(chosen, given)))
+    others = {n: v for n, v in given.items() if _as_default(v) != _as_default(chosen.options[n])}
+    label = options_name([chosen.name], others)
+    folder = writable_folder(given_folder(out, Path("results") / "train" / label))
     unfinished = folder / f"unfinished-{chosen.name}"
     with _resumable(folder), show_progress("updates") as report:
         dataset = chosen.run(**given, save=unfinished, progress=report)
@@ -182,14 +185,9 @@ def _flag(name: str) -> str:
     return f"--{name.replace('_', '-')}"
 
 
-def _label(chosen: Any, given: dict[str, Any]) -> str:
-    """Return a folder's name: the experiment, and what is not its default."""
-    others = {n: v for n, v in given.items() if n != "seed" and v != chosen.options[n]}
-    words = (
-        f"{n}{v if isinstance(v, str | int | float) else '-'.join(map(str, v))}"
-        for n, v in others.items()
-    )
-    return "-".join((chosen.name, *words, f"seed{given['seed']}"))
+def _as_default(value: Any) -> Any:
+    """Return an option as an experiment's defaults are written: several values are a tuple."""
+    return tuple(value) if isinstance(value, list) else value
 
 
 def _printed(title: str, rows: list[dict[str, Any]]) -> Table:
