@@ -9,6 +9,7 @@ import numpy as np
 
 __all__ = ["InputError", "check_count", "check_scale", "is_traced", "printable", "unknown_name"]
 
+LARGEST_COUNT = 2**31 - 1
 # Characters of a message: what was given may be a file's whole content.
 _LONGEST = 1200
 
@@ -42,9 +43,14 @@ def unknown_name(what: str, value: object, allowed: Iterable[str]) -> InputError
 
 
 def check_count(name: str, value: object, minimum: int = 1) -> int:
-    """Return ``value`` as an int of at least ``minimum``, or raise `InputError`."""
+    """Return ``value`` as an int of at least ``minimum``, or raise `InputError`.
+
+    It is at most what an integer of 32 bits holds, as JAX's are.
+    """
     if isinstance(value, bool) or not isinstance(value, Integral) or value < minimum:
         raise InputError(f"{name} is {value!r}; it is a whole number of at least {minimum}")
+    if int(value) > LARGEST_COUNT:
+        raise InputError(f"{name} is {value!r}; it is a whole number of at most {LARGEST_COUNT}")
     return int(value)
 
 

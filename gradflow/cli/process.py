@@ -29,6 +29,7 @@ _NOT_FOR_US = {
     "JAX_NUMPY_RANK_PROMOTION": "arrays of different ranks are mixed here",
 }
 _OFF = ("", "0", "f", "false", "n", "no", "off", "allow", "standard")
+_TO_STOP = (signal.SIGINT, signal.SIGTERM)
 INTERRUPTED = "gradflow: interrupted"
 # Seconds from Ctrl-C to the end of the process, whatever it is in.
 GRACE = 3.0
@@ -85,7 +86,9 @@ def ended_soon() -> Iterator[threading.Event]:
     os.set_blocking(writing, False)
 
     def watch() -> None:
-        if os.read(reading, 1):
+        while (number := os.read(reading, 1)) and number[0] not in _TO_STOP:
+            pass
+        if number:
             if not said.wait(GRACE):
                 say(INTERRUPTED)
             os._exit(130)

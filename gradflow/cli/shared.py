@@ -17,7 +17,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.text import Text
 
 from gradflow.cli.process import say
-from gradflow.errors import InputError, printable
+from gradflow.errors import LARGEST_COUNT, InputError, check_count, printable
 from gradflow.files import complete
 from gradflow.files import writable_file as writable_file
 from gradflow.files import writable_folder as writable_folder
@@ -49,13 +49,6 @@ Seed = Annotated[
 ]
 Depth = Annotated[int, typer.Option(help="Layers.")]
 Phi = Annotated[str, typer.Option("--activation", help="φ, by name; `gradflow list` has all.")]
-
-
-def at_least(name: str, value: int, least: int = 1) -> int:
-    """Return the value, if it is at least so much."""
-    if value < least:
-        raise InputError(f"{name} is {value}; it is a whole number of at least {least}")
-    return value
 
 
 def is_given(context: typer.Context, option: str) -> bool:
@@ -101,7 +94,7 @@ def check_memory(name: str, value: int, needed: int) -> None:
 
 def check_depth(depth: int) -> int:
     """Return the depth, if it is at least 1 and its layers' numbers fit into memory."""
-    check_memory("depth", at_least("depth", depth), depth * _LAYER)
+    check_memory("depth", check_count("depth", depth), depth * _LAYER)
     return depth
 
 
@@ -111,10 +104,10 @@ def parse_widths(text: str) -> tuple[int, ...]:
         widths = tuple(int(part) for part in text.split(","))
     except ValueError:
         widths = ()
-    if len(widths) < 2 or min(widths) < 1:
+    if len(widths) < 2 or min(widths) < 1 or max(widths) > LARGEST_COUNT:
         raise InputError(
             f"widths is {text!r}; it is the input's width and each layer's, whole numbers of at "
-            "least 1 with commas between, as 784,300,100,10"
+            f"least 1 and at most {LARGEST_COUNT} with commas between, as 784,300,100,10"
         )
     return widths
 

@@ -18,7 +18,6 @@ from gradflow.cli.shared import (
     Phi,
     Seed,
     app,
-    at_least,
     check_beside,
     check_depth,
     check_instead,
@@ -34,7 +33,7 @@ from gradflow.cli.shared import (
     write_json,
     write_netcdf,
 )
-from gradflow.errors import InputError
+from gradflow.errors import InputError, check_count
 
 
 @app.command(
@@ -76,8 +75,9 @@ def compare(
     for option in ("width", "depth"):
         check_instead(context, "widths", option)
     shape = parse_widths(widths) if widths is not None else None
-    width_, depth_ = at_least("width", width), check_depth(depth)
-    images = data.digits()[: at_least("inputs", inputs)]
+    width_, depth_ = check_count("width", width), check_depth(depth)
+    check_count("networks", networks)
+    images = data.digits()[: check_count("inputs", inputs)]
     if len(images) < inputs:
         raise InputError(f"inputs is {inputs}; there are {len(images)} digit images")
     shape = shape or (images.shape[1], *[width_] * depth_)
@@ -166,7 +166,7 @@ def study(
         check_instead(context, "coordinator", "auto")
         check_beside(context, "processes", "coordinator")
         check_beside(context, "process", "coordinator")
-        if not 0 <= process < at_least("processes", processes):
+        if not 0 <= process < check_count("processes", processes):
             raise InputError(
                 f"process is {process} and processes is {processes}; it is from 0 to one less"
             )
@@ -182,8 +182,8 @@ def study(
             )
     from gradflow.studies import note  # noqa: PLC0415  (JAX is slow to import)
 
-    at_least("networks", networks, 2)
-    at_least("uniform_networks", uniform_networks, 2)
+    check_count("networks", networks, 2)
+    check_count("uniform_networks", uniform_networks, 2)
     check_depth(depth)
     folder = given_folder(out, Path("results") / "study")
     described = note.study(
@@ -290,10 +290,10 @@ def remedies(
     from gradflow import figures  # noqa: PLC0415  (JAX is slow to import)
     from gradflow.studies import remedies as study_of_remedies  # noqa: PLC0415
 
-    at_least("networks", networks, 2)
-    at_least("inputs", inputs, 4)
-    check_depth(at_least("depth", depth, 3))
-    at_least("width", width, 2)
+    check_count("networks", networks, 2)
+    check_count("inputs", inputs, 4)
+    check_depth(check_count("depth", depth, 3))
+    check_count("width", width, 2)
     folder = results_folder(context, "activation", "weights", out=out)
     with show_progress() as report:
         found = study_of_remedies.run(

@@ -15,7 +15,6 @@ from gradflow.cli.shared import (
     Phi,
     Seed,
     app,
-    at_least,
     check_beside,
     check_depth,
     check_instead,
@@ -27,10 +26,11 @@ from gradflow.cli.shared import (
     shape_label,
     write_netcdf,
 )
-from gradflow.errors import InputError
+from gradflow.errors import InputError, check_count
 
 # What a point takes while it is computed, in bytes: measured, and rounded up.
 _PHASE_POINT, _SPECTRUM_POINT = 40_000, 100_000
+_LARGEST_DEVIATION = 1e150  # has a variance that is a float
 
 
 @app.command(
@@ -55,6 +55,7 @@ def theory(
     from gradflow.studies import point  # noqa: PLC0415
 
     places = _parse_correlations(correlations)
+    check_count("width", width)
     found = point.run(
         activations.get(activation),
         sigma_w2,
@@ -149,12 +150,12 @@ def phase(
     from gradflow.theory import criticality  # noqa: PLC0415
 
     phi = activations.get(activation)
-    check_memory("points", at_least("points", points, 2), points**2 * _PHASE_POINT)
+    check_memory("points", check_count("points", points, 2), points**2 * _PHASE_POINT)
     for name, (low, high) in {"sigma_w": sigma_w, "sigma_b": sigma_b}.items():
-        if not 0 <= low < high < math.inf:
+        if not 0 <= low < high <= _LARGEST_DEVIATION:
             raise InputError(
                 f"{name} is from {low:g} to {high:g}; it is from a number of 0 or more to a larger "
-                "one, both finite"
+                f"one, of at most {_LARGEST_DEVIATION:g}"
             )
     folder = results_folder(context, "activation", out=out)
     dataset = criticality.phase_diagram(
@@ -225,13 +226,14 @@ def spectrum(
     from gradflow.studies import jacobian_spectrum  # noqa: PLC0415
 
     phi = activations.get(activation)
-    check_memory("points", at_least("points", points, 2), points * _SPECTRUM_POINT)
-    at_least("width", width)
+    check_memory("points", check_count("points", points, 2), points * _SPECTRUM_POINT)
+    check_count("width", width)
+    check_count("depth", depth)
     check_beside(context, "width", "simulate")
     check_instead(context, "q", "sigma_b2")
-    if at_least("simulate", simulate, 0):
+    if check_count("simulate", simulate, 0):
         # A network's layer Jacobians, and some copies of one, in float64.
-        check_memory("width", width, 8 * width**2 * (at_least("depth", depth) + 4))
+        check_memory("width", width, 8 * width**2 * (depth + 4))
     folder = results_folder(context, "activation", "weights", out=out)
     dataset, report = jacobian_spectrum.run(
         phi,
@@ -304,7 +306,7 @@ def prescribe(
         check_instead(context, "widths", option)
     check_beside(context, "target", "transform")
     shape = parse_widths(widths) if widths is not None else None
-    shape = shape or (64, *[at_least("width", width)] * check_depth(depth))
+    shape = shape or (64, *[check_count("width", width)] * check_depth(depth))
     found = prescription.prescribe(
         activation, shape, dtype=dtype, sigma_b2=sigma_b2, q=q, transform=transform, target=target
     )

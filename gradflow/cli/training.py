@@ -25,7 +25,7 @@ from gradflow.cli.shared import (
     writable_folder,
     write_netcdf,
 )
-from gradflow.errors import InputError
+from gradflow.errors import InputError, check_count
 
 
 class _WithExperiments(TyperCommand):
@@ -136,8 +136,13 @@ def train(
             raise InputError(
                 f"experiment {experiment!r} has no use for {_flag(name)}; it takes {known}"
             )
+    for name, value in given.items():
+        if isinstance(value, int) and name != "seed":
+            check_count(name, value)
     if "depths" in given:
-        given["depths"] = _numbers("depths", given["depths"], int)
+        given["depths"] = [
+            check_count("depth", depth) for depth in _numbers("depths", given["depths"], int)
+        ]
     others = {n: v for n, v in given.items() if _as_default(v) != _as_default(chosen.options[n])}
     label = options_name([chosen.name], others)
     folder = writable_folder(given_folder(out, Path("results") / "train" / label))
