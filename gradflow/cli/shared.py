@@ -36,6 +36,7 @@ _LAYER = 1 << 14
 _LONGEST_NAME = 120
 # Characters of a line: more is a file's mistake.
 _LONGEST_LINE = 10_000
+LARGEST_DEVIATION = 1e150
 # What a table needs where there is no terminal to ask.
 _WIDTH_WITHOUT_TERMINAL = 132
 
@@ -90,6 +91,12 @@ def check_memory(name: str, value: int, needed: int) -> None:
             f"{name} is {value}, which needs {needed / 2**30:.3g} GiB and {free / 2**30:.3g} GiB "
             "are free; use fewer"
         )
+
+
+def check_deviation(name: str, value: float | None) -> None:
+    """Raise if a standard deviation has no variance that is a float; what else it is not, later."""
+    if value is not None and LARGEST_DEVIATION < value < math.inf:
+        raise InputError(f"{name} is {value}; it is at most {LARGEST_DEVIATION:g}")
 
 
 def check_depth(depth: int) -> int:

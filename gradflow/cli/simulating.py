@@ -20,6 +20,7 @@ from gradflow.cli.shared import (
     app,
     check_beside,
     check_depth,
+    check_deviation,
     check_instead,
     file_name,
     given_folder,
@@ -77,12 +78,14 @@ def compare(
     shape = parse_widths(widths) if widths is not None else None
     width_, depth_ = check_count("width", width), check_depth(depth)
     check_count("networks", networks)
+    for name, value in {"sigma_w": sigma_w, "sigma_b": sigma_b}.items():
+        check_deviation(name, value)
     images = data.digits()[: check_count("inputs", inputs)]
     if len(images) < inputs:
         raise InputError(f"inputs is {inputs}; there are {len(images)} digit images")
     shape = shape or (images.shape[1], *[width_] * depth_)
     ensemble = ensembles.get(weights) if sigma_w is None else ensembles.fan_in(sigma_w)
-    if distribution:
+    if distribution is not None:
         ensemble = ensemble.drawn_from(distribution)
     network = nets.mlp(shape, activation, ensemble, sigma_b=sigma_b)
     named = ("activation", "weights") if sigma_w is None else ("activation",)
@@ -293,6 +296,7 @@ def remedies(
     check_count("networks", networks, 2)
     check_count("inputs", inputs, 4)
     check_depth(check_count("depth", depth, 3))
+    check_deviation("sigma_b", sigma_b)
     check_count("width", width, 2)
     folder = results_folder(context, "activation", "weights", out=out)
     with show_progress() as report:

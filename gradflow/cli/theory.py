@@ -9,6 +9,7 @@ import typer
 from rich.table import Table
 
 from gradflow.cli.shared import (
+    LARGEST_DEVIATION,
     Depth,
     Json,
     Out,
@@ -30,7 +31,6 @@ from gradflow.errors import InputError, check_count
 
 # What a point takes while it is computed, in bytes: measured, and rounded up.
 _PHASE_POINT, _SPECTRUM_POINT = 40_000, 100_000
-_LARGEST_DEVIATION = 1e150  # has a variance that is a float
 
 
 @app.command(
@@ -152,10 +152,10 @@ def phase(
     phi = activations.get(activation)
     check_memory("points", check_count("points", points, 2), points**2 * _PHASE_POINT)
     for name, (low, high) in {"sigma_w": sigma_w, "sigma_b": sigma_b}.items():
-        if not 0 <= low < high <= _LARGEST_DEVIATION:
+        if not 0 <= low < high <= LARGEST_DEVIATION:
             raise InputError(
                 f"{name} is from {low:g} to {high:g}; it is from a number of 0 or more to a larger "
-                f"one, of at most {_LARGEST_DEVIATION:g}"
+                f"one, of at most {LARGEST_DEVIATION:g}"
             )
     folder = results_folder(context, "activation", out=out)
     dataset = criticality.phase_diagram(
