@@ -498,7 +498,7 @@ def _gelu_phi2(q: Array) -> Array:
 
 def _gelu_dphi2(q: Array) -> Array:
     d = jnp.sqrt(1 + 2 * q)
-    return 1 / 4 + (jnp.arctan(q / d) + q * (5 * q + 3) / ((1 + q) * d**3)) / (2 * math.pi)
+    return 1 / 4 + (jnp.arctan(q / d) + q / (1 + q) * (5 * q + 3) / d**2 / d) / (2 * math.pi)
 
 
 def _gelu_x_phi_dphi(q: Array) -> Array:

@@ -274,13 +274,15 @@ class Gram(eqx.Module):
             return self
         z = self.in_range()
         h = z.law.through(z, activation)
+        # Averages at q = 0 are those of a q that is next to nothing; a signal of zeros is one.
+        blank = (jnp.diagonal(z.covariance) == 0) & (activation(jnp.zeros_like(z.mean)) == 0)
         value, slope, _ = gaussian.growth(activation, z.log_scale)
         if h.tangent is not None and h.tangent.ndim == 2:
             # E[φ'²] ∝ 1/√q where φ saturates, and of two sites it is no such power.
             slope = jnp.where((z.log_scale > 0) & (slope <= -z.log_scale / 2), jnp.nan, slope)
         return Gram(
-            h.covariance,
-            h.mean,
+            jnp.where(blank[:, None] | blank[None], 0, h.covariance),
+            jnp.where(blank, 0, h.mean),
             h.tangent,
             h.law,
             value,

@@ -228,7 +228,9 @@ activation_variance = Statistic(
     "variance of activations over units",
     measure=lambda s: _log_variance(*s.outputs),
     predict=lambda law: _log_mean_exp(
-        jnp.log(_over_sites(lambda v: gaussian.variance(law.activation, v), law))
+        jnp.log(
+            _over_sites(lambda v: jnp.where(v == 0, 0, gaussian.variance(law.activation, v)), law)
+        )
         + 2 * gaussian.growth(law.activation, law.log_scale)[2]
     ),
     log=True,

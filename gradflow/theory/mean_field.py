@@ -603,9 +603,9 @@ def _log_weighted(
     if not len(by_weights):
         return jnp.full((), jnp.nan, by_weights.dtype)
     shares = jnp.asarray(share, by_weights.dtype)
-    largest = jnp.max(units, axis=0)
+    largest = jnp.max(units, axis=0, keepdims=True)
     parts = by_weights * jnp.exp(2 * (units - largest))
-    return jnp.log(jnp.sum(jax.vmap(jnp.multiply)(shares, parts), axis=0)) + 2 * largest
+    return jnp.log(jnp.sum(jax.vmap(jnp.multiply)(shares, parts), axis=0)) + 2 * largest[0]
 
 
 def gain(block: AbstractBlock, entering: Gram) -> Float[Array, " sites"]:
