@@ -603,8 +603,10 @@ def differences(
     rounding += float(np.finfo(dtype).tiny)
     with np.errstate(invalid="ignore"):
         z = (measured - predicted) / np.hypot(error, rounding)
-    # What has left the float's range is counted and said (the verdict), and not compared.
-    z = np.where(np.isfinite(measured), z, np.nan)
+    # What has left the float's range is counted and said (the verdict), and not compared; nor are
+    # the networks whose signals have not yet, which are the smaller ones.
+    chosen = (estimate.excluded > 0) & (not statistic.backward)
+    z = np.where(np.isfinite(measured) & ~chosen, z, np.nan)
     return measured, error, z
 
 

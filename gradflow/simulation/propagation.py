@@ -5,7 +5,8 @@ reverse scan, which linearises one block at a time with `jax.vjp`. Where memory 
 enters every block, only what enters every √L-th is kept, and a stretch in between is walked up
 again before it is walked down. Nothing leaves a float's range on
 the way down: the gradient of each input is kept as a unit vector and the logarithm of its norm. The
-way up is kept likewise where the network is positively homogeneous and the scale therefore free.
+way up is kept likewise where the network is positively homogeneous and the scale therefore free,
+or where signals are so small or large that it is so for them.
 
 The gradient starts at the top as δ^L ~ N(0, I), independent for each site: it is that of
 C = u · z^L with a random u, so that nothing is assumed of a cost. For ∂C/∂W it is the mean over the
@@ -263,7 +264,7 @@ def _walk(
         up = functools.partial(
             _up,
             walker,
-            rescale=network.homogeneous,
+            free=_free_sizes(network, inputs.dtype),
             mixes=network.mixes_sites,
             collect=collect,
         )
@@ -560,7 +561,7 @@ def _up(
     key: LayerKey,
     *,
     measure: Callable,
-    rescale: bool,
+    free: tuple[float, float],
     mixes: bool,
     collect: bool,
 ) -> tuple[tuple[Array, Array, tuple[Matrix, ...]], tuple]:
@@ -569,12 +570,35 @@ def _up(
     out, saved, memory = walker.up(memory, key, signal)
     kept = (key, saved, log_scale)
     log_scale = _for_sites(log_scale, out.shape[0])
-    if rescale:
+    small, large = free
+    root = (out.size if mixes else out.shape[1]) ** 0.5
+    if small == large:
         rows, log_norm = _at_unit_scale(out, mixes)
-        root = (out.size if mixes else out.shape[1]) ** 0.5
         out, log_scale = root * rows, log_scale + log_norm - math.log(root)
+    elif math.isfinite(small) or math.isfinite(large):
+        log = _at_unit_scale(out, mixes)[1] - math.log(root) + log_scale
+        # Signals of zeros stay.
+        beyond = jnp.where(jnp.isfinite(log), log - jnp.clip(log, small, large), 0)
+        out, log_scale = out * jnp.exp(log_scale - beyond)[:, None], beyond
     found = (out, log_scale) if collect else None
     return (out, log_scale, memory), (kept, found, measure(out, log_scale))
+
+
+# Signals smaller than this, or larger than its inverse, meet an activation that is as good as what
+# it tends to: of GELU, x/2 (1 + 0.8 x).
+_SIZES = {"float32": 1e-10, "float64": 1e-18}
+
+
+def _free_sizes(network: Network, dtype: DTypeLike) -> tuple[float, float]:
+    """Return the logarithms of the sizes between which the network's signals are kept as they are.
+
+    The others are kept there, beside a logarithm. Both are 0 where all signals may be.
+    """
+    if network.homogeneous:
+        return 0.0, 0.0
+    small, large = network.homogeneous_beyond
+    end = -math.log(_SIZES.get(jnp.dtype(dtype).name, 1e-10))
+    return -end if small else -math.inf, end if large else math.inf
 
 
 _Carry = tuple[tuple[Array, tuple[Array, Array], Array], tuple[Matrix, ...]]
