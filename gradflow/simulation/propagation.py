@@ -255,6 +255,8 @@ def _walk(
 
     pieces = _stretches(network, keep, given.weights)
     signal, log_scale = inputs, jnp.zeros(sites, inputs.dtype)
+    free = _free_sizes(network, inputs.dtype)
+    signal, log_scale = _in_range(signal, log_scale, free, network.mixes_sites)
     walkers: list[_Apart | _Shared] = []
     memories: list[tuple[Matrix, ...]] = []
     kept, ups, measured, first = [], [], [], 0
@@ -264,7 +266,8 @@ def _walk(
         up = functools.partial(
             _up,
             walker,
-            free=_free_sizes(network, inputs.dtype),
+            rescale=network.homogeneous,
+            free=free,
             mixes=network.mixes_sites,
             collect=collect,
         )
@@ -561,6 +564,7 @@ def _up(
     key: LayerKey,
     *,
     measure: Callable,
+    rescale: bool,
     free: tuple[float, float],
     mixes: bool,
     collect: bool,
@@ -570,16 +574,12 @@ def _up(
     out, saved, memory = walker.up(memory, key, signal)
     kept = (key, saved, log_scale)
     log_scale = _for_sites(log_scale, out.shape[0])
-    small, large = free
-    root = (out.size if mixes else out.shape[1]) ** 0.5
-    if small == large:
+    if rescale:
         rows, log_norm = _at_unit_scale(out, mixes)
+        root = (out.size if mixes else out.shape[1]) ** 0.5
         out, log_scale = root * rows, log_scale + log_norm - math.log(root)
-    elif math.isfinite(small) or math.isfinite(large):
-        log = _at_unit_scale(out, mixes)[1] - math.log(root) + log_scale
-        # Signals of zeros stay.
-        beyond = jnp.where(jnp.isfinite(log), log - jnp.clip(log, small, large), 0)
-        out, log_scale = out * jnp.exp(log_scale - beyond)[:, None], beyond
+    else:
+        out, log_scale = _in_range(out, log_scale, free, mixes)
     found = (out, log_scale) if collect else None
     return (out, log_scale, memory), (kept, found, measure(out, log_scale))
 
@@ -592,13 +592,24 @@ _SIZES = {"float32": 1e-10, "float64": 1e-18}
 def _free_sizes(network: Network, dtype: DTypeLike) -> tuple[float, float]:
     """Return the logarithms of the sizes between which the network's signals are kept as they are.
 
-    The others are kept there, beside a logarithm. Both are 0 where all signals may be.
+    The others are kept there, beside a logarithm.
     """
-    if network.homogeneous:
-        return 0.0, 0.0
     small, large = network.homogeneous_beyond
     end = -math.log(_SIZES.get(jnp.dtype(dtype).name, 1e-10))
     return -end if small else -math.inf, end if large else math.inf
+
+
+def _in_range(
+    signal: Array, log_scale: Array, free: tuple[float, float], mixes: bool
+) -> tuple[Array, Array]:
+    """Return a signal between the `_free_sizes`, and the logarithm of what it is to be times."""
+    if not any(map(math.isfinite, free)):
+        return signal, log_scale
+    root = (signal.size if mixes else signal.shape[1]) ** 0.5
+    log = _at_unit_scale(signal, mixes)[1] - math.log(root) + log_scale
+    # Signals of zeros stay.
+    beyond = jnp.where(jnp.isfinite(log), log - jnp.clip(log, *free), 0)
+    return signal * jnp.exp(log_scale - beyond)[:, None], beyond
 
 
 _Carry = tuple[tuple[Array, tuple[Array, Array], Array], tuple[Matrix, ...]]
