@@ -106,6 +106,7 @@ ORDER = (
     "studies",
     "",
     "cli.shared",
+    "cli.words",
     "cli.studying",
     "cli.simulating",
     "cli.theory",
