@@ -26,6 +26,7 @@ from jax.typing import ArrayLike
 from jaxtyping import PRNGKeyArray
 
 from gradflow import statistics
+from gradflow.arguments import as_key
 from gradflow.compilation import Float64Program
 from gradflow.errors import InputError
 from gradflow.estimation import Estimate
@@ -368,7 +369,7 @@ def confront(
     InputError
         As `simulation.monte_carlo.simulate` does.
     """
-    key = jax.random.key(key) if isinstance(key, int) else key
+    key = as_key(key)
     checked = check_inputs(inputs, network)
     # Beside the simulation: both spend most of their time in the compiler, on one core each.
     work_out, further_up = _theory(network, inputs, explain), _further_up(network)

@@ -26,6 +26,7 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, PRNGKeyArray
 
 from gradflow import compilation, estimation, statistics
+from gradflow.arguments import as_key
 from gradflow.errors import InputError, check_count
 from gradflow.estimation import Estimate, Histogram
 from gradflow.networks import Network
@@ -183,7 +184,7 @@ def simulate(
     inputs = check_inputs(inputs, network)
     sites = inputs.shape[0]
     sampler, reason = samplers.choose(sampler, network, sites)
-    key = jax.random.key(key) if isinstance(key, int) else key
+    key = as_key(key)
     devices = tuple(jax.devices() if devices is None else devices)
     if not devices:
         raise InputError("devices is empty; it takes at least one")

@@ -12,6 +12,7 @@ from jaxtyping import Array, Float, PRNGKeyArray
 
 from gradflow import ensembles, gaussian
 from gradflow.activations import Activation
+from gradflow.arguments import from_seed
 from gradflow.errors import InputError, check_scale
 from gradflow.theory import fixed_points
 from gradflow.theory import spectrum as theory
@@ -118,7 +119,7 @@ def run(
                 weights=weights,
                 width=width,
                 networks=networks,
-                key=jax.random.key(seed),
+                key=from_seed(seed),
             )
             dataset = dataset.assign(_histogram(np.asarray(values), 1.1 * top))
     report = {
