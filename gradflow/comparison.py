@@ -547,8 +547,7 @@ def _further_up(network: Network) -> Callable[[Prediction], float]:
         chi = np.asarray(theory.values["chi"])
         if network.depth > 2 and abs(chi[-2] / chi[-3] - 1) < _SETTLED and len(network.stages) < 3:
             return math.log(chi[-2])
-        with np.errstate(over="ignore"):
-            return float(log_chi(network, np.exp(theory.values["log_q"][-1])))
+        return float(log_chi(network, theory.values["log_q"][-1]))
 
     return further_up
 

@@ -236,8 +236,10 @@ def fan_in(sigma_w: float = 1.0, distribution: Distribution | str = gaussian) ->
     InputError
         If ``sigma_w`` is not a finite number above 0, or the distribution is unknown.
     """
-    if not math.isfinite(sigma_w) or sigma_w <= 0:
-        raise InputError(f"sigma_w is {sigma_w!r}; it is a finite number above 0")
+    if not (0 < sigma_w < math.inf and 1e-300 < sigma_w * sigma_w < math.inf):
+        raise InputError(
+            f"sigma_w is {sigma_w!r}; it is a number above 0, whose square a float can hold"
+        )
     named = Ensemble(f"fan_in({sigma_w:g})", gaussian, lambda m, n: sigma_w**2 / m)  # noqa: ARG005
     return named.drawn_from(distribution)
 

@@ -62,14 +62,16 @@ class ForwardLaw(eqx.Module):
 
     Attributes
     ----------
-    covariance, mean
-        Second moments and means over units of what the layer hands on.
+    covariance, mean, log_scale
+        Second moments and means over units of what the layer hands on, at exp(-log_scale) times
+        its signals' size; the scale is 0 unless second moments are beyond `gaussian.log_limits`.
     gaussian
         Whether it is known to be Gaussian over units; otherwise averages of φ of it are NaN.
     """
 
     covariance: Float[Array, "*layers sites sites"]
     mean: Float[Array, "*layers sites"]
+    log_scale: Float[Array, "*layers sites"]
     gaussian: Bool[Array, "*layers"]
     activation: Activation = eqx.field(static=True)
 
@@ -191,42 +193,46 @@ def _over_sites(f: Callable[[Array], Array], law: ForwardLaw) -> Array:
     return jnp.where(law.gaussian, found, jnp.nan)
 
 
-def _moment(law: ForwardLaw, name: str) -> Array:
-    return _over_sites(lambda q: gaussian.moment(law.activation, name, q), law)
-
-
 q = Statistic(
     "q",
     "second moment of pre-activations q",
     measure=lambda s: _log_mean_square(*s.directions),
-    predict=lambda law: _log_mean_exp(jnp.log(jnp.diagonal(law.covariance))),
+    predict=lambda law: _log_mean_exp(jnp.log(jnp.diagonal(law.covariance)) + 2 * law.log_scale),
     log=True,
 )
 preactivation_mean = Statistic(
     "preactivation_mean",
     "mean of pre-activations",
     measure=lambda s: _mean(s.preactivation, s.log_scale),
-    predict=lambda law: jnp.mean(law.mean),
+    predict=lambda law: jnp.mean(law.mean * jnp.exp(law.log_scale)),
 )
 preactivation_variance = Statistic(
     "preactivation_variance",
     "variance of pre-activations over units",
     measure=lambda s: _log_variance(*s.directions),
-    predict=lambda law: _log_mean_exp(jnp.log(jnp.diagonal(law.covariance) - law.mean**2)),
+    predict=lambda law: _log_mean_exp(
+        jnp.log(jnp.diagonal(law.covariance) - law.mean**2) + 2 * law.log_scale
+    ),
     log=True,
 )
 activation_mean = Statistic(
     "activation_mean",
     "mean of activations",
     measure=lambda s: _mean(s.activation, s.log_scale),
-    predict=lambda law: jnp.mean(_moment(law, "phi")),
+    predict=lambda law: jnp.mean(
+        _over_sites(lambda v: gaussian.moment(law.activation, "phi", v), law)
+        * jnp.exp(gaussian.growth(law.activation, law.log_scale)[0])
+    ),
 )
 activation_variance = Statistic(
     "activation_variance",
     "variance of activations over units",
     measure=lambda s: _log_variance(*s.outputs),
     predict=lambda law: _log_mean_exp(
-        jnp.log(_over_sites(lambda v: gaussian.variance(law.activation, v), law))
+        jnp.log(
+            _over_sites(lambda v: jnp.where(v == 0, 0, gaussian.variance(law.activation, v)), law)
+        )
+        + 2 * gaussian.growth(law.activation, law.log_scale)[2]
     ),
     log=True,
 )

@@ -89,7 +89,13 @@ class Residual(AbstractComposite):
         return signal + jnp.asarray(self.scale, signal.dtype) * branch
 
     def kernel(self, gram: Gram, multiply: Multiply = multiply_gram) -> Gram:
-        """Return the moments of the sum."""
+        """Return the moments of the sum; what the branch carries of the signal adds to it.
+
+        Raises
+        ------
+        InputError
+            If they correlate in a way that is not known, as z + φ(z + …) would.
+        """
         return gram.plus(self.branch.kernel(gram, multiply).scaled(self.scale))
 
     @property
