@@ -7,11 +7,18 @@ from typing import Any
 
 import numpy as np
 
-__all__ = ["InputError", "check_count", "check_scale", "is_traced", "unknown_name"]
+__all__ = ["InputError", "UnknownName", "check_count", "check_scale", "is_traced"]
+__all__ += ["unknown_name"]
 
 
 class InputError(ValueError):
     """The caller's input cannot be used. The message is one sentence that says what can."""
+
+
+class UnknownName(InputError, KeyError):
+    """A result was asked for what it does not hold: a mapping's KeyError, with a sentence."""
+
+    __str__ = Exception.__str__
 
 
 def unknown_name(what: str, value: object, allowed: Iterable[str]) -> InputError:

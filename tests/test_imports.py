@@ -13,6 +13,7 @@ PACKAGE = Path(__file__).parents[1] / "gradflow"
 # `gradflow` itself, which has the version, directly above the one that may want it.
 ORDER = (
     "errors",
+    "arguments",
     "files",
     "compilation",
     "norms",
@@ -106,6 +107,7 @@ ORDER = (
     "studies",
     "",
     "cli.shared",
+    "cli.words",
     "cli.studying",
     "cli.simulating",
     "cli.theory",

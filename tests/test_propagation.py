@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import scipy.special
 
-from gradflow import activations, ensembles, gaussian, networks, statistics
+from gradflow import activations, comparison, ensembles, gaussian, networks, statistics
 from gradflow.blocks import Dense, Linear, Residual
 from gradflow.errors import InputError
 from gradflow.simulation import monte_carlo, propagation, threefry
@@ -327,3 +327,35 @@ def test_signals_beyond_a_float_keep_their_scale_apart(phi, sizes, sampler, key)
         np.testing.assert_allclose(other[name] - one[name], shift, rtol=1e-4)
     for name in ("correlation", "log_gradient_norm", "saturation"):
         np.testing.assert_allclose(other[name], one[name], rtol=1e-3, atol=1e-4)
+
+
+def test_what_is_a_logarithm_answers_to_its_name_too_everywhere(key):
+    network, x = networks.mlp([4, 5, 5]), jnp.ones((2, 4))
+    found = jax.jit(lambda x: propagation.propagate(network, x, key))(x)
+    predicted = mean_field.predict(network, x @ x.T / 4)
+    simulated = monte_carlo.simulate(network, x, networks=3, keep_samples=True)
+    for values in (found, predicted.values, simulated.samples):
+        np.testing.assert_array_equal(values["q"], jnp.exp(values["log_q"]))
+        np.testing.assert_array_equal(values.get("q"), values["q"])
+        assert "q" in values
+        assert "p" not in values
+        assert "q" not in list(values)  # a dict of keys alone, else
+        assert values.get("p") is None
+    assert simulated["q"] is simulated["log_q"]
+    batched = jax.vmap(lambda x: propagation.propagate(network, x, key))(jnp.ones((3, 2, 4)))
+    assert batched["gradient_variance"].shape == (3, 2)
+
+
+@pytest.mark.parametrize("kind", ["propagate", "predict", "simulate", "samples", "confront"])
+def test_a_quantity_that_is_not_there_is_a_sentence(kind, key):
+    network, x = networks.mlp([4, 5, 5]), jnp.ones((2, 4))
+    simulated = monte_carlo.simulate(network, x, networks=3, keep_samples=True)
+    found = {
+        "propagate": lambda: propagation.propagate(network, x, key),
+        "predict": lambda: mean_field.predict(network, x @ x.T / 4),
+        "simulate": lambda: simulated,
+        "samples": lambda: simulated.samples,
+        "confront": lambda: comparison.compare(comparison.predict_float64(network, x), simulated),
+    }[kind]()
+    with pytest.raises(InputError, match=r"^unknown quantity 'ch' \(did you mean 'chi'\?\)"):
+        found["ch"]

@@ -34,7 +34,7 @@ from gradflow.simulation import questions, samplers
 from gradflow.simulation.matrices import Drawn, Matrix
 from gradflow.simulation.questions import LayerKey, LayerWeights, Maker, stage_keys
 from gradflow.simulation.samplers import SAMPLERS, Sampler
-from gradflow.statistics import BackwardSample, ForwardSample, Statistic
+from gradflow.statistics import BackwardSample, ForwardSample, Statistic, Values
 
 __all__ = ["Signals", "kept_signals", "lsuv", "propagate", "scan_blocks", "signals"]
 
@@ -73,7 +73,7 @@ def propagate(
     wanted: Sequence[Statistic] = statistics.ALL,
     keep: bool = False,
     checkpoint: bool = False,
-) -> dict[str, Float[Array, " layers"]]:
+) -> Values:
     """Draw one network and return its statistics at every layer.
 
     A pure function: jit it, vmap it over keys, inputs, or the network's σ_w and σ_b.
@@ -106,8 +106,9 @@ def propagate(
 
     Returns
     -------
-    dict
-        Each statistic by its key, shape (layers,), the same as `theory.mean_field.predict` returns.
+    Values
+        Each statistic by its key, shape (layers,), the same as `theory.mean_field.predict` returns;
+        what is carried as a logarithm answers to its name too, as ``q`` beside ``log_q``.
         ``chi`` is NaN at the top layer. Of weights that time steps share, the gradient at a layer
         is that step's contribution: ∂C/∂W is the sum over the steps. A signal that leaves the
         float's range makes its statistics infinite or NaN from that layer on.
@@ -234,7 +235,7 @@ def _walk(
     *,
     collect: bool = False,
     given: _Given = _NOTHING_GIVEN,
-) -> tuple[dict[str, Array], tuple[list, list]]:
+) -> tuple[Values, tuple[list, list]]:
     """Walk up and down; return the statistics and, if asked, every stage's signals both ways."""
     forward = [s for s in wanted if not s.backward]
     backward = [s for s in wanted if s.backward]
@@ -310,7 +311,8 @@ def _walk(
         for sample in _backward_samples(network, logs)
     ]
     values = jnp.concatenate([jnp.concatenate(measured), jnp.concatenate(rows)], axis=1)
-    return dict(zip((s.key for s in (*forward, *backward)), values.T, strict=True)), (ups, downs)
+    keys_of = (s.key for s in (*forward, *backward))
+    return Values(zip(keys_of, values.T, strict=True)), (ups, downs)
 
 
 def _row(values: Sequence[Array], dtype: DTypeLike) -> Array:
