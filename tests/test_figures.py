@@ -114,5 +114,10 @@ def test_results_without_histograms_and_folders_that_are_not_there_are_refused(d
     bare = dataset.drop_vars([v for v in dataset if "histogram" in v])
     with pytest.raises(InputError, match="'tanh' hold no gradient histograms"):
         figures.gradient_histograms({"tanh": bare})
-    with pytest.raises(InputError, match="cannot write"):
+    with pytest.raises(InputError, match="in a folder that is not there"):
         figures.save(figures.gradient_norm({"tanh": {"x": dataset}}), tmp_path / "no" / "x.png")
+
+
+def test_a_notebook_shows_a_figure_without_pyplot(dataset):
+    figure = figures.gradient_norm({"tanh": {"standard": dataset}})
+    assert figure._repr_png_().startswith(b"\x89PNG")

@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
@@ -16,22 +15,23 @@ from gradflow.cli.shared import (
     Phi,
     Seed,
     app,
-    at_least,
+    check_beside,
     check_depth,
+    check_instead,
     check_memory,
-    file_name,
     make_console,
     parse_widths,
     print_json,
+    results_folder,
     shape_label,
-    writable_folder,
     write_netcdf,
 )
 from gradflow.cli.words import WORDS
-from gradflow.errors import InputError
+from gradflow.errors import InputError, check_count
 
 # What a point takes while it is computed, in bytes: measured, and rounded up.
 _PHASE_POINT, _SPECTRUM_POINT = 40_000, 100_000
+_LARGEST_DEVIATION = 1e150  # has a variance that is a float
 
 
 @app.command(
@@ -56,6 +56,7 @@ def theory(
     from gradflow.studies import point  # noqa: PLC0415
 
     places = _parse_correlations(correlations)
+    check_count("width", width)
     found = point.run(
         activations.get(activation),
         sigma_w2,
@@ -134,6 +135,7 @@ def critical(
     "- `gradflow phase --activation gelu --sigma-w 1 2.5 --sigma-b 0 1.5 --points 200`"
 )
 def phase(
+    context: typer.Context,
     activation: Phi = "tanh",
     sigma_w: Annotated[tuple[float, float], typer.Option(help="From, to.")] = (0.5, 3.0),
     sigma_b: Annotated[tuple[float, float], typer.Option(help="From, to.")] = (0.0, 1.0),
@@ -147,14 +149,14 @@ def phase(
     from gradflow.theory import criticality  # noqa: PLC0415
 
     phi = activations.get(activation)
-    check_memory("points", at_least("points", points, 2), points**2 * _PHASE_POINT)
+    check_memory("points", check_count("points", points, 2), points**2 * _PHASE_POINT)
     for name, (low, high) in {"sigma_w": sigma_w, "sigma_b": sigma_b}.items():
-        if not 0 <= low < high < math.inf:
+        if not 0 <= low < high <= _LARGEST_DEVIATION:
             raise InputError(
                 f"{name} is from {low:g} to {high:g}; it is from a number of 0 or more to a larger "
-                "one, both finite"
+                f"one, of at most {_LARGEST_DEVIATION:g}"
             )
-    folder = writable_folder(out or Path("results") / "phase" / file_name(phi.name))
+    folder = results_folder(context, "activation", out=out)
     dataset = criticality.phase_diagram(
         phi, np.linspace(*sigma_w, points), np.linspace(*sigma_b, points), start=start
     )
@@ -201,6 +203,7 @@ def phase(
     "- `gradflow spectrum --activation erf --q 0.25 --depth 3 --simulate 20 --width 400`"
 )
 def spectrum(
+    context: typer.Context,
     activation: Phi = "tanh",
     sigma_w2: Annotated[float, typer.Option(help="σ_w²: weights of variance σ_w²/fan_in.")] = 1.5,
     sigma_b2: Annotated[float, typer.Option(help="σ_b²: the variance of the biases.")] = 0.05,
@@ -222,13 +225,15 @@ def spectrum(
     from gradflow.studies import jacobian_spectrum  # noqa: PLC0415
 
     phi = activations.get(activation)
-    check_memory("points", at_least("points", points, 2), points * _SPECTRUM_POINT)
-    at_least("width", width)
-    if at_least("simulate", simulate, 0):
+    check_memory("points", check_count("points", points, 2), points * _SPECTRUM_POINT)
+    check_count("width", width)
+    check_count("depth", depth)
+    check_beside(context, "width", "simulate")
+    check_instead(context, "q", "sigma_b2")
+    if check_count("simulate", simulate, 0):
         # A network's layer Jacobians, and some copies of one, in float64.
-        check_memory("width", width, 8 * width**2 * (at_least("depth", depth) + 4))
-    label = f"{phi.name}-{weights}-depth{depth}"
-    folder = writable_folder(out or Path("results") / "spectrum" / file_name(label))
+        check_memory("width", width, 8 * width**2 * (depth + 4))
+    folder = results_folder(context, "activation", "weights", out=out)
     dataset, report = jacobian_spectrum.run(
         phi,
         sigma_w2,
@@ -268,6 +273,7 @@ def spectrum(
     "- `gradflow prescribe --activation softplus --depth 100 --transform dks`"
 )
 def prescribe(
+    context: typer.Context,
     activation: Phi = "tanh",
     width: Annotated[int, typer.Option(help="Units a layer, above 64 inputs.")] = 1000,
     depth: Depth = 50,
@@ -294,8 +300,11 @@ def prescribe(
     """Find the weights and biases that keep gradients, and show what the usual rules give."""
     from gradflow.theory import prescription  # noqa: PLC0415  (JAX is slow to import)
 
+    for option in ("width", "depth"):
+        check_instead(context, "widths", option)
+    check_beside(context, "target", "transform")
     shape = parse_widths(widths) if widths is not None else None
-    shape = shape or (64, *[at_least("width", width)] * check_depth(depth))
+    shape = shape or (64, *[check_count("width", width)] * check_depth(depth))
     found = prescription.prescribe(
         activation, shape, dtype=dtype, sigma_b2=sigma_b2, q=q, transform=transform, target=target
     )

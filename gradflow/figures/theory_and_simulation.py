@@ -7,7 +7,6 @@ import xarray
 from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.colors import LogNorm
-from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
@@ -19,6 +18,7 @@ from gradflow.figures.drawing import (
     LN10,
     MARKERS,
     POINTS,
+    Figure,
     at_least,
     spread,
     style,
