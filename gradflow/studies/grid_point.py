@@ -18,8 +18,10 @@ from gradflow.errors import InputError
 from gradflow.networks import Network
 from gradflow.studies.entries import MLP_ONLY, NO_NORM, NUMBERS, RESIDUAL_ONLY, shown
 
-__all__ = ["DIGITS_IMAGES", "DIGITS_WIDTH", "Point", "keys", "resolved"]
+__all__ = ["DIGITS_IMAGES", "DIGITS_WIDTH", "RANDOM", "Point", "keys", "resolved"]
 
+# The cipher that networks are drawn with, whatever JAX's default is.
+RANDOM = "threefry2x32"
 # Of scikit-learn's images of digits: how many there are, and the pixels of each.
 DIGITS_IMAGES, DIGITS_WIDTH = 1797, 64
 
@@ -110,7 +112,8 @@ def keys(words: UInt32[ArrayLike, "points 3"]) -> Key[Array, " points"]:
     """Return the keys of points from their seeds and the two numbers that each name is."""
 
     def one(of: Array) -> PRNGKeyArray:
-        return jax.random.fold_in(jax.random.fold_in(jax.random.key(of[0]), of[1]), of[2])
+        key = jax.random.key(of[0], impl=RANDOM)
+        return jax.random.fold_in(jax.random.fold_in(key, of[1]), of[2])
 
     return jax.vmap(one)(jnp.asarray(words))
 

@@ -17,16 +17,16 @@ from gradflow import comparison, files, statistics
 from gradflow.estimation import Estimate
 from gradflow.networks import Network
 from gradflow.studies import depth_scales, gradient_spread, plan, spectra
-from gradflow.studies import store as stores
 from gradflow.studies.description import Axis, Study
+from gradflow.studies.found import Found
 from gradflow.studies.grid_point import Point
 from gradflow.studies.plan import Group
-from gradflow.studies.store import Found, Store
+from gradflow.studies.store import RESULTS, Store
 
 __all__ = ["FILE", "LARGE", "agreement", "assemble", "compared", "compile_theory", "of_group"]
 __all__ += ["one", "theory", "theory_of", "where", "write"]
 
-FILE = "results.nc"
+FILE = RESULTS
 # What there is of each point's theory; and what comes before the names of `spectra.theory`.
 _THEORY, _SPECTRUM = ("predicted", "shift", "deviation"), "spectrum/"
 # A z beyond this is told of: 1 in 16 000 by chance.
@@ -76,7 +76,7 @@ def compile_theory(study: Study, point: Point) -> None:
 
 def of_group(group: Group, store: Store) -> Found | None:
     """Return all that is known of a group's points, in its order; None if there is nothing."""
-    return stores.combined(store.found(group.names), group.names)
+    return store.total(group.names)
 
 
 def theory_of(study: Study, group: Group, store: Store, like: Found) -> dict[str, np.ndarray]:
@@ -182,13 +182,13 @@ def write(study: Study, found: Sequence[Group], store: Store) -> Path:
     along, parts = plan.slabs(study, depth)
     if not along:
         dataset = assemble(study, found, store)
-        return store.publish(FILE, lambda path: dataset.to_netcdf(path, engine="scipy"))
+        return store.publish(lambda path: dataset.to_netcdf(path, engine="scipy"))
     about = _attributes(study, found, store)
     slabs = (
         _assembled(part, plan.groups(part), store, depth, about).transpose(along, ...)
         for part in parts
     )
-    return store.publish(FILE, lambda path: files.write_netcdf_slabs(slabs, along, path))
+    return store.publish(lambda path: files.write_netcdf_slabs(slabs, along, path))
 
 
 def compared(dataset: xarray.Dataset) -> list[str]:
