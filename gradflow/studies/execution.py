@@ -139,6 +139,7 @@ def run(
     found = plan.groups(study)
     first = plan.make(study, found, devices=devices, share=share)
     plan.check_memory(study, first)
+    results.check(study)
     with sentences(folder), ExitStack() as stack:
         store: Store | None = None
 

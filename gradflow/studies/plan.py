@@ -327,8 +327,9 @@ def slabs(study: Study, depth: int) -> tuple[str, list[Study]]:
     numbers = [
         (len(axis), -place)
         for place, axis in enumerate(study.axes)
+        for field, values in list(axis.values.items())[: len(axis.values) == 1]
         # Integers that fit into a file are kept as they are, in all parts alike.
-        if axis.name in (*SCALES, "seed") and max(axis.values[axis.name]) < 1 << 31
+        if field in (*SCALES, "seed") and max(values) < 1 << 31
     ]
     size = len(study) * row_bytes(study, depth)
     if size <= _SLAB_BYTES or not numbers:

@@ -115,6 +115,8 @@ class Store:
         # What is whole: files of chunks by round and group, in order; blocks of theory.
         self._chunks: dict[tuple[int, int], list[_File]] = {}
         self._theory: set[Block] = set()
+        # And what is not, by what making it again is called.
+        self._bad: dict[Path, str] = {}
         self._known_rounds: dict[int, _Round] = {}
 
     # Opening.
@@ -268,20 +270,22 @@ class Store:
 
     def _check_whole(self) -> None:
         """Raise if something is not there that was, or is not what it was."""
+        for path, remedy in self._bad.items():
+            raise self._damage(path, "is damaged or of another study", remedy)
         for number in range(self.rounds):
             finished = self._chunks_of(number)
             for group, ranges in _gaps(self._chunks, number, finished).items():
                 for first, last in ranges:
                     raise self._damage(
                         self.folder / _chunk_name(number, group, first, last - 1),
-                        "is missing, damaged or of another study",
+                        "is missing",
                         "draws it again",
                     )
             for place in self._theory_of_round(number, finished):
                 if place not in self._theory:
                     raise self._damage(
                         self.folder / _theory_name(*place),
-                        "is missing, damaged or of another study",
+                        "is missing",
                         "works it out again",
                     )
         if self._results and sealed.digest(self.folder / RESULTS) != self._results:
@@ -597,6 +601,7 @@ class Store:
         To ``mend`` is to remove those that are not, and those that were merged already.
         """
         before, chunks, theory = self._chunks, collections.defaultdict(list), set()
+        self._bad = {}
         for path in _files(self.folder / "chunks"):
             match = _CHUNK_NAME.fullmatch(path.name)
             if match and int(match[1]) < self.rounds:
@@ -604,8 +609,8 @@ class Store:
                 those = before.get((file.round, file.group), ())
                 if file in those or self._is_whole(path, file.round, file.place):
                     chunks[file.round, file.group].append(file)
-                elif mend:
-                    sealed.discard(path)
+                else:
+                    self._bad[path] = "draws it again"
         for key, those in chunks.items():
             merged = [file for file in those if any(file.within(other) for other in those)]
             chunks[key] = [file for file in those if file not in merged]
@@ -618,9 +623,11 @@ class Store:
                 place = (int(match[1]), int(match[2]), int(match[3]))
                 if place in self._theory or self._is_whole(path, place[0], _theory_place(place)):
                     theory.add(place)
-                elif mend:
-                    sealed.discard(path)
+                else:
+                    self._bad[path] = "works it out again"
         self._theory = theory
+        for path in self._bad if mend else ():
+            sealed.discard(path)
 
     def _is_whole(self, path: Path, number: int, place: str) -> bool:
         return sealed.read(path, self._rounds[number], place) is not None
