@@ -76,7 +76,7 @@ def as_key(key: Any, name: str = "key") -> PRNGKeyArray:
     if isinstance(key, jax.Array | np.ndarray):
         if jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
             if key.shape == ():
-                return key
+                return jnp.asarray(key)
         elif key.dtype == np.uint32 and key.shape == (2,):  # an old-style raw key
             return jax.random.wrap_key_data(jnp.asarray(key), impl=PRNG)
     raise InputError(

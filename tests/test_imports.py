@@ -95,6 +95,8 @@ ORDER = (
     "studies.description",
     "studies.spectra",
     "studies.plan",
+    "studies.found",
+    "studies.sealed",
     "studies.store",
     "studies.depth_scales",
     "studies.gradient_spread",
