@@ -19,7 +19,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from typing import TypeAlias
+from typing import NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -154,6 +154,41 @@ class Activation:
         beyond = max(near.min() - low, high - near.max())
         return (low, high) if beyond <= 0.1 * (near.max() - near.min()) else None
 
+    @property
+    def powers(self) -> tuple["Powers", "Powers"]:
+        """What powers of |x| φ and its slope are near 0, and far from it.
+
+        Parameters of φ that are being traced are traced through.
+        """
+        return self._known_powers or self._traced_powers()
+
+    @functools.cached_property
+    def _known_powers(self) -> tuple["Powers", "Powers"] | None:
+        """`powers`; None if parameters are traced, because tracers must not be kept."""
+        with _concrete():
+            found = _compiled_powers(self)
+        if isinstance(found[0].value, jax.core.Tracer):
+            return None
+        at_zero, beyond = (Powers(*map(float, powers)) for powers in found)
+        if np.isnan(beyond.value) and self.bounds is not None:
+            beyond = beyond._replace(value=0.0)
+        return at_zero, beyond
+
+    def _traced_powers(self) -> tuple["Powers", "Powers"]:
+        def power(f: Elementwise, x: Array, of_zero: float) -> Array:
+            sizes = jnp.hypot(f(x), f(-x))
+            found = jnp.log(sizes[1:] / sizes[:-1]) / math.log(2)
+            alike = jnp.abs(found[0] - found[1]) < jnp.sqrt(jnp.finfo(found.dtype).eps)
+            return jnp.where(jnp.all(sizes == 0), of_zero, jnp.where(alike, found[1], jnp.nan))
+
+        def powers(x: Array, slope_of_zero: float) -> "Powers":
+            return Powers(power(self, x, 1.0), power(self.derivative, x, slope_of_zero))
+
+        small, large = (jnp.asarray(_PROBES * size) for size in (_SMALL, 1 / _SMALL))
+        beyond = powers(large, -math.inf)
+        # Where φ' decays, E[φ'²] is what is near 0, ∫ φ'² dx/√(2πq).
+        return powers(small, 0.0), beyond._replace(slope=jnp.maximum(beyond.slope, -0.5))
+
     def saturated_intervals(self, threshold: float) -> np.ndarray:
         """Return where |φ'(x)| < threshold · max|φ'|.
 
@@ -177,6 +212,21 @@ class Activation:
         if not 0 < threshold <= 1:
             raise InputError(f"threshold is {threshold!r}; it is a fraction in (0, 1]")
         return _saturated_intervals(self, float(threshold))
+
+
+class Powers(NamedTuple):
+    """What φ and φ' are proportional to, at 0 or at ±∞: powers of |x|; NaN where they are none.
+
+    At ±∞ the slope's is twice that of q in E[φ'²], x ~ N(0, q), which is not below -1/2.
+    """
+
+    value: ScalarLike
+    slope: ScalarLike
+
+
+# Where they are looked at: far below and above what matters to the averages within their limits.
+_SMALL = 1e-18
+_PROBES = np.array([1.0, 2.0, 4.0])
 
 
 @functools.lru_cache(maxsize=256)
@@ -226,6 +276,7 @@ def _concrete() -> Iterator[None]:
 
 _compiled = jax.jit(Activation.__call__, static_argnums=0)
 _compiled_derivative = jax.jit(Activation.derivative, static_argnums=0)
+_compiled_powers = jax.jit(Activation._traced_powers, static_argnums=0)
 
 # Points at which a slope is evaluated in one call.
 _EVALUATED = 4096
@@ -447,7 +498,7 @@ def _gelu_phi2(q: Array) -> Array:
 
 def _gelu_dphi2(q: Array) -> Array:
     d = jnp.sqrt(1 + 2 * q)
-    return 1 / 4 + (jnp.arctan(q / d) + q * (5 * q + 3) / ((1 + q) * d**3)) / (2 * math.pi)
+    return 1 / 4 + (jnp.arctan(q / d) + q / (1 + q) * (5 * q + 3) / d**2 / d) / (2 * math.pi)
 
 
 def _gelu_x_phi_dphi(q: Array) -> Array:

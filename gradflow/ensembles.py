@@ -31,6 +31,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, PRNGKeyArray
 
+from gradflow.arguments import from_seed
 from gradflow.errors import InputError, unknown_name
 
 __all__ = ["ALL", "Distribution", "Ensemble", "fan_in", "from_initializer", "get"]
@@ -235,8 +236,10 @@ def fan_in(sigma_w: float = 1.0, distribution: Distribution | str = gaussian) ->
     InputError
         If ``sigma_w`` is not a finite number above 0, or the distribution is unknown.
     """
-    if not math.isfinite(sigma_w) or sigma_w <= 0:
-        raise InputError(f"sigma_w is {sigma_w!r}; it is a finite number above 0")
+    if not (0 < sigma_w < math.inf and 1e-300 < sigma_w * sigma_w < math.inf):
+        raise InputError(
+            f"sigma_w is {sigma_w!r}; it is a number above 0, whose square a float can hold"
+        )
     named = Ensemble(f"fan_in({sigma_w:g})", gaussian, lambda m, n: sigma_w**2 / m)  # noqa: ARG005
     return named.drawn_from(distribution)
 
@@ -305,7 +308,7 @@ def _measure(
 
     try:
         with jax.ensure_compile_time_eval():
-            means, squares = jax.lax.map(one, jax.random.split(jax.random.key(0), repeats))
+            means, squares = jax.lax.map(one, jax.random.split(from_seed(0), repeats))
     except (TypeError, ValueError) as error:
         raise InputError(
             f"initializer {name!r} cannot draw a ({fan_in}, {fan_out}) matrix: {error}"

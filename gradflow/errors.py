@@ -7,7 +7,8 @@ from typing import Any
 
 import numpy as np
 
-__all__ = ["InputError", "check_count", "check_scale", "is_traced", "printable", "unknown_name"]
+__all__ = ["InputError", "UnknownName", "check_count", "check_scale", "is_traced", "printable"]
+__all__ += ["unknown_name"]
 
 LARGEST_COUNT = 2**31 - 1
 # Characters of a message: what was given may be a file's whole content.
@@ -32,6 +33,12 @@ class InputError(ValueError):
 
     def __init__(self, message: str) -> None:
         super().__init__(printable(message))
+
+
+class UnknownName(InputError, KeyError):
+    """A result was asked for what it does not hold: a mapping's KeyError, with a sentence."""
+
+    __str__ = Exception.__str__
 
 
 def unknown_name(what: str, value: object, allowed: Iterable[str]) -> InputError:

@@ -23,7 +23,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.scipy.special import erfc
-from jaxtyping import Array, Float
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, ScalarLike
 
 from gradflow.activations import Activation, PairMoment, Values, gram_determinant
 from gradflow.errors import InputError, check_scale, is_traced, unknown_name
@@ -35,8 +36,10 @@ __all__ = [
     "equal_pair",
     "expectation",
     "expectation_with_error",
+    "growth",
     "hermite_coefficients",
     "kernel",
+    "log_limits",
     "moment",
     "moments",
     "nodes",
@@ -77,7 +80,7 @@ def expectation(
     -------
     Array
         The axes that f puts in front, then q's; of q's dtype. In float64 the relative error is
-        about 1e-15 for q from 0 to 1e4, growing for f that oscillates within √q.
+        about 1e-15 of √E[f²] for q from 1e-300 to 1e4, growing for f that oscillates within √q.
     """
     kinks = tuple(kinks)
     return _over(q, lambda v: _integrate(f, v, kinks, _NODES)[0])
@@ -171,8 +174,8 @@ def _integrate(
     f: Callable[[Array], Array], q: Array, kinks: tuple[float, ...], order: int
 ) -> tuple[Array, Array]:
     """Return E[f(x)] and E|f(x)| for a scalar q."""
-    # At q = 0 this gives x ~ 1e-20: f(0) to rounding, but on both sides of a kink. The tangent of q
-    # passes unchanged.
+    # At q = 0 this gives x ~ 1e-150: f(0) to rounding, but on both sides of a kink. The tangent of
+    # q passes unchanged.
     q = q + jax.lax.stop_gradient(jnp.maximum(_smallest(q) - q, 0))
     q0 = jax.lax.stop_gradient(q)
     scales = np.setdiff1d(np.abs([*kinks, *_SCALES]), 0)
@@ -197,7 +200,52 @@ def _integrate(
 
 
 def _smallest(q: Array) -> float:
-    return 1e-40 if q.dtype == jnp.float64 else 1e-30
+    """Return the variance that none is taken for: its square root's square is no subnormal."""
+    return 1e-300 if q.dtype == jnp.float64 else 1e-36
+
+
+def log_limits(dtype: DTypeLike) -> tuple[float, float]:
+    """Return the logarithms of the variances between which averages are computed as they are.
+
+    Their squares are in the dtype's range. Beyond, φ is taken as the power of |x| that it tends to
+    (`growth`), which differs from it by the square root of the lower one, in relative terms.
+    """
+    end = math.log(1e36 if dtype == jnp.float64 else 1e14)
+    return -end, end
+
+
+def growth(
+    activation: Activation, log_scale: Float[Array, "..."]
+) -> tuple[Float[Array, "..."], Float[Array, "..."], Float[Array, "..."]]:
+    """Return how averages over x ~ N(0, q) change where q goes beyond `log_limits`.
+
+    Parameters
+    ----------
+    activation
+        φ.
+    log_scale
+        s, with q = exp(2 s) times the limit: 0 within the limits, below 0 below the lower one.
+
+    Returns
+    -------
+    tuple
+        The logarithms of the factors of √E[φ²], of √E[φ'²], and of the standard deviation of φ(x),
+        each of ``log_scale``'s shape; NaN where φ is no power of |x| (as sin at ±∞).
+    """
+    if activation.homogeneous:
+        return log_scale, jnp.zeros_like(log_scale), log_scale
+    at_zero, beyond = activation.powers
+
+    def factor(small: ScalarLike, large: ScalarLike) -> Array:
+        power = jnp.where(log_scale < 0, small, large).astype(log_scale.dtype)
+        return jnp.where(log_scale == 0, 0, power * log_scale)
+
+    return (
+        factor(at_zero.value, beyond.value),
+        factor(at_zero.slope, beyond.slope),
+        # About φ(0), φ is the integral of its slope.
+        factor(at_zero.slope + 1, beyond.value),
+    )
 
 
 def _panels(edges: Array, order: int) -> tuple[Array, Array]:

@@ -12,7 +12,7 @@ All are averaged over the sites (the inputs of the batch); over units first, whe
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import equinox as eqx
@@ -24,10 +24,11 @@ from jaxtyping import Array, Bool, Float
 
 from gradflow import gaussian
 from gradflow.activations import Activation
+from gradflow.errors import UnknownName, unknown_name
 from gradflow.norms import unit_rows
 
 __all__ = ["ALL", "SATURATION_THRESHOLD", "BackwardLaw", "BackwardSample", "ForwardLaw"]
-__all__ += ["ForwardSample", "Prediction", "Statistic", "named"]
+__all__ += ["ForwardSample", "Prediction", "Statistic", "Values", "key_of", "named"]
 
 # A unit counts as saturated when its slope is below this fraction of the activation's largest
 # slope. For the logistic that is an output below 0.01 or above 0.99: σ' < 0.01 · 0.99.
@@ -61,14 +62,16 @@ class ForwardLaw(eqx.Module):
 
     Attributes
     ----------
-    covariance, mean
-        Second moments and means over units of what the layer hands on.
+    covariance, mean, log_scale
+        Second moments and means over units of what the layer hands on, at exp(-log_scale) times
+        its signals' size; the scale is 0 unless second moments are beyond `gaussian.log_limits`.
     gaussian
         Whether it is known to be Gaussian over units; otherwise averages of φ of it are NaN.
     """
 
     covariance: Float[Array, "*layers sites sites"]
     mean: Float[Array, "*layers sites"]
+    log_scale: Float[Array, "*layers sites"]
     gaussian: Bool[Array, "*layers"]
     activation: Activation = eqx.field(static=True)
 
@@ -190,42 +193,46 @@ def _over_sites(f: Callable[[Array], Array], law: ForwardLaw) -> Array:
     return jnp.where(law.gaussian, found, jnp.nan)
 
 
-def _moment(law: ForwardLaw, name: str) -> Array:
-    return _over_sites(lambda q: gaussian.moment(law.activation, name, q), law)
-
-
 q = Statistic(
     "q",
     "second moment of pre-activations q",
     measure=lambda s: _log_mean_square(*s.directions),
-    predict=lambda law: _log_mean_exp(jnp.log(jnp.diagonal(law.covariance))),
+    predict=lambda law: _log_mean_exp(jnp.log(jnp.diagonal(law.covariance)) + 2 * law.log_scale),
     log=True,
 )
 preactivation_mean = Statistic(
     "preactivation_mean",
     "mean of pre-activations",
     measure=lambda s: _mean(s.preactivation, s.log_scale),
-    predict=lambda law: jnp.mean(law.mean),
+    predict=lambda law: jnp.mean(law.mean * jnp.exp(law.log_scale)),
 )
 preactivation_variance = Statistic(
     "preactivation_variance",
     "variance of pre-activations over units",
     measure=lambda s: _log_variance(*s.directions),
-    predict=lambda law: _log_mean_exp(jnp.log(jnp.diagonal(law.covariance) - law.mean**2)),
+    predict=lambda law: _log_mean_exp(
+        jnp.log(jnp.diagonal(law.covariance) - law.mean**2) + 2 * law.log_scale
+    ),
     log=True,
 )
 activation_mean = Statistic(
     "activation_mean",
     "mean of activations",
     measure=lambda s: _mean(s.activation, s.log_scale),
-    predict=lambda law: jnp.mean(_moment(law, "phi")),
+    predict=lambda law: jnp.mean(
+        _over_sites(lambda v: gaussian.moment(law.activation, "phi", v), law)
+        * jnp.exp(gaussian.growth(law.activation, law.log_scale)[0])
+    ),
 )
 activation_variance = Statistic(
     "activation_variance",
     "variance of activations over units",
     measure=lambda s: _log_variance(*s.outputs),
     predict=lambda law: _log_mean_exp(
-        jnp.log(_over_sites(lambda v: gaussian.variance(law.activation, v), law))
+        jnp.log(
+            _over_sites(lambda v: jnp.where(v == 0, 0, gaussian.variance(law.activation, v)), law)
+        )
+        + 2 * gaussian.growth(law.activation, law.log_scale)[2]
     ),
     log=True,
 )
@@ -279,6 +286,50 @@ weight_gradient_variance = Statistic(
 ALL = tuple(value for value in list(vars().values()) if isinstance(value, Statistic))
 
 
+def key_of(name: str, known: Iterable[str]) -> str:
+    """Return the key under which a statistic is kept: its name, or ``log_`` and its name.
+
+    Raises
+    ------
+    UnknownName
+        If neither is known.
+    """
+    for key in (name, f"log_{name}"):
+        if key in known:
+            return key
+    raise UnknownName(str(unknown_name("quantity", name, known)))
+
+
+class Values(dict[str, Any]):
+    """Arrays by a statistic's key, that also answer to its name: a pytree, and a dict of the keys.
+
+    Of what is kept as a natural logarithm, under ``log_<name>``, the quantity itself is made when
+    it is asked for by its name; it may leave the float's range.
+    """
+
+    def __missing__(self, name: str) -> Any:
+        return _exp(self[key_of(name, self.keys())])
+
+    def __contains__(self, name: object) -> bool:
+        return any(map(super().__contains__, (name, f"log_{name}")))
+
+    def get(self, name: str, default: Any = None) -> Any:
+        """Return the values of this key or name, or the default."""
+        try:
+            return self[name]
+        except UnknownName:
+            return default
+
+
+def _flatten(values: Values) -> tuple[list[tuple[jax.tree_util.DictKey, Any]], tuple[str, ...]]:
+    return [(jax.tree_util.DictKey(key), value) for key, value in values.items()], tuple(values)
+
+
+jax.tree_util.register_pytree_with_keys(
+    Values, _flatten, lambda keys, leaves: Values(zip(keys, leaves, strict=True))
+)
+
+
 class Prediction(eqx.Module):
     """Theory's value of each statistic at each layer: a pytree of arrays of shape (layers,).
 
@@ -288,13 +339,11 @@ class Prediction(eqx.Module):
         By key: positive quantities as natural logarithms, under ``log_<name>``.
     """
 
-    values: dict[str, Array | np.ndarray]
+    values: dict[str, Array | np.ndarray] = eqx.field(converter=Values)
 
     def __getitem__(self, name: str) -> Array | np.ndarray:
         """Return a statistic by its key, or by its name: then in its own unit, no logarithm."""
-        if name in self.values:
-            return self.values[name]
-        return _exp(self.values[f"log_{name}"])
+        return self.values[name]
 
     def to_xarray(self) -> xarray.Dataset:
         """Return the labelled values: every quantity by name and, where it has one, its log."""
@@ -320,10 +369,13 @@ def with_names(values: Mapping[str, Any]) -> dict[str, Any]:
 def labelled(dataset: xarray.Dataset) -> xarray.Dataset:
     """Give every variable that is named after a statistic its label."""
     for statistic in ALL:
-        if statistic.name in dataset:
-            dataset[statistic.name].attrs["long_name"] = statistic.label
-        if statistic.log and statistic.key in dataset:
-            dataset[statistic.key].attrs["long_name"] = f"natural logarithm of {statistic.label}"
+        names = {statistic.name: statistic.label}
+        if statistic.log:
+            names[statistic.key] = f"natural logarithm of {statistic.label}"
+        for name, label in names.items():
+            for variable, words in ((name, label), (f"{name}_theory", f"{label}, by theory")):
+                if variable in dataset:
+                    dataset[variable].attrs["long_name"] = words
     return dataset
 
 

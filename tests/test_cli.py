@@ -41,7 +41,7 @@ def test_compare_prints_a_table_a_verdict_and_what_it_wrote(compared):
         assert word in done.stdout
     assert "compiling" in done.stderr
     dataset = xarray.load_dataset(folder / "made" / "results.nc")
-    assert dataset.q.sel(source="theory").size == 4
+    assert dataset.q_theory.size == 4
     assert dataset.attrs["seed"] == 0
     assert len(list((folder / "made").glob("*.png"))) == 5
 
@@ -115,19 +115,21 @@ def test_theory_prints_what_it_reports(tmp_path):
     assert point["stable"] is True
     assert found["xi_c"] == pytest.approx(15.79099403412, rel=1e-9)
     assert (found["phase"], found["status"]) == ("ordered", "converges")
-    assert found["mu1"] == pytest.approx(point["chi1"] / 1.5, rel=1e-9)
+    assert found["slope_second_moment"] == pytest.approx(point["chi1"] / 1.5, rel=1e-9)
     assert found["universality_class"] == "K* = 0"
-    assert found["attractor_from_q0_1"] == point["q_star"]
+    assert found["q_star_from_1"] == point["q_star"]
     # table 4
-    assert found["C"]["-0.5"] == pytest.approx(-0.31053399413058234, rel=1e-9)
-    assert found["dC_dc"]["0.9"] == pytest.approx(0.9201092723598791, rel=1e-9)
-    assert (found["C"]["1"], found["dC_dc"]["1"]) == pytest.approx((1, point["chi1"]), rel=1e-9)
+    assert found["correlation_map"]["-0.5"] == pytest.approx(-0.31053399413058234, rel=1e-9)
+    assert found["correlation_map_slope"]["0.9"] == pytest.approx(0.9201092723598791, rel=1e-9)
+    assert (found["correlation_map"]["1"], found["correlation_map_slope"]["1"]) == pytest.approx(
+        (1, point["chi1"]), rel=1e-9
+    )
     text = gradflow(*arguments, cwd=tmp_path).stdout
     assert "0.4180372005" in text
     relu = ("theory", "--activation", "relu", "--sigma-w2", "2", "--sigma-b2", "0.1", "--json")
     found = json.loads(gradflow(*relu, cwd=tmp_path).stdout)
     assert (found["fixed_points"], found["status"], found["xi_c"]) == ([], "diverges", None)
-    assert (found["attractor_from_q0_1"], found["C"]) == ("inf", {})
+    assert (found["q_star_from_1"], found["correlation_map"]) == ("inf", {})
 
 
 @pytest.mark.slow
@@ -138,7 +140,7 @@ def test_where_every_length_is_kept_theory_has_the_tables_one_fixed_point(tmp_pa
     assert (point["q_star"], point["stable"]) == (None, None)
     assert (point["chi1"], point["chi_par"]) == (1, 1)
     assert (point["xi_q"], point["xi_grad"]) == ("inf", "inf")
-    assert (found["status"], found["attractor_from_q0_1"]) == ("neutral", 1)
+    assert (found["status"], found["q_star_from_1"]) == ("neutral", 1)
 
 
 @pytest.mark.slow
@@ -146,28 +148,27 @@ def test_critical_prints_what_it_reports(tmp_path):
     arguments = ("critical", "--activation", "gelu", "--sigma-b2", "0")
     found = json.loads(gradflow(*arguments, "--json", cwd=tmp_path).stdout)
     assert found["universality_class"] == "half-stable"
-    assert found["half_stable"][0]["sb2"] == pytest.approx(0.172922390756, rel=1e-9)
+    assert found["half_stable"][0]["sigma_b2"] == pytest.approx(0.172922390756, rel=1e-9)
     assert found["solutions"][0]["q_star"] == 0
-    assert found["solutions"][0]["sw2"] == pytest.approx(4, rel=1e-12)
+    assert found["solutions"][0]["sigma_w2"] == pytest.approx(4, rel=1e-12)
     assert found["solutions"][0]["xi_q"] == "inf"
-    assert found["half_stable"][0]["K_star"] == pytest.approx(3.56155281280883, rel=1e-9)
+    assert found["half_stable"][0]["q_star"] == pytest.approx(3.56155281280883, rel=1e-9)
     assert "half-stable points" in gradflow(*arguments, cwd=tmp_path).stdout
 
 
 @pytest.mark.slow
-def test_critical_points_have_the_names_of_the_table(tmp_path):
+def test_critical_points_have_what_the_table_has(tmp_path):
     arguments = ("critical", "--activation", "mish", "--sigma-b2", "0.01", "--json")
     (point,) = json.loads(gradflow(*arguments, cwd=tmp_path).stdout)["solutions"]
-    assert point["sw"] == pytest.approx(1.5409748725502057, rel=1e-9)  # table 3
+    assert point["sigma_w"] == pytest.approx(1.5409748725502057, rel=1e-9)  # table 3
     assert point["q_stable"] is False
-    curvature = point["curvature"]
-    assert curvature["coeff"] == pytest.approx(0.0932249672309703, rel=1e-9)
-    assert (curvature["exponent"], curvature["asymptote_1_minus_c"]) == ("2", "1/(coeff l)")
+    assert point["coefficient"] == pytest.approx(0.0932249672309703, rel=1e-9)
+    assert (point["exponent"], point["one_minus_c"]) == (2, "1/(coefficient l)")
     relu = ("critical", "--activation", "relu", "--json")
     (point,) = json.loads(gradflow(*relu, cwd=tmp_path).stdout)["solutions"]
-    assert (point["q_star"], point["sw2"], point["q_stable"]) == (None, 2, None)
-    assert point["curvature"]["exponent"] == "3/2"
-    assert point["curvature"]["coeff"] == pytest.approx(0.3001054387190354, rel=1e-9)
+    assert (point["q_star"], point["sigma_w2"], point["q_stable"]) == (None, 2, None)
+    assert (point["exponent"], point["one_minus_c"]) == (1.5, "4/(coefficient l)²")
+    assert point["coefficient"] == pytest.approx(0.3001054387190354, rel=1e-9)
 
 
 @pytest.mark.slow
@@ -176,16 +177,16 @@ def test_spectrum_prints_what_it_reports(tmp_path):
     done = gradflow(*arguments, "--simulate", "2", "--width", "30", "--json", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
-    assert found["atoms"] == [{"lambda": 0, "mass": 0.5}]
-    assert found["mean_sq_sv"] == pytest.approx(1, rel=1e-12)
+    assert found["atoms"] == [{"squared_singular_value": 0, "mass": 0.5}]
+    assert found["mean_squared_singular_value"] == pytest.approx(1, rel=1e-12)
     # Half of the rows of a square Gaussian matrix of variance 2/n: Marchenko-Pastur.
     edge = 2 * (1 + 0.5**0.5) ** 2
-    assert found["edge_lambda_max_continuous"] == pytest.approx(edge, rel=1e-9)
+    assert found["squared_singular_value_upper_edge"] == pytest.approx(edge, rel=1e-9)
     dataset = xarray.load_dataset(tmp_path / found["files"][0])
-    assert dataset.density.size == 1000
+    assert dataset.singular_value_density_theory.size == 1000
     assert dataset.attrs["networks"] == 2
     text = gradflow(*arguments, cwd=tmp_path).stdout
-    assert "50 % at λ" in text
+    assert "50 % at s² = 0" in text
 
 
 @pytest.mark.slow

@@ -13,6 +13,7 @@ PACKAGE = Path(__file__).parents[1] / "gradflow"
 # `gradflow` itself, which has the version, directly above the one that may want it.
 ORDER = (
     "errors",
+    "arguments",
     "files",
     "compilation",
     "norms",
@@ -94,6 +95,8 @@ ORDER = (
     "studies.description",
     "studies.spectra",
     "studies.plan",
+    "studies.found",
+    "studies.sealed",
     "studies.store",
     "studies.depth_scales",
     "studies.gradient_spread",
@@ -107,6 +110,7 @@ ORDER = (
     "",
     "cli.process",
     "cli.shared",
+    "cli.words",
     "cli.studying",
     "cli.simulating",
     "cli.theory",

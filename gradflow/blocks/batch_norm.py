@@ -80,9 +80,11 @@ class BatchNorm(AbstractBlock):
                 "BatchNorm gets a signal that is not Gaussian over units; the theory needs it "
                 "before the activation, after a random matrix"
             )
+        gram = gram.common()
         law = _BatchNormalised(gram.covariance, gram.tangent, self.gain)
         through = law.through(gram, activations.linear)
-        return Gram(through.covariance, through.mean, through.tangent, law)
+        out = gram.derived(through.covariance, through.mean, through.tangent, law)
+        return out.relative_to(gram)
 
     @property
     def homogeneous(self) -> bool:

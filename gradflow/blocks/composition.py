@@ -1,11 +1,13 @@
 """Blocks made of blocks: one after another, and a branch beside the signal itself."""
 
 import dataclasses
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray, ScalarLike
 
+from gradflow.activations import Activation
 from gradflow.blocks.base import AbstractBlock, AbstractComposite, Multiply
 from gradflow.blocks.dense import Dense, Linear
 from gradflow.errors import InputError
@@ -41,6 +43,10 @@ class Chain(AbstractComposite):
     def homogeneous(self) -> bool:
         """Whether all of them are."""
         return all(part.homogeneous for part in self.parts)
+
+    def homogeneous_if(self, activations: Callable[[Activation], bool]) -> bool:
+        """Whether all of them are."""
+        return all(part.homogeneous_if(activations) for part in self.parts)
 
     def width_after(self, n_in: int) -> int:
         """Return how many units the last one hands on."""
@@ -89,13 +95,23 @@ class Residual(AbstractComposite):
         return signal + jnp.asarray(self.scale, signal.dtype) * branch
 
     def kernel(self, gram: Gram, multiply: Multiply = multiply_gram) -> Gram:
-        """Return the moments of the sum."""
+        """Return the moments of the sum; what the branch carries of the signal adds to it.
+
+        Raises
+        ------
+        InputError
+            If they correlate in a way that is not known, as z + φ(z + …) would.
+        """
         return gram.plus(self.branch.kernel(gram, multiply).scaled(self.scale))
 
     @property
     def homogeneous(self) -> bool:
         """Whether the branch is."""
         return self.branch.homogeneous
+
+    def homogeneous_if(self, activations: Callable[[Activation], bool]) -> bool:
+        """Whether the branch is."""
+        return self.branch.homogeneous_if(activations)
 
     def width_after(self, n_in: int) -> int:
         """Return as many units as it gets.

@@ -121,6 +121,7 @@ class Patches(AbstractBlock):
         """Return the means over the filter's elements; not Gaussian, as units are not alike."""
         if self.elements == 1:
             return gram
+        gram = gram.common()
         by_place = (_count_inputs(len(gram.mean), self.shape), *self.shape)
 
         def pairs(k: Array) -> Array:
@@ -130,7 +131,7 @@ class Patches(AbstractBlock):
         shifted = self._shifted(gram.mean.reshape(by_place), 1)
         mean = sum(shifted, jnp.zeros((), gram.mean.dtype)).reshape(-1) / self.elements
         tangent = None if gram.tangent is None else pairs(gram.tangent)
-        return Gram(pairs(gram.covariance), mean, tangent, Unknown())
+        return gram.derived(pairs(gram.covariance), mean, tangent, Unknown())
 
     def _shifted(self, x: Array, *first_axes: int) -> Iterator[Array]:
         """Yield x as seen by each element; spatial axes begin at each of the first axes."""
@@ -282,14 +283,15 @@ class GlobalMean(_OverPositions):
 
     def kernel(self, gram: Gram, multiply: Multiply = multiply_gram) -> Gram:  # noqa: ARG002
         """Return the means over pairs of positions."""
-        inputs = _count_inputs(len(gram.mean), self.shape)
+        inputs, gram = _count_inputs(len(gram.mean), self.shape), gram.common()
 
         def pairs(k: Array) -> Array:
             return jnp.mean(k.reshape(inputs, self.merges, inputs, self.merges), axis=(1, 3))
 
         tangent = None if gram.tangent is None else pairs(gram.tangent)
         mean = jnp.mean(gram.mean.reshape(inputs, -1), axis=1)
-        return Gram(pairs(gram.covariance), mean, tangent, gram.law).settled(Gaussian())
+        law = Gaussian() if gram.gaussian else Unknown()
+        return gram.derived(pairs(gram.covariance), mean, tangent, law)
 
 
 class Flatten(_OverPositions):
@@ -312,7 +314,7 @@ class Flatten(_OverPositions):
         """Return the means over positions; not Gaussian, as units are not alike."""
         if self.merges == 1:
             return gram
-        inputs = _count_inputs(len(gram.mean), self.shape)
+        inputs, gram = _count_inputs(len(gram.mean), self.shape), gram.common()
 
         def own(k: Array) -> Array:
             by_place = k.reshape(inputs, self.merges, inputs, self.merges)
@@ -320,7 +322,7 @@ class Flatten(_OverPositions):
 
         tangent = None if gram.tangent is None else own(gram.tangent)
         mean = jnp.mean(gram.mean.reshape(inputs, -1), axis=1)
-        return Gram(own(gram.covariance), mean, tangent, Unknown())
+        return gram.derived(own(gram.covariance), mean, tangent, Unknown())
 
     def width_after(self, n_in: int) -> int:
         """Return the channels times the positions."""

@@ -2,6 +2,7 @@
 
 import abc
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import equinox as eqx
@@ -39,6 +40,10 @@ class Activate(AbstractBlock):
     def homogeneous(self) -> bool:
         """Whether φ is positively homogeneous."""
         return self.activation.homogeneous
+
+    def homogeneous_if(self, activations: Callable[[Activation], bool]) -> bool:
+        """Whether φ is."""
+        return activations(self.activation)
 
 
 class Linear(AbstractBlock):
@@ -109,6 +114,10 @@ class AbstractLayer(AbstractBlock):
     def homogeneous(self) -> bool:
         """Whether φ is positively homogeneous and there is no bias."""
         return self.activation.homogeneous and self.linear.homogeneous
+
+    def homogeneous_if(self, activations: Callable[[Activation], bool]) -> bool:
+        """Whether φ is and there is no bias."""
+        return activations(self.activation) and self.linear.homogeneous
 
     @property
     def distributions(self) -> tuple[Distribution, ...]:

@@ -1,7 +1,5 @@
 """Dropout: units are left out at random."""
 
-import dataclasses
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -46,12 +44,11 @@ class Dropout(AbstractBlock):
         more = 1 / self.keep - 1
 
         def own(k: Array) -> Array:
-            return k + more * (k if k.ndim == 1 else jnp.diag(jnp.diagonal(k)))
+            return jnp.asarray(more * (k if k.ndim == 1 else jnp.diag(jnp.diagonal(k))))
 
+        # z m/p = z + z (m/p - 1), of which the mask m makes the second uncorrelated with anything.
         tangent = None if gram.tangent is None else own(gram.tangent)
-        return dataclasses.replace(
-            gram, covariance=own(gram.covariance), tangent=tangent, law=Unknown()
-        )
+        return gram.with_noise(own(gram.covariance), tangent, Unknown())
 
     @property
     def homogeneous(self) -> bool:

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray, ScalarLike
 
 from gradflow.blocks.base import AbstractBlock, Multiply
-from gradflow.gram import Gram, inverse_or_zero, multiply_gram
+from gradflow.gram import Gram, multiply_gram
 from gradflow.norms import unit_rows
 
 __all__ = ["LayerNorm", "RMSNorm", "UnitVariance"]
@@ -92,8 +92,9 @@ class UnitVariance(AbstractBlock):
 
     def kernel(self, gram: Gram, multiply: Multiply = multiply_gram) -> Gram:  # noqa: ARG002
         """Return everything divided by the variance over the batch."""
+        gram = gram.common()
         variance = jnp.mean(jnp.diagonal(gram.covariance)) - jnp.mean(gram.mean) ** 2
-        return gram.scaled(inverse_or_zero(jnp.sqrt(variance)))
+        return gram.normalised(variance)
 
     @property
     def homogeneous(self) -> bool:
@@ -113,4 +114,4 @@ def _at_root_mean_square(gain: ScalarLike, signal: Array) -> Array:
 
 def _at_unit_variance(gain: ScalarLike, gram: Gram) -> Gram:
     # Of a batch-normalised signal this leaves the moments alone: its law scales as a whole only.
-    return gram.scaled(gain * inverse_or_zero(jnp.sqrt(jnp.diagonal(gram.covariance))))
+    return gram.normalised(jnp.diagonal(gram.covariance)).scaled(gain)

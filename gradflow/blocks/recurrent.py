@@ -54,8 +54,7 @@ class Drive(AbstractBlock):
         """Return the second moments with those of u, σ_u² and σ_u² ``alike``, added."""
         own = jnp.eye(len(gram.mean), dtype=gram.mean.dtype)
         more = self.sigma_u**2 * (self.alike + (1 - self.alike) * own)
-        law = gram.law if gram.gaussian else Unknown()
-        return dataclasses.replace(gram, covariance=gram.covariance + more, law=law)
+        return gram.shifted(jnp.asarray(more))
 
     @property
     def homogeneous(self) -> bool:
@@ -156,7 +155,7 @@ class GRU(_GatedStep):
             z = self._layer.kernel(gram, multiply)
             return z if self.drive is None else self.drive.kernel(z)
 
-        entering = gram
+        entering = gram = gram.plain()
         if self.reset_bias is not None:
             entering = layer(gram).through(_gate(self.reset_bias)).times(gram)
         update = layer(gram).through(_gate(self.update_bias))
@@ -265,7 +264,7 @@ class LSTM(_GatedStep):
         InputError
             If the signal is neither Gaussian nor a state, or sites mix and gradients are wanted.
         """
-        law = Cells.of(gram)
+        law = Cells.of(gram.plain())
         own = None if law.memory is None else law.memory.hidden
         hidden = Gram(law.hidden, jnp.zeros_like(gram.mean), own, Unknown())
 

@@ -547,12 +547,6 @@ def _as_json(result: Any, dataset: xarray.Dataset) -> dict[str, Any]:
             name: values.values.tolist()
             for name, values in dataset.data_vars.items()
             if values.dims == ("layer",)
-        }
-        | {
-            f"{name}_{source}": values.sel(source=source).values.tolist()
-            for name, values in dataset.data_vars.items()
-            if values.dims == ("source", "layer")
-            for source in ("theory", "simulation")
         },
         "attributes": {name: np.asarray(value).tolist() for name, value in dataset.attrs.items()},
     }

@@ -46,12 +46,16 @@ _LINE_EVERY = 10.0
 )
 def plan(file: File, as_json: Json = False) -> None:
     """Say what a study file would take: programs, networks, memory and time; nothing is run."""
-    from gradflow.studies import description  # noqa: PLC0415  (JAX is slow to import)
+    from gradflow.studies import (
+        description,  # noqa: PLC0415  (JAX is slow to import)
+        results,  # noqa: PLC0415
+    )
     from gradflow.studies import plan as plans  # noqa: PLC0415
 
     study = description.load(file)
     made = plans.make(study, plans.groups(study))
     plans.check_memory(study, made)
+    results.check(study)
     rows = [
         {
             "activation": group.network.activation.name,
@@ -138,7 +142,7 @@ def run_file(file: Path, folder: Path, share: str | None, as_json: bool) -> None
         print_json({"finished": True, "networks": drawn, "files": [str(written)]})
         return
     console = make_console()
-    with xarray.open_dataset(written) as dataset:
+    with results.opened(written) as dataset:
         _show(console, dataset.attrs["title"] or file.name, dataset)
     console.print(f"written   {written}; gradflow show {folder}")
 
@@ -168,11 +172,11 @@ def merge(
     out: Annotated[Path, typer.Option(help="A new folder for the whole.", show_default=False)],
 ) -> None:
     """Put together the shares of a study that hosts drew without knowing of each other."""
-    from gradflow.studies import merging  # noqa: PLC0415
+    from gradflow.studies import merging, results  # noqa: PLC0415
 
     console = make_console()
     written = merging.merge(folders, out)
-    with xarray.open_dataset(written) as dataset:
+    with results.opened(written) as dataset:
         _show(console, dataset.attrs["title"], dataset)
     console.print(f"written   {written}; gradflow show {out}")
 
@@ -214,10 +218,9 @@ def show(folder: Folder, as_json: Json = False) -> None:
 
     store = Store.of(folder)
     study = store.study
-    path = folder / results.FILE
     drawn = sum(store.networks().values())
     console = make_console()
-    if not path.exists():
+    if store.results is None:
         told = {"title": study.title, "finished": False, "networks": drawn, "points": len(study)}
         if as_json:
             print_json(told)
@@ -226,7 +229,7 @@ def show(folder: Folder, as_json: Json = False) -> None:
         console.print(f"progress  {drawn} networks of {len(study)} points; it is not finished")
         console.print(f"go on     gradflow study {folder / 'study.toml'} --out {folder}")
         return
-    with xarray.open_dataset(path) as dataset:
+    with results.opened(store.results) as dataset:
         if not as_json:
             _show(console, study.title, dataset)
             return
@@ -301,12 +304,11 @@ def export(
     for name, target in {"csv": csv, "parquet": parquet, "netcdf": netcdf}.items():
         if target is not None:
             writable_file(target, name)
-    path = folder / results.FILE
-    dataset = (
-        xarray.load_dataset(path)
-        if path.exists()
-        else results.assemble(store.study, plans.groups(store.study), store)
-    )
+    if store.results is None:
+        dataset = results.assemble(store.study, plans.groups(store.study), store)
+    else:
+        with results.opened(store.results) as found:
+            dataset = found.load()
     table = dataset.drop_dims([d for d in dataset.dims if str(d).endswith("_bin")])
     for name, target in (("csv", csv), ("parquet", parquet)):
         if target is not None:
@@ -327,13 +329,12 @@ def report(
     from gradflow.studies import results  # noqa: PLC0415
     from gradflow.studies.store import Store  # noqa: PLC0415
 
-    Store.of(folder)
-    path = folder / results.FILE
-    if not path.exists():
+    store = Store.of(folder)
+    if store.results is None:
         raise InputError(f"the study in {str(folder)!r} is not finished; `gradflow show` says more")
     page = out or folder / "report.html"
     writable_file(page)
-    with xarray.open_dataset(path) as dataset:
+    with results.opened(store.results) as dataset:
         write_text(reports.page(dataset), page)
     make_console().print(f"written   {page}")
 

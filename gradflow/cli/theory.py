@@ -27,6 +27,7 @@ from gradflow.cli.shared import (
     shape_label,
     write_netcdf,
 )
+from gradflow.cli.words import WORDS
 from gradflow.errors import InputError, check_count
 
 # What a point takes while it is computed, in bytes: measured, and rounded up.
@@ -69,7 +70,7 @@ def theory(
         str(number + 1): {name: values[number] for name, values in found["layers"].items()}
         for number in range(depth)
     }
-    maps = {name: dict(zip(places, found[name], strict=False)) for name in ("C", "dC_dc")}
+    maps = {name: dict(zip(places, found[name], strict=False)) for name in _MAPS}
     report = _plain_report(found | maps | {"layers": layers})
     if as_json:
         print_json(report)
@@ -116,15 +117,13 @@ def critical(
         "activation": phi.name,
         "universality_class": criticality.universality_class(phi).value,
         "solutions": [_critical_point(point) for point in _present(found)],
-        "half_stable": [
-            {"K_star": point["q_star"], **_under_table_names(point)} for point in _present(half)
-        ],
+        "half_stable": [_plain_report(point) for point in _present(half)],
     }
     if as_json:
         print_json(report)
         return
     console = make_console()
-    console.print(_table_of_points("critical points", list(map(_flat, report["solutions"]))))
+    console.print(_table_of_points("critical points, χ₁ = 1", report["solutions"]))
     if report["half_stable"]:
         console.print(_table_of_points("half-stable points, χ₁ = χ∥ = 1", report["half_stable"]))
     console.print(f"universality class: {report['universality_class']}")
@@ -257,13 +256,12 @@ def spectrum(
     for name, value in report.items():
         if name == "atoms":
             for atom in value:
-                table.add_row(
-                    "atom", f"{100 * atom['mass']:.6g} % at λ = s² = {atom['lambda']:.6g}"
-                )
+                place = atom["squared_singular_value"]
+                table.add_row("atom", f"{100 * atom['mass']:.6g} % at s² = {place:.6g}")
         elif isinstance(value, list):
-            table.add_row(name, ", ".join(map(_said, value)))
+            table.add_row(WORDS[name], ", ".join(map(_said, value)))
         else:
-            table.add_row(name, _said(value))
+            table.add_row(WORDS[name], _said(value))
     console.print(table)
     console.print(f"written to {folder}: {', '.join(path.name for path in written)}")
 
@@ -320,8 +318,8 @@ def prescribe(
     report = {
         "activation": found.activation.name,
         "universality_class": found.universality_class.value,
-        "sw2": found.sigma_w2,
-        "sb2": found.sigma_b2,
+        "sigma_w2": found.sigma_w2,
+        "sigma_b2": found.sigma_b2,
         "q_star": _plain(found.q_star),
         "chi_par": found.chi_par,
         "weight_sd": list(found.weight_sd),
@@ -349,7 +347,7 @@ def _table_of_prescription(report: Mapping[str, Any], widths: tuple[int, ...]) -
     table = Table(title=f"{report['activation']}, {shape_label(widths)}", show_header=False)
     rows = {
         "universality class": report["universality_class"],
-        "σ_w², σ_b²": f"{report['sw2']:.10g}, {report['sb2']:.10g}",
+        "σ_w², σ_b²": f"{report['sigma_w2']:.10g}, {report['sigma_b2']:.10g}",
         "q*, χ∥": f"{_said(report['q_star'])}, {report['chi_par']:.6g}",
         "multiply unit inputs by": f"{report['input_scale']:.6g}",
         "standard deviation of biases": f"{report['bias_sd']:.6g}",
@@ -431,15 +429,29 @@ def _parse_correlations(text: str) -> dict[str, float]:
     return places
 
 
+# What of a report is at each correlation that was asked for.
+_MAPS = ("correlation_map", "correlation_map_slope")
 # What is printed of each layer; columns that fit on a page.
 _LAYER_TABLES = {
-    "layer by layer": ("q", "act_mean", "act_meansq", "chi_l", "mean_sq_jac", "log_mean_sq_jac"),
-    "gain of a tangent along the input, and of one orthogonal to it": (
-        "parallel",
-        "orthogonal",
-        "ratio",
+    "layer by layer": (
+        "q",
+        "activation_mean",
+        "activation_second_moment",
+        "chi",
+        "jacobian_norm",
+        "log_jacobian_norm",
     ),
-    "first order in 1/n of the length": ("K", "V4", "G1", "V4_over_K2"),
+    "gain of a tangent along the input, and of one orthogonal to it": (
+        "gain_parallel",
+        "gain_orthogonal",
+        "gain_ratio",
+    ),
+    "first order in 1/n of a unit's variance, given the layers below": (
+        "K",
+        "V4",
+        "G1",
+        "V4_over_K2",
+    ),
 }
 
 
@@ -464,38 +476,18 @@ def _present(points: Any) -> list[dict[str, float]]:
     return [{name: float(v[place]) for name, v in points._asdict().items()} for place in there]
 
 
-def _under_table_names(point: Mapping[str, float]) -> dict[str, Any]:
-    names = {"sigma_w2": "sw2", "sigma_b2": "sb2"}
-    return {names.get(name, name): _plain(value) for name, value in point.items()}
-
-
 def _critical_point(point: Mapping[str, float]) -> dict[str, Any]:
-    """Return a critical point under the reference tables' names."""
-    found = dict(point)
-    exponent, coefficient = found.pop("exponent"), found.pop("coefficient")
-    one_minus_c = "1/(coeff l)" if exponent == 2 else "4/(coeff^2 l^2)"
-    # At the end of the line, q* = 0, neither is defined; ReLU's lengths are neither kept nor lost.
-    defined = math.isfinite(coefficient)
-    critical_slope = abs(abs(found["chi_par"]) - 1) < 1e-12
+    """Return a critical point, and in words how correlations approach 1 there."""
+    # At the end of the line, q* = 0, the approach is not defined; ReLU's lengths are neither kept
+    # nor lost.
+    decay = "1/(coefficient l)" if point["exponent"] == 2 else "4/(coefficient l)²"
+    critical_slope = abs(abs(point["chi_par"]) - 1) < 1e-12
     return {
-        **_under_table_names(found),
-        "sw": math.sqrt(found["sigma_w2"]),
-        "q_stable": None if critical_slope else abs(found["chi_par"]) < 1,
-        "curvature": {
-            "exponent": "2" if exponent == 2 else "3/2",
-            "coeff": coefficient,
-            "asymptote_1_minus_c": one_minus_c,
-        }
-        if defined
-        else None,
+        **_plain_report(dict(point)),
+        "sigma_w": math.sqrt(point["sigma_w2"]),
+        "q_stable": None if critical_slope else abs(point["chi_par"]) < 1,
+        "one_minus_c": decay if math.isfinite(point["coefficient"]) else None,
     }
-
-
-def _flat(point: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a critical point as a table's row."""
-    curvature = point["curvature"] or {}
-    row = {name: value for name, value in point.items() if name != "curvature"}
-    return row | {name: curvature.get(name) for name in ("exponent", "coeff")}
 
 
 def _plain(value: Any) -> float | str | None:
@@ -511,7 +503,7 @@ def _said(value: Any) -> str:
 def _table_of_points(title: str, points: list[dict[str, Any]]) -> Table:
     table = Table(title=title if points else f"{title}: none")
     for name in points[0] if points else ():
-        table.add_column(name, justify="right")
+        table.add_column(WORDS[name], justify="right")
     for point in points:
         table.add_row(*map(_said, point.values()))
     return table
@@ -523,16 +515,17 @@ def _table_of_values(title: str, report: Mapping[str, Any]) -> Table:
         if name == "representable_depth":
             for dtype, depth in value.items():
                 table.add_row(f"depth where a gradient leaves {dtype}", _said(depth))
-        elif name in ("C", "dC_dc"):
+        elif name in _MAPS:
             for place, one in value.items():
-                table.add_row(f"{name} at c = {place}", _said(one))
+                table.add_row(f"{WORDS[name]} at c = {place}", _said(one))
         elif name == "jacobian":
             for weights, numbers in value.items():
                 for key, one in numbers.items():
-                    table.add_row(f"{key}, {weights}", _said(one))
+                    said = f"Jacobian at q*, {weights} weights: {WORDS[key]}"
+                    table.add_row(said, _said(one))
         elif name == "finite_width":
             for key, one in value.items():
-                table.add_row(key, _said(one))
+                table.add_row(WORDS[key], _said(one))
         elif name not in ("fixed_points", "layers"):
-            table.add_row(name, _said(value))
+            table.add_row(WORDS[name], _said(value))
     return table

@@ -98,14 +98,16 @@ def remedies(results: Mapping[str, xarray.Dataset]) -> Figure:
         for index, (name, (key, unit, origin)) in enumerate(lines.items()):
             at_origin = {"layer": origin}
             if dataset is not sick:
-                grey = sick[key].sel(source="theory")
+                grey = sick[f"{key}_theory"]
                 axes.plot(
                     sick.layer,
                     (grey - grey.isel(at_origin)) * (unit / LN10),
                     color="0.75",
                     linestyle=("-", "--")[index],
                 )
-            relative = dataset.assign({key: dataset[key] - dataset[key].isel(at_origin)})
+            relative = dataset.assign(
+                {k: dataset[k] - dataset[k].isel(at_origin) for k in (key, f"{key}_theory")}
+            )
             _draw(axes, relative, key, unit / LN10, name, index)
         axes.set_title(title, fontsize=8.5)
         axes.tick_params(labelsize=7.5)
@@ -392,28 +394,27 @@ def spectrum(dataset: xarray.Dataset) -> Figure:
     Parameters
     ----------
     dataset
-        ``density`` over ``s`` and, where there are atoms, ``mass`` over ``atom``; with a simulation
-        ``simulated`` and its ``standard_error`` over ``bin``, and the numbers of networks and units
-        as attributes. As `gradflow spectrum` writes it.
+        As `gradflow spectrum` writes it (`studies.jacobian_spectrum.run`).
     """
     figure = Figure(figsize=(6.8, 4.4), layout="constrained")
     axes = figure.add_subplot()
-    s, density = dataset.s.values, dataset.density.values
+    s = dataset.singular_value.values
+    density = dataset.singular_value_density_theory.values
     axes.plot(s, density, color=COLOURS[0], linewidth=1.5, label="theory (infinite width)")
     shown = density[s > 0.02 * s.max()]
     top = 1.4 * np.nanmax(shown, initial=0.1)
-    if "simulated" in dataset:
+    if "singular_value_density" in dataset:
         axes.errorbar(
-            dataset.bin,
-            dataset.simulated,
-            yerr=ERRORS * dataset.standard_error,
+            dataset.singular_value_bin,
+            dataset.singular_value_density,
+            yerr=ERRORS * dataset.singular_value_density_standard_error,
             fmt=MARKERS[0],
             color=COLOURS[1],
             label=f"simulation, {dataset.attrs['networks']} networks of width "
             f"{dataset.attrs['width']} (±2 s.e.)",
             **POINTS,
         )
-    for place, mass in zip(dataset.atom.values, dataset.mass.values, strict=True):
+    for place, mass in zip(dataset.atom.values, dataset.atom_mass.values, strict=True):
         label = f"atom: {100 * mass:.1f} % of all, at s = {place:.3g}"
         axes.axvline(place, ymax=0.9, color="0.3", linestyle="--", linewidth=1.2, label=label)
     axes.set(
@@ -458,8 +459,8 @@ def _draw(
 ) -> None:
     layer = dataset.layer.values
     colour, marker = COLOURS[index % len(COLOURS)], MARKERS[index % len(MARKERS)]
-    theory = dataset[key].sel(source="theory").values * unit
-    measured = dataset[key].sel(source="simulation").values * unit
+    theory = dataset[f"{key}_theory"].values * unit
+    measured = dataset[key].values * unit
     error = dataset[f"{key}_standard_error"].values * unit
     axes.plot(layer, np.where(np.isfinite(theory), theory, np.nan), color=colour, linewidth=1.3)
     # No more points than can be told apart, staggered so that series do not hide one another.

@@ -91,11 +91,12 @@ def walk(block: AbstractBlock, q0: ArrayLike, depth: int) -> Walk:
     def step(state: Gram, _: None) -> tuple[Gram, tuple[Array, Array]]:
         after = block.kernel(state)
         after = after.settled(state.law if depth > 1 else after.law)
-        return after, (after.covariance[0, 0], mean_field.gain(block, state)[0])
+        q = after.covariance[0, 0] * jnp.exp(2 * after.log_scale[0])
+        return after, (q, mean_field.log_gain(block, state)[0])
 
-    begin = begin.settled(ends) if depth > 1 else begin
-    _, (q, chi) = mean_field.scan_layers(step, begin, None, length=depth)
-    return Walk(q, chi, jnp.cumsum(jnp.log(chi)))
+    begin = begin.settled(ends if depth > 1 else begin.law)
+    _, (q, log_chi) = mean_field.scan_layers(step, begin, None, length=depth)
+    return Walk(q, jnp.exp(log_chi), jnp.cumsum(log_chi))
 
 
 def batch_norm_chi(activation: Activation | str, size: int | float) -> Float[Array, ""]:

@@ -123,6 +123,12 @@ def prepare(
     """
     (up,), (down,) = forward, backward  # dense layers have equally many sites
     k = up.covariance
+    # Beyond the range of averages φ is linear on each side, or there is no answer; the chain is
+    # then that of the rescaled signals, whose σ_w and σ_b make up for the change of scale.
+    scale = up.log_scale
+    handed_on = gaussian.growth(network.activation, scale)[0]
+    taken = jnp.concatenate([jnp.zeros_like(scale[:1]), handed_on[:-1]])
+    taken = jnp.where(handed_on == scale, taken, jnp.nan)
 
     def each_layer(name: str) -> Array:
         scales = [getattr(stage.block, name) for stage in network.stages]
@@ -131,10 +137,11 @@ def prepare(
         return jnp.repeat(jnp.stack(squares), repeats, total_repeat_length=network.depth)[:, None]
 
     return Layers(
-        sigma_w2=each_layer("sigma_w"),
-        sigma_b2=each_layer("sigma_b"),
+        sigma_w2=each_layer("sigma_w") * jnp.exp(2 * (taken - scale)),
+        sigma_b2=each_layer("sigma_b") * jnp.exp(-2 * scale),
         width=jnp.asarray(np.array(network.widths[1:], float), k.dtype)[:, None],
         covariance=k,
+        log_scale=scale,
         backward=down,
         averages=_averages(network.activation, k),
     )
@@ -200,14 +207,16 @@ class _Averages(eqx.Module):
 class Layers(eqx.Module):
     """What is known of each layer: its scales, its width, the laws and averages at infinite width.
 
-    ``sigma_w2``, ``sigma_b2`` and ``width`` are of shape (layers, 1), ``covariance`` is that of the
-    pre-activations, (layers, sites, sites).
+    ``sigma_w2`` and ``sigma_b2`` are of shape (layers, sites), ``width`` of shape (layers, 1);
+    ``covariance`` is that of the pre-activations, (layers, sites, sites). They and the averages are
+    of the pre-activations times exp(-``log_scale``), (layers, sites).
     """
 
     sigma_w2: Array
     sigma_b2: Array
     width: Array
     covariance: Array
+    log_scale: Array
     backward: BackwardLaw
     averages: _Averages
 
@@ -368,7 +377,7 @@ def _up(layers: Layers) -> _Up:
     w2, n, k = layers.sigma_w2, layers.width, layers.covariance
     f = layers.averages.phi2
     noise = (
-        w2[1:, :, None] ** 2
+        _outer(w2[1:], w2[1:])
         * (layers.averages.product("phi2", "phi2") - _outer(f.value, f.value))[:-1]
         / n[:-1, :, None]
     )
@@ -408,9 +417,11 @@ def _cosine(layers: Layers, up: _Up) -> _Cosine:
     The derivatives of κ are averages of those of φ (Price's theorem), of which integration by parts
     leaves no higher ones than φ''.
     """
-    w2, n, k = layers.sigma_w2, layers.width, layers.covariance
+    n, k = layers.width, layers.covariance
     q, averages = layers.q, layers.averages
     a, b = np.triu_indices(q.shape[1], 1)
+    w_a, w_b = layers.sigma_w2[:, a], layers.sigma_w2[:, b]
+    w2 = jnp.stack([w_a, w_b, jnp.sqrt(w_a * w_b)], axis=-1)
     moments = jnp.stack([q[:, a], q[:, b], k[:, a, b]], axis=-1)
     q_a, q_b, c = jnp.moveaxis(moments, -1, 0)
     pair = averages.pair
@@ -450,12 +461,12 @@ def _cosine(layers: Layers, up: _Up) -> _Cosine:
     def step(covariance: Array, layer: tuple) -> tuple[Array, Array]:
         w2, n, jacobian, noise = layer
         turned = jacobian @ covariance @ jnp.swapaxes(jacobian, -1, -2)
-        return w2**2 * (turned + noise / n), covariance
+        return w2[:, :, None] * w2[:, None, :] * (turned + noise / n), covariance
 
     last, covariance = jax.lax.scan(
         step,
         jnp.zeros_like(noise[0]),
-        (w2[1:, :, None, None], n[:-1, :, None, None], jacobian[:-1], noise[:-1]),
+        (w2[1:], n[:-1, :, None, None], jacobian[:-1], noise[:-1]),
     )
     covariance = jnp.concatenate([covariance, last[None]])
     curved = (hessian * covariance).sum((-2, -1)) / 2
@@ -466,7 +477,7 @@ def _cosine(layers: Layers, up: _Up) -> _Cosine:
         return w2 * (lengths + row[:, 2] * shift + curved), shift
 
     rows = (jacobian[:-1, :, 2], curved[:-1], up.shift[:-1, a], up.shift[:-1, b])
-    last, shift = jax.lax.scan(move, nothing[0], (w2[1:], *rows))
+    last, shift = jax.lax.scan(move, nothing[0], (w2[1:, :, 2], *rows))
     shift = jnp.concatenate([shift, last[None]])
     return _Cosine(moments, jnp.stack([up.shift[:, a], up.shift[:, b], shift], -1), covariance)
 
@@ -563,6 +574,8 @@ def _statistics(layers: Layers, up: _Up, down: _Down) -> dict[str, tuple[Array, 
     """Return each statistic's shift and variance, (layers,); of its logarithm if it is kept so."""
     b2, n, k, q = layers.sigma_b2, layers.width, layers.covariance, layers.q
     averages, backward, sites = layers.averages, layers.backward, q.shape[1]
+    scale = jnp.exp(layers.log_scale)
+    scales = _outer(scale, scale)
     pair_n = n[:, :, None]
     each = jnp.eye(sites, dtype=k.dtype)[None]
     v = up.covariance
@@ -603,7 +616,7 @@ def _statistics(layers: Layers, up: _Up, down: _Down) -> dict[str, tuple[Array, 
     share_weights = jax.nn.softmax(backward.log_variance + jnp.log(of_weights), axis=1)
     per_length = _outer(1 / of_weights, 1 / of_weights)
     mixed = v * down.by_v[:, None, :] / of_weights[:, :, None]
-    cosine2 = (k - b2[:, :, None]) ** 2 * per_length
+    cosine2 = (k - jnp.sqrt(_outer(b2, b2))) ** 2 * per_length
     weights_covariance = (
         down.covariance
         + top
@@ -619,11 +632,11 @@ def _statistics(layers: Layers, up: _Up, down: _Down) -> dict[str, tuple[Array, 
     )
     return {
         "log_q": log_mean_of(q, up.shift, length),
-        "preactivation_mean": mean_of(jnp.zeros_like(q), k / pair_n),
+        "preactivation_mean": mean_of(jnp.zeros_like(q), k / pair_n * scales),
         "log_preactivation_variance": log_mean_of(q, up.shift - q / n, length),
         "activation_mean": mean_of(
-            averages.mean.moved(up),
-            (product - _outer(mean, mean)) / pair_n + along_v(averages.mean),
+            averages.mean.moved(up) * scale,
+            ((product - _outer(mean, mean)) / pair_n + along_v(averages.mean)) * scales,
         ),
         "log_activation_variance": log_mean_of(
             variance.value,

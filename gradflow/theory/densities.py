@@ -50,7 +50,10 @@ def predicted(
     known = np.asarray(forward[0].gaussian)
     above = [s.block for s in network.stages for _ in range(s.repeats)][1:]
     through_one = known & np.array([*(type(block) is Dense for block in above), True])
-    sd = np.sqrt(np.diagonal(np.asarray(forward[0].covariance), axis1=1, axis2=2))
+    log_scale = np.asarray(forward[0].log_scale)
+    with np.errstate(over="ignore"):
+        sd = np.sqrt(np.diagonal(np.asarray(forward[0].covariance), axis1=1, axis2=2))
+        sd = sd * np.exp(log_scale)
     log_gradient = np.asarray(backward[0].log_variance) / 2
     phi, top = network.activation, len(sd) - 1
 

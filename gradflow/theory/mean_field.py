@@ -19,7 +19,6 @@ Scales that are negative or not finite raise `InputError`, where they are known 
 runs (outside jit).
 """
 
-import dataclasses
 import itertools
 import math
 from collections.abc import Callable, Sequence
@@ -34,7 +33,7 @@ from jaxtyping import Array, ArrayLike, Float
 
 from gradflow import gaussian, statistics
 from gradflow.activations import Activation
-from gradflow.blocks import AbstractBlock
+from gradflow.blocks import AbstractBlock, Dense
 from gradflow.errors import check_count, check_scale
 from gradflow.gram import Gram, multiply_gram
 from gradflow.networks import Network
@@ -50,6 +49,7 @@ __all__ = [
     "input_gram",
     "laws",
     "length_map",
+    "log_gain",
     "predict",
     "predict_from",
     "profile",
@@ -116,33 +116,35 @@ def profile(
     Returns
     -------
     dict
-        ``q``, ``activation_mean``, ``activation_second_moment``, ``chi`` (χ^l = σ_w² E[φ'(z^l)²]),
-        and ``log_jacobian_norm``, the log of the mean squared gain of a random direction through
-        layers 1 to l, log Π_{k<=l} χ^k; each of shape (depth,).
+        ``q``, ``log_q``, ``activation_mean``, ``activation_second_moment``, ``chi`` (χ^l = σ_w²
+        E[φ'(z^l)²]), and ``log_jacobian_norm``, the log of the mean squared gain of a random
+        direction through layers 1 to l, log Π_{k<=l} χ^k; each of shape (depth,).
     """
     check_scale("q1", q1)
     check_scale("sigma_w2", sigma_w2)
     check_scale("sigma_b2", sigma_b2)
     check_count("depth", depth)
 
-    def step(q: Array, _: None) -> tuple[Array, tuple[Array, ...]]:
-        second = gaussian.moment(activation, "phi2", q)
-        mean = gaussian.moment(activation, "phi", q)
-        return jnp.asarray(sigma_w2 * second + sigma_b2), (
-            q,
-            mean,
-            second,
-            chi(activation, q, sigma_w2),
-        )
+    block = Dense(activation, 1, jnp.sqrt(jnp.asarray(sigma_w2)), jnp.sqrt(jnp.asarray(sigma_b2)))
 
-    q1 = jnp.asarray(q1)
-    _, (q, mean, second, chis) = jax.lax.scan(step, q1, None, length=depth)
+    def step(z: Gram, _: None) -> tuple[Gram, tuple[Array, ...]]:
+        h, after = z.through(activation).plain(), block.kernel(z)
+        log_q = jnp.log(jnp.diagonal(z.covariance)) + 2 * z.log_scale
+        found = log_q, h.mean, jnp.diagonal(h.covariance), log_gain(block, z)
+        return after.settled(z.law), tuple(x[0] for x in found)
+
+    q1 = jnp.asarray(q1, jnp.result_type(q1, block.sigma_w, 0.0))
+    begin = Gram.of(q1[None, None])
+    _, (log_q, mean, second, log_chi) = jax.lax.scan(
+        step, begin.settled(begin.law), None, length=depth
+    )
     return {
-        "q": q,
+        "q": jnp.exp(log_q),
+        "log_q": log_q,
         "activation_mean": mean,
         "activation_second_moment": second,
-        "chi": chis,
-        "log_jacobian_norm": jnp.cumsum(jnp.log(chis)),
+        "chi": jnp.exp(log_chi),
+        "log_jacobian_norm": jnp.cumsum(log_chi),
     }
 
 
@@ -297,8 +299,9 @@ def _up(network: Network, state: Gram) -> tuple[list[Gram], list[Gram], list[For
     leaving: list[Gram] = []
     found: list[ForwardLaw] = []
 
-    def law(covariance: Array, mean: Array, gaussian: bool) -> ForwardLaw:
-        return ForwardLaw(covariance, mean, jnp.full(len(mean), gaussian), network.activation)
+    def law(grams: Gram, gaussian: bool) -> ForwardLaw:
+        known = jnp.full(len(grams.mean), gaussian)
+        return ForwardLaw(grams.covariance, grams.mean, grams.log_scale, known, network.activation)
 
     for stage in network.stages:
         state, stage_entering = _through(stage.block, state, stage.repeats)
@@ -306,16 +309,16 @@ def _up(network: Network, state: Gram) -> tuple[list[Gram], list[Gram], list[For
         leaving.append(state)
         known = state.gaussian
         if stage.repeats > 1:
-            found.append(law(stage_entering.covariance[1:], stage_entering.mean[1:], known))
-        found.append(law(state.covariance[None], state.mean[None], known))
+            found.append(law(jax.tree.map(lambda x: x[1:], stage_entering), known))
+        found.append(law(jax.tree.map(lambda x: x[None], state), known))
     return entering, leaving, _joined(found)
 
 
 def _through(block: AbstractBlock, state: Gram, repeats: int) -> tuple[Gram, Gram]:
     """Return what leaves equal blocks, and what enters each of them."""
-    if repeats > 1:
-        # What a loop carries must not be known better at its start than at its end.
-        state = state.settled(jax.eval_shape(block.kernel, state).law)
+    # What a loop carries must not be known better at its start than at its end.
+    law = jax.eval_shape(block.kernel, state).law if repeats > 1 else state.law
+    state = state.settled(law)
     law = state.law
 
     def step(state: Gram, _: None) -> tuple[Gram, Gram]:
@@ -354,8 +357,8 @@ def _down(network: Network, entering: Sequence[Gram]) -> BackwardLaw:
             return _gains(block, share, layer)
 
         factor, weight_gain = _each_layer(pull, stage_entering)
-        log_chi.append(jnp.log(factor))
-        by_weights.append(jnp.log(weight_gain))
+        log_chi.append(factor)
+        by_weights.append(weight_gain)
     ratio = _log_width_ratios(network, log_chi[0].dtype)
     # Layer l's gradient is layer l+1's times the factor of the block above, l+1.
     above = jnp.concatenate(log_chi)[1:] + ratio[1:, None]
@@ -395,10 +398,10 @@ def _down_together(network: Network, entering: Sequence[Gram], sites: int) -> li
             share: Share = share,
         ) -> tuple[tuple[Array, Array], tuple[Array, Array]]:
             (second, log), (gram, ratio) = carry, layer
-            below, weight = _pull_back(block, share, gram, second)
+            below, log_factor, log_weight = _pull_back(block, share, gram, second)
             size = jnp.trace(below)
-            values = jnp.log(jnp.diagonal(second)) + log, jnp.log(weight) + log
-            return (below / size, log + jnp.log(size) + ratio), values
+            values = jnp.log(jnp.diagonal(second)) + log, log_weight + log
+            return (below / size, log + log_factor + jnp.log(size) + ratio), values
 
         first = last - stage.repeats
         parts = (stage_entering, ratios[first:last])
@@ -441,11 +444,11 @@ def _down_in_turn(
             share: Share = share,
         ) -> tuple[tuple[_Cotangent, Array], tuple[Array, Array, Array]]:
             (above, log), (gram, ratio) = carry, layer
-            below, weight = _pull_all_back(block, share, gram, above)
+            below, log_weight = _pull_all_back(block, share, gram, above)
             size = _variance(gram, below)
             below = jax.tree.map(lambda x: jax.vmap(jnp.divide)(x, size), below)
             gained = jnp.log(size) + ratio
-            return (below, log + gained), (log, gained, jnp.log(weight) + log)
+            return (below, log + gained), (log, gained, log_weight + log)
 
         gradient, log = carry
         carry = (_as_left(left, gradient), log)
@@ -510,76 +513,108 @@ def _shares(network: Network) -> list[Share]:
 
 
 def _gains(block: AbstractBlock, share: Share, entering: Gram) -> tuple[Array, Array]:
-    """Return `_pull_back` of ones where sites do not mix, each site by itself.
+    """Return the logarithms of `_pull_back` of ones where sites do not mix, each site by itself.
 
     So nothing is averaged over pairs of sites.
     """
 
-    def alone(q: Array, mean: Array) -> tuple[Array, Array]:
-        one = Gram(q[None, None], mean[None], law=entering.law)
-        factor, weights = _pull_back(block, share, one, jnp.ones_like(one.mean))
-        return factor[0], weights
+    def alone(q: Array, mean: Array, log_scale: Array) -> tuple[Array, Array]:
+        one = Gram.of(q[None, None], mean[None], law=entering.law, log_scale=log_scale[None])
+        factor, log_factor, weights = _pull_back(block, share, one, jnp.ones_like(one.mean))
+        return jnp.log(factor[0]) + log_factor, weights
 
-    return jax.vmap(alone)(jnp.diagonal(entering.covariance), entering.mean)
+    return jax.vmap(alone)(jnp.diagonal(entering.covariance), entering.mean, entering.log_scale)
 
 
 def _pull_back(
     block: AbstractBlock, share: Share, entering: Gram, above: Float[Array, "..."]
-) -> tuple[Array, Array]:
-    """Take second moments of a gradient down one block; also the variance of ∂C/∂W.
+) -> tuple[Array, Array, Array]:
+    """Take second moments of a gradient down one block; also the log of the variance of ∂C/∂W.
 
     The transpose of what the block does to a tangent's second moments, which have the same shape:
-    (sites,), or (sites, sites) where sites mix.
+    (sites,), or (sites, sites) where sites mix. They are exp of the second result times the first.
     """
     taps = jnp.zeros(block.n_weights, above.dtype)
     zero = jnp.zeros(entering.mean.shape * above.ndim, above.dtype)
 
-    def out(tangent: Array, taps: Array) -> Array:
-        moved = _tapped(block, dataclasses.replace(entering, tangent=tangent), taps).tangent
-        assert moved is not None
-        return moved
+    def out(tangent: Array, taps: Array) -> tuple[Array, tuple[Array, Array]]:
+        after, units = _tapped(block, entering.with_tangents((tangent, None)), taps)
+        assert after.tangent is not None
+        return after.tangent, (after.log_tangent_scale, units)
 
-    _, pull = jax.vjp(out, zero, taps)
-    below, by_weights = pull(above)
-    return below, _weighted(share, by_weights)
+    _, pull, (scale, units) = jax.vjp(out, zero, taps, has_aux=True)
+    largest = jnp.max(scale)
+    rows = jnp.exp(scale - largest)
+    below, by_weights = pull(above * (rows**2 if above.ndim == 1 else jnp.outer(rows, rows)))
+    # Sites that are here together have their scales, and so taps' units, in common.
+    return below, 2 * largest, _log_weighted(share, by_weights, units[:, 0]) + 2 * largest
 
 
 def _pull_all_back(
     block: AbstractBlock, share: Share, entering: Gram, above: _Cotangent
 ) -> tuple[_Cotangent, Float[Array, " sites"]]:
-    """Do what `_pull_back` does, with all that is known of a tangent, for each site."""
+    """Do what `_pull_back` does, with all that is known of a tangent, for each site.
+
+    There is no scale beside the first result.
+    """
     plain = above[0]
     taps = jnp.zeros((block.n_weights, *plain.shape), plain.dtype)
     zero = jnp.zeros_like(plain)
 
-    def out(tangents: _Cotangent, taps: Array) -> _Cotangent:
-        return _tapped(block, entering.with_tangents(tangents), taps).tangents
+    def out(tangents: _Cotangent, taps: Array) -> tuple[_Cotangent, Array]:
+        after, units = _tapped(block, entering.with_tangents(tangents), taps)
+        return after.plain().tangents, units
 
-    _, pull = jax.vjp(out, (zero, entering.law.independent(zero)), taps)
+    _, pull, units = jax.vjp(out, (zero, entering.law.independent(zero)), taps, has_aux=True)
     below, by_weights = pull(above)
-    return below, _weighted(share, by_weights) * jnp.ones_like(plain)
+    return below, _log_weighted(share, by_weights, units) * jnp.ones_like(plain)
 
 
-def _tapped(block: AbstractBlock, entering: Gram, taps: Array) -> Gram:
-    """Return what is known after the block; its weights' tangents are the taps, one after one."""
-    remaining = iter(taps)
+def _tapped(
+    block: AbstractBlock, entering: Gram, taps: Array
+) -> tuple[Gram, Float[Array, "weights sites"]]:
+    """Return what is known after the block; its weights' tangents are the taps, one after one.
 
-    def multiply(gram: Gram, **law: Any) -> Gram:
-        return multiply_gram(gram, tap=next(remaining), **law)
+    The second result are the taps' units: exp of twice them is what a tap of 1 stands for.
+    """
+    remaining, units = iter(taps), []
+    together = entering.tangent is not None and entering.tangent.ndim == 2
 
-    return block.kernel(entering, multiply)
+    def multiply(gram: Gram, *, seen: Gram | None = None, **law: Any) -> Gram:
+        seen = gram if seen is None else seen
+        if together:
+            gram, seen = gram.common(), seen.common()
+        out = multiply_gram(gram, tap=next(remaining), seen=seen, **law)
+        units.append(seen.log_scale - out.log_tangent_scale)
+        return out
+
+    after = block.kernel(entering, multiply)
+    nothing = jnp.zeros((0, len(entering.mean)), entering.mean.dtype)
+    return after, jnp.stack(units) if units else nothing
 
 
-def _weighted(share: Share, by_weights: Float[Array, "weights ..."]) -> Array:
-    """Return the variance of ∂C/∂W over all matrices; a block without weights has none: NaN."""
+def _log_weighted(
+    share: Share, by_weights: Float[Array, "weights ..."], units: Float[Array, "weights ..."]
+) -> Array:
+    """Return the log of the variance of ∂C/∂W over all matrices; a block without any has none: NaN.
+
+    ``units`` are the logarithms of the taps' units, for each matrix or each of its sites.
+    """
     if not len(by_weights):
         return jnp.full((), jnp.nan, by_weights.dtype)
     shares = jnp.asarray(share, by_weights.dtype)
-    return jnp.sum(jax.vmap(jnp.multiply)(shares, by_weights), axis=0)
+    largest = jnp.max(units, axis=0, keepdims=True)
+    parts = by_weights * jnp.exp(2 * (units - largest))
+    return jnp.log(jnp.sum(jax.vmap(jnp.multiply)(shares, parts), axis=0)) + 2 * largest[0]
 
 
 def gain(block: AbstractBlock, entering: Gram) -> Float[Array, " sites"]:
     """Return each input's factor of mean squared gradients of one block, at equal widths."""
+    return jnp.exp(log_gain(block, entering))
+
+
+def log_gain(block: AbstractBlock, entering: Gram) -> Float[Array, " sites"]:
+    """Return the natural logarithms of what `gain` returns."""
     return _gains(block, np.zeros(block.n_weights), entering)[0]
 
 
@@ -610,23 +645,24 @@ def at_widths(prediction: Prediction, network: Network, other: Network) -> Predi
     return Prediction(values)
 
 
-def asymptotic_log_chi(network: Network, q: Float[Array, ""], beyond: int) -> Float[Array, ""]:
+def asymptotic_log_chi(network: Network, log_q: Float[Array, ""], beyond: int) -> Float[Array, ""]:
     """Return log χ where one input would be after ``beyond`` more layers of the longest stage.
 
     Parameters
     ----------
     network
         The law of the network.
-    q
-        Where it starts: the top layer's second moment.
+    log_q
+        Where it starts: the logarithm of the top layer's second moment.
     beyond
         How many layers further.
     """
     # The first block's input has no activation: it is none to be repeated, if there is another.
     block = max(network.stages[1:] or network.stages, key=lambda stage: stage.repeats).block
-    begin = Gram.of(jnp.asarray(q)[None, None])
+    log_scale = jnp.asarray(log_q, float)[None] / 2
+    begin = Gram.of(jnp.ones_like(log_scale)[None], log_scale=log_scale).in_range()
     if not jax.eval_shape(block.kernel, begin).law.remembers:
-        return jnp.log(gain(block, _through(block, begin, beyond)[0])[0])
+        return log_gain(block, _through(block, begin, beyond)[0])[0]
     state, _ = _through(block, begin, min(beyond, _TURNS))
     # Of gradients that have settled too: the largest eigenvalue of what a layer does to them.
     zero = jnp.zeros_like(state.mean)
