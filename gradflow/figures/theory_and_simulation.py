@@ -9,6 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.colors import LogNorm
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
+from scipy import ndimage
 
 from gradflow.errors import InputError
 from gradflow.figures.drawing import (
@@ -37,6 +38,7 @@ __all__ = [
     "spectrum",
 ]
 
+_LINE = COLOURS[1]  # a critical line's
 _MOST_LINEAR = 50  # ratio of the highest to the lowest histogram that a linear axis shows
 
 Families = Mapping[str, Mapping[str, xarray.Dataset]]
@@ -224,7 +226,8 @@ def phase_diagram(dataset: xarray.Dataset) -> Figure:
         "gradients: |ξ_∇|, in layers": np.abs(dataset.xi_grad),
         "length: q*": dataset.q_star,
     }
-    figure = Figure(figsize=(13.2, 4.3), layout="constrained")
+    lines = [(b, _is_reached(dataset, b)) for b in dataset.critical_sigma_w.values.T]
+    figure = Figure(figsize=(13.2, 4.6), layout="constrained")
     panels = figure.subplots(1, 3, sharex=True, sharey=True)
     for axes, (title, values) in zip(panels, layers.items(), strict=True):
         finite = values.values[np.isfinite(values.values) & (values.values > 0)]
@@ -241,11 +244,10 @@ def phase_diagram(dataset: xarray.Dataset) -> Figure:
         )
         figure.colorbar(image, ax=axes, extend="max" if "layers" in title else "neither")
         axes.set_facecolor("0.75")
-        line = [
-            axes.plot(branch, dataset.sigma_b, color="#D55E00", linewidth=1.8)
-            for branch in dataset.critical_sigma_w.values.T
-            if np.isfinite(branch).any()
-        ]
+        for branch, reached in lines:
+            there = np.where(reached, branch, np.nan)
+            axes.plot(branch, dataset.sigma_b, color=_LINE, linewidth=1.2, linestyle=":")
+            axes.plot(there, dataset.sigma_b, color=_LINE, linewidth=1.8)
         axes.set(
             title=title,
             xlabel="σ_w (weights: variance σ_w²/fan_in)",
@@ -254,11 +256,15 @@ def phase_diagram(dataset: xarray.Dataset) -> Figure:
         )
         axes.title.set_fontsize(10)
         _name_phases(axes, dataset)
-        keys: list[Artist] = [Patch(color="0.75", label="no fixed point, or q* = 0")]
-        if line:
-            keys.insert(0, Line2D([], [], color="#D55E00", label="critical line, χ₁ = 1"))
-        axes.legend(handles=keys, fontsize=7.5, loc="lower right", framealpha=0.9)
     panels[0].set_ylabel("σ_b (standard deviation of biases)")
+    keys: list[Artist] = [Patch(color="0.75", label="no fixed point, or q* = 0")]
+    if any((np.isfinite(branch) & ~reached).any() for branch, reached in lines):
+        label = f"χ₁ = 1 at another fixed point than q goes to from {dataset.attrs['start']:g}"
+        keys.insert(0, Line2D([], [], color=_LINE, linestyle=":", label=label))
+    if any(reached.any() for _, reached in lines):
+        keys.insert(0, Line2D([], [], color=_LINE, label="critical line, χ₁ = 1"))
+    # Below the panels: in any of them it would hide a part of the plane.
+    figure.legend(handles=keys, fontsize=8, loc="outside lower center", ncols=len(keys))
     figure.suptitle(
         f"{dataset.attrs['activation']}: theory at infinite width, from q = "
         f"{dataset.attrs['start']:g}",
@@ -267,19 +273,33 @@ def phase_diagram(dataset: xarray.Dataset) -> Figure:
     return figure
 
 
+def _is_reached(dataset: xarray.Dataset, branch: np.ndarray) -> np.ndarray:
+    """Return where gradients begin to explode across a critical line: of the q* that is reached.
+
+    Where the length has several fixed points, the line may be of one that it does not go to.
+    """
+    ordered = dataset.phase.values == dataset.phase.attrs["ordered"]
+    rows, columns = np.arange(len(branch)), np.searchsorted(dataset.sigma_w, branch)
+    left, right = (np.clip(columns + n, 0, ordered.shape[1] - 1) for n in (-2, 1))
+    return np.isfinite(branch) & (ordered[rows, left] != ordered[rows, right])
+
+
 def _name_phases(axes: Axes, dataset: xarray.Dataset) -> None:
-    """Write the name of each phase into the middle of its part of the plane."""
+    """Write the name of each phase where there is most room for it in its part of the plane."""
     names = {"ordered": "ordered:\nvanishing", "chaotic": "chaotic:\nexploding"}
     names["divergent"] = "q diverges"
     for phase, text in names.items():
-        rows, columns = np.nonzero(dataset.phase.values == dataset.phase.attrs[phase])
-        if rows.size < 0.02 * dataset.phase.size:
+        there = np.pad(dataset.phase.values == dataset.phase.attrs[phase], 1)
+        # In halves of a name's height and width, which are these shares of the panel's.
+        steps = np.divide(1, dataset.phase.shape) / (0.07, 0.12)
+        room = ndimage.distance_transform_edt(there, sampling=steps)[1:-1, 1:-1]
+        if room.max() < 1:
             continue
-        # The point of the phase that is nearest to its middle.
-        near = np.argmin(np.hypot(rows - rows.mean(), columns - columns.mean()))
+        best = np.argwhere(room > 0.98 * room.max())
+        row, column = best[len(best) // 2]
         axes.text(
-            dataset.sigma_w.values[columns[near]],
-            dataset.sigma_b.values[rows[near]],
+            dataset.sigma_w.values[column],
+            dataset.sigma_b.values[row],
             text,
             ha="center",
             va="center",
