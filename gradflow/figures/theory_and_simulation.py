@@ -1,5 +1,6 @@
 """What theory says of random networks beside what was simulated: lines and points."""
 
+import math
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -40,6 +41,8 @@ __all__ = [
 
 _LINE = COLOURS[1]  # a critical line's
 _MOST_LINEAR = 50  # ratio of the highest to the lowest histogram that a linear axis shows
+# Signals that an axis has no numbers for: beyond exp of this, or its inverse.
+_LARGEST_LOG = 230.0
 
 Families = Mapping[str, Mapping[str, xarray.Dataset]]
 
@@ -507,7 +510,12 @@ def _histograms(results: Mapping[str, xarray.Dataset], signal: str, label: str) 
         peaks: list[float] = []
         for index, layer in enumerate(spread(dataset.layer.values)):
             at = dataset.sel(layer=layer)
-            unit = np.exp(at[f"{signal}_histogram_log_unit"].item())
+            log_unit = at[f"{signal}_histogram_log_unit"].item()
+            if abs(log_unit) > _LARGEST_LOG:
+                size = f"of size 1e{log_unit / math.log(10):+.0f}"
+                axes.plot([], [], " ", label=f"layer {layer}: {size}")
+                continue
+            unit = np.exp(log_unit)
             edges = at[f"{signal}_histogram_edges"].values * unit
             density = at[f"{signal}_histogram_density"].values / unit
             error = at[f"{signal}_histogram_standard_error"].values / unit
@@ -529,7 +537,7 @@ def _histograms(results: Mapping[str, xarray.Dataset], signal: str, label: str) 
             peaks.append(density.max())
         axes.set_title(title, fontsize=10)
         axes.set_ylabel("density", fontsize=9)
-        if max(peaks) > _MOST_LINEAR * min(peaks):
+        if peaks and max(peaks) > _MOST_LINEAR * min(peaks):
             axes.set_yscale("log")
         axes.legend(frameon=False, fontsize=8)
     panels[-1].set_xlabel(label, fontsize=9)

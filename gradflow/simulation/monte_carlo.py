@@ -533,14 +533,10 @@ def _histograms(
 
     z, log_scale = every(drawn.preactivation), every(drawn.log_scale)
     delta, log_norm = every(drawn.gradient), every(drawn.log_gradient_norm)
-    with np.errstate(over="ignore"):
-        true_z = [
-            value * np.exp(scale)[..., None] for value, scale in zip(z, log_scale, strict=True)
-        ]
-    h = [np.asarray(network.activation(jnp.asarray(value))) for value in true_z]
-    zero = [np.zeros_like(scale) for scale in log_scale]
+    # Signals have a scale beside them only where φ is linear for them.
+    h = [np.asarray(network.activation(jnp.asarray(value))) for value in z]
     return {
         "preactivation": estimation.histogram(z, log_scale),
-        "activation": estimation.histogram(h, zero),
+        "activation": estimation.histogram(h, log_scale),
         "gradient": estimation.histogram(delta, log_norm),
     }
