@@ -30,8 +30,8 @@ from gradflow.arguments import as_key
 from gradflow.compilation import Float64Program
 from gradflow.errors import InputError
 from gradflow.estimation import Estimate
-from gradflow.networks import Network, narrowed
-from gradflow.simulation.monte_carlo import Progress, Simulation, check_inputs, simulate
+from gradflow.networks import Network, as_inputs, checked_inputs, narrowed
+from gradflow.simulation.monte_carlo import Progress, Simulation, simulate
 from gradflow.statistics import Prediction, Statistic
 from gradflow.theory import densities, mean_field
 from gradflow.theory.corrections import (
@@ -71,6 +71,10 @@ _ALIKE = 2.0
 _SETTLED = 1e-10
 # Units beyond this share saturated, of an activation that saturates on both sides: 'saturated'.
 _SATURATED = 0.5
+
+
+# What the verdict is about.
+_SAID = (statistics.log_gradient_norm, statistics.saturation)
 
 
 class Status(enum.IntEnum):
@@ -233,8 +237,9 @@ class Comparison(eqx.Module):
         dataset = self.simulation.to_xarray()
         for name, theory in statistics.with_names(self.theory.values).items():
             dataset[f"{name}_theory"] = ("layer", np.asarray(theory))
+        known = {statistic.key: statistic for statistic in self.simulation.statistics}
         for key, contrast in self.contrasts.items():
-            statistic, name = statistics.named()[key], statistics.named()[key].name
+            statistic, name = known[key], known[key].name
             deviation = contrast.theory_deviation
             if statistic.log:
                 with np.errstate(over="ignore", invalid="ignore"):
@@ -282,7 +287,8 @@ def compare(
     Raises
     ------
     InputError
-        If the theory and the simulation are of different depths.
+        If the theory and the simulation are of different depths, or what the verdict is about was
+        not measured.
     """
     depth = simulation.network.depth
     lengths = {len(v) for v in theory.values.values()}
@@ -291,12 +297,20 @@ def compare(
             f"theory has {lengths.pop()} layers and simulation has {depth}; they must be of the "
             "same network"
         )
-    raw = {key: _differences(key, theory, simulation) for key in simulation.estimates}
+    known = {statistic.key: statistic for statistic in simulation.statistics}
+    missing = {s.key for s in _SAID} - known.keys()
+    if missing:
+        raise InputError(
+            f"simulation has no {min(missing)}, which the verdict is about; simulate with "
+            "wanted=statistics.ALL, or with it among others"
+        )
+    # Theory may say nothing of what users measure.
+    raw = {key: _differences(key, theory, simulation) for key in known if key in theory.values}
     compared = sum(int(np.isfinite(z).sum()) for *_, z in raw.values())
     threshold = _threshold(simulation.networks, compared)
     contrasts = {}
     for key, (predicted, measured, error, z) in raw.items():
-        statistic, estimate = statistics.named()[key], simulation.estimates[key]
+        statistic, estimate = known[key], simulation.estimates[key]
         with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
             difference = measured - predicted
             relative = (
@@ -370,7 +384,7 @@ def confront(
         As `simulation.monte_carlo.simulate` does.
     """
     key = as_key(key)
-    checked = check_inputs(inputs, network)
+    checked = as_inputs(inputs, network)
     # Beside the simulation: both spend most of their time in the compiler, on one core each.
     work_out, further_up = _theory(network, inputs, explain), _further_up(network)
 
@@ -516,7 +530,7 @@ def _arguments(network: Network, inputs: ArrayLike) -> tuple[Network, np.ndarray
 
     By NumPy: JAX would trace.
     """
-    x = np.asarray(inputs, np.float64)
+    x = np.asarray(checked_inputs(inputs, network), np.float64)
     return dataclasses.replace(network, name=""), x @ x.T / x.shape[1], x.mean(axis=1)
 
 

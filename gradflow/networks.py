@@ -15,11 +15,13 @@ from typing import Any
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Array, ArrayLike, Float
 
 from gradflow import activations, ensembles
 from gradflow.activations import Activation
+from gradflow.arguments import as_real, check_instance
 from gradflow.blocks import (
     AbstractBlock,
     AbstractLayer,
@@ -42,8 +44,9 @@ from gradflow.blocks import (
 from gradflow.ensembles import Ensemble
 from gradflow.errors import InputError, check_count, is_traced, unknown_name
 
-__all__ = ["Network", "Stage", "as_sites", "convolutional", "mlp", "narrowed", "recurrent"]
-__all__ += ["residual", "stack", "unit_variance", "with_biases"]
+__all__ = ["Network", "Stage", "as_inputs", "as_sites", "check_network", "checked_inputs"]
+__all__ += ["convolutional", "mlp", "narrowed", "recurrent", "residual", "stack", "unit_variance"]
+__all__ += ["with_biases"]
 
 
 class Stage(eqx.Module):
@@ -487,6 +490,57 @@ def as_sites(images: Float[ArrayLike, "inputs *shape channels"]) -> Float[Array,
             "rows, columns, channels)"
         )
     return images.reshape(-1, images.shape[-1])
+
+
+def check_network(network: Any) -> None:
+    """Raise `InputError` unless it is a network."""
+    check_instance(
+        "network", network, Network, "a Network, as networks.mlp([64, 100, 10]) makes one"
+    )
+
+
+def checked_inputs(inputs: Any, network: Any) -> Array | np.ndarray:
+    """Return a batch of a network's inputs as an array of floats, shape (sites, n_0).
+
+    Integers become float32, whatever their size; floats stay what they are.
+
+    Raises
+    ------
+    InputError
+        If the network is none, or inputs are not of this shape, not real or not finite.
+    """
+    check_network(network)
+    array = as_real("inputs", inputs)
+    if array.ndim != 2 or array.shape[1] != network.input_width:
+        raise InputError(
+            f"inputs has shape {array.shape}; it is (inputs, {network.input_width}) for this "
+            "network"
+        )
+    positions = math.prod(stage.block.merges for stage in network.stages)
+    if len(array) % positions:
+        raise InputError(
+            f"inputs has {len(array)} rows; for this network each input is {positions} of them, "
+            "its positions one after the other (networks.as_sites)"
+        )
+    return array
+
+
+def as_inputs(inputs: Any, network: Any) -> Array:
+    """Return `checked_inputs` as JAX holds them.
+
+    Raises
+    ------
+    InputError
+        As `checked_inputs`, or if they are beyond the range of JAX's float type.
+    """
+    array = checked_inputs(inputs, network)
+    with np.errstate(over="ignore"):  # it is looked for
+        found = jnp.asarray(array)
+    if not is_traced(found) and not bool(jnp.isfinite(found).all()):
+        raise InputError(
+            f"inputs has values beyond {found.dtype}'s range; turn JAX's x64 mode on, or scale them"
+        )
+    return found
 
 
 def recurrent(

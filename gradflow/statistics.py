@@ -24,11 +24,13 @@ from jaxtyping import Array, Bool, Float
 
 from gradflow import gaussian
 from gradflow.activations import Activation
-from gradflow.errors import UnknownName, unknown_name
+from gradflow.arguments import check_instance
+from gradflow.errors import InputError, UnknownName, unknown_name
 from gradflow.norms import unit_rows
 
 __all__ = ["ALL", "SATURATION_THRESHOLD", "BackwardLaw", "BackwardSample", "ForwardLaw"]
-__all__ += ["ForwardSample", "Prediction", "Statistic", "Values", "key_of", "named"]
+__all__ += ["ForwardSample", "Prediction", "Statistic", "Values", "checked"]
+__all__ += ["key_of", "named"]
 
 # A unit counts as saturated when its slope is below this fraction of the activation's largest
 # slope. For the logistic that is an output below 0.01 or above 0.99: σ' < 0.01 · 0.99.
@@ -114,7 +116,8 @@ class Statistic:
     label
         Axis label, with its unit where it has one.
     measure, predict
-        From a sample of one layer, and from its law, to a scalar (a logarithm if ``log``).
+        From a sample of one layer, and from its law, to a scalar (a logarithm if ``log``). A
+        statistic without ``predict`` is measured, and theory says nothing of it.
     backward
         Whether it is read on the way down.
     log
@@ -128,7 +131,7 @@ class Statistic:
     name: str
     label: str
     measure: Callable[..., Array]
-    predict: Callable[..., Array]
+    predict: Callable[..., Array] | None = None
     backward: bool = False
     log: bool = False
     sites: int = 1
@@ -366,9 +369,9 @@ def with_names(values: Mapping[str, Any]) -> dict[str, Any]:
     return {**logs, **values}
 
 
-def labelled(dataset: xarray.Dataset) -> xarray.Dataset:
-    """Give every variable that is named after a statistic its label."""
-    for statistic in ALL:
+def labelled(dataset: xarray.Dataset, known: Iterable[Statistic] | None = None) -> xarray.Dataset:
+    """Give every variable that is named after a statistic (of `ALL`) its label."""
+    for statistic in ALL if known is None else known:
         names = {statistic.name: statistic.label}
         if statistic.log:
             names[statistic.key] = f"natural logarithm of {statistic.label}"
@@ -377,6 +380,26 @@ def labelled(dataset: xarray.Dataset) -> xarray.Dataset:
                 if variable in dataset:
                     dataset[variable].attrs["long_name"] = words
     return dataset
+
+
+def checked(wanted: Any) -> tuple[Statistic, ...]:
+    """Return the statistics to measure.
+
+    Raises
+    ------
+    InputError
+        If one is none, or two have one name.
+    """
+    found = tuple(wanted) if isinstance(wanted, Iterable) else (wanted,)
+    for statistic in found:
+        check_instance(
+            "wanted", statistic, Statistic, "Statistics, as statistics.ALL or (statistics.q,)"
+        )
+    names = [statistic.name for statistic in found]
+    for name in names:
+        if names.count(name) > 1:
+            raise InputError(f"wanted has {name!r} twice; each statistic has a name of its own")
+    return found
 
 
 def named() -> dict[str, Statistic]:

@@ -33,10 +33,11 @@ from jaxtyping import Array, ArrayLike, Float
 
 from gradflow import gaussian, statistics
 from gradflow.activations import Activation
+from gradflow.arguments import as_real
 from gradflow.blocks import AbstractBlock, Dense
-from gradflow.errors import check_count, check_scale
+from gradflow.errors import InputError, check_count, check_scale, is_traced
 from gradflow.gram import Gram, multiply_gram
-from gradflow.networks import Network
+from gradflow.networks import Network, check_network
 from gradflow.statistics import BackwardLaw, ForwardLaw, Prediction
 
 __all__ = [
@@ -62,15 +63,40 @@ _LAYERS_AT_ONCE = 1000
 _TURNS = 300
 
 
+# Of inputs' products, relative, in units of their dtype's epsilon.
+_ROUNDING = 1 << 10
+
 Share = Float[np.ndarray, " weights"]
 # Of a tangent's second moments, and of what the signals' law knows of it beyond them, or None.
 _Cotangent = tuple[Array, Any]
 
 
 def input_gram(inputs: Float[ArrayLike, "sites n_in"]) -> Float[Array, "sites sites"]:
-    """Return (1/n_0) x_a · x_b, all that the theory needs to know of its inputs."""
-    inputs = jnp.asarray(inputs)
-    return jnp.matmul(inputs, inputs.T, precision=jax.lax.Precision.HIGHEST) / inputs.shape[1]
+    """Return (1/n_0) x_a · x_b, all that the theory needs to know of its inputs.
+
+    Parameters
+    ----------
+    inputs
+        Shape (sites, n_0). Integers (pixels, say) become floats before they are multiplied.
+
+    Raises
+    ------
+    InputError
+        If they are no such array of finite real numbers, or their squares leave the float's range.
+    """
+    array = as_real("inputs", inputs, whole=float)
+    if array.ndim != 2:
+        raise InputError(f"inputs has shape {array.shape}; it is (inputs, n_0)")
+    x = jnp.asarray(array)
+    gram = jnp.matmul(x, x.T, precision=jax.lax.Precision.HIGHEST) / x.shape[1]
+    if not is_traced(gram):
+        square = jnp.diagonal(gram)
+        if not jnp.isfinite(gram).all() or bool(jnp.any((square == 0) & (x != 0).any(axis=1))):
+            raise InputError(
+                f"inputs has a row whose mean square is beyond {gram.dtype}'s range; scale them, "
+                "turn JAX's x64 mode on, or use comparison.predict_float64"
+            )
+    return gram
 
 
 def length_map(
@@ -249,13 +275,14 @@ def predict(
 
 def predict_from(forward: Sequence[ForwardLaw], backward: Sequence[BackwardLaw]) -> Prediction:
     """Return what `predict` does, from what `laws` returns."""
-    wanted = [s for s in statistics.ALL if s.sites <= forward[0].mean.shape[-1]]
+    sites = forward[0].mean.shape[-1]
+    wanted = [(s, s.predict) for s in statistics.ALL if s.predict and s.sites <= sites]
     return Prediction(
         {
             s.key: jnp.concatenate(
-                [_each_layer(s.predict, run) for run in (backward if s.backward else forward)]
+                [_each_layer(predict, run) for run in (backward if s.backward else forward)]
             )
-            for s in wanted
+            for s, predict in wanted
         }
     )
 
@@ -274,14 +301,44 @@ def laws(
     InputError
         As `predict` does.
     """
-    gram = jnp.asarray(gram)
-    begin = Gram.of(gram, None if mean is None else jnp.asarray(mean, gram.dtype))
+    begin = Gram.of(*_checked_gram(network, gram, mean))
     entering, leaving, forward = _up(network, begin)
     if network.mixes_sites:
         return forward, _down_together(network, entering, forward[-1].mean.shape[-1])
     if any(gram.law.remembers for gram in leaving):
         return forward, [_down_in_turn(network, entering, leaving)]
     return forward, [_down(network, entering)]
+
+
+def _checked_gram(network: Network, gram: Any, mean: Any) -> tuple[Array, Array | None]:
+    """Return the inputs' products and means as arrays, or raise `InputError`."""
+    check_network(network)
+    found = as_real("gram", gram, whole=float)
+    if found.ndim != 2 or found.shape[0] != found.shape[1]:
+        raise InputError(
+            f"gram has shape {found.shape}; it is (inputs, inputs), as "
+            "mean_field.input_gram(inputs) returns it"
+        )
+    gram = jnp.asarray(found)
+    if not is_traced(gram):
+        size = jnp.diagonal(gram)
+        rounding = _ROUNDING * jnp.finfo(gram.dtype).eps
+        most = jnp.sqrt(jnp.outer(size, size)) * (1 + rounding)
+        if not (jnp.all(size >= 0) and jnp.all(jnp.abs(gram) <= most)):
+            raise InputError(
+                "gram is no matrix of inputs' products: some |x_a · x_b| is above |x_a| |x_b|; it "
+                "is what mean_field.input_gram(inputs) returns"
+            )
+        if jnp.any(jnp.abs(gram - gram.T) > rounding * most):
+            raise InputError(
+                "gram is not symmetric; it is what mean_field.input_gram(inputs) returns"
+            )
+    if mean is None:
+        return gram, None
+    means = jnp.asarray(as_real("mean", mean), gram.dtype)
+    if means.shape != gram.shape[:1]:
+        raise InputError(f"mean has shape {means.shape}; it is ({len(gram)},), one for each input")
+    return gram, means
 
 
 def _each_layer(f: Callable[[Any], Any], layers: Any) -> Any:
