@@ -302,6 +302,11 @@ class Prediction(eqx.Module):
             return self.values[name]
         return _exp(self.values[f"log_{name}"])
 
+    def __repr__(self) -> str:
+        """Return what there is, in one line."""
+        shape = jnp.shape(next(iter(self.values.values()), jnp.zeros(0)))
+        return f"theory of shape {shape}, the last axis that of layers: {', '.join(self.values)}"
+
     def to_xarray(self) -> xarray.Dataset:
         """Return the labelled values: every quantity by name and, where it has one, its log."""
         return labelled(

@@ -1,6 +1,7 @@
 """Blocks made of blocks: one after another, and a branch beside the signal itself."""
 
 import dataclasses
+from fractions import Fraction
 
 import jax
 import jax.numpy as jnp
@@ -48,7 +49,7 @@ class Chain(AbstractComposite):
             n_in = part.width_after(n_in)
         return n_in
 
-    def narrowed(self, factor: int) -> "Chain":
+    def narrowed(self, factor: int | Fraction) -> "Chain":
         """Return the chain with the widths of its blocks divided by ``factor``."""
         return Chain(tuple(part.narrowed(factor) for part in self.parts))
 
@@ -119,6 +120,6 @@ class Residual(AbstractComposite):
             )
         return n_in
 
-    def narrowed(self, factor: int) -> "Residual":
+    def narrowed(self, factor: int | Fraction) -> "Residual":
         """Return it with the branch's widths divided by ``factor``, α kept."""
         return dataclasses.replace(self, branch=self.branch.narrowed(factor))
