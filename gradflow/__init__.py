@@ -5,6 +5,7 @@ theory and by exact simulation of many random networks at once, and the two are 
 module is a subject; each imports only from those above it:
 
 files              files that are written whole or not at all
+arguments          what callers give: inputs, keys and seeds, converted and checked
 norms              norms as logarithms, which no float's range ends
 activations        what a unit does: φ, its kinks, closed forms
 gaussian           expectations under a Gaussian, in one and two dimensions

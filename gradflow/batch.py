@@ -39,6 +39,7 @@ from jaxtyping import Array, Float, ScalarLike
 
 from gradflow import gaussian
 from gradflow.activations import Activation
+from gradflow.arguments import from_seed
 from gradflow.errors import InputError
 
 __all__ = ["SMALLEST", "averages", "centred", "sphere_averages"]
@@ -257,7 +258,7 @@ def _drawn(
     hair = jnp.finfo(dtype).eps ** 0.75 * jnp.eye(batch, dtype=dtype)
     factor = jnp.linalg.cholesky(sigma + scale * (1 / batch + hair))
     count = max(_DRAWS, _DRAWN_NUMBERS // batch)
-    draws = jax.random.normal(jax.random.key(0), (count, batch), dtype)
+    draws = jax.random.normal(from_seed(0), (count, batch), dtype)
     # With exactly the second moments that they are drawn for.
     found = jnp.linalg.cholesky(_matmul(draws.T, draws) / count)
     draws = jax.scipy.linalg.solve_triangular(found, draws.T, lower=True).T

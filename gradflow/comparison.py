@@ -29,6 +29,7 @@ from jax.typing import ArrayLike
 from jaxtyping import PRNGKeyArray
 
 from gradflow import statistics
+from gradflow.arguments import as_key
 from gradflow.compilation import Float64Program
 from gradflow.errors import InputError
 from gradflow.estimation import Estimate
@@ -157,7 +158,7 @@ class Comparison(eqx.Module):
 
     def __getitem__(self, name: str) -> Contrast:
         """Return a statistic's contrast, by its name or its key."""
-        return self.contrasts[name if name in self.contrasts else f"log_{name}"]
+        return self.contrasts[statistics.key_of(name, self.contrasts)]
 
     def count(self, status: Status) -> int:
         """Return how many comparisons, over statistics and layers, ended so."""
@@ -276,24 +277,22 @@ class Comparison(eqx.Module):
         return " and the width does not explain it"
 
     def to_xarray(self) -> xarray.Dataset:
-        """Return everything, labelled: each statistic over (source, layer), and its contrast."""
-        measured = self.simulation.to_xarray()
-        theory = self.theory.to_xarray()
+        """Return everything, labelled: what the simulation's has, and beside it theory's.
+
+        Each statistic ``<name>(layer)`` has ``<name>_theory``, ``<name>_z``,
+        ``<name>_standard_deviation_theory`` and the rest of its contrast; the names are those of
+        the results of studies and of training.
+        """
+        dataset = self.simulation.to_xarray()
+        for name, theory in statistics.with_names(self.theory.values).items():
+            dataset[f"{name}_theory"] = ("layer", np.asarray(theory))
         for key, contrast in self.contrasts.items():
-            statistic = statistics.named()[key]
+            statistic, name = statistics.named()[key], statistics.named()[key].name
             deviation = contrast.theory_deviation
             if statistic.log:
                 with np.errstate(over="ignore", invalid="ignore"):
                     deviation = deviation * np.exp(contrast.theory + contrast.shift)
-            theory[f"{statistic.name}_standard_deviation"] = ("layer", deviation)
-        both = xarray.concat(
-            [theory, measured[list(theory.data_vars)]],
-            dim=xarray.IndexVariable("source", ["theory", "simulation"]),
-            combine_attrs="drop_conflicts",
-        )
-        dataset = measured.drop_vars(list(theory.data_vars)).assign(both)
-        for key, contrast in self.contrasts.items():
-            name = statistics.named()[key].name
+            dataset[f"{name}_standard_deviation_theory"] = ("layer", deviation)
             dataset[f"{name}_z"] = ("layer", contrast.z)
             dataset[f"{name}_relative_difference"] = ("layer", contrast.relative_difference)
             dataset[f"{name}_finite_width_shift"] = ("layer", contrast.shift)
@@ -306,7 +305,7 @@ class Comparison(eqx.Module):
             source: {of: {name: vars(r) for name, r in each.items()} for of, each in found.items()}
             for source, found in self.float_ranges.items()
         }
-        return dataset.assign_attrs(
+        return statistics.labelled(dataset).assign_attrs(
             verdict=self.verdict.sentence,
             verdict_kind=self.verdict.kind,
             float_ranges=json.dumps(ranges),
@@ -445,7 +444,7 @@ def confront(
     InputError
         As `simulation.monte_carlo.simulate` does.
     """
-    key = jax.random.key(key) if isinstance(key, int) else key
+    key = as_key(key)
     checked = check_inputs(inputs, network)
     # Beside the simulation: both spend most of their time in the compiler, on one core each.
     work_out, further_up = _theory(network, inputs, explain), _further_up(network)
@@ -703,8 +702,10 @@ def differences(
     rounding += float(np.finfo(dtype).tiny)
     with np.errstate(invalid="ignore"):
         z = (measured - predicted) / np.hypot(error, rounding)
-    # What has left the float's range is counted and said (the verdict), and not compared.
-    z = np.where(np.isfinite(measured), z, np.nan)
+    # What has left the float's range is counted and said (the verdict), and not compared; nor are
+    # the networks whose signals have not yet, which are the smaller ones.
+    chosen = (estimate.excluded > 0) & (not statistic.backward)
+    z = np.where(np.isfinite(measured) & ~chosen, z, np.nan)
     return measured, error, z
 
 

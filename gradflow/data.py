@@ -157,6 +157,8 @@ def split(
     """
     import jax  # noqa: PLC0415  (slow to import, and who only wants images does not need it)
 
+    from gradflow.arguments import as_key  # noqa: PLC0415
+
     samples = len(dataset)
     first, second = (_size(n, v, samples) for n, v in [("validation", validation), ("test", test)])
     if first + second >= samples:
@@ -164,7 +166,7 @@ def split(
             f"validation and test have {first} and {second} of {samples} samples; "
             "that leaves none to train with"
         )
-    key = jax.random.key(key) if isinstance(key, int) else key
+    key = as_key(key)
     order = np.asarray(jax.random.permutation(key, samples))
     parts = np.split(order, [samples - first - second, samples - second])
     return Split(*(dataset[part] for part in parts))
@@ -239,12 +241,11 @@ def shapes(count: int, key: "PRNGKeyArray | int" = 0) -> Dataset:
     InputError
         If ``count`` is not a whole number of at least 1.
     """
-    import jax  # noqa: PLC0415  (slow to import, and who only wants images does not need it)
-
+    # Slow to import, and who only wants images does not need it.
     from gradflow import shapeset  # noqa: PLC0415
+    from gradflow.arguments import as_key  # noqa: PLC0415
 
-    key = jax.random.key(key) if isinstance(key, int) else key
-    images, labels = shapeset.draw(key, count)
+    images, labels = shapeset.draw(as_key(key), count)
     return from_arrays(images, labels, len(shapeset.CLASSES))
 
 

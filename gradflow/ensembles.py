@@ -31,6 +31,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, PRNGKeyArray
 
+from gradflow.arguments import from_seed
 from gradflow.errors import InputError, unknown_name
 
 __all__ = ["ALL", "Distribution", "Ensemble", "fan_in", "from_initializer", "get"]
@@ -307,7 +308,7 @@ def _measure(
 
     try:
         with jax.ensure_compile_time_eval():
-            means, squares = jax.lax.map(one, jax.random.split(jax.random.key(0), repeats))
+            means, squares = jax.lax.map(one, jax.random.split(from_seed(0), repeats))
     except (TypeError, ValueError) as error:
         raise InputError(
             f"initializer {name!r} cannot draw a ({fan_in}, {fan_out}) matrix: {error}"

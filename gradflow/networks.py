@@ -41,7 +41,7 @@ from gradflow.blocks import (
     UnitVariance,
 )
 from gradflow.ensembles import Ensemble
-from gradflow.errors import InputError, check_count, unknown_name
+from gradflow.errors import InputError, check_count, is_traced, unknown_name
 
 __all__ = ["Network", "Stage", "as_sites", "convolutional", "mlp", "narrowed", "recurrent"]
 __all__ += ["residual", "stack", "unit_variance", "with_biases"]
@@ -153,6 +153,26 @@ class Network(eqx.Module):
         """
         blocks = all(stage.block.homogeneous for stage in self.stages)
         return blocks and self.activation.homogeneous
+
+    @property
+    def homogeneous_beyond(self) -> tuple[bool, bool]:
+        """Whether it is so for signals that are small or large enough, as a linear φ makes it.
+
+        Such a network of tanh is homogeneous for small signals, one of GELU for both.
+        """
+        if self.homogeneous:
+            return True, True
+
+        def at(end: int) -> bool:
+            def linear(phi: Activation) -> bool:
+                value, slope = phi.powers[end]
+                known = not (is_traced(value) or is_traced(slope))
+                return phi.homogeneous or bool(known and abs(value - 1) + abs(slope) < 1e-9)
+
+            blocks = all(stage.block.homogeneous_if(linear) for stage in self.stages)
+            return blocks and linear(self.activation)
+
+        return at(0), at(1)
 
     @property
     def iid_gaussian(self) -> bool:

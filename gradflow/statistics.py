@@ -12,7 +12,7 @@ All are averaged over the sites (the inputs of the batch); over units first, whe
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import equinox as eqx
@@ -24,10 +24,11 @@ from jaxtyping import Array, Bool, Float
 
 from gradflow import gaussian
 from gradflow.activations import Activation
+from gradflow.errors import UnknownName, unknown_name
 from gradflow.norms import unit_rows
 
 __all__ = ["ALL", "SATURATION_THRESHOLD", "BackwardLaw", "BackwardSample", "ForwardLaw"]
-__all__ += ["ForwardSample", "Prediction", "Statistic", "named"]
+__all__ += ["ForwardSample", "Prediction", "Statistic", "Values", "key_of", "named"]
 
 # A unit counts as saturated when its slope is below this fraction of the activation's largest
 # slope. For the logistic that is an output below 0.01 or above 0.99: σ' < 0.01 · 0.99.
@@ -285,6 +286,50 @@ weight_gradient_variance = Statistic(
 ALL = tuple(value for value in list(vars().values()) if isinstance(value, Statistic))
 
 
+def key_of(name: str, known: Iterable[str]) -> str:
+    """Return the key under which a statistic is kept: its name, or ``log_`` and its name.
+
+    Raises
+    ------
+    UnknownName
+        If neither is known.
+    """
+    for key in (name, f"log_{name}"):
+        if key in known:
+            return key
+    raise UnknownName(str(unknown_name("quantity", name, known)))
+
+
+class Values(dict[str, Any]):
+    """Arrays by a statistic's key, that also answer to its name: a pytree, and a dict of the keys.
+
+    Of what is kept as a natural logarithm, under ``log_<name>``, the quantity itself is made when
+    it is asked for by its name; it may leave the float's range.
+    """
+
+    def __missing__(self, name: str) -> Any:
+        return _exp(self[key_of(name, self.keys())])
+
+    def __contains__(self, name: object) -> bool:
+        return any(map(super().__contains__, (name, f"log_{name}")))
+
+    def get(self, name: str, default: Any = None) -> Any:
+        """Return the values of this key or name, or the default."""
+        try:
+            return self[name]
+        except UnknownName:
+            return default
+
+
+def _flatten(values: Values) -> tuple[list[tuple[jax.tree_util.DictKey, Any]], tuple[str, ...]]:
+    return [(jax.tree_util.DictKey(key), value) for key, value in values.items()], tuple(values)
+
+
+jax.tree_util.register_pytree_with_keys(
+    Values, _flatten, lambda keys, leaves: Values(zip(keys, leaves, strict=True))
+)
+
+
 class Prediction(eqx.Module):
     """Theory's value of each statistic at each layer: a pytree of arrays of shape (layers,).
 
@@ -294,13 +339,11 @@ class Prediction(eqx.Module):
         By key: positive quantities as natural logarithms, under ``log_<name>``.
     """
 
-    values: dict[str, Array | np.ndarray]
+    values: dict[str, Array | np.ndarray] = eqx.field(converter=Values)
 
     def __getitem__(self, name: str) -> Array | np.ndarray:
         """Return a statistic by its key, or by its name: then in its own unit, no logarithm."""
-        if name in self.values:
-            return self.values[name]
-        return _exp(self.values[f"log_{name}"])
+        return self.values[name]
 
     def __repr__(self) -> str:
         """Return what there is, in one line."""
@@ -331,10 +374,13 @@ def with_names(values: Mapping[str, Any]) -> dict[str, Any]:
 def labelled(dataset: xarray.Dataset) -> xarray.Dataset:
     """Give every variable that is named after a statistic its label."""
     for statistic in ALL:
-        if statistic.name in dataset:
-            dataset[statistic.name].attrs["long_name"] = statistic.label
-        if statistic.log and statistic.key in dataset:
-            dataset[statistic.key].attrs["long_name"] = f"natural logarithm of {statistic.label}"
+        names = {statistic.name: statistic.label}
+        if statistic.log:
+            names[statistic.key] = f"natural logarithm of {statistic.label}"
+        for name, label in names.items():
+            for variable, words in ((name, label), (f"{name}_theory", f"{label}, by theory")):
+                if variable in dataset:
+                    dataset[variable].attrs["long_name"] = words
     return dataset
 
 

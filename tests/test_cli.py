@@ -1,8 +1,10 @@
 """The command line as a user meets it: in a process of its own."""
 
+import itertools
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import xarray
@@ -39,7 +41,7 @@ def test_compare_prints_a_table_a_verdict_and_what_it_wrote(compared):
         assert word in done.stdout
     assert "compiling" in done.stderr
     dataset = xarray.load_dataset(folder / "made" / "results.nc")
-    assert dataset.q.sel(source="theory").size == 4
+    assert dataset.q_theory.size == 4
     assert dataset.attrs["seed"] == 0
     assert len(list((folder / "made").glob("*.png"))) == 5
 
@@ -113,19 +115,21 @@ def test_theory_prints_what_it_reports(tmp_path):
     assert point["stable"] is True
     assert found["xi_c"] == pytest.approx(15.79099403412, rel=1e-9)
     assert (found["phase"], found["status"]) == ("ordered", "converges")
-    assert found["mu1"] == pytest.approx(point["chi1"] / 1.5, rel=1e-9)
+    assert found["slope_second_moment"] == pytest.approx(point["chi1"] / 1.5, rel=1e-9)
     assert found["universality_class"] == "K* = 0"
-    assert found["attractor_from_q0_1"] == point["q_star"]
+    assert found["q_star_from_1"] == point["q_star"]
     # table 4
-    assert found["C"]["-0.5"] == pytest.approx(-0.31053399413058234, rel=1e-9)
-    assert found["dC_dc"]["0.9"] == pytest.approx(0.9201092723598791, rel=1e-9)
-    assert (found["C"]["1"], found["dC_dc"]["1"]) == pytest.approx((1, point["chi1"]), rel=1e-9)
+    assert found["correlation_map"]["-0.5"] == pytest.approx(-0.31053399413058234, rel=1e-9)
+    assert found["correlation_map_slope"]["0.9"] == pytest.approx(0.9201092723598791, rel=1e-9)
+    assert (found["correlation_map"]["1"], found["correlation_map_slope"]["1"]) == pytest.approx(
+        (1, point["chi1"]), rel=1e-9
+    )
     text = gradflow(*arguments, cwd=tmp_path).stdout
     assert "0.4180372005" in text
     relu = ("theory", "--activation", "relu", "--sigma-w2", "2", "--sigma-b2", "0.1", "--json")
     found = json.loads(gradflow(*relu, cwd=tmp_path).stdout)
     assert (found["fixed_points"], found["status"], found["xi_c"]) == ([], "diverges", None)
-    assert (found["attractor_from_q0_1"], found["C"]) == ("inf", {})
+    assert (found["q_star_from_1"], found["correlation_map"]) == ("inf", {})
 
 
 @pytest.mark.slow
@@ -136,7 +140,7 @@ def test_where_every_length_is_kept_theory_has_the_tables_one_fixed_point(tmp_pa
     assert (point["q_star"], point["stable"]) == (None, None)
     assert (point["chi1"], point["chi_par"]) == (1, 1)
     assert (point["xi_q"], point["xi_grad"]) == ("inf", "inf")
-    assert (found["status"], found["attractor_from_q0_1"]) == ("neutral", 1)
+    assert (found["status"], found["q_star_from_1"]) == ("neutral", 1)
 
 
 @pytest.mark.slow
@@ -144,28 +148,27 @@ def test_critical_prints_what_it_reports(tmp_path):
     arguments = ("critical", "--activation", "gelu", "--sigma-b2", "0")
     found = json.loads(gradflow(*arguments, "--json", cwd=tmp_path).stdout)
     assert found["universality_class"] == "half-stable"
-    assert found["half_stable"][0]["sb2"] == pytest.approx(0.172922390756, rel=1e-9)
+    assert found["half_stable"][0]["sigma_b2"] == pytest.approx(0.172922390756, rel=1e-9)
     assert found["solutions"][0]["q_star"] == 0
-    assert found["solutions"][0]["sw2"] == pytest.approx(4, rel=1e-12)
+    assert found["solutions"][0]["sigma_w2"] == pytest.approx(4, rel=1e-12)
     assert found["solutions"][0]["xi_q"] == "inf"
-    assert found["half_stable"][0]["K_star"] == pytest.approx(3.56155281280883, rel=1e-9)
+    assert found["half_stable"][0]["q_star"] == pytest.approx(3.56155281280883, rel=1e-9)
     assert "half-stable points" in gradflow(*arguments, cwd=tmp_path).stdout
 
 
 @pytest.mark.slow
-def test_critical_points_have_the_names_of_the_table(tmp_path):
+def test_critical_points_have_what_the_table_has(tmp_path):
     arguments = ("critical", "--activation", "mish", "--sigma-b2", "0.01", "--json")
     (point,) = json.loads(gradflow(*arguments, cwd=tmp_path).stdout)["solutions"]
-    assert point["sw"] == pytest.approx(1.5409748725502057, rel=1e-9)  # table 3
+    assert point["sigma_w"] == pytest.approx(1.5409748725502057, rel=1e-9)  # table 3
     assert point["q_stable"] is False
-    curvature = point["curvature"]
-    assert curvature["coeff"] == pytest.approx(0.0932249672309703, rel=1e-9)
-    assert (curvature["exponent"], curvature["asymptote_1_minus_c"]) == ("2", "1/(coeff l)")
+    assert point["coefficient"] == pytest.approx(0.0932249672309703, rel=1e-9)
+    assert (point["exponent"], point["one_minus_c"]) == (2, "1/(coefficient l)")
     relu = ("critical", "--activation", "relu", "--json")
     (point,) = json.loads(gradflow(*relu, cwd=tmp_path).stdout)["solutions"]
-    assert (point["q_star"], point["sw2"], point["q_stable"]) == (None, 2, None)
-    assert point["curvature"]["exponent"] == "3/2"
-    assert point["curvature"]["coeff"] == pytest.approx(0.3001054387190354, rel=1e-9)
+    assert (point["q_star"], point["sigma_w2"], point["q_stable"]) == (None, 2, None)
+    assert (point["exponent"], point["one_minus_c"]) == (1.5, "4/(coefficient l)²")
+    assert point["coefficient"] == pytest.approx(0.3001054387190354, rel=1e-9)
 
 
 @pytest.mark.slow
@@ -174,16 +177,16 @@ def test_spectrum_prints_what_it_reports(tmp_path):
     done = gradflow(*arguments, "--simulate", "2", "--width", "30", "--json", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
-    assert found["atoms"] == [{"lambda": 0, "mass": 0.5}]
-    assert found["mean_sq_sv"] == pytest.approx(1, rel=1e-12)
+    assert found["atoms"] == [{"squared_singular_value": 0, "mass": 0.5}]
+    assert found["mean_squared_singular_value"] == pytest.approx(1, rel=1e-12)
     # Half of the rows of a square Gaussian matrix of variance 2/n: Marchenko-Pastur.
     edge = 2 * (1 + 0.5**0.5) ** 2
-    assert found["edge_lambda_max_continuous"] == pytest.approx(edge, rel=1e-9)
+    assert found["squared_singular_value_upper_edge"] == pytest.approx(edge, rel=1e-9)
     dataset = xarray.load_dataset(tmp_path / found["files"][0])
-    assert dataset.density.size == 1000
+    assert dataset.singular_value_density_theory.size == 1000
     assert dataset.attrs["networks"] == 2
     text = gradflow(*arguments, cwd=tmp_path).stdout
-    assert "50 % at λ" in text
+    assert "50 % at s² = 0" in text
 
 
 @pytest.mark.slow
@@ -227,8 +230,10 @@ def test_help_is_there_with_examples(command, tmp_path):
         (["compare", "--weights", "glorott"], "did you mean 'glorot'"),
         (["compare", "--width", "0"], "width is 0; it is a whole number of at least 1"),
         (["compare", "--depth", "-3"], "depth is -3"),
-        (["compare", "--depth", "10000000000"], "depth is 10000000000, which needs"),
-        (["prescribe", "--depth", "10000000000"], "depth is 10000000000, which needs"),
+        (["compare", "--depth", "1000000000"], "depth is 1000000000, which needs"),
+        (["compare", "--depth", "10000000000"], "depth is 10000000000; it is a whole number of at"),
+        (["prescribe", "--depth", "1000000000"], "depth is 1000000000, which needs"),
+        (["prescribe", "--widths", "9,9999999999"], "widths is '9,9999999999'; it is the input's"),
         (["study", "--networks", "1"], "networks is 1; it is a whole number of at least 2"),
         (["study", "--uniform-networks", "0"], "uniform_networks is 0"),
         (["compare", "--networks", "0"], "networks is 0"),
@@ -238,6 +243,26 @@ def test_help_is_there_with_examples(command, tmp_path):
         (["compare", "--weights", "he", "--sigma-w", "1"], "sigma_w is 1.0 and weights is 'he'"),
         (["compare", "--widths", "10,x"], "widths is '10,x'"),
         (["compare", "--widths", ""], "widths is ''"),
+        (["compare", "--widths", "9,9", "--width", "9"], "widths is '9,9' and width is 9; the fi"),
+        (["prescribe", "--widths", "9,9", "--depth", "9"], "widths is '9,9' and depth is 9"),
+        (["prescribe", "--target", "1"], "target is 1.0, which means nothing without --transform"),
+        (["spectrum", "--width", "9"], "width is 9, which means nothing without --simulate"),
+        (["spectrum", "--q", "1", "--sigma-b2", "1"], "q is 1.0 and sigma_b2 is 1.0; the first"),
+        (["study", "a/b.toml", "--depth", "3"], "depth is 3 and file is 'a/b.toml'; the first"),
+        (["study", "a.toml", "--process", "3"], "process is 3, which means nothing without --coo"),
+        (
+            ["study", "a.toml", "--coordinator", "h:1", "--distributed"],
+            "coordinator is 'h:1' and distributed is True",
+        ),
+        (
+            ["study", "a.toml", "--coordinator", "h:1", "--processes", "2", "--process", "2"],
+            "process is 2 and processes is 2; it is from 0 to one less",
+        ),
+        (["compare", "--out", ""], "out is ''; it is the name of a folder, new or not"),
+        (["study", "--out", " "], "out is ' '; it is the name of a folder"),
+        (["compare", "--out", "x" * 300], "which cannot be written to (file name too long)"),
+        (["compare", "--activation", "a\x1b[31m\n\0b"], r"unknown activation 'a\x1b[31m\n\x00b'"),
+        (["compare", "--weights", "x" * 100_000], "[9"),
         (["compare", "--seed", "99999999999999999999"], "less than or equal to"),
         (["compare", "--weights", "standard", "--sampler", "matrix_free"], "'uniform'"),
         (["compare", "--sampler", "sparse"], "unknown sampler 'sparse'"),
@@ -254,7 +279,20 @@ def test_help_is_there_with_examples(command, tmp_path):
         (["critical", "--sigma-b2", "0", "--sigma-w2", "1"], "give one of them"),
         (["phase", "--points", "1"], "points is 1; it is a whole number of at least 2"),
         (["phase", "--points", "100000000"], "points is 100000000, which needs"),
-        (["spectrum", "--points", "100000000000"], "points is 100000000000, which needs"),
+        (["spectrum", "--points", "1000000000"], "points is 1000000000, which needs"),
+        (
+            ["spectrum", "--depth", "9999999999"],
+            "depth is 9999999999; it is a whole number",
+        ),
+        (["spectrum", "--simulate", "9999999999"], "simulate is 9999999999; it is a whole number"),
+        (
+            ["compare", "--networks", "99999999999999999999"],
+            "networks is 99999999999999999999",
+        ),
+        (["remedies", "--networks", "9999999999"], "of at most 2147483647"),
+        (["theory", "--width", "9999999999"], "of at most 2147483647"),
+        (["train", "--steps", "9999999999"], "steps is 9999999999; it is a whole number of at mo"),
+        (["phase", "--sigma-w", "0", "1e300"], "sigma_w is from 0 to 1e+300; it is from a number"),
         (["phase", "--sigma-w", "3", "1"], "sigma_w is from 3 to 1"),
         (["spectrum", "--depth", "0"], "depth is 0"),
         (["spectrum", "--weights", "haar"], "'haar'"),
@@ -313,7 +351,111 @@ def test_bad_input_is_one_sentence_and_exit_code_2(
     said = [line for line in printed.err.splitlines() if not line.endswith("compiling")]
     assert len(said) == 1
     assert said[0].startswith("gradflow: ")
+    assert len(said[0]) < 1300
+    assert said[0].isprintable()
     assert not printed.out
+
+
+class Reached(Exception):
+    """A command is about to write its results."""
+
+
+def folder_of(arguments, monkeypatch):
+    """Return where a command would write."""
+
+    def stop(folder):
+        raise Reached(folder)
+
+    for module in (cli.shared, cli.training):
+        monkeypatch.setattr(module, "writable_folder", stop)
+    monkeypatch.setattr(sys, "argv", ["gradflow", *arguments])
+    with pytest.raises(Reached) as reached:
+        cli.main()
+    return str(reached.value)
+
+
+# By command, what goes before, and values that ask for different things, none of them a default.
+_NETWORK = {
+    "--activation": ["relu", "leaky_relu_0.2"],
+    "--depth": ["6", "7"],
+    "--seed": ["1", "-1"],
+}
+OTHERS = {
+    "compare": (
+        [],
+        _NETWORK
+        | {
+            "--weights": ["he", "orthogonal"],
+            "--distribution": ["uniform", "gaussian"],
+            "--sigma-b": ["0.5", "0.25", "1e-5"],
+            "--width": ["6", "7"],
+            "--networks": ["6"],
+            "--inputs": ["3"],
+            "--sampler": ["dense"],
+        },
+    ),
+    "compare --widths": (["--sigma-w", "2"], {"--widths": ["9,8,7", "9,87", "98,7"]}),
+    "compare --sigma-w": ([], {"--sigma-w": ["1.5", "15", "1"]}),
+    "remedies": ([], _NETWORK | {"--weights": ["he"], "--sigma-b": ["0.5"], "--inputs": ["5"]}),
+    "phase": (
+        [],
+        {
+            "--activation": ["relu"],
+            "--sigma-w": ["1 2", "1 2.5"],
+            "--sigma-b": ["1 2"],
+            "--points": ["6"],
+            "--start": ["2"],
+        },
+    ),
+    "spectrum": (
+        ["--simulate", "5"],
+        _NETWORK
+        | {
+            "--sigma-w2": ["2", "3"],
+            "--sigma-b2": ["0.5"],
+            "--weights": ["orthogonal"],
+            "--points": ["6"],
+            "--width": ["6"],
+        },
+    ),
+    "spectrum --q": ([], {"--q": ["0.5", "5"], "--simulate": ["5", "6"]}),
+    "train": (
+        [],
+        _NETWORK
+        | {
+            "--weights": ["he"],
+            "--data": ["a-b.npz", "a/b.npz", "A-b.npz", "x" * 300, "y" * 300],
+            "--learning-rate": ["0.25", "0.25,0.5", "0.5,0.25"],
+            "--clip": ["norm:1", "value:1"],
+            "--optimiser": ["adam"],
+            "--noise": ["0.1"],
+        },
+    ),
+}
+
+
+@pytest.mark.usefixtures("unchecked")
+@pytest.mark.parametrize("which", OTHERS)
+def test_no_two_commands_share_a_folder(which, monkeypatch):
+    """Every option with other values, alone and beside every other option."""
+    command, (before, options) = which.split()[0], OTHERS[which]
+    alone = [[name, *value.split()] for name, values in options.items() for value in values]
+    firsts = [[name, *values[0].split()] for name, values in options.items()]
+    both = [[*one, *other] for one, other in itertools.combinations(firsts, 2)]
+    calls = [[], *alone, *both]
+    found = [folder_of([command, *before, *call], monkeypatch) for call in calls]
+    assert len(set(found)) == len(calls)
+    assert all(len(Path(folder).name) < 200 for folder in found)
+    # Only what is asked for matters, not how it is written.
+    assert folder_of([command, *before, "--json"], monkeypatch) == found[0]
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_a_default_that_is_written_out_is_the_same_command(monkeypatch):
+    usual = folder_of(["compare"], monkeypatch)
+    assert usual == "results/compare/tanh-glorot"
+    assert folder_of(["compare", "--width", "1000", "--sigma-b", "0"], monkeypatch) == usual
+    assert folder_of(["train", "--seed", "0"], monkeypatch) == "results/train/layers"
 
 
 def test_a_mistake_ends_the_process_with_one_sentence(tmp_path):

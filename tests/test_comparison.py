@@ -122,7 +122,7 @@ def test_one_layer_has_no_factor_and_one_network_no_z_score():
     assert found.count(Status.DIFFERS) == 0
     assert np.isnan(found["q"].standard_error).all()
     assert found.agreement == "nothing is compared: one network has no standard error"
-    assert found.to_xarray().gradient_variance.sel(source="theory").item() == 1
+    assert found.to_xarray().gradient_variance_theory.item() == 1
 
 
 def test_theory_beside_a_simulation_is_float64_in_its_own_unit():
@@ -144,8 +144,13 @@ def test_depths_that_differ_are_refused():
 def test_results_are_labelled():
     found = comparison.confront(networks.mlp([60, 20, 20]), X, networks=5)
     dataset = found.to_xarray()
-    assert list(dataset.source.values) == ["theory", "simulation"]
-    assert {s.name for s in statistics.ALL} <= set(dataset)
+    assert "source" not in dataset.dims
+    for statistic in statistics.ALL:
+        assert {statistic.name, f"{statistic.name}_theory", f"{statistic.key}_theory"} <= set(
+            dataset
+        )
+    np.testing.assert_allclose(dataset.q_theory, found.theory["q"])
+    np.testing.assert_allclose(dataset.q, found.simulation["q"].value)
     assert dataset.q_z.dims == ("layer",)
     assert dataset.attrs["verdict"] == found.verdict.sentence
 

@@ -106,7 +106,7 @@ def test_theory_is_a_line_and_simulation_is_not(dataset):
     theory, points = axes.lines[0], axes.containers[0].lines[0]
     assert theory.get_linestyle() == "-"
     assert points.get_linestyle() == "None"
-    expected = dataset.log_gradient_variance.sel(source="theory") / (2 * np.log(10))
+    expected = dataset.log_gradient_variance_theory / (2 * np.log(10))
     np.testing.assert_allclose(theory.get_ydata(), expected)
 
 
@@ -114,5 +114,10 @@ def test_results_without_histograms_and_folders_that_are_not_there_are_refused(d
     bare = dataset.drop_vars([v for v in dataset if "histogram" in v])
     with pytest.raises(InputError, match="'tanh' hold no gradient histograms"):
         figures.gradient_histograms({"tanh": bare})
-    with pytest.raises(InputError, match="cannot write"):
+    with pytest.raises(InputError, match="in a folder that is not there"):
         figures.save(figures.gradient_norm({"tanh": {"x": dataset}}), tmp_path / "no" / "x.png")
+
+
+def test_a_notebook_shows_a_figure_without_pyplot(dataset):
+    figure = figures.gradient_norm({"tanh": {"standard": dataset}})
+    assert figure._repr_png_().startswith(b"\x89PNG")

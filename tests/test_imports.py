@@ -13,6 +13,7 @@ PACKAGE = Path(__file__).parents[1] / "gradflow"
 # `gradflow` itself, which has the version, directly above the one that may want it.
 ORDER = (
     "errors",
+    "arguments",
     "files",
     "compilation",
     "norms",
@@ -96,6 +97,8 @@ ORDER = (
     "studies.description",
     "studies.spectra",
     "studies.plan",
+    "studies.found",
+    "studies.sealed",
     "studies.store",
     "studies.depth_scales",
     "studies.gradient_spread",
@@ -107,7 +110,9 @@ ORDER = (
     "studies.note",
     "studies",
     "",
+    "cli.process",
     "cli.shared",
+    "cli.words",
     "cli.studying",
     "cli.simulating",
     "cli.theory",
@@ -186,12 +191,17 @@ def test_a_right_import_is_not_complained_of():
     assert not complaints("comparison", source)
 
 
-def test_importing_all_of_gradflow_changes_no_setting_of_jax():
+def test_importing_all_of_gradflow_changes_no_setting_of_jax_and_does_not_start_it():
+    """`jax.distributed.initialize` and `fork` must come before JAX looks for its devices."""
+    started = "assert jax._src.xla_bridge.backends_are_initialized()"
     lines = [
         "import jax",
         "before = dict(jax.config.values)",
         *(f"import gradflow.{name}".rstrip(".") for name in FILES),
         "changed = {k for k, v in before.items() if jax.config.values[k] != v}",
         "assert not changed, changed",
+        started.replace("assert", "assert not"),
+        "jax.random.key(0)",
+        started,
     ]
     subprocess.run([sys.executable, "-c", "\n".join(lines)], check=True)

@@ -1,4 +1,4 @@
-"""One point's report, under the names of the reference tables and with their numbers."""
+"""One point's report, with the numbers of the reference tables."""
 
 import fractions
 
@@ -6,10 +6,47 @@ import numpy as np
 import pytest
 
 from gradflow import activations
+from gradflow.cli import words
 from gradflow.errors import InputError
 from gradflow.studies import point
 
 pytestmark = pytest.mark.usefixtures("x64_only")
+
+
+# The tables' names for what is reported.
+LAYERS = {
+    "act_mean": "activation_mean",
+    "act_meansq": "activation_second_moment",
+    "chi_l": "chi",
+    "mean_sq_jac": "jacobian_norm",
+    "log_mean_sq_jac": "log_jacobian_norm",
+    "parallel": "gain_parallel",
+    "orthogonal": "gain_orthogonal",
+    "ratio": "gain_ratio",
+}
+FINITE_WIDTH = {
+    "E_qhat_L": "q_mean",
+    "Var_qhat_L": "q_variance",
+    "E_v_L": "q_mean",
+    "Var_v_L": "conditional_variance_variance",
+    "P_alive": "alive",
+    "E_sq": "gain_mean",
+    "E_sq2": "gain_second_moment",
+    "Var_sq": "gain_variance",
+    "E_log": "log_gain_mean",
+    "Var_log": "log_gain_variance",
+    "E_log_given_alive": "log_gain_mean",
+    "Var_log_given_alive": "log_gain_variance",
+    "hanin_nica_mean_log": "log_normal_mean",
+    "hanin_nica_beta": "log_normal_variance",
+    "lognormal_mean_approx": "log_normal_mean",
+    "lognormal_var_approx": "log_normal_variance",
+}
+JACOBIAN = {
+    "mean_sq_sv": "mean_squared_singular_value",
+    "var_sq_sv": "squared_singular_value_variance",
+    "var_over_mean2": "squared_singular_value_relative_variance",
+}
 
 
 def number(text):
@@ -33,7 +70,7 @@ def test_layers_are_those_of_tables_6b_10_and_11(load_reference):
             )["layers"]
             for layer, values in layers.items():
                 for name, value in values.items():
-                    measured = found[name][int(layer) - 1]
+                    measured = found[LAYERS.get(name, name)][int(layer) - 1]
                     wanted = pytest.approx(float(value), rel=1e-8, abs=1e-12)
                     assert measured == wanted, (row["id"], layer, name)
                     checked += 1
@@ -61,7 +98,7 @@ def test_finite_width_is_that_of_table_6a(load_reference):
         for name, value in values.items():
             if value is not None:
                 wanted = pytest.approx(float(value), rel=1e-8, abs=1e-12)
-                assert found[name] == wanted, (row["id"], name)
+                assert found[FINITE_WIDTH[name]] == wanted, (row["id"], name)
                 checked += 1
     assert checked > 50
 
@@ -78,10 +115,10 @@ def test_the_jacobian_is_that_of_table_5(load_reference):
         found = point.run(phi, w2, number(inputs["sb2"]), start=q, depth=depth)
         if found["q_star"] != pytest.approx(q, rel=1e-6):
             continue  # the row's q is no fixed point
-        for name in ("mean_sq_sv", "var_sq_sv", "var_over_mean2"):
-            of = found["jacobian"][inputs["ensemble"]][name]
+        for name, ours in JACOBIAN.items():
+            of = found["jacobian"][inputs["ensemble"]][ours]
             assert of == pytest.approx(number(values[name]), rel=1e-8), row["id"]
-        assert (found["mu1"], found["mu2"]) == pytest.approx(
+        assert (found["slope_second_moment"], found["slope_fourth_moment"]) == pytest.approx(
             (number(values["mu1"]), number(values["mu2"])), rel=1e-9
         )
         checked += 1
@@ -90,10 +127,20 @@ def test_the_jacobian_is_that_of_table_5(load_reference):
 
 def test_where_no_input_has_the_first_length_no_direction_is_along_it():
     found = point.run(activations.tanh, 1.0, 0.5, start=0.25, depth=3)["layers"]
-    assert np.isnan(found["parallel"]).all()
-    assert np.isfinite(found["chi_l"]).all()
+    assert np.isnan(found["gain_parallel"]).all()
+    assert np.isfinite(found["chi"]).all()
 
 
 def test_a_correlation_beyond_1_is_refused():
     with pytest.raises(InputError, match="correlations"):
         point.run(activations.tanh, 1.0, correlations=[0.5, 1.5])
+
+
+def test_every_name_that_is_printed_has_words():
+    found = point.run(activations.relu, 1.5, correlations=[0.5], depth=2, width=20)
+    names = {*found, *found["layers"], *found["finite_width"], *found["jacobian"]}
+    names -= {"fixed_points", "layers", "finite_width", "jacobian"}
+    for one in (*found["fixed_points"], *found["jacobian"].values()):
+        names |= set(one)
+    assert names - {"gaussian", "orthogonal"} <= set(words.WORDS)
+    assert not {"sw2", "sb2", "mu1", "act_meansq", "E_qhat_L", "Var_sq", "P_alive"} & names

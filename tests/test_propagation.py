@@ -1,6 +1,7 @@
 """One network, forward and backward: against plain JAX, and at depths where plain JAX fails."""
 
 import dataclasses
+import math
 
 import jax
 import jax.numpy as jnp
@@ -8,7 +9,7 @@ import numpy as np
 import pytest
 import scipy.special
 
-from gradflow import activations, ensembles, gaussian, networks, statistics
+from gradflow import activations, comparison, ensembles, gaussian, networks, statistics
 from gradflow.blocks import Dense, Linear, Residual
 from gradflow.errors import InputError
 from gradflow.simulation import monte_carlo, propagation, threefry
@@ -191,7 +192,7 @@ def test_a_dead_network_has_a_gradient_of_zero_and_no_nan():
 
 
 def test_an_overflow_is_counted_at_its_layer_and_not_averaged():
-    network = networks.mlp([50] * 61, lambda z: z * 2.0, "unscaled")
+    network = networks.mlp([50] * 61, lambda z: z * 2.0, "unscaled", sigma_b=0.1)
     found = monte_carlo.simulate(network, np.ones((1, 50), np.float32), networks=8, key=1)
     first = int(np.argmax(found.overflowed > 0))
     assert 0 < first < 60
@@ -200,18 +201,26 @@ def test_an_overflow_is_counted_at_its_layer_and_not_averaged():
     assert np.isfinite(found["q"].value[:first]).all()
 
 
-def test_an_underflow_is_counted_and_leaves_the_gradient_right():
+def test_signals_below_any_float_are_followed_and_leave_the_gradient_right():
     """tanh with standard weights falls by √3 a layer: below float32 from about layer 160 on."""
     n, depth = 100, 300
     network = networks.mlp([n] * (depth + 1), "tanh", ensembles.fan_in(3**-0.5))
     found = monte_carlo.simulate(network, np.ones((1, n), np.float32), networks=8, key=1)
-    first = int(np.argmax(found.vanished > 0))
-    assert 130 < first < 250
-    # Far below where squares underflow, q is still that of the theory.
-    fall = found["q"].log_value[120] - found["q"].log_value[100]
-    assert fall / 20 == pytest.approx(-np.log(3), rel=0.05)
+    assert not found.vanished.any()
+    for start, end in ((100, 120), (200, 299)):
+        fall = found["q"].log_value[end] - found["q"].log_value[start]
+        assert fall / (end - start) == pytest.approx(-np.log(3), rel=0.05)
     change = found["log_gradient_norm"].value[100] - found["log_gradient_norm"].value[-1]
     assert change / (depth - 101) == pytest.approx(-np.log(3) / 2, rel=0.05)
+
+
+def test_an_underflow_is_counted():
+    """Of z |z|, which squares what is small, nothing is left in a float32 after seven layers."""
+    network = networks.mlp([50] * 11, lambda z: 0.5 * z * jnp.abs(z), ensembles.fan_in(1.0))
+    found = monte_carlo.simulate(network, np.ones((1, 50), np.float32), networks=8, key=1)
+    first = int(np.argmax(found.vanished > 0))
+    assert 3 < first < 10
+    assert (found.vanished[first + 2 :] == 8).all()
 
 
 def test_the_program_does_not_grow_with_depth():
@@ -303,3 +312,50 @@ def test_chi_is_nan_at_the_top_of_many_inputs_too():
     run = jax.jit(lambda x: propagation.propagate(network, x, jax.random.key(0))["chi"])
     assert np.isnan(run(x)[-1])
     assert np.all(np.isfinite(run(x)[:-1]))
+
+
+@pytest.mark.parametrize("sampler", ["dense", "matrix_free"])
+@pytest.mark.parametrize(("phi", "sizes"), [("tanh", (1e-9, 1e-30)), ("gelu", (1e9, 1e30))])
+def test_signals_beyond_a_float_keep_their_scale_apart(phi, sizes, sampler, key):
+    """Where φ is linear on each side, an input's size is a scale, and no more: same weights."""
+    network = networks.mlp([8, *[20] * 30], phi, ensembles.fan_in(sizes[0] ** 0.2))
+    x = jax.random.normal(key, (2, 8), jnp.float32)
+    one, other = (propagation.propagate(network, size * x, key, sampler=sampler) for size in sizes)
+    shift = 2 * math.log(sizes[1] / sizes[0])
+    assert abs(float(other["log_q"][-1])) > 150, "no float32"
+    for name in ("log_q", "log_activation_variance", "log_weight_gradient_variance"):
+        np.testing.assert_allclose(other[name] - one[name], shift, rtol=1e-4)
+    for name in ("correlation", "log_gradient_norm", "saturation"):
+        np.testing.assert_allclose(other[name], one[name], rtol=1e-3, atol=1e-4)
+
+
+def test_what_is_a_logarithm_answers_to_its_name_too_everywhere(key):
+    network, x = networks.mlp([4, 5, 5]), jnp.ones((2, 4))
+    found = jax.jit(lambda x: propagation.propagate(network, x, key))(x)
+    predicted = mean_field.predict(network, x @ x.T / 4)
+    simulated = monte_carlo.simulate(network, x, networks=3, keep_samples=True)
+    for values in (found, predicted.values, simulated.samples):
+        np.testing.assert_array_equal(values["q"], jnp.exp(values["log_q"]))
+        np.testing.assert_array_equal(values.get("q"), values["q"])
+        assert "q" in values
+        assert "p" not in values
+        assert "q" not in list(values)  # a dict of keys alone, else
+        assert values.get("p") is None
+    assert simulated["q"] is simulated["log_q"]
+    batched = jax.vmap(lambda x: propagation.propagate(network, x, key))(jnp.ones((3, 2, 4)))
+    assert batched["gradient_variance"].shape == (3, 2)
+
+
+@pytest.mark.parametrize("kind", ["propagate", "predict", "simulate", "samples", "confront"])
+def test_a_quantity_that_is_not_there_is_a_sentence(kind, key):
+    network, x = networks.mlp([4, 5, 5]), jnp.ones((2, 4))
+    simulated = monte_carlo.simulate(network, x, networks=3, keep_samples=True)
+    found = {
+        "propagate": lambda: propagation.propagate(network, x, key),
+        "predict": lambda: mean_field.predict(network, x @ x.T / 4),
+        "simulate": lambda: simulated,
+        "samples": lambda: simulated.samples,
+        "confront": lambda: comparison.compare(comparison.predict_float64(network, x), simulated),
+    }[kind]()
+    with pytest.raises(InputError, match=r"^unknown quantity 'ch' \(did you mean 'chi'\?\)"):
+        found["ch"]

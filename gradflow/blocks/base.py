@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray, ScalarLike
 
+from gradflow.activations import Activation
 from gradflow.ensembles import Distribution
 from gradflow.gram import Gram, multiply_gram
 
@@ -80,6 +81,10 @@ class AbstractBlock(eqx.Module):
     @abc.abstractmethod
     def homogeneous(self) -> bool:
         """Whether block(a·z) = a·block(z) for every a > 0."""
+
+    def homogeneous_if(self, activations: Callable[[Activation], bool]) -> bool:  # noqa: ARG002
+        """Whether it is `homogeneous` if its activations are, of which one says which are."""
+        return self.homogeneous
 
     @property
     def distributions(self) -> tuple[Distribution, ...]:

@@ -1,12 +1,14 @@
 """Blocks made of blocks: one after another, and a branch beside the signal itself."""
 
 import dataclasses
+from collections.abc import Callable
 from fractions import Fraction
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray, ScalarLike
 
+from gradflow.activations import Activation
 from gradflow.blocks.base import AbstractBlock, AbstractComposite, Multiply
 from gradflow.blocks.dense import Dense, Linear
 from gradflow.errors import InputError
@@ -42,6 +44,10 @@ class Chain(AbstractComposite):
     def homogeneous(self) -> bool:
         """Whether all of them are."""
         return all(part.homogeneous for part in self.parts)
+
+    def homogeneous_if(self, activations: Callable[[Activation], bool]) -> bool:
+        """Whether all of them are."""
+        return all(part.homogeneous_if(activations) for part in self.parts)
 
     def width_after(self, n_in: int) -> int:
         """Return how many units the last one hands on."""
@@ -103,6 +109,10 @@ class Residual(AbstractComposite):
     def homogeneous(self) -> bool:
         """Whether the branch is."""
         return self.branch.homogeneous
+
+    def homogeneous_if(self, activations: Callable[[Activation], bool]) -> bool:
+        """Whether the branch is."""
+        return self.branch.homogeneous_if(activations)
 
     def width_after(self, n_in: int) -> int:
         """Return as many units as it gets.

@@ -2,6 +2,7 @@
 
 import abc
 import dataclasses
+from collections.abc import Callable
 from fractions import Fraction
 from typing import Any
 
@@ -40,6 +41,10 @@ class Activate(AbstractBlock):
     def homogeneous(self) -> bool:
         """Whether φ is positively homogeneous."""
         return self.activation.homogeneous
+
+    def homogeneous_if(self, activations: Callable[[Activation], bool]) -> bool:
+        """Whether φ is."""
+        return activations(self.activation)
 
 
 class Linear(AbstractBlock):
@@ -110,6 +115,10 @@ class AbstractLayer(AbstractBlock):
     def homogeneous(self) -> bool:
         """Whether φ is positively homogeneous and there is no bias."""
         return self.activation.homogeneous and self.linear.homogeneous
+
+    def homogeneous_if(self, activations: Callable[[Activation], bool]) -> bool:
+        """Whether φ is and there is no bias."""
+        return activations(self.activation) and self.linear.homogeneous
 
     @property
     def distributions(self) -> tuple[Distribution, ...]:

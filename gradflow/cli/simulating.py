@@ -19,21 +19,22 @@ from gradflow.cli.shared import (
     Phi,
     Seed,
     app,
-    at_least,
+    check_beside,
     check_depth,
     check_instead,
     file_name,
+    given_folder,
     is_given,
     make_console,
     parse_widths,
     print_json,
+    results_folder,
     shape_label,
     show_progress,
-    writable_folder,
     write_json,
     write_netcdf,
 )
-from gradflow.errors import InputError
+from gradflow.errors import InputError, check_count
 
 
 @app.command(
@@ -72,9 +73,12 @@ def compare(
     from gradflow import networks as nets  # noqa: PLC0415
 
     check_instead(context, "sigma_w", "weights")
+    for option in ("width", "depth"):
+        check_instead(context, "widths", option)
     shape = parse_widths(widths) if widths is not None else None
-    width_, depth_ = at_least("width", width), check_depth(depth)
-    images = data.digits()[: at_least("inputs", inputs)]
+    width_, depth_ = check_count("width", width), check_depth(depth)
+    check_count("networks", networks)
+    images = data.digits()[: check_count("inputs", inputs)]
     if len(images) < inputs:
         raise InputError(f"inputs is {inputs}; there are {len(images)} digit images")
     shape = shape or (images.shape[1], *[width_] * depth_)
@@ -82,8 +86,8 @@ def compare(
     if distribution:
         ensemble = ensemble.drawn_from(distribution)
     network = nets.mlp(shape, activation, ensemble, sigma_b=sigma_b)
-    label = f"{network.activation.name}-{ensemble.name}-{shape_label(shape)}-seed{seed}"
-    folder = writable_folder(out or Path("results") / "compare" / file_name(label))
+    named = ("activation", "weights") if sigma_w is None else ("activation",)
+    folder = results_folder(context, *named, out=out)
 
     with show_progress() as report:
         result = comparison.confront(
@@ -162,8 +166,15 @@ def study(
     if file is not None:
         for option in ("width", "depth", "networks", "uniform_networks", "seed"):
             check_instead(context, option, "file")
+        check_instead(context, "coordinator", "auto")
+        check_beside(context, "processes", "coordinator")
+        check_beside(context, "process", "coordinator")
+        if not 0 <= process < check_count("processes", processes):
+            raise InputError(
+                f"process is {process} and processes is {processes}; it is from 0 to one less"
+            )
         with studying.distributed(auto, coordinator, processes, process):
-            studying.run_file(file, out or Path("results") / file.stem, share, as_json)
+            studying.run_file(file, given_folder(out, Path("results") / file.stem), share, as_json)
         return
     for option in ("auto", "coordinator", "processes", "process", "share"):
         if is_given(context, option):
@@ -174,10 +185,10 @@ def study(
             )
     from gradflow.studies import note  # noqa: PLC0415  (JAX is slow to import)
 
-    at_least("networks", networks, 2)
-    at_least("uniform_networks", uniform_networks, 2)
+    check_count("networks", networks, 2)
+    check_count("uniform_networks", uniform_networks, 2)
     check_depth(depth)
-    folder = out or Path("results") / "study"
+    folder = given_folder(out, Path("results") / "study")
     described = note.study(
         width=width,
         depth=depth,
@@ -263,6 +274,7 @@ def _figures_of_study(found: Any, datasets: dict[str, xarray.Dataset], folder: P
     "- `gradflow remedies --activation tanh --weights unscaled --width 100 --json`"
 )
 def remedies(
+    context: typer.Context,
     activation: Phi = "logistic",
     weights: Annotated[str, typer.Option(help="The ensemble, by name.")] = "unscaled",
     sigma_b: Annotated[float, typer.Option(help="Standard deviation of the biases.")] = 0.0,
@@ -281,11 +293,11 @@ def remedies(
     from gradflow import figures  # noqa: PLC0415  (JAX is slow to import)
     from gradflow.studies import remedies as study_of_remedies  # noqa: PLC0415
 
-    at_least("networks", networks, 2)
-    at_least("inputs", inputs, 4)
-    check_depth(at_least("depth", depth, 3))
-    label = f"{activation}-{weights}-width{at_least('width', width, 2)}-depth{depth}-seed{seed}"
-    folder = writable_folder(out or Path("results") / "remedies" / file_name(label))
+    check_count("networks", networks, 2)
+    check_count("inputs", inputs, 4)
+    check_depth(check_count("depth", depth, 3))
+    check_count("width", width, 2)
+    folder = results_folder(context, "activation", "weights", out=out)
     with show_progress() as report:
         found = study_of_remedies.run(
             activation,
@@ -546,12 +558,6 @@ def _as_json(result: Any, dataset: xarray.Dataset) -> dict[str, Any]:
             name: values.values.tolist()
             for name, values in dataset.data_vars.items()
             if values.dims == ("layer",)
-        }
-        | {
-            f"{name}_{source}": values.sel(source=source).values.tolist()
-            for name, values in dataset.data_vars.items()
-            if values.dims == ("source", "layer")
-            for source in ("theory", "simulation")
         },
         "attributes": {name: np.asarray(value).tolist() for name, value in dataset.attrs.items()},
     }

@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
@@ -16,21 +15,23 @@ from gradflow.cli.shared import (
     Phi,
     Seed,
     app,
-    at_least,
+    check_beside,
     check_depth,
+    check_instead,
     check_memory,
-    file_name,
     make_console,
     parse_widths,
     print_json,
+    results_folder,
     shape_label,
-    writable_folder,
     write_netcdf,
 )
-from gradflow.errors import InputError
+from gradflow.cli.words import WORDS
+from gradflow.errors import InputError, check_count
 
 # What a point takes while it is computed, in bytes: measured, and rounded up.
 _PHASE_POINT, _SPECTRUM_POINT = 40_000, 100_000
+_LARGEST_DEVIATION = 1e150  # has a variance that is a float
 
 
 @app.command(
@@ -55,6 +56,7 @@ def theory(
     from gradflow.studies import point  # noqa: PLC0415
 
     places = _parse_correlations(correlations)
+    check_count("width", width)
     found = point.run(
         activations.get(activation),
         sigma_w2,
@@ -68,7 +70,7 @@ def theory(
         str(number + 1): {name: values[number] for name, values in found["layers"].items()}
         for number in range(depth)
     }
-    maps = {name: dict(zip(places, found[name], strict=False)) for name in ("C", "dC_dc")}
+    maps = {name: dict(zip(places, found[name], strict=False)) for name in _MAPS}
     report = _plain_report(found | maps | {"layers": layers})
     if as_json:
         print_json(report)
@@ -115,15 +117,13 @@ def critical(
         "activation": phi.name,
         "universality_class": criticality.universality_class(phi).value,
         "solutions": [_critical_point(point) for point in _present(found)],
-        "half_stable": [
-            {"K_star": point["q_star"], **_under_table_names(point)} for point in _present(half)
-        ],
+        "half_stable": [_plain_report(point) for point in _present(half)],
     }
     if as_json:
         print_json(report)
         return
     console = make_console()
-    console.print(_table_of_points("critical points", list(map(_flat, report["solutions"]))))
+    console.print(_table_of_points("critical points, χ₁ = 1", report["solutions"]))
     if report["half_stable"]:
         console.print(_table_of_points("half-stable points, χ₁ = χ∥ = 1", report["half_stable"]))
     console.print(f"universality class: {report['universality_class']}")
@@ -135,6 +135,7 @@ def critical(
     "- `gradflow phase --activation gelu --sigma-w 1 2.5 --sigma-b 0 1.5 --points 200`"
 )
 def phase(
+    context: typer.Context,
     activation: Phi = "tanh",
     sigma_w: Annotated[tuple[float, float], typer.Option(help="From, to.")] = (0.5, 3.0),
     sigma_b: Annotated[tuple[float, float], typer.Option(help="From, to.")] = (0.0, 1.0),
@@ -148,14 +149,14 @@ def phase(
     from gradflow.theory import criticality  # noqa: PLC0415
 
     phi = activations.get(activation)
-    check_memory("points", at_least("points", points, 2), points**2 * _PHASE_POINT)
+    check_memory("points", check_count("points", points, 2), points**2 * _PHASE_POINT)
     for name, (low, high) in {"sigma_w": sigma_w, "sigma_b": sigma_b}.items():
-        if not 0 <= low < high < math.inf:
+        if not 0 <= low < high <= _LARGEST_DEVIATION:
             raise InputError(
                 f"{name} is from {low:g} to {high:g}; it is from a number of 0 or more to a larger "
-                "one, both finite"
+                f"one, of at most {_LARGEST_DEVIATION:g}"
             )
-    folder = writable_folder(out or Path("results") / "phase" / file_name(phi.name))
+    folder = results_folder(context, "activation", out=out)
     dataset = criticality.phase_diagram(
         phi, np.linspace(*sigma_w, points), np.linspace(*sigma_b, points), start=start
     )
@@ -202,6 +203,7 @@ def phase(
     "- `gradflow spectrum --activation erf --q 0.25 --depth 3 --simulate 20 --width 400`"
 )
 def spectrum(
+    context: typer.Context,
     activation: Phi = "tanh",
     sigma_w2: Annotated[float, typer.Option(help="σ_w²: weights of variance σ_w²/fan_in.")] = 1.5,
     sigma_b2: Annotated[float, typer.Option(help="σ_b²: the variance of the biases.")] = 0.05,
@@ -223,13 +225,15 @@ def spectrum(
     from gradflow.studies import jacobian_spectrum  # noqa: PLC0415
 
     phi = activations.get(activation)
-    check_memory("points", at_least("points", points, 2), points * _SPECTRUM_POINT)
-    at_least("width", width)
-    if at_least("simulate", simulate, 0):
+    check_memory("points", check_count("points", points, 2), points * _SPECTRUM_POINT)
+    check_count("width", width)
+    check_count("depth", depth)
+    check_beside(context, "width", "simulate")
+    check_instead(context, "q", "sigma_b2")
+    if check_count("simulate", simulate, 0):
         # A network's layer Jacobians, and some copies of one, in float64.
-        check_memory("width", width, 8 * width**2 * (at_least("depth", depth) + 4))
-    label = f"{phi.name}-{weights}-depth{depth}"
-    folder = writable_folder(out or Path("results") / "spectrum" / file_name(label))
+        check_memory("width", width, 8 * width**2 * (depth + 4))
+    folder = results_folder(context, "activation", "weights", out=out)
     dataset, report = jacobian_spectrum.run(
         phi,
         sigma_w2,
@@ -252,13 +256,12 @@ def spectrum(
     for name, value in report.items():
         if name == "atoms":
             for atom in value:
-                table.add_row(
-                    "atom", f"{100 * atom['mass']:.6g} % at λ = s² = {atom['lambda']:.6g}"
-                )
+                place = atom["squared_singular_value"]
+                table.add_row("atom", f"{100 * atom['mass']:.6g} % at s² = {place:.6g}")
         elif isinstance(value, list):
-            table.add_row(name, ", ".join(map(_said, value)))
+            table.add_row(WORDS[name], ", ".join(map(_said, value)))
         else:
-            table.add_row(name, _said(value))
+            table.add_row(WORDS[name], _said(value))
     console.print(table)
     console.print(f"written to {folder}: {', '.join(path.name for path in written)}")
 
@@ -270,6 +273,7 @@ def spectrum(
     "- `gradflow prescribe --activation softplus --depth 100 --transform dks`"
 )
 def prescribe(
+    context: typer.Context,
     activation: Phi = "tanh",
     width: Annotated[int, typer.Option(help="Units a layer, above 64 inputs.")] = 1000,
     depth: Depth = 50,
@@ -296,8 +300,11 @@ def prescribe(
     """Find the weights and biases that keep gradients, and show what the usual rules give."""
     from gradflow.theory import prescription  # noqa: PLC0415  (JAX is slow to import)
 
+    for option in ("width", "depth"):
+        check_instead(context, "widths", option)
+    check_beside(context, "target", "transform")
     shape = parse_widths(widths) if widths is not None else None
-    shape = shape or (64, *[at_least("width", width)] * check_depth(depth))
+    shape = shape or (64, *[check_count("width", width)] * check_depth(depth))
     found = prescription.prescribe(
         activation, shape, dtype=dtype, sigma_b2=sigma_b2, q=q, transform=transform, target=target
     )
@@ -311,8 +318,8 @@ def prescribe(
     report = {
         "activation": found.activation.name,
         "universality_class": found.universality_class.value,
-        "sw2": found.sigma_w2,
-        "sb2": found.sigma_b2,
+        "sigma_w2": found.sigma_w2,
+        "sigma_b2": found.sigma_b2,
         "q_star": _plain(found.q_star),
         "chi_par": found.chi_par,
         "weight_sd": list(found.weight_sd),
@@ -340,7 +347,7 @@ def _table_of_prescription(report: Mapping[str, Any], widths: tuple[int, ...]) -
     table = Table(title=f"{report['activation']}, {shape_label(widths)}", show_header=False)
     rows = {
         "universality class": report["universality_class"],
-        "σ_w², σ_b²": f"{report['sw2']:.10g}, {report['sb2']:.10g}",
+        "σ_w², σ_b²": f"{report['sigma_w2']:.10g}, {report['sigma_b2']:.10g}",
         "q*, χ∥": f"{_said(report['q_star'])}, {report['chi_par']:.6g}",
         "multiply unit inputs by": f"{report['input_scale']:.6g}",
         "standard deviation of biases": f"{report['bias_sd']:.6g}",
@@ -422,15 +429,29 @@ def _parse_correlations(text: str) -> dict[str, float]:
     return places
 
 
+# What of a report is at each correlation that was asked for.
+_MAPS = ("correlation_map", "correlation_map_slope")
 # What is printed of each layer; columns that fit on a page.
 _LAYER_TABLES = {
-    "layer by layer": ("q", "act_mean", "act_meansq", "chi_l", "mean_sq_jac", "log_mean_sq_jac"),
-    "gain of a tangent along the input, and of one orthogonal to it": (
-        "parallel",
-        "orthogonal",
-        "ratio",
+    "layer by layer": (
+        "q",
+        "activation_mean",
+        "activation_second_moment",
+        "chi",
+        "jacobian_norm",
+        "log_jacobian_norm",
     ),
-    "first order in 1/n of the length": ("K", "V4", "G1", "V4_over_K2"),
+    "gain of a tangent along the input, and of one orthogonal to it": (
+        "gain_parallel",
+        "gain_orthogonal",
+        "gain_ratio",
+    ),
+    "first order in 1/n of a unit's variance, given the layers below": (
+        "K",
+        "V4",
+        "G1",
+        "V4_over_K2",
+    ),
 }
 
 
@@ -455,38 +476,18 @@ def _present(points: Any) -> list[dict[str, float]]:
     return [{name: float(v[place]) for name, v in points._asdict().items()} for place in there]
 
 
-def _under_table_names(point: Mapping[str, float]) -> dict[str, Any]:
-    names = {"sigma_w2": "sw2", "sigma_b2": "sb2"}
-    return {names.get(name, name): _plain(value) for name, value in point.items()}
-
-
 def _critical_point(point: Mapping[str, float]) -> dict[str, Any]:
-    """Return a critical point under the reference tables' names."""
-    found = dict(point)
-    exponent, coefficient = found.pop("exponent"), found.pop("coefficient")
-    one_minus_c = "1/(coeff l)" if exponent == 2 else "4/(coeff^2 l^2)"
-    # At the end of the line, q* = 0, neither is defined; ReLU's lengths are neither kept nor lost.
-    defined = math.isfinite(coefficient)
-    critical_slope = abs(abs(found["chi_par"]) - 1) < 1e-12
+    """Return a critical point, and in words how correlations approach 1 there."""
+    # At the end of the line, q* = 0, the approach is not defined; ReLU's lengths are neither kept
+    # nor lost.
+    decay = "1/(coefficient l)" if point["exponent"] == 2 else "4/(coefficient l)²"
+    critical_slope = abs(abs(point["chi_par"]) - 1) < 1e-12
     return {
-        **_under_table_names(found),
-        "sw": math.sqrt(found["sigma_w2"]),
-        "q_stable": None if critical_slope else abs(found["chi_par"]) < 1,
-        "curvature": {
-            "exponent": "2" if exponent == 2 else "3/2",
-            "coeff": coefficient,
-            "asymptote_1_minus_c": one_minus_c,
-        }
-        if defined
-        else None,
+        **_plain_report(dict(point)),
+        "sigma_w": math.sqrt(point["sigma_w2"]),
+        "q_stable": None if critical_slope else abs(point["chi_par"]) < 1,
+        "one_minus_c": decay if math.isfinite(point["coefficient"]) else None,
     }
-
-
-def _flat(point: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a critical point as a table's row."""
-    curvature = point["curvature"] or {}
-    row = {name: value for name, value in point.items() if name != "curvature"}
-    return row | {name: curvature.get(name) for name in ("exponent", "coeff")}
 
 
 def _plain(value: Any) -> float | str | None:
@@ -502,7 +503,7 @@ def _said(value: Any) -> str:
 def _table_of_points(title: str, points: list[dict[str, Any]]) -> Table:
     table = Table(title=title if points else f"{title}: none")
     for name in points[0] if points else ():
-        table.add_column(name, justify="right")
+        table.add_column(WORDS[name], justify="right")
     for point in points:
         table.add_row(*map(_said, point.values()))
     return table
@@ -514,16 +515,17 @@ def _table_of_values(title: str, report: Mapping[str, Any]) -> Table:
         if name == "representable_depth":
             for dtype, depth in value.items():
                 table.add_row(f"depth where a gradient leaves {dtype}", _said(depth))
-        elif name in ("C", "dC_dc"):
+        elif name in _MAPS:
             for place, one in value.items():
-                table.add_row(f"{name} at c = {place}", _said(one))
+                table.add_row(f"{WORDS[name]} at c = {place}", _said(one))
         elif name == "jacobian":
             for weights, numbers in value.items():
                 for key, one in numbers.items():
-                    table.add_row(f"{key}, {weights}", _said(one))
+                    said = f"Jacobian at q*, {weights} weights: {WORDS[key]}"
+                    table.add_row(said, _said(one))
         elif name == "finite_width":
             for key, one in value.items():
-                table.add_row(key, _said(one))
+                table.add_row(WORDS[key], _said(one))
         elif name not in ("fixed_points", "layers"):
-            table.add_row(name, _said(value))
+            table.add_row(WORDS[name], _said(value))
     return table

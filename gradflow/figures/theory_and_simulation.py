@@ -1,5 +1,6 @@
 """What theory says of random networks beside what was simulated: lines and points."""
 
+import math
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -7,7 +8,6 @@ import xarray
 from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.colors import LogNorm
-from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
@@ -19,6 +19,7 @@ from gradflow.figures.drawing import (
     LN10,
     MARKERS,
     POINTS,
+    Figure,
     at_least,
     spread,
     style,
@@ -38,6 +39,8 @@ __all__ = [
 ]
 
 _MOST_LINEAR = 50  # ratio of the highest to the lowest histogram that a linear axis shows
+# Signals that an axis has no numbers for: beyond exp of this, or its inverse.
+_LARGEST_LOG = 230.0
 
 Families = Mapping[str, Mapping[str, xarray.Dataset]]
 
@@ -71,8 +74,8 @@ def gradient_norm(results: Families) -> Figure:
 
 def _relative(dataset: xarray.Dataset, key: str, layer: int) -> xarray.Dataset:
     """Return results with a logarithm relative to theory's in the layer of this place."""
-    at_origin = dataset[key].sel(source="theory").isel(layer=layer)
-    return dataset.assign({key: dataset[key] - at_origin.drop_vars(("source", "layer"))})
+    at_origin = dataset[f"{key}_theory"].isel(layer=layer, drop=True)
+    return dataset.assign({k: dataset[k] - at_origin for k in (key, f"{key}_theory")})
 
 
 def saturation(results: Families) -> Figure:
@@ -107,7 +110,7 @@ def remedies(results: Mapping[str, xarray.Dataset]) -> Figure:
         for index, (name, (key, unit, origin)) in enumerate(lines.items()):
             at_origin = {"layer": origin}
             if dataset is not sick:
-                grey = sick[key].sel(source="theory")
+                grey = sick[f"{key}_theory"]
                 axes.plot(
                     sick.layer,
                     (grey - grey.isel(at_origin)) * (unit / LN10),
@@ -400,28 +403,27 @@ def spectrum(dataset: xarray.Dataset) -> Figure:
     Parameters
     ----------
     dataset
-        ``density`` over ``s`` and, where there are atoms, ``mass`` over ``atom``; with a simulation
-        ``simulated`` and its ``standard_error`` over ``bin``, and the numbers of networks and units
-        as attributes. As `gradflow spectrum` writes it.
+        As `gradflow spectrum` writes it (`studies.jacobian_spectrum.run`).
     """
     figure = Figure(figsize=(6.8, 4.4), layout="constrained")
     axes = figure.add_subplot()
-    s, density = dataset.s.values, dataset.density.values
+    s = dataset.singular_value.values
+    density = dataset.singular_value_density_theory.values
     axes.plot(s, density, color=COLOURS[0], linewidth=1.5, label="theory (infinite width)")
     shown = density[s > 0.02 * s.max()]
     top = 1.4 * np.nanmax(shown, initial=0.1)
-    if "simulated" in dataset:
+    if "singular_value_density" in dataset:
         axes.errorbar(
-            dataset.bin,
-            dataset.simulated,
-            yerr=ERRORS * dataset.standard_error,
+            dataset.singular_value_bin,
+            dataset.singular_value_density,
+            yerr=ERRORS * dataset.singular_value_density_standard_error,
             fmt=MARKERS[0],
             color=COLOURS[1],
             label=f"simulation, {dataset.attrs['networks']} networks of width "
             f"{dataset.attrs['width']} (±2 s.e.)",
             **POINTS,
         )
-    for place, mass in zip(dataset.atom.values, dataset.mass.values, strict=True):
+    for place, mass in zip(dataset.atom.values, dataset.atom_mass.values, strict=True):
         label = f"atom: {100 * mass:.1f} % of all, at s = {place:.3g}"
         axes.axvline(place, ymax=0.9, color="0.3", linestyle="--", linewidth=1.2, label=label)
     axes.set(
@@ -466,8 +468,8 @@ def _draw(
 ) -> None:
     layer = dataset.layer.values
     colour, marker = COLOURS[index % len(COLOURS)], MARKERS[index % len(MARKERS)]
-    theory = dataset[key].sel(source="theory").values * unit
-    measured = dataset[key].sel(source="simulation").values * unit
+    theory = dataset[f"{key}_theory"].values * unit
+    measured = dataset[key].values * unit
     error = dataset[f"{key}_standard_error"].values * unit
     axes.plot(layer, np.where(np.isfinite(theory), theory, np.nan), color=colour, linewidth=1.3)
     # No more points than can be told apart, staggered so that series do not hide one another.
@@ -494,7 +496,12 @@ def _histograms(results: Mapping[str, xarray.Dataset], signal: str, label: str) 
         peaks: list[float] = []
         for index, layer in enumerate(spread(dataset.layer.values)):
             at = dataset.sel(layer=layer)
-            unit = np.exp(at[f"{signal}_histogram_log_unit"].item())
+            log_unit = at[f"{signal}_histogram_log_unit"].item()
+            if abs(log_unit) > _LARGEST_LOG:
+                size = f"of size 1e{log_unit / math.log(10):+.0f}"
+                axes.plot([], [], " ", label=f"layer {layer}: {size}")
+                continue
+            unit = np.exp(log_unit)
             edges = at[f"{signal}_histogram_edges"].values * unit
             density = at[f"{signal}_histogram_density"].values / unit
             error = at[f"{signal}_histogram_standard_error"].values / unit
@@ -516,7 +523,7 @@ def _histograms(results: Mapping[str, xarray.Dataset], signal: str, label: str) 
             peaks.append(density.max())
         axes.set_title(title, fontsize=10)
         axes.set_ylabel("density", fontsize=9)
-        if max(peaks) > _MOST_LINEAR * min(peaks):
+        if peaks and max(peaks) > _MOST_LINEAR * min(peaks):
             axes.set_yscale("log")
         axes.legend(frameon=False, fontsize=8)
     panels[-1].set_xlabel(label, fontsize=9)

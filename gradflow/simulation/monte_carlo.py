@@ -26,11 +26,12 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, PRNGKeyArray
 
 from gradflow import compilation, estimation, statistics
+from gradflow.arguments import as_key
 from gradflow.errors import InputError, check_count
 from gradflow.estimation import Estimate, Histogram
 from gradflow.networks import Network
 from gradflow.simulation import memory, propagation, samplers, singular_values, threefry
-from gradflow.statistics import Statistic
+from gradflow.statistics import Statistic, Values
 
 __all__ = ["LOG_SINGULAR_VALUES", "OVERFLOWED", "VANISHED", "Laws", "Progress", "Simulation"]
 __all__ += ["check_inputs", "compiled", "in_order", "of_one", "own_networks", "simulate"]
@@ -57,7 +58,7 @@ class Simulation(eqx.Module):
     histograms
         ``preactivation``, ``activation`` and ``gradient``, where they were asked for.
     samples
-        Per-network values by key, shape (networks, layers), where they were asked for.
+        Per-network values by key or name, shape (networks, layers), where they were asked for.
     overflowed, vanished
         Shape (layers,): in how many networks the signal going up was not finite, or nothing but
         zeros (a dead network, or an underflow).
@@ -67,7 +68,7 @@ class Simulation(eqx.Module):
 
     estimates: dict[str, Estimate]
     histograms: dict[str, Histogram]
-    samples: dict[str, np.ndarray]
+    samples: dict[str, np.ndarray] = eqx.field(converter=Values)
     overflowed: np.ndarray
     vanished: np.ndarray
     network: Network
@@ -81,7 +82,7 @@ class Simulation(eqx.Module):
 
     def __getitem__(self, name: str) -> Estimate:
         """Return a statistic's estimate, by its name or its key."""
-        return self.estimates[name if name in self.estimates else f"log_{name}"]
+        return self.estimates[statistics.key_of(name, self.estimates)]
 
     def __repr__(self) -> str:
         """Return what was simulated in one line."""
@@ -195,7 +196,7 @@ def simulate(
     inputs = check_inputs(inputs, network)
     sites = inputs.shape[0]
     sampler, reason = samplers.choose(sampler, network, sites)
-    key = jax.random.key(key) if isinstance(key, int) else key
+    key = as_key(key)
     devices = tuple(jax.devices() if devices is None else devices)
     if not devices:
         raise InputError("devices is empty; it takes at least one")
@@ -253,7 +254,7 @@ def simulate(
     return Simulation(
         estimates={name: estimation.merge(part) for name, part in parts.items()},
         histograms=_histograms(network, inputs, key, sampler, networks) if histograms else {},
-        samples={name: np.concatenate(s) for name, s in samples.items()} if keep_samples else {},
+        samples={k: np.concatenate(s) for k, s in samples.items()} if keep_samples else {},
         overflowed=overflowed,
         vanished=vanished,
         network=network,
@@ -544,14 +545,10 @@ def _histograms(
 
     z, log_scale = every(drawn.preactivation), every(drawn.log_scale)
     delta, log_norm = every(drawn.gradient), every(drawn.log_gradient_norm)
-    with np.errstate(over="ignore"):
-        true_z = [
-            value * np.exp(scale)[..., None] for value, scale in zip(z, log_scale, strict=True)
-        ]
-    h = [np.asarray(network.activation(jnp.asarray(value))) for value in true_z]
-    zero = [np.zeros_like(scale) for scale in log_scale]
+    # Signals have a scale beside them only where φ is linear for them.
+    h = [np.asarray(network.activation(jnp.asarray(value))) for value in z]
     return {
         "preactivation": estimation.histogram(z, log_scale),
-        "activation": estimation.histogram(h, zero),
+        "activation": estimation.histogram(h, log_scale),
         "gradient": estimation.histogram(delta, log_norm),
     }

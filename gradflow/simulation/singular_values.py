@@ -36,6 +36,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, ArrayLike, Float, Int, PRNGKeyArray
 
+from gradflow.arguments import from_seed
 from gradflow.errors import InputError, check_count, is_traced
 from gradflow.networks import Network
 from gradflow.norms import unit_rows
@@ -105,7 +106,7 @@ class _Product(NamedTuple):
         In a basis that is like no other: QR then leaves what is of rank r in its first r rows,
         also where columns of the first factor are 0.
         """
-        basis = jax.random.orthogonal(jax.random.key(0), n, dtype=dtype)
+        basis = jax.random.orthogonal(from_seed(0), n, dtype=dtype)
         return cls(basis, basis.T, jnp.zeros(n, dtype), jnp.asarray(n))
 
     def times(self, factor: Float[Array, "m n"]) -> tuple["_Product", Float[Array, " k"]]:

@@ -12,6 +12,7 @@ from jaxtyping import Array, Float, PRNGKeyArray
 
 from gradflow import ensembles, gaussian
 from gradflow.activations import Activation
+from gradflow.arguments import from_seed
 from gradflow.errors import InputError, check_scale
 from gradflow.theory import fixed_points
 from gradflow.theory import spectrum as theory
@@ -54,6 +55,15 @@ def run(
     networks, width, seed
         Networks to simulate, 0 for none, their units a layer, and the seed of what is random.
 
+    Returns
+    -------
+    dataset
+        ``singular_value_density_theory(singular_value)`` with its estimated ``_error``, without
+        atoms; ``atom_mass(atom)``, at each atom's singular value; and of simulated networks, where
+        there are any, ``singular_value_density(singular_value_bin)`` with its ``_standard_error``.
+    report
+        Moments, edges of the continuous part and atoms: numbers by name, for JSON.
+
     Raises
     ------
     InputError
@@ -77,11 +87,14 @@ def run(
         mean_s = float(theory.mean_singular_value(law, *layers))
         dataset = xarray.Dataset(
             {
-                "density": ("s", np.asarray(found.of_singular_values)),
-                "density_error": ("s", np.asarray(found.error)),
-                "mass": ("atom", masses),
+                "singular_value_density_theory": (
+                    "singular_value",
+                    np.asarray(found.of_singular_values),
+                ),
+                "singular_value_density_theory_error": ("singular_value", np.asarray(found.error)),
+                "atom_mass": ("atom", masses),
             },
-            coords={"s": s, "atom": atoms},
+            coords={"singular_value": s, "atom": atoms},
             attrs={
                 "title": f"{activation.name}, {depth} {weights} layers: σ_w² = {sigma_w2:.6g}, "
                 f"q = {q:.6g}",
@@ -106,29 +119,30 @@ def run(
                 weights=weights,
                 width=width,
                 networks=networks,
-                key=jax.random.key(seed),
+                key=from_seed(seed),
             )
             dataset = dataset.assign(_histogram(np.asarray(values), 1.1 * top))
     report = {
         "activation": activation.name,
-        "ensemble": weights,
-        "sw2": sigma_w2,
+        "weights": weights,
+        "sigma_w2": sigma_w2,
         "q": q,
-        "L": depth,
+        "depth": depth,
         "chi1": sigma_w2 * first,
-        "mu1": first,
-        "mu2": second,
-        "mean_sq_sv": mean,
-        "var_sq_sv": variance * mean**2,
-        "var_over_mean2": variance,
-        "mean_sv": mean_s,
-        "moments_m1_to_m6": moments,
+        "slope_second_moment": first,
+        "slope_fourth_moment": second,
+        "mean_squared_singular_value": mean,
+        "squared_singular_value_variance": variance * mean**2,
+        "squared_singular_value_relative_variance": variance,
+        "mean_singular_value": mean_s,
+        "squared_singular_value_moments": moments,
         "atoms": [
-            {"lambda": float(a**2), "mass": float(m)} for a, m in zip(atoms, masses, strict=True)
+            {"squared_singular_value": float(a**2), "mass": float(m)}
+            for a, m in zip(atoms, masses, strict=True)
         ],
-        "edge_lambda_min_continuous": float(ends.lower),
-        "edge_lambda_max_continuous": float(ends.upper),
-        "s_max_continuous": math.sqrt(float(ends.upper)),
+        "squared_singular_value_lower_edge": float(ends.lower),
+        "squared_singular_value_upper_edge": float(ends.upper),
+        "singular_value_upper_edge": math.sqrt(float(ends.upper)),
     }
     return dataset, report
 
@@ -211,7 +225,10 @@ def _histogram(values: np.ndarray, top: float) -> dict[str, Any]:
     )
     error = shares.std(axis=0, ddof=1) if len(shares) > 1 else np.full(_BINS, np.nan)
     return {
-        "simulated": ("bin", shares.mean(axis=0)),
-        "standard_error": ("bin", error / math.sqrt(len(shares))),
-        "bin": (edges[1:] + edges[:-1]) / 2,
+        "singular_value_density": ("singular_value_bin", shares.mean(axis=0)),
+        "singular_value_density_standard_error": (
+            "singular_value_bin",
+            error / math.sqrt(len(shares)),
+        ),
+        "singular_value_bin": (edges[1:] + edges[:-1]) / 2,
     }

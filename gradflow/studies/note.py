@@ -25,6 +25,7 @@ import scipy.optimize
 
 from gradflow import activations, data, networks
 from gradflow.activations import Activation
+from gradflow.arguments import from_seed
 from gradflow.comparison import (
     Comparison,
     compare,
@@ -199,7 +200,7 @@ def findings(folder: Path) -> Findings:
     """
     store = Store.of(folder)
     width, seed = store.study.base["width"], store.study.base["seed"]
-    key, settings = jax.random.key(seed), len(store.study)
+    key, settings = from_seed(seed), len(store.study)
     known = _known(store)
     # Several at a time: while one compiles, which uses a single core, another runs.
     with ThreadPoolExecutor(2) as pool:

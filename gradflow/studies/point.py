@@ -58,11 +58,15 @@ def run(
     Returns
     -------
     dict
-        Of one point: numbers and names. ``C`` and ``dC_dc`` are lists, one number for each of
-        ``correlations``, empty where no length is kept. ``layers`` is a dict of arrays of shape
-        (depth,), from the first layer on: q, moments, χ, gains of tangents along the input and
-        orthogonal to it, and the first order in 1/n of the length. ``jacobian`` is at q*, for
-        Gaussian and orthogonal weights; ``finite_width`` exact, and empty where no law is known.
+        Of one point: numbers and names; q*, χ and ξ by the names of `fixed_points.Analysis`.
+        ``fixed_points`` is a list, ``q_star_from_1`` where q = 1 settles.
+        ``correlation_map`` and ``correlation_map_slope`` are lists, one number for each of
+        ``correlations``, empty where no length is kept; ``slope_second_moment`` and
+        ``slope_fourth_moment`` are E φ'² and E φ'⁴ at q*. ``layers`` is a dict of arrays of shape
+        (depth,), from the first layer on: q, moments, χ, the Jacobian's norm, gains of tangents
+        along the input and orthogonal to it, and the first order in 1/n of the length
+        (`finite_width.Vertex`). ``jacobian`` is at q*, for Gaussian and orthogonal weights;
+        ``finite_width`` is exact, and empty where no law is known.
 
     Raises
     ------
@@ -82,10 +86,10 @@ def run(
         q = float(found.q_star)
         return {
             "activation": activation.name,
-            "sw2": sigma_w2,
-            "sb2": sigma_b2,
+            "sigma_w2": sigma_w2,
+            "sigma_b2": sigma_b2,
             "fixed_points": _fixed_points(points, found.status),
-            "attractor_from_q0_1": math.inf
+            "q_star_from_1": math.inf
             if from_one.status == fixed_points.Status.DIVERGES
             else float(from_one.q_star),
             "start": start,
@@ -100,8 +104,8 @@ def run(
                 dtype: float(fixed_points.representable_depth(found.chi1, dtype))
                 for dtype in _DTYPES
             },
-            "L": depth,
-            "n": width,
+            "depth": depth,
+            "width": width,
             "layers": _layers(activation, start, sigma_w2, sigma_b2, depth),
             "finite_width": _finite_width(activation, start, sigma_w2, sigma_b2, depth, width),
         }
@@ -134,17 +138,21 @@ def _where_it_settles(
 ) -> dict[str, Any]:
     """Return what there is at a length that is kept: E φ'² and E φ'⁴, C and C', the Jacobian."""
     if not q > 0:
-        return {"mu1": math.nan, "mu2": math.nan, "C": [], "dC_dc": [], "jacobian": {}}
+        moments = dict.fromkeys(("slope_second_moment", "slope_fourth_moment"), math.nan)
+        return {**moments, "correlation_map": [], "correlation_map_slope": [], "jacobian": {}}
     scales = map(jnp.asarray, (q, sigma_w2, sigma_b2))
-    mu, maps, jacobian = jax.tree.map(np.asarray, _at_length(activation, *scales, c, depth))
+    (second, fourth), maps, jacobian = jax.tree.map(
+        np.asarray, _at_length(activation, *scales, c, depth)
+    )
     return {
-        **{f"mu{k}": float(value) for k, value in enumerate(mu, start=1)},
+        "slope_second_moment": float(second),
+        "slope_fourth_moment": float(fourth),
         **{name: values.tolist() for name, values in maps.items()},
         "jacobian": {
             weights: {
-                "mean_sq_sv": float(mean),
-                "var_sq_sv": float(mean**2 * relative),
-                "var_over_mean2": float(relative),
+                "mean_squared_singular_value": float(mean),
+                "squared_singular_value_variance": float(mean**2 * relative),
+                "squared_singular_value_relative_variance": float(relative),
             }
             for weights, (mean, relative) in jacobian.items()
             if sigma_w2 > 0
@@ -163,7 +171,10 @@ def _at_length(
     )
     return (
         jnp.stack([jnp.sum(law.weights * law.values**k) for k in (1, 2)]),
-        {"C": (sigma_w2 * values + sigma_b2) / q, "dC_dc": sigma_w2 * slopes},
+        {
+            "correlation_map": (sigma_w2 * values + sigma_b2) / q,
+            "correlation_map_slope": sigma_w2 * slopes,
+        },
         {
             weights: spectra.mean_and_variance(law, sigma_w2, depth, weights)
             for weights in ("gaussian", "orthogonal")
@@ -181,14 +192,14 @@ def _layers(
     with np.errstate(invalid="ignore", divide="ignore", over="ignore"):
         return {
             "q": way["q"],
-            "act_mean": way["activation_mean"],
-            "act_meansq": way["activation_second_moment"],
-            "chi_l": way["chi"],
-            "log_mean_sq_jac": way["log_jacobian_norm"],
-            "mean_sq_jac": np.exp(way["log_jacobian_norm"]),
-            "parallel": gains["parallel"],
-            "orthogonal": gains["orthogonal"],
-            "ratio": gains["parallel"] / gains["orthogonal"],
+            "activation_mean": way["activation_mean"],
+            "activation_second_moment": way["activation_second_moment"],
+            "chi": way["chi"],
+            "log_jacobian_norm": way["log_jacobian_norm"],
+            "jacobian_norm": np.exp(way["log_jacobian_norm"]),
+            "gain_parallel": gains["parallel"],
+            "gain_orthogonal": gains["orthogonal"],
+            "gain_ratio": gains["parallel"] / gains["orthogonal"],
             **vertex._asdict(),
             "V4_over_K2": vertex.V4 / vertex.K**2,
         }
@@ -210,36 +221,29 @@ def _profiles(
 def _finite_width(
     activation: Activation, start: float, sigma_w2: float, sigma_b2: float, depth: int, width: int
 ) -> dict[str, float]:
-    """Return the exact moments of ‖J u‖², without biases, and of the length of the last layer."""
+    """Return exact moments of the last layer's length, and of the gain ‖J u‖² without biases.
+
+    Moments of the gain's logarithm are those of networks that live (``alive`` is their share).
+    """
     if not (activation.homogeneous and sigma_w2 > 0):
         return {}
     length = finite_width.forward_moments(
         activation, start, sigma_w2, sigma_b2, width=width, depth=depth
     )
-    found = {
-        "E_qhat_L": length.mean[-1],
-        "Var_qhat_L": length.variance_of_q[-1],
-        "E_v_L": length.mean[-1],
-        "Var_v_L": length.variance_of_v[-1],
-    }
     widths = [width] * (depth + 1)
     law = finite_width.gain_law(activation, widths, sigma_w2)
     limit = finite_width.log_normal(activation, widths, sigma_w2)
-    found |= {
-        "P_alive": law.alive,
-        "E_log_given_alive": law.mean_of_log,
-        "Var_log_given_alive": law.variance_of_log,
-        "E_sq": law.mean,
-        "E_sq2": law.second_moment,
-        "Var_sq": law.variance,
-        "hanin_nica_mean_log": limit.mean,
-        "hanin_nica_beta": limit.variance,
+    found = {
+        "q_mean": length.mean[-1],
+        "q_variance": length.variance_of_q[-1],
+        "conditional_variance_variance": length.variance_of_v[-1],
+        "alive": law.alive,
+        "gain_mean": law.mean,
+        "gain_second_moment": law.second_moment,
+        "gain_variance": law.variance,
+        "log_gain_mean": law.mean_of_log,
+        "log_gain_variance": law.variance_of_log,
+        "log_normal_mean": limit.mean,
+        "log_normal_variance": limit.variance,
     }
-    if law.alive == 1:  # the names of what needs no condition
-        found |= {
-            "E_log": law.mean_of_log,
-            "Var_log": law.variance_of_log,
-            "lognormal_mean_approx": limit.mean,
-            "lognormal_var_approx": limit.variance,
-        }
     return {name: float(value) for name, value in found.items()}

@@ -18,6 +18,7 @@ import numpy as np
 
 from gradflow import activations, data, ensembles, gaussian, networks
 from gradflow.activations import Activation
+from gradflow.arguments import from_seed
 from gradflow.blocks import GRU, AbstractBlock, Activate, Chain, Gated, Linear, Maxout
 from gradflow.comparison import Comparison, confront
 from gradflow.ensembles import Ensemble
@@ -164,7 +165,7 @@ def run(
         raise InputError(f"inputs is {inputs}; there are {len(images)} digit images")
     x = jnp.asarray(data.resized(images, width))
     found, missing = proposals(activation, weights, width, depth, sigma_b=sigma_b)
-    key = jax.random.key(seed)
+    key = from_seed(seed)
     size = _size(found[0].network)
 
     def one(index: int) -> Outcome:

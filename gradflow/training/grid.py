@@ -27,6 +27,7 @@ from jaxtyping import PRNGKeyArray
 
 from gradflow import compilation
 from gradflow import networks as nets
+from gradflow.arguments import as_key
 from gradflow.errors import InputError, check_count, check_scale
 from gradflow.networks import Network
 from gradflow.simulation import memory, monte_carlo
@@ -176,7 +177,7 @@ def train(
     dtype = data.inputs.dtype
     begin = 0 if state is None else int(state.step[0])
     times = record_steps(record, begin, steps, _record_cost(batch, seen, held_out))
-    key = jax.random.key(key) if isinstance(key, int) else key
+    key = as_key(key)
     bins = check_count("histograms", histograms, 0)
     leading = check_singular_values(singular_values, laws[0])
     devices = tuple(jax.local_devices() if devices is None else devices)

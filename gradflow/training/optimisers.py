@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array
 
+from gradflow.arguments import from_seed
 from gradflow.errors import InputError, check_scale, unknown_name
 
 __all__ = ["CLIPPINGS", "OPTIMISERS", "clip_by_norm", "clipping", "optimiser", "with_noise"]
@@ -103,5 +104,9 @@ def with_noise(optimiser: Optimiser, variance: float, decay: float = 0.55) -> Op
     """
     check_scale("variance", variance)
     check_scale("decay", decay)
-    noise = optax.add_noise(variance, decay, jax.random.key(0))
-    return lambda rate: optax.chain(noise, optimiser(rate))
+
+    def noisy(rate: Any) -> optax.GradientTransformation:
+        # A key is made here and not before: it starts JAX, which importing does not.
+        return optax.chain(optax.add_noise(variance, decay, from_seed(0)), optimiser(rate))
+
+    return noisy

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, PRNGKeyArray
 
+from gradflow.arguments import as_key
 from gradflow.networks import Network, Stage
 from gradflow.norms import unit_rows
 from gradflow.simulation import matrices, questions
@@ -103,7 +104,7 @@ def _walk(
     network: Network, weights: Weights, inputs: Array, key: PRNGKeyArray | None, look: Callable
 ) -> tuple[Array, list[Any]]:
     """Return z^L, and by stage what ``look`` makes of each layer's signal."""
-    key = jax.random.key(0) if key is None else key
+    key = as_key(0 if key is None else key)
     keys = jax.random.split(key, network.depth + 1)[1:]
     signal, looks, first = inputs, [], 0
     for stage, given in zip(network.stages, weights, strict=True):

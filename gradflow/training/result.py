@@ -15,6 +15,7 @@ from gradflow import statistics
 from gradflow.compilation import Float64Program
 from gradflow.errors import InputError
 from gradflow.networks import Network
+from gradflow.statistics import Values
 from gradflow.theory import mean_field
 from gradflow.training import parameters, records
 from gradflow.training.loop import State
@@ -66,7 +67,7 @@ class Training(eqx.Module):
         The folder where the run was saved, if it was; whoever has no more use for it removes it.
     """
 
-    values: dict[str, np.ndarray]
+    values: dict[str, np.ndarray] = eqx.field(converter=Values)
     steps: np.ndarray
     first_nonfinite: np.ndarray
     nonfinite_layer: np.ndarray
@@ -83,9 +84,9 @@ class Training(eqx.Module):
 
     def __getitem__(self, name: str) -> np.ndarray:
         """Return what was recorded by its key or, in its own unit, by its name."""
-        if name in self.values:
-            return self.values[name]
-        return np.exp(self.values[f"log_{name}"].astype(np.float64))
+        key = statistics.key_of(name, self.values.keys())
+        value = self.values[key]
+        return value if key == name else np.exp(value.astype(np.float64))
 
     def weights(self, network: int = 0, learning_rate: int = 0, seed: int = 0) -> Weights:
         """Return the weights after the last step of one network, by its place in the grid.

@@ -24,6 +24,7 @@ import xarray
 
 from gradflow import ensembles, training
 from gradflow import networks as nets
+from gradflow.arguments import from_seed
 from gradflow.data import Dataset, Split
 from gradflow.errors import check_count
 from gradflow.figures import isometry as figure
@@ -124,9 +125,7 @@ def run(
         wanted=(),
     )
     x = jnp.asarray(parts.train.inputs[0])
-    keys = jax.vmap(functools.partial(jax.random.fold_in, jax.random.key(seed)))(
-        jnp.arange(networks)
-    )
+    keys = jax.vmap(functools.partial(jax.random.fold_in, from_seed(seed)))(jnp.arange(networks))
     spectra = {name: np.asarray(_log_singular_values(law, x, keys)) for name, law in laws.items()}
     theory = {name: _theory(law, x) for name, law in laws.items()}
     found["log_singular_value"] = (

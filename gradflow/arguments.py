@@ -1,0 +1,142 @@
+"""Arguments of public functions: each is converted and checked here, once, before it is used.
+
+What a program that is traced (under `jax.jit`, `jax.vmap`, `jax.grad`) knows of its arguments is
+their shape and dtype: that is checked there too, and their values are not.
+"""
+
+import math
+from collections.abc import Sequence
+from numbers import Integral
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, PRNGKeyArray
+
+from gradflow.errors import InputError, is_traced
+
+__all__ = ["PRNG", "as_inputs", "as_key", "as_real", "check_instance", "from_seed", "shown"]
+
+# The kind of every key that is made of a seed, whatever JAX's default is: a seed draws the same
+# networks everywhere.
+PRNG = "threefry2x32"
+_SEEDS = 1 << 63
+_LONGEST = 60
+
+
+def shown(value: Any) -> str:
+    """Return a value as a sentence has it: arrays by shape and dtype, what is long cut."""
+    if hasattr(value, "shape") and hasattr(value, "dtype") and value.shape != ():
+        return f"an array of shape {tuple(value.shape)} and dtype {value.dtype}"
+    try:
+        text = repr(value)
+    except ValueError:  # of integers of more than 4300 digits
+        return "a number of thousands of digits"
+    return text if len(text) <= _LONGEST else f"{text[: _LONGEST - 1]}…"
+
+
+def check_instance(name: str, value: Any, kinds: type | tuple[type, ...], what: str) -> None:
+    """Raise `InputError` unless the value is of one of these kinds, which are ``what`` in words."""
+    if not isinstance(value, kinds):
+        raise InputError(f"{name} is {shown(value)}; it is {what}")
+
+
+def from_seed(seed: Any) -> PRNGKeyArray:
+    """Return the key of a seed: of its 64 bits the upper half and the lower, as threefry's words.
+
+    For seeds from 0 to 2³² - 1 it is ``jax.random.key(seed, impl="threefry2x32")``. That loses
+    the upper half of others where JAX's x64 mode is off.
+
+    Raises
+    ------
+    InputError
+        If the seed is no whole number from -2⁶³ to 2⁶³ - 1.
+    """
+    whole = isinstance(seed, Integral) and not isinstance(seed, bool)
+    if not (whole and -_SEEDS <= seed < _SEEDS):
+        raise InputError(
+            f"seed is {shown(seed)}; it is a whole number from -{_SEEDS} to {_SEEDS - 1}"
+        )
+    bits = int(seed) % (2 * _SEEDS)
+    words = np.array([bits >> 32, bits & 0xFFFFFFFF], np.uint32)
+    return jax.random.wrap_key_data(jnp.asarray(words), impl=PRNG)
+
+
+def as_key(key: Any, name: str = "key") -> PRNGKeyArray:
+    """Return one JAX key, of a key of any kind or of a seed (`from_seed`).
+
+    Raises
+    ------
+    InputError
+        If it is neither.
+    """
+    if isinstance(key, Integral):
+        return from_seed(key)
+    if isinstance(key, jax.Array | np.ndarray):
+        if jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
+            if key.shape == ():
+                return jnp.asarray(key)
+        elif key.dtype == np.uint32 and key.shape == (2,):  # an old-style raw key
+            return jax.random.wrap_key_data(jnp.asarray(key), impl=PRNG)
+    raise InputError(
+        f"{name} is {shown(key)}; it is one JAX key, as jax.random.key(0) makes it, or a whole "
+        "number as a seed"
+    )
+
+
+def as_real(name: str, value: Any) -> Array | np.ndarray:
+    """Return an array of floats: integers and booleans become float32, before anything wraps.
+
+    What is no JAX array becomes one of NumPy.
+
+    Raises
+    ------
+    InputError
+        If it is no array of real numbers, is empty or, where that is known, has a value that is
+        not finite.
+    """
+    array = value
+    if not isinstance(array, jax.Array):
+        try:
+            array = np.asarray(value)
+        except (TypeError, ValueError) as error:
+            raise InputError(f"{name} is {shown(value)}; it is an array of numbers") from error
+    if jnp.issubdtype(array.dtype, jnp.complexfloating):
+        raise InputError(f"{name} has dtype {array.dtype}; it is an array of real numbers")
+    if not (jnp.issubdtype(array.dtype, jnp.number) or array.dtype == bool):
+        raise InputError(f"{name} is {shown(value)}; it is an array of numbers")
+    if not math.prod(array.shape):
+        raise InputError(f"{name} has shape {array.shape}; it has at least one number")
+    if not jnp.issubdtype(array.dtype, jnp.floating):
+        array = array.astype(np.float32)
+    finite = jnp.isfinite if isinstance(array, jax.Array) else np.isfinite
+    if not is_traced(array) and not bool(finite(array).all()):
+        raise InputError(f"{name} has values that are not finite; every one is a finite number")
+    return array
+
+
+def as_inputs(
+    inputs: Any, width: int, *, sites: Sequence[str] = ("inputs",), name: str = "inputs"
+) -> Array:
+    """Return the inputs of networks as a JAX array of floats, shape (inputs, width).
+
+    Raises
+    ------
+    InputError
+        As `as_real`, or if they are of another shape or beyond the range of the float type that
+        JAX holds them in.
+    """
+    array = as_real(name, inputs)
+    if array.ndim != 2 or array.shape[1] != width:
+        raise InputError(
+            f"{name} has shape {array.shape}; it is ({', '.join(sites)}, {width}) for this "
+            "network, with at least one input"
+        )
+    with np.errstate(over="ignore"):  # it is looked for
+        found = jnp.asarray(array)
+    if not is_traced(found) and not bool(jnp.isfinite(found).all()):
+        raise InputError(
+            f"{name} has values beyond {found.dtype}'s range; turn JAX's x64 mode on, or scale them"
+        )
+    return found
