@@ -193,6 +193,12 @@ def _over_sites(f: Callable[[Array], Array], law: ForwardLaw) -> Array:
     return jnp.where(law.gaussian, found, jnp.nan)
 
 
+def _saturated_slope(sample: ForwardSample) -> float:
+    """Return the slope below which a unit is saturated, in the floats' range."""
+    largest = float(jnp.finfo(sample.slope.dtype).max)
+    return min(SATURATION_THRESHOLD * sample.max_slope, largest)
+
+
 q = Statistic(
     "q",
     "second moment of pre-activations q",
@@ -239,7 +245,7 @@ activation_variance = Statistic(
 saturation = Statistic(
     "saturation",
     f"fraction of units with |φ'| < {SATURATION_THRESHOLD:.3g} max|φ'|",
-    measure=lambda s: jnp.mean(jnp.abs(s.slope) < SATURATION_THRESHOLD * s.max_slope),
+    measure=lambda s: jnp.mean(jnp.abs(s.slope) < _saturated_slope(s)),
     predict=lambda law: jnp.mean(
         _over_sites(lambda v: gaussian.saturation(law.activation, v, SATURATION_THRESHOLD), law)
     ),

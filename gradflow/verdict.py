@@ -413,4 +413,4 @@ def _saturated_from(simulation: Simulation) -> int | None:
 
 def _exp(log: float) -> float:
     """Return exp; inf where it is beyond float64."""
-    return math.exp(log) if log < 709 else math.inf
+    return math.inf if log > 709 else math.exp(log)
