@@ -10,6 +10,7 @@ import dataclasses
 import itertools
 import math
 from collections.abc import Callable, Sequence
+from fractions import Fraction
 from typing import Any
 
 import equinox as eqx
@@ -767,11 +768,12 @@ def check_lsuv(network: Network) -> None:
         )
 
 
-def narrowed(network: Network, factor: int) -> Network:
+def narrowed(network: Network, factor: int | Fraction) -> Network:
     """Return the network with every layer's width divided by ``factor``, σ_w and σ_b kept.
 
     It has the same infinite-width limit for the same inputs, and finite-width effects ``factor``
-    times as large: what tells such an effect from an error. The input keeps its width.
+    times as large: what tells such an effect from an error. The input keeps its width. A factor of
+    1/8 makes every layer eight times as wide.
 
     Raises
     ------

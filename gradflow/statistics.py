@@ -196,6 +196,12 @@ def _over_sites(f: Callable[[Array], Array], law: ForwardLaw) -> Array:
     return jnp.where(law.gaussian, found, jnp.nan)
 
 
+def _saturated_slope(sample: ForwardSample) -> float:
+    """Return the slope below which a unit is saturated, in the floats' range."""
+    largest = float(jnp.finfo(sample.slope.dtype).max)
+    return min(SATURATION_THRESHOLD * sample.max_slope, largest)
+
+
 q = Statistic(
     "q",
     "second moment of pre-activations q",
@@ -242,7 +248,7 @@ activation_variance = Statistic(
 saturation = Statistic(
     "saturation",
     f"fraction of units with |φ'| < {SATURATION_THRESHOLD:.3g} max|φ'|",
-    measure=lambda s: jnp.mean(jnp.abs(s.slope) < SATURATION_THRESHOLD * s.max_slope),
+    measure=lambda s: jnp.mean(jnp.abs(s.slope) < _saturated_slope(s)),
     predict=lambda law: jnp.mean(
         _over_sites(lambda v: gaussian.saturation(law.activation, v, SATURATION_THRESHOLD), law)
     ),
@@ -347,6 +353,11 @@ class Prediction(eqx.Module):
     def __getitem__(self, name: str) -> Array | np.ndarray:
         """Return a statistic by its key, or by its name: then in its own unit, no logarithm."""
         return self.values[name]
+
+    def __repr__(self) -> str:
+        """Return what there is, in one line."""
+        shape = jnp.shape(next(iter(self.values.values()), jnp.zeros(0)))
+        return f"theory of shape {shape}, the last axis that of layers: {', '.join(self.values)}"
 
     def to_xarray(self) -> xarray.Dataset:
         """Return the labelled values: every quantity by name and, where it has one, its log."""

@@ -3,6 +3,7 @@
 import abc
 import dataclasses
 from collections.abc import Callable
+from fractions import Fraction
 from typing import Any
 
 import equinox as eqx
@@ -85,7 +86,7 @@ class _GatedStep(AbstractBlock):
         """The laws of its random matrices, in the order of the formula's gates and candidate."""
         return self._layer.distributions * self._count
 
-    def narrowed(self, factor: int) -> "_GatedStep":
+    def narrowed(self, factor: int | Fraction) -> "_GatedStep":
         """Return it with its units divided by ``factor``, and its scales kept."""
         fewer: dict[str, Any] = {"units": self._layer.units // factor}
         return dataclasses.replace(self, **fewer)

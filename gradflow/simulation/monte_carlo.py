@@ -87,6 +87,18 @@ class Simulation(eqx.Module):
         """Return a statistic's estimate, by its name or its key."""
         return self.estimates[key_of(name, self.estimates)]
 
+    def __repr__(self) -> str:
+        """Return what was simulated in one line."""
+        few = 8
+        network, widths = self.network, "-".join(map(str, self.network.widths))
+        if len(network.widths) > few:
+            widths = f"{network.widths[0]}-{network.widths[1]}-…-{network.widths[-1]}"
+        return (
+            f"{self.networks} networks {network.name!r}, {widths}, {network.depth} layers, "
+            f"{self.sites} {'input' if self.sites == 1 else 'inputs'}, {self.sampler} in "
+            f"{self.dtype}: {', '.join(self.estimates)}"
+        )
+
     def to_xarray(self) -> xarray.Dataset:
         """Return the labelled estimates: mean, standard deviation and error over networks."""
         found: dict[str, np.ndarray] = {}
