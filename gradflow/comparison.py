@@ -212,12 +212,14 @@ class Comparison(eqx.Module):
                     f"; {sites} sites mix, and a width of {width} is not far above their number, "
                     "as the theory's is"
                 )
-            if network.tied:
+            if network.tied and self.theory.missing is None:
                 steps = max(stage.repeats for stage in network.stages if stage.tied)
                 sentence += (
                     "; the theory is of weights drawn anew at each step: shared ones meet it where "
-                    f"the width is far above steps² = {steps**2}, and in a GRU or LSTM nowhere"
+                    f"the width is far above steps² = {steps**2}"
                 )
+        if self.theory.missing is not None:
+            sentence += f"; {self.theory.missing}"
         return sentence
 
     @property

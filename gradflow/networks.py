@@ -54,8 +54,9 @@ class Stage(eqx.Module):
     """One block, repeated: with independent weights each time or, ``tied``, with the same ones.
 
     A tied stage is one layer over time: its weights and biases are drawn once, and what is not a
-    parameter (a dropout mask, an input) at every step. The theory takes no notice, and means that
-    of untied weights: see `recurrent`.
+    parameter (a dropout mask, an input) at every step. The theory is that of untied weights, which
+    has the same limit (see `recurrent`) unless a unit's signal goes on beside the weights, as in a
+    GRU, an LSTM and a Residual: then there is none (see `theory.mean_field.predict`).
     """
 
     block: AbstractBlock

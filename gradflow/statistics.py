@@ -97,12 +97,14 @@ class BackwardLaw(eqx.Module):
     """The gradient at one layer at infinite width, per input, as logs.
 
     ``log_variance`` is of one component of δ; ``log_ratio`` is log χ, NaN at the top layer.
+    ``missing`` says why there is no theory of some layers' signals and gradients, if so.
     """
 
     log_variance: Float[Array, "*layers sites"]
     log_ratio: Float[Array, "*layers sites"]
     log_weight_variance: Float[Array, "*layers"]
     width: Float[Array, "*layers"]
+    missing: str | None = eqx.field(static=True, default=None)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -346,9 +348,12 @@ class Prediction(eqx.Module):
     ----------
     values
         By key: positive quantities as natural logarithms, under ``log_<name>``.
+    missing
+        One sentence that says why there is no number of some layers (NaN), or None.
     """
 
     values: dict[str, Array | np.ndarray] = eqx.field(converter=Values)
+    missing: str | None = eqx.field(static=True, default=None)
 
     def __getitem__(self, name: str) -> Array | np.ndarray:
         """Return a statistic by its key, or by its name: then in its own unit, no logarithm."""
