@@ -88,7 +88,8 @@ def test_help_of_train_lists_the_experiments(monkeypatch, capsys):
 
 def test_json_is_json_and_nothing_else(tmp_path):
     done = gradflow(
-        "compare", *SMALL, "--widths", "30,20,10", "--seed", str(1 << 40), "--json", cwd=tmp_path
+        *("compare", "--networks", "8", "--widths", "30,20,10", "--seed", str(1 << 40), "--json"),
+        cwd=tmp_path,
     )
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
