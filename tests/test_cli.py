@@ -124,8 +124,9 @@ def test_theory_prints_what_it_reports(tmp_path):
     assert "0.4180372005" in text
     relu = ("theory", "--activation", "relu", "--sigma-w2", "2", "--sigma-b2", "0.1", "--json")
     found = json.loads(gradflow(*relu, cwd=tmp_path).stdout)
-    assert (found["fixed_points"], found["status"], found["xi_c"]) == ([], "diverges", None)
+    assert (found["fixed_points"], found["status"], found["q_star"]) == ([], "diverges", None)
     assert (found["attractor_from_q0_1"], found["C"]) == ("inf", {})
+    assert (found["chi1"], found["xi_grad"], found["xi_c"]) == (1, "inf", "inf")
 
 
 @pytest.mark.slow
@@ -166,6 +167,10 @@ def test_critical_points_have_the_names_of_the_table(tmp_path):
     assert (point["q_star"], point["sw2"], point["q_stable"]) == (None, 2, None)
     assert point["curvature"]["exponent"] == "3/2"
     assert point["curvature"]["coeff"] == pytest.approx(0.3001054387190354, rel=1e-9)
+    biased = ("critical", "--activation", "relu", "--sigma-b2", "0.1", "--json")
+    found = json.loads(gradflow(*biased, cwd=tmp_path).stdout)
+    assert (found["solutions"], found["at_infinity"]["q_star"]) == ([], "inf")
+    assert found["at_infinity"]["sw2"] == 2
 
 
 @pytest.mark.slow

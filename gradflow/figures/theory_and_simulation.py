@@ -232,7 +232,8 @@ def phase_diagram(dataset: xarray.Dataset) -> Figure:
         image = axes.pcolormesh(
             dataset.sigma_w,
             dataset.sigma_b,
-            values.where(values > 0),
+            # What is infinite has the last colour: it is a depth scale like any other.
+            values.clip(max=high).where(values > 0),
             norm=LogNorm(low, max(high, 1.001 * low), clip=True),
             cmap="viridis",
             shading="nearest",
@@ -268,7 +269,7 @@ def phase_diagram(dataset: xarray.Dataset) -> Figure:
 def _name_phases(axes: Axes, dataset: xarray.Dataset) -> None:
     """Write the name of each phase into the middle of its part of the plane."""
     names = {"ordered": "ordered:\nvanishing", "chaotic": "chaotic:\nexploding"}
-    names["divergent"] = "q diverges"
+    names["divergent"] = "q diverges:\nexploding"
     for phase, text in names.items():
         rows, columns = np.nonzero(dataset.phase.values == dataset.phase.attrs[phase])
         if rows.size < 0.02 * dataset.phase.size:
