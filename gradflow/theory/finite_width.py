@@ -39,6 +39,7 @@ __all__ = ["ForwardMoments", "GainLaw", "LogNormal", "Vertex", "forward_moments"
 __all__ += ["log_normal", "vertex"]
 
 _Three: TypeAlias = tuple[Array, Array, Array]
+_Four: TypeAlias = tuple[Array, Array, Array, Array]
 
 
 class GainLaw(NamedTuple):
@@ -282,8 +283,8 @@ def forward_moments(
     _, second, fourth = _homogeneous(activation)
     n = check_count("width", width)
     q1, w2, b2 = _scalars(q1=q1, sigma_w2=sigma_w2, sigma_b2=sigma_b2)
-    cumulant = _fourth_cumulant(kurtosis, input_fourth, n, 0.0)
-    kurtosis, share = (x.astype(q1.dtype) for x in cumulant)
+    given = _fourth_cumulant(kurtosis, input_fourth, n, 0.0)
+    kurtosis, share = (x.astype(q1.dtype) for x in given)
     noise = (fourth - second**2) / n
 
     def step(state: _Three, _: None) -> tuple[_Three, _Three]:
@@ -353,7 +354,7 @@ def vertex(
 
     kurtosis = jnp.asarray(kurtosis, q1.dtype)
 
-    def step(state: tuple[Array, ...], _: None) -> tuple[tuple[Array, ...], _Three]:
+    def step(state: _Four, _: None) -> tuple[_Four, _Three]:
         q, v4, g1, cumulant = state  # the last is n κ₄
         g, first, second = (
             second_moment(q),

@@ -292,8 +292,8 @@ def _analyse(activation: Activation, sigma_w2: Array, sigma_b2: Array, start: Ar
     )
     c_error = _error_of_correlation(c_star, chi_c, found, moment_error)
     scales = (found.xi_q, xi_c, found.xi_grad)
-    values = (q, found.chi1, found.chi_par, c_star, chi_c, *scales, *approaches)
-    values = (*values, found.q_error, c_error)
+    of_length = (q, found.chi1, found.chi_par, c_star, chi_c)
+    values = (*of_length, *scales, *approaches, found.q_error, c_error)
     unknown = (status == Status.OSCILLATES) | (status == Status.OUT_OF_RANGE)
     return Analysis(status, *(jnp.where(unknown, jnp.nan, value) for value in values))
 
