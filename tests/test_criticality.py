@@ -230,7 +230,8 @@ def test_the_phase_diagram_is_the_analysis_of_each_point_and_the_line_lies_betwe
 
 def test_the_phase_diagram_of_relu_has_no_hole():
     """More than half of it was grey."""
-    found = criticality.phase_diagram(activations.relu, np.linspace(0.5, 3, 4), [0.0, 0.3, 0.8])
+    sigma_w, sigma_b = np.linspace(0.5, 3, 4), np.array([0.0, 0.3, 0.8])
+    found = criticality.phase_diagram(activations.relu, sigma_w, sigma_b)
     scales = np.broadcast_to(found.sigma_w.values**2 / 2, found.chi1.shape)
     np.testing.assert_allclose(found.chi1, scales, rtol=1e-12)
     assert np.isfinite(found.xi_grad).all()
