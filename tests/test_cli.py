@@ -129,8 +129,9 @@ def test_theory_prints_what_it_reports(tmp_path):
     assert "0.4180372005" in text
     relu = ("theory", "--activation", "relu", "--sigma-w2", "2", "--sigma-b2", "0.1", "--json")
     found = json.loads(gradflow(*relu, cwd=tmp_path).stdout)
-    assert (found["fixed_points"], found["status"], found["xi_c"]) == ([], "diverges", None)
+    assert (found["fixed_points"], found["status"]) == ([], "diverges")
     assert (found["q_star_from_1"], found["correlation_map"]) == ("inf", {})
+    assert (found["chi1"], found["xi_grad"], found["xi_c"]) == (1, "inf", "inf")
 
 
 @pytest.mark.slow
@@ -170,6 +171,10 @@ def test_critical_points_have_what_the_table_has(tmp_path):
     assert (point["q_star"], point["sigma_w2"], point["q_stable"]) == (None, 2, None)
     assert (point["exponent"], point["one_minus_c"]) == (1.5, "4/(coefficient l)²")
     assert point["coefficient"] == pytest.approx(0.3001054387190354, rel=1e-9)
+    biased = ("critical", "--activation", "relu", "--sigma-b2", "0.1", "--json")
+    found = json.loads(gradflow(*biased, cwd=tmp_path).stdout)
+    assert (found["solutions"], found["at_infinity"]["q_star"]) == ([], "inf")
+    assert found["at_infinity"]["sigma_w2"] == 2
 
 
 @pytest.mark.slow

@@ -40,6 +40,8 @@ ORDER = (
     "theory.linear_regime",
     "theory.mean_field",
     "theory.densities",
+    "theory.roots",
+    "theory.moment_table",
     "theory.fixed_points",
     "theory.architectures",
     "theory.criticality",

@@ -246,7 +246,8 @@ def phase_diagram(dataset: xarray.Dataset) -> Figure:
         image = axes.pcolormesh(
             dataset.sigma_w,
             dataset.sigma_b,
-            values.where(values > 0),
+            # What is infinite has the last colour: it is a depth scale like any other.
+            values.clip(max=high).where(values > 0),
             norm=LogNorm(low, max(high, 1.001 * low), clip=True),
             cmap="viridis",
             shading="nearest",
@@ -296,7 +297,7 @@ def _is_reached(dataset: xarray.Dataset, branch: np.ndarray) -> np.ndarray:
 def _name_phases(axes: Axes, dataset: xarray.Dataset) -> None:
     """Write the name of each phase where there is most room for it in its part of the plane."""
     names = {"ordered": "ordered:\nvanishing", "chaotic": "chaotic:\nexploding"}
-    names["divergent"] = "q diverges"
+    names["divergent"] = "q diverges:\nexploding"
     for phase, text in names.items():
         there = np.pad(dataset.phase.values == dataset.phase.attrs[phase], 1)
         # In halves of a name's height and width, which are these shares of the panel's.
