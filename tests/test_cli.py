@@ -88,7 +88,8 @@ def test_help_of_train_lists_the_experiments(monkeypatch, capsys):
 
 def test_json_is_json_and_nothing_else(tmp_path):
     done = gradflow(
-        "compare", *SMALL, "--widths", "30,20,10", "--seed", str(1 << 40), "--json", cwd=tmp_path
+        *("compare", "--networks", "8", "--widths", "30,20,10", "--seed", str(1 << 40), "--json"),
+        cwd=tmp_path,
     )
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
@@ -238,8 +239,9 @@ def test_help_is_there_with_examples(command, tmp_path):
         (["study", "--uniform-networks", "0"], "uniform_networks is 0"),
         (["compare", "--networks", "0"], "networks is 0"),
         (["compare", "--inputs", "5000"], "there are 1797 digit images"),
-        (["compare", "--sigma-w", "nan"], "sigma_w is nan; it is a finite number above 0"),
+        (["compare", "--sigma-w", "nan"], "sigma_w is nan; it is a number above 0"),
         (["compare", "--sigma-b", "inf"], "sigma_b is inf"),
+        (["compare", "--sigma-b", "1e300"], "sigma_b is 1e+300; it is at most 1e+150"),
         (["compare", "--weights", "he", "--sigma-w", "1"], "sigma_w is 1.0 and weights is 'he'"),
         (["compare", "--widths", "10,x"], "widths is '10,x'"),
         (["compare", "--widths", ""], "widths is ''"),
@@ -258,7 +260,7 @@ def test_help_is_there_with_examples(command, tmp_path):
             ["study", "a.toml", "--coordinator", "h:1", "--processes", "2", "--process", "2"],
             "process is 2 and processes is 2; it is from 0 to one less",
         ),
-        (["compare", "--sigma-w", "1e300"], "sigma_w is 1e+300; it is at most 1e+150"),
+        (["compare", "--sigma-w", "1e300"], "sigma_w is 1e+300; it is a number above 0, whose sq"),
         (["compare", "--distribution", ""], "unknown distribution ''"),
         (["remedies", "--sigma-b", "1e300"], "sigma_b is 1e+300; it is at most 1e+150"),
         (["compare", "--out", ""], "out is ''; it is the name of a folder, new or not"),

@@ -93,9 +93,9 @@ def check_memory(name: str, value: int, needed: int) -> None:
         )
 
 
-def check_deviation(name: str, value: float | None) -> None:
+def check_deviation(name: str, value: float) -> None:
     """Raise if a standard deviation has no variance that is a float; what else it is not, later."""
-    if value is not None and LARGEST_DEVIATION < value < math.inf:
+    if LARGEST_DEVIATION < value < math.inf:
         raise InputError(f"{name} is {value}; it is at most {LARGEST_DEVIATION:g}")
 
 
