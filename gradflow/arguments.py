@@ -5,18 +5,18 @@ their shape and dtype: that is checked there too, and their values are not.
 """
 
 import math
-from collections.abc import Sequence
 from numbers import Integral
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import DTypeLike
 from jaxtyping import Array, PRNGKeyArray
 
 from gradflow.errors import InputError, is_traced
 
-__all__ = ["PRNG", "as_inputs", "as_key", "as_real", "check_instance", "from_seed", "shown"]
+__all__ = ["PRNG", "as_key", "as_real", "check_instance", "from_seed", "shown"]
 
 # The kind of every key that is made of a seed, whatever JAX's default is: a seed draws the same
 # networks everywhere.
@@ -73,20 +73,20 @@ def as_key(key: Any, name: str = "key") -> PRNGKeyArray:
     """
     if isinstance(key, Integral):
         return from_seed(key)
-    if isinstance(key, jax.Array | np.ndarray):
-        if jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
-            if key.shape == ():
-                return jnp.asarray(key)
-        elif key.dtype == np.uint32 and key.shape == (2,):  # an old-style raw key
-            return jax.random.wrap_key_data(jnp.asarray(key), impl=PRNG)
+    kind: Any = getattr(key, "dtype", None)
+    shape = getattr(key, "shape", None)
+    if isinstance(key, jax.Array) and jnp.issubdtype(kind, jax.dtypes.prng_key) and shape == ():
+        return key
+    if isinstance(key, jax.Array | np.ndarray) and kind == np.uint32 and shape == (2,):
+        return jax.random.wrap_key_data(jnp.asarray(key), impl=PRNG)  # an old-style raw key
     raise InputError(
         f"{name} is {shown(key)}; it is one JAX key, as jax.random.key(0) makes it, or a whole "
         "number as a seed"
     )
 
 
-def as_real(name: str, value: Any) -> Array | np.ndarray:
-    """Return an array of floats: integers and booleans become float32, before anything wraps.
+def as_real(name: str, value: Any, whole: DTypeLike = np.float32) -> Array | np.ndarray:
+    """Return an array of floats: integers and booleans become ``whole``, before anything wraps.
 
     What is no JAX array becomes one of NumPy.
 
@@ -109,34 +109,8 @@ def as_real(name: str, value: Any) -> Array | np.ndarray:
     if not math.prod(array.shape):
         raise InputError(f"{name} has shape {array.shape}; it has at least one number")
     if not jnp.issubdtype(array.dtype, jnp.floating):
-        array = array.astype(np.float32)
+        array = array.astype(whole)
     finite = jnp.isfinite if isinstance(array, jax.Array) else np.isfinite
     if not is_traced(array) and not bool(finite(array).all()):
         raise InputError(f"{name} has values that are not finite; every one is a finite number")
     return array
-
-
-def as_inputs(
-    inputs: Any, width: int, *, sites: Sequence[str] = ("inputs",), name: str = "inputs"
-) -> Array:
-    """Return the inputs of networks as a JAX array of floats, shape (inputs, width).
-
-    Raises
-    ------
-    InputError
-        As `as_real`, or if they are of another shape or beyond the range of the float type that
-        JAX holds them in.
-    """
-    array = as_real(name, inputs)
-    if array.ndim != 2 or array.shape[1] != width:
-        raise InputError(
-            f"{name} has shape {array.shape}; it is ({', '.join(sites)}, {width}) for this "
-            "network, with at least one input"
-        )
-    with np.errstate(over="ignore"):  # it is looked for
-        found = jnp.asarray(array)
-    if not is_traced(found) and not bool(jnp.isfinite(found).all()):
-        raise InputError(
-            f"{name} has values beyond {found.dtype}'s range; turn JAX's x64 mode on, or scale them"
-        )
-    return found

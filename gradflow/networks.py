@@ -10,16 +10,19 @@ import dataclasses
 import itertools
 import math
 from collections.abc import Callable, Sequence
+from fractions import Fraction
 from typing import Any
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Array, ArrayLike, Float
 
 from gradflow import activations, ensembles
 from gradflow.activations import Activation
+from gradflow.arguments import as_real, check_instance
 from gradflow.blocks import (
     AbstractBlock,
     AbstractLayer,
@@ -42,16 +45,18 @@ from gradflow.blocks import (
 from gradflow.ensembles import Ensemble
 from gradflow.errors import InputError, check_count, is_traced, unknown_name
 
-__all__ = ["Network", "Stage", "as_sites", "convolutional", "mlp", "narrowed", "recurrent"]
-__all__ += ["residual", "stack", "unit_variance", "with_biases"]
+__all__ = ["Network", "Stage", "as_inputs", "as_sites", "check_network", "checked_inputs"]
+__all__ += ["convolutional", "mlp", "narrowed", "recurrent", "residual", "stack", "unit_variance"]
+__all__ += ["with_biases"]
 
 
 class Stage(eqx.Module):
     """One block, repeated: with independent weights each time or, ``tied``, with the same ones.
 
     A tied stage is one layer over time: its weights and biases are drawn once, and what is not a
-    parameter (a dropout mask, an input) at every step. The theory takes no notice, and means that
-    of untied weights: see `recurrent`.
+    parameter (a dropout mask, an input) at every step. The theory is that of untied weights, which
+    has the same limit (see `recurrent`) unless a unit's signal goes on beside the weights, as in a
+    GRU, an LSTM and a Residual: then there is none (see `theory.mean_field.predict`).
     """
 
     block: AbstractBlock
@@ -489,6 +494,57 @@ def as_sites(images: Float[ArrayLike, "inputs *shape channels"]) -> Float[Array,
     return images.reshape(-1, images.shape[-1])
 
 
+def check_network(network: Any) -> None:
+    """Raise `InputError` unless it is a network."""
+    check_instance(
+        "network", network, Network, "a Network, as networks.mlp([64, 100, 10]) makes one"
+    )
+
+
+def checked_inputs(inputs: Any, network: Any) -> Array | np.ndarray:
+    """Return a batch of a network's inputs as an array of floats, shape (sites, n_0).
+
+    Integers become float32, whatever their size; floats stay what they are.
+
+    Raises
+    ------
+    InputError
+        If the network is none, or inputs are not of this shape, not real or not finite.
+    """
+    check_network(network)
+    array = as_real("inputs", inputs)
+    if array.ndim != 2 or array.shape[1] != network.input_width:
+        raise InputError(
+            f"inputs has shape {array.shape}; it is (inputs, {network.input_width}) for this "
+            "network"
+        )
+    positions = math.prod(stage.block.merges for stage in network.stages)
+    if len(array) % positions:
+        raise InputError(
+            f"inputs has {len(array)} rows; for this network each input is {positions} of them, "
+            "its positions one after the other (networks.as_sites)"
+        )
+    return array
+
+
+def as_inputs(inputs: Any, network: Any) -> Array:
+    """Return `checked_inputs` as JAX holds them.
+
+    Raises
+    ------
+    InputError
+        As `checked_inputs`, or if they are beyond the range of JAX's float type.
+    """
+    array = checked_inputs(inputs, network)
+    with np.errstate(over="ignore"):  # it is looked for
+        found = jnp.asarray(array)
+    if not is_traced(found) and not bool(jnp.isfinite(found).all()):
+        raise InputError(
+            f"inputs has values beyond {found.dtype}'s range; turn JAX's x64 mode on, or scale them"
+        )
+    return found
+
+
 def recurrent(
     input_width: int,
     width: int,
@@ -713,11 +769,12 @@ def check_lsuv(network: Network) -> None:
         )
 
 
-def narrowed(network: Network, factor: int) -> Network:
+def narrowed(network: Network, factor: int | Fraction) -> Network:
     """Return the network with every layer's width divided by ``factor``, σ_w and σ_b kept.
 
     It has the same infinite-width limit for the same inputs, and finite-width effects ``factor``
-    times as large: what tells such an effect from an error. The input keeps its width.
+    times as large: what tells such an effect from an error. The input keeps its width. A factor of
+    1/8 makes every layer eight times as wide.
 
     Raises
     ------

@@ -24,11 +24,13 @@ from jaxtyping import Array, Bool, Float
 
 from gradflow import gaussian
 from gradflow.activations import Activation
-from gradflow.errors import UnknownName, unknown_name
+from gradflow.arguments import check_instance
+from gradflow.errors import InputError, UnknownName, unknown_name
 from gradflow.norms import unit_rows
 
 __all__ = ["ALL", "SATURATION_THRESHOLD", "BackwardLaw", "BackwardSample", "ForwardLaw"]
-__all__ += ["ForwardSample", "Prediction", "Statistic", "Values", "key_of", "named"]
+__all__ += ["ForwardSample", "Prediction", "Statistic", "Values", "checked"]
+__all__ += ["key_of", "named"]
 
 # A unit counts as saturated when its slope is below this fraction of the activation's largest
 # slope. For the logistic that is an output below 0.01 or above 0.99: σ' < 0.01 · 0.99.
@@ -95,12 +97,14 @@ class BackwardLaw(eqx.Module):
     """The gradient at one layer at infinite width, per input, as logs.
 
     ``log_variance`` is of one component of δ; ``log_ratio`` is log χ, NaN at the top layer.
+    ``missing`` says why there is no theory of some layers' signals and gradients, if so.
     """
 
     log_variance: Float[Array, "*layers sites"]
     log_ratio: Float[Array, "*layers sites"]
     log_weight_variance: Float[Array, "*layers"]
     width: Float[Array, "*layers"]
+    missing: str | None = eqx.field(static=True, default=None)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,7 +118,8 @@ class Statistic:
     label
         Axis label, with its unit where it has one.
     measure, predict
-        From a sample of one layer, and from its law, to a scalar (a logarithm if ``log``).
+        From a sample of one layer, and from its law, to a scalar (a logarithm if ``log``). A
+        statistic without ``predict`` is measured, and theory says nothing of it.
     backward
         Whether it is read on the way down.
     log
@@ -128,7 +133,7 @@ class Statistic:
     name: str
     label: str
     measure: Callable[..., Array]
-    predict: Callable[..., Array]
+    predict: Callable[..., Array] | None = None
     backward: bool = False
     log: bool = False
     sites: int = 1
@@ -193,6 +198,12 @@ def _over_sites(f: Callable[[Array], Array], law: ForwardLaw) -> Array:
     return jnp.where(law.gaussian, found, jnp.nan)
 
 
+def _saturated_slope(sample: ForwardSample) -> float:
+    """Return the slope below which a unit is saturated, in the floats' range."""
+    largest = float(jnp.finfo(sample.slope.dtype).max)
+    return min(SATURATION_THRESHOLD * sample.max_slope, largest)
+
+
 q = Statistic(
     "q",
     "second moment of pre-activations q",
@@ -239,7 +250,7 @@ activation_variance = Statistic(
 saturation = Statistic(
     "saturation",
     f"fraction of units with |φ'| < {SATURATION_THRESHOLD:.3g} max|φ'|",
-    measure=lambda s: jnp.mean(jnp.abs(s.slope) < SATURATION_THRESHOLD * s.max_slope),
+    measure=lambda s: jnp.mean(jnp.abs(s.slope) < _saturated_slope(s)),
     predict=lambda law: jnp.mean(
         _over_sites(lambda v: gaussian.saturation(law.activation, v, SATURATION_THRESHOLD), law)
     ),
@@ -337,13 +348,21 @@ class Prediction(eqx.Module):
     ----------
     values
         By key: positive quantities as natural logarithms, under ``log_<name>``.
+    missing
+        One sentence that says why there is no number of some layers (NaN), or None.
     """
 
     values: dict[str, Array | np.ndarray] = eqx.field(converter=Values)
+    missing: str | None = eqx.field(static=True, default=None)
 
     def __getitem__(self, name: str) -> Array | np.ndarray:
         """Return a statistic by its key, or by its name: then in its own unit, no logarithm."""
         return self.values[name]
+
+    def __repr__(self) -> str:
+        """Return what there is, in one line."""
+        shape = jnp.shape(next(iter(self.values.values()), jnp.zeros(0)))
+        return f"theory of shape {shape}, the last axis that of layers: {', '.join(self.values)}"
 
     def to_xarray(self) -> xarray.Dataset:
         """Return the labelled values: every quantity by name and, where it has one, its log."""
@@ -366,9 +385,9 @@ def with_names(values: Mapping[str, Any]) -> dict[str, Any]:
     return {**logs, **values}
 
 
-def labelled(dataset: xarray.Dataset) -> xarray.Dataset:
-    """Give every variable that is named after a statistic its label."""
-    for statistic in ALL:
+def labelled(dataset: xarray.Dataset, known: Iterable[Statistic] | None = None) -> xarray.Dataset:
+    """Give every variable that is named after a statistic (of `ALL`) its label."""
+    for statistic in ALL if known is None else known:
         names = {statistic.name: statistic.label}
         if statistic.log:
             names[statistic.key] = f"natural logarithm of {statistic.label}"
@@ -377,6 +396,26 @@ def labelled(dataset: xarray.Dataset) -> xarray.Dataset:
                 if variable in dataset:
                     dataset[variable].attrs["long_name"] = words
     return dataset
+
+
+def checked(wanted: Any) -> tuple[Statistic, ...]:
+    """Return the statistics to measure.
+
+    Raises
+    ------
+    InputError
+        If one is none, or two have one name.
+    """
+    found = tuple(wanted) if isinstance(wanted, Iterable) else (wanted,)
+    for statistic in found:
+        check_instance(
+            "wanted", statistic, Statistic, "Statistics, as statistics.ALL or (statistics.q,)"
+        )
+    names = [statistic.name for statistic in found]
+    for name in names:
+        if names.count(name) > 1:
+            raise InputError(f"wanted has {name!r} twice; each statistic has a name of its own")
+    return found
 
 
 def named() -> dict[str, Statistic]:

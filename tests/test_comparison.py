@@ -58,7 +58,7 @@ def test_finite_width_effects_are_told_from_errors():
     found = comparison.confront(network, X, key=3, networks=4000)
     assert found["log_gradient_norm"].status[0] == Status.FINITE_WIDTH
     assert "finite-width effect" in found.agreement
-    assert "by what theory says of this width" in found.agreement
+    assert "are what theory says of this width" in found.agreement
     assert not found.narrower
     without = comparison.confront(network, X, key=3, networks=4000, explain=False)
     assert without["log_gradient_norm"].status[0] == Status.DIFFERS

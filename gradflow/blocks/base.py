@@ -3,6 +3,7 @@
 import abc
 import math
 from collections.abc import Callable
+from fractions import Fraction
 from typing import Any
 
 import equinox as eqx
@@ -119,8 +120,8 @@ class AbstractBlock(eqx.Module):
         """Return its random matrices' shapes (n_out, n_in), in their order."""
         return ()
 
-    def narrowed(self, factor: int) -> "AbstractBlock":  # noqa: ARG002
-        """Return the block with its widths divided by ``factor`` and its scales kept."""
+    def narrowed(self, factor: int | Fraction) -> "AbstractBlock":  # noqa: ARG002
+        """Return it with its widths divided by ``factor``, 1/8 for wider, and its scales kept."""
         return self
 
 

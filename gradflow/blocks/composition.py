@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable
+from fractions import Fraction
 
 import jax
 import jax.numpy as jnp
@@ -54,7 +55,7 @@ class Chain(AbstractComposite):
             n_in = part.width_after(n_in)
         return n_in
 
-    def narrowed(self, factor: int) -> "Chain":
+    def narrowed(self, factor: int | Fraction) -> "Chain":
         """Return the chain with the widths of its blocks divided by ``factor``."""
         return Chain(tuple(part.narrowed(factor) for part in self.parts))
 
@@ -129,6 +130,6 @@ class Residual(AbstractComposite):
             )
         return n_in
 
-    def narrowed(self, factor: int) -> "Residual":
+    def narrowed(self, factor: int | Fraction) -> "Residual":
         """Return it with the branch's widths divided by ``factor``, α kept."""
         return dataclasses.replace(self, branch=self.branch.narrowed(factor))

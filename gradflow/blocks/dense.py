@@ -3,6 +3,7 @@
 import abc
 import dataclasses
 from collections.abc import Callable
+from fractions import Fraction
 from typing import Any
 
 import equinox as eqx
@@ -95,7 +96,7 @@ class Linear(AbstractBlock):
         """Return the shape of W."""
         return ((self.units, n_in),)
 
-    def narrowed(self, factor: int) -> "Linear":
+    def narrowed(self, factor: int | Fraction) -> "Linear":
         """Return the layer with its units divided by ``factor``, σ_w and σ_b kept."""
         return dataclasses.replace(self, units=self.units // factor)
 
@@ -128,7 +129,7 @@ class AbstractLayer(AbstractBlock):
         """Return the number of units."""
         return self.linear.width_after(n_in)
 
-    def narrowed(self, factor: int) -> "AbstractLayer":
+    def narrowed(self, factor: int | Fraction) -> "AbstractLayer":
         """Return the layer with its units divided by ``factor``, σ_w and σ_b kept."""
         fewer: dict[str, Any] = {"units": self.linear.units // factor}
         return dataclasses.replace(self, **fewer)

@@ -1,5 +1,6 @@
 """Commands that simulate networks and put theory beside them: compare, study."""
 
+import json
 import math
 from pathlib import Path
 from typing import Annotated, Any
@@ -111,6 +112,8 @@ def compare(
     console.print(_table_of_one(result))
     console.print(f"verdict   {result.verdict.sentence}")
     console.print(f"agreement {result.agreement}")
+    for line in _said_of_ranges(result):
+        console.print(f"range     {line}")
     console.print(
         f"sampler   {simulation.sampler}: {simulation.reason}; {simulation.networks} networks in "
         f"{simulation.seconds:.2f} s, after {simulation.compile_seconds:.1f} s of compiling"
@@ -396,6 +399,17 @@ def _table_of_remedies(title: str, outcomes: Any) -> Table:
     return table
 
 
+def _said_of_ranges(result: Any) -> list[str]:
+    """Return, for each float type, in which layers signals and gradients leave its range."""
+    from gradflow import float_ranges  # noqa: PLC0415
+
+    found = result.float_ranges
+    return [
+        f"{of}: {float_ranges.sentence(found['theory'], found['simulation'], of)}"
+        for of in float_ranges.DTYPES
+    ]
+
+
 def _table_of_one(result: Any) -> Table:
     from gradflow import statistics  # noqa: PLC0415
     from gradflow.comparison import Status  # noqa: PLC0415
@@ -541,6 +555,7 @@ def _as_json(result: Any, dataset: xarray.Dataset) -> dict[str, Any]:
         "networks": result.simulation.networks,
         "sampler": result.simulation.sampler,
         "verdict": vars(verdict),
+        "float_ranges": json.loads(dataset.attrs["float_ranges"]),
         "agreement": result.agreement,
         "layers": {
             name: values.values.tolist()

@@ -59,16 +59,25 @@ def activation_variance(results: Families) -> Figure:
 
 
 def gradient_norm(results: Families) -> Figure:
-    """Root mean square of ∂C/∂z over units, by layer, relative to the top, as log₁₀.
+    """Norm of ∂C/∂z in the typical network, by layer, relative to theory's at the top, as log₁₀.
 
     Parameters
     ----------
     results
         As for `activation_variance`.
     """
-    return _by_layer(
-        results, "log_gradient_variance", 1 / (2 * LN10), "log₁₀ r.m.s. gradient ∂C/∂z (top = 0)"
-    )
+    key = "log_gradient_norm"
+    relative = {
+        title: {name: _relative(dataset, key, -1) for name, dataset in family.items()}
+        for title, family in results.items()
+    }
+    return _by_layer(relative, key, 1 / LN10, "log₁₀ gradient norm ‖∂C/∂z‖ (top = 0)")
+
+
+def _relative(dataset: xarray.Dataset, key: str, layer: int) -> xarray.Dataset:
+    """Return results with a logarithm relative to theory's in the layer of this place."""
+    at_origin = dataset[f"{key}_theory"].isel(layer=layer, drop=True)
+    return dataset.assign({k: dataset[k] - at_origin for k in (key, f"{key}_theory")})
 
 
 def saturation(results: Families) -> Figure:
@@ -96,7 +105,7 @@ def remedies(results: Mapping[str, xarray.Dataset]) -> Figure:
     grid = figure.subplots(rows, columns, squeeze=False, sharex=True).ravel()
     sick = next(iter(results.values()))
     lines = {
-        "r.m.s. gradient ∂C/∂z, relative to the top": ("log_gradient_variance", 0.5, -1),
+        "gradient norm ‖∂C/∂z‖, relative to the top": ("log_gradient_norm", 1.0, -1),
         "r.m.s. signal z, relative to layer 1": ("log_q", 0.5, 0),
     }
     for axes, (title, dataset) in zip(grid, results.items(), strict=False):
@@ -110,10 +119,7 @@ def remedies(results: Mapping[str, xarray.Dataset]) -> Figure:
                     color="0.75",
                     linestyle=("-", "--")[index],
                 )
-            relative = dataset.assign(
-                {k: dataset[k] - dataset[k].isel(at_origin) for k in (key, f"{key}_theory")}
-            )
-            _draw(axes, relative, key, unit / LN10, name, index)
+            _draw(axes, _relative(dataset, key, origin), key, unit / LN10, name, index)
         axes.set_title(title, fontsize=8.5)
         axes.tick_params(labelsize=7.5)
         axes.set_ylim(*at_least(axes.get_ylim(), LEAST_SPAN))

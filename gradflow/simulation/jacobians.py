@@ -21,9 +21,10 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from gradflow import compilation
+from gradflow.arguments import as_key, as_real, check_instance
 from gradflow.blocks import AbstractBlock
 from gradflow.errors import InputError, check_count
-from gradflow.networks import Network
+from gradflow.networks import Network, as_inputs, check_network
 from gradflow.norms import unit_rows
 from gradflow.simulation import questions, samplers
 from gradflow.simulation.matrices import Drawn, Matrix
@@ -237,17 +238,13 @@ def draw(
     InputError
         If the sampler cannot draw the weights, there is no such stretch, or the inputs do not fit.
     """
+    inputs, key = as_inputs(inputs, network), as_key(key)
     above = network.depth if above is None else above
     below, above = check_count("below", below, 0), check_count("above", above)
     if not below < above <= network.depth:
         raise InputError(
             f"below is {below} and above is {above}; it takes 0 <= below < above <= "
             f"{network.depth}, the network's depth"
-        )
-    if inputs.ndim != 2 or inputs.shape[1] != network.input_width:
-        raise InputError(
-            f"inputs has shape {inputs.shape}; it is (inputs, {network.input_width}) for this "
-            "network"
         )
     sites = inputs.shape[0]
     places = (
@@ -349,6 +346,12 @@ def layer_jacobians(
     InputError
         If a layer has no Jacobian for one input alone, as under BatchNorm.
     """
+    check_network(network)
+    x = jnp.asarray(as_real("x", x))
+    if x.shape != (network.input_width,):
+        raise InputError(
+            f"x has shape {x.shape}; it is ({network.input_width},), one input of this network"
+        )
     if network.mixes_sites:
         raise InputError(
             "layer_jacobians is of one input alone, and this network's BatchNorm, UnitVariance or "
@@ -410,6 +413,7 @@ def end_to_end(network: Network, inputs: Float[Array, "sites n_0"], key: PRNGKey
     InputError
         If there are several inputs.
     """
+    inputs, key = as_inputs(inputs, network), as_key(key)
     if inputs.shape[0] != 1:
         raise InputError(f"inputs has {inputs.shape[0]} rows; an end-to-end Jacobian is at one")
     make = Maker("dense", None)
@@ -501,7 +505,8 @@ def log_traces(
     """
     powers, probes = check_count("powers", powers), check_count("probes", probes)
     sites, n_in = jacobian.tangent_shape
-    v = jax.random.normal(key, (probes, sites, n_in), jacobian.dtype)
+    check_instance("jacobian", jacobian, Jacobian, "what jacobians.draw returns")
+    v = jax.random.normal(as_key(key), (probes, sites, n_in), jacobian.dtype)
     v, _ = _at_length_one(v, jnp.zeros(probes, v.dtype))
     log = jnp.full(probes, math.log(sites * n_in) / 2, v.dtype)
     logs = []
@@ -588,6 +593,7 @@ def sampled_partial_norms(
     InputError
         If a layer merges sites, as a mean over positions does, or the sampler is unknown.
     """
+    inputs, key = as_inputs(inputs, network), as_key(key)
     if any(stage.block.merges > 1 for stage in network.stages):
         raise InputError(
             "sampled_partial_norms is of layers with equally many sites, and a layer of this "

@@ -29,12 +29,12 @@ from gradflow import compilation, estimation, statistics
 from gradflow.arguments import as_key
 from gradflow.errors import InputError, check_count
 from gradflow.estimation import Estimate, Histogram
-from gradflow.networks import Network
+from gradflow.networks import Network, as_inputs
 from gradflow.simulation import memory, propagation, samplers, singular_values, threefry
-from gradflow.statistics import Statistic, Values
+from gradflow.statistics import Statistic, Values, key_of, labelled, layers
 
 __all__ = ["LOG_SINGULAR_VALUES", "OVERFLOWED", "VANISHED", "Laws", "Progress", "Simulation"]
-__all__ += ["check_inputs", "compiled", "in_order", "of_one", "own_networks", "simulate"]
+__all__ += ["compiled", "in_order", "of_one", "own_networks", "simulate"]
 
 # Called as (networks done, networks in all); the first call, with 0, comes before compilation.
 Progress = Callable[[int, int], None]
@@ -62,6 +62,8 @@ class Simulation(eqx.Module):
     overflowed, vanished
         Shape (layers,): in how many networks the signal going up was not finite, or nothing but
         zeros (a dead network, or an underflow).
+    statistics
+        What was measured.
     network, sites, networks, sampler, reason, dtype, seconds, compile_seconds
         What was simulated, how, and for how long: the walk itself, and compiling it.
     """
@@ -72,6 +74,7 @@ class Simulation(eqx.Module):
     overflowed: np.ndarray
     vanished: np.ndarray
     network: Network
+    statistics: tuple[Statistic, ...] = eqx.field(static=True)
     sites: int = eqx.field(static=True)
     networks: int = eqx.field(static=True)
     sampler: str = eqx.field(static=True)
@@ -82,27 +85,40 @@ class Simulation(eqx.Module):
 
     def __getitem__(self, name: str) -> Estimate:
         """Return a statistic's estimate, by its name or its key."""
-        return self.estimates[statistics.key_of(name, self.estimates)]
+        return self.estimates[key_of(name, self.estimates)]
+
+    def __repr__(self) -> str:
+        """Return what was simulated in one line."""
+        few = 8
+        network, widths = self.network, "-".join(map(str, self.network.widths))
+        if len(network.widths) > few:
+            widths = f"{network.widths[0]}-{network.widths[1]}-…-{network.widths[-1]}"
+        return (
+            f"{self.networks} networks {network.name!r}, {widths}, {network.depth} layers, "
+            f"{self.sites} {'input' if self.sites == 1 else 'inputs'}, {self.sampler} in "
+            f"{self.dtype}: {', '.join(self.estimates)}"
+        )
 
     def to_xarray(self) -> xarray.Dataset:
         """Return the labelled estimates: mean, standard deviation and error over networks."""
-        known = statistics.named()
         found: dict[str, np.ndarray] = {}
-        for key, estimate in self.estimates.items():
-            name = known[key].name
+        for statistic in self.statistics:
+            name, key = statistic.name, statistic.key
+            estimate = self.estimates[key]
             found[name] = estimate.value
             found[f"{name}_standard_deviation"] = estimate.standard_deviation
             found[f"{name}_standard_error"] = estimate.standard_error
             found[f"{name}_networks"] = estimate.count
-            if known[key].log:
+            if statistic.log:
                 found[key] = estimate.log_value
                 found[f"{key}_standard_error"] = estimate.log_standard_error
         found |= {"overflowed": self.overflowed, "vanished": self.vanished}
-        dataset = statistics.labelled(
+        dataset = labelled(
             xarray.Dataset(
                 {name: ("layer", value) for name, value in found.items()},
-                coords={"layer": statistics.layers(self.network.depth)},
-            )
+                coords={"layer": layers(self.network.depth)},
+            ),
+            self.statistics,
         )
         for name, histogram in self.histograms.items():
             bins, prefix = f"{name}_bin", f"{name}_histogram"
@@ -181,7 +197,7 @@ def simulate(
         into memory.
     """
     networks = check_count("networks", networks)
-    inputs = check_inputs(inputs, network)
+    inputs = as_inputs(inputs, network)
     sites = inputs.shape[0]
     sampler, reason = samplers.choose(sampler, network, sites)
     key = as_key(key)
@@ -199,7 +215,7 @@ def simulate(
         devices=devices,
     )
     block = plan.block if block is None else check_count("block", block)
-    wanted = tuple(s for s in wanted if s.sites <= sites)
+    wanted = tuple(s for s in statistics.checked(wanted) if s.sites <= sites)
 
     begun = time.perf_counter()
     if progress:
@@ -246,6 +262,7 @@ def simulate(
         overflowed=overflowed,
         vanished=vanished,
         network=network,
+        statistics=wanted,
         sites=sites,
         networks=networks,
         sampler=sampler,
@@ -254,21 +271,6 @@ def simulate(
         seconds=finished - ready,
         compile_seconds=ready - begun,
     )
-
-
-def check_inputs(inputs: ArrayLike, network: Network) -> Array:
-    """Return the inputs as the array that a simulation takes, or raise what `simulate` does."""
-    inputs = jnp.asarray(inputs)
-    if inputs.ndim != 2 or inputs.shape[1] != network.input_width or not inputs.shape[0]:
-        raise InputError(
-            f"inputs has shape {inputs.shape}; it is (inputs, {network.input_width}) for this "
-            "network, with at least one input"
-        )
-    if not jnp.issubdtype(inputs.dtype, jnp.floating):
-        inputs = inputs.astype(jnp.float32)
-    if not bool(jnp.all(jnp.isfinite(inputs))):
-        raise InputError("inputs has values that are not finite; every one must be a finite number")
-    return inputs
 
 
 def _chunk_size(networks: int, block: int, workers: int, values: int) -> int:

@@ -26,9 +26,10 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from gradflow import statistics
+from gradflow.arguments import as_key
 from gradflow.blocks import AbstractBlock
 from gradflow.errors import InputError, is_traced
-from gradflow.networks import Network, Stage, check_lsuv
+from gradflow.networks import Network, Stage, as_inputs, check_lsuv
 from gradflow.norms import unit_rows
 from gradflow.simulation import questions, samplers
 from gradflow.simulation.matrices import Drawn, Matrix
@@ -87,7 +88,7 @@ def propagate(
     key
         The network's key.
     sampler
-        ``"dense"`` or ``"matrix_free"``; see `gradflow.simulation.samplers`.
+        ``"dense"``, ``"matrix_free"`` or ``"auto"``; see `gradflow.simulation.samplers`.
     weights
         The network's weights and biases, of `training.initial_weights` or trained, where they are
         not to be drawn; the sampler has no say then, and the key draws what is no parameter.
@@ -112,8 +113,15 @@ def propagate(
         ``chi`` is NaN at the top layer. Of weights that time steps share, the gradient at a layer
         is that step's contribution: ∂C/∂W is the sum over the steps. A signal that leaves the
         float's range makes its statistics infinite or NaN from that layer on.
+
+    Raises
+    ------
+    InputError
+        If the inputs do not fit the network or are not finite, the key or a statistic is none, or
+        the sampler cannot draw the weights.
     """
-    wanted = [s for s in wanted if s.sites <= inputs.shape[0]]
+    inputs, key = as_inputs(inputs, network), as_key(key)
+    wanted = [s for s in statistics.checked(wanted) if s.sites <= inputs.shape[0]]
     policy = _Keep(linearisations=keep, signals=not checkpoint)
     given = _Given(weights, cotangent)
     return _walk(network, inputs, key, sampler, wanted, policy, given=given)[0]
@@ -131,6 +139,7 @@ def signals(
 
     Or those of one with these weights, as for `propagate`.
     """
+    inputs, key = as_inputs(inputs, network), as_key(key)
     given = _Given(weights)
     collected = _walk(network, inputs, key, sampler, (), _Keep(), collect=True, given=given)[1]
     (z, log_scale), (gradient, log_norm) = (zip(*side, strict=True) for side in collected)
@@ -168,8 +177,9 @@ def lsuv(
     ----------
     Mishkin & Matas 2016, arXiv:1511.06422, algorithm 1.
     """
+    inputs, key = as_inputs(inputs, network), as_key(key)
     check_lsuv(network)
-    multiply_by_one = SAMPLERS[sampler]
+    multiply_by_one = SAMPLERS[samplers.choose(sampler, network, len(inputs))[0]]
     tap = jnp.zeros((inputs.shape[0],) * 2, inputs.dtype)
 
     def up(signal: Array, key: PRNGKeyArray, block: AbstractBlock) -> tuple[Array, Array]:
@@ -237,6 +247,8 @@ def _walk(
     given: _Given = _NOTHING_GIVEN,
 ) -> tuple[Values, tuple[list, list]]:
     """Walk up and down; return the statistics and, if asked, every stage's signals both ways."""
+    if given.weights is None:
+        sampler = samplers.choose(sampler, network, len(inputs))[0]
     forward = [s for s in wanted if not s.backward]
     backward = [s for s in wanted if s.backward]
     sites = inputs.shape[0]
@@ -317,7 +329,7 @@ def _walk(
 
 def _row(values: Sequence[Array], dtype: DTypeLike) -> Array:
     """Return one layer's statistics as one array: fewer arrays take less time to compile."""
-    return jnp.stack([v.astype(dtype) for v in values]) if values else jnp.zeros(0, dtype)
+    return jnp.stack([jnp.asarray(v, dtype) for v in values]) if values else jnp.zeros(0, dtype)
 
 
 class _Logs(NamedTuple):

@@ -188,7 +188,7 @@ def choose(name: str, network: Network, sites: int = 1) -> tuple[str, str]:
         return "matrix_free", (
             f"{kind} weights: exact without drawing them, in {free / drawn:.2g} of the operations"
         )
-    if name not in SAMPLERS:
+    if not isinstance(name, str) or name not in SAMPLERS:
         raise unknown_name("sampler", name, [*SAMPLERS, "auto"])
     if name == "matrix_free" and not network.rotation_invariant:
         laws = (d for s in network.stages for d in s.block.distributions)

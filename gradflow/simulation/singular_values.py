@@ -36,9 +36,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, ArrayLike, Float, Int, PRNGKeyArray
 
-from gradflow.arguments import from_seed
+from gradflow.arguments import as_key, check_instance, from_seed
 from gradflow.errors import InputError, check_count, is_traced
-from gradflow.networks import Network
+from gradflow.networks import Network, as_inputs
 from gradflow.norms import unit_rows
 from gradflow.simulation import jacobians, memory
 from gradflow.simulation.jacobians import Jacobian
@@ -179,6 +179,7 @@ def of_jacobian(jacobian: Jacobian) -> LogSingularValues:
         Drawn ``matrix_free`` it needs places for as many cotangents as there are outputs, or for as
         many tangents as there are inputs, whichever are fewer.
     """
+    check_instance("jacobian", jacobian, Jacobian, "what jacobians.draw returns")
     n_in, n_out = math.prod(jacobian.tangent_shape), math.prod(jacobian.cotangent_shape)
     basis = jnp.eye(min(n_in, n_out), dtype=jacobian.dtype)
     if n_out <= n_in:
@@ -596,8 +597,8 @@ def extreme_singular_values(
         raise InputError(f"tolerance is {tolerance!r}; it is a number above 0")
     if leading + trailing == 0:
         raise InputError("leading and trailing are 0; at least one is more")
+    inputs, key = as_inputs(inputs, network), as_key(key)
     name = jacobians.chosen_sampler(sampler, network)
-    inputs = jnp.asarray(inputs)
     numbers = network.as_arrays(inputs.dtype)
     free = memory.available() if memory_budget is None else memory_budget
     places = min(most_steps, max(_MORE_PLACES, 2 * (leading + trailing)))

@@ -36,7 +36,7 @@ from gradflow.comparison import (
 from gradflow.errors import InputError, check_count
 from gradflow.estimation import Estimate
 from gradflow.simulation.monte_carlo import Simulation, simulate
-from gradflow.statistics import Prediction
+from gradflow.statistics import Prediction, Statistic
 from gradflow.statistics import chi as chi_statistic
 from gradflow.studies import description, plan, results
 from gradflow.studies.grid_point import Point
@@ -216,7 +216,7 @@ class _Known:
     """What the store has of a point; arrays of shape (statistics, layers)."""
 
     point: Point
-    keys: tuple[str, ...]
+    statistics: tuple[Statistic, ...]
     estimates: Estimate
     failures: np.ndarray
     theory: dict[str, np.ndarray]
@@ -225,7 +225,7 @@ class _Known:
 
     def by_key(self, values: np.ndarray) -> dict[str, jax.Array | np.ndarray]:
         """Return a row of the values for each statistic."""
-        return dict(zip(self.keys, values, strict=True))
+        return dict(zip((s.key for s in self.statistics), values, strict=True))
 
     def simulation(self) -> Simulation:
         """Return the networks as `simulate` has them; how long they took is not known."""
@@ -233,14 +233,15 @@ class _Known:
         counts = self.estimates.count + self.estimates.excluded
         return Simulation(
             estimates={
-                key: jax.tree.map(lambda leaf, place=place: leaf[place], self.estimates)
-                for place, key in enumerate(self.keys)
+                s.key: jax.tree.map(lambda leaf, place=place: leaf[place], self.estimates)
+                for place, s in enumerate(self.statistics)
             },
             histograms={},
             samples={},
             overflowed=overflowed,
             vanished=vanished,
             network=self.point.network(),
+            statistics=self.statistics,
             sites=self.group.sites,
             networks=int(counts.max()),
             sampler=self.group.sampler,
@@ -254,7 +255,6 @@ class _Known:
 def _known(store: Store) -> dict[int, _Known]:
     """Return what the store has, by the point's number."""
     study, found = store.study, {}
-    keys = tuple(statistic.key for statistic in study.statistics)
     for group in plan.groups(study):
         total = results.of_group(group, store)
         if total is None:
@@ -263,7 +263,7 @@ def _known(store: Store) -> dict[int, _Known]:
         for row, number in enumerate(group.numbers.tolist()):
             found[number] = _Known(
                 point=study.point(number),
-                keys=keys,
+                statistics=tuple(study.statistics),
                 estimates=jax.tree.map(lambda leaf, row=row: leaf[row], total.estimates),
                 failures=total.failures[row],
                 theory={name: values[row] for name, values in theory.items()},

@@ -19,6 +19,7 @@ Scales that are negative or not finite raise `InputError`, where they are known 
 runs (outside jit).
 """
 
+import dataclasses
 import itertools
 import math
 from collections.abc import Callable, Sequence
@@ -33,10 +34,11 @@ from jaxtyping import Array, ArrayLike, Float
 
 from gradflow import gaussian, statistics
 from gradflow.activations import Activation
+from gradflow.arguments import as_real
 from gradflow.blocks import AbstractBlock, Dense
-from gradflow.errors import check_count, check_scale
+from gradflow.errors import InputError, check_count, check_scale, is_traced
 from gradflow.gram import Gram, multiply_gram
-from gradflow.networks import Network
+from gradflow.networks import Network, Stage, check_network
 from gradflow.statistics import BackwardLaw, ForwardLaw, Prediction
 
 __all__ = [
@@ -62,15 +64,40 @@ _LAYERS_AT_ONCE = 1000
 _TURNS = 300
 
 
+# Of inputs' products, relative, in units of their dtype's epsilon.
+_ROUNDING = 1 << 10
+
 Share = Float[np.ndarray, " weights"]
 # Of a tangent's second moments, and of what the signals' law knows of it beyond them, or None.
 _Cotangent = tuple[Array, Any]
 
 
 def input_gram(inputs: Float[ArrayLike, "sites n_in"]) -> Float[Array, "sites sites"]:
-    """Return (1/n_0) x_a · x_b, all that the theory needs to know of its inputs."""
-    inputs = jnp.asarray(inputs)
-    return jnp.matmul(inputs, inputs.T, precision=jax.lax.Precision.HIGHEST) / inputs.shape[1]
+    """Return (1/n_0) x_a · x_b, all that the theory needs to know of its inputs.
+
+    Parameters
+    ----------
+    inputs
+        Shape (sites, n_0). Integers (pixels, say) become floats before they are multiplied.
+
+    Raises
+    ------
+    InputError
+        If they are no such array of finite real numbers, or their squares leave the float's range.
+    """
+    array = as_real("inputs", inputs, whole=float)
+    if array.ndim != 2:
+        raise InputError(f"inputs has shape {array.shape}; it is (inputs, n_0)")
+    x = jnp.asarray(array)
+    gram = jnp.matmul(x, x.T, precision=jax.lax.Precision.HIGHEST) / x.shape[1]
+    if not is_traced(gram):
+        square = jnp.diagonal(gram)
+        if not jnp.isfinite(gram).all() or bool(jnp.any((square == 0) & (x != 0).any(axis=1))):
+            raise InputError(
+                f"inputs has a row whose mean square is beyond {gram.dtype}'s range; scale them, "
+                "turn JAX's x64 mode on, or use comparison.predict_float64"
+            )
+    return gram
 
 
 def length_map(
@@ -233,7 +260,10 @@ def predict(
     Prediction
         Each statistic of `gradflow.statistics`, shape (layers,). ``chi`` is NaN at the top layer,
         which has none above it. ``correlation`` needs two inputs. Where a layer hands on signals
-        that are not Gaussian over units, statistics of φ of them are NaN.
+        that are not Gaussian over units, statistics of φ of them are NaN. Where steps that share
+        their weights carry a unit's signal on beside them (GRU, LSTM, Residual), there is no
+        theory of the signals after the first step and of the gradients below the last: NaN, and
+        ``missing`` says why.
 
     Raises
     ------
@@ -249,14 +279,16 @@ def predict(
 
 def predict_from(forward: Sequence[ForwardLaw], backward: Sequence[BackwardLaw]) -> Prediction:
     """Return what `predict` does, from what `laws` returns."""
-    wanted = [s for s in statistics.ALL if s.sites <= forward[0].mean.shape[-1]]
+    sites = forward[0].mean.shape[-1]
+    wanted = [(s, s.predict) for s in statistics.ALL if s.predict and s.sites <= sites]
     return Prediction(
         {
             s.key: jnp.concatenate(
-                [_each_layer(s.predict, run) for run in (backward if s.backward else forward)]
+                [_each_layer(predict, run) for run in (backward if s.backward else forward)]
             )
-            for s in wanted
-        }
+            for s, predict in wanted
+        },
+        missing=backward[0].missing,
     )
 
 
@@ -274,14 +306,46 @@ def laws(
     InputError
         As `predict` does.
     """
-    gram = jnp.asarray(gram)
-    begin = Gram.of(gram, None if mean is None else jnp.asarray(mean, gram.dtype))
-    entering, leaving, forward = _up(network, begin)
+    begin = Gram.of(*_checked_gram(network, gram, mean))
+    entering, leaving, forward, missing = _up(network, begin)
     if network.mixes_sites:
-        return forward, _down_together(network, entering, forward[-1].mean.shape[-1])
-    if any(gram.law.remembers for gram in leaving):
-        return forward, [_down_in_turn(network, entering, leaving)]
-    return forward, [_down(network, entering)]
+        backward = _down_together(network, entering, forward[-1].mean.shape[-1])
+    elif any(gram.law.remembers for gram in leaving):
+        backward = [_down_in_turn(network, entering, leaving)]
+    else:
+        backward = [_down(network, entering)]
+    return forward, [dataclasses.replace(law, missing=missing) for law in backward]
+
+
+def _checked_gram(network: Network, gram: Any, mean: Any) -> tuple[Array, Array | None]:
+    """Return the inputs' products and means as arrays, or raise `InputError`."""
+    check_network(network)
+    found = as_real("gram", gram, whole=float)
+    if found.ndim != 2 or found.shape[0] != found.shape[1]:
+        raise InputError(
+            f"gram has shape {found.shape}; it is (inputs, inputs), as "
+            "mean_field.input_gram(inputs) returns it"
+        )
+    gram = jnp.asarray(found)
+    if not is_traced(gram):
+        size = jnp.diagonal(gram)
+        rounding = _ROUNDING * jnp.finfo(gram.dtype).eps
+        most = jnp.sqrt(jnp.outer(size, size)) * (1 + rounding)
+        if not (jnp.all(size >= 0) and jnp.all(jnp.abs(gram) <= most)):
+            raise InputError(
+                "gram is no matrix of inputs' products: some |x_a · x_b| is above |x_a| |x_b|; it "
+                "is what mean_field.input_gram(inputs) returns"
+            )
+        if jnp.any(jnp.abs(gram - gram.T) > rounding * most):
+            raise InputError(
+                "gram is not symmetric; it is what mean_field.input_gram(inputs) returns"
+            )
+    if mean is None:
+        return gram, None
+    means = jnp.asarray(as_real("mean", mean), gram.dtype)
+    if means.shape != gram.shape[:1]:
+        raise InputError(f"mean has shape {means.shape}; it is ({len(gram)},), one for each input")
+    return gram, means
 
 
 def _each_layer(f: Callable[[Any], Any], layers: Any) -> Any:
@@ -290,11 +354,14 @@ def _each_layer(f: Callable[[Any], Any], layers: Any) -> Any:
     return jax.vmap(f)(layers) if few else jax.lax.map(f, layers)
 
 
-def _up(network: Network, state: Gram) -> tuple[list[Gram], list[Gram], list[ForwardLaw]]:
+def _up(
+    network: Network, state: Gram
+) -> tuple[list[Gram], list[Gram], list[ForwardLaw], str | None]:
     """Return what enters each stage's blocks, what leaves it, and every layer's law.
 
-    Laws are by runs of equal sites.
+    Laws are by runs of equal sites. The last result says why there is none of some layers.
     """
+    missing = None
     entering: list[Gram] = []
     leaving: list[Gram] = []
     found: list[ForwardLaw] = []
@@ -304,14 +371,51 @@ def _up(network: Network, state: Gram) -> tuple[list[Gram], list[Gram], list[For
         return ForwardLaw(grams.covariance, grams.mean, grams.log_scale, known, network.activation)
 
     for stage in network.stages:
+        carries = _carries_what_it_is_driven_by(stage, state)
         state, stage_entering = _through(stage.block, state, stage.repeats)
+        handed_on = jax.tree.map(lambda x: x[1:], stage_entering)
+        if carries:
+            missing = missing or _missing(stage)
+            first = jax.tree.map(lambda x: x[:1], handed_on)
+            state, stage_entering, rest = (
+                jax.tree.map(lambda x: jnp.full_like(x, jnp.nan), grams)
+                for grams in (state, stage_entering, jax.tree.map(lambda x: x[1:], handed_on))
+            )
+            handed_on = jax.tree.map(lambda *v: jnp.concatenate(v), first, rest)
         entering.append(stage_entering)
         leaving.append(state)
         known = state.gaussian
         if stage.repeats > 1:
-            found.append(law(jax.tree.map(lambda x: x[1:], stage_entering), known))
+            found.append(law(handed_on, known))
         found.append(law(jax.tree.map(lambda x: x[None], state), known))
-    return entering, leaving, _joined(found)
+    return entering, leaving, _joined(found), missing
+
+
+def _carries_what_it_is_driven_by(stage: Stage, state: Gram) -> bool:
+    """Whether steps share their weights, and a unit's signal goes on to the next beside them.
+
+    What the weights add to the unit is then correlated over the steps, and so with its signal.
+    """
+    if not stage.tied or stage.repeats < 2 or not stage.block.n_weights:
+        return False
+    found: list[bool] = []
+
+    def step(state: Gram) -> Array:
+        state = state.renewed()
+        after = stage.block.kernel(state)
+        found.append(after.may_depend_on(state))
+        return after.mean
+
+    jax.eval_shape(step, state)
+    return found[0]
+
+
+def _missing(stage: Stage) -> str:
+    name = type(stage.block).__name__
+    return (
+        f"there is no theory of {stage.repeats} steps of {name} with shared weights: what "
+        "drives a unit is correlated over the steps and with the signal that the unit carries on"
+    )
 
 
 def _through(block: AbstractBlock, state: Gram, repeats: int) -> tuple[Gram, Gram]:
@@ -642,7 +746,7 @@ def at_widths(prediction: Prediction, network: Network, other: Network) -> Predi
         key: np.asarray(value) + changes.get(key, 0.0) for key, value in prediction.values.items()
     }
     values["chi"] = values["chi"] * np.exp(np.append(-np.diff(shift), 0.0))
-    return Prediction(values)
+    return Prediction(values, prediction.missing)
 
 
 def asymptotic_log_chi(network: Network, log_q: Float[Array, ""], beyond: int) -> Float[Array, ""]:
@@ -658,9 +762,12 @@ def asymptotic_log_chi(network: Network, log_q: Float[Array, ""], beyond: int) -
         How many layers further.
     """
     # The first block's input has no activation: it is none to be repeated, if there is another.
-    block = max(network.stages[1:] or network.stages, key=lambda stage: stage.repeats).block
+    stage = max(network.stages[1:] or network.stages, key=lambda stage: stage.repeats)
+    block = stage.block
     log_scale = jnp.asarray(log_q, float)[None] / 2
     begin = Gram.of(jnp.ones_like(log_scale)[None], log_scale=log_scale).in_range()
+    if _carries_what_it_is_driven_by(stage, begin):
+        return jnp.full_like(log_scale[0], jnp.nan)
     if not jax.eval_shape(block.kernel, begin).law.remembers:
         return log_gain(block, _through(block, begin, beyond)[0])[0]
     state, _ = _through(block, begin, min(beyond, _TURNS))
