@@ -238,7 +238,8 @@ def fan_in(sigma_w: float = 1.0, distribution: Distribution | str = gaussian) ->
     """
     if not (0 < sigma_w < math.inf and 1e-300 < sigma_w * sigma_w < math.inf):
         raise InputError(
-            f"sigma_w is {sigma_w!r}; it is a number above 0, whose square a float can hold"
+            f"sigma_w is {sigma_w!r}; it is a finite number above 0, of which a float can hold the "
+            "square"
         )
     named = Ensemble(f"fan_in({sigma_w:g})", gaussian, lambda m, n: sigma_w**2 / m)  # noqa: ARG005
     return named.drawn_from(distribution)

@@ -112,15 +112,17 @@ def float_ranges(
         for name, (low, high, peak) in known.items():
             over = _is_above(high + peak, largest)
             under, zero = _is_above(-low, -normal), _is_above(-(low + peak), -least)
-            if name == "signals" and dtype is not None and not network.homogeneous:
+            if name == "signals" and dtype is not None:
                 own = jnp.finfo(dtype)
-                if overflowed is not None:
+                # Where φ is linear for them, signals are followed further than the type goes.
+                small, large = network.homogeneous_beyond
+                if overflowed is not None and not large:
                     known_to = largest <= math.log(float(own.max))
                     over = np.where(overflowed, 1.0 if known_to else np.nan, over)
                 floor = math.log(float(own.smallest_normal))
-                if normal < floor:
+                if normal < floor and not small:
                     under = np.where(low < floor, np.nan, under)
-                if least < floor and of != dtype:
+                if least < floor and of != dtype and not small:
                     zero = np.where(low < floor, np.nan, zero)
             downwards = _DOWNWARDS[name]
             found[of][name] = FloatRange(

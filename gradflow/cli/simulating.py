@@ -37,6 +37,9 @@ from gradflow.cli.shared import (
 )
 from gradflow.errors import InputError, check_count
 
+# Above it, and below its inverse, a natural logarithm is not that of a float.
+_LARGEST_LOG = 700.0
+
 
 @app.command(
     epilog="Examples:\n\n"
@@ -435,17 +438,23 @@ def _table_of_one(result: Any) -> Table:
     for key, contrast in result.contrasts.items():
         name, logarithmic = statistics.named()[key].name, statistics.named()[key].logarithmic
         estimate = result.simulation.estimates[key]
-        theory = np.asarray(result.theory[name])
-        for layer in _first_middle_last(len(theory)):
+        # Where it is kept as a logarithm, so are these: no float may hold the number.
+        kept_as_log = statistics.named()[key].log
+        for layer in _first_middle_last(len(contrast.theory)):
             if math.isnan(estimate.value[layer]):  # the top layer's χ
                 continue
-            error, z = estimate.standard_error[layer], contrast.z[layer]
+            error, z = contrast.standard_error[layer], contrast.z[layer]
+            if kept_as_log and error > 0:  # relative
+                error = contrast.measured[layer] + math.log(error)
+            elif kept_as_log:
+                error = math.nan if math.isnan(error) else -math.inf
             spread, of_theory = contrast.deviation[layer], contrast.theory_deviation[layer]
             table.add_row(
                 name,
                 str(layer + 1),
-                f"{theory[layer]:.4g}",
-                f"{estimate.value[layer]:.4g} ± {_number(error, 1)}",
+                _number(contrast.theory[layer], 4, log=kept_as_log),
+                f"{_number(contrast.measured[layer], 4, log=kept_as_log)} ± "
+                f"{_number(error, 1, log=kept_as_log)}",
                 "" if math.isnan(z) else f"{z:+.1f}",
                 _percent(contrast.relative_difference[layer]),
                 _percent(_relative(contrast, layer, logarithmic)),
@@ -463,8 +472,18 @@ def _relative(contrast: Any, layer: int, logarithmic: bool) -> float:
     return shift / theory if theory > contrast.standard_error[layer] else math.nan
 
 
-def _number(value: float, digits: int = 2) -> str:
-    return "-" if math.isnan(value) else f"{value:.{digits}g}"
+def _number(value: float, digits: int = 2, *, log: bool = False) -> str:
+    """Return a number, or that of this natural logarithm, in so many digits."""
+    if math.isnan(value):
+        return "-"
+    if not log:
+        return f"{value:.{digits}g}"
+    if math.isinf(value) or abs(value) < _LARGEST_LOG:
+        return f"{math.exp(value):.{digits}g}"
+    whole, rest = divmod(value / math.log(10), 1)
+    # Rounding may make 10 of the digits; `e` knows.
+    digits_of, _, carried = f"{10**rest:.{digits - 1}e}".partition("e")
+    return f"{digits_of}e{int(whole) + int(carried):+d}"
 
 
 def _percent(share: float) -> str:
