@@ -68,6 +68,10 @@ class Activation:
     kernel: PairMoment | None = field(default=None, compare=False, repr=False)
     derivative_kernel: PairMoment | None = field(default=None, compare=False, repr=False)
 
+    def __post_init__(self) -> None:
+        if not callable(self.function):
+            raise InputError(f"function is {self.function!r}; it is an elementwise function")
+
     def __call__(self, x: Values) -> Float[Array, "..."]:
         """Return φ(x)."""
         return self.function(jnp.asarray(x))

@@ -30,7 +30,7 @@ from gradflow.arguments import as_key, check_instance
 from gradflow.compilation import Float64Program
 from gradflow.errors import InputError
 from gradflow.estimation import Estimate
-from gradflow.networks import Network, as_inputs, checked_inputs, narrowed
+from gradflow.networks import Network, as_inputs, check_network, checked_inputs, narrowed
 from gradflow.simulation.monte_carlo import Progress, Simulation, simulate
 from gradflow.statistics import Prediction, Statistic
 from gradflow.theory import densities, mean_field
@@ -477,6 +477,8 @@ def compile_theory(network: Network, inputs: ArrayLike, *, finite_width: bool = 
 
 def log_chi_beyond(network: Network, theory: Prediction) -> float:
     """Return log χ where the network would be with many more layers, for `compare`."""
+    check_network(network)
+    check_instance("theory", theory, Prediction, "what theory.mean_field.predict returns")
     return _further_up(network)(theory)
 
 

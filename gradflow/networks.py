@@ -644,7 +644,25 @@ def _as_stage(one: AbstractBlock | tuple[AbstractBlock, int] | Stage) -> Stage:
     check_instance(
         "an entry of blocks", block, AbstractBlock, "a block, a pair (block, how often) or a Stage"
     )
+    _check_block(block)
     return Stage(block, check_count("repeats", repeats))
+
+
+def _check_block(block: AbstractBlock) -> None:
+    """Raise `InputError` unless a block's parts are what they are named after."""
+    kinds = {
+        "activation": (Activation, "an Activation, as activations.get('tanh')"),
+        "distribution": (ensembles.Distribution, "a Distribution, as ensembles.gaussian"),
+    }
+    for field in dataclasses.fields(block):
+        value = getattr(block, field.name)
+        if field.name in kinds:
+            check_instance(f"{type(block).__name__}'s {field.name}", value, *kinds[field.name])
+        elif field.name == "units":
+            check_count(f"{type(block).__name__}'s units", value)
+        for part in value if isinstance(value, tuple) else (value,):
+            if isinstance(part, AbstractBlock):
+                _check_block(part)
 
 
 def _linear(ensemble: Ensemble, sigma_b: float | None) -> Callable[[int, int], Linear]:

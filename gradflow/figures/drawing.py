@@ -4,11 +4,12 @@ Colours are those of Okabe & Ito, told apart by every kind of colour vision; ser
 their markers.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import xarray
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
@@ -37,11 +38,22 @@ def save(figure: Figure, path: Path) -> Path:
     InputError
         If the file cannot be written.
     """
+    if not isinstance(figure, Figure):
+        raise InputError(f"figure is {figure!r}; it is a Figure, as the functions of figures make")
     try:
         figure.savefig(path, dpi=130)
     except OSError as error:
         raise InputError(f"cannot write {str(path)!r}: {error.strerror or error}") from error
     return path
+
+
+def checked(dataset: Any, variables: Iterable[str], of: str, name: str = "dataset") -> None:
+    """Raise `InputError` unless it is a dataset that has these variables, as ``of`` returns it."""
+    if not isinstance(dataset, xarray.Dataset):
+        raise InputError(f"{name} is a {type(dataset).__name__}; it is a Dataset, as {of} returns")
+    for variable in variables:
+        if variable not in dataset:
+            raise InputError(f"{name} has no {variable}; it is a Dataset, as {of} returns")
 
 
 def at_least(limits: tuple[float, float], span: float) -> tuple[float, float]:

@@ -1,6 +1,7 @@
 """What theory says of random networks beside what was simulated: lines and points."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import xarray
@@ -20,6 +21,7 @@ from gradflow.figures.drawing import (
     MARKERS,
     POINTS,
     at_least,
+    checked,
     spread,
     style,
 )
@@ -85,6 +87,7 @@ def remedies(results: Mapping[str, xarray.Dataset]) -> Figure:
     results
         By title, the sick network's first: `Comparison.to_xarray()`.
     """
+    _check_results(results, ("log_gradient_variance_theory", "log_q_theory"))
     columns = 4
     rows = -(-len(results) // columns)
     figure = Figure(figsize=(3.1 * columns, 2.3 * rows + 0.8), layout="constrained")
@@ -172,6 +175,9 @@ def chi_against_width(
     critical_width
         Where the logistic's χ crosses 1.
     """
+    for name, value in (("curves", curves), ("points", points)):
+        if not isinstance(value, Mapping) or not value:
+            raise InputError(f"{name} is {value!r}; it is {{name: arrays}}, with at least one")
     figure = Figure(figsize=(6.4, 4.4), layout="constrained")
     axes = figure.add_subplot()
     for index, (name, (widths, chi)) in enumerate(curves.items()):
@@ -219,6 +225,7 @@ def phase_diagram(dataset: xarray.Dataset) -> Figure:
     dataset
         From `theory.criticality.phase_diagram`.
     """
+    checked(dataset, ("xi_c", "phase"), "criticality.phase_diagram")
     layers = {
         "correlations: ξ_c, in layers": np.abs(dataset.xi_c),
         "gradients: |ξ_∇|, in layers": np.abs(dataset.xi_grad),
@@ -304,6 +311,7 @@ def spectra(dataset: xarray.Dataset) -> Figure:
     dataset
         A study's results, with ``singular_value_density``.
     """
+    checked(dataset, ("singular_value_density", "singular_value_density_theory"), "a study")
     density = dataset.singular_value_density
     *over, bins = map(str, density.dims)
     told = _told_by_colour(dataset, over)
@@ -396,6 +404,7 @@ def spectrum(dataset: xarray.Dataset) -> Figure:
     dataset
         As `gradflow spectrum` writes it (`studies.jacobian_spectrum.run`).
     """
+    checked(dataset, ("singular_value_density_theory",), "jacobian_spectrum.run")
     figure = Figure(figsize=(6.8, 4.4), layout="constrained")
     axes = figure.add_subplot()
     s = dataset.singular_value.values
@@ -429,9 +438,38 @@ def spectrum(dataset: xarray.Dataset) -> Figure:
     return figure
 
 
+def _check_families(results: Any, key: str) -> None:
+    """Raise `InputError` unless they are families of results that have the quantity."""
+    if not isinstance(results, Mapping) or not results or isinstance(results, xarray.Dataset):
+        raise InputError(
+            f"results is a {type(results).__name__}; it is {{title: {{name: Dataset}}}}, with at "
+            "least one title"
+        )
+    for title, family in results.items():
+        if not isinstance(family, Mapping) or isinstance(family, xarray.Dataset):
+            raise InputError(
+                f"results[{title!r}] is a {type(family).__name__}; it is {{name: Dataset}}, the "
+                "results that share a panel"
+            )
+        for name, dataset in family.items():
+            variables = (key, f"{key}_theory", f"{key}_standard_error")
+            checked(dataset, variables, "Comparison.to_xarray", f"results[{title!r}][{name!r}]")
+
+
+def _check_results(results: Any, variables: Iterable[str]) -> None:
+    """Raise `InputError` unless they are results by title that have these variables."""
+    if not isinstance(results, Mapping) or isinstance(results, xarray.Dataset) or not results:
+        raise InputError(
+            f"results is a {type(results).__name__}; it is {{title: Dataset}}, with at least one"
+        )
+    for title, dataset in results.items():
+        checked(dataset, variables, "Comparison.to_xarray", f"results[{title!r}]")
+
+
 def _by_layer(
     results: Families, key: str, unit: float, label: str, limits: tuple[float, float] | None = None
 ) -> Figure:
+    _check_families(results, key)
     panels = [(title, family) for title, family in results.items() if family]
     columns = min(3, len(panels))
     rows = -(-len(panels) // columns)
@@ -478,6 +516,7 @@ def _draw(
 
 
 def _histograms(results: Mapping[str, xarray.Dataset], signal: str, label: str) -> Figure:
+    _check_results(results, ())
     missing = [title for title, ds in results.items() if f"{signal}_histogram_density" not in ds]
     if missing:
         raise InputError(f"results {missing[0]!r} hold no {signal} histograms; simulate with them")

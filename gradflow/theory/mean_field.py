@@ -31,7 +31,7 @@ from jax.flatten_util import ravel_pytree
 from jax.typing import DTypeLike
 from jaxtyping import Array, ArrayLike, Float
 
-from gradflow import gaussian, statistics
+from gradflow import activations, gaussian, statistics
 from gradflow.activations import Activation
 from gradflow.arguments import as_real
 from gradflow.blocks import AbstractBlock, Dense
@@ -106,6 +106,7 @@ def length_map(
     sigma_b2: ArrayLike = 0.0,
 ) -> Float[Array, ""]:
     """Return V(q) = σ_w² E[φ(√q Z)²] + σ_b², the next layer's q (Poole et al. 2016, eq. 3)."""
+    activation = activations.get(activation)
     check_scale("sigma_w2", sigma_w2)
     check_scale("sigma_b2", sigma_b2)
     return jnp.asarray(sigma_w2 * gaussian.moment(activation, "phi2", q) + sigma_b2)
@@ -113,6 +114,7 @@ def length_map(
 
 def chi(activation: Activation, q: Float[Array, ""], sigma_w2: ArrayLike) -> Float[Array, ""]:
     """Return χ(q) = σ_w² E[φ'(√q Z)²] (Schoenholz et al. 2017, eq. 7); χ₁ at q = q*."""
+    activation = activations.get(activation)
     check_scale("sigma_w2", sigma_w2)
     return jnp.asarray(sigma_w2 * gaussian.moment(activation, "dphi2", q))
 
@@ -124,6 +126,7 @@ def correlation_map(
     sigma_b2: ArrayLike = 0.0,
 ) -> Float[Array, "sites sites"]:
     """Return σ_w² E[φ(u_a) φ(u_b)] + σ_b² for every pair (Poole et al. 2016, eq. 5)."""
+    activation = activations.get(activation)
     check_scale("sigma_w2", sigma_w2)
     check_scale("sigma_b2", sigma_b2)
     return jnp.asarray(sigma_w2 * gaussian.kernel(activation, covariance) + sigma_b2)
@@ -146,6 +149,7 @@ def profile(
         E[φ'(z^l)²]), and ``log_jacobian_norm``, the log of the mean squared gain of a random
         direction through layers 1 to l, log Π_{k<=l} χ^k; each of shape (depth,).
     """
+    activation = activations.get(activation)
     check_scale("q1", q1)
     check_scale("sigma_w2", sigma_w2)
     check_scale("sigma_b2", sigma_b2)
@@ -205,6 +209,7 @@ def direction_gains(
         ``q`` of each layer's pre-activations, and ``parallel`` and ``orthogonal``, the squared
         gains ‖J u‖² of unit tangents u up to and with each layer's φ; each of shape (depth,).
     """
+    activation = activations.get(activation)
     check_scale("x_sq_over_n", x_sq_over_n, positive=True)
     check_scale("sigma_w2", sigma_w2)
     check_scale("sigma_b2", sigma_b2)
