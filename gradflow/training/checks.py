@@ -149,8 +149,8 @@ def record_steps(record: Sequence[int] | None, begin: int, steps: int, cost: flo
         count = min(max(int(_SHARE * steps / cost), _FEWEST), _MOST)
         known = np.unique(np.round(np.geomspace(1, steps + 1, count)).astype(np.int32) - 1)
         return known[known >= begin]
-    record = check_sequence("record", record, "the steps to record")
-    times = np.unique([check_count("record", step, 0) for step in record]).astype(np.int32)
+    asked = check_sequence("record", record, "the steps to record")
+    times = np.unique([check_count("record", step, 0) for step in asked]).astype(np.int32)
     if not times.size or times[0] < begin or times[-1] != steps:
         raise InputError(
             f"record is {record!r}; it is some of the steps {begin} to {steps}, the last among them"
