@@ -29,12 +29,12 @@ from jax.typing import ArrayLike
 from jaxtyping import PRNGKeyArray
 
 from gradflow import statistics
-from gradflow.arguments import as_key
+from gradflow.arguments import as_key, check_instance
 from gradflow.compilation import Float64Program
 from gradflow.errors import InputError
 from gradflow.estimation import Estimate
 from gradflow.float_ranges import FloatRange, float_ranges
-from gradflow.networks import Network, as_inputs, checked_inputs, narrowed
+from gradflow.networks import Network, as_inputs, check_network, checked_inputs, narrowed
 from gradflow.simulation.monte_carlo import Progress, Simulation, simulate
 from gradflow.statistics import Prediction, Statistic
 from gradflow.theory import densities, mean_field
@@ -78,6 +78,9 @@ _ROUNDING_FLOAT64 = 1e-13
 _SETTLED = 1e-10
 
 
+# Beyond so many standard errors a threshold leaves next to nothing that could differ: below about
+# 7 networks, Student's t has hardly a degree of freedom.
+_TELLING = 10.0
 # What the verdict is about.
 _SAID = (statistics.log_gradient_norm, statistics.saturation)
 
@@ -175,9 +178,15 @@ class Comparison(eqx.Module):
             self.count(s) for s in (Status.AGREES, Status.FINITE_WIDTH, Status.DIFFERS)
         )
         total, network = agrees + finite + differs, self.simulation.network
+        networks = self.simulation.networks
         if self.simulation.networks == 1:
             return "nothing is compared: one network has no standard error"
         sentence = f"{agrees} of {total} values agree within |z| < {self.threshold:.1f}"
+        if self.threshold > _TELLING:
+            sentence = (
+                f"{networks} networks cannot tell: a value would have to be {self.threshold:.0f} "
+                f"standard errors off to show, and {agrees} of {total} are not; draw 10 or more"
+            )
         if finite:
             foreseen = sum(
                 int(((c.status == Status.FINITE_WIDTH) & c.foreseen(self.threshold)).sum())
@@ -356,6 +365,10 @@ def compare(
         If the theory and the simulation are of different depths, or what the verdict is about was
         not measured.
     """
+    check_instance("theory", theory, Prediction, "what theory.mean_field.predict returns")
+    check_instance(
+        "simulation", simulation, Simulation, "what simulation.monte_carlo.simulate returns"
+    )
     depth = simulation.network.depth
     lengths = {len(v) for v in theory.values.values()}
     if lengths != {depth}:
@@ -499,6 +512,8 @@ def explained(
     inputs, key, sampler
         Those of its simulation. The key is not the narrower networks' own.
     """
+    check_instance("comparison", comparison, Comparison, "what compare or confront returns")
+    key = as_key(key)
     theory, simulation = comparison.theory, comparison.simulation
     network = simulation.network
     narrower: list[tuple[Simulation, Prediction]] = []
@@ -556,6 +571,8 @@ def compile_theory(network: Network, inputs: ArrayLike, *, finite_width: bool = 
 
 def log_chi_beyond(network: Network, theory: Prediction) -> float:
     """Return log χ where the network would be with many more layers, for `compare`."""
+    check_network(network)
+    check_instance("theory", theory, Prediction, "what theory.mean_field.predict returns")
     return _further_up(network)(theory)
 
 

@@ -35,7 +35,7 @@ from gradflow import gaussian, statistics
 from gradflow.activations import Activation
 from gradflow.blocks import Dense
 from gradflow.errors import InputError
-from gradflow.networks import Network
+from gradflow.networks import Network, check_network
 from gradflow.statistics import BackwardLaw, ForwardLaw
 from gradflow.theory import mean_field
 
@@ -68,6 +68,7 @@ class Corrections(eqx.Module):
 
 def covers(network: Network) -> bool:
     """Whether `correct` has an answer: dense layers, each with Gaussian weights of its own."""
+    check_network(network)
     first, *rest = [s.block for s in network.stages for _ in range(min(s.repeats, 2))]
     return (
         network.iid_gaussian

@@ -29,8 +29,9 @@ import numpy as np
 import xarray
 from jaxtyping import Array, ArrayLike, Float, Int
 
-from gradflow import gaussian
+from gradflow import activations, gaussian
 from gradflow.activations import Activation
+from gradflow.arguments import as_numbers
 from gradflow.errors import InputError, check_scale
 from gradflow.theory.fixed_points import (
     Analysis,
@@ -186,6 +187,7 @@ def critical_points(
         If not exactly one scale is given, or it is negative or not finite (seen outside jit only);
         if φ has no Gaussian moments.
     """
+    activation = activations.get(activation)
     if (sigma_b2 is None) == (sigma_w2 is None):
         count = "none is" if sigma_b2 is None else "both are"
         raise InputError(f"of sigma_b2 and sigma_w2, {count} given; give one of them")
@@ -368,6 +370,7 @@ def half_stable_points(activation: Activation, dtype: str = "float") -> HalfStab
     dtype
         The float type.
     """
+    activation = activations.get(activation)
     return _half_stable_points(activation, jnp.dtype(dtype).name)
 
 
@@ -393,6 +396,7 @@ def _half_stable_points(activation: Activation, dtype: str) -> HalfStable:
 
 def universality_class(activation: Activation) -> UniversalityClass:
     """Return the class of an activation at criticality (Roberts, Yaida & Hanin 2022, ch. 5)."""
+    activation = activations.get(activation)
     with jax.enable_x64(True):
         if activation.homogeneous:
             return UniversalityClass.SCALE_INVARIANT
@@ -478,7 +482,11 @@ def phase_diagram(
         If an argument is negative or not finite, or no row of numbers; if φ has no Gaussian
         moments.
     """
-    axes = {"sigma_w": np.asarray(sigma_w, float), "sigma_b": np.asarray(sigma_b, float)}
+    activation = activations.get(activation)
+    axes = {
+        name: np.asarray(as_numbers(name, values, float), float)
+        for name, values in {"sigma_w": sigma_w, "sigma_b": sigma_b}.items()
+    }
     for name, values in axes.items():
         check_scale(name, values)
         if values.ndim != 1 or not values.size:

@@ -33,7 +33,7 @@ from jaxtyping import Array, ArrayLike, Float
 
 from gradflow import activations, gaussian
 from gradflow.activations import Activation
-from gradflow.errors import InputError, check_count, check_scale, is_traced
+from gradflow.errors import InputError, check_count, check_scale, check_sequence, is_traced
 
 __all__ = ["ForwardMoments", "GainLaw", "LogNormal", "Vertex", "forward_moments", "gain_law"]
 __all__ += ["log_normal", "vertex"]
@@ -84,7 +84,10 @@ class Vertex(NamedTuple):
 
 
 def _check_widths(widths: Sequence[int]) -> tuple[int, ...]:
-    found = tuple(check_count("width", width) for width in widths)
+    found = tuple(
+        check_count("width", width)
+        for width in check_sequence("widths", widths, "the input's width and every layer's")
+    )
     if len(found) < 2:
         raise InputError(f"widths is {found!r}; it needs an input and at least one layer")
     return found

@@ -32,9 +32,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Bool, Float, Int
 
-from gradflow import gaussian
+from gradflow import activations, gaussian
 from gradflow.activations import Activation
-from gradflow.errors import check_scale, unknown_name
+from gradflow.arguments import as_numbers
+from gradflow.errors import InputError, check_scale, unknown_name
 from gradflow.theory.moment_table import Averages, Limit, Table
 from gradflow.theory.roots import Valued, implicit, newton, rounding, sign_changes
 
@@ -116,7 +117,7 @@ def trainable_depth(xi: Float[Array, "..."]) -> Float[Array, "..."]:
 
     Source: Schoenholz et al. 2017 (arXiv:1611.01232), section 5: a rule of thumb, not a law.
     """
-    return 6 * jnp.abs(xi)
+    return 6 * jnp.abs(jnp.asarray(as_numbers("xi", xi, float)))
 
 
 def representable_depth(
@@ -148,6 +149,7 @@ def representable_depth(
         limits = jnp.finfo(dtype)
     except (TypeError, ValueError):
         raise unknown_name("dtype", dtype, ("bfloat16", "float16", "float32", "float64")) from None
+    check_scale("chi", chi)
     log = jnp.log(jnp.asarray(chi))
     limit = jnp.where(log < 0, math.log(float(limits.tiny)), math.log(float(limits.max)))
     critical = jnp.abs(log) <= rounding(log.dtype)
@@ -188,6 +190,7 @@ def length(
         If σ_w² or σ_b² is negative or not finite (seen outside jit only); if φ has no Gaussian
         moments.
     """
+    activation = activations.get(activation)
     gaussian.check(activation)
     sigma_w2, sigma_b2 = _as_scales(sigma_w2, sigma_b2)
     return _length(activation, sigma_w2, sigma_b2)
@@ -197,7 +200,15 @@ def _as_scales(sigma_w2: ArrayLike, sigma_b2: ArrayLike) -> tuple[Array, Array]:
     """Return both as floats of one shape."""
     for name, value in (("sigma_w2", sigma_w2), ("sigma_b2", sigma_b2)):
         check_scale(name, value)
-    sigma_w2, sigma_b2 = jnp.broadcast_arrays(sigma_w2, sigma_b2)
+    try:
+        sigma_w2, sigma_b2 = jnp.broadcast_arrays(jnp.asarray(sigma_w2), jnp.asarray(sigma_b2))
+    except ValueError as error:
+        raise InputError(
+            f"sigma_w2 has shape {jnp.shape(sigma_w2)} and sigma_b2 {jnp.shape(sigma_b2)}; they "
+            "are of shapes that broadcast to one"
+        ) from error
+    if not sigma_w2.size:
+        raise InputError("sigma_w2 or sigma_b2 is empty; each is one number or more")
     dtype = jnp.promote_types(jnp.result_type(sigma_w2, sigma_b2), jnp.result_type(0.0))
     return sigma_w2.astype(dtype), sigma_b2.astype(dtype)
 
@@ -258,6 +269,7 @@ def analyse(
         If σ_w² or σ_b² is negative, or ``start`` not above 0, or one not finite (seen outside jit
         only); if φ has no Gaussian moments.
     """
+    activation = activations.get(activation)
     check_scale("start", start, positive=True)
     gaussian.check(activation)
     sigma_w2, sigma_b2 = _as_scales(sigma_w2, sigma_b2)
