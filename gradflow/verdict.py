@@ -28,7 +28,7 @@ from gradflow.simulation.monte_carlo import Simulation
 from gradflow.statistics import Prediction
 
 __all__ = ["Verdict", "hidden_layers", "judge", "layers_ahead", "log_gradient_norms"]
-__all__ += ["log_relative_weight_gradients"]
+__all__ += ["log_relative_weight_gradients", "word"]
 
 # χ is looked at this many times the depth further up, because χ may tend to 1 only as 1 - a/l ...
 _LOOK_AHEAD = 64
@@ -298,12 +298,12 @@ def _kind(
     if math.isnan(change.theory):
         if math.isnan(change.measured):
             return "undefined", []
-        return _word(change.measured), []
+        return word(change.measured), []
     log_chi, depth = log_chi_beyond, network.depth
     layers_up = depth + layers_ahead(depth)
     if log_chi is None and len(predicted) > 1:
         log_chi, layers_up = 2 * float(predicted[-2] - predicted[-1]), depth
-    kind, notes = _word(change.theory), []
+    kind, notes = word(change.theory), []
     if log_chi is not None and math.isfinite(log_chi) and _alike(network):
         steps = max(len(predicted) - 1, _FEW_LAYERS)
         if abs(log_chi) * layers_up < _CRITICAL:
@@ -314,9 +314,9 @@ def _kind(
             kind = _direction(log_chi)
     beside = change.measured - change.theory
     margin = math.log(_ALIKE) + _SIGNIFICANT * change.error
-    if abs(beside) > margin and _word(change.measured) != kind:
+    if abs(beside) > margin and word(change.measured) != kind:
         notes.insert(0, f"{kind} at infinite width")
-        kind = _word(change.measured)
+        kind = word(change.measured)
     return kind, notes
 
 
@@ -335,7 +335,8 @@ def _direction(log: float) -> str:
     return "exploding" if log > 0 else "vanishing"
 
 
-def _word(change: float) -> str:
+def word(change: float) -> str:
+    """Return the word for a change of log ‖∂C/∂z‖ going down, where nothing else is known."""
     return "critical" if abs(change) < math.log(_ALIKE) else _direction(change)
 
 

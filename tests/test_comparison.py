@@ -94,10 +94,12 @@ def test_verdicts_follow_the_theory_and_not_a_threshold(activation, weights, kin
 @pytest.mark.parametrize(
     ("widths", "weights", "kind"),
     [
-        ([60, 90, 30, 10], "he", "vanishing"),  # χ is n_{l+1}/n_l
-        ([60, 10, 30, 90], "he", "exploding"),
+        ([60, 90, 30, 10], "he", "critical"),  # χ is n_{l+1}/n_l, and norms stay
+        ([60, 10, 30, 90], "he", "critical"),
         ([60, 40, 30, 40], "he", "critical"),
-        ([60, 100, 100, 100, 100, 10], "he", "critical"),  # but for a narrow top
+        ([60, 90, 30, 10], "lecun", "vanishing"),
+        ([60, 10, 30, 90], "glorot", "vanishing"),
+        ([60, 100, 100, 100, 100, 10], "he", "critical"),
     ],
 )
 @pytest.mark.slow

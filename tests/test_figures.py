@@ -108,7 +108,8 @@ def test_theory_is_a_line_and_simulation_is_not(dataset):
     theory, points = axes.lines[0], axes.containers[0].lines[0]
     assert theory.get_linestyle() == "-"
     assert points.get_linestyle() == "None"
-    expected = dataset.log_gradient_variance_theory / (2 * np.log(10))
+    norm = dataset.log_gradient_norm_theory
+    expected = (norm - norm[-1]) / np.log(10)
     np.testing.assert_allclose(theory.get_ydata(), expected)
 
 
