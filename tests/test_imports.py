@@ -43,6 +43,7 @@ ORDER = (
     "theory.criticality",
     "theory.finite_width",
     "theory.corrections",
+    "theory.carried_means",
     "theory.spectrum",
     "theory.transformations",
     "theory.prescription",

@@ -10,6 +10,8 @@ finite_width
     Exact laws of one input's length and gain, linear and ReLU; the length's 1/n corrections.
 corrections
     First order in 1/n of every statistic: the shift of its mean, its spread between networks.
+carried_means
+    What finite width does to gradients where a mean over units is carried along.
 fixed_points
     Where lengths and correlations settle, and on which depth scales.
 criticality
@@ -26,6 +28,7 @@ prescription
 
 from gradflow.theory import (
     architectures,
+    carried_means,
     corrections,
     criticality,
     densities,
@@ -40,6 +43,7 @@ from gradflow.theory import (
 
 __all__ = [
     "architectures",
+    "carried_means",
     "corrections",
     "criticality",
     "densities",
