@@ -7,7 +7,7 @@ import pytest
 
 from gradflow import comparison, networks
 from gradflow.activations import Activation, relu, softplus, tanh
-from gradflow.blocks import Activate, Chain, Dense, Linear, Residual
+from gradflow.blocks import GRU, Activate, Chain, Dense, Linear, Residual
 from gradflow.comparison import Status
 from gradflow.errors import InputError
 from gradflow.simulation import monte_carlo
@@ -59,6 +59,22 @@ def test_shifts_of_any_activation_and_biases(phi, sigma_w, sigma_b, scale):
     rest = found.log_value - theory - shift
     assert (abs(rest) < 4 * found.log_standard_error + others)[at].all(), (rest, shift)
     assert (shift > 3 * others + 4 * found.log_standard_error)[0]
+
+
+@pytest.mark.parametrize("sigma_w", [1.0, 2**0.5])
+def test_highway_layers_with_relu(sigma_w):
+    """A GRU without a reset gate, weights of its own each time. Null and false alarms as above."""
+    depth, width = 30, 100
+    gru = GRU(width, relu, sigma_w=sigma_w, reset_bias=None, update_bias=1.0)
+    network = networks.stack(64, [Linear(width), (gru, depth)], relu)
+    theory = comparison.predict_float64(network, X)["log_gradient_variance"]
+    shift = comparison.correct_float64(network, X).shift["log_gradient_variance"]
+    found = monte_carlo.simulate(network, X, networks=200)["gradient_variance"]
+    at = slice(0, 16, 5)
+    others = (depth - np.arange(depth + 1)) / width
+    rest = found.log_value - theory - shift
+    assert (abs(rest) < 4 * found.log_standard_error + others)[at].all(), (rest, shift)
+    assert shift[0] > 3 * others[0] + 4 * found.log_standard_error[0]
 
 
 def test_gradients_times_signals_are_conserved():

@@ -412,9 +412,9 @@ def test_lstm_has_one_law_with_both_samplers(tied):
 def test_lstm_meets_its_theory_and_shared_weights_would_not(forget_bias):
     """As for the GRU: weights drawn anew meet it, two inputs in every statistic; false alarms 1 %.
 
-    Shared ones are off this theory by more than 5 standard errors in log q after 10 steps, at 200 units and at
-    800 alike: their difference is less than a tenth of it (null of the test: 0 or 1/n effects that
-    would make it three quarters), so that no width takes it away.
+    Shared ones are off it by more than 5 standard errors in log q after 10 steps, at 200 units and
+    at 800 alike: their difference is less than a tenth of it (null of the test: 0 or 1/n effects
+    that would make it three quarters), so that no width takes it away.
     """
     x = np.random.default_rng(0).normal(size=(2, INPUT)).astype(np.float32)
     network = lstm(200, 6, False, forget_bias=forget_bias, drive=Drive(0.5, 0.6))

@@ -18,15 +18,17 @@ x ρ a, and an independent part of variance σ_w² (t - x ρ²). So c' = J c + n
 a linear map of t and S = E[c cᵀ], T and Q to t, J S Jᵀ + N t to S, where the noise N is 1/n times a
 variance over units. At the start S = G/n with the moments G of (z, 1). One walk down, by the map's
 transpose, gives ‖δ^l‖² for all l: τ, and Σ for S, and τ + tr(Σ G)/n. What exceeds the
-infinite-width value is one random number squared, since one direction grows fastest: log ‖δ‖ is
-E log(1 + e ξ²), ξ ~ N(0, 1). Of positively homogeneous networks Σ_i δ_i z_i is the same at every
-layer (Euler), which is that number.
+infinite-width value, by a share e, is one random number squared, since one direction grows fastest:
+the mean of log ‖δ‖² exceeds it by E log(1 + e ξ²), ξ ~ N(0, 1). In positively homogeneous networks
+Σ_i δ_i z_i is the same at every layer (Euler), which is that number.
 
-e may be of any size; it is of the first order in 1/n where the part along the mean starts. Left out
-is what any network of this width has (`theory.corrections`): a share of about 1/n in every layer.
+A highway layer, z' = g z + (1 - g) φ(a), has such a map too. e may be of any size; it is of the
+first order in 1/n where the part along the mean starts. Left out is what any network of this width
+has (`theory.corrections`): a share of about 1/n in every layer.
 """
 
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import equinox as eqx
 import jax
@@ -34,8 +36,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, ArrayLike, Float
 
-from gradflow import gaussian, statistics
-from gradflow.blocks import AbstractBlock, Activate, Chain, Linear, Residual
+from gradflow import activations, gaussian, statistics
+from gradflow.activations import Activation
+from gradflow.blocks import GRU, AbstractBlock, Activate, Chain, Linear, Residual
 from gradflow.errors import InputError
 from gradflow.networks import Network
 from gradflow.statistics import BackwardLaw, ForwardLaw
@@ -53,8 +56,8 @@ _CHANCES = _CHANCES / _CHANCES.sum()
 def covers(network: Network) -> bool:
     """Whether `correct` has an answer.
 
-    That is of residual blocks past `Linear`, then `Activate`, and of `Linear` layers, with
-    independent Gaussian weights.
+    That is of residual blocks past `Linear`, then `Activate`, of highway layers (`GRU` without
+    W_r), and of `Linear` layers, with independent Gaussian weights.
     """
     first, *rest = [s.block for s in network.stages]
     return (
@@ -63,8 +66,8 @@ def covers(network: Network) -> bool:
         and not network.mixes_sites
         and isinstance(first, Linear)
         and network.stages[0].repeats == 1
-        and all(isinstance(b, Linear) or _past_activation(b) for b in rest)
-        and any(_past_activation(b) for b in rest)
+        and all(isinstance(b, Linear) or _carries(b) for b in rest)
+        and any(_carries(b) for b in rest)
     )
 
 
@@ -81,9 +84,9 @@ def correct(network: Network, gram: Float[ArrayLike, "sites sites"]) -> Correcti
     Returns
     -------
     Corrections
-        NaN for statistics of signals and for every spread; where the shift of the mean squared
-        gradient is not above a share of 1/n for each layer above, as other effects of the width
-        are, which are not known; and below layers whose signals are beyond the range of averages
+        NaN for statistics of signals and for every spread; where the mean squared gradient does not
+        rise by more than a share of 1/n for each layer above, as other effects of the width are,
+        which are not known; and below layers whose signals are beyond the range of averages
         (`gaussian.log_limits`).
 
     Raises
@@ -94,7 +97,7 @@ def correct(network: Network, gram: Float[ArrayLike, "sites sites"]) -> Correcti
     if not covers(network):
         raise InputError(
             f"network is {network.name!r}; what carried means do is known for residual blocks past "
-            "Linear and Activate, and Linear layers, with independent Gaussian weights"
+            "Linear and Activate, highway layers and Linear layers, of independent Gaussian weights"
         )
     return correct_from(network, *mean_field.laws(network, gram))
 
@@ -137,7 +140,7 @@ def correct_from(
     }
     # Other effects of the width are shares of about 1/n for each layer above.
     others = jnp.cumsum(1 / widths[::-1])[::-1] - 1 / widths
-    large = jnp.abs(change) > others
+    large = change > others
     shift = {key: jnp.where(large, value, jnp.nan) for key, value in shift.items()}
     keys = [s.key for s in statistics.ALL if s.sites <= q.shape[1]]
     return Corrections(
@@ -157,41 +160,141 @@ class _Map(eqx.Module):
     @classmethod
     def of(cls, block: AbstractBlock, q: Array, mean: Array) -> "_Map":
         """Return it from the second moment and the mean over units of what the block gets."""
-        zero, one = jnp.zeros_like(q), jnp.ones_like(q)
-        linear, alpha = block, one
         if isinstance(block, Residual):
-            linear = block.branch.parts[0]  # type: ignore[attr-defined]
-            alpha = jnp.asarray(block.scale * one)
-        assert isinstance(linear, Linear)
-        s2 = jnp.asarray(jnp.square(linear.sigma_w) * one)
-        q_a = s2 * q if linear.sigma_b is None else s2 * q + jnp.square(linear.sigma_b)
-        if not isinstance(block, Residual):
-            noise = _symmetric(q_a * s2, zero, s2)
-            turn = jnp.stack([jnp.stack([s2, zero]), jnp.stack([zero, zero])])
-            return cls(s2, jnp.zeros_like(turn), turn, noise, _symmetric(q_a, zero, one))
-        phi = block.branch.parts[1].activation  # type: ignore[attr-defined]
+            linear, activate = block.branch.parts  # type: ignore[attr-defined]
+            scale = jnp.asarray(block.scale * jnp.ones_like(q))
+            return cls._of_residual(linear, activate.activation, scale, q, mean)
+        if isinstance(block, GRU):
+            return cls._of_highway(block, q, mean)
+        assert isinstance(block, Linear)
+        s2, q_a = _scales(block, q)
+        zero, one = jnp.zeros_like(q), jnp.ones_like(q)
+        turn, noise = _matrix(s2, zero, zero, zero), _symmetric(q_a * s2, zero, s2)
+        return cls(s2, jnp.zeros_like(turn), turn, noise, _symmetric(q_a, zero, one))
 
-        def integrands(a: Array) -> Array:
-            h, slope = phi(a), phi.derivative(a)
-            by_slope = [slope * a, h * slope * a, slope**2, (slope * a) ** 2]
-            return jnp.stack([h, h**2, *by_slope, h * slope**2, (h * slope) ** 2])
-
-        found = gaussian.expectation(integrands, q_a, kinks=phi.kinks)
-        h, h2, d_a, h_d_a, d2, d2_a2, h_d2, h2_d2 = found
+    @classmethod
+    def _of_residual(
+        cls, linear: Linear, phi: Activation, alpha: Array, q: Array, mean: Array
+    ) -> "_Map":
+        s2, q_a = _scales(linear, q)
         x = s2 / q_a
-        first = jnp.stack([1 + alpha * mean * x * d_a + alpha**2 * x * h_d_a, alpha * h])
-        along = q * d2 + 2 * mean * alpha * h_d2 + alpha**2 * h2_d2  # E[z'² φ'²]
-        across = mean * d2 + alpha * h_d2
-        by_weights = alpha**2 * s2
+        h = _candidate(phi, q_a)
+        along = q * h.d2 + 2 * mean * alpha * h.h_d2 + alpha**2 * h.h2_d2  # E[z'² φ'²]
+        across = mean * h.d2 + alpha * h.h_d2
+        new = alpha**2 * s2
+        zero, one = jnp.zeros_like(q), jnp.ones_like(q)
         return cls(
-            1 + by_weights * d2,
-            _symmetric(alpha**2 * (x**2 * d2_a2 - d2 * s2 * x), alpha * x * d_a, zero),
-            jnp.stack([first, jnp.stack([alpha * x * d_a, one])]),
-            _symmetric(
-                alpha**2 * (h2 - h**2) + by_weights * along, by_weights * across, by_weights * d2
+            1 + new * h.d2,
+            _symmetric(alpha**2 * (x**2 * h.d2_a2 - h.d2 * s2 * x), alpha * x * h.d_a, zero),
+            _matrix(
+                1 + alpha * mean * x * h.d_a + alpha**2 * x * h.h_d_a,
+                alpha * h.h,
+                alpha * x * h.d_a,
+                one,
             ),
-            _symmetric(along / d2, across / d2, one),
+            _symmetric(alpha**2 * (h.h2 - h.h**2) + new * along, new * across, new * h.d2),
+            _symmetric(along / h.d2, across / h.d2, one),
         )
+
+    @classmethod
+    def _of_highway(cls, block: GRU, q: Array, mean: Array) -> "_Map":
+        """Return it of z' = g z + (1 - g) φ(a): u' = g u + (1 - g) φ' ȧ + g' (z - φ) ȧ_g.
+
+        Third and fourth moments of z, which the noise alone takes, are those of a Gaussian z.
+        """
+        s2, q_a = _scales(block._layer, q)
+        x = s2 / q_a
+        h = _candidate(block.activation, q_a)
+        bias = jnp.asarray(block.update_bias, q.dtype)
+
+        def gates(a: Array) -> Array:
+            g = activations.logistic(a + bias)
+            f, d = 1 - g, g * (1 - g)
+            plain = [g, g**2, g * f, f**2, g**3, g**2 * f, g**4, g**3 * f, (g * f) ** 2]
+            kept = [f**2 * g, f**3, f**3 * g, f**4]
+            slopes = [d * a, g * d * a, f * d * a, d**2, (d * a) ** 2]
+            both = [d**2 * g, d**2 * f, (d * g) ** 2, d**2 * g * f, (d * f) ** 2]
+            return jnp.stack([*plain, *kept, *slopes, *both])
+
+        found = iter(gaussian.expectation(gates, q_a))
+        g, g2, gf, f2, g3, g2f, g4, g3f, g2f2 = (next(found) for _ in range(9))
+        f2g, f3, f3g, f4 = (next(found) for _ in range(4))
+        d_a, g_d_a, f_d_a, d2, d2_a2 = (next(found) for _ in range(5))
+        d2_g, d2_f, d2_g2, d2_gf, d2_f2 = (next(found) for _ in range(5))
+        m, k = h.h, h.h2
+        apart = q - 2 * mean * m + k  # E[(z - φ)²]
+        spread = q - mean**2
+        z3, z4 = mean**3 + 3 * mean * spread, mean**4 + 6 * mean**2 * spread + 3 * spread**2
+        turn = _matrix(
+            g2
+            + x * mean * gf * h.d_a
+            + x * f2 * h.h_d_a
+            + x * (g_d_a * (q - mean * m) + f_d_a * (mean * m - k)),
+            gf * m,
+            x * ((1 - g) * h.d_a + d_a * (mean - m)),
+            g,
+        )
+        bend_rho = (
+            f2 * (x**2 * h.d2_a2 - h.d2 * s2 * x)
+            + apart * (x**2 * d2_a2 - d2 * s2 * x)
+            + 2 * x * g_d_a
+            + 2 * x**2 * f_d_a * (mean * h.d_a - h.h_d_a)
+        )
+        bend = _symmetric(bend_rho, x * (gf * h.d_a - g_d_a * m), jnp.zeros_like(q))
+        carried = _symmetric(
+            g4 * q
+            + 2 * g3f * mean * m
+            + g2f2 * k
+            - (g2**2 * q + 2 * g2 * gf * m * mean + (gf * m) ** 2),
+            g3 * mean + g2f * m - (g2 * mean + gf * m) * g,
+            g2 - g**2,
+        )
+        of_candidate = _symmetric(
+            g2f2 * q * h.d2 + 2 * f3g * mean * h.h_d2 + f4 * h.h2_d2,
+            f2g * mean * h.d2 + f3 * h.h_d2,
+            f2 * h.d2,
+        )
+        of_gate = _symmetric(
+            d2_g2 * (z4 - 2 * z3 * m + q * k)
+            + 2 * d2_gf * (z3 * m - 2 * q * k + mean * h.h3)
+            + d2_f2 * (q * k - 2 * mean * h.h3 + h.h4),
+            d2_g * (z3 - 2 * q * m + mean * k) + d2_f * (q * m - 2 * mean * k + h.h3),
+            d2 * apart,
+        )
+        by_weights = of_candidate + of_gate
+        new = f2 * h.d2 + d2 * apart
+        return cls(g2 + s2 * new, bend, turn, carried + s2 * by_weights, by_weights / new)
+
+
+class _Candidate(NamedTuple):
+    """Averages over a ~ N(0, q_a), of powers of h = φ(a), and d = φ'(a)."""
+
+    h: Array
+    h2: Array
+    h3: Array
+    h4: Array
+    d_a: Array
+    h_d_a: Array
+    d2: Array
+    d2_a2: Array
+    h_d2: Array
+    h2_d2: Array
+
+
+def _candidate(phi: Activation, q_a: Array) -> _Candidate:
+    def integrands(a: Array) -> Array:
+        h, d = phi(a), phi.derivative(a)
+        powers = [h, h**2, h**3, h**4]
+        slopes = [d * a, h * d * a, d**2, (d * a) ** 2, h * d**2, (h * d) ** 2]
+        return jnp.stack([*powers, *slopes])
+
+    return _Candidate(*gaussian.expectation(integrands, q_a, kinks=phi.kinks))
+
+
+def _scales(linear: Linear, q: Array) -> tuple[Array, Array]:
+    """Return σ_w², and the second moment of W z + b."""
+    s2 = jnp.asarray(jnp.square(linear.sigma_w) * jnp.ones_like(q))
+    return s2, s2 * q + (0 if linear.sigma_b is None else jnp.square(linear.sigma_b))
 
 
 def _walk(steps: _Map, ends: Array, weighted: Array, widths: Array) -> tuple[Array, Array]:
@@ -224,8 +327,10 @@ def _walk(steps: _Map, ends: Array, weighted: Array, widths: Array) -> tuple[Arr
     return of_signals, of_weights
 
 
-def _past_activation(block: AbstractBlock) -> bool:
-    """Whether it is z + α φ(W z + b)."""
+def _carries(block: AbstractBlock) -> bool:
+    """Whether it is z + α φ(W z + b), or a highway layer."""
+    if isinstance(block, GRU):
+        return block.reset_bias is None and block.drive is None
     if not (isinstance(block, Residual) and isinstance(block.branch, Chain)):
         return False
     kinds = [type(part) for part in block.branch.parts]
@@ -252,5 +357,9 @@ def _log_mean(log: Float[Array, "layers sites"]) -> Float[Array, " layers"]:
     return jax.nn.logsumexp(log, axis=1) - jnp.log(jnp.asarray(log.shape[1], log.dtype))
 
 
+def _matrix(first: Array, across: Array, back: Array, second: Array) -> Array:
+    return jnp.stack([jnp.stack([first, across], -1), jnp.stack([back, second], -1)], -2)
+
+
 def _symmetric(first: Array, across: Array, second: Array) -> Array:
-    return jnp.stack([jnp.stack([first, across], -1), jnp.stack([across, second], -1)], -2)
+    return _matrix(first, across, across, second)
