@@ -44,6 +44,7 @@ ORDER = (
     "theory.finite_width",
     "theory.corrections",
     "theory.carried_means",
+    "theory.shared_weights",
     "theory.spectrum",
     "theory.transformations",
     "theory.prescription",

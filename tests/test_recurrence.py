@@ -319,7 +319,7 @@ def test_shared_weights_beside_a_path_for_the_signal_have_no_theory(block, width
 
 def test_what_is_missing_is_said():
     found = comparison.confront(gated(3, True), np.ones((1, 50), np.float32), networks=10)
-    assert "no theory of 3 steps of GRU with shared weights" in found.agreement
+    assert "through 3 steps of GRU with shared weights" in found.agreement
     assert (found["log_gradient_norm"].status[:3] == Status.NOT_COMPARED).all()
     beyond = comparison.log_chi_beyond(found.simulation.network, found.theory)
     assert np.isnan(beyond)

@@ -12,6 +12,8 @@ corrections
     First order in 1/n of every statistic: the shift of its mean, its spread between networks.
 carried_means
     What finite width does to gradients where a mean over units is carried along.
+shared_weights
+    Lengths and gradients of a GRU or LSTM whose steps all have the same weights.
 fixed_points
     Where lengths and correlations settle, and on which depth scales.
 criticality
@@ -37,6 +39,7 @@ from gradflow.theory import (
     linear_regime,
     mean_field,
     prescription,
+    shared_weights,
     spectrum,
     transformations,
 )
@@ -52,5 +55,6 @@ __all__ = [
     "linear_regime",
     "mean_field",
     "prescription",
+    "shared_weights",
 ]
 __all__ += ["spectrum", "transformations"]
