@@ -37,7 +37,7 @@ from gradflow.float_ranges import FloatRange, float_ranges
 from gradflow.networks import Network, as_inputs, check_network, checked_inputs, narrowed
 from gradflow.simulation.monte_carlo import Progress, Simulation, simulate
 from gradflow.statistics import Prediction, Statistic
-from gradflow.theory import densities, mean_field
+from gradflow.theory import carried_means, densities, mean_field
 from gradflow.theory.corrections import (
     Corrections,
     Layers,
@@ -199,8 +199,10 @@ class Comparison(eqx.Module):
                 shrinks.append(f"are seen at 1/{_NARROWER[1]} of it too to go to 0 with the width")
             if self.wider is not None:
                 shrinks.append(f"go, or shrink {_SHRUNK}-fold, at {_WIDER} times the width")
+            term = None if self.corrections is None else self.corrections.term
+            by_theory = f"theory says of this width{f' ({term})' if term else ''}"
             how = [
-                (foreseen, "that are what theory says of this width"),
+                (foreseen, f"that are what {by_theory}"),
                 (finite - foreseen, f"that {', or '.join(shrinks)}"),
             ]
             said = " and ".join(f"{count} {words}" for count, words in how if count)
@@ -588,10 +590,10 @@ def _theory(
 
     def run() -> tuple[Prediction, Corrections | None]:
         found = laws(*arguments)
-        if not correction:
+        if isinstance(found, Prediction):
             return found, None
-        theory, layers = found
-        return theory, correction[0](layers)
+        theory, known = found
+        return theory, correction[0](known) if correction else known
 
     return run
 
@@ -603,6 +605,8 @@ def _programs(
 
     The first then also returns what the second takes.
     """
+    if explain and carried_means.covers(network):
+        return [_prepared(_predict_and_correct, network, gram, mean)]
     if not (explain and covers(network)):
         return [_prepared(mean_field.predict, network, gram, mean)]
     laws = _prepared(_predict_and_prepare, network, gram, mean)
@@ -616,6 +620,13 @@ def _predict_and_prepare(
     return mean_field.predict_from(*laws), prepare(network, *laws)
 
 
+def _predict_and_correct(
+    network: Network, gram: ArrayLike, mean: ArrayLike
+) -> tuple[Prediction, Corrections]:
+    laws = mean_field.laws(network, gram, mean)
+    return mean_field.predict_from(*laws), carried_means.correct_from(network, *laws)
+
+
 def predict_float64(network: Network, inputs: ArrayLike) -> Prediction:
     """Return `theory.mean_field.predict` in float64, whatever JAX's x64 setting; NumPy arrays."""
     arguments = _arguments(network, inputs)
@@ -623,8 +634,13 @@ def predict_float64(network: Network, inputs: ArrayLike) -> Prediction:
 
 
 def correct_float64(network: Network, inputs: ArrayLike) -> Corrections | None:
-    """Return `theory.corrections.correct` in float64 as NumPy arrays; None if it has no answer."""
+    """Return `theory.corrections.correct` in float64 as NumPy arrays; None if it has no answer.
+
+    Of networks that carry a mean along, `theory.carried_means.correct`.
+    """
     arguments = _arguments(network, inputs)[:2]
+    if carried_means.covers(network):
+        return _prepared(carried_means.correct, *arguments)(*arguments)
     return _prepared(correct, *arguments)(*arguments) if covers(network) else None
 
 

@@ -64,7 +64,7 @@ class Stage(eqx.Module):
     A tied stage is one layer over time: its weights and biases are drawn once, and what is not a
     parameter (a dropout mask, an input) at every step. The theory is that of untied weights, which
     has the same limit (see `recurrent`) unless a unit's signal goes on beside the weights, as in a
-    GRU, an LSTM and a Residual: then there is none (see `theory.mean_field.predict`).
+    GRU, an LSTM and a Residual: then there is none step by step (`theory.shared_weights`).
     """
 
     block: AbstractBlock

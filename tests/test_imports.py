@@ -47,6 +47,8 @@ ORDER = (
     "theory.criticality",
     "theory.finite_width",
     "theory.corrections",
+    "theory.carried_means",
+    "theory.shared_weights",
     "theory.spectrum",
     "theory.transformations",
     "theory.prescription",

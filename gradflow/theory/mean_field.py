@@ -35,7 +35,7 @@ from jaxtyping import Array, ArrayLike, Float
 from gradflow import activations, gaussian, statistics
 from gradflow.activations import Activation
 from gradflow.arguments import as_real
-from gradflow.blocks import AbstractBlock, Dense
+from gradflow.blocks import GRU, LSTM, AbstractBlock, Dense
 from gradflow.errors import InputError, check_count, check_scale, is_traced
 from gradflow.gram import Gram, multiply_gram
 from gradflow.networks import Network, Stage, check_network
@@ -266,9 +266,9 @@ def predict(
         Each statistic of `gradflow.statistics`, shape (layers,). ``chi`` is NaN at the top layer,
         which has none above it. ``correlation`` needs two inputs. Where a layer hands on signals
         that are not Gaussian over units, statistics of φ of them are NaN. Where steps that share
-        their weights carry a unit's signal on beside them (GRU, LSTM, Residual), there is no
-        theory of the signals after the first step and of the gradients below the last: NaN, and
-        ``missing`` says why.
+        their weights carry a unit's signal on beside them (GRU, LSTM, Residual), nothing is known
+        step by step of the signals after the first and of the gradients below the last: NaN, and
+        ``missing`` says why. `theory.shared_weights` has the theory of a GRU or LSTM.
 
     Raises
     ------
@@ -417,10 +417,12 @@ def _carries_what_it_is_driven_by(stage: Stage, state: Gram) -> bool:
 
 def _missing(stage: Stage) -> str:
     name = type(stage.block).__name__
-    return (
-        f"there is no theory of {stage.repeats} steps of {name} with shared weights: what "
-        "drives a unit is correlated over the steps and with the signal that the unit carries on"
+    sentence = (
+        f"no theory goes step by step through {stage.repeats} steps of {name} with shared weights: "
+        "what drives a unit is correlated over the steps and with the signal that it carries on"
     )
+    known = isinstance(stage.block, GRU | LSTM)
+    return sentence + ("; see theory.shared_weights.predict_steps" if known else "")
 
 
 def _through(block: AbstractBlock, state: Gram, repeats: int) -> tuple[Gram, Gram]:
