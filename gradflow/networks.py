@@ -11,6 +11,7 @@ import itertools
 import math
 from collections.abc import Callable, Sequence
 from fractions import Fraction
+from numbers import Rational
 from typing import Any
 
 import equinox as eqx
@@ -818,10 +819,12 @@ def narrowed(network: Network, factor: int | Fraction) -> Network:
     Raises
     ------
     InputError
-        If a layer would have no unit left.
+        If a layer would have no unit left, or the factor is no fraction above 0.
     """
     check_network(network)
-    if min(network.widths[1:]) < check_count("factor", factor):
+    if not isinstance(factor, Rational) or isinstance(factor, bool) or factor <= 0:
+        raise InputError(f"factor is {factor!r}; it is a whole number or a Fraction, above 0")
+    if min(network.widths[1:]) < factor:
         raise InputError(
             f"widths {network.widths!r} cannot be divided by {factor}: a layer would be empty"
         )
