@@ -40,6 +40,8 @@ def prepare() -> None:
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # letters that its encoding has not are escaped
             stream.reconfigure(errors="backslashreplace")
+    # XLA's own log has nothing for a user: what goes wrong is raised.
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     warnings.filterwarnings("ignore", "Error (reading|writing) persistent compilation cache")
     warnings.filterwarnings("ignore", "Cache value for key")
     logging.getLogger("jax._src.compilation_cache").setLevel(logging.ERROR)
