@@ -424,7 +424,7 @@ def confront(
 
 
 def explained(
-    comparison: Comparison, inputs: ArrayLike, *, key: PRNGKeyArray, sampler: str = "auto"
+    comparison: Comparison, inputs: ArrayLike, *, key: PRNGKeyArray | int, sampler: str = "auto"
 ) -> Comparison:
     """Return a comparison whose differences were looked for in narrower networks, if there are any.
 
