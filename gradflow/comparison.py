@@ -12,9 +12,12 @@ orthogonal weights may have no a.
 
 import dataclasses
 import enum
+import html
+import json
 import math
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from fractions import Fraction
 from typing import Any
 
 import equinox as eqx
@@ -30,10 +33,11 @@ from gradflow.arguments import as_key, check_instance
 from gradflow.compilation import Float64Program
 from gradflow.errors import InputError
 from gradflow.estimation import Estimate
+from gradflow.float_ranges import FloatRange, float_ranges
 from gradflow.networks import Network, as_inputs, check_network, checked_inputs, narrowed
 from gradflow.simulation.monte_carlo import Progress, Simulation, simulate
 from gradflow.statistics import Prediction, Statistic
-from gradflow.theory import densities, mean_field
+from gradflow.theory import carried_means, densities, mean_field
 from gradflow.theory.corrections import (
     Corrections,
     Layers,
@@ -42,6 +46,7 @@ from gradflow.theory.corrections import (
     covers,
     prepare,
 )
+from gradflow.verdict import Verdict, judge, layers_ahead
 
 __all__ = ["Comparison", "Contrast", "Status", "Verdict", "compare", "compile_theory", "confront"]
 __all__ += ["correct_float64", "differences", "explained", "log_chi_beyond", "predict_float64"]
@@ -51,26 +56,26 @@ __all__ += ["theory_float64"]
 # more of them are drawn: their statistics spread more, and they cost less. The second is needed
 # where the first does not tell.
 _NARROWER = (4, 2)
+# How much wider the networks are that tell it where all are narrow, and how narrow those are; then
+# expansions in 1/width do not converge, and there is no fewer.
+_WIDER, _NARROW = 8, 64
+# By how much a difference must have shrunk there, if it has not gone.
+_SHRUNK = 4
+# Σ 1/width over the layers, and a width, from which on it may be that no first order tells.
+_EXPANDS, _WIDE = 0.2, 16
+# A share of a value, below which its first order in 1/width is small.
+_SMALL = 0.2
 # Where sites mix, effects go like their number beside the width: far above it is this many times.
 _MANY = 16
 # The chance that a comparison of correct theory with simulation shows any significant difference.
 FALSE_ALARM_RATE = 0.01
 # Rounding of the simulation's float type that a measurement may carry, in units of its epsilon.
 _ROUNDING = 8
-# χ is looked at this many times the depth further up, because χ may tend to 1 only as 1 - a/l ...
-_LOOK_AHEAD = 64
-_MOST_LAYERS_AHEAD = 20_000
-# ... and the network is critical when there, l layers up, |log χ| l is below this: a/l is (a is 1
-# or 2 for smooth activations), while any other limit of χ makes it grow with l.
-_CRITICAL = 4.0
-# Where most layers differ in width, there is no further up; then it is critical if gradients change
-# by less than this factor from end to end.
-_ALIKE = 2.0
+# What is left by rounding of differences of averages in float64.
+_ROUNDING_FLOAT64 = 1e-13
 # A relative change of χ in a layer below which it is taken as settled; algebraic approaches, a/l²,
 # get there after 1e5 layers.
 _SETTLED = 1e-10
-# Units beyond this share saturated, of an activation that saturates on both sides: 'saturated'.
-_SATURATED = 0.5
 
 
 # Beyond so many standard errors a threshold leaves next to nothing that could differ: below about
@@ -109,6 +114,7 @@ class Contrast(eqx.Module):
     shift: np.ndarray
     deviation: np.ndarray
     theory_deviation: np.ndarray
+    logarithmic: bool = eqx.field(static=True, default=False)
 
     def foreseen(self, threshold: float) -> np.ndarray:
         """Whether the difference is the one that the width makes by theory.
@@ -120,31 +126,11 @@ class Contrast(eqx.Module):
             rest = np.abs(difference - self.shift)
         return (rest < threshold * self.standard_error) | (rest < np.abs(difference) / 3)
 
-
-@dataclasses.dataclass(frozen=True)
-class Verdict:
-    """What happens to the gradient, in a word, a number and a sentence.
-
-    Attributes
-    ----------
-    kind
-        ``vanishing``, ``exploding`` or ``critical``: by whether χ, deep down the same layers, stays
-        below 1, above 1, or tends to it.
-    factor, factor_theory
-        By how much the gradient's norm (per unit, root mean square) changes going down one layer:
-        geometric mean over the layers, of the typical network and at infinite width; NaN with one
-        layer.
-    saturated_from
-        The first layer with more than half of its units saturated, or None.
-    sentence
-        All of it in words.
-    """
-
-    kind: str
-    factor: float
-    factor_theory: float
-    saturated_from: int | None
-    sentence: str
+    def expands(self, threshold: float) -> bool:
+        """Whether the width's first order is known and small wherever the difference is large."""
+        large = np.abs(self.z) >= threshold
+        size = np.abs(self.shift) / (1 if self.logarithmic else np.abs(self.theory))
+        return bool(np.all(size[large] < _SMALL))
 
 
 class Comparison(eqx.Module):
@@ -160,6 +146,8 @@ class Comparison(eqx.Module):
         What theory says of this width, if it does.
     narrower
         The simulations at a quarter and at half of the width, if they were needed.
+    wider
+        The simulation at eight times the width, if it was.
     threshold
         The z-score beyond which a difference is significant.
     verdict
@@ -171,6 +159,7 @@ class Comparison(eqx.Module):
     simulation: Simulation
     corrections: Corrections | None
     narrower: tuple[Simulation, ...]
+    wider: Simulation | None
     threshold: float = eqx.field(static=True)
     verdict: Verdict = eqx.field(static=True)
 
@@ -203,22 +192,28 @@ class Comparison(eqx.Module):
                 int(((c.status == Status.FINITE_WIDTH) & c.foreseen(self.threshold)).sum())
                 for c in self.contrasts.values()
             )
-            shrinks = f"{_NARROWER[0]} times as large at 1/{_NARROWER[0]} of it"
+            shrinks = []
+            if self.narrower:
+                shrinks.append(f"are {_NARROWER[0]} times as large at 1/{_NARROWER[0]} of it")
             if len(self.narrower) > 1:
-                shrinks += f", or seen at 1/{_NARROWER[1]} of it too to go to 0 with the width"
+                shrinks.append(f"are seen at 1/{_NARROWER[1]} of it too to go to 0 with the width")
+            if self.wider is not None:
+                shrinks.append(f"go, or shrink {_SHRUNK}-fold, at {_WIDER} times the width")
+            term = None if self.corrections is None else self.corrections.term
+            by_theory = f"theory says of this width{f' ({term})' if term else ''}"
             how = [
-                (foreseen, "by what theory says of this width"),
-                (finite - foreseen, f"which is {shrinks}"),
+                (foreseen, f"that are what {by_theory}"),
+                (finite - foreseen, f"that {', or '.join(shrinks)}"),
             ]
             said = " and ".join(f"{count} {words}" for count, words in how if count)
             sentence += f"; finite-width effects: {said}"
         if differs:
             worst, contrast = max(self.contrasts.items(), key=lambda item: _worst(item[1]))
             layer = int(np.argmax(np.where(contrast.status == Status.DIFFERS, abs(contrast.z), -1)))
-            unchecked = not self.narrower and self.corrections is None
-            checked = "" if unchecked else " and the width does not explain it"
             sentence += (
-                f"; {differs} differ{checked}, most {statistics.named()[worst].name} at layer "
+                f"; {differs} {'differs' if differs == 1 else 'differ'}"
+                f"{self._beside_the_width()}, most "
+                f"{statistics.named()[worst].name} at layer "
                 f"{layer + 1} (z = {contrast.z[layer]:.1f}, "
                 f"{100 * contrast.relative_difference[layer]:+.2g} %)"
             )
@@ -228,13 +223,75 @@ class Comparison(eqx.Module):
                     f"; {sites} sites mix, and a width of {width} is not far above their number, "
                     "as the theory's is"
                 )
-            if network.tied:
+            if network.tied and self.theory.missing is None:
                 steps = max(stage.repeats for stage in network.stages if stage.tied)
                 sentence += (
                     "; the theory is of weights drawn anew at each step: shared ones meet it where "
-                    f"the width is far above steps² = {steps**2}, and in a GRU or LSTM nowhere"
+                    f"the width is far above steps² = {steps**2}"
                 )
+        if self.theory.missing is not None:
+            sentence += f"; {self.theory.missing}"
         return sentence
+
+    @property
+    def float_ranges(self) -> dict[str, dict[str, dict[str, FloatRange]]]:
+        """In which layer each float type over- and underflows, in ``theory`` and ``simulation``.
+
+        By float type, then ``signals``, ``gradients`` and ``weight_gradients``: see
+        `gradflow.float_ranges`. What is simulated is the typical network's.
+        """
+        simulation = self.simulation
+        measured = {
+            key: estimate.log_value if statistics.named()[key].log else estimate.value
+            for key, estimate in simulation.estimates.items()
+        }
+        network = simulation.network
+        return {
+            "theory": float_ranges(network, self.theory.values),
+            "simulation": float_ranges(
+                network,
+                measured,
+                overflowed=simulation.overflowed > simulation.networks / 2,
+                dtype=simulation.dtype,
+            ),
+        }
+
+    def __repr__(self) -> str:
+        """Return the verdict, the agreement, and what was simulated, in three lines."""
+        return f"{self.verdict.sentence}\nagreement: {self.agreement}\n{self.simulation!r}"
+
+    def _repr_html_(self) -> str:
+        """Return the same for a notebook, with the first, middle and last layer's values."""
+        verdict, *rest = map(html.escape, repr(self).split("\n"))
+        depth = self.simulation.network.depth
+        rows = []
+        for key, contrast in self.contrasts.items():
+            for layer in sorted({0, (depth - 1) // 2, depth - 1}):
+                cells = (contrast.theory, contrast.measured, contrast.standard_error, contrast.z)
+                numbers = "".join(f"<td>{values[layer]:.4g}</td>" for values in cells)
+                rows.append(f"<tr><th>{key}</th><td>{layer + 1}</td>{numbers}</tr>")
+        head = "".join(f"<th>{h}</th>" for h in ("", "layer", "theory", "measured", "s.e.", "z"))
+        return (
+            f"<p><b>{verdict}</b></p><p>{'<br>'.join(rest)}</p>"
+            f"<table><tr>{head}</tr>{''.join(rows)}</table>"
+        )
+
+    def _beside_the_width(self) -> str:
+        """Return what is known of whether the width makes the differences that are left."""
+        network = self.simulation.network
+        if not self.narrower and self.wider is None and self.corrections is None:
+            return ""
+        over, narrowest = sum(1 / n for n in network.widths[1:]), min(network.widths[1:])
+        if over > _EXPANDS or narrowest < _WIDE or self.verdict.dead:
+            return (
+                f" (depth/width, Σ 1/n, is {over:.2g} and the least width {narrowest}: it may be "
+                "the width, beyond its first order)"
+            )
+        if self.corrections is None:
+            return ", not as 1/width does"
+        if not all(c.expands(self.threshold) for c in self.contrasts.values()):
+            return " (where the first order in 1/width is not small: it may be the width)"
+        return " and the width does not explain it"
 
     def to_xarray(self) -> xarray.Dataset:
         """Return everything, labelled: what the simulation's has, and beside it theory's.
@@ -262,8 +319,16 @@ class Comparison(eqx.Module):
                 contrast.status,
                 {s.name.lower(): int(s) for s in Status},
             )
+        ranges = {
+            source: {of: {name: vars(r) for name, r in each.items()} for of, each in found.items()}
+            for source, found in self.float_ranges.items()
+        }
         return statistics.labelled(dataset).assign_attrs(
-            verdict=self.verdict.sentence, agreement=self.agreement, z_threshold=self.threshold
+            verdict=self.verdict.sentence,
+            verdict_kind=self.verdict.kind,
+            float_ranges=json.dumps(ranges),
+            agreement=self.agreement,
+            z_threshold=self.threshold,
         )
 
 
@@ -273,6 +338,7 @@ def compare(
     *,
     corrections: Corrections | None = None,
     narrower: Sequence[tuple[Simulation, Prediction]] = (),
+    wider: tuple[Simulation, Prediction] | None = None,
     log_chi_beyond: float | None = None,
 ) -> Comparison:
     """Put theory beside measurement.
@@ -289,6 +355,8 @@ def compare(
         Simulation and theory at a quarter of the width (`networks.narrowed`), and at half of it, to
         do so where the corrections do not; without any of them every significant difference is
         reported as an error.
+    wider
+        The same at eight times the width, of a narrow network.
     log_chi_beyond
         log χ far above the top (`theory.mean_field.asymptotic_log_chi`), for the verdict; the top
         layers' is used without it.
@@ -334,6 +402,9 @@ def compare(
             )
         own_error = estimate.log_standard_error if statistic.log else estimate.standard_error
         unknown = np.full(depth, np.nan)
+        # What is below the rounding of the simulation's floats is none.
+        noise = _ROUNDING * float(np.finfo(simulation.dtype).eps)
+        relative = np.where(np.abs(relative) < noise, 0.0, relative)
         contrast = Contrast(
             theory=predicted,
             measured=measured,
@@ -341,7 +412,8 @@ def compare(
             z=z,
             relative_difference=relative,
             status=np.where(np.abs(z) < threshold, Status.AGREES, Status.DIFFERS),
-            shift=np.asarray(corrections.shift[key]) if corrections else unknown,
+            logarithmic=statistic.logarithmic,
+            shift=_without_rounding(corrections.shift[key], predicted) if corrections else unknown,
             deviation=own_error * np.sqrt(estimate.count),
             theory_deviation=(
                 np.asarray(corrections.standard_deviation[key]) if corrections else unknown
@@ -355,6 +427,12 @@ def compare(
                 with np.errstate(invalid="ignore"):
                     at_widths.append((above - below, narrow_error))
             explained = explained | _shrinks_with_the_width(at_widths, threshold)
+        if wider is not None:
+            below, above, wide_error, _ = _differences(key, wider[1], wider[0])
+            with np.errstate(invalid="ignore"):
+                rest = np.abs(above - below)
+                explained = explained | (rest < threshold * wide_error)
+                explained = explained | (rest < np.abs(difference) / _SHRUNK)
         status = contrast.status
         status = np.where((status == Status.DIFFERS) & explained, Status.FINITE_WIDTH, status)
         status = np.where(np.isnan(z), Status.NOT_COMPARED, status).astype(np.int8)
@@ -365,8 +443,9 @@ def compare(
         simulation=simulation,
         corrections=corrections,
         narrower=tuple(simulation for simulation, _ in narrower),
+        wider=None if wider is None else wider[0],
         threshold=threshold,
-        verdict=_verdict(theory, simulation, log_chi_beyond),
+        verdict=judge(theory, simulation, log_chi_beyond),
     )
 
 
@@ -426,7 +505,7 @@ def confront(
 def explained(
     comparison: Comparison, inputs: ArrayLike, *, key: PRNGKeyArray | int, sampler: str = "auto"
 ) -> Comparison:
-    """Return a comparison whose differences were looked for in narrower networks, if there are any.
+    """Return a comparison whose differences were looked for at other widths, if there are any.
 
     Parameters
     ----------
@@ -455,6 +534,23 @@ def explained(
         narrower.append((measured, mean_field.at_widths(theory, network, narrow)))
         found = compare(theory, simulation, corrections=comparison.corrections, narrower=narrower)
         # What the gradient does was said with χ further up.
+        comparison = dataclasses.replace(found, verdict=comparison.verdict)
+    if comparison.count(Status.DIFFERS) and max(network.widths[1:]) <= _NARROW:
+        wide = narrowed(network, Fraction(1, _WIDER))
+        measured = simulate(
+            wide,
+            inputs,
+            key=jax.random.fold_in(key, (1 << 31) + len(_NARROWER)),
+            networks=simulation.networks,
+            sampler=sampler,
+        )
+        found = compare(
+            theory,
+            simulation,
+            corrections=comparison.corrections,
+            narrower=narrower,
+            wider=(measured, mean_field.at_widths(theory, network, wide)),
+        )
         comparison = dataclasses.replace(found, verdict=comparison.verdict)
     return comparison
 
@@ -494,10 +590,10 @@ def _theory(
 
     def run() -> tuple[Prediction, Corrections | None]:
         found = laws(*arguments)
-        if not correction:
+        if isinstance(found, Prediction):
             return found, None
-        theory, layers = found
-        return theory, correction[0](layers)
+        theory, known = found
+        return theory, correction[0](known) if correction else known
 
     return run
 
@@ -509,6 +605,8 @@ def _programs(
 
     The first then also returns what the second takes.
     """
+    if explain and carried_means.covers(network):
+        return [_prepared(_predict_and_correct, network, gram, mean)]
     if not (explain and covers(network)):
         return [_prepared(mean_field.predict, network, gram, mean)]
     laws = _prepared(_predict_and_prepare, network, gram, mean)
@@ -522,6 +620,13 @@ def _predict_and_prepare(
     return mean_field.predict_from(*laws), prepare(network, *laws)
 
 
+def _predict_and_correct(
+    network: Network, gram: ArrayLike, mean: ArrayLike
+) -> tuple[Prediction, Corrections]:
+    laws = mean_field.laws(network, gram, mean)
+    return mean_field.predict_from(*laws), carried_means.correct_from(network, *laws)
+
+
 def predict_float64(network: Network, inputs: ArrayLike) -> Prediction:
     """Return `theory.mean_field.predict` in float64, whatever JAX's x64 setting; NumPy arrays."""
     arguments = _arguments(network, inputs)
@@ -529,8 +634,13 @@ def predict_float64(network: Network, inputs: ArrayLike) -> Prediction:
 
 
 def correct_float64(network: Network, inputs: ArrayLike) -> Corrections | None:
-    """Return `theory.corrections.correct` in float64 as NumPy arrays; None if it has no answer."""
+    """Return `theory.corrections.correct` in float64 as NumPy arrays; None if it has no answer.
+
+    Of networks that carry a mean along, `theory.carried_means.correct`.
+    """
     arguments = _arguments(network, inputs)[:2]
+    if carried_means.covers(network):
+        return _prepared(carried_means.correct, *arguments)(*arguments)
     return _prepared(correct, *arguments)(*arguments) if covers(network) else None
 
 
@@ -571,7 +681,7 @@ def _further_up(network: Network) -> Callable[[Prediction], float]:
         longest = max(range(len(network.stages)), key=lambda n: (network.stages[n].repeats, n))
         last = sum(stage.repeats for stage in network.stages[: longest + 1])
         return lambda theory: math.log(theory.values["chi"][max(last - 3, 0)])
-    beyond = _layers_ahead(network.depth)
+    beyond = layers_ahead(network.depth)
     log_chi = _prepared(mean_field.asymptotic_log_chi, network, 0.0, beyond=beyond)
 
     def further_up(theory: Prediction) -> float:
@@ -583,10 +693,6 @@ def _further_up(network: Network) -> Callable[[Prediction], float]:
     return further_up
 
 
-def _layers_ahead(depth: int) -> int:
-    return min(_LOOK_AHEAD * depth, _MOST_LAYERS_AHEAD)
-
-
 def _differences(
     key: str, theory: Prediction, simulation: Simulation
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
@@ -594,14 +700,26 @@ def _differences(
     predicted = np.asarray(theory.values[key], np.float64)
     network = simulation.network
     units = np.array(network.sites(simulation.sites)) * np.array(network.widths[1:])
-    found = differences(
+    measured, error, z = differences(
         statistics.named()[key],
         predicted,
         simulation.estimates[key],
         simulation.networks * units,
         simulation.dtype,
     )
-    return predicted, *found
+    return predicted, measured, error, np.where(_underflows(key, theory, simulation), np.nan, z)
+
+
+def _underflows(key: str, theory: Prediction, simulation: Simulation) -> np.ndarray:
+    """Whether a value was measured of signals, or squares of them, that the floats do not hold."""
+    network, statistic = simulation.network, statistics.named()[key]
+    if network.homogeneous or "log_q" not in theory.values:
+        return np.zeros(network.depth, bool)
+    log_q = np.asarray(theory.values["log_q"], np.float64)
+    tiny = math.log(float(np.finfo(simulation.dtype).tiny))
+    if statistic is statistics.weight_gradient_variance:  # of the squares of what enters a layer
+        return np.append(False, log_q[:-1] < tiny)
+    return (log_q / 2 < tiny) & (not statistic.backward)
 
 
 def differences(
@@ -633,9 +751,17 @@ def differences(
     rounding += float(np.finfo(dtype).tiny)
     with np.errstate(invalid="ignore"):
         z = (measured - predicted) / np.hypot(error, rounding)
-    # What has left the float's range is counted and said (the verdict), and not compared.
-    z = np.where(np.isfinite(measured), z, np.nan)
+    # What has left the float's range is counted and said (the verdict), and not compared; nor are
+    # the networks whose signals have not yet, which are the smaller ones.
+    chosen = (estimate.excluded > 0) & (not statistic.backward)
+    z = np.where(np.isfinite(measured) & ~chosen, z, np.nan)
     return measured, error, z
+
+
+def _without_rounding(shift: ArrayLike, of: np.ndarray) -> np.ndarray:
+    """Return a shift computed in float64; 0 where it is but rounding of what is shifted."""
+    shift = np.asarray(shift)
+    return np.where(np.abs(shift) < _ROUNDING_FLOAT64 * np.fmax(np.abs(of), 1.0), 0.0, shift)
 
 
 def _threshold(networks: int, comparisons: int) -> float:
@@ -669,62 +795,3 @@ def _shrinks_with_the_width(
 def _worst(contrast: Contrast) -> float:
     differs = contrast.status == Status.DIFFERS
     return float(np.max(np.abs(contrast.z), where=differs, initial=0.0))
-
-
-def _verdict(theory: Prediction, simulation: Simulation, log_chi_beyond: float | None) -> Verdict:
-    network = simulation.network
-    depth, widths = network.depth, np.array(network.widths[1:])
-    steps = max(depth - 1, 1)
-    log_variance = np.asarray(theory.values["log_gradient_variance"], np.float64)
-    change_theory = (log_variance[0] - log_variance[-1]) / 2
-    log_norm = simulation.estimates["log_gradient_norm"].value - np.log(widths) / 2
-    change = log_norm[0] - log_norm[-1]
-    log_chi, layers_up = log_chi_beyond, depth + _layers_ahead(depth)
-    if log_chi is None:
-        log_chi, layers_up = (math.log(theory.values["chi"][-2]) if depth > 1 else 0.0), depth
-    factor, factor_theory = (
-        (math.exp(c / steps) if depth > 1 else math.nan) for c in (change, change_theory)
-    )
-
-    alike = max(stage.repeats for stage in network.stages)
-    if len(set(widths)) == 1 or alike >= max(2, depth / 2):
-        critical, grows = abs(log_chi) * layers_up < _CRITICAL, log_chi > 0
-    else:
-        critical, grows = abs(change_theory) < math.log(_ALIKE), change_theory > 0
-    kind = "critical" if critical else "exploding" if grows else "vanishing"
-    if depth == 1:
-        sentence = f"{kind}: one layer has no gradient factor"
-    elif math.isnan(factor):
-        sentence = (
-            f"{kind}: no network's gradient reached layer 1 (theory ×{factor_theory:.3g} a layer)"
-        )
-    else:
-        sentence = f"{kind} ×{factor:.3g} a layer (theory ×{factor_theory:.3g})"
-        if kind == "critical":
-            sentence += f", ×{math.exp(change):.2g} over {depth} layers"
-        elif grows != (factor_theory > 1):
-            sentence += f", and ×{math.exp(log_chi / 2):.3g} further up"
-
-    saturated_from = _saturated_from(simulation)
-    if saturated_from is not None:
-        share = simulation.estimates["saturation"].value[saturated_from - 1]
-        sentence += f"; saturated from layer {saturated_from} ({100 * share:.0f} % of units)"
-    dead = int(simulation.estimates["log_gradient_norm"].excluded[0])
-    if dead:
-        sentence += f"; {dead} of {simulation.networks} networks have no gradient at layer 1"
-    for what, networks in (("overflow", simulation.overflowed), ("are 0 in", simulation.vanished)):
-        if networks.any():
-            sentence += (
-                f"; signals {what} {simulation.dtype} from layer "
-                f"{int(np.argmax(networks > 0)) + 1} on, in {int(networks.max())} of "
-                f"{simulation.networks} networks"
-            )
-    return Verdict(kind, factor, factor_theory, saturated_from, sentence)
-
-
-def _saturated_from(simulation: Simulation) -> int | None:
-    # A rectifier is flat on one side by design; saturation is to be flat on both.
-    flat = simulation.network.activation.saturated_intervals(statistics.SATURATION_THRESHOLD)
-    two_sided = np.isneginf(flat).any() and np.isposinf(flat).any()
-    above = simulation.estimates["saturation"].value > _SATURATED
-    return int(np.argmax(above)) + 1 if two_sided and above.any() else None

@@ -61,6 +61,8 @@ class Distribution:
         Whether it is a Haar-orthogonal matrix, or a corner of one with all rows or all columns.
     centred
         Whether every row sums to 0, so that a mean over units is not passed on.
+    kurtosis
+        E[w⁴] - 3 of independent entries, which finite widths depend on; None if it is not known.
     """
 
     name: str
@@ -68,6 +70,7 @@ class Distribution:
     iid_gaussian: bool = False
     haar: bool = False
     centred: bool = False
+    kurtosis: float | None = None
 
     @property
     def rotation_invariant(self) -> bool:
@@ -83,6 +86,8 @@ def _draw_uniform(key: PRNGKeyArray, shape: tuple[int, int], dtype: DTypeLike) -
 # A normal cut at ±2 standard deviations has this standard deviation, not 1 (PITFALLS of every
 # library's truncated initialiser); dividing by it makes the realised variance the stated one.
 _TRUNCATED_SD = 0.87962566103423978
+# By parts, E[x⁴] = 3 E[x²] - 16 p and E[x²] = 1 - 4 p before the division, p its density at 2.
+_TRUNCATED_KURTOSIS = (7 * _TRUNCATED_SD**2 - 4) / _TRUNCATED_SD**4 - 3
 
 
 def _draw_truncated_normal(key: PRNGKeyArray, shape: tuple[int, int], dtype: DTypeLike) -> Array:
@@ -108,9 +113,11 @@ def _draw_standardised(key: PRNGKeyArray, shape: tuple[int, int], dtype: DTypeLi
     return weights / jnp.std(weights, axis=1, keepdims=True)
 
 
-gaussian = Distribution("gaussian", jax.random.normal, iid_gaussian=True)
-uniform = Distribution("uniform", _draw_uniform)
-truncated_normal = Distribution("truncated_normal", _draw_truncated_normal)
+gaussian = Distribution("gaussian", jax.random.normal, iid_gaussian=True, kurtosis=0.0)
+uniform = Distribution("uniform", _draw_uniform, kurtosis=-1.2)
+truncated_normal = Distribution(
+    "truncated_normal", _draw_truncated_normal, kurtosis=_TRUNCATED_KURTOSIS
+)
 orthogonal = Distribution("orthogonal", _draw_orthogonal, haar=True)
 # Scaled weight standardisation (Brock, De & Smith 2021, arXiv:2101.08692, eq. 1): each row has mean
 # 0 and variance 1. It takes two columns at least. Of signals that sum to 0, n_in units have their
@@ -253,7 +260,8 @@ def fan_in(sigma_w: float = 1.0, distribution: Distribution | str = gaussian) ->
     check_number("sigma_w", sigma_w, positive=True)
     if not (0 < sigma_w < math.inf and 1e-300 < sigma_w * sigma_w < math.inf):
         raise InputError(
-            f"sigma_w is {sigma_w!r}; it is a number above 0, whose square a float can hold"
+            f"sigma_w is {sigma_w!r}; it is a finite number above 0, of which a float can hold the "
+            "square"
         )
     named = Ensemble(f"fan_in({sigma_w:g})", gaussian, lambda m, n: sigma_w**2 / m)  # noqa: ARG005
     return named.drawn_from(distribution)

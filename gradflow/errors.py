@@ -9,11 +9,31 @@ from typing import Any
 import numpy as np
 
 __all__ = ["InputError", "UnknownName", "check_count", "check_number", "check_scale"]
-__all__ += ["check_sequence", "is_number", "is_traced", "unknown_name"]
+__all__ += ["check_sequence", "is_number", "is_traced", "printable", "unknown_name"]
+
+LARGEST_COUNT = 2**31 - 1
+# Characters of a message: what was given may be a file's whole content.
+_LONGEST = 1200
+
+
+def printable(text: str, longest: int = _LONGEST) -> str:
+    """Return text for one line of a terminal.
+
+    Control characters, newlines and what else cannot be seen are escaped, and the middle of a long
+    text is left out: what a file says must neither drive a terminal nor look like our own words.
+    """
+    if len(text) > longest:
+        kept = longest // 2
+        left_out = f" [{len(text) - 2 * kept} characters] "
+        text = f"{text[:kept]}{left_out}{text[-kept:]}"
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
 class InputError(ValueError):
     """The caller's input cannot be used. The message is one sentence that says what can."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(printable(message))
 
 
 class UnknownName(InputError, KeyError):
@@ -31,9 +51,14 @@ def unknown_name(what: str, value: object, allowed: Iterable[str]) -> InputError
 
 
 def check_count(name: str, value: object, minimum: int = 1) -> int:
-    """Return ``value`` as an int of at least ``minimum``, or raise `InputError`."""
+    """Return ``value`` as an int of at least ``minimum``, or raise `InputError`.
+
+    It is at most what an integer of 32 bits holds, as JAX's are.
+    """
     if isinstance(value, bool) or not isinstance(value, Integral) or value < minimum:
         raise InputError(f"{name} is {value!r}; it is a whole number of at least {minimum}")
+    if int(value) > LARGEST_COUNT:
+        raise InputError(f"{name} is {value!r}; it is a whole number of at most {LARGEST_COUNT}")
     return int(value)
 
 

@@ -446,6 +446,11 @@ class Gram(eqx.Module):
             made_of=((), self._function(other)),
         )
 
+    def may_depend_on(self, other: "Gram") -> bool:
+        """Whether a unit's signal may be a function of its other, beside random matrices."""
+        pairs = itertools.product(self._as_shares(), other._as_shares())
+        return any(s.is_part(o) or s.correlates(o) for s, o in pairs)
+
     def renewed(self) -> "Gram":
         """Return what is known of signals of the same law that are independent of these."""
         return self._input()

@@ -10,6 +10,7 @@ import dataclasses
 import itertools
 import math
 from collections.abc import Callable, Sequence
+from fractions import Fraction
 from typing import Any
 
 import equinox as eqx
@@ -48,6 +49,7 @@ from gradflow.errors import (
     check_number,
     check_sequence,
     is_number,
+    is_traced,
     unknown_name,
 )
 
@@ -60,8 +62,9 @@ class Stage(eqx.Module):
     """One block, repeated: with independent weights each time or, ``tied``, with the same ones.
 
     A tied stage is one layer over time: its weights and biases are drawn once, and what is not a
-    parameter (a dropout mask, an input) at every step. The theory takes no notice, and means that
-    of untied weights: see `recurrent`.
+    parameter (a dropout mask, an input) at every step. The theory is that of untied weights, which
+    has the same limit (see `recurrent`) unless a unit's signal goes on beside the weights, as in a
+    GRU, an LSTM and a Residual: then there is none step by step (`theory.shared_weights`).
     """
 
     block: AbstractBlock
@@ -162,6 +165,26 @@ class Network(eqx.Module):
         """
         blocks = all(stage.block.homogeneous for stage in self.stages)
         return blocks and self.activation.homogeneous
+
+    @property
+    def homogeneous_beyond(self) -> tuple[bool, bool]:
+        """Whether it is so for signals that are small or large enough, as a linear φ makes it.
+
+        Such a network of tanh is homogeneous for small signals, one of GELU for both.
+        """
+        if self.homogeneous:
+            return True, True
+
+        def at(end: int) -> bool:
+            def linear(phi: Activation) -> bool:
+                value, slope = phi.powers[end]
+                known = not (is_traced(value) or is_traced(slope))
+                return phi.homogeneous or bool(known and abs(value - 1) + abs(slope) < 1e-9)
+
+            blocks = all(stage.block.homogeneous_if(linear) for stage in self.stages)
+            return blocks and linear(self.activation)
+
+        return at(0), at(1)
 
     @property
     def iid_gaussian(self) -> bool:
@@ -785,11 +808,12 @@ def check_lsuv(network: Network) -> None:
         )
 
 
-def narrowed(network: Network, factor: int) -> Network:
+def narrowed(network: Network, factor: int | Fraction) -> Network:
     """Return the network with every layer's width divided by ``factor``, σ_w and σ_b kept.
 
     It has the same infinite-width limit for the same inputs, and finite-width effects ``factor``
-    times as large: what tells such an effect from an error. The input keeps its width.
+    times as large: what tells such an effect from an error. The input keeps its width. A factor of
+    1/8 makes every layer eight times as wide.
 
     Raises
     ------

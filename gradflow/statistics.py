@@ -97,12 +97,14 @@ class BackwardLaw(eqx.Module):
     """The gradient at one layer at infinite width, per input, as logs.
 
     ``log_variance`` is of one component of δ; ``log_ratio`` is log χ, NaN at the top layer.
+    ``missing`` says why there is no theory of some layers' signals and gradients, if so.
     """
 
     log_variance: Float[Array, "*layers sites"]
     log_ratio: Float[Array, "*layers sites"]
     log_weight_variance: Float[Array, "*layers"]
     width: Float[Array, "*layers"]
+    missing: str | None = eqx.field(static=True, default=None)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -202,6 +204,12 @@ def _over_sites(f: Callable[[Array], Array], law: ForwardLaw) -> Array:
     return jnp.where(law.gaussian, found, jnp.nan)
 
 
+def _saturated_slope(sample: ForwardSample) -> float:
+    """Return the slope below which a unit is saturated, in the floats' range."""
+    largest = float(jnp.finfo(sample.slope.dtype).max)
+    return min(SATURATION_THRESHOLD * sample.max_slope, largest)
+
+
 q = Statistic(
     "q",
     "second moment of pre-activations q",
@@ -248,7 +256,7 @@ activation_variance = Statistic(
 saturation = Statistic(
     "saturation",
     f"fraction of units with |φ'| < {SATURATION_THRESHOLD:.3g} max|φ'|",
-    measure=lambda s: jnp.mean(jnp.abs(s.slope) < SATURATION_THRESHOLD * s.max_slope),
+    measure=lambda s: jnp.mean(jnp.abs(s.slope) < _saturated_slope(s)),
     predict=lambda law: jnp.mean(
         _over_sites(lambda v: gaussian.saturation(law.activation, v, SATURATION_THRESHOLD), law)
     ),
@@ -346,13 +354,21 @@ class Prediction(eqx.Module):
     ----------
     values
         By key: positive quantities as natural logarithms, under ``log_<name>``.
+    missing
+        One sentence that says why there is no number of some layers (NaN), or None.
     """
 
     values: dict[str, Array | np.ndarray] = eqx.field(converter=Values)
+    missing: str | None = eqx.field(static=True, default=None)
 
     def __getitem__(self, name: str) -> Array | np.ndarray:
         """Return a statistic by its key, or by its name: then in its own unit, no logarithm."""
         return self.values[name]
+
+    def __repr__(self) -> str:
+        """Return what there is, in one line."""
+        shape = jnp.shape(next(iter(self.values.values()), jnp.zeros(0)))
+        return f"theory of shape {shape}, the last axis that of layers: {', '.join(self.values)}"
 
     def to_xarray(self) -> xarray.Dataset:
         """Return the labelled values: every quantity by name and, where it has one, its log."""

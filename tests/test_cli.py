@@ -1,11 +1,15 @@
 """The command line as a user meets it: in a process of its own."""
 
+import io
+import itertools
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import xarray
+from rich.table import Table
 from typer.testing import CliRunner
 
 from gradflow import cli
@@ -86,7 +90,8 @@ def test_help_of_train_lists_the_experiments(monkeypatch, capsys):
 
 def test_json_is_json_and_nothing_else(tmp_path):
     done = gradflow(
-        "compare", *SMALL, "--widths", "30,20,10", "--seed", str(1 << 40), "--json", cwd=tmp_path
+        *("compare", "--networks", "8", "--widths", "30,20,10", "--seed", str(1 << 40), "--json"),
+        cwd=tmp_path,
     )
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
@@ -126,8 +131,9 @@ def test_theory_prints_what_it_reports(tmp_path):
     assert "0.4180372005" in text
     relu = ("theory", "--activation", "relu", "--sigma-w2", "2", "--sigma-b2", "0.1", "--json")
     found = json.loads(gradflow(*relu, cwd=tmp_path).stdout)
-    assert (found["fixed_points"], found["status"], found["xi_c"]) == ([], "diverges", None)
+    assert (found["fixed_points"], found["status"]) == ([], "diverges")
     assert (found["q_star_from_1"], found["correlation_map"]) == ("inf", {})
+    assert (found["chi1"], found["xi_grad"], found["xi_c"]) == (1, "inf", "inf")
 
 
 @pytest.mark.slow
@@ -167,6 +173,10 @@ def test_critical_points_have_what_the_table_has(tmp_path):
     assert (point["q_star"], point["sigma_w2"], point["q_stable"]) == (None, 2, None)
     assert (point["exponent"], point["one_minus_c"]) == (1.5, "4/(coefficient l)²")
     assert point["coefficient"] == pytest.approx(0.3001054387190354, rel=1e-9)
+    biased = ("critical", "--activation", "relu", "--sigma-b2", "0.1", "--json")
+    found = json.loads(gradflow(*biased, cwd=tmp_path).stdout)
+    assert (found["solutions"], found["at_infinity"]["q_star"]) == ([], "inf")
+    assert found["at_infinity"]["sigma_w2"] == 2
 
 
 @pytest.mark.slow
@@ -228,17 +238,43 @@ def test_help_is_there_with_examples(command, tmp_path):
         (["compare", "--weights", "glorott"], "did you mean 'glorot'"),
         (["compare", "--width", "0"], "width is 0; it is a whole number of at least 1"),
         (["compare", "--depth", "-3"], "depth is -3"),
-        (["compare", "--depth", "10000000000"], "depth is 10000000000, which needs"),
-        (["prescribe", "--depth", "10000000000"], "depth is 10000000000, which needs"),
+        (["compare", "--depth", "1000000000"], "depth is 1000000000, which needs"),
+        (["compare", "--depth", "10000000000"], "depth is 10000000000; it is a whole number of at"),
+        (["prescribe", "--depth", "1000000000"], "depth is 1000000000, which needs"),
+        (["prescribe", "--widths", "9,9999999999"], "widths is '9,9999999999'; it is the input's"),
         (["study", "--networks", "1"], "networks is 1; it is a whole number of at least 2"),
         (["study", "--uniform-networks", "0"], "uniform_networks is 0"),
         (["compare", "--networks", "0"], "networks is 0"),
         (["compare", "--inputs", "5000"], "there are 1797 digit images"),
         (["compare", "--sigma-w", "nan"], "sigma_w is nan; it is a finite number above 0"),
         (["compare", "--sigma-b", "inf"], "sigma_b is inf"),
+        (["compare", "--sigma-b", "1e300"], "sigma_b is 1e+300; it is at most 1e+150"),
         (["compare", "--weights", "he", "--sigma-w", "1"], "sigma_w is 1.0 and weights is 'he'"),
         (["compare", "--widths", "10,x"], "widths is '10,x'"),
         (["compare", "--widths", ""], "widths is ''"),
+        (["compare", "--widths", "9,9", "--width", "9"], "widths is '9,9' and width is 9; the fi"),
+        (["prescribe", "--widths", "9,9", "--depth", "9"], "widths is '9,9' and depth is 9"),
+        (["prescribe", "--target", "1"], "target is 1.0, which means nothing without --transform"),
+        (["spectrum", "--width", "9"], "width is 9, which means nothing without --simulate"),
+        (["spectrum", "--q", "1", "--sigma-b2", "1"], "q is 1.0 and sigma_b2 is 1.0; the first"),
+        (["study", "a/b.toml", "--depth", "3"], "depth is 3 and file is 'a/b.toml'; the first"),
+        (["study", "a.toml", "--process", "3"], "process is 3, which means nothing without --coo"),
+        (
+            ["study", "a.toml", "--coordinator", "h:1", "--distributed"],
+            "coordinator is 'h:1' and distributed is True",
+        ),
+        (
+            ["study", "a.toml", "--coordinator", "h:1", "--processes", "2", "--process", "2"],
+            "process is 2 and processes is 2; it is from 0 to one less",
+        ),
+        (["compare", "--sigma-w", "1e300"], "sigma_w is 1e+300; it is a finite number above 0"),
+        (["compare", "--distribution", ""], "unknown distribution ''"),
+        (["remedies", "--sigma-b", "1e300"], "sigma_b is 1e+300; it is at most 1e+150"),
+        (["compare", "--out", ""], "out is ''; it is the name of a folder, new or not"),
+        (["study", "--out", " "], "out is ' '; it is the name of a folder"),
+        (["compare", "--out", "x" * 300], "which cannot be written to (file name too long)"),
+        (["compare", "--activation", "a\x1b[31m\n\0b"], r"unknown activation 'a\x1b[31m\n\x00b'"),
+        (["compare", "--weights", "x" * 100_000], "[9"),
         (["compare", "--seed", "99999999999999999999"], "less than or equal to"),
         (["compare", "--weights", "standard", "--sampler", "matrix_free"], "'uniform'"),
         (["compare", "--sampler", "sparse"], "unknown sampler 'sparse'"),
@@ -255,7 +291,20 @@ def test_help_is_there_with_examples(command, tmp_path):
         (["critical", "--sigma-b2", "0", "--sigma-w2", "1"], "give one of them"),
         (["phase", "--points", "1"], "points is 1; it is a whole number of at least 2"),
         (["phase", "--points", "100000000"], "points is 100000000, which needs"),
-        (["spectrum", "--points", "100000000000"], "points is 100000000000, which needs"),
+        (["spectrum", "--points", "1000000000"], "points is 1000000000, which needs"),
+        (
+            ["spectrum", "--depth", "9999999999"],
+            "depth is 9999999999; it is a whole number",
+        ),
+        (["spectrum", "--simulate", "9999999999"], "simulate is 9999999999; it is a whole number"),
+        (
+            ["compare", "--networks", "99999999999999999999"],
+            "networks is 99999999999999999999",
+        ),
+        (["remedies", "--networks", "9999999999"], "of at most 2147483647"),
+        (["theory", "--width", "9999999999"], "of at most 2147483647"),
+        (["train", "--steps", "9999999999"], "steps is 9999999999; it is a whole number of at mo"),
+        (["phase", "--sigma-w", "0", "1e300"], "sigma_w is from 0 to 1e+300; it is from a number"),
         (["phase", "--sigma-w", "3", "1"], "sigma_w is from 3 to 1"),
         (["spectrum", "--depth", "0"], "depth is 0"),
         (["spectrum", "--weights", "haar"], "'haar'"),
@@ -314,7 +363,151 @@ def test_bad_input_is_one_sentence_and_exit_code_2(
     said = [line for line in printed.err.splitlines() if not line.endswith("compiling")]
     assert len(said) == 1
     assert said[0].startswith("gradflow: ")
+    assert len(said[0]) < 1300
+    assert said[0].isprintable()
     assert not printed.out
+
+
+STUDY = """
+title = "a\\u001b[31m[red]\\u0000b\\nstudy     finished [/x]"
+[network]
+activation = "tanh"
+weights = "glorot"
+width = 8
+depth = 3
+[sampling]
+networks = 4
+"""
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_text_of_a_file_does_not_drive_the_terminal(tmp_path, monkeypatch, capsys):
+    (tmp_path / "study.toml").write_text(STUDY)
+    shown = []
+    for options in ([], ["--json"]):
+        arguments = ["gradflow", "plan", str(tmp_path / "study.toml"), *options]
+        monkeypatch.setattr(sys, "argv", arguments)
+        with pytest.raises(SystemExit) as stop:
+            cli.main()
+        assert not stop.value.code
+        shown.append(capsys.readouterr().out)
+        assert all(line.isprintable() for line in shown[-1].splitlines())
+    first = shown[0].splitlines()[0].rstrip()
+    assert first == r"study     a\x1b[31m[red]\x00b study finished [/x]"
+    assert json.loads(shown[1])["title"] == "a\x1b[31m[red]\0b\nstudy     finished [/x]"
+
+
+@pytest.mark.parametrize("columns", ["0", "20", "200"])
+def test_a_narrow_terminal_cuts_no_number(columns, monkeypatch):
+    monkeypatch.setenv("COLUMNS", columns)
+    monkeypatch.setattr(sys, "stdout", terminal := io.StringIO())
+    monkeypatch.setattr(terminal, "isatty", lambda: True, raising=False)
+    table = Table("quantity", "value")
+    table.add_row("a", "0.12345678901234567890")
+    cli.shared.make_console().print(table)
+    assert "0.12345678901234567890" in terminal.getvalue()
+
+
+class Reached(Exception):
+    """A command is about to write its results."""
+
+
+def folder_of(arguments, monkeypatch):
+    """Return where a command would write."""
+
+    def stop(folder):
+        raise Reached(folder)
+
+    for module in (cli.shared, cli.training):
+        monkeypatch.setattr(module, "writable_folder", stop)
+    monkeypatch.setattr(sys, "argv", ["gradflow", *arguments])
+    with pytest.raises(Reached) as reached:
+        cli.main()
+    return str(reached.value)
+
+
+# By command, what goes before, and values that ask for different things, none of them a default.
+_NETWORK = {
+    "--activation": ["relu", "leaky_relu_0.2"],
+    "--depth": ["6", "7"],
+    "--seed": ["1", "-1"],
+}
+OTHERS = {
+    "compare": (
+        [],
+        _NETWORK
+        | {
+            "--weights": ["he", "orthogonal"],
+            "--distribution": ["uniform", "gaussian"],
+            "--sigma-b": ["0.5", "0.25", "1e-5"],
+            "--width": ["6", "7"],
+            "--networks": ["6"],
+            "--inputs": ["3"],
+            "--sampler": ["dense"],
+        },
+    ),
+    "compare --widths": (["--sigma-w", "2"], {"--widths": ["9,8,7", "9,87", "98,7"]}),
+    "compare --sigma-w": ([], {"--sigma-w": ["1.5", "15", "1"]}),
+    "remedies": ([], _NETWORK | {"--weights": ["he"], "--sigma-b": ["0.5"], "--inputs": ["5"]}),
+    "phase": (
+        [],
+        {
+            "--activation": ["relu"],
+            "--sigma-w": ["1 2", "1 2.5"],
+            "--sigma-b": ["1 2"],
+            "--points": ["6"],
+            "--start": ["2"],
+        },
+    ),
+    "spectrum": (
+        ["--simulate", "5"],
+        _NETWORK
+        | {
+            "--sigma-w2": ["2", "3"],
+            "--sigma-b2": ["0.5"],
+            "--weights": ["orthogonal"],
+            "--points": ["6"],
+            "--width": ["6"],
+        },
+    ),
+    "spectrum --q": ([], {"--q": ["0.5", "5"], "--simulate": ["5", "6"]}),
+    "train": (
+        [],
+        _NETWORK
+        | {
+            "--weights": ["he"],
+            "--data": ["a-b.npz", "a/b.npz", "A-b.npz", "x" * 300, "y" * 300],
+            "--learning-rate": ["0.25", "0.25,0.5", "0.5,0.25"],
+            "--clip": ["norm:1", "value:1"],
+            "--optimiser": ["adam"],
+            "--noise": ["0.1"],
+        },
+    ),
+}
+
+
+@pytest.mark.usefixtures("unchecked")
+@pytest.mark.parametrize("which", OTHERS)
+def test_no_two_commands_share_a_folder(which, monkeypatch):
+    """Every option with other values, alone and beside every other option."""
+    command, (before, options) = which.split()[0], OTHERS[which]
+    alone = [[name, *value.split()] for name, values in options.items() for value in values]
+    firsts = [[name, *values[0].split()] for name, values in options.items()]
+    both = [[*one, *other] for one, other in itertools.combinations(firsts, 2)]
+    calls = [[], *alone, *both]
+    found = [folder_of([command, *before, *call], monkeypatch) for call in calls]
+    assert len(set(found)) == len(calls)
+    assert all(len(Path(folder).name) < 200 for folder in found)
+    # Only what is asked for matters, not how it is written.
+    assert folder_of([command, *before, "--json"], monkeypatch) == found[0]
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_a_default_that_is_written_out_is_the_same_command(monkeypatch):
+    usual = folder_of(["compare"], monkeypatch)
+    assert usual == "results/compare/tanh-glorot"
+    assert folder_of(["compare", "--width", "1000", "--sigma-b", "0"], monkeypatch) == usual
+    assert folder_of(["train", "--seed", "0"], monkeypatch) == "results/train/layers"
 
 
 def test_a_mistake_ends_the_process_with_one_sentence(tmp_path):

@@ -60,7 +60,7 @@ def test_finite_width_effects_are_told_from_errors():
     found = comparison.confront(network, X, key=3, networks=4000)
     assert found["log_gradient_norm"].status[0] == Status.FINITE_WIDTH
     assert "finite-width effect" in found.agreement
-    assert "by what theory says of this width" in found.agreement
+    assert "are what theory says of this width" in found.agreement
     assert not found.narrower
     without = comparison.confront(network, X, key=3, networks=4000, explain=False)
     assert without["log_gradient_norm"].status[0] == Status.DIFFERS
@@ -94,10 +94,12 @@ def test_verdicts_follow_the_theory_and_not_a_threshold(activation, weights, kin
 @pytest.mark.parametrize(
     ("widths", "weights", "kind"),
     [
-        ([60, 90, 30, 10], "he", "vanishing"),  # χ is n_{l+1}/n_l
-        ([60, 10, 30, 90], "he", "exploding"),
+        ([60, 90, 30, 10], "he", "critical"),  # χ is n_{l+1}/n_l, and norms stay
+        ([60, 10, 30, 90], "he", "critical"),
         ([60, 40, 30, 40], "he", "critical"),
-        ([60, 100, 100, 100, 100, 10], "he", "critical"),  # but for a narrow top
+        ([60, 90, 30, 10], "lecun", "vanishing"),
+        ([60, 10, 30, 90], "glorot", "vanishing"),
+        ([60, 100, 100, 100, 100, 10], "he", "critical"),
     ],
 )
 @pytest.mark.slow

@@ -1,5 +1,7 @@
 """Figures: labelled, theory as lines, simulation as points with error bars."""
 
+import functools
+
 import jax
 import numpy as np
 import pytest
@@ -106,7 +108,8 @@ def test_theory_is_a_line_and_simulation_is_not(dataset):
     theory, points = axes.lines[0], axes.containers[0].lines[0]
     assert theory.get_linestyle() == "-"
     assert points.get_linestyle() == "None"
-    expected = dataset.log_gradient_variance_theory / (2 * np.log(10))
+    norm = dataset.log_gradient_norm_theory
+    expected = (norm - norm[-1]) / np.log(10)
     np.testing.assert_allclose(theory.get_ydata(), expected)
 
 
@@ -114,5 +117,55 @@ def test_results_without_histograms_and_folders_that_are_not_there_are_refused(d
     bare = dataset.drop_vars([v for v in dataset if "histogram" in v])
     with pytest.raises(InputError, match="'tanh' hold no gradient histograms"):
         figures.gradient_histograms({"tanh": bare})
-    with pytest.raises(InputError, match="cannot write"):
+    with pytest.raises(InputError, match="in a folder that is not there"):
         figures.save(figures.gradient_norm({"tanh": {"x": dataset}}), tmp_path / "no" / "x.png")
+
+
+def test_a_notebook_shows_a_figure_without_pyplot(dataset):
+    figure = figures.gradient_norm({"tanh": {"standard": dataset}})
+    assert figure._repr_png_().startswith(b"\x89PNG")
+
+
+@functools.cache
+def phases(activation, sigma_w=(0.5, 3.0), sigma_b=(0, 1), points=24):
+    return criticality.phase_diagram(
+        activation, np.linspace(*sigma_w, points), np.linspace(*sigma_b, points)
+    )
+
+
+@pytest.mark.parametrize(
+    ("activation", "sigma_w", "sigma_b"),
+    [
+        ("tanh", (0.5, 3.0), (0, 1)),
+        ("tanh", (0.9, 1.1), (0, 0.02)),
+        pytest.param("gelu", (0.5, 3.0), (0, 1), marks=pytest.mark.slow),
+    ],
+)
+def test_nothing_in_a_phase_diagram_overlaps(activation, sigma_w, sigma_b):
+    figure = figures.phase_diagram(phases(activations.get(activation), sigma_w, sigma_b))
+    figure.draw_without_rendering()
+    (legend,) = figure.legends
+    for axes in figure.axes[:3]:
+        boxes = [text.get_window_extent() for text in axes.texts]
+        assert boxes
+        assert not any(a.overlaps(b) for a in boxes for b in boxes if a is not b)
+        assert not legend.get_window_extent().overlaps(axes.get_window_extent())
+        assert all(
+            axes.get_window_extent().padded(1).containsx(x) for b in boxes for x in b.intervalx
+        )
+
+
+@pytest.mark.slow
+def test_a_critical_line_of_a_fixed_point_that_is_not_reached_is_told_apart():
+    """GELU at small biases: signals from q = 1 diverge before χ₁ = 1 at the point in between."""
+    figure = figures.phase_diagram(phases(activations.gelu))
+    names = [text.get_text() for text in figure.legends[0].get_texts()]
+    assert names[:2] == ["critical line, χ₁ = 1", names[1]]
+    assert names[1].startswith("χ₁ = 1 at another fixed point")
+    dotted, solid = figure.axes[0].lines[:2]
+    low, high = solid.get_ydata() < 0.1, solid.get_ydata() > 0.4
+    assert np.isfinite(dotted.get_xdata()[low]).all()
+    assert np.isnan(solid.get_xdata()[low]).all()
+    assert np.isfinite(solid.get_xdata()[high]).all()
+    tanh = figures.phase_diagram(phases(activations.tanh))
+    assert "another" not in str([t.get_text() for t in tanh.legends[0].get_texts()])

@@ -35,15 +35,20 @@ ORDER = (
     "blocks",
     "networks",
     "statistics",
+    "float_ranges",
     "estimation",
     "theory.linear_regime",
     "theory.mean_field",
     "theory.densities",
+    "theory.roots",
+    "theory.moment_table",
     "theory.fixed_points",
     "theory.architectures",
     "theory.criticality",
     "theory.finite_width",
     "theory.corrections",
+    "theory.carried_means",
+    "theory.shared_weights",
     "theory.spectrum",
     "theory.transformations",
     "theory.prescription",
@@ -58,6 +63,7 @@ ORDER = (
     "simulation.singular_values",
     "simulation.monte_carlo",
     "simulation",
+    "verdict",
     "comparison",
     "training.parameters",
     "training.records",
@@ -95,6 +101,8 @@ ORDER = (
     "studies.description",
     "studies.spectra",
     "studies.plan",
+    "studies.found",
+    "studies.sealed",
     "studies.store",
     "studies.depth_scales",
     "studies.gradient_spread",
@@ -106,6 +114,7 @@ ORDER = (
     "studies.note",
     "studies",
     "",
+    "cli.process",
     "cli.shared",
     "cli.words",
     "cli.studying",
@@ -186,12 +195,17 @@ def test_a_right_import_is_not_complained_of():
     assert not complaints("comparison", source)
 
 
-def test_importing_all_of_gradflow_changes_no_setting_of_jax():
+def test_importing_all_of_gradflow_changes_no_setting_of_jax_and_does_not_start_it():
+    """`jax.distributed.initialize` and `fork` must come before JAX looks for its devices."""
+    started = "assert jax._src.xla_bridge.backends_are_initialized()"
     lines = [
         "import jax",
         "before = dict(jax.config.values)",
         *(f"import gradflow.{name}".rstrip(".") for name in FILES),
         "changed = {k for k, v in before.items() if jax.config.values[k] != v}",
         "assert not changed, changed",
+        started.replace("assert", "assert not"),
+        "jax.random.key(0)",
+        started,
     ]
     subprocess.run([sys.executable, "-c", "\n".join(lines)], check=True)

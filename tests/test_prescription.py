@@ -66,6 +66,16 @@ def test_relu_is_critical_at_any_length_and_the_usual_rules_are_shown():
 
 @pytest.mark.usefixtures("x64_only")
 @pytest.mark.slow
+def test_gradients_of_a_network_that_narrows_stay_in_the_float():
+    """They keep their norm; a mean over ever fewer units would leave float32 in 75 layers."""
+    found = prescribe("relu", (784, 300, 100, 10))
+    np.testing.assert_allclose(found.expected.gradient_factor, 1, rtol=1e-12)
+    assert math.isinf(found.expected.representable_depth)
+    np.testing.assert_allclose(found.instead[2].gradient_factor, 0.5**0.5, rtol=1e-12)  # LeCun's
+
+
+@pytest.mark.usefixtures("x64_only")
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "transform", "target", "chi1"),
     [

@@ -1,6 +1,7 @@
 """One network, forward and backward: against plain JAX, and at depths where plain JAX fails."""
 
 import dataclasses
+import math
 
 import jax
 import jax.numpy as jnp
@@ -191,7 +192,7 @@ def test_a_dead_network_has_a_gradient_of_zero_and_no_nan():
 
 
 def test_an_overflow_is_counted_at_its_layer_and_not_averaged():
-    network = networks.mlp([50] * 61, lambda z: z * 2.0, "unscaled")
+    network = networks.mlp([50] * 61, lambda z: z * 2.0, "unscaled", sigma_b=0.1)
     found = monte_carlo.simulate(network, np.ones((1, 50), np.float32), networks=8, key=1)
     first = int(np.argmax(found.overflowed > 0))
     assert 0 < first < 60
@@ -200,18 +201,26 @@ def test_an_overflow_is_counted_at_its_layer_and_not_averaged():
     assert np.isfinite(found["q"].value[:first]).all()
 
 
-def test_an_underflow_is_counted_and_leaves_the_gradient_right():
+def test_signals_below_any_float_are_followed_and_leave_the_gradient_right():
     """tanh with standard weights falls by √3 a layer: below float32 from about layer 160 on."""
     n, depth = 100, 300
     network = networks.mlp([n] * (depth + 1), "tanh", ensembles.fan_in(3**-0.5))
     found = monte_carlo.simulate(network, np.ones((1, n), np.float32), networks=8, key=1)
-    first = int(np.argmax(found.vanished > 0))
-    assert 130 < first < 250
-    # Far below where squares underflow, q is still that of the theory.
-    fall = found["q"].log_value[120] - found["q"].log_value[100]
-    assert fall / 20 == pytest.approx(-np.log(3), rel=0.05)
+    assert not found.vanished.any()
+    for start, end in ((100, 120), (200, 299)):
+        fall = found["q"].log_value[end] - found["q"].log_value[start]
+        assert fall / (end - start) == pytest.approx(-np.log(3), rel=0.05)
     change = found["log_gradient_norm"].value[100] - found["log_gradient_norm"].value[-1]
     assert change / (depth - 101) == pytest.approx(-np.log(3) / 2, rel=0.05)
+
+
+def test_an_underflow_is_counted():
+    """Of z |z|, which squares what is small, nothing is left in a float32 after seven layers."""
+    network = networks.mlp([50] * 11, lambda z: 0.5 * z * jnp.abs(z), ensembles.fan_in(1.0))
+    found = monte_carlo.simulate(network, np.ones((1, 50), np.float32), networks=8, key=1)
+    first = int(np.argmax(found.vanished > 0))
+    assert 3 < first < 10
+    assert (found.vanished[first + 2 :] == 8).all()
 
 
 def test_the_program_does_not_grow_with_depth():
@@ -303,6 +312,21 @@ def test_chi_is_nan_at_the_top_of_many_inputs_too():
     run = jax.jit(lambda x: propagation.propagate(network, x, jax.random.key(0))["chi"])
     assert np.isnan(run(x)[-1])
     assert np.all(np.isfinite(run(x)[:-1]))
+
+
+@pytest.mark.parametrize("sampler", ["dense", "matrix_free"])
+@pytest.mark.parametrize(("phi", "sizes"), [("tanh", (1e-9, 1e-30)), ("gelu", (1e9, 1e30))])
+def test_signals_beyond_a_float_keep_their_scale_apart(phi, sizes, sampler, key):
+    """Where φ is linear on each side, an input's size is a scale, and no more: same weights."""
+    network = networks.mlp([8, *[20] * 30], phi, ensembles.fan_in(sizes[0] ** 0.2))
+    x = jax.random.normal(key, (2, 8), jnp.float32)
+    one, other = (propagation.propagate(network, size * x, key, sampler=sampler) for size in sizes)
+    shift = 2 * math.log(sizes[1] / sizes[0])
+    assert abs(float(other["log_q"][-1])) > 150, "no float32"
+    for name in ("log_q", "log_activation_variance", "log_weight_gradient_variance"):
+        np.testing.assert_allclose(other[name] - one[name], shift, rtol=1e-4)
+    for name in ("correlation", "log_gradient_norm", "saturation"):
+        np.testing.assert_allclose(other[name], one[name], rtol=1e-3, atol=1e-4)
 
 
 def test_what_is_a_logarithm_answers_to_its_name_too_everywhere(key):

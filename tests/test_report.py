@@ -92,8 +92,22 @@ def test_the_page_is_whole_and_what_is_in_a_file_is_text(study):
 
 def test_a_study_without_a_plane_has_lines_by_layer(study):
     dataset = xarray.load_dataset(study[0] / "results.nc")
-    row = dataset.isel(sigma_b2=slice(0, 2), layer=slice(0, 2))
+    row = dataset.isel(sigma_b2=slice(0, 1), layer=slice(0, 2))
     assert report.page(row).count("theory as lines, measurement as points") == 4
+
+
+def test_a_grid_without_a_plane_has_every_point_in_a_map_and_a_table(study):
+    """Four by two points: seven curves would be some of them."""
+    dataset = xarray.load_dataset(study[0] / "results.nc").isel(sigma_b2=slice(0, 2))
+    page = report.page(dataset)
+    assert "measurement as points" not in page
+    assert page.count("at each of 8 points, a row each") == 4
+    change = dataset.log_gradient_norm.isel(layer=0) - dataset.log_gradient_norm.isel(layer=-1)
+    table = page.partition("What becomes of the gradient")[2].partition("</table>")[0]
+    assert table.count("<tr>") == 1 + 8
+    for value in change.to_numpy().ravel():
+        assert f"×{np.exp(value):.3g}" in table
+        assert f"×{np.exp(value / 2):.4g}" in table
 
 
 DEEP = """

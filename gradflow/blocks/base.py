@@ -3,6 +3,7 @@
 import abc
 import math
 from collections.abc import Callable
+from fractions import Fraction
 from typing import Any
 
 import equinox as eqx
@@ -10,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray, ScalarLike
 
+from gradflow.activations import Activation
 from gradflow.ensembles import Distribution
 from gradflow.gram import Gram, multiply_gram
 
@@ -80,6 +82,10 @@ class AbstractBlock(eqx.Module):
     def homogeneous(self) -> bool:
         """Whether block(a·z) = a·block(z) for every a > 0."""
 
+    def homogeneous_if(self, activations: Callable[[Activation], bool]) -> bool:  # noqa: ARG002
+        """Whether it is `homogeneous` if its activations are, of which one says which are."""
+        return self.homogeneous
+
     @property
     def distributions(self) -> tuple[Distribution, ...]:
         """The laws of its random matrices, in the order in which it multiplies by them."""
@@ -114,8 +120,8 @@ class AbstractBlock(eqx.Module):
         """Return its random matrices' shapes (n_out, n_in), in their order."""
         return ()
 
-    def narrowed(self, factor: int) -> "AbstractBlock":  # noqa: ARG002
-        """Return the block with its widths divided by ``factor`` and its scales kept."""
+    def narrowed(self, factor: int | Fraction) -> "AbstractBlock":  # noqa: ARG002
+        """Return it with its widths divided by ``factor``, 1/8 for wider, and its scales kept."""
         return self
 
 

@@ -1,11 +1,14 @@
 """Blocks made of blocks: one after another, and a branch beside the signal itself."""
 
 import dataclasses
+from collections.abc import Callable
+from fractions import Fraction
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray, ScalarLike
 
+from gradflow.activations import Activation
 from gradflow.arguments import check_instance
 from gradflow.blocks.base import AbstractBlock, AbstractComposite, Multiply
 from gradflow.blocks.dense import Dense, Linear
@@ -45,13 +48,17 @@ class Chain(AbstractComposite):
         """Whether all of them are."""
         return all(part.homogeneous for part in self.parts)
 
+    def homogeneous_if(self, activations: Callable[[Activation], bool]) -> bool:
+        """Whether all of them are."""
+        return all(part.homogeneous_if(activations) for part in self.parts)
+
     def width_after(self, n_in: int) -> int:
         """Return how many units the last one hands on."""
         for part in self.parts:
             n_in = part.width_after(n_in)
         return n_in
 
-    def narrowed(self, factor: int) -> "Chain":
+    def narrowed(self, factor: int | Fraction) -> "Chain":
         """Return the chain with the widths of its blocks divided by ``factor``."""
         return Chain(tuple(part.narrowed(factor) for part in self.parts))
 
@@ -107,6 +114,10 @@ class Residual(AbstractComposite):
         """Whether the branch is."""
         return self.branch.homogeneous
 
+    def homogeneous_if(self, activations: Callable[[Activation], bool]) -> bool:
+        """Whether the branch is."""
+        return self.branch.homogeneous_if(activations)
+
     def width_after(self, n_in: int) -> int:
         """Return as many units as it gets.
 
@@ -123,6 +134,6 @@ class Residual(AbstractComposite):
             )
         return n_in
 
-    def narrowed(self, factor: int) -> "Residual":
+    def narrowed(self, factor: int | Fraction) -> "Residual":
         """Return it with the branch's widths divided by ``factor``, α kept."""
         return dataclasses.replace(self, branch=self.branch.narrowed(factor))

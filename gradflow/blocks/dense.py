@@ -2,6 +2,8 @@
 
 import abc
 import dataclasses
+from collections.abc import Callable
+from fractions import Fraction
 from typing import Any
 
 import equinox as eqx
@@ -39,6 +41,10 @@ class Activate(AbstractBlock):
     def homogeneous(self) -> bool:
         """Whether φ is positively homogeneous."""
         return self.activation.homogeneous
+
+    def homogeneous_if(self, activations: Callable[[Activation], bool]) -> bool:
+        """Whether φ is."""
+        return activations(self.activation)
 
 
 class Linear(AbstractBlock):
@@ -90,7 +96,7 @@ class Linear(AbstractBlock):
         """Return the shape of W."""
         return ((self.units, n_in),)
 
-    def narrowed(self, factor: int) -> "Linear":
+    def narrowed(self, factor: int | Fraction) -> "Linear":
         """Return the layer with its units divided by ``factor``, σ_w and σ_b kept."""
         return dataclasses.replace(self, units=self.units // factor)
 
@@ -110,6 +116,10 @@ class AbstractLayer(AbstractBlock):
         """Whether φ is positively homogeneous and there is no bias."""
         return self.activation.homogeneous and self.linear.homogeneous
 
+    def homogeneous_if(self, activations: Callable[[Activation], bool]) -> bool:
+        """Whether φ is and there is no bias."""
+        return activations(self.activation) and self.linear.homogeneous
+
     @property
     def distributions(self) -> tuple[Distribution, ...]:
         """The law of W."""
@@ -119,7 +129,7 @@ class AbstractLayer(AbstractBlock):
         """Return the number of units."""
         return self.linear.width_after(n_in)
 
-    def narrowed(self, factor: int) -> "AbstractLayer":
+    def narrowed(self, factor: int | Fraction) -> "AbstractLayer":
         """Return the layer with its units divided by ``factor``, σ_w and σ_b kept."""
         fewer: dict[str, Any] = {"units": self.linear.units // factor}
         return dataclasses.replace(self, **fewer)

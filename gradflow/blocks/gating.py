@@ -1,6 +1,7 @@
 """Layers that take two products with their signal: gated units, and the larger of two."""
 
 import dataclasses
+from fractions import Fraction
 
 import jax
 import jax.numpy as jnp
@@ -85,7 +86,7 @@ class Gated(AbstractComposite):
         """Return those of the value, then those of the gate."""
         return self.value.shapes(n_in) + self.gate.shapes(n_in)
 
-    def narrowed(self, factor: int) -> "Gated":
+    def narrowed(self, factor: int | Fraction) -> "Gated":
         """Return it with the widths of both divided by ``factor``."""
         return Gated(*(part.narrowed(factor) for part in self.parts))
 
@@ -138,6 +139,6 @@ class Maxout(AbstractBlock):
         """Return the shapes of W and V."""
         return 2 * self.linear.shapes(n_in)
 
-    def narrowed(self, factor: int) -> "Maxout":
+    def narrowed(self, factor: int | Fraction) -> "Maxout":
         """Return the layer with its units divided by ``factor``, σ_w and σ_b kept."""
         return dataclasses.replace(self, linear=self.linear.narrowed(factor))

@@ -1,22 +1,20 @@
 """The command line: a thin face on `comparison`, `studies`, `theory` and `figures`."""
 
-import hashlib
-import os
-import platform
+import signal
 import sys
-from pathlib import Path
-from typing import Annotated
+from typing import Annotated, NoReturn
 
 import typer
 
 import gradflow
-from gradflow.cli import simulating, studying, theory, training
+from gradflow.cli import process, simulating, studying, theory, training
 from gradflow.cli.shared import Json, app, print_json
-from gradflow.errors import InputError
+from gradflow.errors import InputError, printable
 
-__all__ = ["app", "main", "simulating", "studying", "theory", "training"]
+__all__ = ["app", "main", "process", "simulating", "studying", "theory", "training"]
 
 _OUT_OF_MEMORY = "out of memory; use fewer inputs, a smaller width or depth, or sampler matrix_free"
+_NOT_KNOWN_TO_JAX = ("Unable to initialize backend", "for environment", "for JAX flag")
 
 
 @app.command(name="list")
@@ -43,63 +41,60 @@ def list_names(as_json: Json = False) -> None:
 
 def main() -> None:
     """Run the command line: exit code 0, 2 for bad input, 130 when interrupted."""
-    _keep_compiled()
+    process.prepare()
+    with process.ended_soon() as said:
+        code = _run()
+        if code == 130:
+            process.say(process.INTERRUPTED)
+            said.set()
+        sys.exit(code)
+
+
+def _run() -> int:
     try:
         code = app(standalone_mode=False)
+        if sys.stdout is not None:
+            sys.stdout.flush()
     except InputError as error:
         _fail(str(error))
-    except typer.Exit as stop:
-        sys.exit(stop.exit_code)
     except typer.TyperException as error:
-        given = " ".join(sys.argv[1:])
-        _fail(f"{' '.join(error.format_message().split())} (given: {given})")
+        said = " ".join(error.format_message().split())
+        _fail(printable(f"{said} (given: {' '.join(sys.argv[1:])})"))
     except (KeyboardInterrupt, typer.Abort):
-        _fail("interrupted", code=130)
+        return 130
     except MemoryError:
         _fail(_OUT_OF_MEMORY)
-    except RuntimeError as error:  # JAX's
-        if "RESOURCE_EXHAUSTED" not in str(error):
-            raise
+    except OSError as error:
+        _fail_of_system(error)
+    except (RuntimeError, ValueError) as error:
+        _fail_of_jax(error)
+    return code or 0
+
+
+def _fail_of_system(error: OSError) -> NoReturn:
+    """Say what the system refuses: mostly standard output that cannot be written to."""
+    if isinstance(error, BrokenPipeError):  # whoever read it has read enough
+        process.discard_output()
+        sys.exit(128 + signal.SIGPIPE)
+    reason = (error.strerror or str(error)).lower()
+    if error.filename is not None:
+        _fail(printable(f"cannot use {str(error.filename)!r}: {reason}"))
+    process.discard_output()
+    _fail(f"standard output cannot be written to: {reason}")
+
+
+def _fail_of_jax(error: RuntimeError | ValueError) -> NoReturn:
+    """Say what JAX has no memory for, or does not know in its environment; raise all else."""
+    if "RESOURCE_EXHAUSTED" in str(error):
         _fail(_OUT_OF_MEMORY)
-    else:
-        sys.exit(code or 0)
+    if any(words in str(error) for words in _NOT_KNOWN_TO_JAX):
+        _fail(printable(str(error)))
+    raise error
 
 
-def _keep_compiled() -> None:
-    """Let JAX keep what it compiled between commands: compiling is most of a command's time.
-
-    Where the user has not said where, by JAX's own environment variable, and before JAX reads it.
-    Programs are for one kind of processor; a home folder may be shared by several.
-    """
-    if "JAX_COMPILATION_CACHE_DIR" in os.environ:
-        return
-    try:
-        folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "gradflow"
-        folder /= hashlib.sha256(_processor().encode()).hexdigest()[:16]
-        folder.mkdir(parents=True, exist_ok=True)
-    except (OSError, RuntimeError):  # no home, or none to write to
-        return
-    if os.access(folder, os.W_OK):
-        for name, value in {
-            "JAX_COMPILATION_CACHE_DIR": str(folder),
-            "JAX_COMPILATION_CACHE_MAX_SIZE": str(1 << 30),
-            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.02",
-        }.items():
-            os.environ.setdefault(name, value)
-
-
-def _processor() -> str:
-    """Return what tells this machine's processor from others that programs may not run on."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:  # not Linux
-        return f"{platform.machine()} {platform.processor()}"
-    return platform.machine() + next((x for x in lines if x.startswith(("flags", "Feat"))), "")
-
-
-def _fail(message: str, code: int = 2) -> None:
-    typer.echo(f"gradflow: {message}", err=True)
-    sys.exit(code)
+def _fail(message: str) -> NoReturn:
+    process.say(f"gradflow: {message}")
+    sys.exit(2)
 
 
 @app.callback(invoke_without_command=True)

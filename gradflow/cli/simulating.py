@@ -1,5 +1,6 @@
 """Commands that simulate networks and put theory beside them: compare, study."""
 
+import json
 import math
 from pathlib import Path
 from typing import Annotated, Any
@@ -18,21 +19,26 @@ from gradflow.cli.shared import (
     Phi,
     Seed,
     app,
-    at_least,
+    check_beside,
     check_depth,
+    check_deviation,
     check_instead,
     file_name,
+    given_folder,
     is_given,
     make_console,
     parse_widths,
     print_json,
+    results_folder,
     shape_label,
     show_progress,
-    writable_folder,
     write_json,
     write_netcdf,
 )
-from gradflow.errors import InputError
+from gradflow.errors import InputError, check_count
+
+# Above it, and below its inverse, a natural logarithm is not that of a float.
+_LARGEST_LOG = 700.0
 
 
 @app.command(
@@ -71,18 +77,22 @@ def compare(
     from gradflow import networks as nets  # noqa: PLC0415
 
     check_instead(context, "sigma_w", "weights")
+    for option in ("width", "depth"):
+        check_instead(context, "widths", option)
     shape = parse_widths(widths) if widths is not None else None
-    width_, depth_ = at_least("width", width), check_depth(depth)
-    images = data.digits()[: at_least("inputs", inputs)]
+    width_, depth_ = check_count("width", width), check_depth(depth)
+    check_count("networks", networks)
+    check_deviation("sigma_b", sigma_b)
+    images = data.digits()[: check_count("inputs", inputs)]
     if len(images) < inputs:
         raise InputError(f"inputs is {inputs}; there are {len(images)} digit images")
     shape = shape or (images.shape[1], *[width_] * depth_)
     ensemble = ensembles.get(weights) if sigma_w is None else ensembles.fan_in(sigma_w)
-    if distribution:
+    if distribution is not None:
         ensemble = ensemble.drawn_from(distribution)
     network = nets.mlp(shape, activation, ensemble, sigma_b=sigma_b)
-    label = f"{network.activation.name}-{ensemble.name}-{shape_label(shape)}-seed{seed}"
-    folder = writable_folder(out or Path("results") / "compare" / file_name(label))
+    named = ("activation", "weights") if sigma_w is None else ("activation",)
+    folder = results_folder(context, *named, out=out)
 
     with show_progress() as report:
         result = comparison.confront(
@@ -105,6 +115,8 @@ def compare(
     console.print(_table_of_one(result))
     console.print(f"verdict   {result.verdict.sentence}")
     console.print(f"agreement {result.agreement}")
+    for line in _said_of_ranges(result):
+        console.print(f"range     {line}")
     console.print(
         f"sampler   {simulation.sampler}: {simulation.reason}; {simulation.networks} networks in "
         f"{simulation.seconds:.2f} s, after {simulation.compile_seconds:.1f} s of compiling"
@@ -159,8 +171,15 @@ def study(
     if file is not None:
         for option in ("width", "depth", "networks", "uniform_networks", "seed"):
             check_instead(context, option, "file")
+        check_instead(context, "coordinator", "auto")
+        check_beside(context, "processes", "coordinator")
+        check_beside(context, "process", "coordinator")
+        if not 0 <= process < check_count("processes", processes):
+            raise InputError(
+                f"process is {process} and processes is {processes}; it is from 0 to one less"
+            )
         with studying.distributed(auto, coordinator, processes, process):
-            studying.run_file(file, out or Path("results") / file.stem, share, as_json)
+            studying.run_file(file, given_folder(out, Path("results") / file.stem), share, as_json)
         return
     for option in ("auto", "coordinator", "processes", "process", "share"):
         if is_given(context, option):
@@ -171,10 +190,10 @@ def study(
             )
     from gradflow.studies import note  # noqa: PLC0415  (JAX is slow to import)
 
-    at_least("networks", networks, 2)
-    at_least("uniform_networks", uniform_networks, 2)
+    check_count("networks", networks, 2)
+    check_count("uniform_networks", uniform_networks, 2)
     check_depth(depth)
-    folder = out or Path("results") / "study"
+    folder = given_folder(out, Path("results") / "study")
     described = note.study(
         width=width,
         depth=depth,
@@ -260,6 +279,7 @@ def _figures_of_study(found: Any, datasets: dict[str, xarray.Dataset], folder: P
     "- `gradflow remedies --activation tanh --weights unscaled --width 100 --json`"
 )
 def remedies(
+    context: typer.Context,
     activation: Phi = "logistic",
     weights: Annotated[str, typer.Option(help="The ensemble, by name.")] = "unscaled",
     sigma_b: Annotated[float, typer.Option(help="Standard deviation of the biases.")] = 0.0,
@@ -278,11 +298,12 @@ def remedies(
     from gradflow import figures  # noqa: PLC0415  (JAX is slow to import)
     from gradflow.studies import remedies as study_of_remedies  # noqa: PLC0415
 
-    at_least("networks", networks, 2)
-    at_least("inputs", inputs, 4)
-    check_depth(at_least("depth", depth, 3))
-    label = f"{activation}-{weights}-width{at_least('width', width, 2)}-depth{depth}-seed{seed}"
-    folder = writable_folder(out or Path("results") / "remedies" / file_name(label))
+    check_count("networks", networks, 2)
+    check_count("inputs", inputs, 4)
+    check_depth(check_count("depth", depth, 3))
+    check_deviation("sigma_b", sigma_b)
+    check_count("width", width, 2)
+    folder = results_folder(context, "activation", "weights", out=out)
     with show_progress() as report:
         found = study_of_remedies.run(
             activation,
@@ -381,6 +402,17 @@ def _table_of_remedies(title: str, outcomes: Any) -> Table:
     return table
 
 
+def _said_of_ranges(result: Any) -> list[str]:
+    """Return, for each float type, in which layers signals and gradients leave its range."""
+    from gradflow import float_ranges  # noqa: PLC0415
+
+    found = result.float_ranges
+    return [
+        f"{of}: {float_ranges.sentence(found['theory'], found['simulation'], of)}"
+        for of in float_ranges.DTYPES
+    ]
+
+
 def _table_of_one(result: Any) -> Table:
     from gradflow import statistics  # noqa: PLC0415
     from gradflow.comparison import Status  # noqa: PLC0415
@@ -406,17 +438,23 @@ def _table_of_one(result: Any) -> Table:
     for key, contrast in result.contrasts.items():
         name, logarithmic = statistics.named()[key].name, statistics.named()[key].logarithmic
         estimate = result.simulation.estimates[key]
-        theory = np.asarray(result.theory[name])
-        for layer in _first_middle_last(len(theory)):
+        # Where it is kept as a logarithm, so are these: no float may hold the number.
+        kept_as_log = statistics.named()[key].log
+        for layer in _first_middle_last(len(contrast.theory)):
             if math.isnan(estimate.value[layer]):  # the top layer's χ
                 continue
-            error, z = estimate.standard_error[layer], contrast.z[layer]
+            error, z = contrast.standard_error[layer], contrast.z[layer]
+            if kept_as_log and error > 0:  # relative
+                error = contrast.measured[layer] + math.log(error)
+            elif kept_as_log:
+                error = math.nan if math.isnan(error) else -math.inf
             spread, of_theory = contrast.deviation[layer], contrast.theory_deviation[layer]
             table.add_row(
                 name,
                 str(layer + 1),
-                f"{theory[layer]:.4g}",
-                f"{estimate.value[layer]:.4g} ± {_number(error, 1)}",
+                _number(contrast.theory[layer], 4, log=kept_as_log),
+                f"{_number(contrast.measured[layer], 4, log=kept_as_log)} ± "
+                f"{_number(error, 1, log=kept_as_log)}",
                 "" if math.isnan(z) else f"{z:+.1f}",
                 _percent(contrast.relative_difference[layer]),
                 _percent(_relative(contrast, layer, logarithmic)),
@@ -434,8 +472,18 @@ def _relative(contrast: Any, layer: int, logarithmic: bool) -> float:
     return shift / theory if theory > contrast.standard_error[layer] else math.nan
 
 
-def _number(value: float, digits: int = 2) -> str:
-    return "-" if math.isnan(value) else f"{value:.{digits}g}"
+def _number(value: float, digits: int = 2, *, log: bool = False) -> str:
+    """Return a number, or that of this natural logarithm, in so many digits."""
+    if math.isnan(value):
+        return "-"
+    if not log:
+        return f"{value:.{digits}g}"
+    if math.isinf(value) or abs(value) < _LARGEST_LOG:
+        return f"{math.exp(value):.{digits}g}"
+    whole, rest = divmod(value / math.log(10), 1)
+    # Rounding may make 10 of the digits; `e` knows.
+    digits_of, _, carried = f"{10**rest:.{digits - 1}e}".partition("e")
+    return f"{digits_of}e{int(whole) + int(carried):+d}"
 
 
 def _percent(share: float) -> str:
@@ -526,6 +574,7 @@ def _as_json(result: Any, dataset: xarray.Dataset) -> dict[str, Any]:
         "networks": result.simulation.networks,
         "sampler": result.simulation.sampler,
         "verdict": vars(verdict),
+        "float_ranges": json.loads(dataset.attrs["float_ranges"]),
         "agreement": result.agreement,
         "layers": {
             name: values.values.tolist()

@@ -17,8 +17,18 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from gradflow.cli.shared import Json, app, make_console, print_json, write_netcdf, write_text
+from gradflow.cli.process import GRACE, say
+from gradflow.cli.shared import (
+    Json,
+    app,
+    make_console,
+    print_json,
+    writable_file,
+    write_netcdf,
+    write_text,
+)
 from gradflow.errors import InputError
+from gradflow.files import complete
 
 File = Annotated[Path, typer.Argument(help="The study file (TOML).", show_default=False)]
 Folder = Annotated[
@@ -36,12 +46,16 @@ _LINE_EVERY = 10.0
 )
 def plan(file: File, as_json: Json = False) -> None:
     """Say what a study file would take: programs, networks, memory and time; nothing is run."""
-    from gradflow.studies import description  # noqa: PLC0415  (JAX is slow to import)
+    from gradflow.studies import (
+        description,  # noqa: PLC0415  (JAX is slow to import)
+        results,  # noqa: PLC0415
+    )
     from gradflow.studies import plan as plans  # noqa: PLC0415
 
     study = description.load(file)
     made = plans.make(study, plans.groups(study))
     plans.check_memory(study, made)
+    results.check(study)
     rows = [
         {
             "activation": group.network.activation.name,
@@ -73,9 +87,9 @@ def plan(file: File, as_json: Json = False) -> None:
         print_json(found)
         return
     console = make_console()
-    console.print(f"study     {study.title or file.name}", markup=False)
+    console.print(f"study     {_one_line(study.title or file.name)}")
     shape = " × ".join(f"{axis.name} ({len(axis)})" for axis in study.axes) or "one point"
-    console.print(f"grid      {shape}: {len(study)} points", markup=False)
+    console.print(f"grid      {_one_line(shape)}: {len(study)} points")
     table = Table(box=box.SIMPLE)
     for name in ("activation", "layers", "widest", "points", "networks", "chunks", "sampler"):
         text = name in ("activation", "sampler")
@@ -108,11 +122,7 @@ def run(study: Any, folder: Path, part: Any = None) -> int:
     with _interruptible() as stop, _progress() as report:
         outcome = execution.run(study, folder, share=part or ALL, progress=report, stop=stop)
     if jax.process_index() == 0 and not outcome.finished:
-        typer.echo(
-            f"gradflow: interrupted; {str(folder)!r} holds {outcome.networks} networks, and the "
-            "same command goes on from there",
-            err=True,
-        )
+        say(f"gradflow: {str(folder)!r} holds {outcome.networks} networks")
         raise typer.Exit(130)
     return outcome.networks
 
@@ -132,9 +142,9 @@ def run_file(file: Path, folder: Path, share: str | None, as_json: bool) -> None
         print_json({"finished": True, "networks": drawn, "files": [str(written)]})
         return
     console = make_console()
-    with xarray.open_dataset(written) as dataset:
+    with results.opened(written) as dataset:
         _show(console, dataset.attrs["title"] or file.name, dataset)
-    console.print(f"written   {written}; gradflow show {folder}", markup=False)
+    console.print(f"written   {written}; gradflow show {folder}")
 
 
 def _part(text: str) -> Any:
@@ -162,13 +172,13 @@ def merge(
     out: Annotated[Path, typer.Option(help="A new folder for the whole.", show_default=False)],
 ) -> None:
     """Put together the shares of a study that hosts drew without knowing of each other."""
-    from gradflow.studies import merging  # noqa: PLC0415
+    from gradflow.studies import merging, results  # noqa: PLC0415
 
     console = make_console()
     written = merging.merge(folders, out)
-    with xarray.open_dataset(written) as dataset:
+    with results.opened(written) as dataset:
         _show(console, dataset.attrs["title"], dataset)
-    console.print(f"written   {written}; gradflow show {out}", markup=False)
+    console.print(f"written   {written}; gradflow show {out}")
 
 
 @contextmanager
@@ -208,21 +218,18 @@ def show(folder: Folder, as_json: Json = False) -> None:
 
     store = Store.of(folder)
     study = store.study
-    path = folder / results.FILE
     drawn = sum(store.networks().values())
     console = make_console()
-    if not path.exists():
+    if store.results is None:
         told = {"title": study.title, "finished": False, "networks": drawn, "points": len(study)}
         if as_json:
             print_json(told)
             return
-        console.print(f"study     {study.title}", markup=False)
+        console.print(f"study     {_one_line(study.title)}")
         console.print(f"progress  {drawn} networks of {len(study)} points; it is not finished")
-        console.print(
-            f"go on     gradflow study {folder / 'study.toml'} --out {folder}", markup=False
-        )
+        console.print(f"go on     gradflow study {folder / 'study.toml'} --out {folder}")
         return
-    with xarray.open_dataset(path) as dataset:
+    with results.opened(store.results) as dataset:
         if not as_json:
             _show(console, study.title, dataset)
             return
@@ -238,13 +245,12 @@ def _show(console: Console, title: str, dataset: xarray.Dataset) -> None:
 
     axes = dataset.attrs["axes"].split()
     shape = " × ".join(f"{axis} ({dataset.sizes[axis]})" for axis in axes) or "one point"
-    console.print(f"study     {title}", markup=False)
+    console.print(f"study     {_one_line(title)}")
     if dataset.attrs["question"]:
-        console.print(f"question  {dataset.attrs['question']}", markup=False)
+        console.print(f"question  {_one_line(dataset.attrs['question'])}")
     console.print(
-        f"grid      {shape}, {dataset.sizes['layer']} layers; "
-        f"{dataset.attrs['networks']:.0f} networks, {dataset.attrs['dtype']}",
-        markup=False,
+        f"grid      {_one_line(shape)}, {dataset.sizes['layer']} layers; "
+        f"{dataset.attrs['networks']:.0f} networks, {dataset.attrs['dtype']}"
     )
     table = Table(box=box.SIMPLE)
     table.add_column("statistic")
@@ -295,12 +301,14 @@ def export(
     if not (csv or parquet or netcdf):
         raise InputError("no format is given; give --csv, --parquet or --netcdf, and a file")
     store = Store.of(folder)
-    path = folder / results.FILE
-    dataset = (
-        xarray.load_dataset(path)
-        if path.exists()
-        else results.assemble(store.study, plans.groups(store.study), store)
-    )
+    for name, target in {"csv": csv, "parquet": parquet, "netcdf": netcdf}.items():
+        if target is not None:
+            writable_file(target, name)
+    if store.results is None:
+        dataset = results.assemble(store.study, plans.groups(store.study), store)
+    else:
+        with results.opened(store.results) as found:
+            dataset = found.load()
     table = dataset.drop_dims([d for d in dataset.dims if str(d).endswith("_bin")])
     for name, target in (("csv", csv), ("parquet", parquet)):
         if target is not None:
@@ -321,24 +329,23 @@ def report(
     from gradflow.studies import results  # noqa: PLC0415
     from gradflow.studies.store import Store  # noqa: PLC0415
 
-    Store.of(folder)
-    path = folder / results.FILE
-    if not path.exists():
+    store = Store.of(folder)
+    if store.results is None:
         raise InputError(f"the study in {str(folder)!r} is not finished; `gradflow show` says more")
     page = out or folder / "report.html"
-    with xarray.open_dataset(path) as dataset:
+    writable_file(page)
+    with results.opened(store.results) as dataset:
         write_text(reports.page(dataset), page)
-    typer.echo(f"written   {page}")
+    make_console().print(f"written   {page}")
 
 
 def _write_table(name: str, table: Any, path: Path) -> None:
     try:
-        if name == "csv":
-            table.to_csv(path, index=False)
-        else:
-            table.to_parquet(path, index=False)
-    except OSError as error:
-        raise InputError(f"cannot write {str(path)!r}: {error.strerror or error}") from error
+        with complete(path, name) as beside:
+            if name == "csv":
+                table.to_csv(beside, index=False)
+            else:
+                table.to_parquet(beside, index=False)
     except ImportError as error:
         raise InputError(
             "parquet needs the package pyarrow, which is not installed; `pip install pyarrow`, or "
@@ -356,7 +363,10 @@ def _interruptible() -> Iterator[Callable[[], bool]]:
         if asked:
             raise KeyboardInterrupt
         asked = True
-        typer.echo("finishing the chunk; once more to stop at once", err=True)
+        say(
+            f"finishing the chunk, for {GRACE:g} s at most; once more to stop at once, and the "
+            "same command goes on from there"
+        )
 
     before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
@@ -394,10 +404,7 @@ def _progress() -> Iterator[Callable[[Any], None]]:
             last[step.what] = now
             each = rate(step)
             left = f", {_duration((step.total - step.done) / each)} left" if each > 0 else ""
-            typer.echo(
-                f"{step.done} of {step.total} {step.what}{left}{', ' if text else ''}{text}",
-                err=True,
-            )
+            say(f"{step.done} of {step.total} {step.what}{left}{', ' if text else ''}{text}")
 
         yield line
         return
@@ -418,6 +425,11 @@ def _progress() -> Iterator[Callable[[Any], None]]:
             bars.update(task, completed=step.done, total=step.total, said=said(step))
 
         yield bar
+
+
+def _one_line(text: str) -> str:
+    """Return what a file says without its newlines, which would pass for lines of our own."""
+    return " ".join(text.split())
 
 
 def _size(count: float) -> str:

@@ -2,33 +2,36 @@
 
 import math
 from collections.abc import Mapping
-from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import numpy as np
 import typer
 from rich.table import Table
 
 from gradflow.cli.shared import (
+    LARGEST_DEVIATION,
     Depth,
     Json,
     Out,
     Phi,
     Seed,
     app,
-    at_least,
+    check_beside,
     check_depth,
+    check_instead,
     check_memory,
-    file_name,
     make_console,
     parse_widths,
     print_json,
+    results_folder,
     shape_label,
-    writable_folder,
     write_netcdf,
 )
 from gradflow.cli.words import WORDS
-from gradflow.errors import InputError
+from gradflow.errors import InputError, check_count
+
+if TYPE_CHECKING:
+    from gradflow.activations import Activation
 
 # What a point takes while it is computed, in bytes: measured, and rounded up.
 _PHASE_POINT, _SPECTRUM_POINT = 40_000, 100_000
@@ -56,6 +59,7 @@ def theory(
     from gradflow.studies import point  # noqa: PLC0415
 
     places = _parse_correlations(correlations)
+    check_count("width", width)
     found = point.run(
         activations.get(activation),
         sigma_w2,
@@ -77,6 +81,8 @@ def theory(
     console = make_console()
     console.print(_table_of_points("fixed points of the length map", report["fixed_points"]))
     console.print(_table_of_values(f"from q = {start:g}", report))
+    if note := _NOTES.get(report["status"]):
+        console.print(note)
     for title, columns in _LAYER_TABLES.items():
         shown = [
             {"layer": number, **{name: report["layers"][number][name] for name in columns}}
@@ -112,11 +118,13 @@ def critical(
     with jax.enable_x64(True):
         found = criticality.critical_points(phi, sigma_b2=sigma_b2, sigma_w2=sigma_w2)
         half = criticality.half_stable_points(phi)
+        infinite = _at_infinity(phi, sigma_w2, sigma_b2)
     report: dict[str, Any] = {
         "activation": phi.name,
         "universality_class": criticality.universality_class(phi).value,
         "solutions": [_critical_point(point) for point in _present(found)],
         "half_stable": [_plain_report(point) for point in _present(half)],
+        "at_infinity": infinite,
     }
     if as_json:
         print_json(report)
@@ -125,6 +133,11 @@ def critical(
     console.print(_table_of_points("critical points, χ₁ = 1", report["solutions"]))
     if report["half_stable"]:
         console.print(_table_of_points("half-stable points, χ₁ = χ∥ = 1", report["half_stable"]))
+    if infinite:
+        console.print(
+            f"where q grows without limit, χ₁ → 1 at σ_w² = {infinite['sigma_w2']:.10g} "
+            f"(σ_w = {infinite['sigma_w']:.10g})"
+        )
     console.print(f"universality class: {report['universality_class']}")
 
 
@@ -134,6 +147,7 @@ def critical(
     "- `gradflow phase --activation gelu --sigma-w 1 2.5 --sigma-b 0 1.5 --points 200`"
 )
 def phase(
+    context: typer.Context,
     activation: Phi = "tanh",
     sigma_w: Annotated[tuple[float, float], typer.Option(help="From, to.")] = (0.5, 3.0),
     sigma_b: Annotated[tuple[float, float], typer.Option(help="From, to.")] = (0.0, 1.0),
@@ -147,14 +161,14 @@ def phase(
     from gradflow.theory import criticality  # noqa: PLC0415
 
     phi = activations.get(activation)
-    check_memory("points", at_least("points", points, 2), points**2 * _PHASE_POINT)
+    check_memory("points", check_count("points", points, 2), points**2 * _PHASE_POINT)
     for name, (low, high) in {"sigma_w": sigma_w, "sigma_b": sigma_b}.items():
-        if not 0 <= low < high < math.inf:
+        if not 0 <= low < high <= LARGEST_DEVIATION:
             raise InputError(
                 f"{name} is from {low:g} to {high:g}; it is from a number of 0 or more to a larger "
-                "one, both finite"
+                f"one, of at most {LARGEST_DEVIATION:g}"
             )
-    folder = writable_folder(out or Path("results") / "phase" / file_name(phi.name))
+    folder = results_folder(context, "activation", out=out)
     dataset = criticality.phase_diagram(
         phi, np.linspace(*sigma_w, points), np.linspace(*sigma_b, points), start=start
     )
@@ -201,6 +215,7 @@ def phase(
     "- `gradflow spectrum --activation erf --q 0.25 --depth 3 --simulate 20 --width 400`"
 )
 def spectrum(
+    context: typer.Context,
     activation: Phi = "tanh",
     sigma_w2: Annotated[float, typer.Option(help="σ_w²: weights of variance σ_w²/fan_in.")] = 1.5,
     sigma_b2: Annotated[float, typer.Option(help="σ_b²: the variance of the biases.")] = 0.05,
@@ -222,13 +237,15 @@ def spectrum(
     from gradflow.studies import jacobian_spectrum  # noqa: PLC0415
 
     phi = activations.get(activation)
-    check_memory("points", at_least("points", points, 2), points * _SPECTRUM_POINT)
-    at_least("width", width)
-    if at_least("simulate", simulate, 0):
+    check_memory("points", check_count("points", points, 2), points * _SPECTRUM_POINT)
+    check_count("width", width)
+    check_count("depth", depth)
+    check_beside(context, "width", "simulate")
+    check_instead(context, "q", "sigma_b2")
+    if check_count("simulate", simulate, 0):
         # A network's layer Jacobians, and some copies of one, in float64.
-        check_memory("width", width, 8 * width**2 * (at_least("depth", depth) + 4))
-    label = f"{phi.name}-{weights}-depth{depth}"
-    folder = writable_folder(out or Path("results") / "spectrum" / file_name(label))
+        check_memory("width", width, 8 * width**2 * (depth + 4))
+    folder = results_folder(context, "activation", "weights", out=out)
     dataset, report = jacobian_spectrum.run(
         phi,
         sigma_w2,
@@ -268,6 +285,7 @@ def spectrum(
     "- `gradflow prescribe --activation softplus --depth 100 --transform dks`"
 )
 def prescribe(
+    context: typer.Context,
     activation: Phi = "tanh",
     width: Annotated[int, typer.Option(help="Units a layer, above 64 inputs.")] = 1000,
     depth: Depth = 50,
@@ -294,8 +312,11 @@ def prescribe(
     """Find the weights and biases that keep gradients, and show what the usual rules give."""
     from gradflow.theory import prescription  # noqa: PLC0415  (JAX is slow to import)
 
+    for option in ("width", "depth"):
+        check_instead(context, "widths", option)
+    check_beside(context, "target", "transform")
     shape = parse_widths(widths) if widths is not None else None
-    shape = shape or (64, *[at_least("width", width)] * check_depth(depth))
+    shape = shape or (64, *[check_count("width", width)] * check_depth(depth))
     found = prescription.prescribe(
         activation, shape, dtype=dtype, sigma_b2=sigma_b2, q=q, transform=transform, target=target
     )
@@ -422,6 +443,14 @@ def _parse_correlations(text: str) -> dict[str, float]:
 
 # What of a report is at each correlation that was asked for.
 _MAPS = ("correlation_map", "correlation_map_slope")
+# What is to be said of lengths that settle nowhere.
+_NOTES = {
+    "diverges": "q grows without limit: there is no q*, and chi1, chi_par and what follows from "
+    "them are what they tend to (inf: they grow too; -: they tend to nothing, or not visibly)",
+    "oscillates": "q goes to and fro about a q* that repels it: nothing settles",
+    "out_of_range": "q settles beyond the range of a float",
+}
+
 # What is printed of each layer; columns that fit on a page.
 _LAYER_TABLES = {
     "layer by layer": (
@@ -479,6 +508,20 @@ def _critical_point(point: Mapping[str, float]) -> dict[str, Any]:
         "q_stable": None if critical_slope else abs(point["chi_par"]) < 1,
         "one_minus_c": decay if math.isfinite(point["coefficient"]) else None,
     }
+
+
+def _at_infinity(
+    phi: "Activation", sigma_w2: float | None, sigma_b2: float | None
+) -> dict[str, Any] | None:
+    """Return where χ₁ → 1 as q grows without limit: with this σ_b², or with this σ_w²."""
+    from gradflow.theory import criticality  # noqa: PLC0415  (JAX is slow to import)
+
+    found = float(criticality.critical_at_infinity(phi, 1.0 if sigma_b2 is None else sigma_b2))
+    asked = sigma_w2 is None or math.isclose(found, sigma_w2, rel_tol=1e-12)
+    if math.isnan(found) or not asked:
+        return None
+    point = {"q_star": math.inf, "sigma_w2": found, "sigma_w": math.sqrt(found)}
+    return _plain_report(point)
 
 
 def _plain(value: Any) -> float | str | None:

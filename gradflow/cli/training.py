@@ -11,19 +11,21 @@ from rich import box
 from rich.table import Table
 from typer.core import TyperCommand
 
+from gradflow.cli.process import say
 from gradflow.cli.shared import (
     Json,
     Out,
     Seed,
     app,
-    file_name,
+    given_folder,
     make_console,
+    options_name,
     print_json,
     show_progress,
     writable_folder,
     write_netcdf,
 )
-from gradflow.errors import InputError
+from gradflow.errors import InputError, check_count
 
 
 class _WithExperiments(TyperCommand):
@@ -134,9 +136,16 @@ def train(
             raise InputError(
                 f"experiment {experiment!r} has no use for {_flag(name)}; it takes {known}"
             )
+    for name, value in given.items():
+        if isinstance(value, int) and name != "seed":
+            check_count(name, value)
     if "depths" in given:
-        given["depths"] = _numbers("depths", given["depths"], int)
-    folder = writable_folder(out or Path("results") / "train" / file_name(_label(chosen, given)))
+        given["depths"] = [
+            check_count("depth", depth) for depth in _numbers("depths", given["depths"], int)
+        ]
+    others = {n: v for n, v in given.items() if _as_default(v) != _as_default(chosen.options[n])}
+    label = options_name([chosen.name], others)
+    folder = writable_folder(given_folder(out, Path("results") / "train" / label))
     unfinished = folder / f"unfinished-{chosen.name}"
     with _resumable(folder), show_progress("updates") as report:
         dataset = chosen.run(**given, save=unfinished, progress=report)
@@ -173,7 +182,7 @@ def _resumable(folder: Path) -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt:
-        typer.echo(f"gradflow: saved in {folder}; the same command goes on from there", err=True)
+        say(f"gradflow: saved in {folder}; the same command goes on from there")
         raise
 
 
@@ -181,14 +190,9 @@ def _flag(name: str) -> str:
     return f"--{name.replace('_', '-')}"
 
 
-def _label(chosen: Any, given: dict[str, Any]) -> str:
-    """Return a folder's name: the experiment, and what is not its default."""
-    others = {n: v for n, v in given.items() if n != "seed" and v != chosen.options[n]}
-    words = (
-        f"{n}{v if isinstance(v, str | int | float) else '-'.join(map(str, v))}"
-        for n, v in others.items()
-    )
-    return "-".join((chosen.name, *words, f"seed{given['seed']}"))
+def _as_default(value: Any) -> Any:
+    """Return an option as an experiment's defaults are written: several values are a tuple."""
+    return tuple(value) if isinstance(value, list) else value
 
 
 def _printed(title: str, rows: list[dict[str, Any]]) -> Table:

@@ -4,17 +4,19 @@ Colours are those of Okabe & Ito, told apart by every kind of colour vision; ser
 their markers.
 """
 
+import io
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+import matplotlib.figure
 import numpy as np
 import xarray
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 
 from gradflow.errors import InputError
 from gradflow.estimation import Estimate
+from gradflow.files import complete
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
@@ -30,20 +32,33 @@ POINTS: dict[str, Any] = {
 LN10 = float(np.log(10))
 
 
-def save(figure: Figure, path: Path) -> Path:
-    """Write the figure as a PNG of 130 dots an inch, and return where.
+class Figure(matplotlib.figure.Figure):
+    """A figure that a notebook shows without pyplot, which figures are made without."""
+
+    def _repr_png_(self) -> bytes:
+        content = io.BytesIO()
+        self.savefig(content, format="png")
+        return content.getvalue()
+
+
+def save(figure: matplotlib.figure.Figure, path: Path) -> Path:
+    """Write the figure, whole or not at all, and return where.
+
+    As its name's ending says; as a PNG, of 130 dots an inch, if it has none.
 
     Raises
     ------
     InputError
-        If the file cannot be written.
+        If the file cannot be written, or its ending says nothing.
     """
-    if not isinstance(figure, Figure):
+    if not isinstance(figure, matplotlib.figure.Figure):
         raise InputError(f"figure is {figure!r}; it is a Figure, as the functions of figures make")
-    try:
-        figure.savefig(path, dpi=130)
-    except OSError as error:
-        raise InputError(f"cannot write {str(path)!r}: {error.strerror or error}") from error
+    kind = path.suffix.removeprefix(".").lower() or "png"
+    known = figure.canvas.get_supported_filetypes()
+    if kind not in known:
+        raise InputError(f"file is {str(path)!r}; its ending is one of {', '.join(known)}")
+    with complete(path) as beside:
+        figure.savefig(beside, format=kind, dpi=130)
     return path
 
 

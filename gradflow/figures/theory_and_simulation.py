@@ -1,5 +1,6 @@
 """What theory says of random networks beside what was simulated: lines and points."""
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -8,9 +9,9 @@ import xarray
 from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.colors import LogNorm
-from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
+from scipy import ndimage
 
 from gradflow.errors import InputError
 from gradflow.figures.drawing import (
@@ -20,6 +21,7 @@ from gradflow.figures.drawing import (
     LN10,
     MARKERS,
     POINTS,
+    Figure,
     at_least,
     checked,
     spread,
@@ -39,7 +41,10 @@ __all__ = [
     "spectrum",
 ]
 
+_LINE = COLOURS[1]  # a critical line's
 _MOST_LINEAR = 50  # ratio of the highest to the lowest histogram that a linear axis shows
+# Signals that an axis has no numbers for: beyond exp of this, or its inverse.
+_LARGEST_LOG = 230.0
 
 Families = Mapping[str, Mapping[str, xarray.Dataset]]
 
@@ -56,16 +61,25 @@ def activation_variance(results: Families) -> Figure:
 
 
 def gradient_norm(results: Families) -> Figure:
-    """Root mean square of ∂C/∂z over units, by layer, relative to the top, as log₁₀.
+    """Norm of ∂C/∂z in the typical network, by layer, relative to theory's at the top, as log₁₀.
 
     Parameters
     ----------
     results
         As for `activation_variance`.
     """
-    return _by_layer(
-        results, "log_gradient_variance", 1 / (2 * LN10), "log₁₀ r.m.s. gradient ∂C/∂z (top = 0)"
-    )
+    key = "log_gradient_norm"
+    relative = {
+        title: {name: _relative(dataset, key, -1) for name, dataset in family.items()}
+        for title, family in results.items()
+    }
+    return _by_layer(relative, key, 1 / LN10, "log₁₀ gradient norm ‖∂C/∂z‖ (top = 0)")
+
+
+def _relative(dataset: xarray.Dataset, key: str, layer: int) -> xarray.Dataset:
+    """Return results with a logarithm relative to theory's in the layer of this place."""
+    at_origin = dataset[f"{key}_theory"].isel(layer=layer, drop=True)
+    return dataset.assign({k: dataset[k] - at_origin for k in (key, f"{key}_theory")})
 
 
 def saturation(results: Families) -> Figure:
@@ -94,7 +108,7 @@ def remedies(results: Mapping[str, xarray.Dataset]) -> Figure:
     grid = figure.subplots(rows, columns, squeeze=False, sharex=True).ravel()
     sick = next(iter(results.values()))
     lines = {
-        "r.m.s. gradient ∂C/∂z, relative to the top": ("log_gradient_variance", 0.5, -1),
+        "gradient norm ‖∂C/∂z‖, relative to the top": ("log_gradient_norm", 1.0, -1),
         "r.m.s. signal z, relative to layer 1": ("log_q", 0.5, 0),
     }
     for axes, (title, dataset) in zip(grid, results.items(), strict=False):
@@ -108,10 +122,7 @@ def remedies(results: Mapping[str, xarray.Dataset]) -> Figure:
                     color="0.75",
                     linestyle=("-", "--")[index],
                 )
-            relative = dataset.assign(
-                {k: dataset[k] - dataset[k].isel(at_origin) for k in (key, f"{key}_theory")}
-            )
-            _draw(axes, relative, key, unit / LN10, name, index)
+            _draw(axes, _relative(dataset, key, origin), key, unit / LN10, name, index)
         axes.set_title(title, fontsize=8.5)
         axes.tick_params(labelsize=7.5)
         axes.set_ylim(*at_least(axes.get_ylim(), LEAST_SPAN))
@@ -231,7 +242,8 @@ def phase_diagram(dataset: xarray.Dataset) -> Figure:
         "gradients: |ξ_∇|, in layers": np.abs(dataset.xi_grad),
         "length: q*": dataset.q_star,
     }
-    figure = Figure(figsize=(13.2, 4.3), layout="constrained")
+    lines = [(b, _is_reached(dataset, b)) for b in dataset.critical_sigma_w.values.T]
+    figure = Figure(figsize=(13.2, 4.6), layout="constrained")
     panels = figure.subplots(1, 3, sharex=True, sharey=True)
     for axes, (title, values) in zip(panels, layers.items(), strict=True):
         finite = values.values[np.isfinite(values.values) & (values.values > 0)]
@@ -241,18 +253,18 @@ def phase_diagram(dataset: xarray.Dataset) -> Figure:
         image = axes.pcolormesh(
             dataset.sigma_w,
             dataset.sigma_b,
-            values.where(values > 0),
+            # What is infinite has the last colour: it is a depth scale like any other.
+            values.clip(max=high).where(values > 0),
             norm=LogNorm(low, max(high, 1.001 * low), clip=True),
             cmap="viridis",
             shading="nearest",
         )
         figure.colorbar(image, ax=axes, extend="max" if "layers" in title else "neither")
         axes.set_facecolor("0.75")
-        line = [
-            axes.plot(branch, dataset.sigma_b, color="#D55E00", linewidth=1.8)
-            for branch in dataset.critical_sigma_w.values.T
-            if np.isfinite(branch).any()
-        ]
+        for branch, reached in lines:
+            there = np.where(reached, branch, np.nan)
+            axes.plot(branch, dataset.sigma_b, color=_LINE, linewidth=1.2, linestyle=":")
+            axes.plot(there, dataset.sigma_b, color=_LINE, linewidth=1.8)
         axes.set(
             title=title,
             xlabel="σ_w (weights: variance σ_w²/fan_in)",
@@ -261,11 +273,15 @@ def phase_diagram(dataset: xarray.Dataset) -> Figure:
         )
         axes.title.set_fontsize(10)
         _name_phases(axes, dataset)
-        keys: list[Artist] = [Patch(color="0.75", label="no fixed point, or q* = 0")]
-        if line:
-            keys.insert(0, Line2D([], [], color="#D55E00", label="critical line, χ₁ = 1"))
-        axes.legend(handles=keys, fontsize=7.5, loc="lower right", framealpha=0.9)
     panels[0].set_ylabel("σ_b (standard deviation of biases)")
+    keys: list[Artist] = [Patch(color="0.75", label="no fixed point, or q* = 0")]
+    if any((np.isfinite(branch) & ~reached).any() for branch, reached in lines):
+        label = f"χ₁ = 1 at another fixed point than q goes to from {dataset.attrs['start']:g}"
+        keys.insert(0, Line2D([], [], color=_LINE, linestyle=":", label=label))
+    if any(reached.any() for _, reached in lines):
+        keys.insert(0, Line2D([], [], color=_LINE, label="critical line, χ₁ = 1"))
+    # Below the panels: in any of them it would hide a part of the plane.
+    figure.legend(handles=keys, fontsize=8, loc="outside lower center", ncols=len(keys))
     figure.suptitle(
         f"{dataset.attrs['activation']}: theory at infinite width, from q = "
         f"{dataset.attrs['start']:g}",
@@ -274,19 +290,33 @@ def phase_diagram(dataset: xarray.Dataset) -> Figure:
     return figure
 
 
+def _is_reached(dataset: xarray.Dataset, branch: np.ndarray) -> np.ndarray:
+    """Return where gradients begin to explode across a critical line: of the q* that is reached.
+
+    Where the length has several fixed points, the line may be of one that it does not go to.
+    """
+    ordered = dataset.phase.values == dataset.phase.attrs["ordered"]
+    rows, columns = np.arange(len(branch)), np.searchsorted(dataset.sigma_w, branch)
+    left, right = (np.clip(columns + n, 0, ordered.shape[1] - 1) for n in (-2, 1))
+    return np.isfinite(branch) & (ordered[rows, left] != ordered[rows, right])
+
+
 def _name_phases(axes: Axes, dataset: xarray.Dataset) -> None:
-    """Write the name of each phase into the middle of its part of the plane."""
+    """Write the name of each phase where there is most room for it in its part of the plane."""
     names = {"ordered": "ordered:\nvanishing", "chaotic": "chaotic:\nexploding"}
-    names["divergent"] = "q diverges"
+    names["divergent"] = "q diverges:\nexploding"
     for phase, text in names.items():
-        rows, columns = np.nonzero(dataset.phase.values == dataset.phase.attrs[phase])
-        if rows.size < 0.02 * dataset.phase.size:
+        there = np.pad(dataset.phase.values == dataset.phase.attrs[phase], 1)
+        # In halves of a name's height and width, which are these shares of the panel's.
+        steps = np.divide(1, dataset.phase.shape) / (0.07, 0.12)
+        room = ndimage.distance_transform_edt(there, sampling=steps)[1:-1, 1:-1]
+        if room.max() < 1:
             continue
-        # The point of the phase that is nearest to its middle.
-        near = np.argmin(np.hypot(rows - rows.mean(), columns - columns.mean()))
+        best = np.argwhere(room > 0.98 * room.max())
+        row, column = best[len(best) // 2]
         axes.text(
-            dataset.sigma_w.values[columns[near]],
-            dataset.sigma_b.values[rows[near]],
+            dataset.sigma_w.values[column],
+            dataset.sigma_b.values[row],
             text,
             ha="center",
             va="center",
@@ -526,7 +556,12 @@ def _histograms(results: Mapping[str, xarray.Dataset], signal: str, label: str) 
         peaks: list[float] = []
         for index, layer in enumerate(spread(dataset.layer.values)):
             at = dataset.sel(layer=layer)
-            unit = np.exp(at[f"{signal}_histogram_log_unit"].item())
+            log_unit = at[f"{signal}_histogram_log_unit"].item()
+            if abs(log_unit) > _LARGEST_LOG:
+                size = f"of size 1e{log_unit / math.log(10):+.0f}"
+                axes.plot([], [], " ", label=f"layer {layer}: {size}")
+                continue
+            unit = np.exp(log_unit)
             edges = at[f"{signal}_histogram_edges"].values * unit
             density = at[f"{signal}_histogram_density"].values / unit
             error = at[f"{signal}_histogram_standard_error"].values / unit
@@ -548,7 +583,7 @@ def _histograms(results: Mapping[str, xarray.Dataset], signal: str, label: str) 
             peaks.append(density.max())
         axes.set_title(title, fontsize=10)
         axes.set_ylabel("density", fontsize=9)
-        if max(peaks) > _MOST_LINEAR * min(peaks):
+        if peaks and max(peaks) > _MOST_LINEAR * min(peaks):
             axes.set_yscale("log")
         axes.legend(frameon=False, fontsize=8)
     panels[-1].set_xlabel(label, fontsize=9)

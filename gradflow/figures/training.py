@@ -5,11 +5,10 @@ from typing import Any
 import numpy as np
 import xarray
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 from matplotlib.ticker import NullFormatter
 
 from gradflow.estimation import Estimate
-from gradflow.figures.drawing import COLOURS, ERRORS, LN10, POINTS, points, spread, style
+from gradflow.figures.drawing import COLOURS, ERRORS, LN10, POINTS, Figure, points, spread, style
 
 __all__ = [
     "clipping",

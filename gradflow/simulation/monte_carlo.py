@@ -89,6 +89,18 @@ class Simulation(eqx.Module):
         """Return a statistic's estimate, by its name or its key."""
         return self.estimates[key_of(name, self.estimates)]
 
+    def __repr__(self) -> str:
+        """Return what was simulated in one line."""
+        few = 8
+        network, widths = self.network, "-".join(map(str, self.network.widths))
+        if len(network.widths) > few:
+            widths = f"{network.widths[0]}-{network.widths[1]}-…-{network.widths[-1]}"
+        return (
+            f"{self.networks} networks {network.name!r}, {widths}, {network.depth} layers, "
+            f"{self.sites} {'input' if self.sites == 1 else 'inputs'}, {self.sampler} in "
+            f"{self.dtype}: {', '.join(self.estimates)}"
+        )
+
     def to_xarray(self) -> xarray.Dataset:
         """Return the labelled estimates: mean, standard deviation and error over networks."""
         found: dict[str, np.ndarray] = {}
@@ -525,14 +537,10 @@ def _histograms(
 
     z, log_scale = every(drawn.preactivation), every(drawn.log_scale)
     delta, log_norm = every(drawn.gradient), every(drawn.log_gradient_norm)
-    with np.errstate(over="ignore"):
-        true_z = [
-            value * np.exp(scale)[..., None] for value, scale in zip(z, log_scale, strict=True)
-        ]
-    h = [np.asarray(network.activation(jnp.asarray(value))) for value in true_z]
-    zero = [np.zeros_like(scale) for scale in log_scale]
+    # Signals have a scale beside them only where φ is linear for them.
+    h = [np.asarray(network.activation(jnp.asarray(value))) for value in z]
     return {
         "preactivation": estimation.histogram(z, log_scale),
-        "activation": estimation.histogram(h, zero),
+        "activation": estimation.histogram(h, log_scale),
         "gradient": estimation.histogram(delta, log_norm),
     }

@@ -5,7 +5,8 @@ reverse scan, which linearises one block at a time with `jax.vjp`. Where memory 
 enters every block, only what enters every √L-th is kept, and a stretch in between is walked up
 again before it is walked down. Nothing leaves a float's range on
 the way down: the gradient of each input is kept as a unit vector and the logarithm of its norm. The
-way up is kept likewise where the network is positively homogeneous and the scale therefore free.
+way up is kept likewise where the network is positively homogeneous and the scale therefore free,
+or where signals are so small or large that it is so for them.
 
 The gradient starts at the top as δ^L ~ N(0, I), independent for each site: it is that of
 C = u · z^L with a random u, so that nothing is assumed of a cost. For ∂C/∂W it is the mean over the
@@ -294,6 +295,8 @@ def _walk(
 
     pieces = _stretches(network, keep, given.weights)
     signal, log_scale = inputs, jnp.zeros(sites, inputs.dtype)
+    free = _free_sizes(network, inputs.dtype)
+    signal, log_scale = _in_range(signal, log_scale, free, network.mixes_sites)
     walkers: list[_Apart | _Shared] = []
     memories: list[tuple[Matrix, ...]] = []
     kept, ups, measured, first = [], [], [], 0
@@ -304,6 +307,7 @@ def _walk(
             _up,
             walker,
             rescale=network.homogeneous,
+            free=free,
             mixes=network.mixes_sites,
             collect=collect,
         )
@@ -614,6 +618,7 @@ def _up(
     *,
     measure: Callable,
     rescale: bool,
+    free: tuple[float, float],
     mixes: bool,
     collect: bool,
 ) -> tuple[tuple[Array, Array, tuple[Matrix, ...]], tuple]:
@@ -626,8 +631,38 @@ def _up(
         rows, log_norm = _at_unit_scale(out, mixes)
         root = (out.size if mixes else out.shape[1]) ** 0.5
         out, log_scale = root * rows, log_scale + log_norm - math.log(root)
+    else:
+        out, log_scale = _in_range(out, log_scale, free, mixes)
     found = (out, log_scale) if collect else None
     return (out, log_scale, memory), (kept, found, measure(out, log_scale))
+
+
+# Signals smaller than this, or larger than its inverse, meet an activation that is as good as what
+# it tends to: of GELU, x/2 (1 + 0.8 x).
+_SIZES = {"float32": 1e-10, "float64": 1e-18}
+
+
+def _free_sizes(network: Network, dtype: DTypeLike) -> tuple[float, float]:
+    """Return the logarithms of the sizes between which the network's signals are kept as they are.
+
+    The others are kept there, beside a logarithm.
+    """
+    small, large = network.homogeneous_beyond
+    end = -math.log(_SIZES.get(jnp.dtype(dtype).name, 1e-10))
+    return -end if small else -math.inf, end if large else math.inf
+
+
+def _in_range(
+    signal: Array, log_scale: Array, free: tuple[float, float], mixes: bool
+) -> tuple[Array, Array]:
+    """Return a signal between the `_free_sizes`, and the logarithm of what it is to be times."""
+    if not any(map(math.isfinite, free)):
+        return signal, log_scale
+    root = (signal.size if mixes else signal.shape[1]) ** 0.5
+    log = _at_unit_scale(signal, mixes)[1] - math.log(root) + log_scale
+    # Signals of zeros stay.
+    beyond = jnp.where(jnp.isfinite(log), log - jnp.clip(log, *free), 0)
+    return signal * jnp.exp(log_scale - beyond)[:, None], beyond
 
 
 _Carry = tuple[tuple[Array, tuple[Array, Array], Array], tuple[Matrix, ...]]

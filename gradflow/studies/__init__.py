@@ -20,8 +20,9 @@ grid_point
     A place in its grid: the networks' law, the inputs and the key.
 plan
     Which programs it takes, in which chunks, and how long.
-store
-    The folder that holds what is finished, whatever happens to the process.
+store, found, sealed
+    The folder that holds what is finished, whatever happens to the process; what networks of some
+    points did; files that tell their own damage.
 spectra
     Singular values of the end-to-end Jacobian, counted, beside theory.
 depth_scales, gradient_spread
@@ -43,6 +44,7 @@ from gradflow.studies import (
     entries,
     execution,
     experiments,
+    found,
     gradient_spread,
     grid_point,
     jacobian_spectrum,
@@ -54,11 +56,12 @@ from gradflow.studies import (
     report,
     report_figures,
     results,
+    sealed,
     spectra,
     store,
 )
 
-__all__ = ["depth_scales", "description", "entries", "execution", "experiments"]
+__all__ = ["depth_scales", "description", "entries", "execution", "experiments", "found"]
 __all__ += ["gradient_spread", "grid_point", "jacobian_spectrum", "merging", "note", "plan"]
-__all__ += ["point", "remedies", "report"]
-__all__ += ["report_figures", "results", "spectra", "store"]
+__all__ += ["point", "remedies", "report", "report_figures", "results", "sealed", "spectra"]
+__all__ += ["store"]

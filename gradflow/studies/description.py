@@ -75,7 +75,7 @@ class Axis:
     @property
     def name(self) -> str:
         """What results call the dimension."""
-        return "_".join(self.values)
+        return "_".join(map(entries.label, self.values))
 
     def __len__(self) -> int:
         return len(next(iter(self.values.values())))

@@ -13,8 +13,18 @@ from gradflow.errors import InputError, unknown_name
 
 __all__ = ["AXES", "COUNTS", "INPUTS", "MLP_ONLY", "MOST_NETWORKS", "NETWORK", "NO_NORM"]
 __all__ += ["NUMBERS", "RESIDUAL_ONLY", "SCALES", "Check", "clipped", "count", "fields", "finite"]
-__all__ += ["flag", "how_many", "known", "looked_up", "name", "number", "positive", "scale"]
-__all__ += ["seed", "shown", "table", "text", "under"]
+__all__ += [
+    "flag",
+    "how_many",
+    "known",
+    "label",
+    "looked_up",
+    "name",
+    "number",
+    "positive",
+    "scale",
+]
+__all__ += ["scale", "seed", "shown", "table", "text", "under"]
 
 # Above what any file can mean, and far below what would fill the memory before it is refused.
 MOST_NETWORKS = 2**31 - 1  # numbers of networks are int32
@@ -196,6 +206,11 @@ del AXES["widths"]
 SCALES = ("sigma_w", "sigma_w2", "sigma_b", "sigma_b2", "mean_square", "correlation")
 NUMBERS = (*SCALES, "keep", "scale")
 COUNTS = ("width", "depth", "input_width", "hidden", "layers", "batch", "seed", "networks")
+
+
+def label(field: str) -> str:
+    """Return what results call a field, where a statistic has its name."""
+    return f"input_{field}" if field == "correlation" else field
 
 
 def fields(path: str, table: Mapping[str, Any], checks: Mapping[str, Check]) -> dict[str, Any]:

@@ -27,14 +27,14 @@ from gradflow.simulation.monte_carlo import Laws
 from gradflow.statistics import Statistic
 from gradflow.studies import plan, results, spectra
 from gradflow.studies.description import Study
+from gradflow.studies.found import Found, combined
 from gradflow.studies.grid_point import keys
 from gradflow.studies.plan import ALL, Group, Segment, Share, Work
-from gradflow.studies.store import Found, Store, combined, works_of
+from gradflow.studies.sealed import sentences
+from gradflow.studies.store import THEORY_BLOCK, Store, theory_places, works_of
 
 __all__ = ["Outcome", "Progress", "Step", "run"]
 
-# Points whose theory is one file.
-_THEORY_BLOCK = 256
 # Of fewer networks no point has met its target: their spread is too often too small by chance. With
 # so many, 95 % intervals cover 94 to 95 % though what was found decided when to stop; with rounds
 # of 5 and no such rule 92 %, of 2 as few as 90 % (normal values, 20 000 times).
@@ -91,6 +91,10 @@ class Outcome:
     results: Path | None
 
 
+# Of a group in a round: whether theory is, and from which chunk to which networks are to be drawn.
+_Left = tuple[bool, list[tuple[int, int]]]
+
+
 class _Stopped(Exception):
     """Somebody asked to stop, and a chunk is finished."""
 
@@ -135,7 +139,8 @@ def run(
     found = plan.groups(study)
     first = plan.make(study, found, devices=devices, share=share)
     plan.check_memory(study, first)
-    with ExitStack() as stack:
+    results.check(study)
+    with sentences(folder), ExitStack() as stack:
         store: Store | None = None
 
         def open_store() -> bytes:
@@ -146,12 +151,12 @@ def run(
         _from_first(open_store)
         finished = False
         while not finished:
-            works, number, starts = _next_round(study, found, store, devices, share)
+            works, number, left = _next_round(study, found, store, devices, share)
             if not works:
                 finished = True
             else:
                 try:
-                    _round(study, found, store, (number, works, starts), devices, report, asked)
+                    _round(study, found, store, (number, works, left), devices, report, asked)
                 except _Stopped:
                     break
         if store is None or not leads:
@@ -188,14 +193,19 @@ def _next_round(
     store: Store | None,
     devices: Sequence[jax.Device],
     share: Share,
-) -> tuple[tuple[Work, ...], int, list[int]]:
-    """Return what is to be drawn, the round's number, and each group's first chunk."""
+) -> tuple[tuple[Work, ...], int, list[_Left]]:
+    """Return a round's works, its number, and what is left of each group."""
+
+    def unfinished() -> int | None:
+        """Return the first round of which something is not there, for whatever reason."""
+        assert store is not None
+        rounds = range(store.rounds)
+        return next((n for n in rounds if any(any(left) for left in store.left(n))), None)
 
     def ask() -> bytes:
         """Return what points have and shall have, or nothing where a round is not finished."""
         assert store is not None
-        number = store.rounds - 1
-        if number >= 0 and store.goes_on(number) and not _is_done(store, number):
+        if unfinished() is not None:
             return b""
         names = np.concatenate([group.names for group in found]).tolist()
         done = store.networks()
@@ -216,25 +226,20 @@ def _next_round(
 
     def read() -> bytes:
         assert store is not None
-        number = store.rounds - 1
-        groups = range(len(store.works(number)))
-        starts = [store.finished(number, group) for group in groups]
-        header = json.dumps({"number": number, "starts": starts})
+        number = unfinished()
+        assert number is not None, "a round that was just begun has all of it left"
+        header = json.dumps([number, store.left(number)])
         return header.encode() + b"\n" + store.round_file(number)
 
     header, _, content = _from_first(read).partition(b"\n")
-    return works_of(content), *json.loads(header).values()
+    number, left = json.loads(header)
+    return works_of(content), number, [(theory, list(map(tuple, those))) for theory, those in left]
 
 
 def _begin(store: Store | None, works: Sequence[Work]) -> bytes:
     assert store is not None
     store.begin(works)
     return b""
-
-
-def _is_done(store: Store, number: int) -> bool:
-    works = enumerate(store.works(number))
-    return all(store.finished(number, group) == work.chunks for group, work in works)
 
 
 def _wanted(
@@ -278,37 +283,38 @@ def _round(
     study: Study,
     found: Sequence[Group],
     store: Store | None,
-    what: tuple[int, tuple[Work, ...], list[int]],
+    what: tuple[int, tuple[Work, ...], list[_Left]],
     devices: Sequence[jax.Device],
     report: Progress,
     stop: Callable[[], bool],
 ) -> None:
-    number, works, starts = what
-    drawings = {}
-    for place, work in enumerate(works):
-        group = next(group for group in found if work.names[0] in group.names)
-        drawings[place] = _Drawing(study, group, work, devices)
+    number, works, left = what
+    group_of = {name: group for group in found for name in group.names.tolist()}
+    drawings = {
+        place: _Drawing(study, group_of[int(work.names[0])], work, devices)
+        for place, work in enumerate(works)
+    }
     total = sum(work.networks for work in works)
-    points = sum(int(np.count_nonzero(drawing.is_first)) for drawing in drawings.values())
+    points = sum(int(np.count_nonzero(work.theory)) for work in works)
     before = told = 0
-    for place, (drawing, start) in enumerate(
-        zip(_compiled_ahead(drawings, starts), starts, strict=True)
+    for place, (drawing, (theory, chunks)) in enumerate(
+        zip(_compiled_ahead(drawings, left), left, strict=True)
     ):
         work = drawing.work
-        for done, new in _theory(drawing, store, f"{number:04}-{place:05}"):
+        for done, new in _theory(drawing, store, (number, place)) if theory else ():
             told += done
             if not new:
                 continue
             report(Step("theory", told, points))
             _stop_if_asked(stop)
-        for chunk, done, values, seconds in drawing.run(start):
+        for chunk, done, values, seconds in drawing.run(chunks):
             step = Step("networks", before + done, total)
             kept = _put_together(drawing.kept(chunk, values))
             if store is not None:
                 assert kept is not None
                 store.add(number, place, chunk, kept)
                 store.log(round=number, group=place, chunk=chunk, seconds=round(seconds, 3))
-                largest, of = _largest_z(drawing, store, f"{number:04}-{place:05}", chunk, kept)
+                largest, of = _largest_z(drawing, store, (number, place), chunk, kept)
                 step = dataclasses.replace(step, largest_z=largest, of=of)
             report(step)
             _stop_if_asked(stop)
@@ -335,7 +341,7 @@ def _put_together(mine: Found | None) -> Found | None:
     return combined(Found.unpacked(part[:length].tobytes()) for part, length in sent if length)
 
 
-def _compiled_ahead(drawings: dict[int, "_Drawing"], starts: Sequence[int]) -> Iterator["_Drawing"]:
+def _compiled_ahead(drawings: dict[int, "_Drawing"], left: Sequence[_Left]) -> Iterator["_Drawing"]:
     """Take out what is drawn of each group, compiled; the next is compiled while it is drawn.
 
     The programs, and so the results, are those that they are without.
@@ -343,15 +349,16 @@ def _compiled_ahead(drawings: dict[int, "_Drawing"], starts: Sequence[int]) -> I
 
     def compile_one(number: int) -> None:
         """Compile the program of a group's networks, or those of its theory."""
-        place, theory = divmod(number, 2)
-        # Several processes compile in step.
-        if jax.process_count() == 1 and starts[place] < drawings[place].work.chunks:
-            if not theory:
-                drawings[place].compile()
-            elif starts[place] == 0:
-                drawings[place].compile_theory()
+        place, is_theory = divmod(number, 2)
+        theory, chunks = left[place]
+        if jax.process_count() > 1:  # which compile in step
+            return
+        if is_theory and theory:
+            drawings[place].compile_theory()
+        elif not is_theory and chunks:
+            drawings[place].compile()
 
-    for done, _ in monte_carlo.in_order(compile_one, 2 * len(starts), 1, _WORKERS):
+    for done, _ in monte_carlo.in_order(compile_one, 2 * len(left), 1, _WORKERS):
         if done % 2 == 0:
             yield drawings.pop(done // 2 - 1)
 
@@ -380,14 +387,6 @@ class _Drawing:
         """The points' numbers in the study."""
         return np.asarray(self.group.numbers[self._rows])
 
-    @property
-    def is_first(self) -> np.ndarray:
-        """Whether it falls to this round, and this share, to say what theory says of each point."""
-        work = self.work
-        # Of few networks there are not as many as shares.
-        shares = np.minimum(work.share.parts, self.group.networks[self._rows])
-        return (work.first == 0) & (self._numbers % shares == work.share.place)
-
     def points(self, places: Sequence[int] | range) -> list[Any]:
         """Return the points at places of the work."""
         return [self.study.point(int(self._numbers[place])) for place in places]
@@ -408,7 +407,7 @@ class _Drawing:
 
     def compile_theory(self) -> None:
         """Compile the theory of the points that are drawn for the first time, if there are any."""
-        for point in self.points(np.flatnonzero(self.is_first)[:1].tolist()):
+        for point in self.points(np.flatnonzero(self.work.theory)[:1].tolist()):
             results.compile_theory(self.study, point)
 
     @functools.cached_property
@@ -433,19 +432,19 @@ class _Drawing:
         """Which networks of a chunk this process draws: a stretch of them."""
         return monte_carlo.own_networks(self._size, self.devices)
 
-    def run(self, start: int) -> Iterator[tuple[int, int, dict[str, np.ndarray], float]]:
-        """Yield each chunk from ``start`` on: its number, networks done, values, and seconds.
+    def run(
+        self, chunks: Sequence[tuple[int, int]]
+    ) -> Iterator[tuple[int, int, dict[str, np.ndarray], float]]:
+        """Yield each chunk of some ranges: its number, networks done, values, and seconds.
 
         The values are those of this process's own networks.
         """
         work, size = self.work, self._size
-        if start == work.chunks:
+        if not chunks:
             return
         program = self._program
-        offset = start * work.chunk
 
-        def call(first: int) -> dict[str, np.ndarray]:
-            chunk = (offset + first) // work.chunk
+        def call(chunk: int) -> dict[str, np.ndarray]:
             which, numbers = np.zeros((2, size), np.int32)
             segments = list(work.segments(chunk))
             filled = 0
@@ -460,11 +459,19 @@ class _Drawing:
             return {name: value[:mine] for name, value in values.items()}
 
         workers = 1 if jax.process_count() > 1 else _WORKERS
-        left, begun = work.networks - offset, time.perf_counter()
-        for done, values in monte_carlo.in_order(call, left, work.chunk, workers):
-            now = time.perf_counter()
-            yield (offset + done - 1) // work.chunk, offset + done, values, now - begun
-            begun = now
+        begun = time.perf_counter()
+        for first, last in chunks:
+            start, end = first * work.chunk, min(last * work.chunk, work.networks)
+            drawn = monte_carlo.in_order(
+                lambda done, start=start: call((start + done) // work.chunk),
+                end - start,
+                work.chunk,
+                workers,
+            )
+            for done, values in drawn:
+                now = time.perf_counter()
+                yield (start + done - 1) // work.chunk, start + done, values, now - begun
+                begun = now
 
     def _laws(self, first: int) -> Laws:
         """Return the laws of as many points as a chunk may have, from a place on."""
@@ -565,33 +572,33 @@ def _binned(values: np.ndarray, point: np.ndarray, bins: Any) -> np.ndarray:
 # Theory.
 
 
-def _theory(drawing: _Drawing, store: Store | None, prefix: str) -> Iterator[tuple[int, bool]]:
+def _theory(
+    drawing: _Drawing, store: Store | None, place: tuple[int, int]
+) -> Iterator[tuple[int, bool]]:
     """Work out what theory says of the points that a round is the first to draw.
 
     Of a share, those that fall to it; each process does some. Yields how many are done each time,
     and whether they were not before.
     """
-    mine = drawing.is_first
-    for first in range(0, len(mine), _THEORY_BLOCK):
-        last = min(first + _THEORY_BLOCK, len(mine))
-        places = [n for n in range(first, last) if mine[n]]
-        name = f"{prefix}-{first // _THEORY_BLOCK:06}"
+
+    def knows(block: int) -> bytes:
+        assert store is not None
+        return b"there" if store.has_theory((*place, block)) else b""
+
+    for block in range(-(-len(drawing.work.names) // THEORY_BLOCK)):
+        places = theory_places(drawing.work, block).tolist()
         if not places:
             continue
-        if _from_first(lambda: b"there" if _knows(store, name) else b""):  # noqa: B023
+        if _from_first(lambda: knows(block)):  # noqa: B023
             yield len(places), False
             continue
         begun = time.perf_counter()
-        block = _shared_theory(drawing, places)
+        found = _shared_theory(drawing, places)
         if store is not None:
-            store.add_theory(name, block)
-            store.log(theory=name, seconds=round(time.perf_counter() - begun, 3))
+            store.add_theory((*place, block), found)
+            seconds = round(time.perf_counter() - begun, 3)
+            store.log(round=place[0], group=place[1], theory=block, seconds=seconds)
         yield len(places), True
-
-
-def _knows(store: Store | None, name: str) -> bool:
-    assert store is not None
-    return store.has_theory(name)
 
 
 def _shared_theory(drawing: _Drawing, places: Sequence[int]) -> dict[str, np.ndarray]:
@@ -615,23 +622,23 @@ def _shared_theory(drawing: _Drawing, places: Sequence[int]) -> dict[str, np.nda
 
 
 def _largest_z(
-    drawing: _Drawing, store: Store, prefix: str, chunk: int, kept: Found
+    drawing: _Drawing, store: Store, place: tuple[int, int], chunk: int, kept: Found
 ) -> tuple[float, str]:
     """Return the largest |z| of a chunk's points, and the statistic that has it."""
     first = next(drawing.work.segments(chunk)).place
-    name = f"{prefix}-{first // _THEORY_BLOCK:06}"
-    if not store.has_theory(name):
+    block = (*place, first // THEORY_BLOCK)
+    if not store.has_theory(block):
         return 0.0, ""
-    theory = store.theory_block(name)
+    theory = store.theory_block(block)
     _, here, there = np.intersect1d(kept.names, theory["names"], return_indices=True)
     if not len(here):
         return 0.0, ""
     largest = {}
-    for place, statistic in enumerate(drawing.study.statistics):
-        estimate = jax.tree.map(lambda leaf: leaf[here, place], kept.estimates)  # noqa: B023
+    for number, statistic in enumerate(drawing.study.statistics):
+        estimate = jax.tree.map(lambda leaf: leaf[here, number], kept.estimates)  # noqa: B023
         _, _, z = comparison.differences(
             statistic,
-            theory["predicted"][there, place],
+            theory["predicted"][there, number],
             estimate,
             estimate.count * drawing.group.units,
             drawing.study.sampling.dtype,

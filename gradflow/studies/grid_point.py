@@ -111,9 +111,8 @@ def keys(words: UInt32[ArrayLike, "points 3"]) -> Key[Array, " points"]:
     """Return the keys of points from their seeds and the two numbers that each name is."""
 
     def one(of: Array) -> PRNGKeyArray:
-        return jax.random.fold_in(
-            jax.random.fold_in(jax.random.key(of[0], impl=PRNG), of[1]), of[2]
-        )
+        key = jax.random.key(of[0], impl=PRNG)
+        return jax.random.fold_in(jax.random.fold_in(key, of[1]), of[2])
 
     return jax.vmap(one)(jnp.asarray(words))
 

@@ -131,8 +131,9 @@ class Work:
 
     Attributes
     ----------
-    names, first, count
-        By point: its name, its first network's number, and how many; arrays of one shape.
+    names, first, count, theory
+        By point: its name, its first network's number, how many, and whether it falls to this round
+        and share to say what theory says of it; arrays of one shape.
     chunk, window
         Networks a chunk, and the most points that one has.
     block, keep, checkpoint
@@ -148,6 +149,7 @@ class Work:
     names: np.ndarray
     first: np.ndarray
     count: np.ndarray
+    theory: np.ndarray
     chunk: int
     window: int
     block: int
@@ -302,13 +304,16 @@ def make(
         rest = count > 0
         if not rest.any():
             continue
-        work, plan = _work(study, group, group.names[rest], first[rest], count[rest], devices)
+        # Of few networks there are not as many as shares.
+        mine = group.numbers % np.minimum(share.parts, np.maximum(goal, 1)) == share.place
+        theory = (first == 0) & mine
+        points = (group.names[rest], first[rest], count[rest], theory[rest])
+        work, plan = _work(study, group, points, devices)
         works.append(dataclasses.replace(work, share=share))
         cores = max(plan.workers, len(devices))
         used, free = max(used, plan.bytes_needed), plan.bytes_available
         seconds += _COMPILE_SECONDS + work.seconds / cores
-        fresh = int(np.count_nonzero(first[rest] == 0))
-        seconds += fresh * _theory_seconds(study, group) / cores
+        seconds += np.count_nonzero(work.theory) * _theory_seconds(study, group) / cores
     output = sum(len(group.names) * row_bytes(study, group.network.depth) for group in found)
     return Plan(tuple(found), tuple(works), used, free, seconds, output)
 
@@ -322,8 +327,9 @@ def slabs(study: Study, depth: int) -> tuple[str, list[Study]]:
     numbers = [
         (len(axis), -place)
         for place, axis in enumerate(study.axes)
+        for field, values in list(axis.values.items())[: len(axis.values) == 1]
         # Integers that fit into a file are kept as they are, in all parts alike.
-        if axis.name in (*SCALES, "seed") and max(axis.values[axis.name]) < 1 << 31
+        if field in (*SCALES, "seed") and max(values) < 1 << 31
     ]
     size = len(study) * row_bytes(study, depth)
     if size <= _SLAB_BYTES or not numbers:
@@ -353,11 +359,10 @@ def _theory_seconds(study: Study, group: Group) -> float:
 def _work(
     study: Study,
     group: Group,
-    names: np.ndarray,
-    first: np.ndarray,
-    count: np.ndarray,
+    points: tuple[np.ndarray, ...],
     devices: Sequence[jax.Device],
 ) -> tuple[Work, memory.Plan]:
+    names, first, count, theory = points
     total, itemsize = int(count.sum()), np.dtype(study.sampling.dtype).itemsize
     budget = study.sampling.memory_gib
     plan = memory.plan(
@@ -392,6 +397,7 @@ def _work(
         names=names,
         first=first,
         count=count,
+        theory=theory,
         chunk=chunk,
         window=min(len(names), chunk // per_point + 2),
         block=block,

@@ -26,6 +26,7 @@ _EVERY_LENGTH: dict[str, Any] = {
     "chi_par": 1.0,
     "xi_q": math.inf,
     "xi_grad": math.inf,
+    "q_error": 0.0,
     "stable": None,
     "marginal": True,
     "half_stable": False,

@@ -76,8 +76,8 @@ class Outcome:
     comparison
         Theory beside simulation.
     gradient, gradient_theory
-        The factor of the gradient's norm (root mean square over units) going down one layer,
-        geometric mean.
+        The factor of the gradient's norm ‖∂C/∂z‖ going down one layer, geometric mean: the
+        verdict's.
     variance, variance_theory
         The factor of the mean square q of a layer's signal going up one layer, geometric mean.
     correlation, correlation_theory

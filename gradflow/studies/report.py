@@ -6,6 +6,7 @@ Every text that comes from a file is escaped.
 
 import html
 import io
+import itertools
 import json
 import math
 from collections.abc import Iterator, Sequence
@@ -22,6 +23,7 @@ from gradflow import figures, statistics
 from gradflow.figures.drawing import COLOURS, MARKERS
 from gradflow.studies import report_figures, results
 from gradflow.studies.report_figures import MOST_Z
+from gradflow.verdict import word
 
 __all__ = ["page"]
 
@@ -29,6 +31,8 @@ __all__ = ["page"]
 _SHOWN = len(MARKERS)
 _BY_LAYER = ("q", "correlation", "saturation", "chi", "log_gradient_norm")
 _WORST = 12
+# Points that have a row in the table of gradients, and a label in a figure with a row for each.
+_MOST_ROWS, _LABELLED = 400, 40
 _OF_SPECTRA = (
     "Density of all singular values s of J = D^L W^L … D^1 W^1, the Jacobian of the top layer's "
     "activations by the input; those that are 0, or beyond the axis, are counted and not shown. "
@@ -49,6 +53,7 @@ def page(dataset: xarray.Dataset) -> str:
         "<h2>Theory against measurement</h2>",
         f"<p>{_verdict([row for row in rows if row['statistic'] in _names(dataset)])}</p>",
         _agreement_table(rows),
+        *_gradient_table(dataset),
         *(_figure(figure, caption) for figure, caption in _figures(dataset)),
         "<h2>Where they disagree most</h2>",
         _worst_table(dataset),
@@ -189,6 +194,39 @@ def _agreement_table(rows: Sequence[dict[str, Any]]) -> str:
     )
 
 
+def _gradient_table(dataset: xarray.Dataset) -> list[str]:
+    """Return what becomes of ‖∂C/∂z‖ at each point of a grid, if there are not too many."""
+    if "log_gradient_norm" not in _names(dataset) or not _axes(dataset):
+        return []
+    # Layers first, as all else is by point; those that a point does not have are NaN.
+    norms = [dataset[f"log_gradient_norm{kind}"] for kind in ("", "_theory")]
+    measured, predicted = (v.transpose("layer", ...).to_numpy() for v in norms)
+    rows = []
+    for place in itertools.islice(np.ndindex(measured.shape[1:]), _MOST_ROWS + 1):
+        at = (slice(None), *place)
+        factors = [_change(values[at]) for values in (measured, predicted)]
+        change, steps = factors[0]
+        axes = [d for d in norms[0].dims if d != "layer"]
+        where = results.where(dataset, dict(zip(axes, place, strict=True)))
+        said = [f"×{math.exp(c / max(n, 1)):.4g}" if n else "–" for c, n in factors]
+        rows.append((where, *said, f"×{math.exp(change):.3g}" if steps else "–", word(change)))
+    if len(rows) > _MOST_ROWS:
+        return []
+    about = (
+        "The norm ‖∂C/∂z‖ of the typical network, going down: its factor a layer, and from the top "
+        "layer to layer 1; less than twofold is 'critical' here, and all layers count."
+    )
+    head = ("where", "a layer, measured", "theory", "over all layers", "it is")
+    return ["<h2>What becomes of the gradient</h2>", f"<p>{about}</p>", _table(head, rows, (0, 4))]
+
+
+def _change(log_norm: np.ndarray) -> tuple[float, int]:
+    """Return how log ‖∂C/∂z‖ changes from the top layer that there is to the first, and steps."""
+    known = log_norm[np.isfinite(log_norm)]
+    whole = known.size > 1 and bool(np.isfinite(log_norm[0]))
+    return (float(known[0] - known[-1]), known.size - 1) if whole else (math.nan, 0)
+
+
 def _percent(share: float) -> str:
     return "–" if math.isnan(share) else f"{100 * share:.4g} %"
 
@@ -260,9 +298,11 @@ def _figures(dataset: xarray.Dataset) -> Iterator[tuple[Figure, str]]:
                 yield _map(there, name, plane[0], plane[1], at)
         made.append(report_figures.depth_scale_maps(there, plane[0], plane[1], at))
     else:
+        few = math.prod(dataset.sizes[axis] for axis in _axes(dataset)) <= _SHOWN
+        draw = _lines if few else _rows
         for name in _names(dataset):
             if name in _BY_LAYER:
-                yield _lines(dataset, name)
+                yield draw(dataset, name)
         made += [report_figures.depth_scale_lines(dataset, axis) for axis in plane]
         made.append(report_figures.spread(dataset))
     yield from filter(None, made)
@@ -338,6 +378,41 @@ def _lines(dataset: xarray.Dataset, name: str) -> tuple[Figure, str]:
         f"{_label(name)} by layer{some}: theory as lines, measurement as points with two standard "
         "errors."
     )
+
+
+def _rows(dataset: xarray.Dataset, name: str) -> tuple[Figure, str]:
+    """Draw a statistic at every point of a grid, a row each, by layer: measured, theory and z."""
+    measured, _, predicted = _kept(dataset, name)
+    axes_ = [str(axis) for axis in measured.dims if axis != "layer"]
+    panels = {"measured": measured, "theory": predicted, "z": dataset[f"{name}_z"]}
+    flat = {
+        title: values.transpose(*axes_, "layer").to_numpy().reshape(-1, measured.sizes["layer"])
+        for title, values in panels.items()
+    }
+    count = len(flat["z"])
+    both = np.concatenate([flat["measured"].ravel(), flat["theory"].ravel()])
+    both = both[np.isfinite(both)]
+    limits = (both.min(), both.max()) if both.size else (0.0, 1.0)
+    figure = Figure(figsize=(10.2, 1.2 + 0.16 * min(count, _LABELLED)), layout="constrained")
+    for axes, (title, values) in zip(figure.subplots(1, 3, sharey=True), flat.items(), strict=True):
+        rows = xarray.DataArray(
+            values, {"point": np.arange(count), "layer": measured.layer}, ("point", "layer")
+        )
+        low, high = (-MOST_Z, MOST_Z) if title == "z" else limits
+        colours = "RdBu_r" if title == "z" else "viridis"
+        drawn = report_figures.image(axes, rows, vmin=low, vmax=high, cmap=colours)
+        figure.colorbar(drawn, ax=axes, extend="both" if title == "z" else "neither")
+        axes.set_title(title, fontsize=10)
+        axes.set_xlabel("layer")
+    shown = np.unique(np.linspace(0, count - 1, min(count, _LABELLED)).round().astype(int))
+    shape = [dataset.sizes[axis] for axis in axes_]
+    labels = [
+        results.where(dataset, dict(zip(axes_, map(int, np.unravel_index(n, shape)), strict=True)))
+        for n in shown
+    ]
+    figure.axes[0].set_yticks(shown, labels, fontsize=6)
+    figure.axes[0].invert_yaxis()
+    return figure, f"{_label(name)} by layer, at each of {count} points, a row each."
 
 
 def _points(axes: Axes, values: tuple[xarray.DataArray, ...], index: int, label: str) -> None:

@@ -1,10 +1,11 @@
 """The results of a study, labelled: every statistic over the axes and layers, theory beside it."""
 
+import contextlib
 import dataclasses
 import json
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -14,19 +15,29 @@ import numpy as np
 import xarray
 
 from gradflow import comparison, files, statistics
+from gradflow.errors import InputError
 from gradflow.estimation import Estimate
 from gradflow.networks import Network
-from gradflow.studies import depth_scales, gradient_spread, plan, spectra
-from gradflow.studies import store as stores
+from gradflow.studies import depth_scales, entries, gradient_spread, plan, spectra
 from gradflow.studies.description import Axis, Study
+from gradflow.studies.found import Found
 from gradflow.studies.grid_point import Point
 from gradflow.studies.plan import Group
-from gradflow.studies.store import Found, Store
+from gradflow.studies.store import RESULTS, Store
 
-__all__ = ["FILE", "LARGE", "agreement", "assemble", "compared", "compile_theory", "of_group"]
-__all__ += ["one", "theory", "theory_of", "where", "write"]
+__all__ = [
+    "FILE",
+    "LARGE",
+    "agreement",
+    "assemble",
+    "check",
+    "compared",
+    "compile_theory",
+    "of_group",
+]
+__all__ += ["of_group", "one", "opened", "theory", "theory_of", "where", "write"]
 
-FILE = "results.nc"
+FILE = RESULTS
 # What there is of each point's theory; and what comes before the names of `spectra.theory`.
 _THEORY, _SPECTRUM = ("predicted", "shift", "deviation"), "spectrum/"
 # A z beyond this is told of: 1 in 16 000 by chance.
@@ -76,17 +87,19 @@ def compile_theory(study: Study, point: Point) -> None:
 
 def of_group(group: Group, store: Store) -> Found | None:
     """Return all that is known of a group's points, in its order; None if there is nothing."""
-    return stores.combined(store.found(group.names), group.names)
+    return store.total(group.names)
 
 
-def theory_of(study: Study, group: Group, store: Store, like: Found) -> dict[str, np.ndarray]:
+def theory_of(
+    study: Study, group: Group, store: Store | None, like: Found
+) -> dict[str, np.ndarray]:
     """Return what `theory` said of a group's points, in its order and of the shape of ``like``."""
     place = {name: row for row, name in enumerate(group.names.tolist())}
     found = {name: np.full(like.estimates.mean.shape, np.nan) for name in _THEORY}
     if study.spectrum is not None:
         for name, value in spectra.unknown(study.spectrum).items():
             found[f"{_SPECTRUM}{name}"] = np.tile(value, (len(place), 1))
-    for block in store.theory(group.names):
+    for block in store.theory(group.names) if store else ():
         rows = [n for n, name in enumerate(block["names"].tolist()) if name in place]
         there = [place[int(block["names"][n])] for n in rows]
         if rows:
@@ -103,59 +116,102 @@ def one(found: Found, place: int) -> Estimate:
 def assemble(study: Study, found: Sequence[Group], store: Store) -> xarray.Dataset:
     """Return everything, over the study's axes and layers; NaN where there is nothing."""
     depth = max(group.network.depth for group in found)
-    about = _attributes(study, found, store)
-    return _assembled(study, found, store, depth, about)
+    return _assembled(study, found, store, depth, _attributes(study, found, store.drawn_with))
 
 
-def _attributes(study: Study, found: Sequence[Group], store: Store) -> dict[str, Any]:
+def check(study: Study) -> None:
+    """Raise whatever would be raised of results at the end, before anything is drawn.
+
+    What there is of no networks is put together at one point, and all axes are labelled.
+    """
+    point = dataclasses.replace(study, depth_scales=False)
+    for axis in range(len(study.axes)):
+        point = point.part(axis, 0, 1)
+    found = plan.groups(point)
+    depth = found[0].network.depth
+    nothing = _assembled(point, found, None, depth, _attributes(study, found, []))
+    for dataset in (nothing, xarray.Dataset(coords=_coordinates(study, depth))):
+        dataset.to_netcdf(engine="scipy")
+
+
+def _attributes(
+    study: Study, found: Sequence[Group], drawn_with: list[dict[str, Any]]
+) -> dict[str, Any]:
     return {
         "title": study.title,
         "question": study.question,
         "study": study.text,
         "dtype": study.sampling.dtype,
-        "networks": float(sum(store.networks().values())),
         "points": len(study),
         "axes": " ".join(axis.name for axis in study.axes),
         "statistics": " ".join(statistic.name for statistic in study.statistics),
         "key": "network i of a point has fold_in(point.key, i): gradflow.studies.grid_point.Point",
-        "drawn_with": json.dumps(store.drawn_with, sort_keys=True),
+        "drawn_with": json.dumps(drawn_with, sort_keys=True),
         "samplers": json.dumps(sorted({f"{group.sampler}: {group.reason}" for group in found})),
     }
 
 
 def _assembled(
-    study: Study, found: Sequence[Group], store: Store, depth: int, about: dict[str, Any]
+    study: Study, found: Sequence[Group], store: Store | None, depth: int, about: dict[str, Any]
 ) -> xarray.Dataset:
-    """Return everything, with so many layers and these attributes."""
+    """Return everything, with so many layers and these attributes; of no networks without a store.
+
+    How many networks there are is counted, if the attributes do not say.
+    """
     rows: dict[int, list[int]] = {}
     for number, point in enumerate(study.points()):
         rows.setdefault(point.name, []).append(number)
-    grid = _Grid(study, depth, rows)
+    grid, networks = _Grid(study, depth, rows), 0
     for group in found:
-        total = of_group(group, store)
+        total = (store and of_group(group, store)) or _nothing(study, group)
         _put_laws(grid, study, group)
-        if total is not None:
-            _put(grid, study, group, total, theory_of(study, group, store, total))
-    coordinates: dict[str, Any] = {"layer": statistics.layers(depth)}
-    for axis in study.axes:
-        if len(axis.values) > 1:
-            coordinates[axis.name] = _labels(axis)
-        coordinates |= {field: (axis.name, _coordinate(v)) for field, v in axis.values.items()}
-    for name, histogram in study.histograms.items():
-        edges = histogram.edges
-        coordinates[f"{name}_bin"] = (edges[1:] + edges[:-1]) / 2
-    if study.spectrum is not None:
-        edges = study.spectrum.edges
-        coordinates[spectra.BIN] = (edges[1:] + edges[:-1]) / 2
-    dataset = xarray.Dataset(grid.variables(), coords=coordinates)
+        _put(grid, study, group, total, theory_of(study, group, store, total))
+        each = total.estimates.count + total.estimates.excluded
+        networks += int(each[:, 0, 0].sum())  # alike for all statistics and layers
+    dataset = xarray.Dataset(grid.variables(), coords=_coordinates(study, depth))
     for statistic in study.statistics:
         for name in (statistic.name, f"{statistic.name}_theory"):
             dataset[name].attrs["long_name"] = statistic.label
     for name, label in gradient_spread.LABELS.items():
         if name in dataset:
             dataset[name].attrs["long_name"] = label
+    about = {"networks": float(networks)} | about
     labelled = statistics.labelled(dataset).assign_attrs(about)
     return depth_scales.add(labelled, study) if study.depth_scales else labelled
+
+
+def _coordinates(study: Study, depth: int) -> dict[str, Any]:
+    """Return the values along all dimensions, by their names."""
+    found: dict[str, Any] = {"layer": statistics.layers(depth)}
+    for axis in study.axes:
+        if len(axis.values) > 1:
+            found[axis.name] = _labels(axis)
+        for field, values in axis.values.items():
+            found[entries.label(field)] = (axis.name, _coordinate(values))
+    bins = {f"{name}_bin": histogram for name, histogram in study.histograms.items()}
+    if study.spectrum is not None:
+        bins[spectra.BIN] = study.spectrum
+    for name, histogram in bins.items():
+        found[name] = (histogram.edges[1:] + histogram.edges[:-1]) / 2
+    return found
+
+
+def _nothing(study: Study, group: Group) -> Found:
+    """Return what is found in no networks of a group's points."""
+    points, depth = len(group.names), group.network.depth
+    shape = (points, len(study.statistics), depth)
+    counts = np.zeros(shape, np.int64)
+    numbers = np.zeros(shape)
+    bins = {name: histogram.bins + 2 for name, histogram in study.histograms.items()}
+    return Found(
+        names=group.names,
+        estimates=Estimate(counts, counts, np.full(shape, np.nan), numbers, numbers),
+        failures=np.zeros((points, 2, depth), np.int64),
+        histograms={name: np.zeros((points, depth, n), np.int64) for name, n in bins.items()},
+        spectra={}
+        if study.spectrum is None
+        else spectra.counted(np.full((points, 1), np.nan), np.arange(points), study.spectrum),
+    )
 
 
 def _coordinate(values: tuple) -> list | np.ndarray:
@@ -182,13 +238,34 @@ def write(study: Study, found: Sequence[Group], store: Store) -> Path:
     along, parts = plan.slabs(study, depth)
     if not along:
         dataset = assemble(study, found, store)
-        return store.publish(FILE, lambda path: dataset.to_netcdf(path, engine="scipy"))
-    about = _attributes(study, found, store)
+        return store.publish(lambda path: dataset.to_netcdf(path, engine="scipy"))
+    about = _attributes(study, found, store.drawn_with)
+    about["networks"] = float(sum(store.networks().values()))
     slabs = (
         _assembled(part, plan.groups(part), store, depth, about).transpose(along, ...)
         for part in parts
     )
-    return store.publish(FILE, lambda path: files.write_netcdf_slabs(slabs, along, path))
+    return store.publish(lambda path: files.write_netcdf_slabs(slabs, along, path))
+
+
+@contextlib.contextmanager
+def opened(path: Path) -> Iterator[xarray.Dataset]:
+    """Open the results of a store that was checked.
+
+    Raises
+    ------
+    InputError
+        If they are gone since.
+    """
+    try:
+        dataset = xarray.open_dataset(path, engine="scipy")
+    except OSError as error:
+        raise InputError(
+            f"{str(path)!r} cannot be read any more ({(error.strerror or str(error)).lower()}); "
+            "another process goes on with the study, or removed it"
+        ) from error
+    with dataset:
+        yield dataset
 
 
 def compared(dataset: xarray.Dataset) -> list[str]:

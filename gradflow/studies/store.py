@@ -1,166 +1,76 @@
 """The store of a study: a folder that holds what is finished, whatever happens to the process.
 
     study.toml          the study file, as it was given
-    store.json          what may not change, whose share it is, and what networks were drawn with
-    rounds/0000.npz     which networks of which points a round draws, in which chunks
+    store.json          the same text, whose share it is, what networks were drawn with, and the
+                        checksums of rounds and results; store-copy.json is the same again
+    rounds/0000.npz     which networks of which points a round draws, in which chunks, and how many
+                        chunks the round before it had; rounds/0000-copy.npz is the same again
     chunks/…            what chunks found: estimates that can be merged
     theory/…            what theory says of points
     results.nc          all of it, labelled, when the study is finished
     log.jsonl           when what was done, and how long it took; nothing depends on it
     lock                held by the process that writes
 
-Each file is written beside its place, brought to the disk and then renamed, so that it is there
-whole or not at all. A group's chunks are finished in order. Every `_FAN` of them are merged into
-one file, and so are those, always the same ones and in the same order: there are few files, and
-each estimate has the same bits whether or not the study was interrupted.
+A group's chunks are finished in order. Every `_FAN` of them are merged into one file, and so are
+those, always the same ones and in the same order: there are few files, and each estimate has the
+same bits whether or not the study was interrupted.
+
+Everything that reads a store checks all of it. Chunks and theory are `sealed` for the one round
+that they are of; those that are damaged, missing or of another study are as if they had never been
+made, and are made again when the study goes on. What says how they are read is there twice.
 """
 
 import collections
 import contextlib
 import dataclasses
-import errno
 import fcntl
 import functools
-import io
+import hashlib
 import json
 import os
 import platform
+import re
 import shutil
+import stat
 import time
-import zipfile
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 
-import gradflow.estimation
+import gradflow.errors
+from gradflow.arguments import PRNG
 from gradflow.errors import InputError
-from gradflow.estimation import Estimate
-from gradflow.studies import description
+from gradflow.studies import description, sealed
 from gradflow.studies.description import Study
+from gradflow.studies.found import Found, combined, npz, unpacked
 from gradflow.studies.plan import ALL, Share, Work
+from gradflow.studies.sealed import WRITING, Damage, sentences
 
-__all__ = ["Found", "Store", "combined", "works_of"]
+__all__ = ["RESULTS", "THEORY_BLOCK", "Store", "theory_places", "works_of"]
 
-_FORMAT = 2
-# How a file is called before it is in its place; what there is before store.json.
-_WRITING = ".writing-"
+RESULTS = "results.nc"
+# Points whose theory is one file.
+THEORY_BLOCK = 256
+
+_FORMAT = 3
 _FOLDERS = ("chunks", "theory", "rounds")
+# What there may be before store.json.
 _BEGUN = {"lock", "study.toml", *_FOLDERS}
 # How many files are merged into one, unless that had more bytes than this.
 _FAN = 32
 _MERGED_BYTES = 1 << 26
-_BY_POINT = ("names", "first", "count")
-_FIELDS = ("count", "excluded", "mean", "squares", "log_unit")
+_BY_POINT = ("names", "first", "count", "theory")
+_CHUNK_NAME = re.compile(r"(\d{4,})-(\d{5,})-(\d{10,})-(\d{10,})\.npz", re.ASCII)
+_THEORY_NAME = re.compile(r"(\d{4,})-(\d{5,})-(\d{6,})\.npz", re.ASCII)
+# How often a store that is being written to is looked at again, and seconds between.
+_LOOKS, _BETWEEN = 8, 0.25
 
 
-@dataclasses.dataclass(frozen=True)
-class Found:
-    """What networks of some points did; every array has a leading axis of points.
-
-    Attributes
-    ----------
-    names
-        The points', uint64, each once.
-    estimates
-        Arrays of shape (points, statistics, layers).
-    failures
-        Shape (points, 2, layers): in how many networks the signal overflowed, and vanished.
-    histograms
-        By statistic, shape (points, layers, bins + 2): networks below, in and above the bins.
-    spectra
-        Sums over networks of what `spectra.counted` has of their singular values, if they are
-        measured.
-    """
-
-    names: np.ndarray
-    estimates: Estimate
-    failures: np.ndarray
-    histograms: Mapping[str, np.ndarray]
-    spectra: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)
-
-    def arrays(self) -> dict[str, np.ndarray]:
-        """Return all of it by name, as files have it."""
-        found = {field: getattr(self.estimates, field) for field in _FIELDS}
-        found |= {f"histogram/{name}": counts for name, counts in self.histograms.items()}
-        found |= {f"spectrum/{name}": sums for name, sums in self.spectra.items()}
-        return found | {"names": self.names, "failures": self.failures}
-
-    @classmethod
-    def of(cls, arrays: Mapping[str, np.ndarray]) -> "Found":
-        """Return what such arrays hold."""
-
-        def below(prefix: str) -> dict[str, np.ndarray]:
-            return {k.removeprefix(prefix): v for k, v in arrays.items() if k.startswith(prefix)}
-
-        return cls(
-            names=arrays["names"],
-            estimates=Estimate(**{field: arrays[field] for field in _FIELDS}),
-            failures=arrays["failures"],
-            histograms=below("histogram/"),
-            spectra=below("spectrum/"),
-        )
-
-    @property
-    def nbytes(self) -> int:
-        """Its size in memory, and in a file."""
-        return sum(array.nbytes for array in self.arrays().values())
-
-    def packed(self) -> bytes:
-        """Return it as a file's content."""
-        return _npz(self.arrays())
-
-    @classmethod
-    def unpacked(cls, content: bytes) -> "Found":
-        """Return what was `packed`."""
-        with np.load(io.BytesIO(content)) as arrays:
-            return cls.of(dict(arrays))
-
-
-def combined(parts: Iterable[Found], names: np.ndarray | None = None) -> Found | None:
-    """Return several of one depth merged in their order; None of none.
-
-    With ``names`` only those of these points, in this order, and all of them: those that are in no
-    part have a count of 0.
-    """
-    total: dict[str, np.ndarray] = {}
-    place: dict[int, int] = {}
-    for part in parts:
-        arrays = part.arrays()
-        if not total:
-            known = part.names[:0] if names is None else names
-            total = {key: _empty(array, len(known)) for key, array in arrays.items()}
-            total["names"] = known
-            place = {name: row for row, name in enumerate(known.tolist())}
-        listed = part.names.tolist()
-        new = [name for name in listed if name not in place]
-        if new and names is None:
-            place |= {name: len(place) + n for n, name in enumerate(new)}
-            total = {
-                key: np.concatenate([array, _empty(array, len(new))])
-                for key, array in total.items()
-            }
-            total["names"][len(place) - len(new) :] = new
-        here = np.array([n for n, name in enumerate(listed) if name in place], int)
-        there = np.array([place[listed[n]] for n in here], int)
-        merged = gradflow.estimation.merge(
-            [
-                Estimate(**{field: values[field][rows] for field in _FIELDS})
-                for values, rows in ((total, there), (arrays, here))
-            ]
-        )
-        for field in _FIELDS:
-            total[field][there] = getattr(merged, field)
-        for key in total:
-            if key not in (*_FIELDS, "names"):
-                total[key][there] += arrays[key][here]
-    return Found.of(total) if total else None
-
-
-def _empty(like: np.ndarray, rows: int) -> np.ndarray:
-    return np.zeros((rows, *like.shape[1:]), like.dtype)
+# A block of theory: of which round, of which group, and its number.
+Block = tuple[int, int, int]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -173,12 +83,41 @@ class _File:
     first: int
     last: int
 
+    @property
+    def place(self) -> str:
+        """What its seal says it is of its round; not the round's number, which merging changes."""
+        return f"chunks {self.group} {self.first} {self.last}"
+
+    def within(self, other: "_File") -> bool:
+        """Whether another file has these chunks, and more."""
+        return self != other and other.first <= self.first and self.last <= other.last
+
+
+@dataclasses.dataclass(frozen=True)
+class _Round:
+    """What a round's file says: what is drawn; of what study; its predecessor's finished chunks."""
+
+    works: tuple[Work, ...]
+    study: str
+    before: list[int] | None
+
 
 class Store:
     """The folder of one study, held by this process while it is open."""
 
     def __init__(self, folder: Path, study: Study, share: Share = ALL) -> None:
         self.folder, self.study, self.share = folder, study, share
+        # Versions and machines that the networks were drawn with.
+        self.drawn_with: list[dict[str, Any]] = []
+        # The checksums of rounds, and that of the results if they are those of the study.
+        self._rounds: list[str] = []
+        self._results: str | None = None
+        # What is whole: files of chunks by round and group, in order; blocks of theory.
+        self._chunks: dict[tuple[int, int], list[_File]] = {}
+        self._theory: set[Block] = set()
+        # And what is not, by what making it again is called.
+        self._bad: dict[Path, str] = {}
+        self._known_rounds: dict[int, _Round] = {}
 
     # Opening.
 
@@ -187,25 +126,21 @@ class Store:
     def opened(cls, folder: Path, study: Study, share: Share = ALL) -> Iterator["Store"]:
         """Make or go on with the store of a study, and let nobody else write to it meanwhile.
 
+        Files that are damaged or of another study are removed, and what they had is `left` again.
+
         Raises
         ------
         InputError
             If the folder cannot be written to, another process writes to it, it holds something
-            else or another share, or the study has changed by more than new points and more
-            networks.
+            else or another share, what says how it is read is gone, or the study has changed by
+            more than new points and more networks.
         """
         with contextlib.ExitStack() as stack:
-            with _sentences(folder):
-                fresh = not (folder / "store.json").exists()
-                # The first thing that is written may be all there is of one.
-                strange = {p.name for p in folder.iterdir()} - _BEGUN if folder.is_dir() else set()
-                if fresh and not all(name.startswith(_WRITING) for name in strange):
-                    raise InputError(
-                        f"out is {str(folder)!r}, which holds something that is no study; give a "
-                        "new folder, or one that a study was begun in"
-                    )
+            with sentences(folder):
+                store = cls(folder, study, share)
+                _check_study_or_nothing(folder)
                 folder.mkdir(parents=True, exist_ok=True)
-                lock = os.open(folder / "lock", os.O_RDWR | os.O_CREAT, 0o644)
+                lock = _lock(folder)
                 stack.callback(os.close, lock)
                 try:
                     fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -214,8 +149,7 @@ class Store:
                         f"out is {str(folder)!r}, where another process writes its study; wait for "
                         "it, stop it, or give another folder"
                     ) from error
-                store = cls(folder, study, share)
-                store._prepare(fresh)
+                store._prepare()
             yield store
 
     @classmethod
@@ -228,12 +162,12 @@ class Store:
         InputError
             If the folder holds something, or cannot be written to.
         """
-        with _sentences(folder):
-            if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
+        with sentences(folder):
+            if os.path.lexists(folder) and not (folder.is_dir() and not any(folder.iterdir())):
                 raise InputError(
                     f"out is {str(folder)!r}, which holds something; give a new folder"
                 )
-            beside = folder.with_name(f"{_WRITING}{folder.name}")
+            beside = sealed.beside(folder)
             shutil.rmtree(beside, ignore_errors=True)
             try:
                 for name in _FOLDERS:
@@ -241,6 +175,8 @@ class Store:
                 whole = cls(beside, shares[0].study)
                 for share in shares:
                     whole._take_in(share)
+                whole._look(mend=False)
+                whole._write_header()
                 yield whole
                 if folder.exists():
                     folder.rmdir()
@@ -250,71 +186,190 @@ class Store:
 
     def _take_in(self, share: "Store") -> None:
         """Copy the rounds of a share behind those that are there."""
-        before = self.rounds
-        for name in _FOLDERS:
-            for path in sorted((share.folder / name).glob("*.npz")):
-                number, rest = int(path.name[:4]), path.name[4:]
-                self._write(f"{name}/{before + number:04}{rest}", path.read_bytes())
-        known = self.drawn_with if before else []
-        self._write_header([*known, *(d for d in share.drawn_with if d not in known)])
+        before = len(self._rounds)
+        for number, identity in enumerate(share._rounds):
+            self._write_round(before + number, share._round_content(number))
+            self._rounds.append(identity)
+        for those in share._chunks.values():
+            for file in those:
+                name = _chunk_name(before + file.round, file.group, file.first, file.last)
+                sealed.write(self.folder / name, file.path.read_bytes())
+        for number, group, block in sorted(share._theory):
+            path = share.folder / _theory_name(number, group, block)
+            name = _theory_name(before + number, group, block)
+            sealed.write(self.folder / name, path.read_bytes())
+        self.drawn_with += [d for d in share.drawn_with if d not in self.drawn_with]
         log = share.folder / "log.jsonl"
-        if log.exists():
-            with open(self.folder / "log.jsonl", "ab") as file:
-                file.write(log.read_bytes())
+        if log.is_file() and not log.is_symlink():
+            with open(self.folder / "log.jsonl", "ab") as together:
+                together.write(log.read_bytes())
 
     @classmethod
     def of(cls, folder: Path) -> "Store":
-        """Return a folder's store, to read.
+        """Return a folder's store, to read, with all that is in it checked.
 
         Raises
         ------
         InputError
-            If it is none.
+            If it is none, or a file is damaged, missing or of another study.
         """
-        if not (folder / "store.json").is_file():
+        try:
+            if not any(os.path.lexists(folder / name) for name in (*_HEADERS, "rounds")):
+                raise InputError(
+                    f"folder is {str(folder)!r}, which holds no study; it is the --out of a "
+                    "`gradflow study FILE`"
+                )
+            return _undisturbed(folder, lambda: cls._checked(folder))
+        except OSError as error:
             raise InputError(
-                f"folder is {str(folder)!r}, which holds no study; it is the --out of a "
-                "`gradflow study FILE`"
+                f"folder is {str(folder)!r}, which cannot be read "
+                f"({(error.strerror or str(error)).lower()})"
+            ) from error
+
+    @classmethod
+    def _checked(cls, folder: Path) -> "Store":
+        header, copy = (_header(folder / name) for name in _HEADERS)
+        known = header or copy
+        if known is None:
+            raise _header_is_gone(folder)
+        store = cls(folder, description.parse(known["text"]), Share(*known["share"]))
+        for name, one in zip(_HEADERS, (header, copy), strict=True):
+            if one is None:
+                raise store._damage(folder / name, "is damaged or missing", "writes it again")
+        if header != copy:
+            raise store._damage(
+                folder / _HEADERS[0],
+                f"differs from {_HEADERS[1]}, as one that was changed or is of another study",
+                "goes on with the one that fits",
             )
-        store = cls(folder, description.load(folder / "study.toml"))
-        store.share = Share(*store._header["share"])
+        store._take(known)
+        text = hashlib.sha256(known["text"].encode()).hexdigest()
+        if sealed.digest(folder / "study.toml") != text:
+            raise Damage(
+                folder / "study.toml",
+                "is not the file that the study was last run with, or is missing",
+                f"`gradflow study FILE --out {folder}` with that file writes it again",
+            )
+        for number in range(store.rounds):
+            for copied in (False, True):
+                if store._read_round(number, copied) is None:
+                    raise store._damage(
+                        folder / _round_name(number, copied),
+                        "is damaged, missing or of another study",
+                        "writes it again from its copy",
+                    )
+        store._look(mend=False)
+        store._check_whole()
         return store
 
-    def _prepare(self, fresh: bool) -> None:
-        for name in _FOLDERS:
+    def _damage(self, path: Path, reason: str, remedy: str) -> Damage:
+        """Return what is wrong with a file that going on with the study will mend."""
+        share = "" if self.share == ALL else f" --share {self.share}"
+        command = f"gradflow study {self.folder / 'study.toml'} --out {self.folder}{share}"
+        return Damage(path, reason, f"`{command}` {remedy}")
+
+    def _check_whole(self) -> None:
+        """Raise if something is not there that was, or is not what it was."""
+        for path, remedy in self._bad.items():
+            raise self._damage(path, "is damaged or of another study", remedy)
+        for number in range(self.rounds):
+            finished = self._chunks_of(number)
+            for group, ranges in _gaps(self._chunks, number, finished).items():
+                for first, last in ranges:
+                    raise self._damage(
+                        self.folder / _chunk_name(number, group, first, last - 1),
+                        "is missing",
+                        "draws it again",
+                    )
+            for place in self._theory_of_round(number, finished):
+                if place not in self._theory:
+                    raise self._damage(
+                        self.folder / _theory_name(*place),
+                        "is missing",
+                        "works it out again",
+                    )
+        if self._results and sealed.digest(self.folder / RESULTS) != self._results:
+            raise self._damage(
+                self.folder / RESULTS,
+                "is missing, damaged or of another study",
+                "puts it together again",
+            )
+
+    @property
+    def results(self) -> Path | None:
+        """The labelled file, if the study was finished."""
+        return self.folder / RESULTS if self._results else None
+
+    def _take(self, known: Mapping[str, Any]) -> None:
+        self.drawn_with, self._rounds = list(known["drawn_with"]), list(known["rounds"])
+        self._results = known["results"]
+
+    def _prepare(self) -> None:
+        for name in ("", *_FOLDERS):
             (self.folder / name).mkdir(exist_ok=True)
-        for left in self.folder.rglob(f"{_WRITING}*"):
-            left.unlink()
-        # Merged files are there before what they were made of is gone.
-        for file in self._files():
-            if any(_within(file, other) for other in self._files()):
-                file.path.unlink()
-        before = [] if fresh else self.drawn_with
-        if not fresh:
-            self._check_change()
+            for left in (self.folder / name).glob(f"{WRITING}*"):
+                sealed.discard(left)
+        known = self._header_that_fits()
+        if known is not None:
+            self._take(known)
+            self._check_change(description.parse(known["text"]), Share(*known["share"]))
+            if known["text"] != self.study.text:
+                self._results = None
+        for number in range(self.rounds):
+            self._write_round(number, self._round_content(number))
+        log = self.folder / "log.jsonl"
+        if os.path.lexists(log) and not stat.S_ISREG(log.lstat().st_mode):
+            sealed.discard(log)
+        self._look(mend=True)
         # All there was to the last bit: what a study goes on with may be another machine.
         now = _drawn_with()
-        drawn_with = before if now in before else [*before, now]
-        self._write_header(drawn_with)
+        self.drawn_with += [now] if now not in self.drawn_with else []
+        self._write_header()
         # What was to be merged when the process ended.
-        for file in self._files():
-            if not any(o.first > file.last for o in self._files() if _alike(o, file)):
-                self._merge_all(file.round, file.group, file.last)
+        for (number, group), those in list(self._chunks.items()):
+            if not _gaps(self._chunks, number, {group: those[-1].last + 1})[group]:
+                self._merge_all(number, group, those[-1].last)
 
-    def _write_header(self, drawn_with: Sequence[Mapping[str, Any]]) -> None:
-        known = {"format": _FORMAT, "fixed": self.study.fixed(), "drawn_with": drawn_with}
-        known["share"] = self.share
-        self._write("study.toml", self.study.text.encode())
-        self._write("store.json", json.dumps(known, indent=1, sort_keys=True).encode())
+    def _header_that_fits(self) -> dict[str, Any] | None:
+        """Return what store.json or its copy says, whichever fits the rounds; None before it."""
+        known = [_header(self.folder / name) for name in _HEADERS]
+        fitting = []
+        for one in known:
+            if one is None:
+                continue
+            self._rounds = one["rounds"]
+            if all(self._first_whole(number) is not None for number in range(self.rounds)):
+                fitting.append(one)
+        self._rounds = []
+        if fitting:
+            return max(fitting, key=lambda one: len(one["rounds"]))  # the first of them
+        for one in known:
+            if one is not None:
+                self._rounds = one["rounds"]
+                gone = next(n for n in range(self.rounds) if self._first_whole(n) is None)
+                raise Damage(
+                    self.folder / _round_name(gone),
+                    "and its copy are damaged, missing or of another study",
+                    "what is in chunks cannot be read without it: give another --out",
+                )
+        if any(any((self.folder / name).iterdir()) for name in _FOLDERS):
+            raise _header_is_gone(self.folder)
+        return None
 
-    def _check_change(self) -> None:
-        share = Share(*self._header["share"])
+    def _write_header(self) -> None:
+        known = {"format": _FORMAT, "text": self.study.text, "share": self.share}
+        known |= {"drawn_with": self.drawn_with, "rounds": self._rounds, "results": self._results}
+        content = _with_checksum(known)
+        for name in _HEADERS:
+            sealed.write(self.folder / name, content)
+        sealed.write(self.folder / "study.toml", self.study.text.encode())
+
+    def _check_change(self, old: Study, share: Share) -> None:
         if share != self.share:
             raise InputError(
                 f"share is {self.share}, and {str(self.folder)!r} holds share {share}; give "
                 f"--share {share}, or another folder"
             )
-        old = description.load(self.folder / "study.toml")
         new = self.study
         if old.text == new.text:
             return
@@ -340,15 +395,16 @@ class Store:
     @property
     def rounds(self) -> int:
         """How many there are."""
-        return len(list((self.folder / "rounds").glob("*.npz")))
+        return len(self._rounds)
 
     def begin(self, works: Sequence[Work]) -> int:
         """Write down what the next round draws, and return its number.
 
         Results of fewer networks or points are no longer those of the study.
         """
-        (self.folder / "results.nc").unlink(missing_ok=True)
-        number = self.rounds
+        number, before = self.rounds, None
+        if number:
+            before = [self.finished(number - 1, g) for g in range(len(self.works(number - 1)))]
         arrays: dict[str, np.ndarray] = {}
         plain = []
         for group, work in enumerate(works):
@@ -356,27 +412,97 @@ class Store:
             for name in _BY_POINT:
                 arrays[f"{group}/{name}"] = fields.pop(name)
             plain.append(fields)
-        header = {"groups": plain, "study": _digest(self.study)}
+        header = {"groups": plain, "study": _digest(self.study), "before": before}
         arrays["header"] = np.frombuffer(json.dumps(header, sort_keys=True).encode(), np.uint8)
-        self._write(f"rounds/{number:04}.npz", _npz(arrays))
+        content = sealed.sealed(npz(arrays), "round")
+        self._write_round(number, content)
+        self._rounds.append(hashlib.sha256(content).hexdigest())
+        self._results = None
+        self._write_header()
+        (self.folder / RESULTS).unlink(missing_ok=True)
         return number
+
+    def _write_round(self, number: int, content: bytes) -> None:
+        for copied in (False, True):
+            sealed.write(self.folder / _round_name(number, copied), content)
+
+    def _read_round(self, number: int, copied: bool) -> bytes | None:
+        """Return a round's file, or its copy, seal and all; None if it is not what it was."""
+        path = self.folder / _round_name(number, copied)
+        if not path.is_file():
+            return None
+        content = path.read_bytes()
+        return content if hashlib.sha256(content).hexdigest() == self._rounds[number] else None
+
+    def _first_whole(self, number: int) -> bytes | None:
+        first = self._read_round(number, copied=False)
+        return self._read_round(number, copied=True) if first is None else first
+
+    def _round_content(self, number: int) -> bytes:
+        content = self._first_whole(number)
+        if content is None:
+            raise Damage(
+                self.folder / _round_name(number),
+                "and its copy are damaged or missing",
+                "what is in chunks cannot be read without it: give another --out",
+            )
+        return content
 
     def round_file(self, number: int) -> bytes:
         """Return the file of a round."""
-        return (self.folder / "rounds" / f"{number:04}.npz").read_bytes()
+        return self._round_content(number)
 
     def works(self, number: int) -> tuple[Work, ...]:
         """Return what a round draws."""
-        return works_of(self.round_file(number))
+        return self._round(number).works
+
+    def _round(self, number: int) -> _Round:
+        if number not in self._known_rounds:
+            while len(self._known_rounds) >= _ROUNDS_IN_MEMORY:
+                del self._known_rounds[next(iter(self._known_rounds))]
+            self._known_rounds[number] = _parsed(self._round_content(number))
+        return self._known_rounds[number]
 
     def goes_on(self, number: int) -> bool:
         """Whether a round was begun with this study, and not with a smaller one."""
-        return bool(_header(self.round_file(number))["study"] == _digest(self.study))
+        return self._round(number).study == _digest(self.study)
+
+    def _chunks_of(self, number: int) -> dict[int, int]:
+        """Return how many chunks each group of a round had, as far as is known."""
+        works = self.works(number)
+        whole = {group: work.chunks for group, work in enumerate(works)}
+        if number + 1 < self.rounds:
+            before = self._round(number + 1).before
+            # What another share begins with has none before it, and only finished ones are merged.
+            return whole if before is None else dict(enumerate(before))
+        if self._results:
+            return whole
+        return {
+            group: max((file.last + 1 for file in self._chunks.get((number, group), ())), default=0)
+            for group in range(len(works))
+        }
+
+    def left(self, number: int) -> list[tuple[bool, list[tuple[int, int]]]]:
+        """Return of each group of a round whether theory is missing, and which chunks, in ranges.
+
+        Of the last round, if it is this study's, all that it was to draw; of others what they had.
+        """
+        finished = self._chunks_of(number)
+        if number + 1 == self.rounds and self.goes_on(number):
+            finished = {group: work.chunks for group, work in enumerate(self.works(number))}
+        places = self._theory_of_round(number, finished)
+        theory = {place[1] for place in places if place not in self._theory}
+        gaps = _gaps(self._chunks, number, finished)
+        return [(group in theory, gaps[group]) for group in sorted(gaps)]
 
     def finished(self, number: int, group: int) -> int:
-        """Return how many of a group's chunks are finished; they are the first ones."""
-        ends = [f.last + 1 for f in self._files() if (f.round, f.group) == (number, group)]
-        return max(ends, default=0)
+        """Return how many of a group's chunks are finished, from the first on without a gap."""
+        end = 0
+        for file in self._chunks.get((number, group), ()):
+            if file.first != end:
+                break
+            end = file.last + 1
+        return end
 
     def networks(self) -> dict[int, int]:
         """Return how many of its share's networks every point has, by its name."""
@@ -402,10 +528,23 @@ class Store:
     # Chunks.
 
     def add(self, number: int, group: int, chunk: int, found: Found) -> None:
-        """Keep what a chunk found, the next one of its group, and merge what is to be merged."""
-        with _sentences(self.folder):
-            self._write(_chunk_name(number, group, chunk, chunk), found.packed())
-            self._merge_all(number, group, chunk)
+        """Keep what a chunk found, and merge what is to be merged."""
+        with sentences(self.folder):
+            self._keep(number, group, chunk, chunk, found)
+            # If it was made again, what comes after it may be there.
+            for last in range(chunk, self.finished(number, group)):
+                self._merge_all(number, group, last)
+
+    def _keep(self, number: int, group: int, first: int, last: int, found: Found) -> _File:
+        file = _File(
+            self.folder / _chunk_name(number, group, first, last), number, group, first, last
+        )
+        content = sealed.sealed(found.packed(), self._rounds[number], file.place)
+        sealed.write(file.path, content)
+        those = self._chunks.setdefault((number, group), [])
+        those.append(file)
+        those.sort(key=lambda one: (one.first, one.last))
+        return file
 
     def _merge_all(self, number: int, group: int, chunk: int) -> None:
         size = _FAN
@@ -414,140 +553,287 @@ class Store:
 
     def _merge(self, number: int, group: int, last: int, size: int) -> bool:
         """Merge the files of the last ``size`` chunks into one; whether they are one now."""
-        here = [
-            file
-            for file in self._files()
-            if (file.round, file.group) == (number, group) and file.first > last - size
-        ]
+        those = self._chunks[number, group]
+        here = [file for file in those if last - size < file.first and file.last <= last]
         if len(here) == 1:
             return True
-        if len(here) > _FAN:  # some of them were too large to be merged
-            return False
-        found = combined(Found.of(_arrays(file.path)) for file in here)
+        # Some of them were too large to be merged; or were not, by a merge that goes beyond them.
+        if not here or len(here) > _FAN:
+            return not here
+        found = combined(map(self._read, here))
         if found is None or found.nbytes > _MERGED_BYTES:
             return False
-        self._write(_chunk_name(number, group, here[0].first, last), found.packed())
+        self._keep(number, group, here[0].first, last, found)
         for file in here:
+            those.remove(file)
             file.path.unlink()
         return True
 
-    def found(self, names: np.ndarray) -> Iterator[Found]:
-        """Yield what is in the files that have networks of some points, in the order of merging."""
-        works = [self.works(number) for number in range(self.rounds)]
-        for file in self._files():
-            held = works[file.round][file.group].held(file.first, file.last)
-            if np.isin(held, names).any():
-                yield Found.of(_arrays(file.path))
+    def _read(self, file: _File) -> Found:
+        content = sealed.read(file.path, self._rounds[file.round], file.place)
+        if content is None:
+            raise self._damage(file.path, "is missing or damaged", "draws it again")
+        return Found.unpacked(content)
 
-    def _files(self) -> list[_File]:
-        return [
-            _File(path, *map(int, path.stem.split("-")))
-            for path in sorted((self.folder / "chunks").glob("*.npz"))
-        ]
+    def total(self, names: np.ndarray) -> Found | None:
+        """Return all that is known of some points, in this order; None if there is nothing."""
+
+        def read() -> Found | None:
+            return combined(self._found(names), names)
+
+        def look_again() -> None:
+            self._look(mend=False)
+            self._check_whole()
+
+        return _undisturbed(self.folder, read, look_again)
+
+    def _found(self, names: np.ndarray) -> Iterator[Found]:
+        """Yield what is in the files that have networks of some points, in the order of merging."""
+        for (number, group), those in sorted(self._chunks.items()):
+            work = self.works(number)[group]
+            for file in those:
+                if np.isin(work.held(file.first, file.last), names).any():
+                    yield self._read(file)
+
+    def _look(self, *, mend: bool) -> None:
+        """Look at all files of chunks and theory, and know those that are whole.
+
+        To ``mend`` is to remove those that are not, and those that were merged already.
+        """
+        before, chunks, theory = self._chunks, collections.defaultdict(list), set()
+        self._bad = {}
+        for path in _files(self.folder / "chunks"):
+            match = _CHUNK_NAME.fullmatch(path.name)
+            if match and int(match[1]) < self.rounds:
+                file = _File(path, *map(int, match.groups()))
+                those = before.get((file.round, file.group), ())
+                if file in those or self._is_whole(path, file.round, file.place):
+                    chunks[file.round, file.group].append(file)
+                else:
+                    self._bad[path] = "draws it again"
+        for key, those in chunks.items():
+            merged = [file for file in those if any(file.within(other) for other in those)]
+            chunks[key] = [file for file in those if file not in merged]
+            for file in merged if mend else ():
+                file.path.unlink()
+        self._chunks = dict(chunks)
+        for path in _files(self.folder / "theory"):
+            match = _THEORY_NAME.fullmatch(path.name)
+            if match and int(match[1]) < self.rounds:
+                place = (int(match[1]), int(match[2]), int(match[3]))
+                if place in self._theory or self._is_whole(path, place[0], _theory_place(place)):
+                    theory.add(place)
+                else:
+                    self._bad[path] = "works it out again"
+        self._theory = theory
+        for path in self._bad if mend else ():
+            sealed.discard(path)
+
+    def _is_whole(self, path: Path, number: int, place: str) -> bool:
+        return sealed.read(path, self._rounds[number], place) is not None
 
     # Theory.
 
-    def has_theory(self, name: str) -> bool:
+    def _theory_of_round(self, number: int, finished: Mapping[int, int]) -> list[Block]:
+        """Return the blocks of theory of a round's groups of which something is drawn."""
+        return [
+            (number, group, block)
+            for group, work in enumerate(self.works(number))
+            if finished[group]
+            for block in np.unique(np.flatnonzero(work.theory) // THEORY_BLOCK).tolist()
+        ]
+
+    def has_theory(self, place: Block) -> bool:
         """Whether a block of theory is there."""
-        return (self.folder / "theory" / f"{name}.npz").exists()
+        return place in self._theory
 
-    def add_theory(self, name: str, arrays: Mapping[str, np.ndarray]) -> None:
+    def add_theory(self, place: Block, arrays: Mapping[str, np.ndarray]) -> None:
         """Keep a block of theory: ``names``, and arrays of shape (points, statistics, layers)."""
-        with _sentences(self.folder):
-            self._write(f"theory/{name}.npz", _npz(arrays))
+        content = sealed.sealed(npz(arrays), self._rounds[place[0]], _theory_place(place))
+        with sentences(self.folder):
+            sealed.write(self.folder / _theory_name(*place), content)
+        self._theory.add(place)
 
-    def theory_block(self, name: str) -> dict[str, np.ndarray]:
+    def theory_block(self, place: Block) -> dict[str, np.ndarray]:
         """Return a block of theory."""
-        return _arrays(self.folder / "theory" / f"{name}.npz")
+        path = self.folder / _theory_name(*place)
+        content = sealed.read(path, self._rounds[place[0]], _theory_place(place))
+        if content is None:
+            raise self._damage(path, "is missing or damaged", "works it out again")
+        return unpacked(content)
 
     def theory(self, names: np.ndarray) -> Iterator[dict[str, np.ndarray]]:
         """Yield the blocks of theory that have some points."""
-        for path in sorted((self.folder / "theory").glob("*.npz")):
-            if np.isin(_arrays(path, "names")["names"], names).any():
-                yield _arrays(path)
+        for place in sorted(self._theory):
+            work = self.works(place[0])[place[1]]
+            if np.isin(work.names[theory_places(work, place[2])], names).any():
+                yield self.theory_block(place)
 
     # Files.
-
-    @property
-    def drawn_with(self) -> list[dict[str, Any]]:
-        """Versions and machines that the networks were drawn with."""
-        return list(self._header["drawn_with"])
-
-    @property
-    def _header(self) -> dict[str, Any]:
-        known: dict[str, Any] = json.loads((self.folder / "store.json").read_text("utf-8"))
-        if known["format"] != _FORMAT:
-            raise InputError(
-                f"{str(self.folder)!r} has format {known['format']}, which this version of "
-                f"gradflow does not know; it knows {_FORMAT}"
-            )
-        return known
 
     def log(self, **what: Any) -> None:
         """Note what was done and when."""
         line = json.dumps({"at": time.strftime("%Y-%m-%dT%H:%M:%S%z"), **what})
-        with (
-            _sentences(self.folder),
-            open(self.folder / "log.jsonl", "a", encoding="utf-8") as file,
-        ):
-            file.write(f"{line}\n")
+        flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW
+        with sentences(self.folder):
+            file = os.open(self.folder / "log.jsonl", flags, 0o644)
+            try:
+                os.write(file, f"{line}\n".encode())
+            finally:
+                os.close(file)
 
-    def publish(self, name: str, write: Callable[[Path], None]) -> Path:
-        """Put a file in its place once ``write`` has made it, elsewhere."""
-        with _sentences(self.folder):
-            beside = self._beside(name)
+    def publish(self, write: Callable[[Path], None]) -> Path:
+        """Put the results in their place once ``write`` has made them, elsewhere."""
+        path = self.folder / RESULTS
+        with sentences(self.folder):
+            beside = sealed.beside(path)
             try:
                 write(beside)
-                self._put(beside, name)
+                self._results = sealed.digest(beside)
+                sealed.put(beside, path)
             finally:
                 beside.unlink(missing_ok=True)
-        return self.folder / name
-
-    def _beside(self, name: str) -> Path:
-        path = self.folder / name
-        return path.with_name(f"{_WRITING}{path.name}")
-
-    def _write(self, name: str, content: bytes) -> None:
-        path = self.folder / name
-        if path.exists() and path.stat().st_size == len(content) and path.read_bytes() == content:
-            return
-        beside = self._beside(name)
-        try:
-            beside.write_bytes(content)
-            self._put(beside, name)
-        finally:
-            beside.unlink(missing_ok=True)
-
-    def _put(self, beside: Path, name: str) -> None:
-        with open(beside, "rb") as file:
-            os.fsync(file.fileno())
-        path = self.folder / name
-        beside.replace(path)
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
+            self._write_header()
+        return path
 
 
-@functools.lru_cache(maxsize=4)
+def theory_places(work: Work, block: int) -> np.ndarray:
+    """Return the points of a work whose theory is in a block, by their places."""
+    first = block * THEORY_BLOCK
+    return first + np.flatnonzero(work.theory[first : first + THEORY_BLOCK])
+
+
 def works_of(content: bytes) -> tuple[Work, ...]:
-    """Return what a round's file says is drawn; asked for again for every group of a study."""
-    plain = _header(content)["groups"]
-    with np.load(io.BytesIO(content)) as arrays:
-        return tuple(
-            Work(
-                share=Share(*fields.pop("share")),
-                **fields,
-                **{name: arrays[f"{group}/{name}"] for name in _BY_POINT},
-            )
-            for group, fields in enumerate(plain)
+    """Return what a round's file says is drawn."""
+    return _parsed(content).works
+
+
+@functools.lru_cache(maxsize=1)
+def _parsed(content: bytes) -> _Round:
+    arrays = unpacked(content)
+    header = json.loads(arrays["header"].tobytes())
+    works = []
+    for group, fields in enumerate(header["groups"]):
+        by_point = {name: arrays[f"{group}/{name}"] for name in _BY_POINT}
+        works.append(Work(**{**fields, **by_point, "share": Share(*fields["share"])}))
+    return _Round(tuple(works), header["study"], header["before"])
+
+
+def _gaps(
+    chunks: Mapping[tuple[int, int], Sequence[_File]], number: int, finished: Mapping[int, int]
+) -> dict[int, list[tuple[int, int]]]:
+    """Return which of a round's first so many chunks are not there, by group."""
+    found = {}
+    for group, count in finished.items():
+        gaps: list[tuple[int, int]] = []
+        end = 0
+        for file in chunks.get((number, group), ()):
+            if file.first > end:
+                gaps.append((end, min(file.first, count)))
+            end = max(end, file.last + 1)
+        if end < count:
+            gaps.append((end, count))
+        found[group] = gaps
+    return found
+
+
+def _check_study_or_nothing(folder: Path) -> None:
+    if not folder.is_dir() or any(os.path.lexists(folder / name) for name in _HEADERS):
+        return
+    strange = {path.name for path in folder.iterdir()} - _BEGUN
+    # The first thing that is written may be all there is of one.
+    if not all(name.startswith(WRITING) for name in strange):
+        raise InputError(
+            f"out is {str(folder)!r}, which holds something that is no study; give a new folder, "
+            "or one that a study was begun in"
         )
 
 
-def _header(content: bytes) -> dict[str, Any]:
-    with np.load(io.BytesIO(content)) as arrays:
-        return dict(json.loads(arrays["header"].tobytes()))
+def _lock(folder: Path) -> int:
+    path = folder / "lock"
+    if os.path.lexists(path) and not stat.S_ISREG(path.lstat().st_mode):
+        sealed.discard(path)
+    return os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
+
+
+def _undisturbed(
+    folder: Path, read: Callable[[], Any], again: Callable[[], None] = lambda: None
+) -> Any:
+    """Return what is read of a store, looked at again while another process writes to it."""
+    for _ in range(_LOOKS):
+        try:
+            return read()
+        except Damage:
+            if not _is_written(folder):
+                raise
+            time.sleep(_BETWEEN)
+            with contextlib.suppress(Damage):
+                again()
+    return read()
+
+
+def _files(folder: Path) -> list[Path]:
+    return sorted(folder.iterdir()) if folder.is_dir() else []
+
+
+def _is_written(folder: Path) -> bool:
+    """Whether another process holds the store."""
+    try:
+        lock = os.open(folder / "lock", os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+    except OSError:
+        return False
+    try:
+        fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except OSError:
+        return True
+    finally:
+        os.close(lock)
+    return False
+
+
+_HEADERS = ("store.json", "store-copy.json")
+# Those of points by the million are large.
+_ROUNDS_IN_MEMORY = 4
+
+
+def _with_checksum(known: Mapping[str, Any]) -> bytes:
+    plain = json.dumps(known, indent=1, sort_keys=True)
+    checksum = hashlib.sha256(plain.encode()).hexdigest()
+    return json.dumps({**known, "checksum": checksum}, indent=1, sort_keys=True).encode()
+
+
+def _header(path: Path) -> dict[str, Any] | None:
+    """Return what a store.json says; None if it is missing or damaged.
+
+    Raises
+    ------
+    InputError
+        If it is of another version of gradflow.
+    """
+    if not path.is_file():
+        return None
+    content = path.read_bytes()
+    try:
+        known = json.loads(content)
+        plain = {name: value for name, value in known.items() if name != "checksum"}
+        whole = content == _with_checksum(plain)
+        version = known["format"]
+    except (ValueError, AttributeError, KeyError, RecursionError):
+        return None
+    if version != _FORMAT and (whole or "checksum" not in known):
+        raise InputError(
+            f"{str(path.parent)!r} has format {version}, which this version of gradflow does not "
+            f"know; it knows {_FORMAT}"
+        )
+    return plain if whole else None
+
+
+def _header_is_gone(folder: Path) -> Damage:
+    return Damage(
+        folder / _HEADERS[0],
+        "and its copy are damaged or missing",
+        "what is in rounds and chunks cannot be read without them: give another --out",
+    )
 
 
 def _drawn_with() -> dict[str, Any]:
@@ -557,6 +843,7 @@ def _drawn_with() -> dict[str, Any]:
         "gradflow": gradflow.__version__,
         "jax": jax.__version__,
         "numpy": np.__version__,
+        "random": PRNG,
         "python": platform.python_version(),
         "platform": device.platform,
         "device": device.device_kind,
@@ -592,46 +879,13 @@ def _chunk_name(number: int, group: int, first: int, last: int) -> str:
     return f"chunks/{number:04}-{group:05}-{first:010}-{last:010}.npz"
 
 
-def _within(file: _File, other: _File) -> bool:
-    inside = other.first <= file.first and file.last <= other.last
-    return _alike(file, other) and file != other and inside
+def _theory_name(number: int, group: int, block: int) -> str:
+    return f"theory/{number:04}-{group:05}-{block:06}.npz"
 
 
-def _alike(file: _File, other: _File) -> bool:
-    return (file.round, file.group) == (other.round, other.group)
+def _theory_place(place: Block) -> str:
+    return f"theory {place[1]} {place[2]}"
 
 
-def _npz(arrays: Mapping[str, np.ndarray]) -> bytes:
-    """Return the arrays as a file, the same bytes for the same arrays."""
-    buffer = io.BytesIO()
-    np.savez(buffer, allow_pickle=False, **arrays)
-    return buffer.getvalue()
-
-
-def _arrays(path: Path, *names: str) -> dict[str, np.ndarray]:
-    """Return the arrays of a file, or some of them."""
-    try:
-        with np.load(path) as found:
-            return {name: found[name] for name in names or found}
-    except (EOFError, ValueError, zipfile.BadZipFile) as error:
-        raise InputError(
-            f"{str(path)!r} is damaged ({' '.join(str(error).split())}); the study takes another "
-            "folder"
-        ) from error
-
-
-@contextlib.contextmanager
-def _sentences(folder: Path) -> Iterator[None]:
-    """Say in a sentence what the disk refuses."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            raise InputError(
-                f"the disk of {str(folder)!r} is full ({error.strerror}); what is finished is "
-                "kept, and the same command goes on from there when there is room"
-            ) from error
-        raise InputError(
-            f"out is {str(folder)!r}, which cannot be written to "
-            f"({(error.strerror or str(error)).lower()}); it is a folder, new or not, that can be"
-        ) from error
+def _round_name(number: int, copied: bool = False) -> str:
+    return f"rounds/{number:04}{'-copy' if copied else ''}.npz"

@@ -60,10 +60,13 @@ class Corrections(eqx.Module):
         To be added to what `mean_field.predict` returns; that of a logarithm where it is one.
     standard_deviation
         Over networks; of a statistic that is carried as a logarithm, as a share of its mean.
+    term
+        What the shift is of, where it is one effect by name and not all of order 1/n.
     """
 
     shift: dict[str, Array | np.ndarray]
     standard_deviation: dict[str, Array | np.ndarray]
+    term: str | None = eqx.field(static=True, default=None)
 
 
 def covers(network: Network) -> bool:

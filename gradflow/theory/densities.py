@@ -8,9 +8,11 @@ arXiv:1611.01232, section 4): a Gaussian of random scale, peaked at 0 where unit
 import dataclasses
 from collections.abc import Iterator, Mapping
 
+import jax.numpy as jnp
 import numpy as np
 from scipy.special import ndtr, ndtri
 
+from gradflow import gaussian
 from gradflow.blocks import Dense
 from gradflow.estimation import Histogram, Values
 from gradflow.networks import Network
@@ -51,21 +53,28 @@ def predicted(
     above = [s.block for s in network.stages for _ in range(s.repeats)][1:]
     through_one = known & np.array([*(type(block) is Dense for block in above), True])
     sd = np.sqrt(np.diagonal(np.asarray(forward[0].covariance), axis1=1, axis2=2))
+    # Of what is beyond a float's range: z and φ(z) are exp of these times what is computed.
+    log_scale = np.asarray(forward[0].log_scale)
+    log_growth = np.asarray(gaussian.growth(network.activation, jnp.asarray(log_scale))[0])
     log_gradient = np.asarray(backward[0].log_variance) / 2
     phi, top = network.activation, len(sd) - 1
 
     def shares(signal: str, layer: int, edges: Values, log_unit: float) -> Iterator[Values]:
-        for z, log_scale in zip(sd[layer], log_gradient[layer] - log_unit, strict=True):
+        of_sites = sd, log_scale, log_growth, log_gradient
+        for z, log_z, log_h, log_delta in zip(*(x[layer] for x in of_sites), strict=True):
             if signal == "preactivation":
-                yield _of_gaussian(z * np.exp(-log_unit), edges)
+                yield _of_gaussian(z * np.exp(log_z - log_unit), edges)
             elif signal == "activation":
-                yield np.histogram(phi(z * _quantiles(_COUNTED)), edges)[0] / _COUNTED
+                h = np.asarray(phi(z * _quantiles(_COUNTED)), np.float64)
+                with np.errstate(over="ignore", invalid="ignore"):
+                    yield np.histogram(h * np.exp(log_h - log_unit), edges)[0] / _COUNTED
             elif layer == top:
-                yield _of_gaussian(np.exp(log_scale), edges)
+                yield _of_gaussian(np.exp(log_delta - log_unit), edges)
             else:
                 slope = np.abs(np.asarray(phi.derivative(z * _quantiles(_AVERAGED))))
                 root_mean_square = np.sqrt(np.mean(slope**2)) or 1.0
-                yield _of_gaussian(np.exp(log_scale) * slope / root_mean_square, edges)
+                scale = np.exp(log_delta - log_unit)
+                yield _of_gaussian(scale * slope / root_mean_square, edges)
 
     found = {}
     for signal, histogram in histograms.items():

@@ -19,6 +19,7 @@ Scales that are negative or not finite raise `InputError`, where they are known 
 runs (outside jit).
 """
 
+import dataclasses
 import itertools
 import math
 from collections.abc import Callable, Sequence
@@ -34,10 +35,10 @@ from jaxtyping import Array, ArrayLike, Float, Num
 from gradflow import activations, gaussian, statistics
 from gradflow.activations import Activation
 from gradflow.arguments import as_real
-from gradflow.blocks import AbstractBlock, Dense
+from gradflow.blocks import GRU, LSTM, AbstractBlock, Dense
 from gradflow.errors import InputError, check_count, check_scale, is_traced
 from gradflow.gram import Gram, multiply_gram
-from gradflow.networks import Network, check_network
+from gradflow.networks import Network, Stage, check_network
 from gradflow.statistics import BackwardLaw, ForwardLaw, Prediction
 
 __all__ = [
@@ -264,7 +265,10 @@ def predict(
     Prediction
         Each statistic of `gradflow.statistics`, shape (layers,). ``chi`` is NaN at the top layer,
         which has none above it. ``correlation`` needs two inputs. Where a layer hands on signals
-        that are not Gaussian over units, statistics of φ of them are NaN.
+        that are not Gaussian over units, statistics of φ of them are NaN. Where steps that share
+        their weights carry a unit's signal on beside them (GRU, LSTM, Residual), nothing is known
+        step by step of the signals after the first and of the gradients below the last: NaN, and
+        ``missing`` says why. `theory.shared_weights` has the theory of a GRU or LSTM.
 
     Raises
     ------
@@ -288,7 +292,8 @@ def predict_from(forward: Sequence[ForwardLaw], backward: Sequence[BackwardLaw])
                 [_each_layer(predict, run) for run in (backward if s.backward else forward)]
             )
             for s, predict in wanted
-        }
+        },
+        missing=backward[0].missing,
     )
 
 
@@ -307,12 +312,14 @@ def laws(
         As `predict` does.
     """
     begin = Gram.of(*_checked_gram(network, gram, mean))
-    entering, leaving, forward = _up(network, begin)
+    entering, leaving, forward, missing = _up(network, begin)
     if network.mixes_sites:
-        return forward, _down_together(network, entering, forward[-1].mean.shape[-1])
-    if any(gram.law.remembers for gram in leaving):
-        return forward, [_down_in_turn(network, entering, leaving)]
-    return forward, [_down(network, entering)]
+        backward = _down_together(network, entering, forward[-1].mean.shape[-1])
+    elif any(gram.law.remembers for gram in leaving):
+        backward = [_down_in_turn(network, entering, leaving)]
+    else:
+        backward = [_down(network, entering)]
+    return forward, [dataclasses.replace(law, missing=missing) for law in backward]
 
 
 def _checked_gram(network: Network, gram: Any, mean: Any) -> tuple[Array, Array | None]:
@@ -352,11 +359,14 @@ def _each_layer(f: Callable[[Any], Any], layers: Any) -> Any:
     return jax.vmap(f)(layers) if few else jax.lax.map(f, layers)
 
 
-def _up(network: Network, state: Gram) -> tuple[list[Gram], list[Gram], list[ForwardLaw]]:
+def _up(
+    network: Network, state: Gram
+) -> tuple[list[Gram], list[Gram], list[ForwardLaw], str | None]:
     """Return what enters each stage's blocks, what leaves it, and every layer's law.
 
-    Laws are by runs of equal sites.
+    Laws are by runs of equal sites. The last result says why there is none of some layers.
     """
+    missing = None
     entering: list[Gram] = []
     leaving: list[Gram] = []
     found: list[ForwardLaw] = []
@@ -366,14 +376,53 @@ def _up(network: Network, state: Gram) -> tuple[list[Gram], list[Gram], list[For
         return ForwardLaw(grams.covariance, grams.mean, grams.log_scale, known, network.activation)
 
     for stage in network.stages:
+        carries = _carries_what_it_is_driven_by(stage, state)
         state, stage_entering = _through(stage.block, state, stage.repeats)
+        handed_on = jax.tree.map(lambda x: x[1:], stage_entering)
+        if carries:
+            missing = missing or _missing(stage)
+            first = jax.tree.map(lambda x: x[:1], handed_on)
+            state, stage_entering, rest = (
+                jax.tree.map(lambda x: jnp.full_like(x, jnp.nan), grams)
+                for grams in (state, stage_entering, jax.tree.map(lambda x: x[1:], handed_on))
+            )
+            handed_on = jax.tree.map(lambda *v: jnp.concatenate(v), first, rest)
         entering.append(stage_entering)
         leaving.append(state)
         known = state.gaussian
         if stage.repeats > 1:
-            found.append(law(jax.tree.map(lambda x: x[1:], stage_entering), known))
+            found.append(law(handed_on, known))
         found.append(law(jax.tree.map(lambda x: x[None], state), known))
-    return entering, leaving, _joined(found)
+    return entering, leaving, _joined(found), missing
+
+
+def _carries_what_it_is_driven_by(stage: Stage, state: Gram) -> bool:
+    """Whether steps share their weights, and a unit's signal goes on to the next beside them.
+
+    What the weights add to the unit is then correlated over the steps, and so with its signal.
+    """
+    if not stage.tied or stage.repeats < 2 or not stage.block.n_weights:
+        return False
+    found: list[bool] = []
+
+    def step(state: Gram) -> Array:
+        state = state.renewed()
+        after = stage.block.kernel(state)
+        found.append(after.may_depend_on(state))
+        return after.mean
+
+    jax.eval_shape(step, state)
+    return found[0]
+
+
+def _missing(stage: Stage) -> str:
+    name = type(stage.block).__name__
+    sentence = (
+        f"no theory goes step by step through {stage.repeats} steps of {name} with shared weights: "
+        "what drives a unit is correlated over the steps and with the signal that it carries on"
+    )
+    known = isinstance(stage.block, GRU | LSTM)
+    return sentence + ("; see theory.shared_weights.predict_steps" if known else "")
 
 
 def _through(block: AbstractBlock, state: Gram, repeats: int) -> tuple[Gram, Gram]:
@@ -704,7 +753,7 @@ def at_widths(prediction: Prediction, network: Network, other: Network) -> Predi
         key: np.asarray(value) + changes.get(key, 0.0) for key, value in prediction.values.items()
     }
     values["chi"] = values["chi"] * np.exp(np.append(-np.diff(shift), 0.0))
-    return Prediction(values)
+    return Prediction(values, prediction.missing)
 
 
 def asymptotic_log_chi(network: Network, log_q: Float[Array, ""], beyond: int) -> Float[Array, ""]:
@@ -720,9 +769,12 @@ def asymptotic_log_chi(network: Network, log_q: Float[Array, ""], beyond: int) -
         How many layers further.
     """
     # The first block's input has no activation: it is none to be repeated, if there is another.
-    block = max(network.stages[1:] or network.stages, key=lambda stage: stage.repeats).block
+    stage = max(network.stages[1:] or network.stages, key=lambda stage: stage.repeats)
+    block = stage.block
     log_scale = jnp.asarray(log_q, float)[None] / 2
     begin = Gram.of(jnp.ones_like(log_scale)[None], log_scale=log_scale).in_range()
+    if _carries_what_it_is_driven_by(stage, begin):
+        return jnp.full_like(log_scale[0], jnp.nan)
     if not jax.eval_shape(block.kernel, begin).law.remembers:
         return log_gain(block, _through(block, begin, beyond)[0])[0]
     state, _ = _through(block, begin, min(beyond, _TURNS))

@@ -52,8 +52,8 @@ class Expectation:
     q_star, chi1, xi_c, xi_grad
         There; NaN if it does not settle. Depth scales in layers.
     gradient_factor
-        The factor of the gradient's norm (root mean square over units) going down one layer:
-        the geometric mean over this network's layers, with their transient.
+        The factor of the gradient's norm ‖∂C/∂z‖ going down one layer: the geometric mean over
+        this network's layers, with their transient.
     log10_gradient
         log₁₀ of its factor from the top to the bottom layer.
     q_top
@@ -61,7 +61,8 @@ class Expectation:
     trainable_depth
         The lesser of 6 ξ_c and 6 |ξ_∇|, in layers (Schoenholz et al. 2017); inf at criticality.
     representable_depth
-        Where a gradient leaves the float type, in layers, at the network's own factor.
+        Where a gradient leaves the float type, in layers, at the network's own factor; inf where it
+        is 1, to rounding.
     """
 
     name: str
@@ -365,5 +366,5 @@ def expect(
 def _ends(network: Network, gram: Float[Array, "1 1"]) -> tuple[Float[Array, " layers"], Array]:
     """Return log q, and the log of the gradient's norm at the bottom, relative to the top."""
     predicted = mean_field.predict(network, gram)
-    log_gradient = jnp.asarray(predicted.values["log_gradient_variance"])[0] / 2
-    return jnp.asarray(predicted.values["log_q"]), log_gradient
+    log_norm = jnp.asarray(predicted.values["log_gradient_norm"])
+    return jnp.asarray(predicted.values["log_q"]), log_norm[0] - log_norm[-1]

@@ -104,5 +104,9 @@ def with_noise(optimiser: Optimiser, variance: float, decay: float = 0.55) -> Op
     """
     check_scale("variance", variance)
     check_scale("decay", decay)
-    noise = optax.add_noise(variance, decay, from_seed(0))
-    return lambda rate: optax.chain(noise, optimiser(rate))
+
+    def noisy(rate: Any) -> optax.GradientTransformation:
+        # A key is made here and not before: it starts JAX, which importing does not.
+        return optax.chain(optax.add_noise(variance, decay, from_seed(0)), optimiser(rate))
+
+    return noisy
