@@ -503,7 +503,7 @@ def confront(
 
 
 def explained(
-    comparison: Comparison, inputs: ArrayLike, *, key: PRNGKeyArray, sampler: str = "auto"
+    comparison: Comparison, inputs: ArrayLike, *, key: PRNGKeyArray | int, sampler: str = "auto"
 ) -> Comparison:
     """Return a comparison whose differences were looked for at other widths, if there are any.
 

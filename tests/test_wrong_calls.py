@@ -4,19 +4,26 @@ A row is a call as a user would write it, and how its sentence begins.
 """
 
 import functools
+import importlib
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gradflow import (
-    activations,
-    comparison,
-    networks,
-    training,
-)
+from gradflow import activations, comparison, networks, training
 from gradflow.errors import InputError
 from gradflow.simulation import jacobians, monte_carlo
+
+MODULES = (
+    *("activations", "blocks", "comparison", "data", "ensembles", "estimation", "figures"),
+    *("networks", "shapeset", "statistics", "training", "simulation.jacobians"),
+    *("simulation.monte_carlo", "simulation.propagation", "simulation.singular_values"),
+    *("studies.jacobian_spectrum", "studies.point", "studies.remedies", "theory.architectures"),
+    *("theory.corrections", "theory.criticality", "theory.finite_width", "theory.fixed_points"),
+    *("theory.linear_regime", "theory.mean_field", "theory.prescription", "theory.spectrum"),
+    "theory.transformations",
+)
 
 
 @functools.cache
@@ -24,7 +31,11 @@ def values():
     """What the calls are made with."""
     net, x, key = networks.mlp([3, 4, 4]), np.ones((1, 3), np.float32), jax.random.key(0)
     sim = monte_carlo.simulate(net, x, networks=2)
+    found = {name.split(".")[-1]: importlib.import_module(f"gradflow.{name}") for name in MODULES}
     own = {
+        "jax": jax,
+        "jnp": jnp,
+        "np": np,
         "net": net,
         "x": x,
         "key": key,
@@ -37,7 +48,7 @@ def values():
         "xs": np.ones((6, 3), np.float32),
         "labels": np.zeros(6, int),
     }
-    return globals() | own
+    return {**vars(found["blocks"]), **found, **own}
 
 
 CALLS = [

@@ -191,7 +191,7 @@ def _at_length_one(v: Array, log_norm: Array) -> tuple[Array, Array]:
 def draw(
     network: Network,
     inputs: Float[Array, "sites n_0"],
-    key: PRNGKeyArray,
+    key: PRNGKeyArray | int,
     *,
     sampler: str = "auto",
     weights: Sequence[LayerWeights] | None = None,
@@ -323,7 +323,7 @@ def _within(first: int, count: int, below: int, above: int, apart: bool) -> list
 
 
 def layer_jacobians(
-    network: Network, x: Float[Array, " n_in"], key: PRNGKeyArray
+    network: Network, x: Float[Array, " n_in"], key: PRNGKeyArray | int
 ) -> list[Float[Array, "..."]]:
     """Return ∂z^1/∂x, ∂z^2/∂z^1, …, ∂z^L/∂z^{L-1} of the network that this key draws.
 
@@ -421,7 +421,9 @@ class EndToEnd(NamedTuple):
     alive: Int[Array, ""]
 
 
-def end_to_end(network: Network, inputs: Float[Array, "sites n_0"], key: PRNGKeyArray) -> EndToEnd:
+def end_to_end(
+    network: Network, inputs: Float[Array, "sites n_0"], key: PRNGKeyArray | int
+) -> EndToEnd:
     """Return the end-to-end Jacobian of the network that `propagation.propagate` draws densely.
 
     A pure function: jit it, vmap it. One walk up, with the input's n_0 directions beside the
@@ -510,7 +512,7 @@ class LogEstimate(NamedTuple):
 
 
 def log_traces(
-    jacobian: Jacobian, key: PRNGKeyArray, *, powers: int = 1, probes: int = 16
+    jacobian: Jacobian, key: PRNGKeyArray | int, *, powers: int = 1, probes: int = 16
 ) -> LogEstimate:
     """Estimate log tr (J Jᵀ)^k for k = 1 … powers by Hutchinson's method; ‖J‖_F² is the first.
 
@@ -591,7 +593,7 @@ def log_partial_norms(factors: list[Float[Array, "..."]]) -> Float[Array, "l m"]
 def sampled_partial_norms(
     network: Network,
     inputs: Float[Array, "sites n_0"],
-    key: PRNGKeyArray,
+    key: PRNGKeyArray | int,
     *,
     probes: int = 1,
     sampler: str = "auto",

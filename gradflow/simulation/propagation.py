@@ -66,7 +66,7 @@ class Signals(NamedTuple):
 def propagate(
     network: Network,
     inputs: Float[Array, "sites n_in"],
-    key: PRNGKeyArray,
+    key: PRNGKeyArray | int,
     *,
     sampler: str = "dense",
     weights: Sequence[LayerWeights] | None = None,
@@ -132,7 +132,7 @@ def propagate(
 def signals(
     network: Network,
     inputs: Float[Array, "sites n_in"],
-    key: PRNGKeyArray,
+    key: PRNGKeyArray | int,
     *,
     sampler: str = "dense",
     weights: Sequence[LayerWeights] | None = None,
@@ -151,7 +151,7 @@ def signals(
 def lsuv(
     network: Network,
     inputs: Float[Array, "sites n_in"],
-    key: PRNGKeyArray,
+    key: PRNGKeyArray | int,
     *,
     sampler: str = "dense",
 ) -> list[Float[Array, "layers weights"]]:

@@ -192,7 +192,7 @@ def of_jacobian(jacobian: Jacobian) -> LogSingularValues:
 
 
 def end_to_end(
-    network: Network, inputs: Float[Array, "sites n_0"], key: PRNGKeyArray
+    network: Network, inputs: Float[Array, "sites n_0"], key: PRNGKeyArray | int
 ) -> Float[Array, " k"]:
     """Return log s of D^L W^L … D^1 W^1, of the network that `propagation.propagate` draws densely.
 
@@ -543,7 +543,7 @@ _WORTH_HOLDING_APART = 1 << 22
 def extreme_singular_values(
     network: Network,
     inputs: Float[Array, "sites n_0"],
-    key: PRNGKeyArray,
+    key: PRNGKeyArray | int,
     *,
     leading: int = 10,
     trailing: int = 0,

@@ -30,7 +30,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.flatten_util import ravel_pytree
 from jax.typing import DTypeLike
-from jaxtyping import Array, ArrayLike, Float
+from jaxtyping import Array, ArrayLike, Float, Num
 
 from gradflow import activations, gaussian, statistics
 from gradflow.activations import Activation
@@ -72,7 +72,7 @@ Share = Float[np.ndarray, " weights"]
 _Cotangent = tuple[Array, Any]
 
 
-def input_gram(inputs: Float[ArrayLike, "sites n_in"]) -> Float[Array, "sites sites"]:
+def input_gram(inputs: Num[ArrayLike, "sites n_in"]) -> Float[Array, "sites sites"]:
     """Return (1/n_0) x_a · x_b, all that the theory needs to know of its inputs.
 
     Parameters

@@ -32,7 +32,9 @@ Weights = tuple[LayerWeights, ...]
 _FEW_LAYERS = 16
 
 
-def initial_weights(network: Network, key: PRNGKeyArray, dtype: DTypeLike = jnp.float32) -> Weights:
+def initial_weights(
+    network: Network, key: PRNGKeyArray | int, dtype: DTypeLike = jnp.float32
+) -> Weights:
     """Draw the weights and biases of one random network, as the dense sampler does.
 
     Biases are parameters where the network has them, and `networks.with_biases` gives it some that
@@ -75,7 +77,7 @@ def outputs(
     network: Network,
     weights: Weights,
     inputs: Float[Array, "sites n_in"],
-    key: PRNGKeyArray | None = None,
+    key: PRNGKeyArray | int | None = None,
 ) -> Float[Array, "sites_out n_out"]:
     """Return z^L of the network with these weights: with softmax, its logits.
 
@@ -107,7 +109,11 @@ def finite_layers(
 
 
 def _walk(
-    network: Network, weights: Weights, inputs: Array, key: PRNGKeyArray | None, look: Callable
+    network: Network,
+    weights: Weights,
+    inputs: Array,
+    key: PRNGKeyArray | int | None,
+    look: Callable,
 ) -> tuple[Array, list[Any]]:
     """Return z^L, and by stage what ``look`` makes of each layer's signal."""
     key = as_key(0 if key is None else key)
