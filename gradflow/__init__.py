@@ -17,8 +17,8 @@ blocks             the repeating unit, read twice: one network, infinite width
 networks           a random network as data: stages of equal blocks
 statistics         what is reported: its name, how it is measured, how it is predicted
 theory             linear_regime (Glorot & Bengio 2010), mean_field, fixed_points, criticality,
-                   architectures, spectrum, finite_width, corrections, transformations,
-                   prescription
+                   architectures, spectrum, finite_width, corrections, carried_means,
+                   shared_weights, transformations, prescription
 estimation         means, standard errors and histograms over networks
 simulation         matrices and samplers (dense, matrix_free), propagation, jacobians,
                    singular_values, monte_carlo

@@ -19,7 +19,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from typing import NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -27,7 +27,7 @@ import numpy as np
 from jax.scipy.special import erf as _erf
 from jaxtyping import Array, Float, ScalarLike
 
-from gradflow.errors import InputError, unknown_name
+from gradflow.errors import InputError, check_sequence, is_number, unknown_name
 
 __all__ = ["ALL", "Activation", "custom", "get", "leaky_relu"]
 
@@ -67,6 +67,10 @@ class Activation:
     moments: Mapping[str, Moment] = field(default_factory=dict, compare=False, repr=False)
     kernel: PairMoment | None = field(default=None, compare=False, repr=False)
     derivative_kernel: PairMoment | None = field(default=None, compare=False, repr=False)
+
+    def __post_init__(self) -> None:
+        if not callable(self.function):
+            raise InputError(f"function is {self.function!r}; it is an elementwise function")
 
     def __call__(self, x: Values) -> Float[Array, "..."]:
         """Return φ(x)."""
@@ -313,7 +317,7 @@ def custom(
     """
     name = name or str(getattr(function, "__name__", "custom"))
     probes = np.array([-2.7, -1.1, -0.3, 0.4, 1.3, 2.9])
-    wrapped = Activation(name, function, tuple(float(k) for k in kinks))
+    wrapped = Activation(name, function, _kinks(kinks))
     problem = f"activation {name!r} must be an elementwise function written in JAX, but it"
     try:
         with _concrete():
@@ -331,6 +335,14 @@ def custom(
     if not (np.isfinite(value).all() and np.isfinite(slope).all()):
         raise InputError(f"{problem} or its derivative was not finite on {probes.tolist()}")
     return wrapped
+
+
+def _kinks(kinks: Any) -> tuple[float, ...]:
+    found = check_sequence("kinks", kinks, "numbers, where φ is not smooth, as (0.0,)")
+    try:
+        return tuple(float(kink) for kink in found)
+    except (TypeError, ValueError) as error:
+        raise InputError(f"kinks is {kinks!r}; it is numbers, where φ is not smooth") from error
 
 
 def get(activation: Activation | str | Elementwise) -> Activation:
@@ -561,7 +573,7 @@ def leaky_relu(slope: float = 0.01) -> Activation:
     InputError
         If the slope is not finite.
     """
-    if not math.isfinite(slope):
+    if not (is_number(slope) and math.isfinite(slope)):
         raise InputError(f"the slope of leaky_relu is {slope!r}; it is a finite number")
     return _leaky_relu(float(slope))
 

@@ -16,7 +16,8 @@ from jaxtyping import Array, PRNGKeyArray
 
 from gradflow.errors import InputError, is_traced
 
-__all__ = ["PRNG", "as_key", "as_real", "check_instance", "from_seed", "shown"]
+__all__ = ["PRNG", "all_finite", "as_key", "as_numbers", "as_real", "check_instance", "from_seed"]
+__all__ += ["check_progress", "shown"]
 
 # The kind of every key that is made of a seed, whatever JAX's default is: a seed draws the same
 # networks everywhere.
@@ -40,6 +41,14 @@ def check_instance(name: str, value: Any, kinds: type | tuple[type, ...], what: 
     """Raise `InputError` unless the value is of one of these kinds, which are ``what`` in words."""
     if not isinstance(value, kinds):
         raise InputError(f"{name} is {shown(value)}; it is {what}")
+
+
+def check_progress(progress: Any) -> None:
+    """Raise `InputError` unless it is None, or can be called."""
+    if progress is not None and not callable(progress):
+        raise InputError(
+            f"progress is {shown(progress)}; it is a function of (how many are done, of how many)"
+        )
 
 
 def from_seed(seed: Any) -> PRNGKeyArray:
@@ -85,7 +94,17 @@ def as_key(key: Any, name: str = "key") -> PRNGKeyArray:
     )
 
 
-def as_real(name: str, value: Any, whole: DTypeLike = np.float32) -> Array | np.ndarray:
+def all_finite(array: Array | np.ndarray) -> bool:
+    """Whether all values are finite; those that are not known yet are taken to be."""
+    if is_traced(array):
+        return True
+    if not isinstance(array, jax.Array):
+        return bool(np.isfinite(array).all())
+    with jax.ensure_compile_time_eval():  # also while a program is traced that this is known to
+        return bool(jnp.isfinite(array).all())
+
+
+def as_numbers(name: str, value: Any, whole: DTypeLike = np.float32) -> Array | np.ndarray:
     """Return an array of floats: integers and booleans become ``whole``, before anything wraps.
 
     What is no JAX array becomes one of NumPy.
@@ -93,8 +112,7 @@ def as_real(name: str, value: Any, whole: DTypeLike = np.float32) -> Array | np.
     Raises
     ------
     InputError
-        If it is no array of real numbers, is empty or, where that is known, has a value that is
-        not finite.
+        If it is no array of real numbers.
     """
     array = value
     if not isinstance(array, jax.Array):
@@ -106,11 +124,21 @@ def as_real(name: str, value: Any, whole: DTypeLike = np.float32) -> Array | np.
         raise InputError(f"{name} has dtype {array.dtype}; it is an array of real numbers")
     if not (jnp.issubdtype(array.dtype, jnp.number) or array.dtype == bool):
         raise InputError(f"{name} is {shown(value)}; it is an array of numbers")
+    return array if jnp.issubdtype(array.dtype, jnp.floating) else array.astype(whole)
+
+
+def as_real(name: str, value: Any, whole: DTypeLike = np.float32) -> Array | np.ndarray:
+    """Return `as_numbers` of at least one finite number.
+
+    Raises
+    ------
+    InputError
+        If it is no array of real numbers, is empty or, where that is known, has a value that is
+        not finite.
+    """
+    array = as_numbers(name, value, whole)
     if not math.prod(array.shape):
         raise InputError(f"{name} has shape {array.shape}; it has at least one number")
-    if not jnp.issubdtype(array.dtype, jnp.floating):
-        array = array.astype(whole)
-    finite = jnp.isfinite if isinstance(array, jax.Array) else np.isfinite
-    if not is_traced(array) and not bool(finite(array).all()):
+    if not all_finite(array):
         raise InputError(f"{name} has values that are not finite; every one is a finite number")
     return array

@@ -29,15 +29,15 @@ from jax.typing import ArrayLike
 from jaxtyping import PRNGKeyArray
 
 from gradflow import statistics
-from gradflow.arguments import as_key
+from gradflow.arguments import as_key, check_instance
 from gradflow.compilation import Float64Program
 from gradflow.errors import InputError
 from gradflow.estimation import Estimate
 from gradflow.float_ranges import FloatRange, float_ranges
-from gradflow.networks import Network, as_inputs, checked_inputs, narrowed
+from gradflow.networks import Network, as_inputs, check_network, checked_inputs, narrowed
 from gradflow.simulation.monte_carlo import Progress, Simulation, simulate
 from gradflow.statistics import Prediction, Statistic
-from gradflow.theory import densities, mean_field
+from gradflow.theory import carried_means, densities, mean_field
 from gradflow.theory.corrections import (
     Corrections,
     Layers,
@@ -78,6 +78,9 @@ _ROUNDING_FLOAT64 = 1e-13
 _SETTLED = 1e-10
 
 
+# Beyond so many standard errors a threshold leaves next to nothing that could differ: below about
+# 7 networks, Student's t has hardly a degree of freedom.
+_TELLING = 10.0
 # What the verdict is about.
 _SAID = (statistics.log_gradient_norm, statistics.saturation)
 
@@ -175,9 +178,15 @@ class Comparison(eqx.Module):
             self.count(s) for s in (Status.AGREES, Status.FINITE_WIDTH, Status.DIFFERS)
         )
         total, network = agrees + finite + differs, self.simulation.network
+        networks = self.simulation.networks
         if self.simulation.networks == 1:
             return "nothing is compared: one network has no standard error"
         sentence = f"{agrees} of {total} values agree within |z| < {self.threshold:.1f}"
+        if self.threshold > _TELLING:
+            sentence = (
+                f"{networks} networks cannot tell: a value would have to be {self.threshold:.0f} "
+                f"standard errors off to show, and {agrees} of {total} are not; draw 10 or more"
+            )
         if finite:
             foreseen = sum(
                 int(((c.status == Status.FINITE_WIDTH) & c.foreseen(self.threshold)).sum())
@@ -190,8 +199,10 @@ class Comparison(eqx.Module):
                 shrinks.append(f"are seen at 1/{_NARROWER[1]} of it too to go to 0 with the width")
             if self.wider is not None:
                 shrinks.append(f"go, or shrink {_SHRUNK}-fold, at {_WIDER} times the width")
+            term = None if self.corrections is None else self.corrections.term
+            by_theory = f"theory says of this width{f' ({term})' if term else ''}"
             how = [
-                (foreseen, "that are what theory says of this width"),
+                (foreseen, f"that are what {by_theory}"),
                 (finite - foreseen, f"that {', or '.join(shrinks)}"),
             ]
             said = " and ".join(f"{count} {words}" for count, words in how if count)
@@ -356,6 +367,10 @@ def compare(
         If the theory and the simulation are of different depths, or what the verdict is about was
         not measured.
     """
+    check_instance("theory", theory, Prediction, "what theory.mean_field.predict returns")
+    check_instance(
+        "simulation", simulation, Simulation, "what simulation.monte_carlo.simulate returns"
+    )
     depth = simulation.network.depth
     lengths = {len(v) for v in theory.values.values()}
     if lengths != {depth}:
@@ -499,6 +514,8 @@ def explained(
     inputs, key, sampler
         Those of its simulation. The key is not the narrower networks' own.
     """
+    check_instance("comparison", comparison, Comparison, "what compare or confront returns")
+    key = as_key(key)
     theory, simulation = comparison.theory, comparison.simulation
     network = simulation.network
     narrower: list[tuple[Simulation, Prediction]] = []
@@ -556,6 +573,8 @@ def compile_theory(network: Network, inputs: ArrayLike, *, finite_width: bool = 
 
 def log_chi_beyond(network: Network, theory: Prediction) -> float:
     """Return log χ where the network would be with many more layers, for `compare`."""
+    check_network(network)
+    check_instance("theory", theory, Prediction, "what theory.mean_field.predict returns")
     return _further_up(network)(theory)
 
 
@@ -571,10 +590,10 @@ def _theory(
 
     def run() -> tuple[Prediction, Corrections | None]:
         found = laws(*arguments)
-        if not correction:
+        if isinstance(found, Prediction):
             return found, None
-        theory, layers = found
-        return theory, correction[0](layers)
+        theory, known = found
+        return theory, correction[0](known) if correction else known
 
     return run
 
@@ -586,6 +605,8 @@ def _programs(
 
     The first then also returns what the second takes.
     """
+    if explain and carried_means.covers(network):
+        return [_prepared(_predict_and_correct, network, gram, mean)]
     if not (explain and covers(network)):
         return [_prepared(mean_field.predict, network, gram, mean)]
     laws = _prepared(_predict_and_prepare, network, gram, mean)
@@ -599,6 +620,13 @@ def _predict_and_prepare(
     return mean_field.predict_from(*laws), prepare(network, *laws)
 
 
+def _predict_and_correct(
+    network: Network, gram: ArrayLike, mean: ArrayLike
+) -> tuple[Prediction, Corrections]:
+    laws = mean_field.laws(network, gram, mean)
+    return mean_field.predict_from(*laws), carried_means.correct_from(network, *laws)
+
+
 def predict_float64(network: Network, inputs: ArrayLike) -> Prediction:
     """Return `theory.mean_field.predict` in float64, whatever JAX's x64 setting; NumPy arrays."""
     arguments = _arguments(network, inputs)
@@ -606,8 +634,13 @@ def predict_float64(network: Network, inputs: ArrayLike) -> Prediction:
 
 
 def correct_float64(network: Network, inputs: ArrayLike) -> Corrections | None:
-    """Return `theory.corrections.correct` in float64 as NumPy arrays; None if it has no answer."""
+    """Return `theory.corrections.correct` in float64 as NumPy arrays; None if it has no answer.
+
+    Of networks that carry a mean along, `theory.carried_means.correct`.
+    """
     arguments = _arguments(network, inputs)[:2]
+    if carried_means.covers(network):
+        return _prepared(carried_means.correct, *arguments)(*arguments)
     return _prepared(correct, *arguments)(*arguments) if covers(network) else None
 
 

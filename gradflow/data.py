@@ -16,7 +16,7 @@ from collections.abc import Callable
 from numbers import Integral, Real
 from os import PathLike
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Float32, Int32
@@ -126,7 +126,8 @@ def standardised(values: np.ndarray, like: np.ndarray | None = None) -> np.ndarr
 
     Both are those of ``like``'s rows, if that is given. Columns that are constant there become 0.
     """
-    like = values if like is None else like
+    values = _rows_of_numbers("values", values)
+    like = values if like is None else _rows_of_numbers("like", like)
     constant = like.max(axis=0) == like.min(axis=0)  # where rounding may leave std above 0
     mean, spread = (f(axis=0, dtype=np.float64) for f in (like.mean, like.std))
     return np.where(constant, 0, (values - mean) / np.where(constant, 1, spread))
@@ -159,6 +160,8 @@ def split(
 
     from gradflow.arguments import as_key  # noqa: PLC0415
 
+    if not isinstance(dataset, Dataset):
+        raise InputError(f"dataset is {dataset!r}; it is a Dataset, as from_arrays makes one")
     samples = len(dataset)
     first, second = (_size(n, v, samples) for n, v in [("validation", validation), ("test", test)])
     if first + second >= samples:
@@ -443,6 +446,15 @@ def _numbers(name: str, values: ArrayLike) -> np.ndarray:
     return array
 
 
+def _rows_of_numbers(name: str, values: Any) -> np.ndarray:
+    from gradflow.arguments import as_real  # noqa: PLC0415  (with JAX, slow to import)
+
+    found = np.asarray(as_real(name, values))
+    if found.ndim != 2:
+        raise InputError(f"{name} has shape {found.shape}; it is (samples, features)")
+    return found
+
+
 def resized(inputs: np.ndarray, width: int) -> np.ndarray:
     """Return inputs with ``width`` components: each repeated, or some left out, evenly.
 
@@ -455,6 +467,7 @@ def resized(inputs: np.ndarray, width: int) -> np.ndarray:
         If ``width`` is not a whole number of at least 1, or leaves an input nothing but zeros.
     """
     width = check_count("width", width)
+    inputs = _rows_of_numbers("inputs", inputs)
     found = inputs[:, np.arange(width) * inputs.shape[1] // width]
     length, wanted = ((v**2).mean(axis=1, keepdims=True) for v in (found, inputs))
     if not (length > 0).all():

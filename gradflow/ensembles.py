@@ -31,8 +31,14 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from gradflow.arguments import from_seed
-from gradflow.errors import InputError, unknown_name
+from gradflow.arguments import as_key, check_instance, from_seed
+from gradflow.errors import (
+    InputError,
+    check_count,
+    check_number,
+    check_sequence,
+    unknown_name,
+)
 
 __all__ = ["ALL", "Distribution", "Ensemble", "fan_in", "from_initializer", "get"]
 
@@ -55,6 +61,8 @@ class Distribution:
         Whether it is a Haar-orthogonal matrix, or a corner of one with all rows or all columns.
     centred
         Whether every row sums to 0, so that a mean over units is not passed on.
+    kurtosis
+        E[w⁴] - 3 of independent entries, which finite widths depend on; None if it is not known.
     """
 
     name: str
@@ -62,6 +70,7 @@ class Distribution:
     iid_gaussian: bool = False
     haar: bool = False
     centred: bool = False
+    kurtosis: float | None = None
 
     @property
     def rotation_invariant(self) -> bool:
@@ -77,6 +86,8 @@ def _draw_uniform(key: PRNGKeyArray, shape: tuple[int, int], dtype: DTypeLike) -
 # A normal cut at ±2 standard deviations has this standard deviation, not 1 (PITFALLS of every
 # library's truncated initialiser); dividing by it makes the realised variance the stated one.
 _TRUNCATED_SD = 0.87962566103423978
+# By parts, E[x⁴] = 3 E[x²] - 16 p and E[x²] = 1 - 4 p before the division, p its density at 2.
+_TRUNCATED_KURTOSIS = (7 * _TRUNCATED_SD**2 - 4) / _TRUNCATED_SD**4 - 3
 
 
 def _draw_truncated_normal(key: PRNGKeyArray, shape: tuple[int, int], dtype: DTypeLike) -> Array:
@@ -102,9 +113,11 @@ def _draw_standardised(key: PRNGKeyArray, shape: tuple[int, int], dtype: DTypeLi
     return weights / jnp.std(weights, axis=1, keepdims=True)
 
 
-gaussian = Distribution("gaussian", jax.random.normal, iid_gaussian=True)
-uniform = Distribution("uniform", _draw_uniform)
-truncated_normal = Distribution("truncated_normal", _draw_truncated_normal)
+gaussian = Distribution("gaussian", jax.random.normal, iid_gaussian=True, kurtosis=0.0)
+uniform = Distribution("uniform", _draw_uniform, kurtosis=-1.2)
+truncated_normal = Distribution(
+    "truncated_normal", _draw_truncated_normal, kurtosis=_TRUNCATED_KURTOSIS
+)
 orthogonal = Distribution("orthogonal", _draw_orthogonal, haar=True)
 # Scaled weight standardisation (Brock, De & Smith 2021, arXiv:2101.08692, eq. 1): each row has mean
 # 0 and variance 1. It takes two columns at least. Of signals that sum to 0, n_in units have their
@@ -134,16 +147,17 @@ class Ensemble:
 
     def sigma_w(self, fan_in: int, fan_out: int) -> float:
         """Return σ_w = √(fan_in · Var W), the scale in mean-field units (dimensionless)."""
-        return math.sqrt(fan_in * self.variance(fan_in, fan_out))
+        fans = check_count("fan_in", fan_in), check_count("fan_out", fan_out)
+        return math.sqrt(fans[0] * self.variance(*fans))
 
     def half_width(self, fan_in: int, fan_out: int) -> float:
         """Return the half-width a of the uniform law U[-a, a] that has this variance."""
-        return math.sqrt(3.0 * self.variance(fan_in, fan_out))
+        fans = check_count("fan_in", fan_in), check_count("fan_out", fan_out)
+        return math.sqrt(3.0 * self.variance(*fans))
 
     def with_gain(self, gain: float) -> "Ensemble":
         """Return the ensemble with every weight multiplied by ``gain`` (PyTorch's 'gain')."""
-        if not math.isfinite(gain) or gain <= 0:
-            raise InputError(f"gain is {gain!r}; it is a finite number above 0")
+        check_number("gain", gain, positive=True)
         rule = self.variance
         return Ensemble(
             f"{self.name}*{gain:g}", self.distribution, lambda m, n: gain**2 * rule(m, n)
@@ -155,6 +169,9 @@ class Ensemble:
             if distribution not in DISTRIBUTIONS:
                 raise unknown_name("distribution", distribution, DISTRIBUTIONS)
             distribution = DISTRIBUTIONS[distribution]
+        check_instance(
+            "distribution", distribution, Distribution, "a Distribution, or the name of one"
+        )
         if distribution == self.distribution:
             return self
         return Ensemble(f"{self.name}:{distribution.name}", distribution, self.variance)
@@ -163,7 +180,11 @@ class Ensemble:
         self, key: PRNGKeyArray, shape: tuple[int, int], dtype: DTypeLike = jnp.float32
     ) -> Float[Array, "n_out n_in"]:
         """Draw the weights of one layer, shape (n_out, n_in)."""
-        n_out, n_in = shape
+        sizes = check_sequence("shape", shape, "(n_out, n_in)")
+        if len(sizes) != 2:
+            raise InputError(f"shape is {shape!r}; it is (n_out, n_in)")
+        n_out, n_in = (check_count("a length in shape", length) for length in sizes)
+        key = as_key(key)
         scale = math.sqrt(self.variance(n_in, n_out))
         return self.distribution.draw(key, shape, dtype) * jnp.asarray(scale, dtype)
 
@@ -236,6 +257,7 @@ def fan_in(sigma_w: float = 1.0, distribution: Distribution | str = gaussian) ->
     InputError
         If ``sigma_w`` is not a finite number above 0, or the distribution is unknown.
     """
+    check_number("sigma_w", sigma_w, positive=True)
     if not (0 < sigma_w < math.inf and 1e-300 < sigma_w * sigma_w < math.inf):
         raise InputError(
             f"sigma_w is {sigma_w!r}; it is a finite number above 0, of which a float can hold the "
@@ -273,6 +295,10 @@ def from_initializer(
     InputError
         If it cannot draw a matrix, or draws one whose mean is not 0 or whose variance is 0.
     """
+    if not callable(initializer):
+        raise InputError(
+            f"initializer is {initializer!r}; it is a function (key, (fan_in, fan_out), dtype)"
+        )
     called = str(name or getattr(initializer, "__name__", "initializer"))
 
     @functools.cache
@@ -310,11 +336,13 @@ def _measure(
     try:
         with jax.ensure_compile_time_eval():
             means, squares = jax.lax.map(one, jax.random.split(from_seed(0), repeats))
+            # Here, where it is known also while a program that draws is traced.
+            return float(jnp.mean(means)), float(jnp.mean(squares))
     except (TypeError, ValueError) as error:
         raise InputError(
-            f"initializer {name!r} cannot draw a ({fan_in}, {fan_out}) matrix: {error}"
+            f"initializer {name!r} cannot draw a ({fan_in}, {fan_out}) matrix: "
+            f"{str(error).splitlines()[0]}"
         ) from error
-    return float(jnp.mean(means)), float(jnp.mean(squares))
 
 
 ALL = tuple(value for value in list(vars().values()) if isinstance(value, Ensemble))

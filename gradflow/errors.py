@@ -1,14 +1,15 @@
 """Bad input, said in one sentence: what was given, what is allowed, and the nearest right word."""
 
 import difflib
+import math
 from collections.abc import Iterable
-from numbers import Integral
+from numbers import Integral, Real
 from typing import Any
 
 import numpy as np
 
-__all__ = ["InputError", "UnknownName", "check_count", "check_scale", "is_traced", "printable"]
-__all__ += ["unknown_name"]
+__all__ = ["InputError", "UnknownName", "check_count", "check_number", "check_scale"]
+__all__ += ["check_sequence", "is_number", "is_traced", "printable", "unknown_name"]
 
 LARGEST_COUNT = 2**31 - 1
 # Characters of a message: what was given may be a file's whole content.
@@ -61,6 +62,28 @@ def check_count(name: str, value: object, minimum: int = 1) -> int:
     return int(value)
 
 
+def check_sequence(name: str, value: Any, what: str) -> tuple[Any, ...]:
+    """Return a sequence's entries, or raise `InputError`: it is ``what`` in words."""
+    if isinstance(value, str) or not isinstance(value, Iterable):
+        raise InputError(f"{name} is {value!r}; it is {what}")
+    return tuple(value)
+
+
+def is_number(value: Any) -> bool:
+    """Whether it is one real number, finite or not, of Python, NumPy or JAX."""
+    found = np.asarray(value) if isinstance(value, Real) or hasattr(value, "dtype") else None
+    return found is not None and found.shape == () and _is_real(found)
+
+
+def check_number(name: str, value: Any, *, positive: bool = False) -> None:
+    """Raise `InputError` unless the value is one finite number, at least 0 or above it."""
+    if is_traced(value):
+        return
+    if not is_number(value) or not 0 <= value < math.inf or (positive and value == 0):
+        allowed = "a finite number above 0" if positive else "a finite number of at least 0"
+        raise InputError(f"{name} is {value!r}; it is {allowed}")
+
+
 def is_traced(value: Any) -> bool:
     """Whether a value is known only when a program runs, so that it cannot be checked before."""
     import jax  # noqa: PLC0415  (slow to import, and the command line asks before it needs it)
@@ -76,7 +99,14 @@ def check_scale(name: str, value: Any, *, positive: bool = False) -> None:
     if is_traced(value):
         return
     array = np.asarray(value)
+    allowed = "a finite number above 0" if positive else "a finite number, 0 or more"
+    if not _is_real(array):
+        raise InputError(f"{name} is {value!r}; it is {allowed}")
     bad = array[~(np.isfinite(array) & ((array > 0) if positive else (array >= 0)))]
     if bad.size:
-        allowed = "a finite number above 0" if positive else "a finite number, 0 or more"
         raise InputError(f"{name} is {bad.flat[0]}; it is {allowed}")
+
+
+def _is_real(array: np.ndarray) -> bool:
+    """Whether it is of real numbers; float types that JAX brings along, as bfloat16, are."""
+    return array.dtype.kind in "fiub" or "float" in array.dtype.name

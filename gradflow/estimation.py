@@ -12,7 +12,8 @@ import equinox as eqx
 import numpy as np
 import scipy.stats
 
-from gradflow.errors import InputError
+from gradflow.arguments import as_numbers
+from gradflow.errors import InputError, check_sequence, is_number
 
 __all__ = ["Estimate", "Histogram", "histogram", "merge"]
 
@@ -46,7 +47,7 @@ class Estimate(eqx.Module):
 
         With ``log`` the values are logarithms of the quantity to average; -inf is a quantity of 0.
         """
-        values = np.asarray(values, np.float64)
+        values = np.asarray(as_numbers("values", values, np.float64), np.float64)
         usable = np.isfinite(values) | (log & np.isneginf(values))
         count = usable.sum(axis=0)
         log_unit = np.zeros(values.shape[1:])
@@ -102,7 +103,7 @@ class Estimate(eqx.Module):
         InputError
             If ``level`` is not between 0 and 1.
         """
-        if not 0 < level < 1:
+        if not is_number(level) or not 0 < level < 1:
             raise InputError(f"level is {level!r}; it is a number between 0 and 1")
         reach = scipy.stats.t.ppf((1 + level) / 2, np.maximum(self.count - 1, 1))
         return self.value - reach * self.standard_error, self.value + reach * self.standard_error
@@ -120,6 +121,7 @@ def merge(estimates: Sequence[Estimate]) -> Estimate:
     InputError
         If there is none.
     """
+    estimates = check_sequence("estimates", estimates, "a sequence of Estimates")
     if not estimates:
         raise InputError("estimates is empty; it needs at least one to merge")
     merged = estimates[0]

@@ -22,7 +22,7 @@ from jaxtyping import Array, ArrayLike, Float
 
 from gradflow import activations, ensembles
 from gradflow.activations import Activation
-from gradflow.arguments import as_real, check_instance
+from gradflow.arguments import all_finite, as_real, check_instance
 from gradflow.blocks import (
     AbstractBlock,
     AbstractLayer,
@@ -43,7 +43,15 @@ from gradflow.blocks import (
     UnitVariance,
 )
 from gradflow.ensembles import Ensemble
-from gradflow.errors import InputError, check_count, is_traced, unknown_name
+from gradflow.errors import (
+    InputError,
+    check_count,
+    check_number,
+    check_sequence,
+    is_number,
+    is_traced,
+    unknown_name,
+)
 
 __all__ = ["Network", "Stage", "as_inputs", "as_sites", "check_network", "checked_inputs"]
 __all__ += ["convolutional", "mlp", "narrowed", "recurrent", "residual", "stack", "unit_variance"]
@@ -56,7 +64,7 @@ class Stage(eqx.Module):
     A tied stage is one layer over time: its weights and biases are drawn once, and what is not a
     parameter (a dropout mask, an input) at every step. The theory is that of untied weights, which
     has the same limit (see `recurrent`) unless a unit's signal goes on beside the weights, as in a
-    GRU, an LSTM and a Residual: then there is none (see `theory.mean_field.predict`).
+    GRU, an LSTM and a Residual: then there is none step by step (`theory.shared_weights`).
     """
 
     block: AbstractBlock
@@ -254,7 +262,8 @@ def mlp(
         If a width is not a whole number of at least 1, there are fewer than two, σ_b is not a
         finite number of at least 0, ``keep`` is not above 0 and at most 1, or a name is unknown.
     """
-    widths = [check_count("width", width) for width in widths]
+    needs = "the input's width and every layer's, as [64, 100, 10]"
+    widths = [check_count("width", w) for w in check_sequence("widths", widths, needs)]
     if len(widths) < 2:
         raise InputError(f"widths is {tuple(widths)!r}; it needs an input and at least one layer")
     phi, ensemble = activations.get(activation), ensembles.get(weights)
@@ -423,8 +432,14 @@ def convolutional(
     ----------
     Xiao et al. 2018, arXiv:1806.05393; algorithm 1 for delta-orthogonal.
     """
-    channels = [check_count("a number of channels", count) for count in channels]
-    dense = [check_count("a width in dense", width) for width in dense]
+    channels = [
+        check_count("a number of channels", count)
+        for count in check_sequence("channels", channels, "the input's channels and every layer's")
+    ]
+    dense = [
+        check_count("a width in dense", width)
+        for width in check_sequence("dense", dense, "the widths of the dense layers on top")
+    ]
     if len(channels) < 2:
         raise InputError(
             f"channels is {tuple(channels)!r}; it has the input's and those of one layer at least"
@@ -485,7 +500,7 @@ def as_sites(images: Float[ArrayLike, "inputs *shape channels"]) -> Float[Array,
     InputError
         If there is no spatial axis.
     """
-    images = jnp.asarray(images)
+    images = jnp.asarray(as_real("images", images))
     if images.ndim < 3:
         raise InputError(
             f"images has shape {images.shape}; it is (inputs, positions, channels) or (inputs, "
@@ -538,7 +553,7 @@ def as_inputs(inputs: Any, network: Any) -> Array:
     array = checked_inputs(inputs, network)
     with np.errstate(over="ignore"):  # it is looked for
         found = jnp.asarray(array)
-    if not is_traced(found) and not bool(jnp.isfinite(found).all()):
+    if not all_finite(found):
         raise InputError(
             f"inputs has values beyond {found.dtype}'s range; turn JAX's x64 mode on, or scale them"
         )
@@ -637,6 +652,7 @@ def stack(
     InputError
         If there is no block, a count is not a whole number of at least 1, or widths do not fit.
     """
+    blocks = check_sequence("blocks", blocks, "a sequence of blocks, from the input up")
     if not blocks:
         raise InputError("blocks is empty; a network has at least one")
     stages = tuple(map(_as_stage, blocks))
@@ -647,14 +663,35 @@ def stack(
 def _as_stage(one: AbstractBlock | tuple[AbstractBlock, int] | Stage) -> Stage:
     if isinstance(one, Stage):
         return one
-    block, repeats = one if isinstance(one, tuple) else (one, 1)
+    block, repeats = one if isinstance(one, tuple) and len(one) == 2 else (one, 1)
+    check_instance(
+        "an entry of blocks", block, AbstractBlock, "a block, a pair (block, how often) or a Stage"
+    )
+    _check_block(block)
     return Stage(block, check_count("repeats", repeats))
+
+
+def _check_block(block: AbstractBlock) -> None:
+    """Raise `InputError` unless a block's parts are what they are named after."""
+    kinds = {
+        "activation": (Activation, "an Activation, as activations.get('tanh')"),
+        "distribution": (ensembles.Distribution, "a Distribution, as ensembles.gaussian"),
+    }
+    for field in dataclasses.fields(block):
+        value = getattr(block, field.name)
+        if field.name in kinds:
+            check_instance(f"{type(block).__name__}'s {field.name}", value, *kinds[field.name])
+        elif field.name == "units":
+            check_count(f"{type(block).__name__}'s units", value)
+        for part in value if isinstance(value, tuple) else (value,):
+            if isinstance(part, AbstractBlock):
+                _check_block(part)
 
 
 def _linear(ensemble: Ensemble, sigma_b: float | None) -> Callable[[int, int], Linear]:
     """Return what makes a layer of weights and biases from (fan_in, fan_out)."""
-    if sigma_b is not None and not (math.isfinite(sigma_b) and sigma_b >= 0):
-        raise InputError(f"sigma_b is {sigma_b!r}; it is a finite number of at least 0")
+    if sigma_b is not None:
+        check_number("sigma_b", sigma_b)
 
     def make(fan_in: int, fan_out: int) -> Linear:
         scale = ensemble.sigma_w(fan_in, fan_out)
@@ -678,7 +715,7 @@ def _normalisation(norm: str | None, place: str) -> tuple[AbstractBlock, ...]:
         raise unknown_name("place", place, _PLACES)
     if norm is None:
         return ()
-    if norm not in NORMS:
+    if not isinstance(norm, str) or norm not in NORMS:
         raise unknown_name("norm", norm, NORMS)
     return (NORMS[norm](),)
 
@@ -702,7 +739,7 @@ def _scale(scale: float | str, depth: int) -> float:
         if scale not in SCALES:
             raise unknown_name("scale", scale, SCALES)
         return {"depth": depth**-0.5, "zero": 0.0, "fixup": 1.0}[scale]
-    if not (math.isfinite(scale) and scale >= 0):
+    if not (is_number(scale) and 0 <= scale < math.inf):
         raise InputError(
             f"scale is {scale!r}; it is a finite number of at least 0, or one of "
             f"{', '.join(map(repr, SCALES))}"
@@ -723,6 +760,7 @@ def _kind(norm: str | None, place: str, keep: float | None) -> str:
 
 def with_biases(network: Network) -> Network:
     """Return the network with biases that start at 0 wherever a layer has none: for training."""
+    check_network(network)
 
     def with_bias(block: Any) -> Any:
         if getattr(block, "sigma_b", 0.0) is None:
@@ -762,6 +800,7 @@ def unit_variance(network: Network) -> Network:
 
 def check_lsuv(network: Network) -> None:
     """Raise `InputError` if layers share their weights: LSUV has a scale for each."""
+    check_network(network)
     if network.tied:
         raise InputError(
             f"network is {network.name!r}, whose steps share their weights; LSUV has a scale for "
@@ -781,7 +820,8 @@ def narrowed(network: Network, factor: int | Fraction) -> Network:
     InputError
         If a layer would have no unit left.
     """
-    if min(network.widths[1:]) < factor:
+    check_network(network)
+    if min(network.widths[1:]) < check_count("factor", factor):
         raise InputError(
             f"widths {network.widths!r} cannot be divided by {factor}: a layer would be empty"
         )

@@ -19,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float32, Int32, PRNGKeyArray, ScalarLike
 
+from gradflow.arguments import as_key
 from gradflow.errors import InputError, check_count
 
 __all__ = ["CLASSES", "SIZE", "Scene", "draw", "example", "render", "scene"]
@@ -214,7 +215,7 @@ def draw(
     if isinstance(start, int) and not 0 <= start <= 2**32 - count:
         raise InputError(f"start is {start}; a key has 2^32 images, the first is number 0")
     numbers = jnp.asarray(start, jnp.uint32) + jnp.arange(count, dtype=jnp.uint32)
-    return _draw(key, numbers)
+    return _draw(as_key(key), numbers)
 
 
 @jax.jit

@@ -139,6 +139,12 @@ class Statistic:
     sites: int = 1
     fraction: bool = False
 
+    def __post_init__(self) -> None:
+        check_instance("name", self.name, str, "a word, as 'q'")
+        for name, reading in (("measure", self.measure), ("predict", self.predict)):
+            if not callable(reading) and (name == "measure" or reading is not None):
+                raise InputError(f"{name} is {reading!r}; it is a function of a layer")
+
     @property
     def key(self) -> str:
         """Its name in a result of `propagate` or `predict`: with ``log_`` where it is a log."""

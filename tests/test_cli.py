@@ -1,5 +1,6 @@
 """The command line as a user meets it: in a process of its own."""
 
+import io
 import itertools
 import json
 import subprocess
@@ -8,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import xarray
+from rich.table import Table
 from typer.testing import CliRunner
 
 from gradflow import cli
@@ -129,8 +131,9 @@ def test_theory_prints_what_it_reports(tmp_path):
     assert "0.4180372005" in text
     relu = ("theory", "--activation", "relu", "--sigma-w2", "2", "--sigma-b2", "0.1", "--json")
     found = json.loads(gradflow(*relu, cwd=tmp_path).stdout)
-    assert (found["fixed_points"], found["status"], found["xi_c"]) == ([], "diverges", None)
+    assert (found["fixed_points"], found["status"]) == ([], "diverges")
     assert (found["q_star_from_1"], found["correlation_map"]) == ("inf", {})
+    assert (found["chi1"], found["xi_grad"], found["xi_c"]) == (1, "inf", "inf")
 
 
 @pytest.mark.slow
@@ -170,6 +173,10 @@ def test_critical_points_have_what_the_table_has(tmp_path):
     assert (point["q_star"], point["sigma_w2"], point["q_stable"]) == (None, 2, None)
     assert (point["exponent"], point["one_minus_c"]) == (1.5, "4/(coefficient l)²")
     assert point["coefficient"] == pytest.approx(0.3001054387190354, rel=1e-9)
+    biased = ("critical", "--activation", "relu", "--sigma-b2", "0.1", "--json")
+    found = json.loads(gradflow(*biased, cwd=tmp_path).stdout)
+    assert (found["solutions"], found["at_infinity"]["q_star"]) == ([], "inf")
+    assert found["at_infinity"]["sigma_w2"] == 2
 
 
 @pytest.mark.slow
@@ -241,6 +248,7 @@ def test_help_is_there_with_examples(command, tmp_path):
         (["compare", "--inputs", "5000"], "there are 1797 digit images"),
         (["compare", "--sigma-w", "nan"], "sigma_w is nan; it is a finite number above 0"),
         (["compare", "--sigma-b", "inf"], "sigma_b is inf"),
+        (["compare", "--sigma-b", "1e300"], "sigma_b is 1e+300; it is at most 1e+150"),
         (["compare", "--weights", "he", "--sigma-w", "1"], "sigma_w is 1.0 and weights is 'he'"),
         (["compare", "--widths", "10,x"], "widths is '10,x'"),
         (["compare", "--widths", ""], "widths is ''"),
@@ -259,7 +267,7 @@ def test_help_is_there_with_examples(command, tmp_path):
             ["study", "a.toml", "--coordinator", "h:1", "--processes", "2", "--process", "2"],
             "process is 2 and processes is 2; it is from 0 to one less",
         ),
-        (["compare", "--sigma-w", "1e300"], "sigma_w is 1e+300; it is at most 1e+150"),
+        (["compare", "--sigma-w", "1e300"], "sigma_w is 1e+300; it is a finite number above 0"),
         (["compare", "--distribution", ""], "unknown distribution ''"),
         (["remedies", "--sigma-b", "1e300"], "sigma_b is 1e+300; it is at most 1e+150"),
         (["compare", "--out", ""], "out is ''; it is the name of a folder, new or not"),
@@ -358,6 +366,46 @@ def test_bad_input_is_one_sentence_and_exit_code_2(
     assert len(said[0]) < 1300
     assert said[0].isprintable()
     assert not printed.out
+
+
+STUDY = """
+title = "a\\u001b[31m[red]\\u0000b\\nstudy     finished [/x]"
+[network]
+activation = "tanh"
+weights = "glorot"
+width = 8
+depth = 3
+[sampling]
+networks = 4
+"""
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_text_of_a_file_does_not_drive_the_terminal(tmp_path, monkeypatch, capsys):
+    (tmp_path / "study.toml").write_text(STUDY)
+    shown = []
+    for options in ([], ["--json"]):
+        arguments = ["gradflow", "plan", str(tmp_path / "study.toml"), *options]
+        monkeypatch.setattr(sys, "argv", arguments)
+        with pytest.raises(SystemExit) as stop:
+            cli.main()
+        assert not stop.value.code
+        shown.append(capsys.readouterr().out)
+        assert all(line.isprintable() for line in shown[-1].splitlines())
+    first = shown[0].splitlines()[0].rstrip()
+    assert first == r"study     a\x1b[31m[red]\x00b study finished [/x]"
+    assert json.loads(shown[1])["title"] == "a\x1b[31m[red]\0b\nstudy     finished [/x]"
+
+
+@pytest.mark.parametrize("columns", ["0", "20", "200"])
+def test_a_narrow_terminal_cuts_no_number(columns, monkeypatch):
+    monkeypatch.setenv("COLUMNS", columns)
+    monkeypatch.setattr(sys, "stdout", terminal := io.StringIO())
+    monkeypatch.setattr(terminal, "isatty", lambda: True, raising=False)
+    table = Table("quantity", "value")
+    table.add_row("a", "0.12345678901234567890")
+    cli.shared.make_console().print(table)
+    assert "0.12345678901234567890" in terminal.getvalue()
 
 
 class Reached(Exception):

@@ -3,6 +3,7 @@
 import dataclasses
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -10,6 +11,7 @@ from gradflow import blocks, comparison, ensembles, networks, statistics
 from gradflow.comparison import Status
 from gradflow.errors import InputError
 from gradflow.simulation import monte_carlo
+from gradflow.theory import mean_field
 
 X = np.asarray(jax.random.normal(jax.random.key(4), (2, 60), np.float32))
 
@@ -160,3 +162,56 @@ def test_results_are_labelled():
 def test_blocks_are_all_constructible_without_arguments():
     for block in blocks.ALL:
         assert len(block().distributions) == block().n_weights
+
+
+def test_a_plain_initialiser_is_simulated_at_other_widths_too():
+    """Widths of 4 and 2 are drawn inside a traced program, where their variance is measured."""
+
+    def normal(key, shape, dtype):
+        return 0.3 * jax.random.normal(key, shape, dtype)
+
+    network = networks.mlp([60, 8, 8], "tanh", normal)
+    x = jnp.asarray(X, jnp.float32)
+    theory = comparison.predict_float64(network, X)
+    simulation = monte_carlo.simulate(network, x, networks=20)
+    # A theory that is wrong by a factor, so that the width must explain it, and cannot.
+    wrong = dataclasses.replace(theory, values={**theory.values, "log_q": theory["log_q"] + 3})
+    found = comparison.explained(comparison.compare(wrong, simulation), X, key=1)
+    assert found.narrower
+    assert found.count(Status.DIFFERS)
+
+
+def test_two_networks_cannot_tell():
+    found = comparison.confront(networks.mlp([60, 20]), X, networks=2)
+    assert found.agreement.startswith("2 networks cannot tell")
+    assert "agree within" not in found.agreement
+
+
+def test_a_statistic_of_ones_own_needs_no_prediction_and_has_labels():
+    largest = statistics.Statistic(
+        "largest", "largest |z|", measure=lambda sample: jnp.max(jnp.abs(sample.preactivation))
+    )
+    network = networks.mlp([60, 20])
+    wanted = (*statistics.ALL, largest)
+    simulation = monte_carlo.simulate(network, X, networks=3, wanted=wanted)
+    dataset = simulation.to_xarray()
+    assert dataset.largest.attrs["long_name"] == "largest |z|"
+    np.testing.assert_array_equal(dataset.largest, simulation["largest"].value)
+    found = comparison.compare(comparison.predict_float64(network, X), simulation)
+    assert "largest" not in found.contrasts
+    assert "largest" in found.to_xarray()
+
+
+def test_pixels_and_large_integers_are_what_they_are_as_floats():
+    network = networks.mlp([60, 20])
+    pixels = np.random.default_rng(0).integers(0, 256, (2, 60))
+    as_floats = mean_field.input_gram(pixels.astype(np.float64))
+    for dtype in (np.uint8, np.int16, np.int64):
+        found = mean_field.input_gram(pixels.astype(dtype))
+        np.testing.assert_allclose(found, as_floats, rtol=1e-6)
+    large = np.full((1, 60), 1 << 40)
+    simulated = [
+        monte_carlo.simulate(network, x, networks=2)["log_q"].log_value
+        for x in (large, large.astype(np.float32))
+    ]
+    np.testing.assert_array_equal(*simulated)

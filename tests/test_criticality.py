@@ -165,8 +165,31 @@ def test_phases_meet_at_the_critical_line():
 
 
 def test_phases_of_a_homogeneous_activation():
-    relu = fixed_points.analyse(activations.relu, np.array([1.9, 2.0, 2.1]), 0.0)
-    assert criticality.phase(relu).tolist() == [Phase.ORDERED, Phase.CRITICAL, Phase.DIVERGENT]
+    """Gradients have a factor though q settles nowhere: σ_w²/2, with biases or without."""
+    scales = np.array([1.9, 2.0, 2.1])
+    for sigma_b2 in (0.0, 0.1):
+        relu = fixed_points.analyse(activations.relu, scales, sigma_b2)
+        assert criticality.phase(relu).tolist() == [Phase.ORDERED, Phase.CRITICAL, Phase.DIVERGENT]
+        np.testing.assert_allclose(relu.chi1, scales / 2, rtol=1e-14)
+
+
+@pytest.mark.parametrize(
+    ("activation", "sigma_b2", "sigma_w2"),
+    [
+        ("relu", 0.1, 2.0),
+        ("relu", 0.0, np.nan),  # every q is kept, and in `critical_points`
+        ("softplus", 0.0, 2.0),
+        ("gelu", 0.1, 2.0),
+        ("tanh", 0.1, np.nan),  # its lengths are bounded
+    ],
+)
+def test_where_lengths_grow_without_limit_the_line_goes_on(activation, sigma_b2, sigma_w2):
+    phi = activations.get(activation)
+    found = float(criticality.critical_at_infinity(phi, sigma_b2))
+    np.testing.assert_allclose(found, sigma_w2, rtol=1e-12)
+    if np.isfinite(found):
+        chi1 = fixed_points.analyse(phi, found, sigma_b2, start=1e30).chi1
+        assert float(chi1) == pytest.approx(1, abs=1e-12)
 
 
 def test_derivatives_are_central_differences():
@@ -203,6 +226,18 @@ def test_the_phase_diagram_is_the_analysis_of_each_point_and_the_line_lies_betwe
     line = found.critical_sigma_w.values[:, 0]
     ordered = found.phase.values == criticality.Phase.ORDERED
     np.testing.assert_array_equal(ordered, sigma_w[None, :] < line[:, None])
+
+
+def test_the_phase_diagram_of_relu_has_no_hole():
+    """More than half of it was grey."""
+    sigma_w, sigma_b = np.linspace(0.5, 3, 4), np.array([0.0, 0.3, 0.8])
+    found = criticality.phase_diagram(activations.relu, sigma_w, sigma_b)
+    scales = np.broadcast_to(found.sigma_w.values**2 / 2, found.chi1.shape)
+    np.testing.assert_allclose(found.chi1, scales, rtol=1e-12)
+    assert np.isfinite(found.xi_grad).all()
+    line = np.nanmin(found.critical_sigma_w.values, axis=1)
+    np.testing.assert_allclose(line, np.sqrt(2), rtol=1e-12)
+    assert np.isinf(found.critical_q_star.values[1:]).any(axis=1).all()
 
 
 @pytest.mark.usefixtures("unchecked")

@@ -15,6 +15,8 @@ from gradflow.theory import fixed_points, mean_field
 from gradflow.theory.fixed_points import Stability, Status
 
 FIXED_POINT, DEPTH_SCALE = 1e-9, 1e-8  # what is asked of float64
+# The larger q* of SiLU at σ_w² = 2, σ_b² = 0.01, by 30 digits of mpmath's quadrature.
+SILU_FAR_OUT = 68889.0191080699758563648027092
 ATTRACTS = {Stability.STABLE, Stability.MARGINAL, Stability.HALF_STABLE}
 pytestmark = pytest.mark.usefixtures("x64_only")
 
@@ -119,10 +121,11 @@ class TestStatus:
             ("gelu", 4.0, 0.0, Status.DIVERGES),
             ("cos", 30.0, 0.0, Status.CONVERGES),
             ("cos", 0.0, 0.3, Status.CONVERGES),
-            # q* = 2e-20, 1e13 and 2e13: neither 0 nor infinite, and not looked for.
-            ("tanh", 0.5, 1e-20, Status.OUT_OF_RANGE),
-            ("tanh", 1e13, 0.0, Status.OUT_OF_RANGE),
-            ("relu", 1.0, 1e13, Status.OUT_OF_RANGE),
+            # q* = 2e-20, 2e-48 and 2e13: neither 0 nor infinite.
+            ("tanh", 0.5, 1e-20, Status.CONVERGES),
+            ("tanh", 0.5, 1e-48, Status.CONVERGES),
+            ("relu", 1.0, 1e13, Status.CONVERGES),
+            ("relu", 1.0, 1e307, Status.OUT_OF_RANGE),  # beyond a float64's range
         ],
     )
     def test_of_each_kind(self, activation, sigma_w2, sigma_b2, status):
@@ -152,6 +155,63 @@ class TestStatus:
         found = fixed_points.analyse(activations.relu, 2.0, 0.0, start=0.3)
         assert float(found.q_star) == 0.3
         assert (found.chi1, found.c_star, found.xi_c) == (1, 1, np.inf)
+
+
+class TestWithoutAFixedPoint:
+    """Where q grows without limit, or vanishes, χ₁ is what σ_w² E[φ'²] tends to."""
+
+    @pytest.mark.parametrize(
+        ("activation", "sigma_w2", "chi1"),
+        [
+            ("relu", 3.0, 1.5),
+            ("softplus", 3.0, 1.5),
+            ("silu", 4.0, 2.0),
+            (lambda x: x + jnp.sin(x), 3.0, 4.5),  # no slope far out; E[(1 + cos x)²] → 3/2
+            (lambda x: x**2, 3.0, np.inf),
+            (jnp.exp, 3.0, np.inf),
+        ],
+        ids=["relu", "softplus", "silu", "x + sin x", "x²", "exp"],
+    )
+    def test_gradients_have_a_factor(self, activation, sigma_w2, chi1):
+        found = fixed_points.analyse(activations.get(activation), sigma_w2, 0.1)
+        assert found.status == Status.DIVERGES
+        assert np.isnan(found.q_star)
+        assert float(found.chi1) == pytest.approx(chi1, rel=1e-8)
+
+    def test_it_is_that_of_the_layers_far_up(self):
+        """Iterated to q = 1e13 and more, where E[φ'²] of SiLU is 1/2 + 3e-8."""
+        found = fixed_points.analyse(activations.silu, 4.0, 0.1)
+        way = mean_field.profile(activations.silu, jnp.asarray(1.0), 4.0, 0.1, depth=60)
+        assert float(way["q"][-1]) > 1e13
+        assert float(way["chi"][-1]) == pytest.approx(float(found.chi1), rel=1e-6)
+
+    def test_correlations_tend_to_1_as_the_amplitude_says(self):
+        """ReLU, exactly, with δ = 1 - c: at σ_w² = 2 biases add δ/l a layer to what is lost."""
+        for sigma_w2, layers in ((2.0, 20_000), (2.4, 4000)):
+            found = fixed_points.analyse(activations.relu, sigma_w2, 0.1)
+            assert (found.c_star, found.c_exponent) == (1, 2)
+            b, delta, inverse_q = 2 * 2**0.5 / (3 * np.pi), 0.3, 1.0
+            for _ in range(layers):
+                grown = sigma_w2 / 2 + 0.1 * inverse_q
+                inverse_q /= grown
+                delta = sigma_w2 / 2 * (delta - b * delta**1.5) / grown
+            # Corrections are of relative order log(l)/l.
+            assert delta * layers**2 == pytest.approx(float(found.c_amplitude), rel=0.15)
+
+    def test_correlations_are_kept_where_both_slopes_are_one(self):
+        """Linear networks keep c; c* = 1 was given."""
+        for scale in (0.5, 1.0, 1.5):
+            found = fixed_points.analyse(activations.linear, scale)
+            assert np.isnan(found.c_star)
+            assert found.chi_c == 1
+
+
+def test_a_length_far_out_has_its_digits_and_its_error():
+    """SiLU at σ_w² = 2: E[φ²] = q/2 - (π²/3)/√(2πq) + …, from 30 digits of mpmath's quadrature."""
+    found = fixed_points.length(activations.silu, 2.0, 0.01)
+    off = abs(float(found.q_star[1]) - SILU_FAR_OUT)
+    assert off < 1e-11 * SILU_FAR_OUT
+    assert off <= float(found.q_error[1]) < 1e-8 * SILU_FAR_OUT
 
 
 @pytest.mark.parametrize(

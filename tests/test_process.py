@@ -63,6 +63,16 @@ def test_what_finds_mistakes_in_other_programs_is_left_out(tmp_path):
     assert left_out == [f"gradflow: {name}" for name in set_ if name != "JAX_DEBUG_INFS"]
 
 
+@pytest.mark.parametrize("setting", ["JAX_ENABLE_X64=maybe", "JAX_PLATFORMS=nonsense"])
+def test_settings_that_jax_does_not_know_are_one_sentence(setting):
+    name, _, value = setting.partition("=")
+    done = python(MAIN, "critical", environment={name: value}, stdout=subprocess.DEVNULL)
+    assert done.returncode == 2
+    assert done.stderr.startswith("gradflow: ")
+    assert value in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+
+
 def test_a_program_that_heeds_no_signal_is_ended():
     """As a compiler; one that has a handler which does nothing is the same to Python."""
     code = (

@@ -9,9 +9,10 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray, ScalarLike
 
 from gradflow.activations import Activation
+from gradflow.arguments import check_instance
 from gradflow.blocks.base import AbstractBlock, AbstractComposite, Multiply
 from gradflow.blocks.dense import Dense, Linear
-from gradflow.errors import InputError
+from gradflow.errors import InputError, check_sequence
 from gradflow.gram import Gram, multiply_gram
 
 __all__ = ["Chain", "Residual"]
@@ -23,6 +24,8 @@ class Chain(AbstractComposite):
     parts: tuple[AbstractBlock, ...] = (Linear(), Dense())
 
     def __check_init__(self) -> None:
+        for part in check_sequence("parts", self.parts, "a tuple of blocks"):
+            check_instance("an entry of parts", part, AbstractBlock, "a block, as Linear(100)")
         if not self.parts:
             raise InputError("parts is (); a chain has at least one block")
 
@@ -73,6 +76,7 @@ class Residual(AbstractComposite):
     scale: ScalarLike = 1.0
 
     def __check_init__(self) -> None:
+        check_instance("branch", self.branch, AbstractBlock, "a block, as Dense() or a Chain")
         if not self.branch.n_weights:
             raise InputError(
                 "a residual branch has no random matrix; put a Linear or Dense block into it"

@@ -6,7 +6,7 @@ import numpy as np
 from jaxtyping import Array, Float, PRNGKeyArray, ScalarLike
 
 from gradflow.blocks.base import AbstractBlock, Multiply, each_step
-from gradflow.errors import InputError, is_traced
+from gradflow.errors import InputError, check_scale, is_traced
 from gradflow.gram import Gram, Unknown, multiply_gram
 
 __all__ = ["Dropout"]
@@ -23,6 +23,7 @@ class Dropout(AbstractBlock):
     keep: ScalarLike = 0.9
 
     def __check_init__(self) -> None:
+        check_scale("keep", self.keep, positive=True)
         keep = np.asarray(1.0 if is_traced(self.keep) else self.keep)
         if not np.all((keep > 0) & (keep <= 1)):
             raise InputError(f"keep is {self.keep}; a probability to keep is above 0, at most 1")

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from gradflow import activations
+from gradflow.arguments import check_instance
 from gradflow.blocks.base import AbstractBlock, AbstractComposite, Multiply
 from gradflow.blocks.composition import Chain
 from gradflow.blocks.dense import Activate, Linear
@@ -34,6 +35,7 @@ class Gated(AbstractComposite):
 
     def __check_init__(self) -> None:
         for name in ("value", "gate"):
+            check_instance(name, getattr(self, name), AbstractBlock, "a block, as Dense()")
             if not getattr(self, name).n_weights:
                 raise InputError(
                     f"the {name} of a gated layer has no random matrix; put a Linear or Dense "

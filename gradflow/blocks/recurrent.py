@@ -111,7 +111,7 @@ class GRU(_GatedStep):
     (Gilboa et al. 2019, arXiv:1901.08987; Chen, Pennington & Schoenholz 2018, arXiv:1806.05394).
     Where all steps share their weights and biases this is not the limit, at any width: a unit's
     candidate and gates are correlated over time, and so with its state, which they add up in. Of
-    these networks there is no theory beyond the first step: NaN (`theory.mean_field.predict`).
+    them `theory.mean_field.predict` knows the first step alone, and `theory.shared_weights` all.
     """
 
     units: int = eqx.field(static=True, default=100)
@@ -211,7 +211,8 @@ class LSTM(_GatedStep):
         E[h_a' h_b'] = E[o_a o_b] E[tanh(c_a') tanh(c_b')],    ċ' = f ċ + c ḟ + g i̇ + i ġ.
 
     Where all steps share their weights and biases this is not the limit, at any width, as for
-    `GRU`, and there is no theory beyond the first step: NaN (`theory.mean_field.predict`). Of a
+    `GRU`: of them `theory.mean_field.predict` knows the first step alone, and
+    `theory.shared_weights` all. Of a
     network that mixes inputs' gradients elsewhere (BatchNorm, convolutions) there is no theory.
 
     References: Hochreiter & Schmidhuber 1997, Neural Computation 9, 1735; Gers, Schmidhuber &

@@ -14,6 +14,7 @@ from gradflow.errors import InputError, printable
 __all__ = ["app", "main", "process", "simulating", "studying", "theory", "training"]
 
 _OUT_OF_MEMORY = "out of memory; use fewer inputs, a smaller width or depth, or sampler matrix_free"
+_NOT_KNOWN_TO_JAX = ("Unable to initialize backend", "for environment", "for JAX flag")
 
 
 @app.command(name="list")
@@ -65,7 +66,7 @@ def _run() -> int:
         _fail(_OUT_OF_MEMORY)
     except OSError as error:
         _fail_of_system(error)
-    except RuntimeError as error:  # JAX's
+    except (RuntimeError, ValueError) as error:
         _fail_of_jax(error)
     return code or 0
 
@@ -82,11 +83,11 @@ def _fail_of_system(error: OSError) -> NoReturn:
     _fail(f"standard output cannot be written to: {reason}")
 
 
-def _fail_of_jax(error: RuntimeError) -> NoReturn:
-    """Say what can be said of in a sentence, and raise what cannot."""
+def _fail_of_jax(error: RuntimeError | ValueError) -> NoReturn:
+    """Say what JAX has no memory for, or does not know in its environment; raise all else."""
     if "RESOURCE_EXHAUSTED" in str(error):
         _fail(_OUT_OF_MEMORY)
-    if "Unable to initialize backend" in str(error):
+    if any(words in str(error) for words in _NOT_KNOWN_TO_JAX):
         _fail(printable(str(error)))
     raise error
 

@@ -38,7 +38,7 @@ _LONGEST_NAME = 120
 _LONGEST_LINE = 10_000
 LARGEST_DEVIATION = 1e150
 # What a table needs where there is no terminal to ask.
-_WIDTH_WITHOUT_TERMINAL = 132
+_WIDTH_WITHOUT_TERMINAL, _LEAST_WIDTH = 132, 60
 
 Out = Annotated[
     str | None,
@@ -93,9 +93,9 @@ def check_memory(name: str, value: int, needed: int) -> None:
         )
 
 
-def check_deviation(name: str, value: float | None) -> None:
+def check_deviation(name: str, value: float) -> None:
     """Raise if a standard deviation has no variance that is a float; what else it is not, later."""
-    if value is not None and LARGEST_DEVIATION < value < math.inf:
+    if LARGEST_DEVIATION < value < math.inf:
         raise InputError(f"{name} is {value}; it is at most {LARGEST_DEVIATION:g}")
 
 
@@ -223,10 +223,13 @@ class _Console(Console):
 
 
 def make_console() -> Console:
-    """Return the terminal, or a page where there is none."""
+    """Return the terminal, or a page where there is none.
+
+    One that is narrow breaks lines by itself: rich would cut numbers.
+    """
     terminal = sys.stdout is not None and sys.stdout.isatty()
     return _Console(
-        width=None if terminal else _WIDTH_WITHOUT_TERMINAL,
+        width=max(Console().width, _LEAST_WIDTH) if terminal else _WIDTH_WITHOUT_TERMINAL,
         highlight=False,
         markup=False,
         emoji=False,

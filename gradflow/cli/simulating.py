@@ -82,8 +82,7 @@ def compare(
     shape = parse_widths(widths) if widths is not None else None
     width_, depth_ = check_count("width", width), check_depth(depth)
     check_count("networks", networks)
-    for name, value in {"sigma_w": sigma_w, "sigma_b": sigma_b}.items():
-        check_deviation(name, value)
+    check_deviation("sigma_b", sigma_b)
     images = data.digits()[: check_count("inputs", inputs)]
     if len(images) < inputs:
         raise InputError(f"inputs is {inputs}; there are {len(images)} digit images")

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import numpy as np
 import typer
@@ -29,6 +29,9 @@ from gradflow.cli.shared import (
 )
 from gradflow.cli.words import WORDS
 from gradflow.errors import InputError, check_count
+
+if TYPE_CHECKING:
+    from gradflow.activations import Activation
 
 # What a point takes while it is computed, in bytes: measured, and rounded up.
 _PHASE_POINT, _SPECTRUM_POINT = 40_000, 100_000
@@ -78,6 +81,8 @@ def theory(
     console = make_console()
     console.print(_table_of_points("fixed points of the length map", report["fixed_points"]))
     console.print(_table_of_values(f"from q = {start:g}", report))
+    if note := _NOTES.get(report["status"]):
+        console.print(note)
     for title, columns in _LAYER_TABLES.items():
         shown = [
             {"layer": number, **{name: report["layers"][number][name] for name in columns}}
@@ -113,11 +118,13 @@ def critical(
     with jax.enable_x64(True):
         found = criticality.critical_points(phi, sigma_b2=sigma_b2, sigma_w2=sigma_w2)
         half = criticality.half_stable_points(phi)
+        infinite = _at_infinity(phi, sigma_w2, sigma_b2)
     report: dict[str, Any] = {
         "activation": phi.name,
         "universality_class": criticality.universality_class(phi).value,
         "solutions": [_critical_point(point) for point in _present(found)],
         "half_stable": [_plain_report(point) for point in _present(half)],
+        "at_infinity": infinite,
     }
     if as_json:
         print_json(report)
@@ -126,6 +133,11 @@ def critical(
     console.print(_table_of_points("critical points, χ₁ = 1", report["solutions"]))
     if report["half_stable"]:
         console.print(_table_of_points("half-stable points, χ₁ = χ∥ = 1", report["half_stable"]))
+    if infinite:
+        console.print(
+            f"where q grows without limit, χ₁ → 1 at σ_w² = {infinite['sigma_w2']:.10g} "
+            f"(σ_w = {infinite['sigma_w']:.10g})"
+        )
     console.print(f"universality class: {report['universality_class']}")
 
 
@@ -431,6 +443,14 @@ def _parse_correlations(text: str) -> dict[str, float]:
 
 # What of a report is at each correlation that was asked for.
 _MAPS = ("correlation_map", "correlation_map_slope")
+# What is to be said of lengths that settle nowhere.
+_NOTES = {
+    "diverges": "q grows without limit: there is no q*, and chi1, chi_par and what follows from "
+    "them are what they tend to (inf: they grow too; -: they tend to nothing, or not visibly)",
+    "oscillates": "q goes to and fro about a q* that repels it: nothing settles",
+    "out_of_range": "q settles beyond the range of a float",
+}
+
 # What is printed of each layer; columns that fit on a page.
 _LAYER_TABLES = {
     "layer by layer": (
@@ -488,6 +508,20 @@ def _critical_point(point: Mapping[str, float]) -> dict[str, Any]:
         "q_stable": None if critical_slope else abs(point["chi_par"]) < 1,
         "one_minus_c": decay if math.isfinite(point["coefficient"]) else None,
     }
+
+
+def _at_infinity(
+    phi: "Activation", sigma_w2: float | None, sigma_b2: float | None
+) -> dict[str, Any] | None:
+    """Return where χ₁ → 1 as q grows without limit: with this σ_b², or with this σ_w²."""
+    from gradflow.theory import criticality  # noqa: PLC0415  (JAX is slow to import)
+
+    found = float(criticality.critical_at_infinity(phi, 1.0 if sigma_b2 is None else sigma_b2))
+    asked = sigma_w2 is None or math.isclose(found, sigma_w2, rel_tol=1e-12)
+    if math.isnan(found) or not asked:
+        return None
+    point = {"q_star": math.inf, "sigma_w2": found, "sigma_w": math.sqrt(found)}
+    return _plain_report(point)
 
 
 def _plain(value: Any) -> float | str | None:

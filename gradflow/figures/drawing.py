@@ -5,12 +5,13 @@ their markers.
 """
 
 import io
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import matplotlib.figure
 import numpy as np
+import xarray
 from matplotlib.axes import Axes
 
 from gradflow.errors import InputError
@@ -50,6 +51,8 @@ def save(figure: matplotlib.figure.Figure, path: Path) -> Path:
     InputError
         If the file cannot be written, or its ending says nothing.
     """
+    if not isinstance(figure, matplotlib.figure.Figure):
+        raise InputError(f"figure is {figure!r}; it is a Figure, as the functions of figures make")
     kind = path.suffix.removeprefix(".").lower() or "png"
     known = figure.canvas.get_supported_filetypes()
     if kind not in known:
@@ -57,6 +60,15 @@ def save(figure: matplotlib.figure.Figure, path: Path) -> Path:
     with complete(path) as beside:
         figure.savefig(beside, format=kind, dpi=130)
     return path
+
+
+def checked(dataset: Any, variables: Iterable[str], of: str, name: str = "dataset") -> None:
+    """Raise `InputError` unless it is a dataset that has these variables, as ``of`` returns it."""
+    if not isinstance(dataset, xarray.Dataset):
+        raise InputError(f"{name} is a {type(dataset).__name__}; it is a Dataset, as {of} returns")
+    for variable in variables:
+        if variable not in dataset:
+            raise InputError(f"{name} has no {variable}; it is a Dataset, as {of} returns")
 
 
 def at_least(limits: tuple[float, float], span: float) -> tuple[float, float]:

@@ -1,7 +1,8 @@
 """What theory says of random networks beside what was simulated: lines and points."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import xarray
@@ -22,6 +23,7 @@ from gradflow.figures.drawing import (
     POINTS,
     Figure,
     at_least,
+    checked,
     spread,
     style,
 )
@@ -99,6 +101,7 @@ def remedies(results: Mapping[str, xarray.Dataset]) -> Figure:
     results
         By title, the sick network's first: `Comparison.to_xarray()`.
     """
+    _check_results(results, ("log_gradient_variance_theory", "log_q_theory"))
     columns = 4
     rows = -(-len(results) // columns)
     figure = Figure(figsize=(3.1 * columns, 2.3 * rows + 0.8), layout="constrained")
@@ -183,6 +186,9 @@ def chi_against_width(
     critical_width
         Where the logistic's χ crosses 1.
     """
+    for name, value in (("curves", curves), ("points", points)):
+        if not isinstance(value, Mapping) or not value:
+            raise InputError(f"{name} is {value!r}; it is {{name: arrays}}, with at least one")
     figure = Figure(figsize=(6.4, 4.4), layout="constrained")
     axes = figure.add_subplot()
     for index, (name, (widths, chi)) in enumerate(curves.items()):
@@ -230,6 +236,7 @@ def phase_diagram(dataset: xarray.Dataset) -> Figure:
     dataset
         From `theory.criticality.phase_diagram`.
     """
+    checked(dataset, ("xi_c", "phase"), "criticality.phase_diagram")
     layers = {
         "correlations: ξ_c, in layers": np.abs(dataset.xi_c),
         "gradients: |ξ_∇|, in layers": np.abs(dataset.xi_grad),
@@ -246,7 +253,8 @@ def phase_diagram(dataset: xarray.Dataset) -> Figure:
         image = axes.pcolormesh(
             dataset.sigma_w,
             dataset.sigma_b,
-            values.where(values > 0),
+            # What is infinite has the last colour: it is a depth scale like any other.
+            values.clip(max=high).where(values > 0),
             norm=LogNorm(low, max(high, 1.001 * low), clip=True),
             cmap="viridis",
             shading="nearest",
@@ -296,7 +304,7 @@ def _is_reached(dataset: xarray.Dataset, branch: np.ndarray) -> np.ndarray:
 def _name_phases(axes: Axes, dataset: xarray.Dataset) -> None:
     """Write the name of each phase where there is most room for it in its part of the plane."""
     names = {"ordered": "ordered:\nvanishing", "chaotic": "chaotic:\nexploding"}
-    names["divergent"] = "q diverges"
+    names["divergent"] = "q diverges:\nexploding"
     for phase, text in names.items():
         there = np.pad(dataset.phase.values == dataset.phase.attrs[phase], 1)
         # In halves of a name's height and width, which are these shares of the panel's.
@@ -333,6 +341,7 @@ def spectra(dataset: xarray.Dataset) -> Figure:
     dataset
         A study's results, with ``singular_value_density``.
     """
+    checked(dataset, ("singular_value_density", "singular_value_density_theory"), "a study")
     density = dataset.singular_value_density
     *over, bins = map(str, density.dims)
     told = _told_by_colour(dataset, over)
@@ -425,6 +434,7 @@ def spectrum(dataset: xarray.Dataset) -> Figure:
     dataset
         As `gradflow spectrum` writes it (`studies.jacobian_spectrum.run`).
     """
+    checked(dataset, ("singular_value_density_theory",), "jacobian_spectrum.run")
     figure = Figure(figsize=(6.8, 4.4), layout="constrained")
     axes = figure.add_subplot()
     s = dataset.singular_value.values
@@ -458,9 +468,38 @@ def spectrum(dataset: xarray.Dataset) -> Figure:
     return figure
 
 
+def _check_families(results: Any, key: str) -> None:
+    """Raise `InputError` unless they are families of results that have the quantity."""
+    if not isinstance(results, Mapping) or not results or isinstance(results, xarray.Dataset):
+        raise InputError(
+            f"results is a {type(results).__name__}; it is {{title: {{name: Dataset}}}}, with at "
+            "least one title"
+        )
+    for title, family in results.items():
+        if not isinstance(family, Mapping) or isinstance(family, xarray.Dataset):
+            raise InputError(
+                f"results[{title!r}] is a {type(family).__name__}; it is {{name: Dataset}}, the "
+                "results that share a panel"
+            )
+        for name, dataset in family.items():
+            variables = (key, f"{key}_theory", f"{key}_standard_error")
+            checked(dataset, variables, "Comparison.to_xarray", f"results[{title!r}][{name!r}]")
+
+
+def _check_results(results: Any, variables: Iterable[str]) -> None:
+    """Raise `InputError` unless they are results by title that have these variables."""
+    if not isinstance(results, Mapping) or isinstance(results, xarray.Dataset) or not results:
+        raise InputError(
+            f"results is a {type(results).__name__}; it is {{title: Dataset}}, with at least one"
+        )
+    for title, dataset in results.items():
+        checked(dataset, variables, "Comparison.to_xarray", f"results[{title!r}]")
+
+
 def _by_layer(
     results: Families, key: str, unit: float, label: str, limits: tuple[float, float] | None = None
 ) -> Figure:
+    _check_families(results, key)
     panels = [(title, family) for title, family in results.items() if family]
     columns = min(3, len(panels))
     rows = -(-len(panels) // columns)
@@ -507,6 +546,7 @@ def _draw(
 
 
 def _histograms(results: Mapping[str, xarray.Dataset], signal: str, label: str) -> Figure:
+    _check_results(results, ())
     missing = [title for title, ds in results.items() if f"{signal}_histogram_density" not in ds]
     if missing:
         raise InputError(f"results {missing[0]!r} hold no {signal} histograms; simulate with them")

@@ -13,7 +13,7 @@ import functools
 import itertools
 import math
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import equinox as eqx
 import jax
@@ -21,14 +21,14 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from gradflow import compilation
-from gradflow.arguments import as_key, as_real, check_instance
+from gradflow.arguments import as_key, as_numbers, as_real, check_instance
 from gradflow.blocks import AbstractBlock
-from gradflow.errors import InputError, check_count
+from gradflow.errors import InputError, check_count, check_sequence
 from gradflow.networks import Network, as_inputs, check_network
 from gradflow.norms import unit_rows
 from gradflow.simulation import questions, samplers
 from gradflow.simulation.matrices import Drawn, Matrix
-from gradflow.simulation.propagation import scan_blocks
+from gradflow.simulation.propagation import check_weights, scan_blocks
 from gradflow.simulation.questions import LayerKey, LayerWeights, Maker
 
 __all__ = [
@@ -135,6 +135,7 @@ class Jacobian(eqx.Module):
     def _walk(
         self, name: str, vectors: Array, shape: tuple[int, ...], through: Callable, reverse: bool
     ) -> Product:
+        vectors = jnp.asarray(as_numbers(name, vectors))
         if vectors.ndim != 3 or vectors.shape[1:] != shape:
             raise InputError(
                 f"{name} has shape {vectors.shape}; it is (how many, {shape[0]} inputs, "
@@ -239,6 +240,8 @@ def draw(
         If the sampler cannot draw the weights, there is no such stretch, or the inputs do not fit.
     """
     inputs, key = as_inputs(inputs, network), as_key(key)
+    if weights is not None:
+        check_weights(network, weights)
     above = network.depth if above is None else above
     below, above = check_count("below", below, 0), check_count("above", above)
     if not below < above <= network.depth:
@@ -374,6 +377,32 @@ def layer_jacobians(
     return found
 
 
+def checked_factors(factors: Any) -> list[Array]:
+    """Return matrices to be multiplied, the first factor first.
+
+    Raises
+    ------
+    InputError
+        If there is none, they are no matrices of real numbers, or shapes do not fit.
+    """
+    if not hasattr(factors, "shape"):
+        what = "matrices, the first layer's first, as layer_jacobians returns them"
+        factors = check_sequence("factors", factors, what)
+    if (hasattr(factors, "shape") and not factors.shape) or not len(factors):
+        raise InputError("factors is empty; it needs at least one matrix")
+    found = [jnp.asarray(as_numbers("factors", factor)) for factor in factors]
+    shapes = [factor.shape for factor in found]
+    if any(len(shape) != 2 for shape in shapes):
+        raise InputError(f"factors has shapes {shapes}; each is (rows, columns)")
+    for below, above in itertools.pairwise(shapes):
+        if above[1] != below[0]:
+            raise InputError(
+                f"factors has a matrix {above} after one {below}; each has as many columns as the "
+                "one before has rows"
+            )
+    return found
+
+
 class EndToEnd(NamedTuple):
     """J = D^L W^L … D^1 W^1 = ∂h^L/∂x of one random network, h^L = φ(z^L); its transpose is kept.
 
@@ -458,6 +487,7 @@ def log_frobenius_norm(jacobian: Jacobian) -> Float[Array, ""]:
     InputError
         If the Jacobian was drawn ``matrix_free`` with places for fewer tangents.
     """
+    check_instance("jacobian", jacobian, Jacobian, "what jacobians.draw returns")
     sites, n_in = jacobian.tangent_shape
     basis = jnp.eye(sites * n_in, dtype=jacobian.dtype).reshape(-1, sites, n_in)
     return jax.nn.logsumexp(2 * jacobian.times(basis).log_norm) / 2
@@ -503,9 +533,9 @@ def log_traces(
     LogEstimate
         Arrays of shape (powers,). The error is that of the probes, for this one network.
     """
+    check_instance("jacobian", jacobian, Jacobian, "what jacobians.draw returns")
     powers, probes = check_count("powers", powers), check_count("probes", probes)
     sites, n_in = jacobian.tangent_shape
-    check_instance("jacobian", jacobian, Jacobian, "what jacobians.draw returns")
     v = jax.random.normal(as_key(key), (probes, sites, n_in), jacobian.dtype)
     v, _ = _at_length_one(v, jnp.zeros(probes, v.dtype))
     log = jnp.full(probes, math.log(sites * n_in) / 2, v.dtype)
@@ -534,6 +564,7 @@ def log_partial_norms(factors: list[Float[Array, "..."]]) -> Float[Array, "l m"]
     array
         Shape (L + 1, L + 1), by l and m, both from 0; 0 where m = l, NaN where m < l.
     """
+    factors = checked_factors(factors)
     widths = [factors[0].shape[1], *(factor.shape[0] for factor in factors)]
     depth, n = len(factors), max(widths)
     # Padded with zeros, all products have one shape, and their norms are the same.

@@ -12,16 +12,18 @@ import itertools
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from gradflow.errors import InputError
+from gradflow.arguments import check_instance
+from gradflow.errors import InputError, check_number, check_sequence
 from gradflow.networks import Network
 from gradflow.simulation import matrices, propagation
 
-__all__ = ["Plan", "available", "bytes_per_network", "plan"]
+__all__ = ["Plan", "available", "bytes_per_network", "checked_devices", "plan"]
 
 # Copies of a layer's (sites, width) signals that are alive at once while it is linearised.
 _WORKING_COPIES = 12
@@ -108,6 +110,16 @@ def bytes_per_network(
     return itemsize * (working + remembered + sites * signals * (1 + _LINEARISATION * keep))
 
 
+def checked_devices(devices: Any) -> tuple[jax.Device, ...]:
+    """Return JAX's devices as a tuple, or raise `InputError`: there is at least one."""
+    found = check_sequence("devices", devices, "some of jax.devices()")
+    if not found:
+        raise InputError("devices is empty; it takes at least one")
+    for device in found:
+        check_instance("a device", device, jax.Device, "one of jax.devices()")
+    return found
+
+
 def plan(
     network: Network,
     sites: int,
@@ -128,6 +140,8 @@ def plan(
     InputError
         If not even one network fits; the message says how much it needs.
     """
+    if budget is not None:
+        check_number("memory_budget", budget, positive=True)
     devices = devices or jax.devices()
     here = [device for device in devices if device.process_index == jax.process_index()]
     on_cpu = devices[0].platform == "cpu"

@@ -26,7 +26,7 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, PRNGKeyArray
 
 from gradflow import compilation, estimation, statistics
-from gradflow.arguments import as_key
+from gradflow.arguments import as_key, check_progress
 from gradflow.errors import InputError, check_count
 from gradflow.estimation import Estimate, Histogram
 from gradflow.networks import Network, as_inputs
@@ -41,6 +41,8 @@ Progress = Callable[[int, int], None]
 
 # What `compiled` calls those of the end-to-end Jacobian.
 LOG_SINGULAR_VALUES = "log_singular_values"
+# Networks are numbered by an int32, and the last chunk has more than are asked for.
+_MOST_NETWORKS = 1 << 30
 # How many values one call hands back, at most.
 _CHUNK_VALUES = 1 << 24
 # How many values a layer's histogram is made of, at most; and from how many networks.
@@ -196,14 +198,14 @@ def simulate(
         a number is not a whole one of at least 1, there is no device, or not even one network fits
         into memory.
     """
-    networks = check_count("networks", networks)
+    if check_count("networks", networks) > _MOST_NETWORKS:
+        raise InputError(f"networks is {networks}; it is at most {_MOST_NETWORKS}")
     inputs = as_inputs(inputs, network)
     sites = inputs.shape[0]
     sampler, reason = samplers.choose(sampler, network, sites)
     key = as_key(key)
-    devices = tuple(jax.devices() if devices is None else devices)
-    if not devices:
-        raise InputError("devices is empty; it takes at least one")
+    devices = memory.checked_devices(jax.devices() if devices is None else devices)
+    check_progress(progress)
     itemsize = inputs.dtype.itemsize
     plan = memory.plan(
         network,

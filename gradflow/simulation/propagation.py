@@ -28,7 +28,7 @@ from jaxtyping import Array, Float, PRNGKeyArray
 from gradflow import statistics
 from gradflow.arguments import as_key
 from gradflow.blocks import AbstractBlock
-from gradflow.errors import InputError, is_traced
+from gradflow.errors import InputError, check_sequence, is_traced
 from gradflow.networks import Network, Stage, as_inputs, check_lsuv
 from gradflow.norms import unit_rows
 from gradflow.simulation import questions, samplers
@@ -122,6 +122,8 @@ def propagate(
     """
     inputs, key = as_inputs(inputs, network), as_key(key)
     wanted = [s for s in statistics.checked(wanted) if s.sites <= inputs.shape[0]]
+    if cotangent is not None and not callable(cotangent):
+        raise InputError(f"cotangent is {cotangent!r}; it is a function from z^L to ∂C/∂z^L")
     policy = _Keep(linearisations=keep, signals=not checkpoint)
     given = _Given(weights, cotangent)
     return _walk(network, inputs, key, sampler, wanted, policy, given=given)[0]
@@ -218,6 +220,29 @@ def _check_scales(scales: Float[Array, "layers weights"], below: int) -> None:
         )
 
 
+def check_weights(network: Network, weights: Any) -> None:
+    """Raise `InputError` unless the weights are of networks of this law."""
+    found = check_sequence(
+        "weights", weights, "a network's weights by stage, as training.initial_weights draws them"
+    )
+    shapes, first = network.shapes, 0
+    known = []
+    for stage in network.stages:
+        layers = () if stage.tied else (stage.repeats,)
+        known.append([(*layers, *shape) for shape in shapes[first]])
+        first += stage.repeats
+    given = [[tuple(m.shape) for m in getattr(stage, "matrices", ())] for stage in found]
+    # A delta-orthogonal filter has one place of those that its declared matrix has.
+    pairs = zip(itertools.chain(*given), itertools.chain(*known), strict=False)
+    fit = [len(stage) for stage in given] == [len(stage) for stage in known] and all(
+        one[:-1] == other[:-1] and one[-1] and other[-1] % one[-1] == 0 for one, other in pairs
+    )
+    if not fit:
+        raise InputError(
+            f"weights has matrices of shapes {given} by stage; for this network they are {known}"
+        )
+
+
 class _Keep(NamedTuple):
     """What is kept on the way up for the way down."""
 
@@ -247,7 +272,9 @@ def _walk(
     given: _Given = _NOTHING_GIVEN,
 ) -> tuple[Values, tuple[list, list]]:
     """Walk up and down; return the statistics and, if asked, every stage's signals both ways."""
-    if given.weights is None:
+    if given.weights is not None:
+        check_weights(network, given.weights)
+    else:
         sampler = samplers.choose(sampler, network, len(inputs))[0]
     forward = [s for s in wanted if not s.backward]
     backward = [s for s in wanted if s.backward]
@@ -302,7 +329,12 @@ def _walk(
     if given.cotangent is None:
         delta = jax.random.normal(top_key, signal.shape, inputs.dtype)
     else:
-        delta = given.cotangent(signal * jnp.exp(log_scale)[:, None])
+        top = signal * jnp.exp(log_scale)[:, None]
+        delta = given.cotangent(top)
+        if jnp.shape(delta) != top.shape:
+            raise InputError(
+                f"cotangent returns shape {jnp.shape(delta)}; it is that of z^L, {top.shape}"
+            )
     delta, log_norm = _at_unit_scale(delta, network.mixes_sites)
     carry = (delta, (log_norm, jnp.zeros_like(log_norm)), jnp.full_like(log_norm, jnp.nan))
     downs: list[Any] = []
@@ -329,7 +361,14 @@ def _walk(
 
 def _row(values: Sequence[Array], dtype: DTypeLike) -> Array:
     """Return one layer's statistics as one array: fewer arrays take less time to compile."""
-    return jnp.stack([jnp.asarray(v, dtype) for v in values]) if values else jnp.zeros(0, dtype)
+    numbers = [jnp.asarray(v, dtype) for v in values]
+    for number in numbers:
+        if number.shape != ():
+            raise InputError(
+                f"a statistic measures an array of shape {number.shape} at a layer; it is one "
+                "number, as a mean over units and inputs"
+            )
+    return jnp.stack(numbers) if numbers else jnp.zeros(0, dtype)
 
 
 class _Logs(NamedTuple):

@@ -36,8 +36,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, ArrayLike, Float, Int, PRNGKeyArray
 
-from gradflow.arguments import as_key, check_instance, from_seed
-from gradflow.errors import InputError, check_count, is_traced
+from gradflow.arguments import as_key, as_real, check_instance, from_seed
+from gradflow.errors import InputError, check_count, check_number, is_traced
 from gradflow.networks import Network, as_inputs
 from gradflow.norms import unit_rows
 from gradflow.simulation import jacobians, memory
@@ -288,23 +288,12 @@ def lyapunov_exponents(
 
 def _runs(factors: Any) -> list[Array]:
     """Check the factors, and stack neighbours of one shape, (layers, rows, columns) each."""
-    if isinstance(factors, Sequence):
-        each = [jnp.asarray(factor) for factor in factors]
-        runs = [jnp.stack(list(run)) for _, run in itertools.groupby(each, lambda m: m.shape)]
-    else:
-        runs = [jnp.asarray(factors)] if len(jnp.shape(factors)) else []
-    if not runs or not len(runs[0]):
-        raise InputError("factors is empty; it needs at least one matrix")
-    shapes = [run.shape[1:] for run in runs for _ in range(min(len(run), 2))]
-    if any(len(shape) != 2 for shape in shapes):
-        raise InputError(f"factors has shapes {shapes}; each is (rows, columns)")
-    for below, above in itertools.pairwise(shapes):
-        if above[1] != below[0]:
-            raise InputError(
-                f"factors has a matrix {above} after one {below}; each has as many columns as the "
-                "one before has rows"
-            )
-    return runs
+    if hasattr(factors, "shape") and len(factors.shape) == 3 and len(factors):
+        return [jnp.asarray(as_real("factors", factors))]
+    each = jacobians.checked_factors(factors)
+    for factor in each:
+        as_real("factors", factor)
+    return [jnp.stack(list(run)) for _, run in itertools.groupby(each, lambda m: m.shape)]
 
 
 def _in_float64(function: Callable, runs: list[Array]) -> Any:
@@ -450,6 +439,10 @@ def bidiagonalise(jacobian: Jacobian, start: Float[Array, " n"], steps: int) -> 
     Golub & Kahan 1965, SIAM J. Numer. Anal. Ser. B 2, 205; every vector is orthogonalised against
     all before it.
     """
+    check_instance("jacobian", jacobian, Jacobian, "what jacobians.draw returns")
+    start, units = jnp.asarray(as_real("start", start)), math.prod(jacobian.tangent_shape)
+    if start.shape != (units,):
+        raise InputError(f"start has shape {start.shape}; it is ({units},) for this Jacobian")
     steps = check_count("steps", steps)
     return _advanced(_begun(jacobian, start).with_places(steps), steps)
 
@@ -593,8 +586,9 @@ def extreme_singular_values(
     """
     leading, trailing = check_count("leading", leading, 0), check_count("trailing", trailing, 0)
     most_steps = check_count("most_steps", most_steps)
-    if not tolerance > 0:
-        raise InputError(f"tolerance is {tolerance!r}; it is a number above 0")
+    check_number("tolerance", tolerance, positive=True)
+    if memory_budget is not None:
+        check_number("memory_budget", memory_budget, positive=True)
     if leading + trailing == 0:
         raise InputError("leading and trailing are 0; at least one is more")
     inputs, key = as_inputs(inputs, network), as_key(key)

@@ -10,7 +10,7 @@ import numpy as np
 import xarray
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from gradflow import ensembles, gaussian
+from gradflow import activations, ensembles, gaussian
 from gradflow.activations import Activation
 from gradflow.arguments import from_seed
 from gradflow.errors import InputError, check_scale
@@ -69,6 +69,7 @@ def run(
     InputError
         If an argument is out of range, or the length settles nowhere.
     """
+    activation = activations.get(activation)
     with jax.enable_x64(True):
         check_scale("sigma_b2", sigma_b2)
         theory.check(sigma_w2, depth, weights)

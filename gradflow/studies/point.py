@@ -10,9 +10,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from gradflow import gaussian
+from gradflow import activations, gaussian
 from gradflow.activations import Activation
-from gradflow.errors import InputError, check_count
+from gradflow.arguments import as_numbers
+from gradflow.errors import InputError, check_count, check_sequence
 from gradflow.theory import criticality, finite_width, fixed_points, mean_field
 from gradflow.theory import spectrum as spectra
 
@@ -25,6 +26,7 @@ _EVERY_LENGTH: dict[str, Any] = {
     "chi_par": 1.0,
     "xi_q": math.inf,
     "xi_grad": math.inf,
+    "q_error": 0.0,
     "stable": None,
     "marginal": True,
     "half_stable": False,
@@ -73,8 +75,11 @@ def run(
     InputError
         If an argument is out of range.
     """
+    activation = activations.get(activation)
     depth, width = check_count("depth", depth), check_count("width", width)
-    c = np.asarray(correlations, np.float64)
+    what = "correlations, each from -1 to 1"
+    correlations = check_sequence("correlations", correlations, what)
+    c = np.asarray(as_numbers("correlations", correlations), np.float64)
     if not np.all(np.abs(c) <= 1):
         raise InputError(f"correlations is {list(correlations)}; each is from -1 to 1")
     with jax.enable_x64(True):

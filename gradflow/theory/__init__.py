@@ -10,6 +10,10 @@ finite_width
     Exact laws of one input's length and gain, linear and ReLU; the length's 1/n corrections.
 corrections
     First order in 1/n of every statistic: the shift of its mean, its spread between networks.
+carried_means
+    What finite width does to gradients where a mean over units is carried along.
+shared_weights
+    Lengths and gradients of a GRU or LSTM whose steps all have the same weights.
 fixed_points
     Where lengths and correlations settle, and on which depth scales.
 criticality
@@ -26,6 +30,7 @@ prescription
 
 from gradflow.theory import (
     architectures,
+    carried_means,
     corrections,
     criticality,
     densities,
@@ -34,12 +39,14 @@ from gradflow.theory import (
     linear_regime,
     mean_field,
     prescription,
+    shared_weights,
     spectrum,
     transformations,
 )
 
 __all__ = [
     "architectures",
+    "carried_means",
     "corrections",
     "criticality",
     "densities",
@@ -48,5 +55,6 @@ __all__ = [
     "linear_regime",
     "mean_field",
     "prescription",
+    "shared_weights",
 ]
 __all__ += ["spectrum", "transformations"]

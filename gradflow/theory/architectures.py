@@ -28,7 +28,7 @@ from jaxtyping import Array, ArrayLike, Float, Int
 from gradflow import activations, batch, gaussian
 from gradflow.activations import Activation
 from gradflow.blocks import AbstractBlock, Patches
-from gradflow.errors import InputError, check_count, check_scale, is_traced
+from gradflow.errors import InputError, check_count, check_scale, is_number, is_traced
 from gradflow.gram import Gram
 from gradflow.theory import fixed_points, mean_field
 
@@ -127,10 +127,11 @@ def batch_norm_chi(activation: Activation | str, size: int | float) -> Float[Arr
     Yang et al. 2019, arXiv:1902.08129.
     """
     phi = activations.get(activation)
-    if size == math.inf:
+    if is_number(size) and size == math.inf:
         one = jnp.ones(())
         return gaussian.moment(phi, "dphi2", one) / gaussian.variance(phi, one)
-    size = check_count("batch", int(size) if size == int(size) else size, batch.SMALLEST)
+    whole = is_number(size) and size == int(size)
+    size = check_count("batch", int(size) if whole else size, batch.SMALLEST)
     m = batch.sphere_averages(phi, size)
     return size / (size - 3) * (m["own_slope"] - m["other_slope"]) / (m["own"] - m["other"])
 

@@ -35,7 +35,7 @@ from gradflow import gaussian, statistics
 from gradflow.activations import Activation
 from gradflow.blocks import Dense
 from gradflow.errors import InputError
-from gradflow.networks import Network
+from gradflow.networks import Network, check_network
 from gradflow.statistics import BackwardLaw, ForwardLaw
 from gradflow.theory import mean_field
 
@@ -60,14 +60,18 @@ class Corrections(eqx.Module):
         To be added to what `mean_field.predict` returns; that of a logarithm where it is one.
     standard_deviation
         Over networks; of a statistic that is carried as a logarithm, as a share of its mean.
+    term
+        What the shift is of, where it is one effect by name and not all of order 1/n.
     """
 
     shift: dict[str, Array | np.ndarray]
     standard_deviation: dict[str, Array | np.ndarray]
+    term: str | None = eqx.field(static=True, default=None)
 
 
 def covers(network: Network) -> bool:
     """Whether `correct` has an answer: dense layers, each with Gaussian weights of its own."""
+    check_network(network)
     first, *rest = [s.block for s in network.stages for _ in range(min(s.repeats, 2))]
     return (
         network.iid_gaussian

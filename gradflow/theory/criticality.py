@@ -29,31 +29,33 @@ import numpy as np
 import xarray
 from jaxtyping import Array, ArrayLike, Float, Int
 
-from gradflow import gaussian
+from gradflow import activations, gaussian
 from gradflow.activations import Activation
+from gradflow.arguments import as_numbers
 from gradflow.errors import InputError, check_scale
 from gradflow.theory.fixed_points import (
     Analysis,
-    Roots,
     Status,
-    Table,
     analyse,
+    averages_at,
     correlation_curvature,
     depth_scale,
-    implicit,
     over_grid,
-    sign_changes,
-    slopes,
-    unsettled,
 )
+from gradflow.theory.moment_table import Averages, Table
+from gradflow.theory.roots import Roots, Valued, implicit, rounding, sign_changes
 
-__all__ = ["CriticalPoints", "HalfStable", "Phase", "UniversalityClass", "critical_line"]
-__all__ += ["critical_points", "half_stable_points", "phase", "phase_diagram"]
+__all__ = ["CriticalPoints", "HalfStable", "Phase", "UniversalityClass", "critical_at_infinity"]
+__all__ += ["critical_line", "critical_points", "half_stable_points", "phase", "phase_diagram"]
 __all__ += ["universality_class"]
 
 
 # χ₁ is critical within so many units of rounding.
 _ROUNDING = 64
+# A root that rounding may move by more than this share of q is none.
+_UNSEEN = 0.01
+# A length as large as can be: beyond all fixed points but those that a float cannot tell from it.
+_LARGE = 1e30
 
 
 class CriticalPoints(NamedTuple):
@@ -86,7 +88,8 @@ class Phase(enum.IntEnum):
     ORDERED = 0  # χ₁ < 1: gradients vanish, c* = 1
     CRITICAL = 1  # χ₁ = 1
     CHAOTIC = 2  # χ₁ > 1: gradients explode, c* < 1
-    DIVERGENT = 3  # q itself grows without limit, or does not settle between 2^-60 and 2^40
+    DIVERGENT = 3  # q grows without limit, and gradients explode with it: χ₁ → a limit above 1
+    UNKNOWN = 4  # q oscillates, leaves the float's range, or grows with no limit of χ₁ to be seen
 
 
 class UniversalityClass(enum.Enum):
@@ -174,8 +177,9 @@ def critical_points(
     Returns
     -------
     CriticalPoints
-        Those with q* = 0 or between 2^-60 and 2^40. Where every q is critical (ReLU, σ_b² = 0,
-        σ_w² = 2) one point, whose q* is NaN.
+        Those with a q*, and none where rounding would decide it (below 1e-13 or so, other than 0).
+        Where every q is critical (ReLU, σ_b² = 0, σ_w² = 2) one point, whose q* is NaN. Where q
+        grows without limit, `critical_at_infinity` has what χ₁ → 1 needs.
 
     Raises
     ------
@@ -183,6 +187,7 @@ def critical_points(
         If not exactly one scale is given, or it is negative or not finite (seen outside jit only);
         if φ has no Gaussian moments.
     """
+    activation = activations.get(activation)
     if (sigma_b2 is None) == (sigma_w2 is None):
         count = "none is" if sigma_b2 is None else "both are"
         raise InputError(f"of sigma_b2 and sigma_w2, {count} given; give one of them")
@@ -203,44 +208,70 @@ def _critical_points(activation: Activation, given: str, value: Array) -> Critic
 
 
 def _for_sigma_b2(activation: Activation, table: Table, sigma_b2: Array) -> CriticalPoints:
-    def surplus(theta: tuple[Table, Array], q: Array) -> Array:
+    def surplus(theta: tuple[Table, Array], q: Array) -> tuple[Array, Array]:
         """(q - E[φ²]/E[φ'²] - σ_b²)/q."""
         table, sigma_b2 = theta
-        ratio, slope, _ = table.at(q)
-        return 1 - ratio / slope - sigma_b2 / q
+        near, bias = table.at(q), sigma_b2 / q
+        slope = near.limit + near.dphi2
+        size = (near.sizes[1] + near.sizes[0]) / slope + bias
+        return (near.dphi2 - near.ratio) / slope - bias, size
 
     q, found = _solve(surplus, (table, sigma_b2))
-    end = (sigma_b2 == 0) & (table.at_zero[0] == 0) & ~found.neutral
+    at_origin = table.square_at_zero == 0
+    end = (sigma_b2 == 0) & at_origin & ~found.neutral
     any_q = (sigma_b2 == 0) & found.neutral
     special = jnp.where(any_q, jnp.nan, 0.0)
-    sigma_w2 = 1 / table.at_zero[1]
+    sigma_w2 = 1 / table.zero.dphi2
     return _assemble(activation, table, (end | any_q, special, sigma_w2), q, found, sigma_b2)
 
 
 def _for_sigma_w2(activation: Activation, table: Table, sigma_w2: Array) -> CriticalPoints:
-    def surplus(theta: tuple[Table, Array], q: Array) -> Array:
+    def surplus(theta: tuple[Table, Array], q: Array) -> tuple[Array, Array]:
         """1 - σ_w² E[φ'²]."""
         table, sigma_w2 = theta
-        return 1 - sigma_w2 * table.at(q)[1]
+        near = table.at(q)
+        straight = jnp.abs(sigma_w2 * near.limit - 1)
+        noise = rounding(q.dtype)
+        straight = jnp.where(straight <= noise, straight / noise, straight)
+        return -near.excess(near.dphi2, sigma_w2), straight + sigma_w2 * near.sizes[1]
 
     q, found = _solve(surplus, (table, sigma_w2))
-    at_end = jnp.abs(sigma_w2 * table.at_zero[1] - 1) < 8 * jnp.finfo(q.dtype).eps
-    end = at_end & (table.at_zero[0] == 0) & ~found.neutral
-    any_q = found.neutral & (table.at_zero[0] == 0)
+    at_end = jnp.abs(sigma_w2 * table.zero.dphi2 - 1) < 8 * jnp.finfo(q.dtype).eps
+    at_origin = table.square_at_zero == 0
+    end = at_end & at_origin & ~found.neutral
+    any_q = found.neutral & at_origin
     special = jnp.where(any_q, jnp.nan, 0.0)
     return _assemble(activation, table, (end | any_q, special, sigma_w2), q, found, None)
 
 
-def _solve(surplus: Callable, theta: tuple[Table, Array]) -> tuple[Array, Roots]:
-    """Return the places q, differentiable by θ, where surplus(θ, q) changes sign."""
+def _solve(
+    surplus: Callable[[Any, Array], tuple[Array, Array]], theta: tuple[Table, Array]
+) -> tuple[Array, Roots]:
+    """Return the places q, differentiable by θ, where surplus(θ, q) changes sign.
+
+    The surplus is a value and its size. Roots that rounding alone makes count as absent.
+    """
     held = jax.lax.stop_gradient(theta)
 
-    def value_and_slope(t: Array) -> tuple[Array, Array]:
-        return jax.jvp(lambda t: surplus(held, jnp.exp(t)), (t,), (jnp.ones_like(t),))
+    def valued(t: Array) -> Valued:
+        value, slope, size = jax.jvp(
+            lambda t: surplus(held, jnp.exp(t)), (t,), (jnp.ones_like(t),), has_aux=True
+        )
+        return value, slope, size
 
-    found = sign_changes(value_and_slope, theta[1].dtype)
+    dtype = theta[1].dtype
+    found = sign_changes(valued, Table.scan(dtype))
+    _, slope, size = jax.vmap(valued)(found.place)
+    touching = found.before == found.after
+    seen = touching | (rounding(dtype) * size < _UNSEEN * jnp.abs(slope))
+    found = found._replace(before=jnp.where(seen, found.before, 0))
     place = jnp.where(found.before == 0, 1, jnp.exp(found.place))
-    return jax.vmap(lambda q: implicit(surplus, theta, q))(place), found
+    equation = functools.partial(_value_of, surplus)
+    return jax.vmap(lambda q: implicit(equation, theta, q))(place), found
+
+
+def _value_of(surplus: Callable[[Any, Array], tuple[Array, Array]], theta: Any, q: Array) -> Array:
+    return surplus(theta, q)[0]
 
 
 def _assemble(
@@ -252,9 +283,9 @@ def _assemble(
     sigma_b2: Array | None,
 ) -> CriticalPoints:
     """Put the point at q* = 0, or that of every q, before the others; absent ones last."""
-    ratio, _, _ = jax.vmap(table.at)(q)
-    slope, gain = slopes(activation, table, q)
-    biases = q * (1 - ratio / slope) if sigma_b2 is None else jnp.full_like(q, sigma_b2)
+    near = jax.vmap(functools.partial(averages_at, activation, table))(q)
+    slope, gain = near.limit + near.dphi2, near.limit + near.gain
+    biases = _bias(near, q) if sigma_b2 is None else jnp.full_like(q, sigma_b2)
     there, special_q, special_w = special
     present = jnp.append(there, (found.before != 0) & ~found.neutral & (biases >= 0))
     points = _points(
@@ -271,6 +302,61 @@ def _assemble(
     return points._replace(q_star=jnp.where(jnp.sort(~present), jnp.nan, points.q_star))
 
 
+def _bias(near: Averages, q: Array) -> Array:
+    """Return q - E[φ²]/E[φ'²], the σ_b² of a critical point."""
+    return q * (near.dphi2 - near.ratio) / (near.limit + near.dphi2)
+
+
+# Where q grows without limit ----------------------------------------------------------------------
+
+
+def critical_at_infinity(
+    activation: Activation, sigma_b2: ArrayLike = 0.0, *, start: ArrayLike | None = None
+) -> Float[Array, "*grid"]:
+    """Return the σ_w² at which the length grows without limit and χ₁ tends to 1.
+
+    It is 2/(a₊² + a₋²), 2 for ReLU, where φ → a± x far out: V(q) - q then tends to a constant that
+    decides whether lengths grow, and the critical points of finite q* end.
+
+    Parameters
+    ----------
+    activation
+        φ; static under jit.
+    sigma_b2
+        σ_b², >= 0, of any shape.
+    start
+        q of the first layer, > 0; by default, a length as large as can be.
+
+    Returns
+    -------
+    Array
+        σ_w², of the shape that they broadcast to; NaN where lengths do not grow without limit
+        there, or E[φ'²] has no limit.
+
+    Raises
+    ------
+    InputError
+        If an argument is out of range (seen outside jit only); if φ has no Gaussian moments.
+    """
+    check_scale("sigma_b2", sigma_b2)
+    if start is not None:
+        check_scale("start", start, positive=True)
+    gaussian.check(activation)
+    sigma_b2 = jnp.asarray(sigma_b2, jnp.result_type(sigma_b2, 0.0))
+    begin = jnp.asarray(_LARGE if start is None else start, sigma_b2.dtype)
+    return _critical_at_infinity(activation, *jnp.broadcast_arrays(sigma_b2, begin))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _critical_at_infinity(activation: Activation, sigma_b2: Array, start: Array) -> Array:
+    slope = Table.of(activation, sigma_b2.dtype).infinity.dphi2
+    usable = jnp.isfinite(slope) & (slope > 0)
+    sigma_w2 = jnp.broadcast_to(1 / jnp.where(usable, slope, 1), sigma_b2.shape)
+    found = analyse(activation, sigma_w2, sigma_b2, start=start)
+    there = usable & (found.status == Status.DIVERGES)
+    return jnp.where(there, sigma_w2, jnp.nan)
+
+
 def half_stable_points(activation: Activation, dtype: str = "float") -> HalfStable:
     """Return the points with χ₁ = χ∥ = 1 at q* > 0, where E[φ φ''] = 0.
 
@@ -284,6 +370,7 @@ def half_stable_points(activation: Activation, dtype: str = "float") -> HalfStab
     dtype
         The float type.
     """
+    activation = activations.get(activation)
     return _half_stable_points(activation, jnp.dtype(dtype).name)
 
 
@@ -291,14 +378,15 @@ def half_stable_points(activation: Activation, dtype: str = "float") -> HalfStab
 def _half_stable_points(activation: Activation, dtype: str) -> HalfStable:
     table = Table.of(activation, jnp.zeros((), dtype).dtype)
 
-    def surplus(theta: tuple[Table, Array], q: Array) -> Array:
+    def surplus(theta: tuple[Table, Array], q: Array) -> tuple[Array, Array]:
         """χ∥/χ₁ - 1."""
-        _, slope, gain = theta[0].at(q)
-        return gain / slope - 1
+        near = theta[0].at(q)
+        slope = near.limit + near.dphi2
+        return (near.gain - near.dphi2) / slope, (near.sizes[2] + near.sizes[1]) / slope
 
     q, found = _solve(surplus, (table, jnp.zeros((), dtype)))
-    ratio, slope, _ = jax.vmap(table.at)(q)
-    sigma_b2 = q * (1 - ratio / slope)
+    near = jax.vmap(table.at)(q)
+    slope, sigma_b2 = near.limit + near.dphi2, _bias(near, q)
     present = (found.before != 0) & ~found.neutral & (sigma_b2 >= 0)
     order = jnp.argsort(~present, stable=True)
     return HalfStable(
@@ -308,6 +396,7 @@ def _half_stable_points(activation: Activation, dtype: str) -> HalfStable:
 
 def universality_class(activation: Activation) -> UniversalityClass:
     """Return the class of an activation at criticality (Roberts, Yaida & Hanin 2022, ch. 5)."""
+    activation = activations.get(activation)
     with jax.enable_x64(True):
         if activation.homogeneous:
             return UniversalityClass.SCALE_INVARIANT
@@ -323,7 +412,8 @@ def universality_class(activation: Activation) -> UniversalityClass:
 def _near_zero(activation: Activation, q: Array) -> tuple[Array, Array, Array]:
     """Return E[φ²] and E[φ'²] at 0, and E[φ²]/q at a small q."""
     table = Table.of(activation, q.dtype)
-    return *table.at_zero, table.at(q)[0]
+    near = table.at(q)
+    return table.square_at_zero, table.zero.dphi2, near.limit + near.ratio
 
 
 @jax.jit
@@ -332,11 +422,12 @@ def phase(analysis: Analysis) -> Int[Array, "*grid"]:
     noise = jnp.finfo(analysis.chi1.dtype).eps
     return jnp.select(
         [
-            unsettled(analysis.status),
+            jnp.isnan(analysis.chi1),
             jnp.abs(analysis.chi1 - 1) <= _ROUNDING * noise,
             analysis.chi1 < 1,
+            analysis.status == Status.DIVERGES,
         ],
-        [Phase.DIVERGENT, Phase.CRITICAL, Phase.ORDERED],
+        [Phase.UNKNOWN, Phase.CRITICAL, Phase.ORDERED, Phase.DIVERGENT],
         Phase.CHAOTIC,
     ).astype(jnp.int8)
 
@@ -353,7 +444,7 @@ _LABELS = {
     "xi_c": "depth scale of correlations ξ_c (layers)",
     "xi_grad": "depth scale of gradients ξ_∇ (layers; < 0: they grow)",
     "critical_sigma_w": "σ_w of the critical line, χ₁ = 1",
-    "critical_q_star": "q* on the critical line",
+    "critical_q_star": "q* on the critical line; inf where q grows without limit",
 }
 
 
@@ -380,9 +471,10 @@ def phase_diagram(
     xarray.Dataset
         Over (sigma_b, sigma_w): ``phase`` (a `Phase`), ``status`` (a `fixed_points.Status`),
         ``q_star``, ``chi1``, ``c_star``, ``xi_c``, ``xi_grad`` and the other fields of
-        `fixed_points.Analysis`. Over (sigma_b, point): ``critical_sigma_w`` and
-        ``critical_q_star``, all critical points of that σ_b, NaN where there are fewer. Computed in
-        float64 whatever JAX's x64 setting.
+        `fixed_points.Analysis`; where q grows without limit ``chi1`` and ``xi_grad`` are what they
+        tend to. Over (sigma_b, point): ``critical_sigma_w`` and ``critical_q_star``, all critical
+        points of that σ_b, NaN where there are fewer; a q* of inf is where χ₁ tends to 1 as q,
+        from ``start``, grows without limit. Computed in float64 whatever JAX's x64 setting.
 
     Raises
     ------
@@ -390,7 +482,11 @@ def phase_diagram(
         If an argument is negative or not finite, or no row of numbers; if φ has no Gaussian
         moments.
     """
-    axes = {"sigma_w": np.asarray(sigma_w, float), "sigma_b": np.asarray(sigma_b, float)}
+    activation = activations.get(activation)
+    axes = {
+        name: np.asarray(as_numbers(name, values, float), float)
+        for name, values in {"sigma_w": sigma_w, "sigma_b": sigma_b}.items()
+    }
     for name, values in axes.items():
         check_scale(name, values)
         if values.ndim != 1 or not values.size:
@@ -399,13 +495,17 @@ def phase_diagram(
         columns, rows = (values**2 for values in axes.values())
         found = analyse(activation, columns[None, :], rows[:, None], start=start)
         line = critical_points(activation, sigma_b2=rows)
+        ends = np.asarray(critical_at_infinity(activation, rows, start=start))[:, None]
+        weights = np.concatenate([np.asarray(line.sigma_w2), ends], axis=1)
+        lengths = np.where(np.isnan(ends), np.nan, np.inf)
+        lengths = np.concatenate([np.asarray(line.q_star), lengths], axis=1)
         grid = {"phase": phase(found), **found._asdict()}
         dims = ("sigma_b", "sigma_w")
         dataset = xarray.Dataset(
             {name: (dims, np.asarray(value)) for name, value in grid.items()}
             | {
-                "critical_sigma_w": (("sigma_b", "point"), np.sqrt(np.asarray(line.sigma_w2))),
-                "critical_q_star": (("sigma_b", "point"), np.asarray(line.q_star)),
+                "critical_sigma_w": (("sigma_b", "point"), np.sqrt(weights)),
+                "critical_q_star": (("sigma_b", "point"), lengths),
             },
             coords=axes,
             attrs={"activation": activation.name, "start": start},

@@ -10,6 +10,16 @@ has the gain of any fixed direction u, ‖J u‖² (Hanin & Nica 2018, arXiv:181
 below, and their log-normal limit. For any φ, the variance of v and the shift of its mean follow to
 first order in 1/n: the four-point vertex and the next-to-leading metric of Roberts, Yaida & Hanin
 2022, 'The Principles of Deep Learning Theory', ch. 4.
+
+Weights that are not Gaussian, but independent, symmetric and of excess kurtosis κ, have units whose
+fourth cumulant, given the layer below, is
+
+    κ₄ = κ (σ_w²/n)² Σ_i h_i⁴,
+
+so that Var ‖W u‖² is (2 + κ Σ u_i⁴)/n for one layer: 0.8/n for uniform weights and a one-hot input,
+for κ = -6/5, and 2/n for a dense one of many entries. Means and variances of homogeneous φ follow
+exactly, as only fourth moments enter; for any φ, E[f(z)] moves by κ₄/6 times its second derivative
+by v, to first order in 1/n.
 """
 
 from collections.abc import Sequence
@@ -23,12 +33,13 @@ from jaxtyping import Array, ArrayLike, Float
 
 from gradflow import activations, gaussian
 from gradflow.activations import Activation
-from gradflow.errors import InputError, check_count, check_scale
+from gradflow.errors import InputError, check_count, check_scale, check_sequence, is_traced
 
 __all__ = ["ForwardMoments", "GainLaw", "LogNormal", "Vertex", "forward_moments", "gain_law"]
 __all__ += ["log_normal", "vertex"]
 
 _Three: TypeAlias = tuple[Array, Array, Array]
+_Four: TypeAlias = tuple[Array, Array, Array, Array]
 
 
 class GainLaw(NamedTuple):
@@ -73,7 +84,10 @@ class Vertex(NamedTuple):
 
 
 def _check_widths(widths: Sequence[int]) -> tuple[int, ...]:
-    found = tuple(check_count("width", width) for width in widths)
+    found = tuple(
+        check_count("width", width)
+        for width in check_sequence("widths", widths, "the input's width and every layer's")
+    )
     if len(found) < 2:
         raise InputError(f"widths is {found!r}; it needs an input and at least one layer")
     return found
@@ -92,9 +106,14 @@ def _homogeneous(activation: Activation | str) -> tuple[Activation, Array, Array
 
 
 def gain_law(
-    activation: Activation | str, widths: Sequence[int], sigma_w2: ArrayLike = 1.0
+    activation: Activation | str,
+    widths: Sequence[int],
+    sigma_w2: ArrayLike = 1.0,
+    *,
+    kurtosis: ArrayLike = 0.0,
+    input_fourth: ArrayLike | None = None,
 ) -> GainLaw:
-    """Return the exact law of the squared gain of a network without biases, Gaussian weights.
+    """Return the exact law of the squared gain of a network without biases.
 
     Parameters
     ----------
@@ -105,11 +124,17 @@ def gain_law(
         (n_0, n_1, …, n_L): the input's width, then every layer's.
     sigma_w2
         σ_w² > 0: weights of variance σ_w²/fan_in.
+    kurtosis
+        κ, the excess kurtosis of weights that are independent and symmetric: 0 for Gaussian ones,
+        -6/5 for uniform ones (`ensembles.Distribution` has it).
+    input_fourth
+        Σ u_i⁴ of the input u of length 1: from 1/n_0, if all entries are of one size (the default),
+        to 1 if one is all there is. It matters where κ is not 0.
 
     Returns
     -------
     GainLaw
-        Each a scalar.
+        Each a scalar. Where κ is not 0, plain moments alone: the others are NaN.
 
     Raises
     ------
@@ -126,7 +151,16 @@ def gain_law(
     log_scale = _log_scale(sigma_w2)
     n_in, n = (jnp.asarray(w, second.dtype) for w in (widths[:-1], widths[1:]))
     log_means = jnp.sum(log_scale + jnp.log(n / n_in) + jnp.log(second))
-    log_excess = jnp.sum(jnp.log1p((fourth / second**2 - 1) / n))
+    kurtosis, share = _fourth_cumulant(kurtosis, input_fourth, widths[0], 1 / widths[0])
+
+    def step(share: Array, n: Array) -> tuple[Array, Array]:
+        """Follow E Σ h_i⁴/E ‖h‖⁴; return how much more E ‖h‖⁴ grows than (E ‖h‖²)²."""
+        of_units = fourth / second**2 * (1 + kurtosis * share / 3)
+        return of_units / (of_units + n - 1), jnp.log1p((of_units - 1) / n)
+
+    _, excess = jax.lax.scan(step, jnp.broadcast_to(share, jnp.shape(kurtosis + share)), n)
+    log_excess = jnp.sum(excess)
+    gaussian_alone = jnp.where(kurtosis == 0, 0.0, jnp.nan)
     distinct, counts = np.unique(widths[1:], return_counts=True)
     alive, mean, variance = (jnp.zeros(()) for _ in range(3))
     for width, count in zip(distinct.tolist(), counts.tolist(), strict=True):
@@ -140,10 +174,26 @@ def gain_law(
         variance=jnp.exp(2 * log_means) * jnp.expm1(log_excess),
         log_mean=log_means,
         log_second_moment=2 * log_means + log_excess,
-        alive=jnp.exp(alive),
-        mean_of_log=mean + jnp.sum(log_scale - jnp.log(n_in)),
-        variance_of_log=variance,
+        alive=jnp.exp(alive) + gaussian_alone,
+        mean_of_log=mean + jnp.sum(log_scale - jnp.log(n_in)) + gaussian_alone,
+        variance_of_log=variance + gaussian_alone,
     )
+
+
+def _fourth_cumulant(
+    kurtosis: ArrayLike, input_fourth: ArrayLike | None, inputs: int, least: float
+) -> tuple[Array, Array]:
+    """Return κ and Σ u_i⁴ of the input, checked; by default, that of equal entries."""
+    fourth = 1 / inputs if input_fourth is None else input_fourth
+    for name, value, low, high in (
+        ("kurtosis", kurtosis, -2.0, np.inf),  # that of ±1 with equal probability is the least
+        ("input_fourth", fourth, least * (1 - 1e-6), 1 + 1e-6),
+    ):
+        if not is_traced(value) and not low <= float(np.asarray(value)) <= high:
+            allowed = f"from {low:.6g} to {high:.6g}" if high < np.inf else f"at least {low:g}"
+            raise InputError(f"{name} is {value!r}; it is a number, {allowed}")
+    dtype = jnp.result_type(kurtosis, fourth, 0.0)
+    return jnp.asarray(kurtosis, dtype), jnp.asarray(fourth, dtype)
 
 
 def _log_scale(sigma_w2: ArrayLike) -> Array:
@@ -210,6 +260,8 @@ def forward_moments(
     *,
     width: int,
     depth: int,
+    kurtosis: ArrayLike = 0.0,
+    input_fourth: ArrayLike | None = None,
 ) -> ForwardMoments:
     """Return exact means and variances of the length of one input, biases or not.
 
@@ -223,6 +275,8 @@ def forward_moments(
         σ_w² and σ_b², >= 0.
     width, depth
         Units a layer, and layers.
+    kurtosis, input_fourth
+        As for `gain_law`; biases are Gaussian. The default input is as wide as a layer.
 
     Raises
     ------
@@ -232,16 +286,22 @@ def forward_moments(
     _, second, fourth = _homogeneous(activation)
     n = check_count("width", width)
     q1, w2, b2 = _scalars(q1=q1, sigma_w2=sigma_w2, sigma_b2=sigma_b2)
+    given = _fourth_cumulant(kurtosis, input_fourth, n, 0.0)
+    kurtosis, share = (x.astype(q1.dtype) for x in given)
     noise = (fourth - second**2) / n
 
-    def step(state: tuple[Array, Array], _: None) -> tuple[tuple[Array, Array], tuple]:
-        mean, variance = state
-        after = w2**2 * (variance * (second**2 + noise) + mean**2 * noise)
-        return (b2 + w2 * second * mean, after), (mean, variance)
+    def step(state: _Three, _: None) -> tuple[_Three, _Three]:
+        mean, variance, cumulant = state  # the last is E κ₄
+        of_units = fourth / n * cumulant / 3
+        after = w2**2 * (variance * (second**2 + noise) + mean**2 * noise + of_units)
+        fourths = fourth / n * (variance + mean**2 + cumulant / 3)  # E Σ h_i⁴/n²
+        return (b2 + w2 * second * mean, after, kurtosis * w2**2 * fourths), state
 
     depth = check_count("depth", depth)
-    _, (mean, variance) = jax.lax.scan(step, (q1, jnp.zeros_like(q1)), None, length=depth)
-    return ForwardMoments(mean, variance, variance + 2 / n * (variance + mean**2))
+    start = (q1, jnp.zeros_like(q1), kurtosis * (q1 - b2) ** 2 * share)
+    _, (mean, variance, cumulant) = jax.lax.scan(step, start, None, length=depth)
+    of_mean = (2 * (variance + mean**2) + cumulant) / n
+    return ForwardMoments(mean, variance, variance + of_mean)
 
 
 def vertex(
@@ -251,6 +311,8 @@ def vertex(
     sigma_b2: ArrayLike = 0.0,
     *,
     depth: int,
+    kurtosis: ArrayLike = 0.0,
+    input_fourth: ArrayLike = 1.0,
 ) -> Vertex:
     """Return the length's infinite-width value, variance and shift to first order in 1/n.
 
@@ -264,6 +326,11 @@ def vertex(
         σ_w² and σ_b², >= 0.
     depth
         L >= 1: layers of equal width.
+    kurtosis
+        κ, the weights' excess kurtosis: see `gain_law`. It moves means to first order, and V4 not.
+    input_fourth
+        n Σ u_i⁴ of the input u of length 1, which is to be of order 1: 1 where all n_0 = n entries
+        are of one size, 3 for Gaussian ones. (Of a sparse one units are not Gaussian at any width.)
 
     Returns
     -------
@@ -288,22 +355,26 @@ def vertex(
     def second_moment(q: Array) -> Array:
         return gaussian.moment(phi, "phi2", q)
 
-    def step(state: _Three, _: None) -> tuple[_Three, _Three]:
-        q, v4, g1 = state
+    kurtosis = jnp.asarray(kurtosis, q1.dtype)
+
+    def step(state: _Four, _: None) -> tuple[_Four, _Three]:
+        q, v4, g1, cumulant = state  # the last is n κ₄
         g, first, second = (
             second_moment(q),
             jax.grad(second_moment)(q),
             jax.grad(jax.grad(second_moment))(q),
         )
-        noise = gaussian.moment(phi, "phi4", q) - g**2
+        fourth = gaussian.moment(phi, "phi4", q)
         new = (
             b2 + w2 * g,
-            w2**2 * (noise + first**2 * v4),
-            w2 * (first * g1 + second * v4 / 2),
+            w2**2 * (fourth - g**2 + first**2 * v4),
+            w2 * (first * g1 + second * (v4 / 2 + cumulant / 6)),
+            kurtosis * w2**2 * fourth,
         )
-        return new, state
+        return new, (q, v4, g1)
 
-    start = (q1, jnp.zeros_like(q1), jnp.zeros_like(q1))
+    of_input = kurtosis * (q1 - b2) ** 2 * jnp.asarray(input_fourth, q1.dtype)
+    start = (q1, jnp.zeros_like(q1), jnp.zeros_like(q1), of_input)
     _, found = jax.lax.scan(step, start, None, length=depth)
     return Vertex(*found)
 

@@ -10,13 +10,15 @@ arXiv:1611.01232):
     χ₁ = σ_w² E[φ'²],       ξ_∇ = -1/log χ₁      (< 0: gradients grow on the way down)
     χ_c = C'(c*),           ξ_c = -1/log χ_c
 
-How it is computed. E[φ²] and E[φ'²] are analytic functions of log q in a strip of half-width π/2,
-whatever φ is, so a table at 16 Chebyshev nodes for each factor of 2 in q has all their digits. The
-table does not depend on σ_w and σ_b: a grid of a million points shares one. All roots between
-q = 2^-60 and 2^40 are found on it. The correlation map is a power series in c with coefficients
->= 0, those of φ in Hermite polynomials, so it has at most one fixed point in [0, 1) besides c = 1:
-one where χ₁ > 1, none elsewhere (Poole et al. 2016). Derivatives follow from the implicit function
-theorem, to any order.
+Where the length grows without limit there is no q*, and gradients still have a factor: χ₁ tends to
+σ_w² lim E[φ'²] as q → ∞, which is finite wherever φ grows no faster than |x|, and then correlations
+tend to those of a± x.
+
+How it is computed. All averages come from one table (`moment_table`), which does not depend on σ_w
+and σ_b: a grid of a million points shares it. All roots within a float's range are found on it. The
+correlation map is a power series in c with coefficients >= 0, those of φ in Hermite polynomials, so
+it has at most one fixed point in [0, 1) besides c = 1: one where χ₁ > 1, none elsewhere (Poole et
+al. 2016). Derivatives follow from the implicit function theorem, to any order.
 """
 
 import dataclasses
@@ -24,29 +26,23 @@ import enum
 import functools
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, TypeVar
+from typing import NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, ArrayLike, Bool, Float, Int
 
-from gradflow import gaussian
+from gradflow import activations, gaussian
 from gradflow.activations import Activation
-from gradflow.errors import check_scale, unknown_name
+from gradflow.arguments import as_numbers
+from gradflow.errors import InputError, check_scale, unknown_name
+from gradflow.theory.moment_table import Averages, Limit, Table
+from gradflow.theory.roots import Valued, implicit, newton, rounding, sign_changes
 
 __all__ = ["Analysis", "LengthFixedPoints", "Stability", "Status", "analyse", "correlation"]
 __all__ += ["depth_scale", "length", "representable_depth", "trainable_depth"]
 
 _Pytree = TypeVar("_Pytree")
-
-# Panels of one factor of 2 in q, with Chebyshev nodes.
-_LOWEST, _HIGHEST, _ORDER = -60, 40, 16
-# As many positive fixed points are looked for, and extrema of V(q)/q - 1 that may hold two.
-_ROOTS, _EXTREMA = 4, 2
-# Roots are looked for between points this many to a factor of 2 in q. At GELU's half-stable point
-# V(q)/q - 1 has a root, a minimum of -2e-6 and a maximum of 0 within a quarter of that.
-_SCAN = 8
 
 
 class Stability(enum.IntEnum):
@@ -70,7 +66,7 @@ class Status(enum.IntEnum):
     DIVERGES = 4
     NEUTRAL = 5  # every q is a fixed point: it stays where it is
     OSCILLATES = 6  # about an unstable fixed point with χ∥ < -1
-    OUT_OF_RANGE = 7  # to a q* > 0 below 2^-60, or beyond 2^40
+    OUT_OF_RANGE = 7  # to a q* > 0 that is no normal number of the float type
 
 
 class LengthFixedPoints(NamedTuple):
@@ -85,10 +81,14 @@ class LengthFixedPoints(NamedTuple):
     xi_q: Float[Array, "*grid points"]  # in layers
     xi_grad: Float[Array, "*grid points"]  # in layers; < 0 where gradients explode
     stability: Int[Array, "*grid points"]  # a `Stability`
+    q_error: Float[Array, "*grid points"]  # estimated, of q_star, absolute
 
 
 class Analysis(NamedTuple):
     """Where a signal settles, and how fast; NaN where it does not.
+
+    Where the length grows without limit, ``chi1`` and ``chi_par`` are what the factors of gradients
+    and of the length tend to: inf where they grow too, and NaN where they tend to nothing.
 
     Where an approach is algebraic, not exponential, its ξ is infinite and after l layers
     |q - q*| → amplitude · l^-exponent; and so 1 - c for two inputs. NaN elsewhere, and where no
@@ -117,7 +117,7 @@ def trainable_depth(xi: Float[Array, "..."]) -> Float[Array, "..."]:
 
     Source: Schoenholz et al. 2017 (arXiv:1611.01232), section 5: a rule of thumb, not a law.
     """
-    return 6 * jnp.abs(xi)
+    return 6 * jnp.abs(jnp.asarray(as_numbers("xi", xi, float)))
 
 
 def representable_depth(
@@ -149,16 +149,17 @@ def representable_depth(
         limits = jnp.finfo(dtype)
     except (TypeError, ValueError):
         raise unknown_name("dtype", dtype, ("bfloat16", "float16", "float32", "float64")) from None
+    check_scale("chi", chi)
     log = jnp.log(jnp.asarray(chi))
     limit = jnp.where(log < 0, math.log(float(limits.tiny)), math.log(float(limits.max)))
-    critical = jnp.abs(log) <= _noise(log.dtype)
+    critical = jnp.abs(log) <= rounding(log.dtype)
     return jnp.where(critical, jnp.inf, 2 * limit / jnp.where(critical, 1, log))
 
 
 def depth_scale(chi: Float[Array, "..."]) -> Float[Array, "..."]:
     """Return -1/log|χ| in layers: > 0 for decay, < 0 for growth, +inf at |χ| = 1 to rounding."""
     log = jnp.log(jnp.abs(chi))
-    critical = jnp.abs(log) <= _noise(log.dtype)
+    critical = jnp.abs(log) <= rounding(log.dtype)
     return jnp.where(critical, jnp.inf, -1 / jnp.where(critical, 1, log))
 
 
@@ -180,9 +181,8 @@ def length(
     Returns
     -------
     LengthFixedPoints
-        Of the shape that they broadcast to, and one axis more. Fixed points beyond [2^-60, 2^40],
-        other than 0, are not found. Where every q is one (ReLU at σ_w² = 2, σ_b² = 0) none is
-        listed; `analyse` says so.
+        Of the shape that they broadcast to, and one axis more; the four smallest besides q* = 0.
+        Where every q is one (ReLU at σ_w² = 2, σ_b² = 0) none is listed; `analyse` says so.
 
     Raises
     ------
@@ -190,6 +190,7 @@ def length(
         If σ_w² or σ_b² is negative or not finite (seen outside jit only); if φ has no Gaussian
         moments.
     """
+    activation = activations.get(activation)
     gaussian.check(activation)
     sigma_w2, sigma_b2 = _as_scales(sigma_w2, sigma_b2)
     return _length(activation, sigma_w2, sigma_b2)
@@ -199,7 +200,15 @@ def _as_scales(sigma_w2: ArrayLike, sigma_b2: ArrayLike) -> tuple[Array, Array]:
     """Return both as floats of one shape."""
     for name, value in (("sigma_w2", sigma_w2), ("sigma_b2", sigma_b2)):
         check_scale(name, value)
-    sigma_w2, sigma_b2 = jnp.broadcast_arrays(sigma_w2, sigma_b2)
+    try:
+        sigma_w2, sigma_b2 = jnp.broadcast_arrays(jnp.asarray(sigma_w2), jnp.asarray(sigma_b2))
+    except ValueError as error:
+        raise InputError(
+            f"sigma_w2 has shape {jnp.shape(sigma_w2)} and sigma_b2 {jnp.shape(sigma_b2)}; they "
+            "are of shapes that broadcast to one"
+        ) from error
+    if not sigma_w2.size:
+        raise InputError("sigma_w2 or sigma_b2 is empty; each is one number or more")
     dtype = jnp.promote_types(jnp.result_type(sigma_w2, sigma_b2), jnp.result_type(0.0))
     return sigma_w2.astype(dtype), sigma_b2.astype(dtype)
 
@@ -209,23 +218,12 @@ def _length(activation: Activation, sigma_w2: Array, sigma_b2: Array) -> LengthF
     table = Table.of(activation, sigma_w2.dtype)
 
     def one(sigma_w2: Array, sigma_b2: Array) -> LengthFixedPoints:
-        found = _length_at(activation, table, sigma_w2, sigma_b2)
+        found = _length_at(activation, table, sigma_w2, sigma_b2).points
         present = found.stability != Stability.ABSENT
-        q, chi1, chi_par, xi_q, xi_grad = (
-            jnp.where(present, value, jnp.nan)
-            for value in (
-                found.q_star,
-                found.chi1,
-                found.chi_par,
-                depth_scale(found.chi_par),
-                depth_scale(found.chi1),
-            )
-        )
         order = jnp.argsort(~present, stable=True)
-        return jax.tree.map(
-            lambda leaf: leaf[order],
-            LengthFixedPoints(q, chi1, chi_par, xi_q, xi_grad, found.stability),
-        )
+        known = found._replace(stability=jnp.zeros_like(present))  # of these, all that is a number
+        blanked = jax.tree.map(lambda leaf: jnp.where(present, leaf, jnp.nan), known)
+        return jax.tree.map(lambda leaf: leaf[order], blanked._replace(stability=found.stability))
 
     return over_grid(one, sigma_w2, sigma_b2)
 
@@ -258,10 +256,12 @@ def analyse(
     Returns
     -------
     Analysis
-        Of the shape that they broadcast to. Where the status is ``DIVERGES``, ``OSCILLATES`` or
-        ``OUT_OF_RANGE``, all else is NaN. At q* = 0 of an activation that is not homogeneous,
-        correlations are kept as they are: c* is NaN. A status is for length maps that increase, as
-        all here but that of cos do; where a map decreases, that of the only fixed point.
+        Of the shape that they broadcast to. Where the status is ``OSCILLATES`` or ``OUT_OF_RANGE``,
+        all else is NaN; where it is ``DIVERGES``, χ₁ and χ∥ are limits, and there is no q*. Where
+        the length vanishes, diverges or is kept, φ is that of a± x: correlations tend to 1 if the
+        two slopes differ, and are kept as they are (c* is NaN) if they do not. A status is for
+        length maps that increase, as all here but that of cos do; where a map decreases, that of
+        the only fixed point.
 
     Raises
     ------
@@ -269,6 +269,7 @@ def analyse(
         If σ_w² or σ_b² is negative, or ``start`` not above 0, or one not finite (seen outside jit
         only); if φ has no Gaussian moments.
     """
+    activation = activations.get(activation)
     check_scale("start", start, positive=True)
     gaussian.check(activation)
     sigma_w2, sigma_b2 = _as_scales(sigma_w2, sigma_b2)
@@ -279,96 +280,34 @@ def analyse(
 @functools.partial(jax.jit, static_argnums=0)
 def _analyse(activation: Activation, sigma_w2: Array, sigma_b2: Array, start: Array) -> Analysis:
     table = Table.of(activation, sigma_w2.dtype)
-    length = over_grid(functools.partial(_settled, activation, table), sigma_w2, sigma_b2, start)
-    status, q, chi1, chi_par = length
-    nowhere = unsettled(status)
-    vanished = (q == 0) & ~nowhere
-    usable = jnp.where(nowhere | vanished, 1, q)
-    c_star, chi_c = _correlation(activation, usable, sigma_w2, sigma_b2, chi1)
-    kept = vanished | (status == Status.NEUTRAL)
-    c_star = jnp.where(kept, 1.0 if activation.homogeneous else jnp.nan, c_star)
-    chi_c = jnp.where(kept, 1, chi_c)
-    scales = (depth_scale(chi_par), depth_scale(chi_c), depth_scale(chi1))
+    status, found, moment_error = over_grid(
+        functools.partial(_settled, activation, table), sigma_w2, sigma_b2, start
+    )
+    q = found.q_star
+    diverges = status == Status.DIVERGES
+    vanished = q == 0
+    kept = vanished | diverges | (status == Status.NEUTRAL)
+    usable = jnp.where(jnp.isnan(q) | vanished, 1, q)
+    known = jnp.where(kept, 0, found.chi1)
+    c_star, chi_c = _correlation(activation, usable, sigma_w2, sigma_b2, known)
+    # φ is that of slopes on either side: C(c) > c for c < 1 where they differ, and c where not.
+    bent = jnp.where(diverges, table.infinity.bent, table.zero.bent)
+    bent &= status != Status.COLLAPSES_ALGEBRAICALLY  # what is left of the rest decays no faster
+    power = jnp.where(diverges, table.infinity.power, 1)
+    c_star = jnp.where(kept, jnp.where(bent, 1.0, jnp.nan), c_star)
+    chi_c = jnp.where(kept, jnp.where(power > 0, 1, jnp.nan), chi_c)
+    ordered = ~kept & (c_star == 1)
+    xi_c = jnp.where(ordered, found.xi_grad, depth_scale(chi_c))
     approaches = (
         *_approach_of_length(activation, table, status, q, sigma_w2),
-        *_approach_of_correlation(activation, usable, sigma_w2, chi_c, vanished),
+        *_approach_of_correlation(activation, table, usable, sigma_w2, found.chi1, chi_c, status),
     )
-    found = (q, chi1, chi_par, c_star, chi_c, *scales, *approaches)
-    errors = _errors(table, Analysis(status, *found, q_error=q, c_error=q))
-    values = (jnp.where(nowhere, jnp.nan, value) for value in (*found, *errors))
-    return Analysis(status, *values)
-
-
-def unsettled(status: Int[Array, "*grid"]) -> Array:
-    """Return where a `Status` names no fixed point."""
-    return (
-        (status == Status.DIVERGES)
-        | (status == Status.OSCILLATES)
-        | (status == Status.OUT_OF_RANGE)
-    )
-
-
-class Table(NamedTuple):
-    """E[φ²]/q, E[φ'²] and d/dq E[φ²] as Chebyshev series in log₂ q, and what they are at q = 0."""
-
-    coefficients: Float[Array, "panels order 3"]
-    at_zero: Float[Array, " 2"]  # E[φ²] and E[φ'²]
-    error: Float[Array, " panels"]  # estimated, of E[φ²], relative
-
-    @classmethod
-    def of(cls, activation: Activation, dtype: jnp.dtype) -> "Table":
-        angles = (np.arange(_ORDER) + 0.5) * np.pi / _ORDER
-        middles = np.arange(_LOWEST, _HIGHEST) + 0.5
-        q = jnp.asarray(2.0 ** (middles[:, None] + np.cos(angles) / 2), dtype)
-        m = gaussian.some_moments(activation, ("phi2", "dphi2", "x_phi_dphi"), q)
-        values = jnp.stack([m["phi2"] / q, m["dphi2"], m["x_phi_dphi"] / q], axis=-1)
-        to_series = np.cos(np.arange(_ORDER)[:, None] * angles) * (2 / _ORDER)
-        to_series[0] /= 2
-        coefficients = jnp.einsum(
-            "kj,pjm->pkm", jnp.asarray(to_series, dtype), values, precision="highest"
-        )
-        # Not by quadrature: here 0 is to be 0, and 1 to be 1. The slope is that on either side.
-        beside = jnp.asarray([-1e-30, 1e-30], dtype)
-        slopes = activation.derivative(beside)
-        square, error = gaussian.expectation_with_error(
-            lambda x: activation(x) ** 2, q[:, _ORDER // 2], kinks=activation.kinks
-        )
-        exact = "phi2" in activation.moments
-        return cls(
-            coefficients,
-            jnp.stack([activation(jnp.zeros((), dtype)) ** 2, jnp.mean(slopes**2)]),
-            jnp.zeros_like(error) if exact else error / square,
-        )
-
-    def at(self, q: Float[Array, ""]) -> tuple[Array, Array, Array]:
-        """Return E[φ²]/q, E[φ'²] and d/dq E[φ²]; q beyond the table counts as its end."""
-        log = jnp.clip(jnp.log2(q), _LOWEST, _HIGHEST)
-        panel = jnp.clip(jnp.floor(jax.lax.stop_gradient(log)), _LOWEST, _HIGHEST - 1)
-        series = self.coefficients[(panel - _LOWEST).astype(int)]
-        x = 2 * (log - panel) - 1
-        # Clenshaw's recurrence
-        b1 = b2 = jnp.zeros(3, series.dtype)
-        for k in range(_ORDER - 1, 0, -1):
-            b1, b2 = series[k] + 2 * x * b1 - b2, b1
-        value = series[0] + x * b1 - b2
-        return value[0], value[1], value[2]
-
-
-def slopes(
-    activation: Activation, table: Table, q: Float[Array, " points"]
-) -> tuple[Float[Array, " points"], Float[Array, " points"]]:
-    """Return E[φ'²] and d/dq E[φ²], in closed form where there is one.
-
-    A series in log q has an absolute error of rounding, and those of sin and cos fall off like
-    exp(-2q).
-    """
-    _, dphi2, slope = jax.vmap(table.at)(q)
-    closed = activation.moments
-    if "dphi2" in closed:
-        dphi2 = gaussian.moment(activation, "dphi2", q)
-    if "x_phi_dphi" in closed:
-        slope = gaussian.moment(activation, "x_phi_dphi", q) / q
-    return dphi2, slope
+    c_error = _error_of_correlation(c_star, chi_c, found, moment_error)
+    scales = (found.xi_q, xi_c, found.xi_grad)
+    of_length = (q, found.chi1, found.chi_par, c_star, chi_c)
+    values = (*of_length, *scales, *approaches, found.q_error, c_error)
+    unknown = (status == Status.OSCILLATES) | (status == Status.OUT_OF_RANGE)
+    return Analysis(status, *(jnp.where(unknown, jnp.nan, value) for value in values))
 
 
 def _approach_of_length(
@@ -377,7 +316,7 @@ def _approach_of_length(
     """Return p and A of |q - q*| → A l^-p, where χ∥ = 1."""
     # V(q) = q + V''(q*) (q - q*)²/2; the table has its slope.
     curvature = sigma_w2 * over_grid(
-        jax.grad(lambda q: table.at(q)[2]), jnp.where(status == Status.ALGEBRAIC, q, 1)
+        jax.grad(lambda q: table.at(q).gain), jnp.where(status == Status.ALGEBRAIC, q, 1)
     )
     # V(q) = q - b q^{3/2} - a q² about 0, from the derivatives of φ on either side of it.
     beside = jnp.asarray([1e-30, -1e-30], q.dtype)
@@ -399,30 +338,61 @@ def _approach_of_length(
     return jnp.where(jnp.isnan(amplitude), jnp.nan, exponent), amplitude
 
 
-def _excess(table: Table, q: Array, sigma_w2: Array, sigma_b2: Array) -> tuple[Array, Array]:
-    """Return V(q)/q - 1, and its derivative by log q."""
-    ratio, _, slope = table.at(q)
-    return sigma_w2 * ratio + sigma_b2 / q - 1, sigma_w2 * (slope - ratio) - sigma_b2 / q
+def _excess(table: Table, q: Array, sigma_w2: Array, sigma_b2: Array) -> tuple[Array, Array, Array]:
+    """Return V(q)/q - 1, its derivative by log q, and the size of its terms."""
+    near, bias = table.at(q), sigma_b2 / q
+    # What is critical to rounding counts as critical.
+    straight = jnp.abs(sigma_w2 * near.limit - 1)
+    noise = rounding(q.dtype)
+    straight = jnp.where(straight <= noise, straight / noise, straight)
+    size = straight + sigma_w2 * near.sizes[0] + bias
+    return (
+        near.excess(near.ratio, sigma_w2) + bias,
+        sigma_w2 * (near.gain - near.ratio) - bias,
+        size,
+    )
 
 
 class _Lengths(NamedTuple):
     """All fixed points of one length map: q* = 0 in the first place, whether it is one or not."""
 
-    q_star: Float[Array, " points"]
-    chi1: Float[Array, " points"]
-    chi_par: Float[Array, " points"]
-    stability: Int[Array, " points"]
+    points: LengthFixedPoints
+    moment_error: Float[Array, " points"]  # of E[φ²], relative
     neutral: Array  # whether every q is a fixed point
+
+
+def averages_at(activation: Activation, table: Table, q: Float[Array, ""]) -> Averages:
+    """Return the averages at a length, in closed form where it has digits that the table has not.
+
+    A series in log q has an absolute error of rounding, and those of sin and cos fall off like
+    exp(-2q).
+    """
+    near = table.at(q)
+    closed = {
+        "dphi2": lambda: gaussian.moment(activation, "dphi2", q),
+        "x_phi_dphi": lambda: gaussian.moment(activation, "x_phi_dphi", q) / q,
+    }
+    dphi2, gain = (
+        jnp.where(near.limit == 0, form(), value) if name in activation.moments else value
+        for (name, form), value in zip(closed.items(), (near.dphi2, near.gain), strict=True)
+    )
+    return near._replace(dphi2=dphi2, gain=gain)
 
 
 def _length_at(activation: Activation, table: Table, sigma_w2: Array, sigma_b2: Array) -> _Lengths:
     held = jax.lax.stop_gradient((table, sigma_w2, sigma_b2))
-    roots = sign_changes(lambda t: _excess(held[0], jnp.exp(t), *held[1:]), sigma_w2.dtype)
+    dtype = sigma_w2.dtype
+    roots = sign_changes(lambda t: _excess(held[0], jnp.exp(t), *held[1:]), Table.scan(dtype))
     place = jnp.where(roots.before == 0, 1, jnp.exp(roots.place))
     q_star = jax.vmap(lambda q: implicit(_length_equation, (table, sigma_w2, sigma_b2), q))(place)
-    dphi2, slope = slopes(activation, table, q_star)
-    at_zero = sigma_w2 * table.at_zero[1]
-    chi_par = sigma_w2 * slope
+    near = jax.vmap(functools.partial(averages_at, activation, table))(q_star)
+    chi1, chi_par = (sigma_w2 * (near.limit + x) for x in (near.dphi2, near.gain))
+    xi_grad, xi_q = (
+        _scale_of(chi, near.excess(x, sigma_w2))
+        for chi, x in ((chi1, near.dphi2), (chi_par, near.gain))
+    )
+    at_zero = sigma_w2 * table.zero.dphi2
+    xi_zero = depth_scale(at_zero)
 
     stable = jnp.select(
         [roots.before == 0, roots.before == roots.after, (roots.before > 0) & (chi_par > -1)],
@@ -431,8 +401,8 @@ def _length_at(activation: Activation, table: Table, sigma_w2: Array, sigma_b2: 
     )
     zero_stable = jnp.select(
         [
-            roots.neutral | (sigma_b2 != 0) | (table.at_zero[0] != 0),
-            jnp.abs(at_zero - 1) <= _noise(at_zero.dtype),
+            roots.neutral | (sigma_b2 != 0) | (table.square_at_zero != 0),
+            jnp.abs(at_zero - 1) <= rounding(dtype),
             at_zero < 1,
         ],
         [
@@ -442,186 +412,89 @@ def _length_at(activation: Activation, table: Table, sigma_w2: Array, sigma_b2: 
         ],
         Stability.UNSTABLE,
     )
-    return _Lengths(
+    error, moment_error = jax.vmap(
+        lambda q: _error_of_length(*jax.lax.stop_gradient((table, q, sigma_w2, sigma_b2)))
+    )(q_star)
+    points = LengthFixedPoints(
         jnp.append(0, q_star),
-        jnp.append(at_zero, sigma_w2 * dphi2),
+        jnp.append(at_zero, chi1),
         jnp.append(at_zero, chi_par),
+        jnp.append(xi_zero, xi_q),
+        jnp.append(xi_zero, xi_grad),
         jnp.append(zero_stable, stable).astype(jnp.int8),
-        roots.neutral,
+        jnp.append(0, error),
     )
+    return _Lengths(points, jnp.append(0, moment_error), roots.neutral)
 
 
 def _length_equation(theta: tuple[Table, Array, Array], q: Array) -> Array:
     table, sigma_w2, sigma_b2 = theta
-    return sigma_w2 * q * table.at(q)[0] + sigma_b2 - q
+    near = table.at(q)
+    return q * near.excess(near.ratio, sigma_w2) + sigma_b2
 
 
-def _noise(dtype: jnp.dtype) -> float:
-    """Return what counts as rounding in a number of order 1."""
-    return 64 * float(jnp.finfo(dtype).eps)
+def _scale_of(chi: Array, excess: Array) -> Array:
+    """Return `depth_scale` of χ, from χ - 1 where that has more digits."""
+    close = jnp.abs(excess) < 0.5
+    log = jnp.log1p(jnp.where(close, excess, 1))
+    critical = jnp.abs(log) <= rounding(log.dtype)
+    near = jnp.where(critical, jnp.inf, -1 / jnp.where(critical, 1, log))
+    return jnp.where(close, near, depth_scale(jnp.where(close, 2, chi)))
 
 
-class Roots(NamedTuple):
-    """Where a function of t changes sign, ascending, and its signs before and after; 0 if unused.
+def _error_of_length(
+    table: Table, q: Array, sigma_w2: Array, sigma_b2: Array
+) -> tuple[Array, Array]:
+    """Return an estimated error of q*, absolute, and that of E[φ²] there, relative.
 
-    Where the signs are equal, it touches 0.
+    That of V(q)/q, times how q* responds to it.
     """
-
-    place: Float[Array, " roots"]
-    before: Float[Array, " roots"]
-    after: Float[Array, " roots"]
-    first: Float[Array, ""]  # its sign at the low end
-    neutral: Array  # whether it is 0 nearly everywhere
-
-
-def sign_changes(function: Callable[[Array], tuple[Array, Array]], dtype: jnp.dtype) -> Roots:
-    """Find all roots of a function of t = log q that returns its value and its slope.
-
-    Between neighbours of equal sign, an extremum towards 0 is looked at too: it may touch 0, or
-    cross it twice.
-    """
-    count = _SCAN * (_HIGHEST - _LOWEST) + 1
-    points = jnp.asarray(np.linspace(_LOWEST, _HIGHEST, count) * math.log(2), dtype)
-    value, slope = jax.vmap(function)(points)
-    noise = _noise(dtype)
-    raw = jnp.where(value < -noise, -1.0, jnp.where(value <= noise, 0.0, 1.0)).astype(dtype)
-    raw = jnp.where(jnp.isnan(value), 1, raw)  # what overflowed is large
-    first = raw[jnp.argmax(raw != 0)]
-    sign = jnp.where(raw == 0, first, raw)
-
-    crossing = _first_places(sign[:-1] * sign[1:] < 0, _ROOTS)
-    left, right = points[:-1], points[1:]
-    low, high, before, after = (
-        jnp.where(crossing < 0, jnp.asarray(other, dtype), x[crossing])
-        for x, other in ((left, points[-1]), (right, points[-1]), (sign[:-1], 0), (sign[1:], 0))
+    near, eps = table.at(q), jnp.finfo(q.dtype).eps
+    of_moment = table.error_at(q)
+    straight = sigma_w2 * near.limit
+    terms = jnp.abs(straight - 1) + sigma_w2 * near.sizes[0] + sigma_b2 / q
+    # A limit that is a power of 2 multiplies σ_w² without rounding, and others do not.
+    exact = jnp.frexp(near.limit)[0] == 0.5
+    error = sigma_w2 * of_moment + 4 * eps * terms + jnp.where(exact, 0, eps * straight)
+    away = jnp.abs(near.excess(near.gain, sigma_w2))
+    bend = sigma_w2 * q * jnp.abs(jax.grad(lambda q: table.at(q).gain)(q))
+    # Where the maps touch, the square root: (q - q*)² V''/2 is the error.
+    linear, root = (
+        jnp.where(x > 0, y / jnp.where(x > 0, x, 1), jnp.inf)
+        for x, y in ((away, error), (bend, 2 * error))
     )
-    # An extremum in between touches 0, or is beyond it and has a root on either side.
-    inside = (raw[:-1] * raw[1:] > 0) & (raw[:-1] * slope[:-1] < 0) & (raw[1:] * slope[1:] > 0)
-    place = _first_places(inside, _EXTREMA)
-    start, end, around = left[place], right[place], raw[:-1][place]
-    flat = jax.vmap(functools.partial(_bisect, lambda t: function(t)[1]))(start, end)
-    height = jax.vmap(function)(flat)[0] * around
-    touches, crosses = ((place >= 0) & h for h in (jnp.abs(height) <= noise, height < -noise))
-    lows = [low, jnp.where(touches, flat, start), jnp.where(crosses, flat, points[-1])]
-    highs = [high, flat, end]
-    befores = [before, jnp.where(touches | crosses, around, 0), jnp.where(crosses, -around, 0)]
-    afters = [after, jnp.where(touches, around, jnp.where(crosses, -around, 0))]
-    afters += [jnp.where(crosses, around, 0)]
-    low, high, before, after = (jnp.concatenate(x) for x in (lows, highs, befores, afters))
-
-    order = jnp.argsort(jnp.where(before == 0, points[-1] + 1, low))[:_ROOTS]
-    low, high, before, after = (x[order] for x in (low, high, before, after))
-    root = jax.vmap(functools.partial(_newton, function))(low, high, before).x
-    return Roots(root, before, after, first, jnp.mean(raw == 0) > 0.9)
-
-
-def _first_places(mask: Array, count: int) -> Int[Array, " count"]:
-    """Return the first places where a mask holds, -1 where there are no more."""
-    index, last, places = jnp.arange(mask.size), jnp.asarray(-1), []
-    for _ in range(count):
-        later = mask & (index > last)
-        found = jnp.any(later)
-        last = jnp.where(found, jnp.argmax(later), mask.size)
-        places.append(jnp.where(found, last, -1))
-    return jnp.stack(places)
-
-
-def _bisect(function: Callable[[Array], Array], low: Array, high: Array) -> Array:
-    """Return a sign change of a function between two places."""
-    sign = jnp.sign(function(low))
-
-    def halve(_: Array, ends: tuple[Array, Array]) -> tuple[Array, Array]:
-        middle = (ends[0] + ends[1]) / 2
-        right = jnp.sign(function(middle)) == sign
-        return jnp.where(right, middle, ends[0]), jnp.where(right, ends[1], middle)
-
-    low, high = jax.lax.fori_loop(0, int(jnp.finfo(low.dtype).nmant), halve, (low, high))
-    return (low + high) / 2
-
-
-class _Bracket(NamedTuple):
-    low: Float[Array, ""]
-    high: Float[Array, ""]
-    x: Float[Array, ""]
-    slope: Float[Array, ""]  # at the x before this one
-    step: Float[Array, ""]
-    iterations: Int[Array, ""]
-
-
-def _newton(
-    function: Callable[[Array], tuple[Array, Array]],
-    low: Array,
-    high: Array,
-    sign: Array,
-    start: Array | None = None,
-) -> _Bracket:
-    """Find a sign change of a function, which returns its slope too, from ``sign`` at the low end.
-
-    Newton's method, from the middle or from ``start``; where that leaves the bracket, or slows
-    down, bisection.
-    """
-    eps = 2 * jnp.finfo(low.dtype).eps
-    rounding = eps**0.6
-
-    def busy(state: _Bracket) -> Array:
-        moving = jnp.abs(state.step) > eps * jnp.maximum(jnp.abs(state.x), 1)
-        return moving & (state.low < state.high) & (state.iterations < 100)
-
-    def improve(state: _Bracket) -> _Bracket:
-        x = state.x
-        value, slope = function(x)
-        right = jnp.sign(value) == sign
-        low, high = jnp.where(right, x, state.low), jnp.where(right, state.high, x)
-        new = x - value / jnp.where(slope == 0, 1, slope)
-        slow = jnp.abs(new - x) > jnp.abs(state.step) / 2
-        # Steps that small, and no longer smaller, are rounding errors: this one is the last.
-        arrived = slow & (jnp.abs(state.step) < rounding * jnp.maximum(jnp.abs(x), 1))
-        arrived &= (jnp.abs(new - x) <= jnp.abs(state.step)) & (slope != 0)
-        usable = (new > low) & (new < high) & (slope != 0) & ~slow
-        last = jnp.where(value == 0, x, jnp.clip(new, low, high))
-        done = arrived | (jnp.abs(value) <= eps)
-        new = jnp.where(done, last, jnp.where(usable, new, (low + high) / 2))
-        step = jnp.where(done, 0, new - x)
-        return _Bracket(low, high, new, slope, step, state.iterations + 1)
-
-    first = (low + high) / 2 if start is None else start
-    bracket = _Bracket(low, high, first, jnp.zeros_like(low), high - low, jnp.zeros((), int))
-    return jax.lax.while_loop(busy, improve, bracket)
-
-
-def implicit(equation: Callable[[Any, Array], Array], theta: Any, root: Array) -> Array:
-    """Return a root x of equation(θ, x) = 0, with its derivatives by θ."""
-    return jax.lax.custom_root(
-        functools.partial(equation, theta),
-        root,
-        solve=lambda _, guess: guess,
-        tangent_solve=lambda linear, y: y / linear(jnp.ones_like(y)),
-    )
+    by_search = 4 * eps * jnp.maximum(jnp.abs(jnp.log(q)), 1)
+    relative = jnp.minimum(linear, jnp.sqrt(root)) + by_search
+    return relative * q, of_moment / jnp.abs(near.limit + near.ratio) + 16 * eps
 
 
 def _settled(
     activation: Activation, table: Table, sigma_w2: Array, sigma_b2: Array, start: Array
-) -> tuple[Array, ...]:
-    """Return the status, q*, χ₁ and χ∥ of the length that starts at ``start``."""
+) -> tuple[Array, LengthFixedPoints, Array]:
+    """Return the status, the fixed point, and E[φ²]'s error, of the length from ``start``."""
     found = _length_at(activation, table, sigma_w2, sigma_b2)
-    present = (found.stability != Stability.ABSENT).at[0].set(True)
-    excess = _excess(table, start, sigma_w2, sigma_b2)[0]
-    up = jnp.where(present & (found.q_star >= start), found.q_star, jnp.inf)
-    down = jnp.where(present & (found.q_star <= start), found.q_star, -1)
-    index = jnp.where(excess > 0, jnp.argmin(up), jnp.argmax(down))
+    points = found.points
+    present = (points.stability != Stability.ABSENT).at[0].set(True)
+    excess, _, size = _excess(table, start, sigma_w2, sigma_b2)
+    up = jnp.where(present & (points.q_star >= start), points.q_star, jnp.inf)
+    down = jnp.where(present & (points.q_star <= start), points.q_star, -1)
+    rises = ~(excess <= 0)  # what overflowed is large
+    index = jnp.where(rises, jnp.argmin(up), jnp.argmax(down))
     # A start at a fixed point, to rounding, stays there.
-    away = jnp.where(present, jnp.abs(found.q_star - start), jnp.inf)
-    stays = (jnp.abs(excess) <= _noise(start.dtype)) & (jnp.min(away) < 1e-3 * start)
+    noise = rounding(start.dtype)
+    away = jnp.where(present, jnp.abs(points.q_star - start), jnp.inf)
+    stays = (jnp.abs(excess) <= noise * size) & (jnp.min(away) < 1e-3 * start)
     index = jnp.where(stays, jnp.argmin(away), index)
-    diverges = (excess > 0) & jnp.all(jnp.isinf(up)) & ~stays
-    stability, chi_par = found.stability[index], found.chi_par[index]
-    slow = (stability == Stability.MARGINAL) | (stability == Stability.HALF_STABLE)
-    # Lengths that no longer grow at the end of the table, V' < 1, settle beyond it.
-    growth = sigma_w2 * table.at(jnp.asarray(2.0**_HIGHEST, start.dtype))[2]
-    beyond = diverges & (growth < 1 - _noise(start.dtype))
-    beyond |= (index == 0) & (stability == Stability.ABSENT) & ~diverges
+    diverges = rises & jnp.all(jnp.isinf(up)) & ~stays
+    at = jax.tree.map(lambda leaf: leaf[index], points)
+    slow = (at.stability == Stability.MARGINAL) | (at.stability == Stability.HALF_STABLE)
+    # Lengths that biases alone keep growing at the end of the float's range settle beyond it.
+    end = jnp.exp(Table.scan(start.dtype)[-1])
+    last = table.at(end)
+    beyond = diverges & (last.excess(last.ratio, sigma_w2) < -noise)
+    beyond |= (index == 0) & (at.stability == Stability.ABSENT) & ~diverges
     status = jnp.select(
-        [found.neutral, beyond, diverges, chi_par < -1, (index == 0) & slow, index == 0, slow],
+        [found.neutral, beyond, diverges, at.chi_par < -1, (index == 0) & slow, index == 0, slow],
         [
             Status.NEUTRAL,
             Status.OUT_OF_RANGE,
@@ -633,9 +506,21 @@ def _settled(
         ],
         Status.CONVERGES,
     )
-    q = jnp.where(found.neutral, start, found.q_star[index])
-    chi1 = jnp.where(found.neutral, 1, found.chi1[index])
-    return status.astype(jnp.int8), q, chi1, jnp.where(found.neutral, 1, chi_par)
+    one, never = jnp.ones_like(start), jnp.full_like(start, jnp.inf)
+    kept = LengthFixedPoints(start, one, one, never, never, at.stability, jnp.zeros_like(start))
+    at = jax.tree.map(lambda x, y: jnp.where(found.neutral, x, y), kept, at)
+    chi1, chi_par = sigma_w2 * table.infinity.dphi2, sigma_w2 * table.infinity.gain
+    gone = LengthFixedPoints(
+        jnp.full_like(start, jnp.nan),
+        chi1,
+        chi_par,
+        depth_scale(chi_par),
+        depth_scale(chi1),
+        at.stability,
+        jnp.full_like(start, jnp.nan),
+    )
+    at = jax.tree.map(lambda x, y: jnp.where(status == Status.DIVERGES, x, y), gone, at)
+    return status.astype(jnp.int8), at, found.moment_error[index]
 
 
 # The correlation map ------------------------------------------------------------------------------
@@ -721,21 +606,44 @@ def correlation_curvature(
 
 
 def _approach_of_correlation(
-    activation: Activation, q: Array, sigma_w2: Array, chi_c: Array, kept: Array
+    activation: Activation,
+    table: Table,
+    q: Array,
+    sigma_w2: Array,
+    chi1: Array,
+    chi_c: Array,
+    status: Array,
 ) -> tuple[Array, Array]:
     """Return p and A of 1 - c → A l^-p, where χ_c = 1."""
-    slow = jnp.abs(chi_c - 1) <= _noise(q.dtype)
-    if activation.homogeneous:
-        # Correlations do not know the scale: as if σ_w were critical.
-        sigma_w2 = jnp.where(kept, 1 / gaussian.moment(activation, "dphi2", q), sigma_w2)
-    else:
-        slow &= ~kept
+    slow = jnp.abs(chi_c - 1) <= rounding(q.dtype)
+
+    def of_sides(limit: Limit) -> Array:
+        """4/b², b being that of a± x at a length that is kept, whatever it is."""
+        power = jnp.where(limit.bent, limit.power, 1)
+        b = math.sqrt(2) / (3 * math.pi) * (limit.above - limit.below) ** 2 / power
+        return jnp.where(limit.bent, 4 / jnp.where(limit.bent, b, 1) ** 2, jnp.nan)
 
     def found() -> tuple[Array, Array]:
         power, a = correlation_curvature(activation, q, sigma_w2)
         amplitude = (1 / (a * (power - 1))) ** (1 / (power - 1))
+        far = of_sides(table.infinity)
+        critical = jnp.abs(chi1 - 1) <= rounding(q.dtype)
+        # Biases add 1/l of δ a layer to what is lost, where q grows like l; the rest of φ may too.
+        linear = jnp.where(activation.homogeneous, far / 4, jnp.nan)
+        diverging = jnp.where(critical, linear, far)
+        amplitude = jnp.select(
+            [
+                status == Status.DIVERGES,
+                (status == Status.COLLAPSES) | (status == Status.NEUTRAL),
+                status == Status.COLLAPSES_ALGEBRAICALLY,
+            ],
+            [diverging, jnp.broadcast_to(of_sides(table.zero), q.shape), jnp.nan],
+            amplitude,
+        )
+        kept = (status == Status.DIVERGES) | (status == Status.COLLAPSES)
+        kept |= status == Status.NEUTRAL
         usable = slow & jnp.isfinite(amplitude)
-        exponent = jnp.where(usable, 1 / (power - 1), jnp.nan)
+        exponent = jnp.where(usable, jnp.where(kept, 2, 1 / (power - 1)), jnp.nan)
         return exponent, jnp.where(usable, amplitude, jnp.nan)
 
     blank = jnp.full_like(q, jnp.nan)
@@ -743,25 +651,15 @@ def _approach_of_correlation(
     return jax.lax.cond(jnp.any(slow), found, lambda: (blank, blank))
 
 
-def _errors(table: Table, found: Analysis) -> tuple[Array, Array]:
-    """Return estimated errors of q* and c*: that of E[φ²], times how they respond to it."""
-    q = found.q_star
-    panel = jnp.clip(jnp.floor(jnp.log2(jnp.where(q > 0, q, 1))), _LOWEST, _HIGHEST - 1)
-    moment = table.error[(panel - _LOWEST).astype(int)] + 16 * jnp.finfo(q.dtype).eps
-
-    def response(chi: Array, amplitude: Array, scale: Array) -> Array:
-        away = jnp.abs(1 - chi)
-        linear = moment * scale / jnp.where(away > 0, away, 1)
-        # Where the maps touch, the square root: (q - q*)² = A error.
-        return jnp.where(jnp.isnan(amplitude), linear, jnp.sqrt(moment * scale * amplitude))
-
-    fixed = (q == 0) | (found.status == Status.NEUTRAL)
-    of_q = jnp.where(fixed, 0, response(found.chi_par, found.q_amplitude, q))
-    blank = jnp.full_like(q, jnp.nan)
-    relative = of_q / jnp.where(q > 0, q, 1)
-    of_c = response(found.chi_c, blank, 1 + relative / moment)
-    of_c = jnp.where(jnp.isnan(found.c_star), jnp.nan, jnp.where(found.c_star == 1, 0, of_c))
-    return jax.lax.stop_gradient((of_q, of_c))
+def _error_of_correlation(
+    c_star: Array, chi_c: Array, length: LengthFixedPoints, moment_error: Array
+) -> Array:
+    """Return an estimated error of c*: that of C, from E[φ²] and from q*, times how c* responds."""
+    away = jnp.abs(1 - chi_c)
+    of_map = moment_error + length.q_error / jnp.where(length.q_star > 0, length.q_star, 1)
+    error = of_map / jnp.where(away > 0, away, 1)
+    error = jnp.where(jnp.isnan(c_star), jnp.nan, jnp.where(c_star == 1, 0, error))
+    return jax.lax.stop_gradient(error)
 
 
 @jax.custom_jvp
@@ -806,19 +704,19 @@ def _series_fixed_point(
         lambda tail, term: (tail + term, tail + term), left_out, held[1:], reverse=True, unroll=16
     )
 
-    def excess(c: Array) -> tuple[Array, Array]:
+    def excess(c: Array) -> Valued:
         """(1 - C(c))/(1 - c) - 1 = Σ_j c^j S_j - 1, and its slope: 1 is divided out as a root.
 
         It is convex and increasing.
         """
-        return _polynomial(beyond, c, offset=-1.0)
+        return *_polynomial(beyond, c, offset=-1.0), jnp.ones_like(c)
 
     zero = jnp.zeros_like(bias)
     one = jnp.ones_like(bias)
     # All points of a grid iterate until the last one is done: none without need.
-    needed = chaotic & (beyond[0] - 1 <= -_noise(bias.dtype))
+    needed = chaotic & (beyond[0] - 1 <= -rounding(bias.dtype))
     # A convex function: from the right, Newton's method never oversteps.
-    found = _newton(excess, zero, jnp.where(needed, one, zero), sign=-one, start=one).x
+    found = newton(excess, zero, jnp.where(needed, one, zero), sign=-one, start=one)
     found = jnp.where(needed, found, zero)
 
     def equation(theta: tuple[Array, Array], c: Array) -> Array:
@@ -900,13 +798,13 @@ def _correlation_by_quadrature(
     needed, c, chi_c, q, weight, bias = place
 
     def solved() -> tuple[Array, Array]:
-        def excess(c: Array) -> tuple[Array, Array]:
+        def excess(c: Array) -> Valued:
             value, slope = gaussian.equal_pair(activation, q, c)
-            return weight * value + bias - c, weight * q * slope - 1
+            return weight * value + bias - c, weight * q * slope - 1, jnp.ones_like(c)
 
         # The series' c is a little too large; at 1 itself there is always a root.
         start = jnp.where(c < 1, c, c / 2)
-        found = _newton(excess, jnp.zeros_like(c), c, sign=jnp.ones_like(c), start=start)
-        return found.x, found.slope + 1
+        c_star = newton(excess, jnp.zeros_like(c), c, sign=jnp.ones_like(c), start=start)
+        return c_star, weight * q * gaussian.equal_pair(activation, q, c_star)[1]
 
     return jax.lax.cond(needed, solved, lambda: (c, chi_c))

@@ -21,7 +21,7 @@ from jax.typing import ArrayLike
 
 from gradflow import ensembles
 from gradflow.ensembles import Ensemble
-from gradflow.errors import InputError, check_count
+from gradflow.errors import InputError, check_count, check_sequence
 from gradflow.statistics import Prediction
 
 __all__ = ["predict", "variances", "weight_variances"]
@@ -35,7 +35,8 @@ def weight_variances(widths: Sequence[int], weights: Ensemble | str) -> np.ndarr
     InputError
         If a width is not a whole number of at least 1, or the ensemble is unknown.
     """
-    widths = [check_count("width", n) for n in widths]
+    needs = "the input's width and every layer's"
+    widths = [check_count("width", n) for n in check_sequence("widths", widths, needs)]
     ensemble = ensembles.get(weights)
     return np.array([ensemble.variance(m, n) for m, n in zip(widths[:-1], widths[1:], strict=True)])
 

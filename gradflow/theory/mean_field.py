@@ -32,10 +32,10 @@ from jax.flatten_util import ravel_pytree
 from jax.typing import DTypeLike
 from jaxtyping import Array, ArrayLike, Float
 
-from gradflow import gaussian, statistics
+from gradflow import activations, gaussian, statistics
 from gradflow.activations import Activation
 from gradflow.arguments import as_real
-from gradflow.blocks import AbstractBlock, Dense
+from gradflow.blocks import GRU, LSTM, AbstractBlock, Dense
 from gradflow.errors import InputError, check_count, check_scale, is_traced
 from gradflow.gram import Gram, multiply_gram
 from gradflow.networks import Network, Stage, check_network
@@ -91,8 +91,8 @@ def input_gram(inputs: Float[ArrayLike, "sites n_in"]) -> Float[Array, "sites si
     x = jnp.asarray(array)
     gram = jnp.matmul(x, x.T, precision=jax.lax.Precision.HIGHEST) / x.shape[1]
     if not is_traced(gram):
-        square = jnp.diagonal(gram)
-        if not jnp.isfinite(gram).all() or bool(jnp.any((square == 0) & (x != 0).any(axis=1))):
+        square = np.diagonal(gram)
+        if not (np.isfinite(square).all() and square[np.asarray(x).any(axis=1)].all()):
             raise InputError(
                 f"inputs has a row whose mean square is beyond {gram.dtype}'s range; scale them, "
                 "turn JAX's x64 mode on, or use comparison.predict_float64"
@@ -107,6 +107,7 @@ def length_map(
     sigma_b2: ArrayLike = 0.0,
 ) -> Float[Array, ""]:
     """Return V(q) = σ_w² E[φ(√q Z)²] + σ_b², the next layer's q (Poole et al. 2016, eq. 3)."""
+    activation = activations.get(activation)
     check_scale("sigma_w2", sigma_w2)
     check_scale("sigma_b2", sigma_b2)
     return jnp.asarray(sigma_w2 * gaussian.moment(activation, "phi2", q) + sigma_b2)
@@ -114,6 +115,7 @@ def length_map(
 
 def chi(activation: Activation, q: Float[Array, ""], sigma_w2: ArrayLike) -> Float[Array, ""]:
     """Return χ(q) = σ_w² E[φ'(√q Z)²] (Schoenholz et al. 2017, eq. 7); χ₁ at q = q*."""
+    activation = activations.get(activation)
     check_scale("sigma_w2", sigma_w2)
     return jnp.asarray(sigma_w2 * gaussian.moment(activation, "dphi2", q))
 
@@ -125,6 +127,7 @@ def correlation_map(
     sigma_b2: ArrayLike = 0.0,
 ) -> Float[Array, "sites sites"]:
     """Return σ_w² E[φ(u_a) φ(u_b)] + σ_b² for every pair (Poole et al. 2016, eq. 5)."""
+    activation = activations.get(activation)
     check_scale("sigma_w2", sigma_w2)
     check_scale("sigma_b2", sigma_b2)
     return jnp.asarray(sigma_w2 * gaussian.kernel(activation, covariance) + sigma_b2)
@@ -147,6 +150,7 @@ def profile(
         E[φ'(z^l)²]), and ``log_jacobian_norm``, the log of the mean squared gain of a random
         direction through layers 1 to l, log Π_{k<=l} χ^k; each of shape (depth,).
     """
+    activation = activations.get(activation)
     check_scale("q1", q1)
     check_scale("sigma_w2", sigma_w2)
     check_scale("sigma_b2", sigma_b2)
@@ -206,6 +210,7 @@ def direction_gains(
         ``q`` of each layer's pre-activations, and ``parallel`` and ``orthogonal``, the squared
         gains ‖J u‖² of unit tangents u up to and with each layer's φ; each of shape (depth,).
     """
+    activation = activations.get(activation)
     check_scale("x_sq_over_n", x_sq_over_n, positive=True)
     check_scale("sigma_w2", sigma_w2)
     check_scale("sigma_b2", sigma_b2)
@@ -261,9 +266,9 @@ def predict(
         Each statistic of `gradflow.statistics`, shape (layers,). ``chi`` is NaN at the top layer,
         which has none above it. ``correlation`` needs two inputs. Where a layer hands on signals
         that are not Gaussian over units, statistics of φ of them are NaN. Where steps that share
-        their weights carry a unit's signal on beside them (GRU, LSTM, Residual), there is no
-        theory of the signals after the first step and of the gradients below the last: NaN, and
-        ``missing`` says why.
+        their weights carry a unit's signal on beside them (GRU, LSTM, Residual), nothing is known
+        step by step of the signals after the first and of the gradients below the last: NaN, and
+        ``missing`` says why. `theory.shared_weights` has the theory of a GRU or LSTM.
 
     Raises
     ------
@@ -328,15 +333,15 @@ def _checked_gram(network: Network, gram: Any, mean: Any) -> tuple[Array, Array 
         )
     gram = jnp.asarray(found)
     if not is_traced(gram):
-        size = jnp.diagonal(gram)
-        rounding = _ROUNDING * jnp.finfo(gram.dtype).eps
-        most = jnp.sqrt(jnp.outer(size, size)) * (1 + rounding)
-        if not (jnp.all(size >= 0) and jnp.all(jnp.abs(gram) <= most)):
+        known = np.asarray(gram, np.float64)
+        size, rounding = np.diagonal(known), _ROUNDING * float(jnp.finfo(gram.dtype).eps)
+        most = np.sqrt(np.abs(np.outer(size, size))) * (1 + rounding)
+        if not (np.all(size >= 0) and np.all(np.abs(known) <= most)):
             raise InputError(
                 "gram is no matrix of inputs' products: some |x_a · x_b| is above |x_a| |x_b|; it "
                 "is what mean_field.input_gram(inputs) returns"
             )
-        if jnp.any(jnp.abs(gram - gram.T) > rounding * most):
+        if np.any(np.abs(known - known.T) > rounding * most):
             raise InputError(
                 "gram is not symmetric; it is what mean_field.input_gram(inputs) returns"
             )
@@ -412,10 +417,12 @@ def _carries_what_it_is_driven_by(stage: Stage, state: Gram) -> bool:
 
 def _missing(stage: Stage) -> str:
     name = type(stage.block).__name__
-    return (
-        f"there is no theory of {stage.repeats} steps of {name} with shared weights: what "
-        "drives a unit is correlated over the steps and with the signal that the unit carries on"
+    sentence = (
+        f"no theory goes step by step through {stage.repeats} steps of {name} with shared weights: "
+        "what drives a unit is correlated over the steps and with the signal that it carries on"
     )
+    known = isinstance(stage.block, GRU | LSTM)
+    return sentence + ("; see theory.shared_weights.predict_steps" if known else "")
 
 
 def _through(block: AbstractBlock, state: Gram, repeats: int) -> tuple[Gram, Gram]:

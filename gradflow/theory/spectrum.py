@@ -33,6 +33,7 @@ from jaxtyping import Array, ArrayLike, Float
 
 from gradflow import activations, gaussian
 from gradflow.activations import Activation
+from gradflow.arguments import check_instance
 from gradflow.errors import InputError, check_count, check_scale, unknown_name
 
 __all__ = ["WEIGHTS", "Density", "Shares", "SlopeLaw", "Support", "density", "mean_and_variance"]
@@ -190,6 +191,7 @@ def check(sigma_w2: ArrayLike, depth: int, weights: str) -> None:
 
 
 def _layers(law: SlopeLaw, sigma_w2: ArrayLike, depth: int, weights: str) -> _Layers:
+    check_instance("law", law, SlopeLaw, "what slope_law returns")
     check(sigma_w2, depth, weights)
     log = jnp.log(jnp.asarray(sigma_w2, law.values.dtype))
     return _Layers(law, log, depth, int(weights == "gaussian"))

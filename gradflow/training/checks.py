@@ -2,18 +2,64 @@
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
+from gradflow.arguments import as_numbers, as_real, shown
 from gradflow.blocks import BatchNorm, UnitVariance
-from gradflow.errors import InputError, check_count
-from gradflow.networks import Network
+from gradflow.errors import InputError, check_count, check_scale, check_sequence
+from gradflow.networks import Network, check_network
 from gradflow.training.records import Data
 
-__all__ = ["check_singular_values", "checked_data", "checked_laws", "record_steps"]
+__all__ = ["check_singular_values", "checked_data", "checked_laws", "checked_networks"]
+__all__ += ["checked_optimiser", "checked_rates", "pair", "record_steps"]
+
+
+def checked_networks(networks: Any) -> tuple[Network, ...]:
+    """Return one network or several as a tuple."""
+    laws = (
+        (networks,)
+        if isinstance(networks, Network)
+        else check_sequence("networks", networks, "a Network, or several")
+    )
+    for law in laws:
+        check_network(law)
+    return laws
+
+
+def checked_rates(learning_rate: Any) -> np.ndarray:
+    """Return one learning rate or several as an array of float64."""
+    rates = np.atleast_1d(np.asarray(as_real("learning_rate", learning_rate, float), np.float64))
+    if rates.ndim != 1:
+        raise InputError(f"learning_rate has shape {rates.shape}; it is one number or several")
+    check_scale("learning_rate", rates, positive=True)
+    return rates
+
+
+def checked_optimiser(optimiser: Any, clip: Any) -> None:
+    """Raise `InputError` unless these are what optax calls optimisers and transformations."""
+    words = "optimiser is {}; it is a function from a learning rate to an optax optimiser, as {}"
+    if not callable(optimiser):
+        raise InputError(words.format(shown(optimiser), "optax.adam"))
+    made = optimiser(0.1)
+    if not hasattr(made, "init") or not hasattr(made, "update"):
+        raise InputError(words.format(f"one to {shown(made)}", "optax.adam"))
+    if clip is not None and not hasattr(clip, "update"):
+        raise InputError(
+            f"clip is {shown(clip)}; it is an optax transformation, as "
+            "optax.clip_by_global_norm(1.0)"
+        )
+
+
+def pair(name: str, value: Any) -> tuple[Any, Any]:
+    """Return data as (inputs, labels)."""
+    if not isinstance(value, tuple | list) or len(value) != 2:
+        raise InputError(f"{name} is {shown(value)}; it is a pair (inputs, labels)")
+    return value[0], value[1]
 
 
 def checked_laws(laws: tuple[Network, ...]) -> tuple[Network, ...]:
@@ -60,7 +106,7 @@ def check_singular_values(count: int, network: Network) -> int:
 
 def checked_data(whose: str, inputs: ArrayLike, labels: ArrayLike, network: Network) -> Data:
     """Return samples that fit the network; ``whose`` they are goes before their name."""
-    found, classes = np.asarray(inputs), np.asarray(labels)
+    found, classes = np.asarray(as_numbers(f"{whose}inputs", inputs)), np.asarray(labels)
     positions = math.prod(stage.block.merges for stage in network.stages)
     width, units = network.input_width, network.widths[-1]
     if found.ndim != 2 or not len(found) or found.shape[1] != positions * width:
@@ -69,8 +115,6 @@ def checked_data(whose: str, inputs: ArrayLike, labels: ArrayLike, network: Netw
             f"{whose}inputs has shape {found.shape}; it is (samples, {positions * width})"
             f"{of_positions} for this network, with at least one sample"
         )
-    if not np.issubdtype(found.dtype, np.floating):
-        found = found.astype(np.float32)
     if not np.all(np.isfinite(found)):
         bad = np.argwhere(~np.isfinite(found))[0]
         raise InputError(
@@ -105,7 +149,8 @@ def record_steps(record: Sequence[int] | None, begin: int, steps: int, cost: flo
         count = min(max(int(_SHARE * steps / cost), _FEWEST), _MOST)
         known = np.unique(np.round(np.geomspace(1, steps + 1, count)).astype(np.int32) - 1)
         return known[known >= begin]
-    times = np.unique([check_count("record", step, 0) for step in record]).astype(np.int32)
+    asked = check_sequence("record", record, "the steps to record")
+    times = np.unique([check_count("record", step, 0) for step in asked]).astype(np.int32)
     if not times.size or times[0] < begin or times[-1] != steps:
         raise InputError(
             f"record is {record!r}; it is some of the steps {begin} to {steps}, the last among them"

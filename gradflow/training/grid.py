@@ -25,16 +25,25 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jax.typing import ArrayLike
 from jaxtyping import PRNGKeyArray
 
-from gradflow import compilation
+from gradflow import compilation, statistics
 from gradflow import networks as nets
-from gradflow.arguments import as_key
-from gradflow.errors import InputError, check_count, check_scale
+from gradflow.arguments import as_key, check_instance, check_progress
+from gradflow.errors import InputError, check_count, check_number
 from gradflow.networks import Network
 from gradflow.simulation import memory, monte_carlo
 from gradflow.simulation.monte_carlo import Progress
 from gradflow.statistics import Statistic
 from gradflow.training import loop, records
-from gradflow.training.checks import check_singular_values, checked_data, checked_laws, record_steps
+from gradflow.training.checks import (
+    check_singular_values,
+    checked_data,
+    checked_laws,
+    checked_networks,
+    checked_optimiser,
+    checked_rates,
+    pair,
+    record_steps,
+)
 from gradflow.training.loop import Each, Given, Job, State
 from gradflow.training.records import RECORDED, Data
 from gradflow.training.result import Training
@@ -158,11 +167,10 @@ def train(
         not above 0, the batch is larger than the data, or a number is not a whole one of at least
         1. A network that diverges raises nothing; see `Training.diverged`.
     """
-    laws = (networks,) if isinstance(networks, Network) else tuple(networks)
+    laws = checked_networks(networks)
     laws = checked_laws(tuple(map(nets.with_biases, laws)) if biases else laws)
     steps, seeds = check_count("steps", steps), check_count("seeds", seeds)
-    rates = np.atleast_1d(np.asarray(learning_rate, np.float64))
-    check_scale("learning_rate", rates, positive=True)
+    rates = checked_rates(learning_rate)
     data = checked_data("", inputs, labels, laws[0])
     samples, batch = len(data.labels), check_count("batch", batch)
     if batch > samples:
@@ -171,18 +179,26 @@ def train(
     seen = (
         Data(data.inputs[chosen], data.labels[chosen])
         if monitor is None
-        else checked_data("monitor's ", *monitor, laws[0])
+        else checked_data("monitor's ", *pair("monitor", monitor), laws[0])
     )
-    held_out = None if validation is None else checked_data("validation's ", *validation, laws[0])
+    held_out = (
+        None
+        if validation is None
+        else checked_data("validation's ", *pair("validation", validation), laws[0])
+    )
     dtype = data.inputs.dtype
+    if state is not None:
+        check_instance("state", state, State, "the state of a Training with keep_state=True")
     begin = 0 if state is None else int(state.step[0])
     times = record_steps(record, begin, steps, _record_cost(batch, seen, held_out))
     key = as_key(key)
     bins = check_count("histograms", histograms, 0)
     leading = check_singular_values(singular_values, laws[0])
-    devices = tuple(jax.local_devices() if devices is None else devices)
-    if not devices:
-        raise InputError("devices is empty; it takes at least one")
+    devices = memory.checked_devices(jax.local_devices() if devices is None else devices)
+    check_progress(progress)
+    if memory_budget is not None:
+        check_number("memory_budget", memory_budget, positive=True)
+    checked_optimiser(optimiser, clip)
 
     points = itertools.product(range(len(laws)), range(len(rates)), range(seeds))
     grid = np.array(list(points))
@@ -192,7 +208,7 @@ def train(
         rates.astype(dtype)[grid[:, 1]],
         grid[:, 2].astype(np.int32),
     )
-    wanted = tuple(s for s in wanted if s.sites <= len(seen.labels))
+    wanted = tuple(s for s in statistics.checked(wanted) if s.sites <= len(seen.labels))
 
     count = len(grid)
     weights = sum(n * m for layer in laws[0].shapes for n, m in layer)

@@ -13,9 +13,10 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, PRNGKeyArray
 
 from gradflow.arguments import as_key
-from gradflow.networks import Network, Stage
+from gradflow.errors import InputError
+from gradflow.networks import Network, Stage, as_inputs, check_network
 from gradflow.norms import unit_rows
-from gradflow.simulation import matrices, questions
+from gradflow.simulation import matrices, propagation, questions
 from gradflow.simulation.propagation import scan_blocks
 from gradflow.simulation.questions import LayerKey, LayerWeights
 
@@ -43,7 +44,10 @@ def initial_weights(network: Network, key: PRNGKeyArray, dtype: DTypeLike = jnp.
         For each stage, its matrices W, (layers, n_out, n_in), σ_w/√n_in and all, and its biases,
         (layers, 1, n_out); without the axis of layers where they share their weights.
     """
-    keys = jax.random.split(key, network.depth + 1)[1:]
+    check_network(network)
+    if not jnp.issubdtype(dtype, jnp.floating):
+        raise InputError(f"dtype is {dtype!r}; it is a float type")
+    keys = jax.random.split(as_key(key), network.depth + 1)[1:]
     sites = 2 * math.prod(stage.block.merges for stage in network.stages)
     found, first = [], 0
     for stage, n_in in zip(network.stages, network.stage_widths[:-1], strict=True):
@@ -89,6 +93,8 @@ def outputs(
         For what is random and no parameter: masks of dropout, the inputs of a recurrent network.
         With the key of `propagate` they are the same as there.
     """
+    inputs = as_inputs(inputs, network)
+    propagation.check_weights(network, weights)
     return _walk(network, weights, inputs, key, lambda _: None)[0]
 
 

@@ -6,6 +6,7 @@ replaced whole, so that a process may be killed at any time.
 
 import hashlib
 import json
+import os
 import zipfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -36,6 +37,8 @@ class Saved:
     """The folder of one run, named by its `identity`, in the folder that it was asked for in."""
 
     def __init__(self, folder: str | Path, name: str) -> None:
+        if not isinstance(folder, str | os.PathLike):
+            raise InputError(f"save is {folder!r}; it is a folder's path")
         self.folder = writable_folder(Path(folder) / name, "save")
 
     def plan(self, plan: Sequence[int]) -> list[int]:

@@ -2,8 +2,8 @@
 
     python tests/attacks/arguments.py [SEED] [CALLS]
 
-runs so many and prints what any of them does that no command may do. `test_arguments.py` runs a
-few in every test run.
+runs so many and prints what any of them does that no command may do; `test_wrong_calls.py` runs
+some, as far as to where they begin to compute.
 """
 
 import contextlib

@@ -1,12 +1,18 @@
-"""Some of the wrong command lines that `arguments.py` draws, in every run of the tests."""
+"""Wrong command lines, some of those that `attacks/arguments.py` draws: one sentence each.
 
-import arguments
+GRADFLOW_TEST_ATTACKS=all tries ten times as many.
+"""
+
+import os
+
 import pytest
+from attacks import arguments
 
 pytestmark = pytest.mark.usefixtures("unchecked")
 
 # Where commands begin to compute: what gets so far was not wrong, or is told so by what the other
-# tests are about. (`arguments.py` as a script lets them compute.)
+# tests are about. (The script `attacks/arguments.py` lets them compute.)
+SEEDS = range(40 if os.environ.get("GRADFLOW_TEST_ATTACKS") == "all" else 4)
 BEGINNINGS = (
     "gradflow.comparison.confront",
     "gradflow.studies.execution.run",
@@ -20,7 +26,7 @@ BEGINNINGS = (
 )
 
 
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("seed", SEEDS)
 def test_wrong_calls_are_one_sentence_each(seed, monkeypatch):
     def begin(*_, **__):
         raise arguments.Computes
