@@ -41,7 +41,7 @@ _CRITICAL = 4.0
 # by as much, and be significant, to be judged in its place.
 _ALIKE = 2.0
 # What would change them by less in so many layers is none in a network of fewer.
-_FEW_LAYERS = 20
+_FEW_LAYERS = 50
 _SIGNIFICANT = 4.0
 # Factors of an output layer, of layer 1 or of weights that differ by less are not spoken of.
 _NOTABLE = math.log(1.1)
