@@ -152,8 +152,8 @@ def _part(text: str) -> Any:
     known = slash and all(p.isdecimal() and len(p) <= most for p in (place, parts))
     if not (known and 1 <= int(place) <= int(parts) <= MOST_NETWORKS):
         raise InputError(
-            f"share is {text[:60]!r}; it is which part of how many, from 1/1 on, as 2/8 for the second "
-            "of eight"
+            f"share is {text[:60]!r}; it is which part of how many, from 1/1 on, as 2/8 for the "
+            "second of eight"
         )
     return Share(int(place) - 1, int(parts))
 
