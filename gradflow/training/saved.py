@@ -48,8 +48,8 @@ class Saved:
             found = json.loads(path.read_text(encoding="utf-8"))
         except (OSError, ValueError, RecursionError) as error:
             raise self._damaged(path) from error
-        # Grouped otherwise, it is still of as many networks.
-        if not isinstance(found, list) or [type(n) for n in found] != [type(n) for n in plan]:
+        whole = isinstance(found, list) and len(found) == len(plan)
+        if not whole or not all(type(n) is int and n > 0 for n in found):
             raise self._damaged(path)
         return found
 
