@@ -12,7 +12,7 @@ import jax
 import numpy as np
 import pytest
 import xarray
-from attacks import stores
+from attacks import stores, study_files
 
 from gradflow import cli
 from gradflow.errors import InputError
@@ -325,3 +325,65 @@ def test_networks_of_studies_do_not_depend_on_jaxs_default_cipher():
         key = description.parse(TEXT).point(0).key
         assert str(jax.random.key_impl(key)) == "threefry2x32"
         np.testing.assert_array_equal(jax.random.key_data(key), words)
+
+
+FILE = LARGER.replace("[sampling]", "[inputs]\nbatch = 2\ncorrelation = 0.5\n[sampling]").replace(
+    "[theory]", "[histograms]\nq = { from = 0, to = 4, bins = 20 }\n[theory]"
+)
+
+
+def test_a_mutated_study_file_means_something_or_is_one_sentence():
+    """And a short one; GRADFLOW_TEST_ATTACKS=all for 2000."""
+    refused, count = 0, 2000 if EVERY else 200
+    for seed in range(count):
+        text = study_files.mutated(FILE, seed)
+        try:
+            study = description.parse(text)
+            if len(study) < 1000:
+                plan.groups(study)
+        except InputError as error:
+            refused += 1
+            said = str(error)
+            if "\n" in said or len(said) > 1000:
+                pytest.fail(f"seed {seed}: {said[:2000]!r}")
+    assert count // 4 < refused < count
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("a." * 50_000 + "b = 1", "a key of more than 100 parts"),
+        (f"x = {{ {'a . ' * 50_000} b = 1 }}", "a key of more than 100 parts"),
+        (FILE.replace("width = 12", f"width = {'9' * 4000}"), r"network.width is 9{76,80}…"),
+        (FILE.replace("[0.5, 1.0, 2.0]", f"{[*range(1, 50_000), 1]}"), "has .1.0,. twice"),
+        (
+            FILE.replace("width = 12", "").replace(
+                "[inputs]", "[[axes]]\nwidth = { from = 10, to = 30009, points = 30000 }\n[inputs]"
+            ),
+            "more than 10000 structures",
+        ),
+        (
+            FILE.replace(
+                "width = 12\ndepth = 4\ninput_width = 10", f"widths = {[*range(2, 5000)]}"
+            ),
+            "widths changes 4997 times",
+        ),
+    ],
+)
+def test_what_would_take_hours_to_plan_is_refused_at_once(text, message):
+    with pytest.raises(InputError, match=message):
+        plan.groups(description.parse(text))
+
+
+def test_a_correlation_is_an_axis_beside_the_statistic_of_its_name(tmp_path):
+    text = TEXT.replace("sigma_w2 = [0.5, 2.0]", "correlation = [0.0, 0.5]")
+    text = text.replace("width = 12", "width = 12\nsigma_w2 = 1.5").replace(
+        "[sampling]", "[inputs]\nbatch = 2\n[sampling]"
+    )
+    text = text.replace('"log_gradient_norm"', '"correlation"').replace("= 28", "= 8")
+    assert run(tmp_path / "study", text).finished
+    found = xarray.load_dataset(tmp_path / "study" / results.FILE)
+    assert found.correlation.dims == ("input_correlation", "layer")
+    np.testing.assert_array_equal(found.input_correlation, [0, 0.5])
+    said, _ = read_in_all_ways(tmp_path / "study", tmp_path)
+    assert not any(said[name] for name in ("show", "show --json", "export"))

@@ -149,13 +149,17 @@ def run_file(file: Path, folder: Path, share: str | None, as_json: bool) -> None
 
 def _part(text: str) -> Any:
     """Return the share that 2/8 means."""
+    from gradflow.studies.entries import MOST_NETWORKS  # noqa: PLC0415
     from gradflow.studies.plan import Share  # noqa: PLC0415
 
     place, slash, parts = text.partition("/")
-    if not (slash and place.isdecimal() and parts.isdecimal() and 1 <= int(place) <= int(parts)):
+    # No share is of more networks than there are numbers for.
+    most = len(str(MOST_NETWORKS))
+    known = slash and all(p.isdecimal() and len(p) <= most for p in (place, parts))
+    if not (known and 1 <= int(place) <= int(parts) <= MOST_NETWORKS):
         raise InputError(
-            f"share is {text!r}; it is which part of how many, from 1/1 on, as 2/8 for the second "
-            "of eight"
+            f"share is {text[:60]!r}; it is which part of how many, from 1/1 on, as 2/8 for the "
+            "second of eight"
         )
     return Share(int(place) - 1, int(parts))
 

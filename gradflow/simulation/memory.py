@@ -83,8 +83,9 @@ def bytes_per_network(
 ) -> int:
     """Return a bound on the memory that one network takes while it is simulated, in bytes."""
     widths = network.widths
-    shapes = [shape for layer in network.shapes for shape in layer]
-    widest = max(*widths, *(sum(n for n, _ in layer) for layer in network.shapes))
+    layers = network.shapes
+    shapes = [shape for layer in layers for shape in layer]
+    widest = max(*widths, *(sum(n for n, _ in layer) for layer in layers))
     widest = max(widest, *(m for _, m in shapes), 1)
     working = (_WORKING_COPIES * widest + 4 * sites) * sites
     if sampler == "dense":

@@ -202,9 +202,9 @@ def seconds(name: str, network: Network, sites: int) -> float:
     Layers that share their weights put all their questions to the same matrices: ``dense`` draws
     them once, and ``matrix_free`` compares each question with all before.
     """
-    total, first = 0.0, 0
+    total, first, every = 0.0, 0, network.shapes
     for stage in network.stages:
-        layers = network.shapes[first : first + stage.repeats]
+        layers = every[first : first + stage.repeats]
         first += stage.repeats
         shapes = np.array([shape for layer in layers for shape in layer], float).reshape(-1, 2)
         products, units = float(np.sum(np.prod(shapes, axis=1))), float(np.sum(shapes)) / 2

@@ -37,7 +37,9 @@ networks are the same whatever other points there are.
 """
 
 import dataclasses
+import itertools
 import math
+import re
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -58,6 +60,11 @@ __all__ = ["Axis", "HistogramRange", "Sampling", "Study", "differences", "load",
 _MOST_POINTS = 1_000_000
 _MOST_BINS = 10_000
 _LARGEST_FILE = 1 << 24
+_MOST_PARTS = 100
+_PART = r"""(?:[A-Za-z0-9_-]++|"[^"\n]*+"|'[^'\n]*+')"""
+_DEEP_KEY = re.compile(
+    rf"(?<![\w.-]){_PART}(?:[ \t]*+\.[ \t]*+{_PART}){{{_MOST_PARTS},}}+", re.ASCII
+)
 # Significant digits of a value in a range: one that is in two ranges is then the same number.
 _DECIMALS = 12
 
@@ -169,7 +176,9 @@ class Study:
 
     def point(self, number: int) -> Point:
         """Return a point by its number, from 0 on; the last axis is the fastest."""
-        place = tuple(int(index) for index in np.unravel_index(number, self.shape))
+        return self._point(tuple(int(index) for index in np.unravel_index(number, self.shape)))
+
+    def _point(self, place: tuple[int, ...]) -> Point:
         varied = {
             field: values[index]
             for axis, index in zip(self.axes, place, strict=True)
@@ -185,7 +194,7 @@ class Study:
 
     def points(self) -> Iterator[Point]:
         """Yield all points in order."""
-        return map(self.point, range(len(self)))
+        return map(self._point, itertools.product(*map(range, self.shape)))
 
     def part(self, axis: int, start: int, stop: int) -> "Study":
         """Return the study of a stretch of one axis."""
@@ -285,6 +294,11 @@ def parse(text: str) -> Study:
     InputError
         If it does not; the sentence begins with the path of the wrong entry.
     """
+    if _DEEP_KEY.search(text):  # of which tomllib makes gigabytes
+        raise InputError(
+            f"the study file has a key of more than {_MOST_PARTS} parts with dots between; its "
+            "tables are one deep"
+        )
     try:
         found = tomllib.loads(text)
     except (ValueError, RecursionError) as error:
@@ -393,9 +407,11 @@ def _axis(path: str, table: object) -> Axis:
     if not values:
         raise InputError(f"{path} has networks alone; give a field that they go together with")
     rows = list(zip(*values.values(), strict=True))
-    if len(set(rows)) < len(rows):
-        place = next(n for n, row in enumerate(rows) if row in rows[:n])
-        raise InputError(f"{path} has {shown(rows[place])} twice; its values differ")
+    known = set()
+    for row in rows:
+        if row in known:
+            raise InputError(f"{path} has {shown(row)} twice; its values differ")
+        known.add(row)
     return Axis(values, count)
 
 

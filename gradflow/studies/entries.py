@@ -4,6 +4,7 @@ A check is a function of an entry's path and its value, and returns what that me
 is an `InputError` of one sentence that begins with the path.
 """
 
+import itertools
 import math
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
@@ -29,13 +30,15 @@ __all__ += ["scale", "seed", "shown", "table", "text", "under"]
 # Above what any file can mean, and far below what would fill the memory before it is refused.
 MOST_NETWORKS = 2**31 - 1  # numbers of networks are int32
 _MOST_UNITS = 10**9
+_MOST_CHANGES = 1000
 
 Check = Callable[[str, object], Any]
 
 
 def under(path: str, key: str) -> str:
     """Return the path of an entry of a table; quoted, where TOML would quote its key."""
-    last = key if key.replace("-", "_").isidentifier() and key.isascii() else shown(key)
+    plain = key.replace("-", "_").isidentifier() and key.isascii() and len(key) <= 60
+    last = key if plain else shown(key)
     return f"{path}.{last}" if path else last
 
 
@@ -159,7 +162,14 @@ def _widths(path: str, value: object) -> list[int]:
         raise InputError(
             f"{path} is {shown(value)}; it is the input's width and every layer's, as [784, 100]"
         )
-    return [count()(f"{path}[{place}]", width) for place, width in enumerate(value)]
+    found = [count()(f"{path}[{place}]", width) for place, width in enumerate(value)]
+    changes = sum(below != above for below, above in itertools.pairwise(found))
+    if changes > _MOST_CHANGES:
+        raise InputError(
+            f"{path} changes {changes} times; it has at most {_MOST_CHANGES} changes of width, "
+            "each of which is compiled by itself"
+        )
+    return found
 
 
 NO_NORM = "none"

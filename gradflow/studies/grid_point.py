@@ -46,7 +46,7 @@ class Point:
     @functools.cached_property
     def name(self) -> int:
         """A number of 64 bits that is made from the settings."""
-        text = json.dumps(self.settings, sort_keys=True)
+        text = _ENCODER.encode(self.settings)
         return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big")
 
     @property
@@ -60,14 +60,17 @@ class Point:
         return keys(np.array([self.key_words], np.uint32))[0]
 
     @property
-    def structure(self) -> str:
+    def structure(self) -> tuple[tuple[str, Any], ...]:
         """What decides which program draws the point's networks: no number that may vary in it."""
-        varies = {
-            field: bool(value)
-            for field, value in self.settings.items()
-            if field in NUMBERS and not isinstance(value, str)
-        }
-        return json.dumps({**self.settings, **varies, "seed": 0}, sort_keys=True)
+        found = []
+        for field, value in self.settings.items():
+            if field in NUMBERS and not isinstance(value, str):
+                value = bool(value)
+            elif field == "widths":
+                value = tuple(value)
+            if field != "seed":
+                found.append((field, value))
+        return tuple(found)
 
     def network(self) -> Network:
         """Return the law of the point's networks.
@@ -117,6 +120,7 @@ def keys(words: UInt32[ArrayLike, "points 3"]) -> Key[Array, " points"]:
     return jax.vmap(one)(jnp.asarray(words))
 
 
+_ENCODER = json.JSONEncoder(sort_keys=True)
 # What a field is where it is not given, and matters.
 _DEFAULTS: dict[str, Any] = {
     "kind": "mlp",

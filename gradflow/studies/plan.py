@@ -9,6 +9,7 @@ never interrupted.
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
@@ -25,6 +26,8 @@ from gradflow.studies.entries import SCALES
 __all__ = ["ALL", "Group", "Plan", "Segment", "Share", "Work", "check_memory", "groups", "make"]
 __all__ += ["row_bytes", "slabs"]
 
+# Programs that a study has at most, each of which takes seconds to compile.
+_MOST_PROGRAMS = 10_000
 # Seconds that a chunk takes, or so.
 _CHUNK_SECONDS = 2.0
 # How many cores an accelerator is worth: by its memory's speed, as none has been measured.
@@ -79,12 +82,12 @@ class Group:
     spectrum: bool = False
     statistics: int = 0
 
-    @property
+    @functools.cached_property
     def units(self) -> np.ndarray:
         """How many units of all inputs a network has, shape (layers,)."""
         return np.array(self.network.sites(self.sites)) * np.array(self.network.widths[1:])
 
-    @property
+    @functools.cached_property
     def seconds(self) -> float:
         """How long one network takes on one core, or so."""
         walk = samplers.seconds(self.sampler, self.network, self.sites)
@@ -224,27 +227,31 @@ def groups(study: Study) -> tuple[Group, ...]:
     Raises
     ------
     InputError
-        If the fields of a point do not go together.
+        If the fields of a point do not go together, or there are too many structures.
     """
-    known: dict[str, tuple] = {}
-    members: dict[tuple, list[tuple[int, int]]] = {}
-    first: dict[tuple, Network] = {}
+    of_structure: dict[tuple, list[tuple[int, int]]] = {}
     shall: dict[int, int] = {}
     for number, point in enumerate(study.points()):
         known_already = point.name in shall
         shall[point.name] = max(point.networks, shall.get(point.name, 0))
-        if known_already:
-            continue
-        text = point.structure
-        if text not in known:
-            network = dataclasses.replace(point.network(), name="")
-            sites = point.settings["batch"]
-            known[text] = (jax.tree.structure(network), sites, network.input_width)
-            first.setdefault(known[text], network)
-        members.setdefault(known[text], []).append((number, point.name))
+        if not known_already:
+            of_structure.setdefault(point.structure, []).append((number, point.name))
+        if len(of_structure) > _MOST_PROGRAMS:
+            raise InputError(
+                f"axes have networks of more than {_MOST_PROGRAMS} structures, each of which takes "
+                "a program; use fewer widths, depths, activations or weights"
+            )
+    members: dict[tuple, list[tuple[int, int]]] = {}
+    first: dict[tuple, Network] = {}
+    for those in of_structure.values():
+        point = study.point(those[0][0])
+        network = dataclasses.replace(point.network(), name="")
+        key = (jax.tree.structure(network), point.settings["batch"], network.input_width)
+        first.setdefault(key, network)
+        members.setdefault(key, []).extend(those)
     found, measured = [], study.spectrum is not None
-    for key, those in members.items():
-        network, sites = first[key], key[1]
+    for key, unordered in members.items():
+        network, sites, those = first[key], key[1], sorted(unordered)
         sampler, reason = "dense", "singular values take all weights"
         if not measured:
             sampler, reason = samplers.choose(study.sampling.sampler, network, sites)

@@ -7,7 +7,6 @@ replaced whole, so that a process may be killed at any time.
 import hashlib
 import json
 import os
-import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -44,10 +43,23 @@ class Saved:
     def plan(self, plan: Sequence[int]) -> list[int]:
         """Return how the networks were grouped when the run began: so it must go on."""
         path = self.folder / "plan.json"
-        if not path.exists():
+        if not os.path.lexists(path):
             with complete(path) as beside:
                 beside.write_text(json.dumps(list(plan)), encoding="utf-8")
-        return json.loads(path.read_text(encoding="utf-8"))
+        try:
+            found = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError, RecursionError) as error:
+            raise self._damaged(path) from error
+        whole = isinstance(found, list) and len(found) == len(plan)
+        if not whole or not all(type(n) is int and n > 0 for n in found):
+            raise self._damaged(path)
+        return found
+
+    def _damaged(self, path: Path) -> InputError:
+        return InputError(
+            f"cannot read {str(path)!r}, where a run was saved: it is damaged; remove "
+            f"{str(self.folder)!r} to begin anew"
+        )
 
     def write(self, first: int, state: Sequence[np.ndarray], records: dict[str, Any]) -> None:
         """Save the leaves of a chunk's state, and what was recorded of it."""
@@ -59,17 +71,15 @@ class Saved:
     def read(self, first: int) -> tuple[list[np.ndarray], dict[str, np.ndarray]] | None:
         """Return what `write` was given last, or None if that is nothing."""
         path = self._path(first)
-        if not path.exists():
+        if not os.path.lexists(path):
             return None
         try:
-            with np.load(path) as file:
+            with np.load(path, allow_pickle=False) as file:
                 found = dict(file)
-        except (OSError, ValueError, zipfile.BadZipFile) as error:
-            raise InputError(
-                f"cannot read {str(path)!r}, where a run was saved; remove {str(self.folder)!r} to "
-                "begin anew"
-            ) from error
-        leaves = [found[f"state/{n}"] for n in range(sum(k.startswith("state/") for k in found))]
+            count = sum(key.startswith("state/") for key in found)
+            leaves = [found[f"state/{n}"] for n in range(count)]
+        except Exception as error:  # there is hardly one that a damaged file cannot cause
+            raise self._damaged(path) from error
         names = (key.partition("/") for key in found)
         return leaves, {n: found[f"records/{n}"] for kind, _, n in names if kind == "records"}
 
