@@ -713,7 +713,7 @@ def _differences(
 def _underflows(key: str, theory: Prediction, simulation: Simulation) -> np.ndarray:
     """Whether a value was measured of signals, or squares of them, that the floats do not hold."""
     network, statistic = simulation.network, statistics.named()[key]
-    if network.homogeneous or "log_q" not in theory.values:
+    if network.homogeneous_beyond[0] or "log_q" not in theory.values:
         return np.zeros(network.depth, bool)
     log_q = np.asarray(theory.values["log_q"], np.float64)
     tiny = math.log(float(np.finfo(simulation.dtype).tiny))

@@ -67,7 +67,7 @@ def test_gradients_are_asked_for_going_down_and_weights_by_their_product():
 
 
 def test_what_a_simulation_in_float32_does_not_hold_is_unknown_of_wider_types():
-    network = networks.mlp([WIDTH] * 4, "tanh", "lecun")
+    network = networks.mlp([WIDTH] * 4, "tanh", "lecun", sigma_b=1e-60)  # no scale is free
     measured = {"log_q": np.array([0.0, -80.0, -np.inf])}
     found = float_ranges(network, measured, dtype="float32")
     assert found["float16"]["signals"] == FloatRange(NOWHERE, 2, 2)
