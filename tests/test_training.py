@@ -604,9 +604,10 @@ def test_an_interrupted_run_goes_on_as_if_it_had_not_stopped(tmp_path, uninterru
     run["run"](tmp_path, steps=7, record=[7])
     assert len(list(tmp_path.iterdir())) == 2
     (broken, *_) = folder.glob("*.npz")
-    broken.write_bytes(b"half a file")
-    with pytest.raises(InputError, match="where a run was saved; remove .* to begin anew"):
-        run["run"](tmp_path)
+    for path, content in ((broken, b"half a file"), (broken, b""), (folder / "plan.json", b"[1]")):
+        path.write_bytes(content)
+        with pytest.raises(InputError, match=f"{path.name}', where a run was saved; remove .* to"):
+            run["run"](tmp_path)
 
 
 @pytest.mark.slow

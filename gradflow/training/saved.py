@@ -57,8 +57,8 @@ class Saved:
 
     def _damaged(self, path: Path) -> InputError:
         return InputError(
-            f"cannot read {str(path)!r}, where a run was saved: it is damaged; remove "
-            f"{str(self.folder)!r} to begin anew"
+            f"cannot read {str(path)!r}, where a run was saved; remove {str(self.folder)!r} to "
+            "begin anew"
         )
 
     def write(self, first: int, state: Sequence[np.ndarray], records: dict[str, Any]) -> None:
