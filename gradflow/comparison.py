@@ -242,8 +242,8 @@ class Comparison(eqx.Module):
         """
         simulation = self.simulation
         measured = {
-            key: estimate.log_value if statistics.named()[key].log else estimate.value
-            for key, estimate in simulation.estimates.items()
+            s.key: simulation[s.key].log_value if s.log else simulation[s.key].value
+            for s in simulation.statistics
         }
         network = simulation.network
         return {

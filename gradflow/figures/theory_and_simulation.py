@@ -69,6 +69,7 @@ def gradient_norm(results: Families) -> Figure:
         As for `activation_variance`.
     """
     key = "log_gradient_norm"
+    _check_families(results, key)
     relative = {
         title: {name: _relative(dataset, key, -1) for name, dataset in family.items()}
         for title, family in results.items()
@@ -101,7 +102,7 @@ def remedies(results: Mapping[str, xarray.Dataset]) -> Figure:
     results
         By title, the sick network's first: `Comparison.to_xarray()`.
     """
-    _check_results(results, ("log_gradient_variance_theory", "log_q_theory"))
+    _check_results(results, ("log_gradient_norm_theory", "log_q_theory"))
     columns = 4
     rows = -(-len(results) // columns)
     figure = Figure(figsize=(3.1 * columns, 2.3 * rows + 0.8), layout="constrained")
