@@ -129,7 +129,8 @@ class Contrast(eqx.Module):
     def expands(self, threshold: float) -> bool:
         """Whether the width's first order is known and small wherever the difference is large."""
         large = np.abs(self.z) >= threshold
-        size = np.abs(self.shift) / (1 if self.logarithmic else np.abs(self.theory))
+        with np.errstate(divide="ignore", invalid="ignore"):  # of what is 0, nothing is small
+            size = np.abs(self.shift) / (1 if self.logarithmic else np.abs(self.theory))
         return bool(np.all(size[large] < _SMALL))
 
 

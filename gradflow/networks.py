@@ -549,7 +549,7 @@ def as_inputs(inputs: Any, network: Any) -> Array:
     Raises
     ------
     InputError
-        As `checked_inputs`, or if they are beyond the range of JAX's float type.
+        As `checked_inputs`, or if they are beyond the range of JAX's float type, or below it.
     """
     array = checked_inputs(inputs, network)
     with np.errstate(over="ignore"):  # it is looked for
@@ -557,6 +557,17 @@ def as_inputs(inputs: Any, network: Any) -> Array:
     if not all_finite(found):
         raise InputError(
             f"inputs has values beyond {found.dtype}'s range; turn JAX's x64 mode on, or scale them"
+        )
+    if is_traced(found):
+        return found
+    # Below its smallest normal number a float has few digits, and XLA takes it for 0.
+    least = float(jnp.finfo(found.dtype).smallest_normal / jnp.finfo(found.dtype).eps)
+    size = np.max(np.abs(np.asarray(array)), axis=None if network.mixes_sites else 1)
+    faint = np.atleast_1d(size)[(size > 0) & (size < least)]
+    if faint.size:
+        raise InputError(
+            f"inputs has one whose largest value is {faint.min():.3g}, of which {found.dtype} does "
+            f"not hold all digits; it is 0 or at least {least:.1g}: scale it"
         )
     return found
 

@@ -359,3 +359,12 @@ def test_a_quantity_that_is_not_there_is_a_sentence(kind, key):
     }[kind]()
     with pytest.raises(InputError, match=r"^unknown quantity 'ch' \(did you mean 'chi'\?\)"):
         found["ch"]
+
+
+def test_inputs_that_a_float_does_not_hold_are_refused():
+    network, x = networks.mlp([4, 5, 5]), np.ones((2, 4), np.float32)
+    x[1] *= 1e-38
+    with pytest.raises(InputError, match=r"largest value is 1e-38, of which float32 does not hold"):
+        monte_carlo.simulate(network, x, networks=2)
+    x[1] *= 0
+    assert np.isfinite(monte_carlo.simulate(network, x, networks=2)["q"].value).all()
