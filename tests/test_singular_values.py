@@ -167,7 +167,7 @@ def test_too_few_steps_are_said():
     [
         ({"leading": -1}, "leading is -1"),
         ({"leading": 0}, "leading and trailing are 0"),
-        ({"tolerance": 0.0}, "tolerance is 0.0; it is a number above 0"),
+        ({"tolerance": 0.0}, "tolerance is 0.0; it is a finite number above 0"),
         ({"memory_budget": 1000}, r"need .* GiB and .* GiB are free"),
         ({"above": 9}, "above is 9"),
     ],
