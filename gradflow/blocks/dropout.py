@@ -23,7 +23,7 @@ class Dropout(AbstractBlock):
     keep: ScalarLike = 0.9
 
     def __check_init__(self) -> None:
-        check_scale("keep", self.keep, positive=True)
+        check_scale("keep", self.keep)
         keep = np.asarray(1.0 if is_traced(self.keep) else self.keep)
         if not np.all((keep > 0) & (keep <= 1)):
             raise InputError(f"keep is {self.keep}; a probability to keep is above 0, at most 1")

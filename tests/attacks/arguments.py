@@ -2,7 +2,7 @@
 
     python tests/attacks/arguments.py [SEED] [CALLS]
 
-runs so many and prints what any of them does that no command may do; `test_wrong_calls.py` runs
+runs so many and prints what any of them does that no command may do; `test_wrong_commands.py` runs
 some, as far as to where they begin to compute.
 """
 
