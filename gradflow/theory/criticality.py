@@ -54,6 +54,8 @@ __all__ += ["universality_class"]
 _ROUNDING = 64
 # A root that rounding may move by more than this share of q is none.
 _UNSEEN = 0.01
+# A relative change of E[φ²]/q that is more than rounding.
+_SEEN = 1e-12
 # A length as large as can be: beyond all fixed points but those that a float cannot tell from it.
 _LARGE = 1e30
 
@@ -400,8 +402,10 @@ def universality_class(activation: Activation) -> UniversalityClass:
     with jax.enable_x64(True):
         if activation.homogeneous:
             return UniversalityClass.SCALE_INVARIANT
-        origin, slope, above = map(float, _near_zero(activation, jnp.asarray(2.0**-10)))
-        if origin == 0 and slope > 0 and above / slope < 1:  # q decreases, just above 0
+        origin, slope, gain = _near_zero(activation, jnp.asarray([2.0**-10, 2.0**-4]))
+        # What is linear as far as its kinks (hard_tanh) shows only near them that q decreases.
+        nearest = gain[0] if abs(gain[0] / slope - 1) > _SEEN else gain[1]
+        if origin == 0 and slope > 0 and nearest < slope:  # q decreases, just above 0
             return UniversalityClass.K_STAR_ZERO
         if not jnp.all(jnp.isnan(half_stable_points(activation).q_star)):
             return UniversalityClass.HALF_STABLE
@@ -410,9 +414,9 @@ def universality_class(activation: Activation) -> UniversalityClass:
 
 @functools.partial(jax.jit, static_argnums=0)
 def _near_zero(activation: Activation, q: Array) -> tuple[Array, Array, Array]:
-    """Return E[φ²] and E[φ'²] at 0, and E[φ²]/q at a small q."""
+    """Return E[φ²] and E[φ'²] at 0, and E[φ²]/q at each small q."""
     table = Table.of(activation, q.dtype)
-    near = table.at(q)
+    near = jax.vmap(table.at)(q)
     return table.square_at_zero, table.zero.dphi2, near.limit + near.ratio
 
 
