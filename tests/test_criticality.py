@@ -145,6 +145,7 @@ def test_correlations_approach_1_as_the_coefficient_says(activation, sigma_b2, l
         ("linear", UniversalityClass.SCALE_INVARIANT),
         ("tanh", UniversalityClass.K_STAR_ZERO),
         ("sin", UniversalityClass.K_STAR_ZERO),
+        ("hard_tanh", UniversalityClass.K_STAR_ZERO),
         ("gelu", UniversalityClass.HALF_STABLE),
         ("silu", UniversalityClass.HALF_STABLE),
         ("softplus", UniversalityClass.NONE),
