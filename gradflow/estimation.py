@@ -200,7 +200,7 @@ def histogram(
         scale = np.exp(np.where(np.isfinite(log_scale), log_scale, -np.inf) - unit)
         true = (np.asarray(value, np.float64) * scale[..., None]).reshape(len(value), -1)
         reach = float(np.max(np.abs(true), where=np.isfinite(true), initial=0.0)) or 1.0
-        edge = np.linspace(-reach, reach, bins + 1)
+        edge = reach * np.linspace(-1, 1, bins + 1)  # one of them is 0 to the last bit
         counts = np.stack([np.histogram(network, edge)[0] for network in true])
         each = counts / (true.shape[1] * (edge[1] - edge[0]))
         edges.append(edge)
