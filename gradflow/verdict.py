@@ -213,7 +213,8 @@ class _Changes:
     @classmethod
     def between(cls, low: int, high: int, *found: np.ndarray) -> "_Changes":
         """Return those from layer number ``high`` down to ``low``, numbered from 0."""
-        return cls(*(float(values[low] - values[high]) for values in found))
+        with np.errstate(invalid="ignore"):  # of weights without gradients, both are -inf
+            return cls(*(float(values[low] - values[high]) for values in found))
 
     def a_layer(self, steps: int) -> tuple[float, float]:
         """Return the factors a layer."""
