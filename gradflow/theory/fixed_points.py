@@ -158,9 +158,12 @@ def representable_depth(
 
 def depth_scale(chi: Float[Array, "..."]) -> Float[Array, "..."]:
     """Return -1/log|χ| in layers: > 0 for decay, < 0 for growth, +inf at |χ| = 1 to rounding."""
-    log = jnp.log(jnp.abs(chi))
+    # The logarithm of 0 has no derivative, and a `where` around it does not hide that.
+    lost = chi == 0
+    log = jnp.log(jnp.where(lost, 2, jnp.abs(chi)))
     critical = jnp.abs(log) <= rounding(log.dtype)
-    return jnp.where(critical, jnp.inf, -1 / jnp.where(critical, 1, log))
+    scale = jnp.where(critical, jnp.inf, -1 / jnp.where(critical, 1, log))
+    return jnp.where(lost, 0, scale)
 
 
 # The length map -----------------------------------------------------------------------------------
