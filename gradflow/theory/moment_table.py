@@ -206,7 +206,13 @@ def _computed(activation: Activation, dtype: str) -> Table:
         axis=0,
         total_repeat_length=len(q),
     )
-    found, errors = jax.vmap(functools.partial(_averages, activation))(q, lines[:, 0], lines[:, 1])
+
+    # One panel after another, each again going backward: all at once take 14 GB to differentiate.
+    @jax.checkpoint
+    def of_panel(panel: tuple[Array, Array, Array]) -> tuple[Array, Array]:
+        return _averages(activation, *panel)
+
+    found, errors = jax.lax.map(of_panel, (q, lines[:, 0], lines[:, 1]))
     raw, distances = found[..., :3], found[..., 3:]
     closed = ("phi2", "dphi2", "x_phi_dphi")
     for column, name in enumerate(closed):
