@@ -7,9 +7,9 @@ the gradient's second moments down: χ. So nothing backward is written for a blo
 
 *Scale and shape are apart.* Signals are exp(``log_scale``) times what the moments describe, so that
 no depth over- or underflows. The scale is 0, and the moments are the signals' own, while second
-moments are in the range where averages are computed (`gaussian.LIMITS`); beyond it φ is the power
-of |x| that it tends to at 0 or at ±∞ (`gaussian.growth`). What that leaves out is 1e-18 of a signal
-in float64, 1e-7 in float32.
+moments are in the range where averages are computed (`gaussian.log_limits`); beyond it φ is the
+power of |x| that it tends to at 0 or at ±∞ (`gaussian.growth`). What that leaves out is 1e-18 of a
+signal in float64, 1e-7 in float32.
 
 *Paths that share a part.* A signal is a linear combination of parts that do not correlate: each
 product with a random matrix is a new part, whatever it was made of. A sum of two signals adds the

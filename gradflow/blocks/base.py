@@ -83,7 +83,7 @@ class AbstractBlock(eqx.Module):
         """Whether block(a·z) = a·block(z) for every a > 0."""
 
     def homogeneous_if(self, activations: Callable[[Activation], bool]) -> bool:  # noqa: ARG002
-        """Whether it is `homogeneous` if its activations are, of which one says which are."""
+        """Whether it is `homogeneous`, if the activations are that this says yes to."""
         return self.homogeneous
 
     @property
@@ -121,7 +121,7 @@ class AbstractBlock(eqx.Module):
         return ()
 
     def narrowed(self, factor: int | Fraction) -> "AbstractBlock":  # noqa: ARG002
-        """Return it with its widths divided by ``factor``, 1/8 for wider, and its scales kept."""
+        """Return the block with its widths divided by ``factor``, and its scales kept."""
         return self
 
 
