@@ -429,3 +429,12 @@ class TestBadInput:
         # clip(0.7 x)/0.7 is hard_tanh: one network in other units.
         same = fixed_points.analyse(activations.hard_tanh, 2.0, 0.05 / 0.49)
         assert float(found.c_star) == pytest.approx(float(same.c_star), rel=1e-11)
+
+@pytest.mark.usefixtures("x64_only")
+@pytest.mark.parametrize("above", [0, 1, 3, 20])
+def test_the_correlation_of_a_critical_network_is_1_to_rounding(above):
+    # q and σ_w² of tanh with σ_b² = 0.05 and χ₁ = 1, moved by as many units in the last place.
+    q = 0.5700478816407633 * (1 + above * 2.3e-16)
+    c_star, chi_c = fixed_points.correlation(activations.tanh, q, 1.7609546396067386, 0.05)
+    np.testing.assert_allclose(c_star, 1, rtol=3e-14)
+    assert jnp.isinf(fixed_points.depth_scale(chi_c))

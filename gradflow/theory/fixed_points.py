@@ -572,7 +572,8 @@ def correlation(
 def _correlation(
     activation: Activation, q: Array, sigma_w2: Array, sigma_b2: Array, chi1: Array
 ) -> tuple[Array, Array]:
-    chaotic = chi1 > 1
+    # Nearer to 1 than rounding, c* is 1 to rounding too, and the two roots cannot be told apart.
+    chaotic = chi1 - 1 > rounding(q.dtype)
     weight = jnp.where(chaotic, sigma_w2 / q, 1)
 
     c_star, chi_c, slope = _series_fixed_points(activation, q, weight, sigma_b2 / q, chaotic)
