@@ -24,10 +24,10 @@ MOST_WEIGHTS = 2 << 30  # bytes
 
 
 def of_gradflow(width, sampler, found):
-    from gradflow import networks
+    from gradflow import builders
     from gradflow.simulation import singular_values
 
-    network = networks.mlp([width] * (DEPTH + 1), "tanh", "glorot")
+    network = builders.mlp([width] * (DEPTH + 1), "tanh", "glorot")
     x = jnp.ones((1, width), jnp.float32)
 
     def one(seed):

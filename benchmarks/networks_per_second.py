@@ -37,8 +37,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gradflow import networks
-from gradflow.simulation import memory, monte_carlo, threefry
+from gradflow import builders
+from gradflow.simulation import _memory, _threefry, monte_carlo
 from gradflow.statistics import log_gradient_norm, q
 
 WANTED = (q, log_gradient_norm)
@@ -49,7 +49,7 @@ def batch(inputs, width):
 
 
 def gradflow(width, depth, inputs, sampler, count):
-    network = networks.mlp([width] * (depth + 1), "tanh", "glorot")
+    network = builders.mlp([width] * (depth + 1), "tanh", "glorot")
     x = batch(inputs, width)
 
     def run():
@@ -213,7 +213,7 @@ def limits(width, inputs):
     shape = (side_by_side, 1 << 8, 1 << 14)
     keys = jax.random.split(jax.random.key(0), shape[:2])
     drawn = {}
-    for name, normal in (("gradflow", threefry.normal), ("JAX", jax.random.normal)):
+    for name, normal in (("gradflow", _threefry.normal), ("JAX", jax.random.normal)):
         # What is drawn is added up, tile by tile, as a layer's products would.
         tiles = jax.jit(
             lambda ks, f=normal: jax.lax.map(lambda k: f(k, shape[2:], jnp.float32).sum(), ks)
@@ -274,7 +274,7 @@ def compare(options, width, depth, inputs, most):
     """All contenders at one size, beside the machine's limits."""
     limit = limits(width, inputs)
     # What torch.func.vmap may hold at once: the weights of every network.
-    vmapped = max(1, min(64, memory.available() // (4 * 4 * depth * width**2)))
+    vmapped = max(1, min(64, _memory.available() // (4 * 4 * depth * width**2)))
     rows = {}
     for name, make in contenders(width, depth, inputs).items():
         row = measure(make, options.seconds, min(most, vmapped) if "vmap" in name else most)

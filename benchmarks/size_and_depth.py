@@ -27,10 +27,10 @@ QUICK = ((100, 10), (100, 1_000))
 
 
 def one(width, depth):
-    from gradflow import networks
+    from gradflow import builders
     from gradflow.simulation import monte_carlo
 
-    network = networks.mlp([width] * (depth + 1), "tanh", "glorot")
+    network = builders.mlp([width] * (depth + 1), "tanh", "glorot")
     x = np.ones((1, width), np.float32)
     first = monte_carlo.simulate(network, x, networks=1)
     warm = min((monte_carlo.simulate(network, x, networks=1) for _ in range(3)), key=_seconds)

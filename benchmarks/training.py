@@ -24,7 +24,7 @@ import time
 import jax
 import numpy as np
 
-from gradflow import data, networks, training
+from gradflow import builders, data, training
 
 # Depth, width, batch; and how many steps of how many networks take some seconds.
 SIZES = {
@@ -42,7 +42,7 @@ def digits():
 
 
 def gradflow(widths, batch, steps, count, **how):
-    network = networks.mlp(widths, "tanh", "glorot")
+    network = builders.mlp(widths, "tanh", "glorot")
     x, y = digits()
     result = training.train(
         network, x, y, steps=steps, batch=batch, learning_rate=0.01, seeds=count, **how

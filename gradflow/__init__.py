@@ -4,32 +4,31 @@ Will the gradients of this network vanish or explode? It is answered twice, by
 theory and by exact simulation of many random networks at once, and the two are compared. Each
 module is a subject; each imports only from those above it:
 
-files              files that are written whole or not at all
-arguments          what callers give: inputs, keys and seeds, converted and checked
+errors             input that cannot be used, in one sentence
 norms              norms as logarithms, which no float's range ends
 activations        what a unit does: φ, its kinks, closed forms
 gaussian           expectations under a Gaussian, in one and two dimensions
 ensembles          how weights are drawn: a distribution times a variance rule
-batch              averages over a batch after BatchNorm
-gram               what the theory knows of a layer: second moments of signals and of tangents
-cells              the law of an LSTM's cells, which second moments do not give
+kernels            the state of an infinitely wide layer: second moments of signals and of tangents
 blocks             the repeating unit, read twice: one network, infinite width
 networks           a random network as data: stages of equal blocks
+builders           networks of the usual architectures: mlp, residual, convolutional, recurrent
 statistics         what is reported: its name, how it is measured, how it is predicted
-theory             linear_regime (Glorot & Bengio 2010), mean_field, fixed_points, criticality,
-                   architectures, spectrum, finite_width, corrections, carried_means,
-                   shared_weights, transformations, prescription
+float_ranges       in which layer signals and gradients leave float16, bfloat16, float32, float64
 estimation         means, standard errors and histograms over networks
-simulation         matrices and samplers (dense, matrix_free), propagation, jacobians,
-                   singular_values, monte_carlo
+roots              roots of a function of one variable, differentiable
+theory             one value a layer, no sampling
+simulation         the same statistics, measured in many random networks at once
+verdict            what becomes of the gradients, in words and as a factor a layer
 comparison         theory beside measurement: z-scores and a verdict
 training           weights as parameters; layers along training, many networks at once
-shapeset           images of shapes, endless and drawn by key
 data               real inputs, with labels: what networks are trained on
 figures            one function a figure
-studies            jacobian_spectrum, remedies; what study files need: entries, grid_point,
-                   description, plan, store, spectra, depth_scales, gradient_spread, results,
-                   execution, merging, report; note (the study that the project began with)
+spectra            singular values of end-to-end Jacobians, theory beside simulation
+remedies           a sick network, and each way to tackle it beside it
+experiments        networks in training: what the paper showed, and what came after it
+studies            networks over a grid that a file describes, of any size
+note               the study of the note that the project began with
 cli                the command ``gradflow``
 """
 

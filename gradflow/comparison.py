@@ -3,11 +3,11 @@
 A difference is *significant* when its z-score is beyond what 1 % of all comparisons of this size
 would show by chance anywhere (Bonferroni, Student's t). A significant difference from the
 infinite-width theory need not be an error: networks are finite. For Gaussian weights theory says
-what that does, to first order in 1/width (`theory.corrections`), and the difference must be that.
-Where it does not say, the effect's shrinking as 1/width is tested: the same network is simulated at
-a quarter of its width, where it must be four times as large. If it is not, half of the width tells
-whether it goes as a/width + b/width²: a batch that is not small beside the width needs b, and
-orthogonal weights may have no a.
+what that does, to first order in 1/width (`theory.finite_width.first_order`), and the difference
+must be that. Where it does not say, the effect's shrinking as 1/width is tested: the same network
+is simulated at a quarter of its width, where it must be four times as large. If it is not, half of
+the width tells whether it goes as a/width + b/width²: a batch that is not small beside the width
+needs b, and orthogonal weights may have no a.
 """
 
 import dataclasses
@@ -29,16 +29,17 @@ from jax.typing import ArrayLike
 from jaxtyping import PRNGKeyArray
 
 from gradflow import statistics
-from gradflow.arguments import as_key, check_instance
-from gradflow.compilation import Float64Program
+from gradflow._arguments import as_key, check_instance
+from gradflow._compilation import Float64Program
 from gradflow.errors import InputError
 from gradflow.estimation import Estimate
 from gradflow.float_ranges import FloatRange, float_ranges
-from gradflow.networks import Network, as_inputs, check_network, checked_inputs, narrowed
+from gradflow.networks import Network, as_inputs, check_network, checked_inputs, divide_widths
 from gradflow.simulation.monte_carlo import Progress, Simulation, simulate
 from gradflow.statistics import Prediction, Statistic
-from gradflow.theory import carried_means, densities, mean_field
-from gradflow.theory.corrections import (
+from gradflow.theory import densities, mean_field
+from gradflow.theory.finite_width import carried_means
+from gradflow.theory.finite_width.first_order import (
     Corrections,
     Layers,
     correct,
@@ -48,7 +49,15 @@ from gradflow.theory.corrections import (
 )
 from gradflow.verdict import Verdict, judge, layers_ahead
 
-__all__ = ["Comparison", "Contrast", "Status", "Verdict", "compare", "compile_theory", "confront"]
+__all__ = [
+    "Comparison",
+    "Contrast",
+    "Status",
+    "Verdict",
+    "compare",
+    "compare_results",
+    "compile_theory",
+]
 __all__ += ["correct_float64", "differences", "explained", "log_chi_beyond", "predict_float64"]
 __all__ += ["theory_float64"]
 
@@ -333,7 +342,7 @@ class Comparison(eqx.Module):
         )
 
 
-def compare(
+def compare_results(
     theory: Prediction,
     simulation: Simulation,
     *,
@@ -351,11 +360,11 @@ def compare(
     simulation
         From `simulation.monte_carlo.simulate`.
     corrections
-        From `theory.corrections.correct`, to tell finite-width effects from errors.
+        From `theory.finite_width.first_order.correct`, to tell finite-width effects from errors.
     narrower
-        Simulation and theory at a quarter of the width (`networks.narrowed`), and at half of it, to
-        do so where the corrections do not; without any of them every significant difference is
-        reported as an error.
+        Simulation and theory at a quarter of the width (`networks.divide_widths`), and at half of
+        it, to do so where the corrections do not; without any of them every significant difference
+        is reported as an error.
     wider
         The same at eight times the width, of a narrow network.
     log_chi_beyond
@@ -450,7 +459,7 @@ def compare(
     )
 
 
-def confront(
+def compare(
     network: Network,
     inputs: ArrayLike,
     *,
@@ -499,7 +508,7 @@ def confront(
     theory, corrections, beyond = predicted.result()
     if histograms:
         simulation = with_densities(simulation, inputs)
-    comparison = compare(theory, simulation, corrections=corrections, log_chi_beyond=beyond)
+    comparison = compare_results(theory, simulation, corrections=corrections, log_chi_beyond=beyond)
     return explained(comparison, inputs, key=key, sampler=sampler) if explain else comparison
 
 
@@ -515,7 +524,7 @@ def explained(
     inputs, key, sampler
         Those of its simulation. The key is not the narrower networks' own.
     """
-    check_instance("comparison", comparison, Comparison, "what compare or confront returns")
+    check_instance("comparison", comparison, Comparison, "what compare returns")
     key = as_key(key)
     theory, simulation = comparison.theory, comparison.simulation
     network = simulation.network
@@ -523,7 +532,7 @@ def explained(
     for number, factor in enumerate(_NARROWER):
         if not comparison.count(Status.DIFFERS) or min(network.widths[1:]) < _NARROWER[0]:
             break
-        narrow = narrowed(network, factor)
+        narrow = divide_widths(network, factor)
         measured = simulate(
             narrow,
             inputs,
@@ -533,11 +542,13 @@ def explained(
             sampler=sampler,
         )
         narrower.append((measured, mean_field.at_widths(theory, network, narrow)))
-        found = compare(theory, simulation, corrections=comparison.corrections, narrower=narrower)
+        found = compare_results(
+            theory, simulation, corrections=comparison.corrections, narrower=narrower
+        )
         # What the gradient does was said with χ further up.
         comparison = dataclasses.replace(found, verdict=comparison.verdict)
     if comparison.count(Status.DIFFERS) and max(network.widths[1:]) <= _NARROW:
-        wide = narrowed(network, Fraction(1, _WIDER))
+        wide = divide_widths(network, Fraction(1, _WIDER))
         measured = simulate(
             wide,
             inputs,
@@ -545,7 +556,7 @@ def explained(
             networks=simulation.networks,
             sampler=sampler,
         )
-        found = compare(
+        found = compare_results(
             theory,
             simulation,
             corrections=comparison.corrections,
@@ -573,7 +584,7 @@ def compile_theory(network: Network, inputs: ArrayLike, *, finite_width: bool = 
 
 
 def log_chi_beyond(network: Network, theory: Prediction) -> float:
-    """Return log χ where the network would be with many more layers, for `compare`."""
+    """Return log χ where the network would be with many more layers, for `compare_results`."""
     check_network(network)
     check_instance("theory", theory, Prediction, "what theory.mean_field.predict returns")
     return _further_up(network)(theory)
@@ -635,9 +646,9 @@ def predict_float64(network: Network, inputs: ArrayLike) -> Prediction:
 
 
 def correct_float64(network: Network, inputs: ArrayLike) -> Corrections | None:
-    """Return `theory.corrections.correct` in float64 as NumPy arrays; None if it has no answer.
+    """First-order corrections in float64, as NumPy arrays; None where there are none.
 
-    Of networks that carry a mean along, `theory.carried_means.correct`.
+    Of networks that carry a mean along, `theory.finite_width.carried_means.correct`.
     """
     arguments = _arguments(network, inputs)[:2]
     if carried_means.covers(network):

@@ -158,7 +158,7 @@ def split(
     """
     import jax  # noqa: PLC0415  (slow to import, and who only wants images does not need it)
 
-    from gradflow.arguments import as_key  # noqa: PLC0415
+    from gradflow._arguments import as_key  # noqa: PLC0415
 
     if not isinstance(dataset, Dataset):
         raise InputError(f"dataset is {dataset!r}; it is a Dataset, as from_arrays makes one")
@@ -245,11 +245,11 @@ def shapes(count: int, key: "PRNGKeyArray | int" = 0) -> Dataset:
         If ``count`` is not a whole number of at least 1.
     """
     # Slow to import, and who only wants images does not need it.
-    from gradflow import shapeset  # noqa: PLC0415
-    from gradflow.arguments import as_key  # noqa: PLC0415
+    from gradflow import _shapeset  # noqa: PLC0415
+    from gradflow._arguments import as_key  # noqa: PLC0415
 
-    images, labels = shapeset.draw(as_key(key), count)
-    return from_arrays(images, labels, len(shapeset.CLASSES))
+    images, labels = _shapeset.draw(as_key(key), count)
+    return from_arrays(images, labels, len(_shapeset.CLASSES))
 
 
 def from_arrays(inputs: ArrayLike, labels: ArrayLike, classes: int | None = None) -> Dataset:
@@ -447,7 +447,7 @@ def _numbers(name: str, values: ArrayLike) -> np.ndarray:
 
 
 def _rows_of_numbers(name: str, values: Any) -> np.ndarray:
-    from gradflow.arguments import as_real  # noqa: PLC0415  (with JAX, slow to import)
+    from gradflow._arguments import as_real  # noqa: PLC0415  (with JAX, slow to import)
 
     found = np.asarray(as_real(name, values))
     if found.ndim != 2:

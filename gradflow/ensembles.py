@@ -31,7 +31,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from gradflow.arguments import as_key, check_instance, from_seed
+from gradflow._arguments import as_key, check_instance, from_seed
 from gradflow.errors import (
     InputError,
     check_count,

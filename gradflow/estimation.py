@@ -12,7 +12,7 @@ import equinox as eqx
 import numpy as np
 import scipy.stats
 
-from gradflow.arguments import as_numbers
+from gradflow._arguments import as_numbers
 from gradflow.errors import InputError, check_sequence, is_number
 
 __all__ = ["Estimate", "Histogram", "histogram", "merge"]

@@ -23,8 +23,8 @@ import xarray
 from jaxtyping import Array, Bool, Float
 
 from gradflow import gaussian
+from gradflow._arguments import check_instance
 from gradflow.activations import Activation
-from gradflow.arguments import check_instance
 from gradflow.errors import InputError, UnknownName, unknown_name
 from gradflow.norms import unit_rows
 

@@ -13,21 +13,21 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh
 
-from gradflow import networks, statistics, training
+from gradflow import builders, statistics, training
 from gradflow.simulation import jacobians, monte_carlo, singular_values
 from gradflow.theory import mean_field
 
 NETWORKS = {
-    "gaussian": networks.mlp([6, *[8] * 3], "tanh", "glorot", sigma_b=0.1),
-    "orthogonal": networks.mlp([6, *[8] * 3], "relu", "orthogonal"),
-    "batch_norm": networks.mlp([6, *[8] * 3], "relu", "he", norm="batch"),
-    "recurrent": networks.recurrent(6, 8, 5, "tanh", "glorot"),
-    "convolutional": networks.convolutional((4, 4), [1, 3, 3], "tanh", "he", dense=[9]),
+    "gaussian": builders.mlp([6, *[8] * 3], "tanh", "glorot", sigma_b=0.1),
+    "orthogonal": builders.mlp([6, *[8] * 3], "relu", "orthogonal"),
+    "batch_norm": builders.mlp([6, *[8] * 3], "relu", "he", norm="batch"),
+    "recurrent": builders.recurrent(6, 8, 5, "tanh", "glorot"),
+    "convolutional": builders.convolutional((4, 4), [1, 3, 3], "tanh", "he", dense=[9]),
 }
 
 
 def simulation(network, sampler):
-    positions = int(np.prod([stage.block.merges for stage in network.stages]))
+    positions = int(np.prod([stage.block.pool_factor for stage in network.stages]))
     x = jnp.ones((4 * positions, network.input_width), jnp.float32)
     return functools.partial(
         monte_carlo._run.trace,
@@ -69,7 +69,7 @@ def theory():
 
 
 def end_to_end_singular_values():
-    network, x = networks.mlp([6, *[6] * 3], "tanh", "glorot"), jnp.ones((1, 6))
+    network, x = builders.mlp([6, *[6] * 3], "tanh", "glorot"), jnp.ones((1, 6))
     of_key = jax.jit(jax.vmap(lambda key: singular_values.end_to_end(network, x, key)))
     return functools.partial(of_key.trace, jax.random.split(jax.random.key(0), 2))
 

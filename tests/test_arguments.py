@@ -9,10 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gradflow import arguments, networks
+from gradflow import _arguments, builders, networks
 from gradflow.errors import InputError
 
-NETWORK = networks.mlp([2, 3])
+NETWORK = builders.mlp([2, 3])
 SEEDS = (0, 1, 5, 2**31 - 1, 2**31, 2**32 - 1)
 
 
@@ -25,7 +25,7 @@ def test_a_seed_of_32_bits_is_the_key_that_jax_makes_of_it(x64):
     for seed in SEEDS:
         with jax.enable_x64(x64):
             expected = jax.random.key(seed, impl="threefry2x32")
-            found = arguments.as_key(seed)
+            found = _arguments.as_key(seed)
         assert words(found) == words(expected) == (0, seed)
         assert str(jax.random.key_impl(found)) == "threefry2x32"
 
@@ -34,7 +34,7 @@ def test_a_seed_of_32_bits_is_the_key_that_jax_makes_of_it(x64):
 def test_all_64_bits_of_a_seed_count(x64):
     seeds = [*SEEDS, *(s + 2**32 for s in SEEDS), 2**63 - 1, -1, -(2**32), -(2**63)]
     with jax.enable_x64(x64):
-        assert len({words(arguments.from_seed(seed)) for seed in seeds}) == len(seeds)
+        assert len({words(_arguments.from_seed(seed)) for seed in seeds}) == len(seeds)
 
 
 @pytest.mark.parametrize(
@@ -42,12 +42,12 @@ def test_all_64_bits_of_a_seed_count(x64):
 )
 def test_what_is_no_seed_is_refused(seed):
     with pytest.raises(InputError, match=r"^seed is .*; it is a whole number from -"):
-        arguments.from_seed(seed)
+        _arguments.from_seed(seed)
 
 
 def test_keys_of_every_kind_are_one_key():
     key = jax.random.key(3)
-    assert arguments.as_key(key) is key
+    assert _arguments.as_key(key) is key
     for same in (
         3,
         np.int64(3),
@@ -55,8 +55,8 @@ def test_keys_of_every_kind_are_one_key():
         jax.random.key_data(key),
         np.array([0, 3], np.uint32),
     ):
-        assert words(arguments.as_key(same)) == words(key)
-    assert jax.jit(lambda k: jax.random.key_data(arguments.as_key(k)))(key).tolist() == [0, 3]
+        assert words(_arguments.as_key(same)) == words(key)
+    assert jax.jit(lambda k: jax.random.key_data(_arguments.as_key(k)))(key).tolist() == [0, 3]
 
 
 @pytest.mark.parametrize("seed", [0, 7])
@@ -64,7 +64,7 @@ def test_jaxs_default_kind_of_key_has_no_say(seed):
     code = (
         "import numpy as np; from gradflow import networks; "
         "from gradflow.simulation import monte_carlo\n"
-        f"found = monte_carlo.simulate(networks.mlp([3, 4, 4]), np.ones((1, 3)), key={seed}, "
+        f"found = monte_carlo.simulate(builders.mlp([3, 4, 4]), np.ones((1, 3)), key={seed}, "
         "networks=2)\nprint(found['q'].value.tolist())"
     )
     printed = []

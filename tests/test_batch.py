@@ -9,9 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gradflow import activations, batch, comparison, networks, statistics
+from gradflow import activations, builders, comparison, statistics
 from gradflow.blocks import Activate, BatchNorm, Chain, Linear
 from gradflow.errors import InputError
+from gradflow.gaussian import _batch
 from gradflow.simulation import jacobians, monte_carlo
 from gradflow.simulation.propagation import propagate
 from gradflow.theory import architectures, mean_field
@@ -34,7 +35,7 @@ def layer(activation, sigma_w=1.3, sigma_b=0.2):
 def walked_chi(activation, size, sigma_w=1.3):
     """χ of the lowest of three layers, whatever the batch was at first, at its fixed point."""
     found = mean_field.predict(
-        networks.stack(1, [(layer(activation, sigma_w), 3)]), jnp.eye(size) + 0.3
+        builders.stack(1, [(layer(activation, sigma_w), 3)]), jnp.eye(size) + 0.3
     )
     return float(found["chi"][0])
 
@@ -94,7 +95,7 @@ def test_the_integral_for_any_batch_against_draws(name):
     rng = np.random.default_rng(1)
     (k, s) = (a @ a.T / a.shape[1] for a in (rng.normal(size=(6, 9)), rng.normal(size=(6, 7))))
     phi = activations.get(name)
-    second, mean, moved = batch.averages(phi, jnp.asarray(k), jnp.asarray(s))
+    second, mean, moved = _batch.averages(phi, jnp.asarray(k), jnp.asarray(s))
     factor = np.linalg.cholesky(k)
     x = rng.normal(size=(32_768, 6)) @ factor.T
     x -= x.mean(axis=1, keepdims=True)
@@ -131,15 +132,15 @@ def test_any_activation_in_any_batch(far, error):
         for a in (rng.normal(size=(8, 9)), rng.normal(size=(8, 7)))
     )
     unknown = dataclasses.replace(activations.relu, homogeneous=False)
-    exact = batch.averages(activations.relu, jnp.asarray(k), jnp.asarray(s))
-    found = batch.averages(unknown, jnp.asarray(k), jnp.asarray(s))
+    exact = _batch.averages(activations.relu, jnp.asarray(k), jnp.asarray(s))
+    found = _batch.averages(unknown, jnp.asarray(k), jnp.asarray(s))
     for a, b in zip(exact, found, strict=True):
         np.testing.assert_allclose(a, b, atol=error * max(float(jnp.abs(a).max()), 1))
 
 
 def test_the_gradient_of_a_batch_is_that_of_autodiff(key):
     """The way down, layer by layer at one common scale, against `jax.vjp` of the whole network."""
-    network = networks.mlp([7, 20, 20, 20], "tanh", "he", norm="batch")
+    network = builders.mlp([7, 20, 20, 20], "tanh", "he", norm="batch")
     x = jax.random.normal(key, (5, 7))
     found = propagate(network, x, key, sampler="dense")
     jacobian = jacobians.draw(network, x, key, sampler="dense", below=1)
@@ -159,7 +160,7 @@ def test_theory_meets_simulation():
     Without the batch's own backward operator χ would be 1/2 · 2 = 1 and the logarithm 0.
     """
     x = np.random.default_rng(3).normal(size=(8, 50))
-    network = networks.mlp([50, *[400] * 4], "relu", "he", norm="batch")
+    network = builders.mlp([50, *[400] * 4], "relu", "he", norm="batch")
     wanted = (statistics.q, statistics.gradient_variance)
     simulated = monte_carlo.simulate(network, x, networks=400, key=2, wanted=wanted)
     theory = comparison.predict_float64(network, x)
@@ -180,7 +181,7 @@ def test_theory_meets_simulation():
         ),
         (
             lambda _: mean_field.predict(
-                networks.mlp([4, 4, 4], norm="batch", place="post"), jnp.eye(4)
+                builders.mlp([4, 4, 4], norm="batch", place="post"), jnp.eye(4)
             ),
             "BatchNorm gets a signal that is not Gaussian",
         ),
@@ -189,4 +190,4 @@ def test_theory_meets_simulation():
 )
 def test_bad_input_is_one_sentence(call, message):
     with pytest.raises(InputError, match=message):
-        call(networks.mlp([4, 4, 4], "relu", norm="batch"))
+        call(builders.mlp([4, 4, 4], "relu", norm="batch"))

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gradflow import activations, blocks, ensembles, networks
+from gradflow import activations, blocks, builders, ensembles, networks
 from gradflow.blocks import (
     Activate,
     Chain,
@@ -22,7 +22,7 @@ from gradflow.blocks import (
     UnitVariance,
 )
 from gradflow.errors import InputError
-from gradflow.gram import Gram
+from gradflow.kernels import Kernel
 from gradflow.simulation import jacobians
 from gradflow.simulation.propagation import propagate
 from gradflow.theory import architectures, fixed_points, mean_field
@@ -141,7 +141,7 @@ def test_dropout_over_a_grid_and_its_derivative():
 @pytest.mark.usefixtures("x64_only")
 def test_dropout_networks_settle_where_the_fixed_point_is():
     """50 layers, two inputs: the walk of the kernel, against the fixed-point equation."""
-    network = networks.mlp(
+    network = builders.mlp(
         [2, *[9] * 50], "tanh", ensembles.fan_in(1.5**0.5), sigma_b=0.2, keep=0.9
     )
     found = mean_field.predict(network, jnp.array([[1.0, 0.9], [0.9, 1.0]]))
@@ -151,17 +151,17 @@ def test_dropout_networks_settle_where_the_fixed_point_is():
 
 
 NETWORKS = {
-    "mlp, layer norm, dropout": lambda w: networks.mlp(
+    "mlp, layer norm, dropout": lambda w: builders.mlp(
         [9, 30, 30, 20], "relu", w, norm="layer", keep=0.8, sigma_b=0.1
     ),
-    "mlp, rms norm after φ": lambda w: networks.mlp(
+    "mlp, rms norm after φ": lambda w: builders.mlp(
         [9, 30, 30, 20], "tanh", w, norm="rms", place="post"
     ),
-    "residual": lambda w: networks.residual(9, 30, 3, "relu", w, scale="depth"),
-    "pre-norm residual of two layers": lambda w: networks.residual(
+    "residual": lambda w: builders.residual(9, 30, 3, "relu", w, scale="depth"),
+    "pre-norm residual of two layers": lambda w: builders.residual(
         9, 30, 3, "gelu", w, layers=2, hidden=50, weights_first=True, norm="layer", keep=0.9
     ),
-    "post-norm residual": lambda w: networks.residual(
+    "post-norm residual": lambda w: builders.residual(
         9, 30, 3, "tanh", w, sigma_b=0.2, norm="rms", place="post"
     ),
 }
@@ -197,9 +197,9 @@ def test_a_jacobian_is_the_derivative_of_the_blocks(make, key):
 
 
 def dense_product(key, x, *, sigma_w, width, distribution):
-    from gradflow.simulation import matrices
+    from gradflow.simulation import _matrices
 
-    weights = matrices.drawn(key, (width, x.shape[1]), distribution, x.dtype).weights
+    weights = _matrices.drawn(key, (width, x.shape[1]), distribution, x.dtype).weights
     return jnp.matmul(x * (sigma_w / x.shape[1] ** 0.5), weights.T)
 
 
@@ -210,10 +210,10 @@ def test_a_residual_network_that_doubles_leaves_no_float(key):
     At width 128 the logarithm of one network grows by 2.5 % less, from a simulation in NumPy that
     is no part of this test; a tolerance of 6 % is far from what an error would make of it.
     """
-    network = networks.residual(8, 128, 1500, "relu", "he")
+    network = builders.residual(8, 128, 1500, "relu", "he")
     assert network.homogeneous
     found = propagate(network, jnp.ones((1, 8)), key, sampler="matrix_free")
-    predicted = mean_field.predict(networks.residual(8, 32, 100, "relu", "he"), jnp.ones((1, 1)))
+    predicted = mean_field.predict(builders.residual(8, 32, 100, "relu", "he"), jnp.ones((1, 1)))
     np.testing.assert_allclose(np.diff(predicted["log_q"]), np.log(2), rtol=1e-4)
     for name in ("log_q", "log_gradient_variance"):
         assert np.isfinite(found[name]).all()
@@ -246,7 +246,7 @@ def test_unit_variance_is_of_the_whole_batch_and_a_constant_to_gradients(key):
 
 def test_maxout_of_two_gaussians(key):
     """Clark 1961: of correlation 0 and variance q, the maximum has mean √(q/π) and square q."""
-    gram = Gram.of(jnp.array([[1.0, 0.5], [0.5, 2.0]]))
+    gram = Kernel.of(jnp.array([[1.0, 0.5], [0.5, 2.0]]))
     found = Maxout(Linear(9, 1.5**0.5)).kernel(gram)
     q = jnp.array([1.5, 3.0])
     np.testing.assert_allclose(found.mean, jnp.sqrt(q / np.pi), rtol=1e-6)
@@ -259,7 +259,7 @@ def test_maxout_of_two_gaussians(key):
 
 def test_a_gate_that_is_always_open_is_no_gate():
     """f(h)·g(h) with g = bias of 1 in law: second moments of f, and its gradient."""
-    gram = Gram.of(jnp.array([[1.0, 0.5], [0.5, 2.0]]))
+    gram = Kernel.of(jnp.array([[1.0, 0.5], [0.5, 2.0]]))
     found = Gated(Linear(9, 1.3), Linear(9, 0.0, 1.0)).kernel(gram)
     np.testing.assert_allclose(found.covariance, 1.69 * gram.covariance, rtol=1e-6)
     gain = mean_field.gain(Gated(Linear(9, 1.3), Linear(9, 0.0, 1.0)), gram)
@@ -279,14 +279,14 @@ def test_standardised_weights_do_not_pass_a_mean_on(key):
     weights = ensembles.standardised.draw(key, (5, 40), jnp.zeros(0).dtype)
     np.testing.assert_allclose(weights.sum(axis=1), 0, atol=1e-4)
     np.testing.assert_allclose((weights**2).mean(axis=1), 1, rtol=1e-5)
-    network = networks.mlp([4, 30, 30, 30], "relu", ensembles.fan_in(1.0, "standardised"))
+    network = builders.mlp([4, 30, 30, 30], "relu", ensembles.fan_in(1.0, "standardised"))
     q = mean_field.predict(network, jnp.ones((1, 1)))["q"]
     np.testing.assert_allclose(q, (0.5 * (1 - 1 / np.pi)) ** np.arange(3), rtol=1e-5)  # Var ReLU
 
 
 @pytest.mark.slow
 def test_a_zero_branch_is_the_identity(key):
-    network = networks.residual(8, 20, 5, "tanh", scale="zero")
+    network = builders.residual(8, 20, 5, "tanh", scale="zero")
     found = propagate(network, jnp.ones((1, 8)), key)
     np.testing.assert_allclose(found["chi"][:-1], 1, rtol=1e-5)
     np.testing.assert_allclose(mean_field.predict(network, jnp.ones((1, 1)))["chi"][:-1], 1)
@@ -294,47 +294,49 @@ def test_a_zero_branch_is_the_identity(key):
 
 def test_moments_of_sums_have_the_products_of_means():
     """x + f with E x = 1 and E f = 2: E (x + f)² = E x² + E f² + 2·1·2."""
-    one, other = (Gram.of(jnp.full((1, 1), k), jnp.full(1, m)) for k, m in ((3.0, 1.0), (5.0, 2.0)))
+    one, other = (
+        Kernel.of(jnp.full((1, 1), k), jnp.full(1, m)) for k, m in ((3.0, 1.0), (5.0, 2.0))
+    )
     total = one.plus(other)
     np.testing.assert_allclose(total.covariance, 12.0)
     np.testing.assert_allclose(total.mean, 3.0)
 
 
 def test_networks_tell_their_shapes():
-    network = networks.residual(9, 30, 3, "gelu", layers=2, hidden=50, weights_first=True)
+    network = builders.residual(9, 30, 3, "gelu", layers=2, hidden=50, weights_first=True)
     assert network.widths == (9, 30, 30, 30, 30)
     assert network.shapes[0] == ((30, 9),)
     assert network.shapes[1] == ((50, 30), (50, 50), (30, 50))
-    assert networks.narrowed(network, 10).shapes[1] == ((5, 3), (5, 5), (3, 5))
-    assert networks.stack(4, [Linear(6), (Dense(units=6), 2)]).widths == (4, 6, 6, 6)
+    assert networks.divide_widths(network, 10).shapes[1] == ((5, 3), (5, 5), (3, 5))
+    assert builders.stack(4, [Linear(6), (Dense(units=6), 2)]).widths == (4, 6, 6, 6)
 
 
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: networks.mlp([4, 4], norm="batchh"), "unknown norm 'batchh'"),
-        (lambda: networks.mlp([4, 4, 4], norm="layer", place="mid"), "unknown place 'mid'"),
-        (lambda: networks.mlp([4, 4, 4], keep=0.0), "keep is 0.0; a probability to keep is above"),
-        (lambda: networks.residual(4, 4, 2, scale="half"), "unknown scale 'half'"),
-        (lambda: networks.residual(4, 4, 2, scale=-1.0), "scale is -1.0"),
-        (lambda: networks.residual(4, 4, 0), "depth is 0"),
+        (lambda: builders.mlp([4, 4], norm="batchh"), "unknown norm 'batchh'"),
+        (lambda: builders.mlp([4, 4, 4], norm="layer", place="mid"), "unknown place 'mid'"),
+        (lambda: builders.mlp([4, 4, 4], keep=0.0), "keep is 0.0; a probability to keep is above"),
+        (lambda: builders.residual(4, 4, 2, scale="half"), "unknown scale 'half'"),
+        (lambda: builders.residual(4, 4, 2, scale=-1.0), "scale is -1.0"),
+        (lambda: builders.residual(4, 4, 0), "depth is 0"),
         (
-            lambda: networks.stack(4, [Residual(Dense(units=5))]),
+            lambda: builders.stack(4, [Residual(Dense(units=5))]),
             "a residual branch takes 4 units and hands on 5",
         ),
-        (lambda: networks.stack(4, [(Dense(units=5), 2)]), "repeated 2 times, takes 4 units"),
-        (lambda: networks.stack(4, []), "blocks is empty"),
+        (lambda: builders.stack(4, [(Dense(units=5), 2)]), "repeated 2 times, takes 4 units"),
+        (lambda: builders.stack(4, []), "blocks is empty"),
         (lambda: Residual(LayerNorm()), "a residual branch has no random matrix"),
         (lambda: Gated(gate=Activate()), "the gate of a gated layer has no random matrix"),
         (lambda: Gated(value=LayerNorm()), "the value of a gated layer has no random matrix"),
         (
-            lambda: networks.stack(4, [Gated(Linear(5), Linear(6))]),
+            lambda: builders.stack(4, [Gated(Linear(5), Linear(6))]),
             "a gated layer's value has 5 units and its gate 6",
         ),
         (lambda: Chain(()), "a chain has at least one block"),
         (
             lambda: mean_field.predict(
-                networks.stack(4, [Chain((Activate(), Dropout(), Dense(units=4)))]),
+                builders.stack(4, [Chain((Activate(), Dropout(), Dense(units=4)))]),
                 jnp.ones((1, 1)),
             ),
             "'tanh' acts on a signal that is not Gaussian over units",

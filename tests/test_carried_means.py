@@ -5,13 +5,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gradflow import comparison, networks
+from gradflow import builders, comparison, networks
 from gradflow.activations import Activation, relu, softplus, tanh
 from gradflow.blocks import GRU, Activate, Chain, Dense, Linear, Residual
 from gradflow.comparison import Status
 from gradflow.errors import InputError
 from gradflow.simulation import monte_carlo
-from gradflow.theory import carried_means, mean_field
+from gradflow.theory import mean_field
+from gradflow.theory.finite_width import carried_means
 
 DEPTH = 30
 X = np.random.default_rng(0).standard_normal((1, 64)).astype(np.float32)
@@ -20,7 +21,7 @@ negative = Activation("negative", lambda x: -jax.nn.relu(x), (0.0,))
 
 def carrying(width, phi=relu, sigma_w=2**0.5, depth=DEPTH, scale=1.0, sigma_b=None):
     block = Residual(Chain((Linear(width, sigma_w, sigma_b), Activate(phi))), scale)
-    return networks.stack(64, [Linear(width), (block, depth)], phi)
+    return builders.stack(64, [Linear(width), (block, depth)], phi)
 
 
 @pytest.mark.parametrize(("width", "number"), [(100, 150), (1000, 60)])
@@ -31,7 +32,7 @@ def test_the_width_explains_what_a_carried_mean_does(width, number):
     the 5 layers that are looked at: false alarms 3e-4. The shift itself is larger than 6 of them.
     No width needs to be simulated beside.
     """
-    found = comparison.confront(carrying(width), X, networks=number)
+    found = comparison.compare(carrying(width), X, networks=number)
     contrast = found["gradient_variance"]
     rest = contrast.measured - contrast.theory - contrast.shift
     at = slice(0, 21, 5)
@@ -66,7 +67,7 @@ def test_highway_layers_with_relu(sigma_w):
     """A GRU without a reset gate, weights of its own each time. Null and false alarms as above."""
     depth, width = 30, 100
     gru = GRU(width, relu, sigma_w=sigma_w, reset_bias=None, update_bias=1.0)
-    network = networks.stack(64, [Linear(width), (gru, depth)], relu)
+    network = builders.stack(64, [Linear(width), (gru, depth)], relu)
     theory = comparison.predict_float64(network, X)["log_gradient_variance"]
     shift = comparison.correct_float64(network, X).shift["log_gradient_variance"]
     found = monte_carlo.simulate(network, X, networks=200)["gradient_variance"]
@@ -108,7 +109,7 @@ def test_only_what_is_known_is_covered():
         [Linear(10), (Residual(Dense(relu, 10)), 3)],
         [Linear(10), networks.Stage(Residual(Chain((Linear(10), Activate(relu)))), 3, tied=True)],
     ):
-        network = networks.stack(64, blocks, "relu")
+        network = builders.stack(64, blocks, "relu")
         assert not carried_means.covers(network)
         with pytest.raises(InputError, match="known for residual blocks past"):
             carried_means.correct(network, mean_field.input_gram(jnp.asarray(X)))

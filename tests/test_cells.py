@@ -11,12 +11,12 @@ import pytest
 import scipy.special
 import scipy.stats
 
-from gradflow import activations, gaussian, networks
+from gradflow import activations, builders, gaussian
 from gradflow.activations import Activation
 from gradflow.blocks import LSTM, Activate, BatchNorm, Chain, Drive, Linear
-from gradflow.cells import Cells
+from gradflow.blocks._cells import Cells
 from gradflow.errors import InputError
-from gradflow.gram import Gram
+from gradflow.kernels import Kernel
 from gradflow.theory import architectures, mean_field
 
 # Of what is interpolated, as `cells` says, relative; for arguments of gates with K up to 25 here.
@@ -39,7 +39,7 @@ def with_independent_tangent(gram):
     """The state with a tangent of second moments 1 that is independent of it."""
     one = jnp.ones_like(gram.mean)
     law = Cells.of(gram)
-    return dataclasses.replace(gram, tangent=one, law=law.taking(law.independent(one)))
+    return dataclasses.replace(gram, tangent=one, law=law.with_memory(law.independent(one)))
 
 
 @jax.jit
@@ -50,7 +50,7 @@ def step(block, state):
 def walked(block, state=None, steps=STEPS):
     """What is known of the state before and after each step, with a tangent of 1 at the start."""
     block = jax.tree.map(jnp.asarray, block)
-    states = [with_independent_tangent(Gram.of(jnp.asarray(START)) if state is None else state)]
+    states = [with_independent_tangent(Kernel.of(jnp.asarray(START)) if state is None else state)]
     for _ in range(steps):
         states.append(step(block, states[-1]))
     return states
@@ -64,7 +64,7 @@ def gate(bias):
 def exact_step(block, before):
     """E[c_a' c_b'] = E[f f] E[c c] + E[i i] E[g g], and the same of the tangent."""
     law = Cells.of(before)
-    z = block.drive.kernel(block._layer.kernel(Gram.of(law.hidden)))
+    z = block.drive.kernel(block._layer.kernel(Kernel.of(law.hidden)))
     k, q = z.covariance, jnp.diagonal(z.covariance)
     f, i, g = gate(block.forget_bias), gate(block.input_bias), activations.tanh
     ff, ii, gg = (gaussian.kernel(phi, k) for phi in (f, i, g))
@@ -94,7 +94,7 @@ def test_second_moments_of_cells_are_exact():
 def test_cells_begin_gaussian():
     for scale in (0.0, 0.1, 1.0, 4.0):
         k = scale * jnp.asarray(START)
-        law = Cells.of(Gram.of(k))
+        law = Cells.of(Kernel.of(k))
         for phi in (activations.tanh, activations.linear):
             expected = gaussian.kernel(phi, k)
             found = law.second_moments(phi(law.cells))
@@ -160,7 +160,7 @@ def test_law_is_that_of_a_population(name):
 
 
 def predicted(*stages, start=START):
-    return jax.jit(mean_field.predict)(networks.stack(4, stages), jnp.asarray(start)).values
+    return jax.jit(mean_field.predict)(builders.stack(4, stages), jnp.asarray(start)).values
 
 
 def test_gradients_are_the_transpose_of_tangents():
@@ -207,7 +207,7 @@ def test_signals_that_vanish_are_followed():
 @pytest.mark.slow
 def test_chi_of_a_settled_state_is_found():
     block = dataclasses.replace(CASES["usual"], units=2)
-    network = networks.stack(4, [Linear(4), (block, 60)])
+    network = builders.stack(4, [Linear(4), (block, 60)])
     chi = jax.jit(mean_field.predict)(network, jnp.asarray([[1.0]]))["chi"]
     found = jax.jit(functools.partial(mean_field.asymptotic_log_chi, beyond=300))(
         network, jnp.asarray(1.0)
@@ -219,7 +219,7 @@ def test_chi_of_a_settled_state_is_found():
     ("make", "message"),
     [
         (
-            lambda: networks.stack(4, [LSTM(4)]),
+            lambda: builders.stack(4, [LSTM(4)]),
             "an LSTM of 4 units gets 4; its state",
         ),
         (

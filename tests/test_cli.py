@@ -12,8 +12,7 @@ import xarray
 from rich.table import Table
 from typer.testing import CliRunner
 
-from gradflow import cli
-from gradflow.studies import experiments, remedies
+from gradflow import cli, experiments, remedies
 
 COMMANDS = [c.name or c.callback.__name__ for c in cli.app.registered_commands]
 SMALL = ["--width", "20", "--depth", "4", "--networks", "8"]

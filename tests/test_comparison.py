@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gradflow import blocks, comparison, ensembles, networks, statistics
+from gradflow import blocks, builders, comparison, ensembles, networks, statistics
 from gradflow.comparison import Status
 from gradflow.errors import InputError
 from gradflow.simulation import monte_carlo
@@ -22,21 +22,21 @@ WIDTH, DEPTH, NETWORKS = 240, 5, 400
 @pytest.mark.parametrize("ensemble", ensembles.ALL, ids=lambda e: e.name)
 def test_theory_is_what_simulation_tends_to_for_every_ensemble(ensemble):
     # Orthogonal weights have the same mean-field theory, up to 1/width.
-    network = networks.mlp([60, 120, 160, 160, 120], "tanh", ensemble)
+    network = builders.mlp([60, 120, 160, 160, 120], "tanh", ensemble)
     count = 60 if not network.iid_gaussian else NETWORKS
-    found = comparison.confront(network, X, key=3, networks=count)
+    found = comparison.compare(network, X, key=3, networks=count)
     assert not found.count(Status.DIFFERS), found.agreement
 
 
 def test_a_wrong_theory_is_found_and_not_called_finite_width():
     """Negative control: χ too large by a hundredth, at every layer."""
-    network = networks.mlp([60, *[WIDTH] * DEPTH], "tanh", ensembles.fan_in(1.3))
+    network = builders.mlp([60, *[WIDTH] * DEPTH], "tanh", ensembles.fan_in(1.3))
     theory = comparison.predict_float64(network, X)
     simulation = monte_carlo.simulate(network, X, networks=8000, key=3)
-    narrow = networks.narrowed(network, 4)
+    narrow = networks.divide_widths(network, 4)
     narrower = monte_carlo.simulate(narrow, X, networks=8000, key=4)
     wrong = dataclasses.replace(theory, values=theory.values | {"chi": theory.values["chi"] * 1.05})
-    found = comparison.compare(
+    found = comparison.compare_results(
         wrong,
         simulation,
         narrower=[
@@ -56,13 +56,13 @@ def test_a_wrong_theory_is_found_and_not_called_finite_width():
 
 def test_finite_width_effects_are_told_from_errors():
     """Typical gradients of narrow, deep networks are below the mean by exp(-5 L/4n) (ReLU)."""
-    network = networks.mlp([60, *[40] * 8], "relu", "he")
-    found = comparison.confront(network, X, key=3, networks=4000)
+    network = builders.mlp([60, *[40] * 8], "relu", "he")
+    found = comparison.compare(network, X, key=3, networks=4000)
     assert found["log_gradient_norm"].status[0] == Status.FINITE_WIDTH
     assert "finite-width effect" in found.agreement
     assert "are what theory says of this width" in found.agreement
     assert not found.narrower
-    without = comparison.confront(network, X, key=3, networks=4000, explain=False)
+    without = comparison.compare(network, X, key=3, networks=4000, explain=False)
     assert without["log_gradient_norm"].status[0] == Status.DIFFERS
 
 
@@ -84,8 +84,8 @@ def test_finite_width_effects_are_told_from_errors():
     ],
 )
 def test_verdicts_follow_the_theory_and_not_a_threshold(activation, weights, kind):
-    network = networks.mlp([60, *[100] * 12], activation, weights)
-    found = comparison.confront(network, X, networks=20, explain=False)
+    network = builders.mlp([60, *[100] * 12], activation, weights)
+    found = comparison.compare(network, X, networks=20, explain=False)
     assert found.verdict.kind == kind
     assert found.verdict.factor == pytest.approx(found.verdict.factor_theory, rel=0.1)
     assert found.verdict.sentence.startswith(f"{kind} ×")
@@ -104,24 +104,24 @@ def test_verdicts_follow_the_theory_and_not_a_threshold(activation, weights, kin
 )
 @pytest.mark.slow
 def test_verdicts_know_about_widths(widths, weights, kind):
-    network = networks.mlp(widths, "relu", weights)
-    found = comparison.confront(network, X, networks=20, explain=False)
+    network = builders.mlp(widths, "relu", weights)
+    found = comparison.compare(network, X, networks=20, explain=False)
     assert found.verdict.kind == kind
 
 
 @pytest.mark.slow
 def test_saturation_is_of_both_sides_and_names_its_layer():
     # Layer 1's q is 16 |x|²/n, where a third of logistic units are saturated; layer 2's is 180.
-    saturated = networks.mlp([16, *[400] * 4], "logistic", "unscaled")
-    found = comparison.confront(saturated, X[:, :16], networks=10, explain=False)
+    saturated = builders.mlp([16, *[400] * 4], "logistic", "unscaled")
+    found = comparison.compare(saturated, X[:, :16], networks=10, explain=False)
     assert found.verdict.saturated_from == 2
     assert "saturated from layer 2" in found.verdict.sentence
-    rectified = networks.mlp([60, *[50] * 4], "relu", "he")
-    assert comparison.confront(rectified, X, networks=10).verdict.saturated_from is None
+    rectified = builders.mlp([60, *[50] * 4], "relu", "he")
+    assert comparison.compare(rectified, X, networks=10).verdict.saturated_from is None
 
 
 def test_one_layer_has_no_factor_and_one_network_no_z_score():
-    found = comparison.confront(networks.mlp([60, 20]), X, networks=1)
+    found = comparison.compare(builders.mlp([60, 20]), X, networks=1)
     assert "one layer has no gradient factor" in found.verdict.sentence
     assert found.count(Status.DIFFERS) == 0
     assert np.isnan(found["q"].standard_error).all()
@@ -131,7 +131,7 @@ def test_one_layer_has_no_factor_and_one_network_no_z_score():
 
 def test_theory_beside_a_simulation_is_float64_in_its_own_unit():
     """Not a float32 that overflows, or is 0, where the log does not."""
-    theory = comparison.predict_float64(networks.mlp([60, *[50] * 60], "logistic", "glorot"), X)
+    theory = comparison.predict_float64(builders.mlp([60, *[50] * 60], "logistic", "glorot"), X)
     truth = np.exp(theory["log_gradient_variance"])
     assert theory["gradient_variance"].dtype == np.float64
     assert 0 < theory["gradient_variance"][0] < 1e-60
@@ -139,14 +139,14 @@ def test_theory_beside_a_simulation_is_float64_in_its_own_unit():
 
 
 def test_depths_that_differ_are_refused():
-    theory = comparison.predict_float64(networks.mlp([60, 20, 20]), X)
-    simulation = monte_carlo.simulate(networks.mlp([60, 20]), X, networks=2)
+    theory = comparison.predict_float64(builders.mlp([60, 20, 20]), X)
+    simulation = monte_carlo.simulate(builders.mlp([60, 20]), X, networks=2)
     with pytest.raises(InputError, match="theory has 2 layers and simulation has 1"):
-        comparison.compare(theory, simulation)
+        comparison.compare_results(theory, simulation)
 
 
 def test_results_are_labelled():
-    found = comparison.confront(networks.mlp([60, 20, 20]), X, networks=5)
+    found = comparison.compare(builders.mlp([60, 20, 20]), X, networks=5)
     dataset = found.to_xarray()
     assert "source" not in dataset.dims
     for statistic in statistics.ALL:
@@ -170,19 +170,19 @@ def test_a_plain_initialiser_is_simulated_at_other_widths_too():
     def normal(key, shape, dtype):
         return 0.3 * jax.random.normal(key, shape, dtype)
 
-    network = networks.mlp([60, 8, 8], "tanh", normal)
+    network = builders.mlp([60, 8, 8], "tanh", normal)
     x = jnp.asarray(X, jnp.float32)
     theory = comparison.predict_float64(network, X)
     simulation = monte_carlo.simulate(network, x, networks=20)
     # A theory that is wrong by a factor, so that the width must explain it, and cannot.
     wrong = dataclasses.replace(theory, values={**theory.values, "log_q": theory["log_q"] + 3})
-    found = comparison.explained(comparison.compare(wrong, simulation), X, key=1)
+    found = comparison.explained(comparison.compare_results(wrong, simulation), X, key=1)
     assert found.narrower
     assert found.count(Status.DIFFERS)
 
 
 def test_two_networks_cannot_tell():
-    found = comparison.confront(networks.mlp([60, 20]), X, networks=2)
+    found = comparison.compare(builders.mlp([60, 20]), X, networks=2)
     assert found.agreement.startswith("2 networks cannot tell")
     assert "agree within" not in found.agreement
 
@@ -191,19 +191,19 @@ def test_a_statistic_of_ones_own_needs_no_prediction_and_has_labels():
     largest = statistics.Statistic(
         "largest", "largest |z|", measure=lambda sample: jnp.max(jnp.abs(sample.preactivation))
     )
-    network = networks.mlp([60, 20])
+    network = builders.mlp([60, 20])
     wanted = (*statistics.ALL, largest)
     simulation = monte_carlo.simulate(network, X, networks=3, wanted=wanted)
     dataset = simulation.to_xarray()
     assert dataset.largest.attrs["long_name"] == "largest |z|"
     np.testing.assert_array_equal(dataset.largest, simulation["largest"].value)
-    found = comparison.compare(comparison.predict_float64(network, X), simulation)
+    found = comparison.compare_results(comparison.predict_float64(network, X), simulation)
     assert "largest" not in found.contrasts
     assert "largest" in found.to_xarray()
 
 
 def test_pixels_and_large_integers_are_what_they_are_as_floats():
-    network = networks.mlp([60, 20])
+    network = builders.mlp([60, 20])
     pixels = np.random.default_rng(0).integers(0, 256, (2, 60))
     as_floats = mean_field.input_gram(pixels.astype(np.float64))
     for dtype in (np.uint8, np.int16, np.int64):

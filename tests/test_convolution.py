@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from laws import smallest_p_value
 
-from gradflow import activations, comparison, ensembles, gaussian, networks, statistics
+from gradflow import activations, builders, comparison, ensembles, gaussian, networks, statistics
 from gradflow.blocks import (
     BatchNorm,
     Chain,
@@ -21,8 +21,8 @@ from gradflow.blocks import (
 )
 from gradflow.comparison import Status
 from gradflow.errors import InputError
-from gradflow.gram import Gram
-from gradflow.simulation import jacobians, matrices, monte_carlo
+from gradflow.kernels import Kernel
+from gradflow.simulation import _matrices, jacobians, monte_carlo
 from gradflow.simulation.propagation import propagate
 from gradflow.theory import architectures, fixed_points, mean_field
 
@@ -41,7 +41,7 @@ ROUNDING = 1e-5 if jnp.zeros(()).dtype == jnp.float32 else 1e-11
 
 
 def dense_product(key, x, *, sigma_w, width, distribution, seen=None):  # noqa: ARG001
-    weights = matrices.drawn(key, (width, x.shape[1]), distribution, x.dtype).weights
+    weights = _matrices.drawn(key, (width, x.shape[1]), distribution, x.dtype).weights
     return jnp.matmul(x * (sigma_w / x.shape[1] ** 0.5), weights.T)
 
 
@@ -59,10 +59,10 @@ def test_it_is_the_convolution_of_jax(shape, size, padding, key):
     inputs, channels, units = 2, 3, 4
     images = jax.random.normal(key, (inputs, *shape, channels))
     block = Convolution(activations.tanh, shape, size, padding, units, 1.3)
-    out = block.apply(networks.as_sites(images), dense_product, key)
+    out = block.apply(builders.as_sites(images), dense_product, key)
 
     sizes = block.patches.sizes
-    matrix = matrices.drawn(key, block.shapes(channels)[0], ensembles.gaussian, images.dtype)
+    matrix = _matrices.drawn(key, block.shapes(channels)[0], ensembles.gaussian, images.dtype)
     weights = 1.3 * matrix.weights / matrix.weights.shape[1] ** 0.5
     filters = jnp.moveaxis(weights.reshape(units, *sizes, channels), 0, -1)
     space = "HW"[: len(shape)]
@@ -75,7 +75,7 @@ def test_it_is_the_convolution_of_jax(shape, size, padding, key):
         h, filters, (1,) * len(shape), edges, dimension_numbers=layout, precision="highest"
     )
     assert expected.shape == (inputs, *shape, units)
-    np.testing.assert_allclose(out, networks.as_sites(expected), rtol=ROUNDING, atol=ROUNDING)
+    np.testing.assert_allclose(out, builders.as_sites(expected), rtol=ROUNDING, atol=ROUNDING)
 
 
 @filters
@@ -84,7 +84,7 @@ def test_moments_of_patches_are_those_of_the_units_of_patches(shape, size, paddi
     """Brute force: second moments and means over the units of patches of given signals."""
     block = Patches(shape, size, padding)
     signal = 0.5 + jax.random.normal(key, (2 * int(np.prod(shape)), 7))
-    gram = Gram(mean_field.input_gram(signal), signal.mean(axis=1), mean_field.input_gram(signal))
+    gram = Kernel(mean_field.input_gram(signal), signal.mean(axis=1), mean_field.input_gram(signal))
     patches, found = block.apply(signal, no_product, key), block.kernel(gram)
     assert patches.shape[1] == block.width_after(7)
     expected = mean_field.input_gram(patches)
@@ -97,7 +97,7 @@ def test_moments_of_patches_are_those_of_the_units_of_patches(shape, size, paddi
 @pytest.mark.parametrize("block", [GlobalMean((2, 3)), Flatten((2, 3))], ids=["mean", "flatten"])
 def test_moments_after_merging_positions(block, key):
     signal = 0.5 + jax.random.normal(key, (12, 7))
-    gram = Gram(mean_field.input_gram(signal), signal.mean(axis=1), mean_field.input_gram(signal))
+    gram = Kernel(mean_field.input_gram(signal), signal.mean(axis=1), mean_field.input_gram(signal))
     merged, found = block.apply(signal, no_product, key), block.kernel(gram)
     assert merged.shape == (2, block.width_after(7))
     for moments in (found.covariance, found.tangent):
@@ -113,11 +113,11 @@ class TestMeanField:
     def test_of_inputs_that_are_alike_everywhere(self, delta):
         """Every statistic but those of weights is a dense network's, at every layer."""
         alike = jnp.broadcast_to(jnp.array([[1.0, 0.4], [-0.5, 0.7]])[:, None], (2, 5, 2))
-        convolutions = networks.convolutional(
+        convolutions = builders.convolutional(
             (5,), [2, 50, 50, 80], "erf", ensembles.fan_in(1.4), sigma_b=0.2, delta=delta
         )
-        dense = networks.mlp([2, 50, 50, 80], "erf", ensembles.fan_in(1.4), sigma_b=0.2)
-        found = mean_field.predict(convolutions, mean_field.input_gram(networks.as_sites(alike)))
+        dense = builders.mlp([2, 50, 50, 80], "erf", ensembles.fan_in(1.4), sigma_b=0.2)
+        found = mean_field.predict(convolutions, mean_field.input_gram(builders.as_sites(alike)))
         expected = mean_field.predict(dense, mean_field.input_gram(alike[:, 0]))
         for statistic in statistics.ALL:
             if statistic.name not in ("weight_gradient_variance", "correlation"):
@@ -128,10 +128,10 @@ class TestMeanField:
     def test_the_mean_over_positions(self, padding, key):
         """A linear network's mean q is a dense one's; with zeros the edge loses, and no more."""
         images = jax.random.normal(key, (1, 6, 3))
-        network = networks.convolutional(
+        network = builders.convolutional(
             (6,), [3, 9, 9, 9], "linear", ensembles.fan_in(1.0), padding=padding
         )
-        gram = mean_field.input_gram(networks.as_sites(images))
+        gram = mean_field.input_gram(builders.as_sites(images))
         found = mean_field.predict(network, gram)
         mean = float(jnp.mean(jnp.diagonal(gram)))
         if padding == "circular":
@@ -140,19 +140,19 @@ class TestMeanField:
         else:
             assert (np.diff(found["q"]) < 0).all()
             block = Convolution(activations.linear, (6,), 3, "zeros")
-            once = jnp.diagonal(block.kernel(Gram.of(jnp.eye(6))).covariance)
+            once = jnp.diagonal(block.kernel(Kernel.of(jnp.eye(6))).covariance)
             np.testing.assert_allclose(once, [2 / 3, 1, 1, 1, 1, 2 / 3], rtol=ROUNDING)
 
     def test_chi(self):
         """σ_w² E[φ'²] at every q."""
         alike = 1.7 * jnp.ones((4, 1))
-        network = networks.convolutional((4,), [1, 9, 9], "erf", ensembles.fan_in(1.3))
+        network = builders.convolutional((4,), [1, 9, 9], "erf", ensembles.fan_in(1.3))
         found = mean_field.predict(network, mean_field.input_gram(alike))
         chi = mean_field.chi(activations.erf, found["q"][0], 1.3**2)
         assert float(found["chi"][0]) == pytest.approx(float(chi), rel=1e2 * ROUNDING)
 
     def test_a_delta_acts_on_every_position_as_a_dense_layer(self):
-        k = Gram.of(jnp.array([[1.0, 0.3, 0.1], [0.3, 2.0, 0.5], [0.1, 0.5, 0.7]]))
+        k = Kernel.of(jnp.array([[1.0, 0.3, 0.1], [0.3, 2.0, 0.5], [0.1, 0.5, 0.7]]))
         block = Convolution(activations.erf, sigma_w=1.3, sigma_b=0.2, delta=True)
         found, dense = (b.kernel(k) for b in (block, Dense(activations.erf, 100, 1.3, 0.2)))
         np.testing.assert_array_equal(found.covariance, dense.covariance)
@@ -183,7 +183,9 @@ def test_every_fourier_mode_has_its_own_factor(shape, size):
 
         def change(wave):
             small = jnp.zeros_like(settled).at[waves, second].set(wave)
-            moved = jax.jvp(lambda k: block.kernel(Gram.of(k)).covariance, (settled,), (small,))[1]
+            moved = jax.jvp(lambda k: block.kernel(Kernel.of(k)).covariance, (settled,), (small,))[
+                1
+            ]
             return moved[waves, second]
 
         return jnp.linalg.norm(jax.vmap(change)(wave)) / jnp.linalg.norm(wave)
@@ -206,10 +208,10 @@ def test_modes_are_those_of_circular_padding():
 def test_delta_orthogonal_filters_keep_lengths_exactly(key):
     """Linear, 10 layers, on either sampler, every position: and the gradient's length too."""
     shape, channels = (4, 3), [5, *[8] * 10]
-    network = networks.convolutional(
+    network = builders.convolutional(
         shape, channels, "linear", ensembles.fan_in(1.0, "orthogonal"), delta=True
     )
-    x = networks.as_sites(jax.random.normal(key, (2, *shape, 5)))
+    x = builders.as_sites(jax.random.normal(key, (2, *shape, 5)))
     for sampler in ("dense", "matrix_free"):
         found = walk(network, x, key, sampler=sampler)
         expected = np.log(np.mean(np.square(x)))
@@ -230,10 +232,10 @@ def test_delta_orthogonal_filters_keep_lengths_exactly(key):
 @paddings
 def test_weight_gradients_are_those_of_the_filters(pool, delta, padding, key):
     """Of one network, ∂C/∂W by differentiating the whole network by its filters, zeros and all."""
-    network = networks.convolutional(
+    network = builders.convolutional(
         (3, 2), [2, 3, 4], "tanh", size=2, padding=padding, delta=delta, dense=[5], pool=pool
     )
-    x = networks.as_sites(jax.random.normal(key, (2, 3, 2, 2)))
+    x = builders.as_sites(jax.random.normal(key, (2, 3, 2, 2)))
     found = walk(network, x, key, sampler="dense")
     keys = jax.random.split(key, network.depth + 1)
     blocks = [stage.block for stage in network.stages]
@@ -251,7 +253,7 @@ def test_weight_gradients_are_those_of_the_filters(pool, delta, padding, key):
                 layer_key, block = jax.random.fold_in(layer_key, 2), block.parts[-1]
             n_out, n_in = shape
             n_in = below if delta and isinstance(block, Convolution) else n_in
-            drawn = matrices.drawn(layer_key, (n_out, n_in), ensembles.gaussian, x.dtype).weights
+            drawn = _matrices.drawn(layer_key, (n_out, n_in), ensembles.gaussian, x.dtype).weights
             drawn *= block.sigma_w / n_in**0.5
             if n_in != shape[1]:
                 whole = jnp.zeros((n_out, block.patches.elements, n_in), x.dtype)
@@ -285,8 +287,8 @@ def test_both_samplers_have_one_law(law):
     More sites (6) than channels (4): the matrices are asked all there is to ask. Null: one joint
     law. False alarms: 1e-3. Keys are fixed.
     """
-    network = networks.convolutional((3,), [2, 4, 4, 4], "tanh", dense=[3], sigma_b=0.3, **law)
-    x = networks.as_sites(jax.random.normal(jax.random.key(5), (2, 3, 2)))
+    network = builders.convolutional((3,), [2, 4, 4, 4], "tanh", dense=[3], sigma_b=0.3, **law)
+    x = builders.as_sites(jax.random.normal(jax.random.key(5), (2, 3, 2)))
     names = ("log_q", "log_gradient_norm", "log_weight_gradient_variance")
 
     def features(sampler, key):
@@ -302,16 +304,16 @@ def test_both_samplers_have_one_law(law):
 
 
 NETWORKS = {
-    "pooled": lambda: networks.convolutional(
+    "pooled": lambda: builders.convolutional(
         (3,), [2, 100, 100, 100], "erf", "glorot", padding="zeros", dense=[100, 50], sigma_b=0.2
     ),
-    "flattened ReLU": lambda: networks.convolutional(
+    "flattened ReLU": lambda: builders.convolutional(
         (2, 2), [2, 100, 100], "relu", "he", size=(2, 1), dense=[100], pool="flatten"
     ),
     # Wider: what a finite width does to correlations after the mean falls faster than 1/n here, and
     # so is not 4 times as large at n/4 (of 3000 networks with `glorot_orthogonal` of widths 25, 100
     # and 400: -0.0136(6), -0.0011(1) and 0.00006(4)).
-    "delta-orthogonal": lambda: networks.convolutional(
+    "delta-orthogonal": lambda: builders.convolutional(
         (3,),
         [2, 400, 400, 400],
         "erf",
@@ -319,7 +321,7 @@ NETWORKS = {
         delta=True,
         dense=[400],
     ),
-    "residual with BatchNorm over positions": lambda: networks.stack(
+    "residual with BatchNorm over positions": lambda: builders.stack(
         2,
         [
             Convolution(activations.linear, (3,)),
@@ -334,11 +336,11 @@ NETWORKS = {
 @pytest.mark.slow
 @pytest.mark.parametrize("make", NETWORKS.values(), ids=NETWORKS)
 def test_theory_meets_simulation(make):
-    """`comparison.confront` of 300 networks; null and false alarms (1 %) as in the law tests."""
+    """`comparison.compare` of 300 networks; null and false alarms (1 %) as in the law tests."""
     network = make()
     positions = 4 if "relu, he" in network.name else 3
     x = np.random.default_rng(0).normal(size=(2 * positions, 2)).astype(np.float32)
-    found = comparison.confront(network, x, key=3, networks=300)
+    found = comparison.compare(network, x, key=3, networks=300)
     assert not found.count(Status.DIFFERS), found.agreement
     chi = found.contrasts["chi"].z
     assert np.isfinite(chi[:-1]).all()  # also where positions are merged
@@ -348,7 +350,7 @@ def test_theory_meets_simulation(make):
 def test_zeros_at_every_position_are_kept_in_a_homogeneous_network(key):
     """One scale for all positions: an image with an empty row, ReLU, 40 layers of tiny weights."""
     weights = ensembles.fan_in(1e-4)
-    network = networks.convolutional((6,), [1, *[8] * 40], "relu", weights, padding="zeros")
+    network = builders.convolutional((6,), [1, *[8] * 40], "relu", weights, padding="zeros")
     assert network.homogeneous
     x = jnp.zeros((6, 1)).at[0].set(1.0)
     found = walk(network, x, key, sampler="dense")
@@ -360,8 +362,8 @@ def test_zeros_at_every_position_are_kept_in_a_homogeneous_network(key):
 
 @pytest.mark.slow
 def test_checkpoints_and_kept_linearisations_give_the_same_numbers(key):
-    network = networks.convolutional((3,), [2, *[6] * 7], "tanh", dense=[5, 5])
-    x = networks.as_sites(jax.random.normal(key, (2, 3, 2)))
+    network = builders.convolutional((3,), [2, *[6] * 7], "tanh", dense=[5, 5])
+    x = builders.as_sites(jax.random.normal(key, (2, 3, 2)))
     once = walk(network, x, key, sampler="matrix_free")
     for options in ({"keep": True}, {"checkpoint": True}):
         again = walk(network, x, key, sampler="matrix_free", **options)
@@ -372,7 +374,7 @@ def test_checkpoints_and_kept_linearisations_give_the_same_numbers(key):
 @pytest.mark.parametrize("sampler", ["dense", "matrix_free"])
 def test_a_jacobian_of_convolutions_and_dense_layers(sampler, key):
     """J v and Jᵀ u of one network: u · J v = Jᵀ u · v, whose shapes differ."""
-    network = networks.convolutional((3, 2), [2, 4], "tanh", size=2, dense=[5], sigma_b=0.1)
+    network = builders.convolutional((3, 2), [2, 4], "tanh", size=2, dense=[5], sigma_b=0.1)
     x, v = jax.random.normal(key, (2, 12, 2))
     jacobian = jacobians.draw(network, x, key, sampler=sampler)
     assert (jacobian.tangent_shape, jacobian.cotangent_shape) == ((12, 2), (2, 5))
@@ -388,7 +390,7 @@ def test_a_jacobian_of_convolutions_and_dense_layers(sampler, key):
 
 def test_scales_are_those_of_fan_in_and_fan_out():
     """Of k elements and c channels: k c; of a delta, its centre's alone."""
-    whole = networks.convolutional((8, 8), [3, 16, 32], "relu", "glorot", dense=[10])
+    whole = builders.convolutional((8, 8), [3, 16, 32], "relu", "glorot", dense=[10])
     first, second, pooled = (stage.block for stage in whole.stages)
     assert first.shapes(3) == ((16, 27),)
     assert second.shapes(16) == ((32, 144),)
@@ -396,17 +398,17 @@ def test_scales_are_those_of_fan_in_and_fan_out():
     assert pooled.shapes(32) == ((10, 32),)
     assert whole.widths == (3, 16, 32, 10)
     assert whole.sites(128) == (128, 128, 2)
-    delta = networks.convolutional((8, 8), [3, 16, 32], "relu", "unscaled", delta=True)
+    delta = builders.convolutional((8, 8), [3, 16, 32], "relu", "unscaled", delta=True)
     assert delta.stages[1].block.sigma_w == pytest.approx(16**0.5)
-    flat = networks.convolutional((8, 8), [3, 16], dense=[10, 10, 10], pool="flatten")
+    flat = builders.convolutional((8, 8), [3, 16], dense=[10, 10, 10], pool="flatten")
     assert flat.shapes[1] == ((10, 64 * 16),)
     assert [stage.repeats for stage in flat.stages] == [1, 1, 2]
-    assert networks.narrowed(whole, 2).widths == (3, 8, 16, 5)
+    assert networks.divide_widths(whole, 2).widths == (3, 8, 16, 5)
 
 
 def test_images_become_sites(key):
     images = jax.random.normal(key, (2, 3, 4, 5))
-    sites = networks.as_sites(images)
+    sites = builders.as_sites(images)
     assert sites.shape == (24, 5)
     np.testing.assert_array_equal(sites[12 + 4 * 2 + 1], images[1, 2, 1])
 
@@ -424,22 +426,22 @@ def test_images_become_sites(key):
             r"the signal has 4 sites, and shape is \(3,\); .* a multiple of 3",
         ),
         (
-            lambda: mean_field.predict(networks.convolutional((3,), [1, 2]), jnp.eye(4)),
+            lambda: mean_field.predict(builders.convolutional((3,), [1, 2]), jnp.eye(4)),
             "the signal has 4 sites",
         ),
-        (lambda: networks.convolutional((3,), [2]), r"channels is \(2,\); it has the input's"),
-        (lambda: networks.convolutional((3,), [2, 0]), "a number of channels is 0"),
-        (lambda: networks.convolutional((3,), [2, 2], dense=[0]), "a width in dense is 0"),
-        (lambda: networks.convolutional((3,), [2, 2], pool="max"), "unknown pool 'max'"),
-        (lambda: networks.as_sites(jnp.ones((4, 4))), r"images has shape \(4, 4\); it is"),
-        (lambda: networks.stack(2, [(GlobalMean((2,)), 2)]), "repeated 2 times and makes one site"),
+        (lambda: builders.convolutional((3,), [2]), r"channels is \(2,\); it has the input's"),
+        (lambda: builders.convolutional((3,), [2, 0]), "a number of channels is 0"),
+        (lambda: builders.convolutional((3,), [2, 2], dense=[0]), "a width in dense is 0"),
+        (lambda: builders.convolutional((3,), [2, 2], pool="max"), "unknown pool 'max'"),
+        (lambda: builders.as_sites(jnp.ones((4, 4))), r"images has shape \(4, 4\); it is"),
+        (lambda: builders.stack(2, [(GlobalMean((2,)), 2)]), "repeated 2 times and makes one site"),
         (
             lambda: Residual(Chain((Linear(), GlobalMean((2,))))),
             "a residual branch makes one site of 2",
         ),
         (
             lambda: mean_field.predict(
-                networks.stack(2, [Chain((Patches((3,), 3), Dense(units=4)))]), jnp.eye(3)
+                builders.stack(2, [Chain((Patches((3,), 3), Dense(units=4)))]), jnp.eye(3)
             ),
             "acts on a signal that is not Gaussian over units",
         ),
@@ -449,13 +451,13 @@ def test_images_become_sites(key):
         ),
         (
             lambda: jacobians.layer_jacobians(
-                networks.convolutional((3,), [1, 2]), jnp.ones(1), jax.random.key(0)
+                builders.convolutional((3,), [1, 2]), jnp.ones(1), jax.random.key(0)
             ),
             "layer_jacobians is of one input alone",
         ),
         (
             lambda: jacobians.sampled_partial_norms(
-                networks.convolutional((3,), [1, 2], dense=[2]), jnp.ones((3, 1)), jax.random.key(0)
+                builders.convolutional((3,), [1, 2], dense=[2]), jnp.ones((3, 1)), jax.random.key(0)
             ),
             "a layer of this network merges positions",
         ),
@@ -470,7 +472,7 @@ def test_bad_input_is_one_sentence(make, message):
 def test_a_tangent_meets_the_slopes_of_its_two_positions():
     """The pair of two positions: S_pq E[φ'(u_p) φ'(u_q)], averaged over the filter."""
     k, s = jnp.array([[1.0, 0.3], [0.3, 2.0]]), jnp.array([[1.0, 0.5], [0.5, 1.0]])
-    gram = Gram(k, jnp.zeros(2), s)
+    gram = Kernel(k, jnp.zeros(2), s)
     found = Convolution(activations.erf, (2,), 2, sigma_w=1.3).kernel(gram).tangent
     each = 1.69 * gaussian.derivative_kernel(activations.erf, k) * s
     expected = (each + each[::-1, ::-1]) / 2

@@ -9,7 +9,7 @@ import jax
 import numpy as np
 import pytest
 
-from gradflow import data, shapeset
+from gradflow import _shapeset, data
 from gradflow.errors import InputError
 
 
@@ -88,7 +88,7 @@ def test_labelled_digits_are_those_of_scikit_learn():
 
 def test_shapes_are_the_first_of_the_series():
     dataset = data.shapes(6, key=3)
-    images, labels = shapeset.draw(jax.random.key(3), 6)
+    images, labels = _shapeset.draw(jax.random.key(3), 6)
     np.testing.assert_array_equal(dataset.inputs.reshape(-1, 32, 32), images)
     np.testing.assert_array_equal(dataset.labels, labels)
     assert (dataset.classes, dataset.shape) == (9, (32, 32))

@@ -7,9 +7,10 @@ import pytest
 import scipy.stats
 import xarray
 
-from gradflow import comparison, ensembles, networks
-from gradflow.studies import depth_scales, description, execution
+from gradflow import builders, comparison, ensembles
+from gradflow.studies import description, execution
 from gradflow.studies.depth_scales import Curve, decay_rate, gradient_rate
+from gradflow.theory.fixed_points import DEPTH_SCALES
 
 # Of tanh at σ_b² = 0.05: σ_w², whether c* is 1, ξ_c, and a depth that shows it.
 KNOWN = [
@@ -35,7 +36,7 @@ def curves():
     found = {}
     for sigma_w2, _, _, depth in KNOWN:
         weights = ensembles.fan_in(math.sqrt(sigma_w2))
-        network = networks.mlp([2, *[4] * (2 * depth)], "tanh", weights, sigma_b=math.sqrt(0.05))
+        network = builders.mlp([2, *[4] * (2 * depth)], "tanh", weights, sigma_b=math.sqrt(0.05))
         found[sigma_w2] = comparison.predict_float64(network, ALIKE).values
     return found
 
@@ -121,7 +122,7 @@ def repeated(tmp_path_factory):
     return xarray.load_dataset(written)
 
 
-@pytest.mark.parametrize("scale", depth_scales.SCALES)
+@pytest.mark.parametrize("scale", DEPTH_SCALES)
 def test_standard_errors_are_those_of_repeated_studies(repeated, scale):
     """Forty estimates of each rate scatter as their standard errors say, or by less.
 
@@ -145,7 +146,7 @@ def test_measured_rates_are_theory_s_and_not_another_point_s(repeated):
     Four standard errors: a false alarm in 6e-5 of each comparison.
     """
     compared = 0
-    for scale in depth_scales.SCALES:
+    for scale in DEPTH_SCALES:
         rate = repeated[f"rate_{scale}"]
         mean, error = rate.mean("seed"), rate.std("seed", ddof=1) / math.sqrt(40)
         predicted = repeated[f"rate_{scale}_theory"].isel(seed=0)

@@ -8,7 +8,7 @@ import sys
 import numpy as np
 import pytest
 
-from gradflow import networks
+from gradflow import builders
 from gradflow.errors import InputError
 from gradflow.simulation import monte_carlo
 
@@ -23,14 +23,14 @@ if processes > 1:
 from gradflow import ensembles, networks, statistics, training
 from gradflow.simulation import monte_carlo
 assert len(jax.devices()) == devices * processes
-network = networks.mlp([12, *[16] * 4], "tanh", "glorot", sigma_b=0.1)
+network = builders.mlp([12, *[16] * 4], "tanh", "glorot", sigma_b=0.1)
 x = np.linspace(-1, 1, 24, dtype=np.float32).reshape(2, 12)
 found = {}
 for sampler in ("dense", "matrix_free"):
     result = monte_carlo.simulate(network, x, networks=37, sampler=sampler, keep_samples=True)
     found |= {f"{sampler}/{name}": value for name, value in result.samples.items()}
     found |= {f"{sampler}/mean/{n}": e.value for n, e in result.estimates.items()}
-square = networks.mlp([12] * 4, "relu", "he", sigma_b=0.1)
+square = builders.mlp([12] * 4, "relu", "he", sigma_b=0.1)
 law = monte_carlo.of_one(square, jax.numpy.asarray(x[:1]), jax.random.key(1))
 chunk, which = 12, np.zeros(12, np.int32)
 how = {"measured": (statistics.q,), "sampler": "dense", "keep": (False, False), "block": 2}
@@ -39,7 +39,7 @@ found["spectra"] = np.exp(run(law, which, np.arange(chunk, dtype=np.int32))["log
 if processes == 1:
     x = np.sin(np.arange(240, dtype=np.float32)).reshape(20, 12)
     wanted = (statistics.q, statistics.weight_gradient_variance)
-    laws = [networks.mlp([12, 16, 16, 3], "tanh", ensembles.fan_in(s)) for s in (0.5, 1.5)]
+    laws = [builders.mlp([12, 16, 16, 3], "tanh", ensembles.fan_in(s)) for s in (0.5, 1.5)]
     how = {"steps": 12, "batch": 4, "seeds": 2, "record": [0, 12], "wanted": wanted}
     result = training.train(laws, x, np.arange(20) % 3, **how)
     found |= {f"training/{name}": value for name, value in result.values.items()}
@@ -88,4 +88,4 @@ def test_devices_and_processes_change_nothing_but_the_rounding(tmp_path, alone, 
 def test_no_device_is_refused():
     x = np.ones((1, 3), np.float32)
     with pytest.raises(InputError, match="devices is empty"):
-        monte_carlo.simulate(networks.mlp([3, 3]), x, networks=2, devices=[])
+        monte_carlo.simulate(builders.mlp([3, 3]), x, networks=2, devices=[])

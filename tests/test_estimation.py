@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import scipy.special
 
-from gradflow import estimation, networks
+from gradflow import builders, estimation
 from gradflow.errors import InputError
 from gradflow.estimation import Estimate
 from gradflow.simulation import monte_carlo
@@ -96,7 +96,7 @@ WIDTH, DEPTH = 64, 5
 
 @pytest.fixture(scope="module")
 def linear_samples():
-    network = networks.mlp([WIDTH] * (DEPTH + 1), "linear", "lecun")
+    network = builders.mlp([WIDTH] * (DEPTH + 1), "linear", "lecun")
     x = np.ones((1, WIDTH), np.float32)
     found = monte_carlo.simulate(
         network,

@@ -87,7 +87,9 @@ def test_points_are_those_of_simulate_and_of_theory(reference):
         point = study.point(number)
         inputs = point.inputs().astype(np.float32)
         found = monte_carlo.simulate(point.network(), inputs, key=point.key, networks=20)
-        compared = comparison.compare(comparison.predict_float64(point.network(), inputs), found)
+        compared = comparison.compare_results(
+            comparison.predict_float64(point.network(), inputs), found
+        )
         here = dataset.isel(sigma_w2=point.place[0], sigma_b2=point.place[1])
         for statistic in study.statistics:
             name, estimate = statistic.name, found.estimates[statistic.key]

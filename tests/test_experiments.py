@@ -9,9 +9,8 @@ import pytest
 import xarray
 from matplotlib.container import ErrorbarContainer
 
-from gradflow import data
+from gradflow import data, experiments
 from gradflow.errors import InputError
-from gradflow.studies import experiments
 
 # Sizes that take seconds. All have two networks.
 TINY = {

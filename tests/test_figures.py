@@ -8,10 +8,9 @@ import pytest
 import xarray
 from matplotlib.container import ErrorbarContainer
 
-from gradflow import activations, comparison, figures, networks
+from gradflow import activations, builders, comparison, figures, spectra
 from gradflow.errors import InputError
 from gradflow.figures import theory_and_simulation
-from gradflow.studies import jacobian_spectrum
 from gradflow.theory import criticality
 
 # They have no simulation.
@@ -21,8 +20,8 @@ THEORY_ALONE = {"phase_diagram"}
 @pytest.fixture(scope="module")
 def dataset():
     x = np.asarray(jax.random.normal(jax.random.key(4), (2, 12), np.float32))
-    network = networks.mlp([12, *[30] * 6], "tanh", "standard")
-    return comparison.confront(network, x, networks=10, histograms=True).to_xarray()
+    network = builders.mlp([12, *[30] * 6], "tanh", "standard")
+    return comparison.compare(network, x, networks=10, histograms=True).to_xarray()
 
 
 def study():
@@ -74,7 +73,7 @@ def drawn(dataset):
         ),
         "spectra": figures.spectra(study()),
         "spectrum": figures.spectrum(
-            jacobian_spectrum.run(
+            spectra.run(
                 activations.hard_tanh,
                 1.0476,
                 q=0.25,

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import xarray
 
-from gradflow import figures, files
+from gradflow import _files, figures
 from gradflow.errors import InputError
 
 
@@ -28,7 +28,7 @@ def test_slabs_are_one_dataset(tmp_path, cuts):
         attrs={"title": "slabs", "study": "a = 1\n" * 100},
     )
     slabs = (dataset.isel(x=slice(*ends)) for ends in zip(cuts, cuts[1:], strict=False))
-    files.write_netcdf_slabs(slabs, "x", tmp_path / "whole.nc")
+    _files.write_netcdf_slabs(slabs, "x", tmp_path / "whole.nc")
     found = xarray.load_dataset(tmp_path / "whole.nc")
     xarray.testing.assert_equal(found, dataset)
     assert found.attrs == dataset.attrs
@@ -36,7 +36,7 @@ def test_slabs_are_one_dataset(tmp_path, cuts):
 
 
 def write(path, text="new"):
-    with files.complete(path, "out") as beside:
+    with _files.complete(path, "out") as beside:
         beside.write_text(text)
 
 
@@ -79,7 +79,7 @@ def test_names_that_no_file_can_have_are_one_sentence(tmp_path, monkeypatch, nam
     monkeypatch.chdir(tmp_path)
     (tmp_path / "file").touch()
     with pytest.raises(InputError, match=r"^out is '.*', which (is|cannot be written).*; it is a"):
-        write(files.Path(name))
+        write(_files.Path(name))
     assert [p.name for p in tmp_path.iterdir()] == ["file"]
 
 
@@ -90,7 +90,7 @@ def test_a_stream_of_the_process_is_no_file(tmp_path):
     gone.unlink()
     for end in ends:
         with pytest.raises(InputError, match=f"^out is '/dev/fd/{end}', which is no regular file"):
-            write(files.Path(f"/dev/fd/{end}"))
+            write(_files.Path(f"/dev/fd/{end}"))
         os.close(end)
     assert not list(tmp_path.iterdir())
 
@@ -115,7 +115,7 @@ def test_what_fails_on_the_way_is_said_once_and_leaves_the_file_as_it_was(tmp_pa
     write(path, "old")
 
     def fail():
-        with files.complete(path) as beside:
+        with _files.complete(path) as beside:
             beside.mkdir()  # so that it cannot be taken away as a file
             raise OSError(28, "No space left on device")
 
@@ -127,7 +127,7 @@ def test_what_fails_on_the_way_is_said_once_and_leaves_the_file_as_it_was(tmp_pa
 def test_a_figure_is_written_whole_or_not_at_all(tmp_path):
     figure = figures.drawing.Figure()
     with pytest.raises(InputError, match="which is no regular file"):
-        figures.save(figure, files.Path("/dev/null"))
+        figures.save(figure, _files.Path("/dev/null"))
     assert figures.save(figure, tmp_path / "a.svg").read_text().startswith("<?xml")
     assert figures.save(figure, tmp_path / "b").read_bytes()[:4] == b"\x89PNG"
     with pytest.raises(InputError, match="c.bmpp'; its ending is one of .*png"):

@@ -10,7 +10,8 @@ import pytest
 
 from gradflow import activations, ensembles
 from gradflow.errors import InputError
-from gradflow.theory import finite_width, mean_field
+from gradflow.theory import mean_field
+from gradflow.theory.finite_width import exact
 
 FINITE_WIDTH = 1e-10  # the issue asks 1e-8
 pytestmark = pytest.mark.usefixtures("x64_only")
@@ -27,17 +28,17 @@ def test_exact_gains_are_those_of_the_table(load_reference):
         given = row["inputs"]
         name, sigma_w2 = given["network"].split()[0], number(given["network"].split("sw2=")[1])
         widths = given.get("widths") or [given["n"]] * (given["L"] + 1)
-        exact = finite_width.gain_law(name, widths, sigma_w2)
-        limit = finite_width.log_normal(name, widths, sigma_w2)
+        law = exact.gain_law(name, widths, sigma_w2)
+        limit = exact.log_normal(name, widths, sigma_w2)
         names = {
-            "P_alive": exact.alive,
-            "E_log": exact.mean_of_log,
-            "E_log_given_alive": exact.mean_of_log,
-            "Var_log": exact.variance_of_log,
-            "Var_log_given_alive": exact.variance_of_log,
-            "E_sq": exact.mean,
-            "E_sq2": exact.second_moment,
-            "Var_sq": exact.variance,
+            "P_alive": law.alive,
+            "E_log": law.mean_of_log,
+            "E_log_given_alive": law.mean_of_log,
+            "Var_log": law.variance_of_log,
+            "Var_log_given_alive": law.variance_of_log,
+            "E_sq": law.mean,
+            "E_sq2": law.second_moment,
+            "Var_sq": law.variance,
             "lognormal_mean_approx": limit.mean,
             "lognormal_var_approx": limit.variance,
             "hanin_nica_mean_log": limit.mean,
@@ -54,7 +55,7 @@ def test_exact_lengths_with_biases_are_those_of_the_table(load_reference):
     assert len(rows) == 3
     for row in rows:
         given, expected = row["inputs"], row["values"]
-        found = finite_width.forward_moments(
+        found = exact.forward_moments(
             given["network"].split()[0],
             *(number(given[name]) for name in ("q1", "sw2", "sb2")),
             width=given["n"],
@@ -72,7 +73,7 @@ def test_the_vertex_is_that_of_the_table(load_reference):
     assert len(rows) == 4
     for row in rows:
         given, layers = row["inputs"], row["values"]["layers"]
-        found = finite_width.vertex(
+        found = exact.vertex(
             given["activation"],
             *(number(given[name]) for name in ("q1", "sw2_value", "sb2_value")),
             depth=max(map(int, layers)),
@@ -106,7 +107,7 @@ def test_direction_gains_are_those_of_the_table(load_reference):
 
 def test_the_vertex_of_relu_is_exact():
     """Without biases v is a product of independent factors: E v = K, and V4 grows as 5 (l - 1)."""
-    found = finite_width.vertex("relu", 1.3, 2.0, depth=6)
+    found = exact.vertex("relu", 1.3, 2.0, depth=6)
     np.testing.assert_allclose(found.K, 1.3, rtol=1e-12)
     np.testing.assert_allclose(found.V4, 1.3**2 * 5 * np.arange(6), rtol=1e-12)
     np.testing.assert_allclose(found.G1, 0, atol=1e-12)
@@ -131,7 +132,7 @@ def test_simulated_chains_have_the_variance_and_the_shift(name, sigma_w2, sigma_
 
         return jax.lax.scan(step, jnp.asarray(q1), jax.random.split(key, depth - 1))[0]
 
-    limit = finite_width.vertex(name, q1, sigma_w2, sigma_b2, depth=depth)
+    limit = exact.vertex(name, q1, sigma_w2, sigma_b2, depth=depth)
     found = []
     for n in (60, 120):
         keys = jax.random.split(jax.random.fold_in(key, n), count)
@@ -155,7 +156,7 @@ def test_simulated_chains_have_the_variance_and_the_shift(name, sigma_w2, sigma_
 def test_one_layer_has_the_variance_of_its_weights_kurtosis():
     """Var ‖W u‖² = (2 + κ Σ u_i⁴)/n: 0.8/n of uniform weights and a one-hot input."""
     for kurtosis, fourth in ((-1.2, 1.0), (-1.2, 0.02), (-2.0, 1.0), (3.0, 0.5), (0.0, 1.0)):
-        found = finite_width.forward_moments(
+        found = exact.forward_moments(
             "linear", 1.0, 1.0, width=50, depth=1, kurtosis=kurtosis, input_fourth=fourth
         )
         np.testing.assert_allclose(
@@ -189,7 +190,7 @@ def test_weights_that_are_not_gaussian_have_their_kurtosis_term(activation, weig
             z += np.sqrt(b2) * rng.standard_normal(z.shape)
             measured.append((z**2).mean(axis=1))
             h = phi(z)
-        found = finite_width.forward_moments(
+        found = exact.forward_moments(
             activation,
             w2 + b2,
             w2,
@@ -202,23 +203,23 @@ def test_weights_that_are_not_gaussian_have_their_kurtosis_term(activation, weig
         for layer, q in enumerate(measured):
             mean = float(found.mean[layer])
             squares = (q - mean) ** 2
-            for values, exact in ((q, mean), (squares, float(found.variance_of_q[layer]))):
+            for values, known in ((q, mean), (squares, float(found.variance_of_q[layer]))):
                 error = values.std() / math.sqrt(count)
-                assert abs(values.mean() - exact) < 5 * error + 1e-12, (b2, layer)
+                assert abs(values.mean() - known) < 5 * error + 1e-12, (b2, layer)
 
 
 def test_gains_have_the_kurtosis_term_too():
     """Plain moments are those of the lengths, of equal widths; there is no law of the logarithm."""
     n, depth, w2 = 6, 4, 1.3
     options = {"kurtosis": -1.2, "input_fourth": 0.4}
-    gain = finite_width.gain_law("relu", [n] * (depth + 1), w2, **options)
+    gain = exact.gain_law("relu", [n] * (depth + 1), w2, **options)
     # v of a layer above is σ_w²/n times ‖h‖², and so has its moments.
-    length = finite_width.forward_moments("relu", w2, w2, width=n, depth=depth + 1, **options)
+    length = exact.forward_moments("relu", w2, w2, width=n, depth=depth + 1, **options)
     mean, second = length.mean[-1], length.variance_of_v[-1] + length.mean[-1] ** 2
     np.testing.assert_allclose(gain.mean * w2, mean, rtol=1e-12)
     np.testing.assert_allclose(gain.second_moment * w2**2, second, rtol=1e-12)
     assert np.isnan(gain.mean_of_log)
-    gaussian = finite_width.gain_law("relu", [n] * (depth + 1), w2, input_fourth=0.4)
+    gaussian = exact.gain_law("relu", [n] * (depth + 1), w2, input_fourth=0.4)
     assert np.isfinite(gaussian.mean_of_log)
 
 
@@ -235,8 +236,8 @@ def test_means_of_any_activation_move_with_the_kurtosis():
     for _ in range(inputs):
         z += np.sqrt(3 * q / inputs) * rng.uniform(-1, 1, count)
     squares = np.tanh(z) ** 2
-    found = finite_width.vertex("tanh", q, 1.0, depth=2, kurtosis=-1.2)
-    plain = finite_width.vertex("tanh", q, 1.0, depth=2)
+    found = exact.vertex("tanh", q, 1.0, depth=2, kurtosis=-1.2)
+    plain = exact.vertex("tanh", q, 1.0, depth=2)
     shift = float(found.G1[1] - plain.G1[1]) / inputs
     error = squares.std() / math.sqrt(count)
     assert abs(shift) > 8 * error
@@ -252,17 +253,17 @@ def test_the_kurtosis_of_distributions_is_that_of_what_they_draw(name, key):
 
 
 def test_deep_networks_leave_the_range_of_a_float_in_logarithms_alone():
-    found = finite_width.gain_law("relu", [16] * 3001, 4.0)
+    found = exact.gain_law("relu", [16] * 3001, 4.0)
     np.testing.assert_allclose(found.log_mean, 3000 * math.log(2), rtol=1e-12)
     assert np.isinf(found.mean)
     assert 0 < found.alive < 1
     # A linear network of one unit: log χ²_1 has variance π²/2.
-    one = finite_width.gain_law("linear", [1, 1], 1.0)
+    one = exact.gain_law("linear", [1, 1], 1.0)
     np.testing.assert_allclose(one.variance_of_log, math.pi**2 / 2, rtol=1e-12)
 
 
 def test_a_leaky_slope_has_plain_moments_alone():
-    found = finite_width.gain_law(activations.leaky_relu(0.5), [8, 8], 1.6)
+    found = exact.gain_law(activations.leaky_relu(0.5), [8, 8], 1.6)
     np.testing.assert_allclose(found.mean, 1, rtol=1e-12)
     assert np.isnan(found.mean_of_log)
     assert found.alive == 1
@@ -272,16 +273,16 @@ def test_a_leaky_slope_has_plain_moments_alone():
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: finite_width.gain_law("tanh", [4, 4]), "activation is 'tanh'"),
-        (lambda: finite_width.gain_law("relu", [4]), "at least one layer"),
-        (lambda: finite_width.gain_law("relu", [4, 0]), "width is 0"),
-        (lambda: finite_width.gain_law("relu", [4, 4], -1.0), "sigma_w2 is -1.0"),
-        (lambda: finite_width.gain_law("relu", [4, 4], kurtosis=-2.5), "kurtosis is -2.5"),
-        (lambda: finite_width.gain_law("relu", [4, 4], input_fourth=0.1), "input_fourth is 0.1"),
-        (lambda: finite_width.vertex("tanh", 1.0, 1.0, depth=0), "depth is 0"),
-        (lambda: finite_width.vertex("tanh", -1.0, 1.0, depth=2), "q1 is -1.0"),
+        (lambda: exact.gain_law("tanh", [4, 4]), "activation is 'tanh'"),
+        (lambda: exact.gain_law("relu", [4]), "at least one layer"),
+        (lambda: exact.gain_law("relu", [4, 0]), "width is 0"),
+        (lambda: exact.gain_law("relu", [4, 4], -1.0), "sigma_w2 is -1.0"),
+        (lambda: exact.gain_law("relu", [4, 4], kurtosis=-2.5), "kurtosis is -2.5"),
+        (lambda: exact.gain_law("relu", [4, 4], input_fourth=0.1), "input_fourth is 0.1"),
+        (lambda: exact.vertex("tanh", 1.0, 1.0, depth=0), "depth is 0"),
+        (lambda: exact.vertex("tanh", -1.0, 1.0, depth=2), "q1 is -1.0"),
         (
-            lambda: finite_width.forward_moments("relu", 1.0, 2.0, -0.1, width=3, depth=2),
+            lambda: exact.forward_moments("relu", 1.0, 2.0, -0.1, width=3, depth=2),
             "sigma_b2 is -0.1",
         ),
     ],

@@ -430,6 +430,7 @@ class TestBadInput:
         same = fixed_points.analyse(activations.hard_tanh, 2.0, 0.05 / 0.49)
         assert float(found.c_star) == pytest.approx(float(same.c_star), rel=1e-11)
 
+
 @pytest.mark.usefixtures("x64_only")
 @pytest.mark.parametrize("above", [0, 1, 3, 20])
 def test_the_correlation_of_a_critical_network_is_1_to_rounding(above):

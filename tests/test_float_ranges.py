@@ -7,7 +7,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from gradflow import comparison, networks
+from gradflow import builders, comparison
 from gradflow.float_ranges import DTYPES, NOWHERE, UNKNOWN, FloatRange, float_ranges, sentence
 
 WIDTH = 256
@@ -39,7 +39,7 @@ def first_layers(sigma_w, depth):
 @pytest.mark.parametrize(("sigma_w", "depth"), [(1.5, 240), (0.5, 160), (16.0, 40)])
 def test_signals_leave_each_type_where_numpys_do(sigma_w, depth):
     """One network fluctuates by 1/√width a layer in log q: a layer or two of it at ×1.5."""
-    network = networks.mlp([WIDTH] * (depth + 1), "linear", "lecun")
+    network = builders.mlp([WIDTH] * (depth + 1), "linear", "lecun")
     theory = {"log_q": 2 * np.log(sigma_w) * np.arange(1, depth + 1)}
     ours, numpys = float_ranges(network, theory), first_layers(sigma_w, depth)
     for name in TYPES:
@@ -52,7 +52,7 @@ def test_signals_leave_each_type_where_numpys_do(sigma_w, depth):
 
 
 def test_gradients_are_asked_for_going_down_and_weights_by_their_product():
-    network = networks.mlp([WIDTH] * 101, "linear", "lecun")
+    network = builders.mlp([WIDTH] * 101, "linear", "lecun")
     up = np.log(0.5) * np.arange(100, 0, -1)  # log rms of gradients, relative to the top
     theory = {
         "log_gradient_norm": up + np.log(0.5) + np.log(WIDTH) / 2 + np.log(2) * 2,
@@ -67,7 +67,7 @@ def test_gradients_are_asked_for_going_down_and_weights_by_their_product():
 
 
 def test_what_a_simulation_in_float32_does_not_hold_is_unknown_of_wider_types():
-    network = networks.mlp([WIDTH] * 4, "tanh", "lecun", sigma_b=1e-60)  # no scale is free
+    network = builders.mlp([WIDTH] * 4, "tanh", "lecun", sigma_b=1e-60)  # no scale is free
     measured = {"log_q": np.array([0.0, -80.0, -np.inf])}
     found = float_ranges(network, measured, dtype="float32")
     assert found["float16"]["signals"] == FloatRange(NOWHERE, 2, 2)
@@ -89,8 +89,8 @@ def test_sentences_name_theory_where_it_differs_and_nowhere_once():
 
 @pytest.mark.slow
 def test_theory_and_simulation_answer_alike_in_results_and_files():
-    network = networks.mlp([64, *[64] * 60], "linear", "unscaled")
-    found = comparison.confront(network, np.ones((1, 64), np.float32), networks=30, explain=False)
+    network = builders.mlp([64, *[64] * 60], "linear", "unscaled")
+    found = comparison.compare(network, np.ones((1, 64), np.float32), networks=30, explain=False)
     # q grows by 64 a layer, from 64: rms 8^l. 65504 is 8^5.33, and the largest unit 2.9 times more.
     assert found.float_ranges["theory"]["float16"]["signals"].overflow == 5
     for of in DTYPES:

@@ -5,10 +5,9 @@ import pytest
 import scipy.stats
 import xarray
 
-from gradflow import comparison, networks
+from gradflow import builders, comparison
 from gradflow.estimation import Estimate
 from gradflow.studies import description, execution, gradient_spread
-from gradflow.theory import finite_width
 
 SLOPES = {"linear": 2.0, "relu": 5.0}  # Hanin & Nica 2020
 
@@ -17,7 +16,7 @@ SLOPES = {"linear": 2.0, "relu": 5.0}  # Hanin & Nica 2020
 @pytest.mark.parametrize("widths", [(8, 8, 8, 8), (5, 10, 20, 15, 30)])
 def test_theory_is_the_exact_law_of_the_gain_and_its_log_normal_limit(name, widths):
     """Of the layers that a gradient passes, down to each layer; beside what is to first order."""
-    network = networks.mlp(widths, name, "he")
+    network = builders.mlp(widths, name, "he")
     corrections = comparison.correct_float64(network, np.ones((1, widths[0])))
     deviation = corrections.standard_deviation["log_gradient_norm"][None]
     log_norm = Estimate.of(np.random.default_rng(0).standard_normal((9, 1, network.depth)))
@@ -27,8 +26,8 @@ def test_theory_is_the_exact_law_of_the_gain_and_its_log_normal_limit(name, widt
         downwards = hidden[layer:][::-1]
         exact = beta = 0.0
         if len(downwards) > 1:
-            exact = finite_width.gain_law(name, downwards).variance_of_log
-            beta = finite_width.log_normal(name, downwards).variance
+            exact = exact.gain_law(name, downwards).variance_of_log
+            beta = exact.log_normal(name, downwards).variance
         assert found["gradient_spread_theory"][0, layer] == pytest.approx(float(exact), rel=1e-5)
         assert found["gradient_spread_first_order"][0, layer] == pytest.approx(
             float(beta), rel=1e-5, abs=1e-12
@@ -76,6 +75,6 @@ def test_networks_differ_by_depth_over_width(tmp_path):
 
 
 def test_there_is_none_where_sites_mix():
-    network = networks.mlp([4, 6, 6], "tanh", norm="batch")
+    network = builders.mlp([4, 6, 6], "tanh", norm="batch")
     log_norm = Estimate.of(np.zeros((3, 1, 2)))
     assert gradient_spread.spread(network, 4, log_norm, np.full((1, 2), np.nan)) == {}

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from laws import smallest_p_value
 
-from gradflow import ensembles, networks, training
+from gradflow import builders, ensembles, training
 from gradflow.errors import InputError
 from gradflow.simulation import jacobians, propagation, singular_values
 
@@ -20,7 +20,7 @@ RECTANGULAR = (4, 6, 6, 6, 3)
 
 
 def mlp(widths=RECTANGULAR, activation="tanh", weights="gaussian", sigma_b=0.2):
-    return networks.mlp(widths, activation, ensembles.fan_in(1.3, weights), sigma_b=sigma_b)
+    return builders.mlp(widths, activation, ensembles.fan_in(1.3, weights), sigma_b=sigma_b)
 
 
 def true(product):
@@ -36,7 +36,7 @@ def multiplied(factors):
 
 @pytest.mark.parametrize("activation", ["tanh", "relu"])
 def test_layer_jacobians_are_those_of_the_network_that_is_propagated(activation):
-    network = networks.mlp([5, 8, 8, 8, 3], activation, "he", sigma_b=0.1)
+    network = builders.mlp([5, 8, 8, 8, 3], activation, "he", sigma_b=0.1)
     key, x = jax.random.key(3), jnp.linspace(-1, 1, 5)
     factors = jacobians.layer_jacobians(network, x, key)
     assert [factor.shape for factor in factors] == [(8, 5), (8, 8), (8, 8), (3, 8)]
@@ -54,7 +54,7 @@ def test_layer_jacobians_are_those_of_the_network_that_is_propagated(activation)
 @pytest.mark.parametrize("tied", [False, True])
 def test_given_weights_have_the_jacobian_of_the_network_they_were_drawn_for(tied):
     tanh = ensembles.fan_in(1.3)
-    recurrent = networks.recurrent(4, 5, 3, "tanh", tanh, sigma_b=0.2)
+    recurrent = builders.recurrent(4, 5, 3, "tanh", tanh, sigma_b=0.2)
     network, key = recurrent if tied else mlp(), jax.random.key(1)
     x = jnp.linspace(-1, 1, 4, dtype=jnp.float32)[None]
     weights = training.initial_weights(network, key)
@@ -198,7 +198,7 @@ def test_golub_kahan_of_one_gaussian_layer_has_independent_chi_coefficients(samp
     Null: that. 20 000 networks, against as many draws of the exact law; false alarms below 1 %.
     """
     m, n, steps = 5, 4, 3
-    network = networks.mlp((n, m), "linear", ensembles.fan_in(math.sqrt(n)))
+    network = builders.mlp((n, m), "linear", ensembles.fan_in(math.sqrt(n)))
     keys = jax.random.split(jax.random.key(4), NETWORKS)
     found = jax.jit(jax.vmap(lambda k: coefficients(network, sampler, k, steps)))(keys)
     degrees = [*(m - i for i in range(steps + 1)), *(n - 1 - i for i in range(steps))]
@@ -254,7 +254,7 @@ def test_partial_norms_without_weights_are_in_the_mean_what_theory_says():
 
     Null: means over 4000 networks within 4.5 standard errors; false alarms below 1e-4 in all.
     """
-    network = networks.mlp([20] * 5, "relu", ensembles.fan_in(1.2))
+    network = builders.mlp([20] * 5, "relu", ensembles.fan_in(1.2))
     keys = jax.random.split(jax.random.key(8), 4000)
     x = jnp.ones((1, 20))
 
@@ -272,7 +272,7 @@ def test_partial_norms_without_weights_are_in_the_mean_what_theory_says():
 
 
 def test_norms_of_a_deep_network_are_right_where_no_float_holds_them():
-    network = networks.mlp([40] * 401, "logistic", "glorot")
+    network = builders.mlp([40] * 401, "logistic", "glorot")
     jacobian = jacobians.draw(network, jnp.ones((1, 40)), jax.random.key(0))
     v = jnp.ones((1, 1, 40), jnp.float32)
     log_norm = jacobian.times(v).log_norm[0]

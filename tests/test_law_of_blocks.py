@@ -1,7 +1,7 @@
 """One law test for all blocks: what `kernel` says is what `apply` does, in wide networks.
 
 A new block is tested because it is in `blocks.ALL`, and a new distribution because it is in
-`ensembles.DISTRIBUTIONS`. `comparison.confront` puts theory beside simulation for every statistic
+`ensembles.DISTRIBUTIONS`. `comparison.compare` puts theory beside simulation for every statistic
 and layer. Null: means are those of infinite width, plus what is four times as large at a quarter
 of the width, the limit of which is 0 within its standard error or to a third of the difference.
 False alarms: 1 % of cases. Keys are fixed.
@@ -10,7 +10,7 @@ False alarms: 1 % of cases. Keys are fixed.
 import numpy as np
 import pytest
 
-from gradflow import activations, blocks, comparison, ensembles, networks
+from gradflow import activations, blocks, builders, comparison, ensembles, networks
 from gradflow.blocks import (
     GRU,
     LSTM,
@@ -35,7 +35,7 @@ WIDTH, NETWORKS, INPUTS = 200, 500, 40
 def differences(network, sites, number=NETWORKS):
     x = np.random.default_rng(0).normal(size=(sites, INPUTS)).astype(np.float32)
     x[1] = 0.6 * x[0] + 0.8 * x[1]
-    found = comparison.confront(network, x, key=3, networks=number)
+    found = comparison.compare(network, x, key=3, networks=number)
     assert np.isfinite(found.contrasts["log_gradient_norm"].z).all()
     return found.count(Status.DIFFERS), found.agreement
 
@@ -44,8 +44,8 @@ def in_a_network(block):
     """Return three layers that end in a random matrix each, and are wide."""
     width = 200 if isinstance(block, LSTM) else 100
     layer = Chain((block, Linear(width)))
-    assert networks.stack(width, [layer]).widths[-1] == width, "as many units as it takes"
-    return networks.stack(INPUTS, [Linear(width), (layer, 3)])
+    assert builders.stack(width, [layer]).widths[-1] == width, "as many units as it takes"
+    return builders.stack(INPUTS, [Linear(width), (layer, 3)])
 
 
 # Those whose fast tests stand for all: a composition, and a block that mixes inputs.
@@ -86,58 +86,58 @@ def test_a_wrong_kernel_is_found():
 
 COMPOSITIONS = {
     "pre-norm residual with dropout": (
-        lambda: networks.residual(INPUTS, WIDTH, 20, "relu", "he", norm="layer", keep=0.9),
+        lambda: builders.residual(INPUTS, WIDTH, 20, "relu", "he", norm="layer", keep=0.9),
         2,
     ),
     "transformer's branches": (
-        lambda: networks.residual(
+        lambda: builders.residual(
             INPUTS, WIDTH, 6, "gelu", "he", norm="rms", weights_first=True, hidden=400, sigma_b=0.1
         ),
         2,
     ),
     "post-norm residual": (
-        lambda: networks.residual(INPUTS, WIDTH, 6, "tanh", "lecun", norm="layer", place="post"),
+        lambda: builders.residual(INPUTS, WIDTH, 6, "tanh", "lecun", norm="layer", place="post"),
         2,
     ),
     "residual, 1/√L": (
-        lambda: networks.residual(INPUTS, WIDTH, 16, "relu", "he", scale="depth", layers=2),
+        lambda: builders.residual(INPUTS, WIDTH, 16, "relu", "he", scale="depth", layers=2),
         2,
     ),
     "Fixup, three layers a branch": (
-        lambda: networks.residual(INPUTS, WIDTH, 6, "relu", "he", scale="fixup", layers=3),
+        lambda: builders.residual(INPUTS, WIDTH, 6, "relu", "he", scale="fixup", layers=3),
         2,
     ),
     "LSUV, orthogonal": (
         lambda: networks.unit_variance(
-            networks.mlp([INPUTS, *[WIDTH] * 4], "logistic", ensembles.fan_in(1.0, "orthogonal"))
+            builders.mlp([INPUTS, *[WIDTH] * 4], "logistic", ensembles.fan_in(1.0, "orthogonal"))
         ),
         3,
     ),
     "LSUV in a residual branch": (
         lambda: networks.unit_variance(
-            networks.residual(INPUTS, WIDTH, 4, "tanh", "lecun", scale=0.5, layers=2)
+            builders.residual(INPUTS, WIDTH, 4, "tanh", "lecun", scale=0.5, layers=2)
         ),
         3,
     ),
     "LSUV, convolutions": (
         lambda: networks.unit_variance(
-            networks.convolutional((3,), [INPUTS, *[100] * 3], "tanh", "glorot", padding="zeros")
+            builders.convolutional((3,), [INPUTS, *[100] * 3], "tanh", "glorot", padding="zeros")
         ),
         6,
     ),
     "highway": (
-        lambda: networks.stack(
+        lambda: builders.stack(
             INPUTS,
             [Linear(WIDTH), (GRU(WIDTH, activations.relu, 1.4, 0.2, None, update_bias=1.0), 6)],
         ),
         2,
     ),
     "μP, a top layer of its own": (
-        lambda: networks.mlp([INPUTS, *[WIDTH] * 4], "relu", "lecun", last="mup_output"),
+        lambda: builders.mlp([INPUTS, *[WIDTH] * 4], "relu", "lecun", last="mup_output"),
         2,
     ),
     "gated layers of other activations and biases": (
-        lambda: networks.stack(
+        lambda: builders.stack(
             INPUTS,
             [
                 Linear(WIDTH),
@@ -160,15 +160,15 @@ COMPOSITIONS = {
         2,
     ),
     "BatchNorm ReLU, batch 16": (
-        lambda: networks.mlp([INPUTS, *[4 * WIDTH] * 4], "relu", "he", norm="batch"),
+        lambda: builders.mlp([INPUTS, *[4 * WIDTH] * 4], "relu", "he", norm="batch"),
         16,
     ),
     "BatchNorm leaky ReLU, batch 5": (
-        lambda: networks.mlp([INPUTS, *[4 * WIDTH] * 4], "leaky_relu_0.2", "he", norm="batch"),
+        lambda: builders.mlp([INPUTS, *[4 * WIDTH] * 4], "leaky_relu_0.2", "he", norm="batch"),
         5,
     ),
     "norm after logistic": (
-        lambda: networks.mlp(
+        lambda: builders.mlp(
             [INPUTS, *[WIDTH] * 4], "logistic", "lecun", norm="layer", place="post", keep=0.8
         ),
         2,
@@ -190,16 +190,16 @@ def test_every_distribution_in_a_residual_branch(distribution):
     # The input keeps its width, and so would what standardised weights make of it, n_0/(n_0 - 1).
     branch = Dense(activations.relu, 100, 1.2, None, ensembles.DISTRIBUTIONS[distribution])
     block = Residual(Chain((LayerNorm(), branch)), 0.5)
-    network = networks.stack(INPUTS, [Linear(100), (block, 4)], "relu")
+    network = builders.stack(INPUTS, [Linear(100), (block, 4)], "relu")
     differing, sentence = differences(network, 2)
     assert not differing, sentence
 
 
 def test_signals_are_rescaled_only_where_reported_activations_are_too():
     """Linear layers with a reported tanh: saturation is that of the true signals."""
-    network = networks.stack(INPUTS, [Linear(100), Linear(100)], "tanh")
+    network = builders.stack(INPUTS, [Linear(100), Linear(100)], "tanh")
     assert not network.homogeneous
-    assert networks.stack(INPUTS, [Linear(100), Linear(100)], "relu").homogeneous
+    assert builders.stack(INPUTS, [Linear(100), Linear(100)], "relu").homogeneous
 
 
 def test_batches_and_positions_mix_and_nothing_else_does():

@@ -12,7 +12,7 @@ from laws import smallest_p_value
 from gradflow import ensembles
 from gradflow.errors import InputError
 from gradflow.norms import unit_rows
-from gradflow.simulation import matrices
+from gradflow.simulation import _matrices
 
 # Two-sample tests with 20 000 matrices a side. Null: one law of all answers. The false-alarm rate
 # is for all the tests of one case together (Bonferroni), at fixed keys.
@@ -24,8 +24,8 @@ ROUNDING = 2e-5  # of float32, in sums of a dozen terms of order 1
 
 def make(sampler, law, shape, key, places=None):
     if sampler == "drawn":
-        return matrices.drawn(key, shape, LAWS[law])
-    return matrices.undecided(key, shape, LAWS[law], places=places)
+        return _matrices.drawn(key, shape, LAWS[law])
+    return _matrices.deferred(key, shape, LAWS[law], places=places)
 
 
 def interview(matrix, shape, *, forget=False):
@@ -57,14 +57,14 @@ def answers(sampler, law, shape, seed, **options):
     "shape", [*(pytest.param(s, marks=pytest.mark.slow) for s in [(3, 3), (4, 2)]), (2, 4)]
 )
 def test_an_interview_has_the_law_of_that_with_a_drawn_matrix(law, shape):
-    drawn, undecided = (answers(s, law, shape, i) for i, s in enumerate(("drawn", "undecided")))
-    assert smallest_p_value(drawn, undecided) > FALSE_ALARM_RATE
+    drawn, deferred = (answers(s, law, shape, i) for i, s in enumerate(("drawn", "deferred")))
+    assert smallest_p_value(drawn, deferred) > FALSE_ALARM_RATE
 
 
 @pytest.mark.parametrize("law", LAWS)
 def test_the_law_test_finds_a_matrix_that_forgets(law):
     drawn = answers("drawn", law, (3, 3), 0)
-    wrong = answers("undecided", law, (3, 3), 1, forget=True)
+    wrong = answers("deferred", law, (3, 3), 1, forget=True)
     assert smallest_p_value(drawn, wrong) < 1e-6
 
 
@@ -72,7 +72,7 @@ def test_the_law_test_finds_a_matrix_that_forgets(law):
 @pytest.mark.parametrize("shape", [(5, 5), (7, 4), (4, 7), (1, 3), (3, 1), (1, 1)])
 def test_answers_are_those_of_one_matrix_until_all_of_it_is_revealed(law, shape):
     n_out, n_in = shape
-    matrix = make("undecided", law, shape, jax.random.key(1))
+    matrix = make("deferred", law, shape, jax.random.key(1))
     x, y = jax.random.normal(jax.random.key(2), (2, n_in)), jnp.ones((1, n_out))
     first, matrix = matrix.times(x)
     back, transpose = matrix.T.times(y)
@@ -105,19 +105,19 @@ def asked_and_asked_back(matrix, more=0):
 @pytest.mark.parametrize("law", LAWS)
 def test_a_fixed_number_of_places_gives_the_same_answers(law):
     key, shape = jax.random.key(0), (12, 11)
-    growing = asked_and_asked_back(make("undecided", law, shape, key))
-    fixed = asked_and_asked_back(make("undecided", law, shape, key, places=(6, 3)))
+    growing = asked_and_asked_back(make("deferred", law, shape, key))
+    fixed = asked_and_asked_back(make("deferred", law, shape, key, places=(6, 3)))
     np.testing.assert_allclose(fixed, growing, atol=ROUNDING * 11)
     # More places where some are left, and, in the second, where all are used: on one side or both.
-    more = make("undecided", law, shape, key, places=(3, 0)).with_places(3)
+    more = make("deferred", law, shape, key, places=(3, 0)).with_places(3)
     np.testing.assert_allclose(asked_and_asked_back(more), growing, atol=ROUNDING * 11)
-    few = make("undecided", law, shape, key, places=(2, 1))
+    few = make("deferred", law, shape, key, places=(2, 1))
     np.testing.assert_allclose(asked_and_asked_back(few, 2), growing, atol=ROUNDING * 11)
 
 
 @pytest.mark.parametrize("law", LAWS)
 def test_without_a_place_left_the_answer_is_an_error_or_nan(law):
-    matrix = make("undecided", law, (4, 4), jax.random.key(0), places=(1, 1))
+    matrix = make("deferred", law, (4, 4), jax.random.key(0), places=(1, 1))
     places = {"gaussian": 1, "orthogonal": 2}[law]  # one store for both sides
     x = jnp.ones((3, 4), jnp.float32)
     with pytest.raises(InputError, match="places is .* 3 questions were asked"):
@@ -137,7 +137,7 @@ def test_without_a_place_left_the_answer_is_an_error_or_nan(law):
 
 def test_other_laws_cannot_be_left_undecided():
     with pytest.raises(InputError, match="'matrix_free' cannot draw 'uniform' weights"):
-        matrices.undecided(jax.random.key(0), (3, 3), ensembles.uniform)
+        _matrices.deferred(jax.random.key(0), (3, 3), ensembles.uniform)
 
 
 def test_a_matrix_is_a_pytree_that_scans_and_vmaps():
@@ -147,10 +147,10 @@ def test_a_matrix_is_a_pytree_that_scans_and_vmaps():
 
     xs = jax.random.normal(jax.random.key(0), (5, 4), jnp.float32)
     keys = jax.random.split(jax.random.key(1), 3)
-    several = eqx.filter_vmap(lambda key: make("undecided", "gaussian", (6, 4), key, (5, 0)))(keys)
+    several = eqx.filter_vmap(lambda key: make("deferred", "gaussian", (6, 4), key, (5, 0)))(keys)
     _, scanned = jax.vmap(lambda m: jax.lax.scan(ask, m, xs))(several)
     for key, found in zip(keys, scanned, strict=True):
-        matrix, one = make("undecided", "gaussian", (6, 4), key, (5, 0)), []
+        matrix, one = make("deferred", "gaussian", (6, 4), key, (5, 0)), []
         for x in xs:
             matrix, answer = ask(matrix, x)
             one.append(answer)
@@ -171,7 +171,7 @@ def test_a_matrix_is_a_pytree_that_scans_and_vmaps():
 def test_orthonormal_rows_span_the_rows_and_are_orthonormal_or_zero(rows, known):
     x = jnp.asarray(rows, jnp.float32)
     known = None if known is None else jnp.asarray(known, jnp.float32)
-    q = matrices.orthonormal_rows(x, known)
+    q = _matrices.orthonormal_rows(x, known)
     every = q if known is None else jnp.concatenate([q, known])
     gram = np.asarray(every @ every.T)
     np.testing.assert_allclose(gram, np.diag(np.diag(gram).round()), atol=1e-6)
@@ -187,12 +187,12 @@ def test_rows_stay_orthonormal_while_the_space_fills_up(n):
         rows = jnp.zeros((12, n), jnp.float32)
         for place, count, key in zip((0, 2, 6), (2, 4, 4), keys, strict=True):
             x = jax.random.normal(key, (count, n), jnp.float32)
-            rows = rows.at[place : place + count].set(matrices.orthonormal_rows(x, rows))
+            rows = rows.at[place : place + count].set(_matrices.orthonormal_rows(x, rows))
         np.testing.assert_allclose(rows.T @ rows, np.eye(n), atol=1e-5)
 
 
 def test_one_row_is_orthogonalised_like_several():
-    known = matrices.orthonormal_rows(jax.random.normal(jax.random.key(0), (3, 8)))
+    known = _matrices.orthonormal_rows(jax.random.normal(jax.random.key(0), (3, 8)))
     x = jax.random.normal(jax.random.key(1), (2, 8))
-    one = functools.partial(matrices.orthonormal_rows, known=known)
+    one = functools.partial(_matrices.orthonormal_rows, known=known)
     np.testing.assert_allclose(one(x[:1]), one(x)[:1], atol=1e-6)

@@ -8,9 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gradflow import activations, blocks, ensembles, gaussian, networks
+from gradflow import activations, blocks, builders, ensembles, gaussian, networks
 from gradflow.errors import InputError
-from gradflow.gram import Gram
+from gradflow.kernels import Kernel
 from gradflow.theory import linear_regime, mean_field
 
 # What the issue of the reference tables asks of float64.
@@ -51,7 +51,7 @@ class TestTable11:
         for row in load_reference("t11_depth_profiles"):
             sw2, q1 = (float(Fraction(row["inputs"][k])) for k in ("sw2", "q1"))
             phi = activations.get(row["inputs"]["activation"])
-            network = networks.mlp([100] * 11, phi, ensembles.fan_in(sw2**0.5))
+            network = builders.mlp([100] * 11, phi, ensembles.fan_in(sw2**0.5))
             found = mean_field.predict(network, jnp.array([[q1 / sw2]]))
             truth = row["values"]["layers"]["10"]
             assert float(found["q"][9]) == pytest.approx(float(truth["q"]), rel=TABLE)
@@ -67,7 +67,7 @@ def test_chi_is_derived_from_the_kernel(activation):
     block = blocks.Dense(activation=phi, sigma_w=1.3, sigma_b=0.2)
     k = jnp.array([[0.7, 0.2], [0.2, 0.5]])
     alone, together = (
-        block.kernel(dataclasses.replace(Gram.of(k), tangent=jnp.ones(shape))).tangent
+        block.kernel(dataclasses.replace(Kernel.of(k), tangent=jnp.ones(shape))).tangent
         for shape in ((2,), (2, 2))
     )
     slopes = gaussian.moment(phi, "dphi2", jnp.diagonal(k))
@@ -88,7 +88,7 @@ def test_linear_networks_follow_the_linear_regime_for_any_widths():
     widths = [1024, 1000, 1000, 300, 9]
     gram = jnp.ones((1, 1))
     for weights in ("standard", "normalized", "lecun", "he", "he_fan_out"):
-        found = mean_field.predict(networks.mlp(widths, "linear", weights), gram)
+        found = mean_field.predict(builders.mlp(widths, "linear", weights), gram)
         paper = linear_regime.predict(widths, weights)
         for name, value in paper.values.items():
             np.testing.assert_allclose(found.values[name], value, rtol=2e-5, atol=2e-5)
@@ -98,14 +98,14 @@ def test_linear_networks_follow_the_linear_regime_for_any_widths():
 def test_relu_correlations_follow_the_published_kernel():
     """Ten layers of ReLU with He weights, x₁ = 2e₁, x₂ = (1,1,1,1): NNGP of Cho & Saul's kernel."""
     x = jnp.array([[2.0, 0, 0, 0], [1.0, 1, 1, 1]])
-    network = networks.mlp([4, *[50] * 11], "relu", "he")
+    network = builders.mlp([4, *[50] * 11], "relu", "he")
     # The reference kernel puts W x without the factor 2 first, and takes x·x' unscaled over 4.
     found = mean_field.predict(network, mean_field.input_gram(x))
     np.testing.assert_allclose(found["correlation"][10], 1.7952934596 / 2, rtol=1e-6)
 
 
 def test_everything_is_finite_at_depth_10_000():
-    network = networks.mlp([100] * 10_001, "logistic", "glorot")
+    network = builders.mlp([100] * 10_001, "logistic", "glorot")
     found = jax.jit(mean_field.predict)(network, jnp.ones((1, 1)))
     assert np.isfinite(found.values["log_gradient_variance"]).all()
     assert found.values["log_gradient_variance"][0] < -28_000  # 0.0557^9999
@@ -114,7 +114,7 @@ def test_everything_is_finite_at_depth_10_000():
 @pytest.mark.slow
 def test_predictions_vmap_and_differentiate_over_the_scales():
     def top_q(sigma_w):
-        network = networks.mlp([20] * 6, "tanh", "lecun")
+        network = builders.mlp([20] * 6, "tanh", "lecun")
         stages = jax.tree.map(lambda _: sigma_w, network)
         return mean_field.predict(stages, jnp.ones((1, 1))).values["log_q"][-1]
 
@@ -129,20 +129,20 @@ def test_predictions_vmap_and_differentiate_over_the_scales():
 @pytest.mark.parametrize("predict", [mean_field.predict, jax.jit(mean_field.predict)])
 def test_chi_is_missing_at_the_top_and_only_there(predict):
     """In float32 too, where it was any number if the program was compiled."""
-    found = predict(networks.mlp([8] * 5).as_arrays(jnp.float32), jnp.ones((1, 1), jnp.float32))
+    found = predict(builders.mlp([8] * 5).as_arrays(jnp.float32), jnp.ones((1, 1), jnp.float32))
     assert np.isnan(found["chi"]).tolist() == [False, False, False, True]
 
 
 def test_results_are_labelled():
-    dataset = mean_field.predict(networks.mlp([8] * 5), jnp.eye(2)).to_xarray()
+    dataset = mean_field.predict(builders.mlp([8] * 5), jnp.eye(2)).to_xarray()
     assert dataset.sizes == {"layer": 4}
     np.testing.assert_allclose(np.log(dataset.q), dataset.log_q, rtol=1e-5)
     assert all(v.attrs["long_name"] for v in dataset.data_vars.values())
 
 
 def test_predictions_at_other_widths_need_no_second_walk():
-    network = networks.mlp([30, 40, 40, 10], "tanh", ensembles.fan_in(1.5), sigma_b=0.1)
-    other = networks.narrowed(network, 3)  # 13 and 3 units: the ratios change
+    network = builders.mlp([30, 40, 40, 10], "tanh", ensembles.fan_in(1.5), sigma_b=0.1)
+    other = networks.divide_widths(network, 3)  # 13 and 3 units: the ratios change
     gram = jnp.array([[1.0, 0.3], [0.3, 0.8]])
     moved = mean_field.at_widths(mean_field.predict(network, gram), network, other)
     for name, value in mean_field.predict(other, gram).values.items():

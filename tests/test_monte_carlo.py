@@ -5,16 +5,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gradflow import networks
+from gradflow import builders
 from gradflow.errors import InputError
-from gradflow.simulation import memory, monte_carlo
+from gradflow.simulation import _memory, monte_carlo
 
 X = np.asarray(jax.random.normal(jax.random.key(4), (2, 12), jnp.float32))
 
 
 @pytest.mark.parametrize("sampler", ["dense", "matrix_free"])
 def test_results_do_not_depend_on_the_chunks(sampler):
-    network = networks.mlp([12, *[16] * 4], "tanh", "glorot")
+    network = builders.mlp([12, *[16] * 4], "tanh", "glorot")
     reference = None
     for block in (1, 7, 64):
         found = monte_carlo.simulate(
@@ -27,7 +27,7 @@ def test_results_do_not_depend_on_the_chunks(sampler):
 
 
 def test_more_networks_extend_and_do_not_replace():
-    network = networks.mlp([12, 16, 16], "relu", "he")
+    network = builders.mlp([12, 16, 16], "relu", "he")
     few, more = (
         monte_carlo.simulate(network, X, networks=n, keep_samples=True).samples for n in (10, 30)
     )
@@ -35,7 +35,7 @@ def test_more_networks_extend_and_do_not_replace():
 
 
 def test_the_seed_decides_everything():
-    network = networks.mlp([12, 16, 16], "tanh")
+    network = builders.mlp([12, 16, 16], "tanh")
     a, b, c = (monte_carlo.simulate(network, X, networks=5, key=k)["q"].value for k in (1, 1, 2))
     np.testing.assert_array_equal(a, b)
     assert (a != c).all()
@@ -60,7 +60,7 @@ def test_log_moments_are_those_of_table_6a(load_reference, size, least):
         if len(widths) * max(widths) > size:
             continue
         linear = inputs["network"].startswith("linear")
-        network = networks.mlp(widths, "linear" if linear else "relu", "lecun" if linear else "he")
+        network = builders.mlp(widths, "linear" if linear else "relu", "lecun" if linear else "he")
         x = np.ones((1, widths[0]), np.float32)
         found = monte_carlo.simulate(network, x, networks=NETWORKS, key=11, keep_samples=True)
         # The table's ReLU networks end with the activation: h^L = φ(z^L).
@@ -83,7 +83,7 @@ def test_log_moments_are_those_of_table_6a(load_reference, size, least):
 
 
 def test_histograms_are_of_the_networks_that_were_simulated():
-    network = networks.mlp([12, 300, 300], "tanh", "glorot")
+    network = builders.mlp([12, 300, 300], "tanh", "glorot")
     found = monte_carlo.simulate(network, X, networks=6, histograms=True)
     z = found.histograms["preactivation"]
     middle = (z.edges[:, 1:] + z.edges[:, :-1]) / 2
@@ -94,7 +94,7 @@ def test_histograms_are_of_the_networks_that_were_simulated():
 
 def test_results_are_labelled():
     dataset = monte_carlo.simulate(
-        networks.mlp([12, 16, 16]), X, networks=4, histograms=True
+        builders.mlp([12, 16, 16]), X, networks=4, histograms=True
     ).to_xarray()
     assert dataset.attrs["sampler"] == "matrix_free"
     assert {"q", "q_standard_error", "log_q", "gradient_histogram_density"} <= set(dataset)
@@ -104,7 +104,7 @@ def test_results_are_labelled():
 def test_progress_starts_at_zero_and_ends_at_all():
     seen = []
     monte_carlo.simulate(
-        networks.mlp([12, 16]), X, networks=33, block=4, progress=lambda *a: seen.append(a)
+        builders.mlp([12, 16]), X, networks=33, block=4, progress=lambda *a: seen.append(a)
     )
     assert seen[0] == (0, 33)
     assert seen[-1] == (33, 33)
@@ -126,17 +126,17 @@ def test_bad_input_is_one_sentence(arguments, message):
     arguments = {"inputs": X, "networks": 2} | arguments
     inputs = arguments.pop("inputs")
     with pytest.raises(InputError, match=message):
-        monte_carlo.simulate(networks.mlp([12, 16]), inputs, **arguments)
+        monte_carlo.simulate(builders.mlp([12, 16]), inputs, **arguments)
 
 
 def test_no_sampler_is_recommended_that_cannot_help():
     """Uniform weights are never matrix_free, and what is matrix_free already stays so."""
     for weights, sampler in (("standard", "dense"), ("glorot", "matrix_free")):
-        network = networks.mlp([500, 500], "tanh", weights)
+        network = builders.mlp([500, 500], "tanh", weights)
         with pytest.raises(InputError, match=r"smaller width or depth, or fewer inputs$"):
-            memory.plan(network, 2, sampler, 10, budget=1000)
+            _memory.plan(network, 2, sampler, 10, budget=1000)
     with pytest.raises(InputError, match="or sampler 'matrix_free'$"):
-        memory.plan(networks.mlp([500, 500]), 2, "dense", 10, budget=1000)
+        _memory.plan(builders.mlp([500, 500]), 2, "dense", 10, budget=1000)
 
 
 def test_a_call_hands_back_what_fits_however_many_networks_there_are():
@@ -147,33 +147,33 @@ def test_a_call_hands_back_what_fits_however_many_networks_there_are():
 
 
 def test_memory_plans_fit_their_budget():
-    network = networks.mlp([1000] * 31)
+    network = builders.mlp([1000] * 31)
     for budget in (10**6, 10**8, 10**10):
-        plan = memory.plan(network, 2, "matrix_free", 1000, budget=budget)
+        plan = _memory.plan(network, 2, "matrix_free", 1000, budget=budget)
         assert plan.bytes_needed <= budget
         assert plan.block >= 1
-    assert memory.plan(network, 2, "matrix_free", 1000, budget=10**10).keep
+    assert _memory.plan(network, 2, "matrix_free", 1000, budget=10**10).keep
 
 
 def test_deep_networks_fit_by_checkpoints():
     """Signals of 10 000 layers are 80 MB: where they do not fit, 200 layers' are kept."""
-    network = networks.mlp([1000] * 10_001)
+    network = builders.mlp([1000] * 10_001)
     for sampler in ("dense", "matrix_free"):
         roomy, tight = (
-            memory.plan(network, 2, sampler, 1000, budget=b) for b in (10**9, 5 * 10**7)
+            _memory.plan(network, 2, sampler, 1000, budget=b) for b in (10**9, 5 * 10**7)
         )
         assert not roomy.checkpoint
         assert tight.checkpoint
         assert tight.bytes_needed <= 5 * 10**7
         with pytest.raises(InputError, match="one network of widths 1000-1000"):
-            memory.plan(network, 2, sampler, 1000, budget=10**6)
+            _memory.plan(network, 2, sampler, 1000, budget=10**6)
 
 
 def test_a_small_budget_changes_nothing_but_the_rounding():
     """Of 400 layers, 40 are kept in 1/3 of the memory; checkpoints are what then fits."""
-    network = networks.mlp([12, *[16] * 400], "tanh", "glorot")
-    budget = memory.bytes_per_network(network, 2, "matrix_free") * 3 // 2
-    assert memory.plan(network, 2, "matrix_free", 5, budget=budget).checkpoint
+    network = builders.mlp([12, *[16] * 400], "tanh", "glorot")
+    budget = _memory.bytes_per_network(network, 2, "matrix_free") * 3 // 2
+    assert _memory.plan(network, 2, "matrix_free", 5, budget=budget).checkpoint
     tight, roomy = (
         monte_carlo.simulate(network, X, networks=5, memory_budget=b, keep_samples=True)
         for b in (budget, None)
@@ -185,7 +185,7 @@ def test_a_small_budget_changes_nothing_but_the_rounding():
 def test_only_the_top_layer_has_no_chi():
     """Whatever the compiler makes of so many layers at once."""
     found = monte_carlo.simulate(
-        networks.mlp([12, *[16] * 400], "tanh", "glorot"), X, networks=5, keep_samples=True
+        builders.mlp([12, *[16] * 400], "tanh", "glorot"), X, networks=5, keep_samples=True
     ).samples["chi"]
     assert np.isnan(found[:, -1]).all()
     assert (found[:, :-1] > 0).all()
@@ -199,6 +199,6 @@ def test_one_compiled_program_serves_every_scale(monkeypatch):
         monte_carlo.propagation, "propagate", lambda *a, **k: traced.append(1) or original(*a, **k)
     )
     for sigma in ("glorot", "he", "unscaled"):
-        network = networks.mlp([12, 21, 21, 21], "tanh", sigma)
+        network = builders.mlp([12, 21, 21, 21], "tanh", sigma)
         monte_carlo.simulate(network, X, networks=3)
     assert len(traced) == 1

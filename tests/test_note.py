@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 
-from gradflow import activations, comparison
+from gradflow import activations, comparison, note
 from gradflow.errors import InputError
-from gradflow.studies import description, execution, note
+from gradflow.studies import description, execution
 
 
 def test_unscaled_logistic_networks_are_critical_at_width_103():
@@ -70,7 +70,7 @@ def test_comparisons_are_those_of_confront_with_the_points_key(finished):
     ]
     for number in (0, 4, 8):
         point, ours = study.point(number), list(found.values())[number]
-        theirs = comparison.confront(
+        theirs = comparison.compare(
             point.network(),
             point.inputs().astype(np.float32),
             key=point.key,

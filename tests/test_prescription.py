@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gradflow import activations, comparison, ensembles, gaussian, networks
+from gradflow import activations, builders, comparison, ensembles, gaussian
 from gradflow.errors import InputError
 from gradflow.theory.criticality import UniversalityClass
 from gradflow.theory.fixed_points import Status
@@ -98,12 +98,12 @@ def test_a_simulation_finds_what_was_promised():
     """Null: the theory holds. 400 networks of width 200, all layers' statistics at 1 % together."""
     widths = (64, *[200] * 10)
     found = prescribe("tanh", widths, sigma_b2=0.1)
-    network = networks.mlp(
+    network = builders.mlp(
         widths, "tanh", ensembles.fan_in(math.sqrt(found.sigma_w2)), sigma_b=found.bias_sd
     )
     x = np.asarray(jax.random.normal(jax.random.key(3), (1, 64)))
     x = x * found.input_scale / np.sqrt(np.mean(x**2))
-    result = comparison.confront(network, x, networks=400)
+    result = comparison.compare(network, x, networks=400)
     assert result.count(comparison.Status.DIFFERS) == 0
     assert result.verdict.kind == "critical"
 
@@ -147,7 +147,7 @@ def test_the_table_of_mu_parametrisation():
         assert (layer.variance, layer.sgd_rate, layer.adam_rate) == pytest.approx(
             (variance, sgd, adam)
         )
-    network = networks.mlp((16, 100, 50, 4), "relu", "lecun", last="mup_output")
+    network = builders.mlp((16, 100, 50, 4), "relu", "lecun", last="mup_output")
     shapes = [layer[0] for layer in network.shapes]
     scales = [stage.block.sigma_w for stage in network.stages]
     variances = [s**2 / n_in for s, (_, n_in) in zip(scales, shapes, strict=True)]

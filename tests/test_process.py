@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from filelock import FileLock
 
-from gradflow.cli import process
+from gradflow.cli import _process
 
 MAIN = "from gradflow.cli import main; main()"
 
@@ -117,13 +117,13 @@ def test_programs_that_were_half_kept_are_taken_away(tmp_path, monkeypatch, plac
             monkeypatch.delenv(name)
     if place == "our own":
         monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-        monkeypatch.setattr(process, "_processor", str)
-        process.prepare()  # makes the folder
+        monkeypatch.setattr(_process, "_processor", str)
+        _process.prepare()  # makes the folder
         (ours,) = (tmp_path / "gradflow").iterdir()
         for name in os.listdir(folder):
             (ours / name).touch()
         folder = ours
-    process.prepare()
+    _process.prepare()
     there = set(os.listdir(folder)) - {".lockfile"}
     assert there == {"a-cache", "a-atime", "c-atime", "other"}
 
@@ -132,7 +132,7 @@ def test_what_another_process_is_keeping_is_left_alone(tmp_path, monkeypatch):
     for name, value in kept(tmp_path / "user", "b-cache").items():
         monkeypatch.setenv(name, value)
     with FileLock(tmp_path / "user" / ".lockfile"):
-        process.prepare()
+        _process.prepare()
     assert "b-cache" in os.listdir(tmp_path / "user")
 
 
@@ -141,5 +141,5 @@ def test_a_cache_without_times_is_whole(tmp_path, monkeypatch):
     environment = kept(tmp_path / "user", "b-cache")
     monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", environment["JAX_COMPILATION_CACHE_DIR"])
     monkeypatch.delenv("JAX_COMPILATION_CACHE_MAX_SIZE", raising=False)
-    process.prepare()
+    _process.prepare()
     assert os.listdir(tmp_path / "user") == ["b-cache"]

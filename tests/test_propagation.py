@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 import scipy.special
 
-from gradflow import activations, comparison, ensembles, gaussian, networks, statistics
+from gradflow import activations, builders, comparison, ensembles, gaussian, networks, statistics
 from gradflow.blocks import Dense, Linear, Residual
 from gradflow.errors import InputError
-from gradflow.simulation import monte_carlo, propagation, threefry
+from gradflow.simulation import _threefry, monte_carlo, propagation
 from gradflow.theory import mean_field
 
 WIDTHS = (6, 10, 10, 10, 4)
@@ -28,7 +28,7 @@ def by_hand(network, x, key):
     stages = [s for s in network.stages for _ in range(s.repeats)]
     for layer, ((n, m), stage) in enumerate(zip(sizes, stages, strict=True)):
         w_key, b_key = jax.random.split(layer_keys[layer])
-        weights.append(stage.block.sigma_w / m**0.5 * threefry.normal(w_key, (n, m), x.dtype))
+        weights.append(stage.block.sigma_w / m**0.5 * _threefry.normal(w_key, (n, m), x.dtype))
         biases.append(stage.block.sigma_b * jax.random.normal(b_key, (1, n), x.dtype))
     top = jax.random.normal(top_key, (x.shape[0], sizes[-1][0]), x.dtype)
 
@@ -47,7 +47,7 @@ def by_hand(network, x, key):
 
 @pytest.fixture(scope="module")
 def case():
-    network = networks.mlp(WIDTHS, "tanh", ensembles.fan_in(1.4), sigma_b=0.5)
+    network = builders.mlp(WIDTHS, "tanh", ensembles.fan_in(1.4), sigma_b=0.5)
     x = jax.random.normal(jax.random.key(1), (3, WIDTHS[0]), jnp.float32)
     return network, x, jax.random.key(2)
 
@@ -98,7 +98,7 @@ def test_kept_linearisations_give_the_same_numbers(case, sampler):
 def test_checkpoints_give_the_same_numbers(sampler, activation):
     """Stages of 1, 11 = 3·3 + 2 and 4 = 2·2 layers."""
     widths = [5, *[12] * 12, *[9] * 5]
-    network = networks.mlp(widths, activation, "he")
+    network = builders.mlp(widths, activation, "he")
     case = network, jax.random.normal(jax.random.key(2), (3, 5)), jax.random.key(1)
     kept = propagation.propagate(*case, sampler=sampler)
     walked_again = propagation.propagate(*case, sampler=sampler, checkpoint=True)
@@ -141,7 +141,7 @@ def test_relu_networks_are_right_at_depth_10_000(weights):
     """
     n, depth = 64, 10_000
     found = monte_carlo.simulate(
-        networks.mlp([n] * (depth + 1), "relu", weights),
+        builders.mlp([n] * (depth + 1), "relu", weights),
         np.ones((1, n), np.float32),
         networks=40,
         key=3,
@@ -172,7 +172,7 @@ def test_logistic_gradients_are_right_at_depth_10_000():
     """Theory says χ = 0.0557 a layer; the product of 9999 of them is 1e-12500."""
     n, depth = 256, 10_000
     found = monte_carlo.simulate(
-        networks.mlp([n] * (depth + 1), "logistic", "glorot"),
+        builders.mlp([n] * (depth + 1), "logistic", "glorot"),
         np.ones((1, n), np.float32),
         networks=4,
         key=3,
@@ -183,7 +183,7 @@ def test_logistic_gradients_are_right_at_depth_10_000():
 
 
 def test_a_dead_network_has_a_gradient_of_zero_and_no_nan():
-    network = networks.mlp([2] * 30, "relu", "he")
+    network = builders.mlp([2] * 30, "relu", "he")
     found = monte_carlo.simulate(network, np.ones((1, 2), np.float32), networks=50, key=1)
     norm = found["log_gradient_norm"]
     assert norm.excluded[0] > 0
@@ -192,7 +192,7 @@ def test_a_dead_network_has_a_gradient_of_zero_and_no_nan():
 
 
 def test_an_overflow_is_counted_at_its_layer_and_not_averaged():
-    network = networks.mlp([50] * 61, lambda z: z * 2.0, "unscaled", sigma_b=0.1)
+    network = builders.mlp([50] * 61, lambda z: z * 2.0, "unscaled", sigma_b=0.1)
     found = monte_carlo.simulate(network, np.ones((1, 50), np.float32), networks=8, key=1)
     first = int(np.argmax(found.overflowed > 0))
     assert 0 < first < 60
@@ -204,7 +204,7 @@ def test_an_overflow_is_counted_at_its_layer_and_not_averaged():
 def test_signals_below_any_float_are_followed_and_leave_the_gradient_right():
     """tanh with standard weights falls by √3 a layer: below float32 from about layer 160 on."""
     n, depth = 100, 300
-    network = networks.mlp([n] * (depth + 1), "tanh", ensembles.fan_in(3**-0.5))
+    network = builders.mlp([n] * (depth + 1), "tanh", ensembles.fan_in(3**-0.5))
     found = monte_carlo.simulate(network, np.ones((1, n), np.float32), networks=8, key=1)
     assert not found.vanished.any()
     for start, end in ((100, 120), (200, 299)):
@@ -216,7 +216,7 @@ def test_signals_below_any_float_are_followed_and_leave_the_gradient_right():
 
 def test_an_underflow_is_counted():
     """Of z |z|, which squares what is small, nothing is left in a float32 after seven layers."""
-    network = networks.mlp([50] * 11, lambda z: 0.5 * z * jnp.abs(z), ensembles.fan_in(1.0))
+    network = builders.mlp([50] * 11, lambda z: 0.5 * z * jnp.abs(z), ensembles.fan_in(1.0))
     found = monte_carlo.simulate(network, np.ones((1, 50), np.float32), networks=8, key=1)
     first = int(np.argmax(found.vanished > 0))
     assert 3 < first < 10
@@ -227,7 +227,7 @@ def test_the_program_does_not_grow_with_depth():
     """What is compiled, and so the time it takes, is the same at depth 10 and at 10 000."""
 
     def program(depth):
-        network = networks.mlp([8] * (depth + 1), "tanh").as_arrays(jnp.float32)
+        network = builders.mlp([8] * (depth + 1), "tanh").as_arrays(jnp.float32)
         run = jax.jit(propagation.propagate, static_argnames="sampler")
         lowered = run.lower(network, jnp.ones((1, 8)), jax.random.key(0), sampler="matrix_free")
         return len(lowered.as_text())
@@ -240,7 +240,7 @@ def test_weights_that_start_at_zero_have_a_gradient_and_pass_none_on(sampler):
     """∂C/∂W = δ hᵀ above, of which nothing depends on W; 0 below, as a logarithm -inf."""
     x = jax.random.normal(jax.random.key(2), (1, 20))
     layers = [Linear(30), Dense(units=30), Dense(units=25, sigma_w=0.0)]
-    network = networks.stack(20, layers)
+    network = builders.stack(20, layers)
     found = propagation.propagate(network, x, jax.random.key(1), sampler=sampler)
     predicted = mean_field.predict(network, mean_field.input_gram(x))
     for values in (found, predicted):
@@ -262,7 +262,7 @@ def test_lsuv_gives_every_product_unit_variance(sampler):
     """The scales that it returns, put into the network that the same key draws."""
     x, key = 3 * jax.random.normal(jax.random.key(2), (5, 8)), jax.random.key(1)
     widths = (8, 12, 12, 12, 9)
-    network = networks.mlp(widths, "logistic", ensembles.fan_in(2.0, "orthogonal"))
+    network = builders.mlp(widths, "logistic", ensembles.fan_in(2.0, "orthogonal"))
     found = propagation.lsuv(network, x, key, sampler=sampler)
     assert [scales.shape for scales in found] == [(1, 1), (2, 1), (1, 1)]
     scales = np.concatenate(found)[:, 0]
@@ -272,14 +272,14 @@ def test_lsuv_gives_every_product_unit_variance(sampler):
         for block, scale in zip(blocks, scales, strict=True)
     ]
     for blocks_of, far in ((scaled, False), (blocks, True)):
-        z = propagation.signals(networks.stack(8, blocks_of), x, key, sampler=sampler)
+        z = propagation.signals(builders.stack(8, blocks_of), x, key, sampler=sampler)
         spread = np.array([np.std(one) for stage in z.preactivation for one in stage])
         assert (np.abs(spread - 1) > 1e-4).all() == far
         assert (np.abs(spread - 1) < 1e-4).all() != far
 
 
 def test_lsuv_scales_every_matrix_of_a_block():
-    network = networks.residual(6, 10, 4, "relu", layers=2, weights_first=True)
+    network = builders.residual(6, 10, 4, "relu", layers=2, weights_first=True)
     found = propagation.lsuv(network, jnp.ones((2, 6)), jax.random.key(0))
     assert [scales.shape for scales in found] == [(1, 1), (4, 3)]
     assert all((np.asarray(scales) > 0).all() for scales in found)
@@ -287,7 +287,7 @@ def test_lsuv_scales_every_matrix_of_a_block():
 
 def test_lsuv_names_the_layer_that_gets_nothing():
     nothing = Dense(activations.get(lambda x: 0 * x), 8)
-    network = networks.stack(6, [Linear(8), (Residual(nothing), 2)])
+    network = builders.stack(6, [Linear(8), (Residual(nothing), 2)])
     for given, layer in ((jnp.ones((2, 6)), 2), (jnp.zeros((2, 6)), 1)):
         with pytest.raises(InputError, match=f"product of layer {layer} has no variance"):
             propagation.lsuv(network, given, jax.random.key(0))
@@ -296,7 +296,7 @@ def test_lsuv_names_the_layer_that_gets_nothing():
 
 
 def test_lsuv_is_for_layers_of_their_own_weights():
-    network = networks.recurrent(6, 8, 3)
+    network = builders.recurrent(6, 8, 3)
     for ask in (
         lambda: propagation.lsuv(network, jnp.ones((2, 6)), jax.random.key(0)),
         lambda: networks.unit_variance(network),
@@ -307,7 +307,7 @@ def test_lsuv_is_for_layers_of_their_own_weights():
 
 def test_chi_is_nan_at_the_top_of_many_inputs_too():
     # XLA makes a number of exp(NaN) where it sums over many sites.
-    network = networks.mlp((64, *[100] * 5, 10), "tanh", "glorot")
+    network = builders.mlp((64, *[100] * 5, 10), "tanh", "glorot")
     x = jax.random.normal(jax.random.key(1), (300, 64), jnp.float32)
     run = jax.jit(lambda x: propagation.propagate(network, x, jax.random.key(0))["chi"])
     assert np.isnan(run(x)[-1])
@@ -318,7 +318,7 @@ def test_chi_is_nan_at_the_top_of_many_inputs_too():
 @pytest.mark.parametrize(("phi", "sizes"), [("tanh", (1e-9, 1e-30)), ("gelu", (1e9, 1e30))])
 def test_signals_beyond_a_float_keep_their_scale_apart(phi, sizes, sampler, key):
     """Where φ is linear on each side, an input's size is a scale, and no more: same weights."""
-    network = networks.mlp([8, *[20] * 30], phi, ensembles.fan_in(sizes[0] ** 0.2))
+    network = builders.mlp([8, *[20] * 30], phi, ensembles.fan_in(sizes[0] ** 0.2))
     x = jax.random.normal(key, (2, 8), jnp.float32)
     one, other = (propagation.propagate(network, size * x, key, sampler=sampler) for size in sizes)
     shift = 2 * math.log(sizes[1] / sizes[0])
@@ -330,7 +330,7 @@ def test_signals_beyond_a_float_keep_their_scale_apart(phi, sizes, sampler, key)
 
 
 def test_what_is_a_logarithm_answers_to_its_name_too_everywhere(key):
-    network, x = networks.mlp([4, 5, 5]), jnp.ones((2, 4))
+    network, x = builders.mlp([4, 5, 5]), jnp.ones((2, 4))
     found = jax.jit(lambda x: propagation.propagate(network, x, key))(x)
     predicted = mean_field.predict(network, x @ x.T / 4)
     simulated = monte_carlo.simulate(network, x, networks=3, keep_samples=True)
@@ -347,23 +347,25 @@ def test_what_is_a_logarithm_answers_to_its_name_too_everywhere(key):
     assert batched["gradient_variance"].shape == (3, 2)
 
 
-@pytest.mark.parametrize("kind", ["propagate", "predict", "simulate", "samples", "confront"])
+@pytest.mark.parametrize("kind", ["propagate", "predict", "simulate", "samples", "compare"])
 def test_a_quantity_that_is_not_there_is_a_sentence(kind, key):
-    network, x = networks.mlp([4, 5, 5]), jnp.ones((2, 4))
+    network, x = builders.mlp([4, 5, 5]), jnp.ones((2, 4))
     simulated = monte_carlo.simulate(network, x, networks=3, keep_samples=True)
     found = {
         "propagate": lambda: propagation.propagate(network, x, key),
         "predict": lambda: mean_field.predict(network, x @ x.T / 4),
         "simulate": lambda: simulated,
         "samples": lambda: simulated.samples,
-        "confront": lambda: comparison.compare(comparison.predict_float64(network, x), simulated),
+        "compare": lambda: comparison.compare_results(
+            comparison.predict_float64(network, x), simulated
+        ),
     }[kind]()
     with pytest.raises(InputError, match=r"^unknown quantity 'ch' \(did you mean 'chi'\?\)"):
         found["ch"]
 
 
 def test_inputs_that_a_float_does_not_hold_are_refused():
-    network, x = networks.mlp([4, 5, 5]), np.ones((2, 4), np.float32)
+    network, x = builders.mlp([4, 5, 5]), np.ones((2, 4), np.float32)
     x[1] *= 1e-38
     with pytest.raises(InputError, match=r"largest value is 1e-38, of which float32 does not hold"):
         monte_carlo.simulate(network, x, networks=2)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from laws import smallest_p_value
 
-from gradflow import comparison, ensembles, networks, statistics, training
+from gradflow import builders, comparison, ensembles, statistics, training
 from gradflow.blocks import (
     GRU,
     LSTM,
@@ -24,7 +24,7 @@ from gradflow.blocks import (
 from gradflow.comparison import Status
 from gradflow.errors import InputError
 from gradflow.networks import Stage
-from gradflow.simulation import jacobians, memory, monte_carlo, propagation, samplers, threefry
+from gradflow.simulation import _memory, _threefry, jacobians, monte_carlo, propagation, samplers
 
 # float32 arithmetic through a dozen steps, done in another order.
 ROUNDING = 5e-4
@@ -41,17 +41,17 @@ REAL_GINIBRE, GINIBRE_ERROR = 2.286, 0.012
 
 
 def vanilla(**more):
-    return networks.recurrent(INPUT, WIDTH, STEPS, "tanh", ensembles.fan_in(1.3), **more)
+    return builders.recurrent(INPUT, WIDTH, STEPS, "tanh", ensembles.fan_in(1.3), **more)
 
 
 def unrolled(network, x, key):
     """Backpropagation through time by `jax.grad`, of the dense sampler's weights and inputs."""
     top_key, first_key, tied_key, *_ = jax.random.split(key, network.depth + 1)
-    first = threefry.normal(first_key, (WIDTH, INPUT), x.dtype) / INPUT**0.5
+    first = _threefry.normal(first_key, (WIDTH, INPUT), x.dtype) / INPUT**0.5
     dense_key, drive_key = (jax.random.fold_in(tied_key, i) for i in range(2))
     weights_key, bias_key = jax.random.split(dense_key)
     dense = network.stages[1].block.parts[0]
-    weights = dense.sigma_w * threefry.normal(weights_key, (WIDTH, WIDTH), x.dtype) / WIDTH**0.5
+    weights = dense.sigma_w * _threefry.normal(weights_key, (WIDTH, WIDTH), x.dtype) / WIDTH**0.5
     bias = dense.sigma_b * jax.random.normal(bias_key, (1, WIDTH), x.dtype)
     top = jax.random.normal(top_key, (SITES, WIDTH), x.dtype)
     drive = network.stages[1].block.parts[1]
@@ -125,7 +125,7 @@ def test_shared_weights_have_one_law_with_both_samplers(law, sites, width, steps
 
     def network(tied):
         ensemble = ensembles.fan_in(1.5, law)
-        return networks.recurrent(INPUT, width, steps, "tanh", ensemble, sigma_b=0.3, tied=tied)
+        return builders.recurrent(INPUT, width, steps, "tanh", ensemble, sigma_b=0.3, tied=tied)
 
     drawn = features(network(True), x, "dense", key=3)
     assert smallest_p_value(drawn, features(network(True), x, "matrix_free", key=4)) > 0.01
@@ -136,7 +136,7 @@ def test_shared_weights_have_one_law_with_both_samplers(law, sites, width, steps
 def test_what_is_kept_changes_no_number(sampler):
     """A tied stage between others, which are walked in stretches."""
     tied = Stage(Chain((Dense(units=9, sigma_w=1.4), Drive(0.3))), 5, tied=True)
-    network = networks.stack(INPUT, [Linear(9), (Dense(units=9), 5), tied, Dense(units=4)])
+    network = builders.stack(INPUT, [Linear(9), (Dense(units=9), 5), tied, Dense(units=4)])
     case = network, jax.random.normal(jax.random.key(2), (2, INPUT)), jax.random.key(1)
     found = propagate(*case, sampler=sampler)
     assert found["log_q"].shape == (12,)
@@ -150,12 +150,12 @@ def test_what_is_kept_changes_no_number(sampler):
 def test_steps_share_weights_and_biases_but_not_masks():
     x = jnp.ones((1, INPUT), jnp.float32)
     step = Chain((Linear(60, 1.0, 0.5), Dropout(0.5)))
-    network = networks.stack(INPUT, [Linear(60), Stage(step, 4, tied=True)], "linear")
+    network = builders.stack(INPUT, [Linear(60), Stage(step, 4, tied=True)], "linear")
     masks = np.asarray(signals(network, x, jax.random.key(0)).preactivation[1]) == 0
     # Two masks of 60 units that are alike by chance: 2^-60.
     assert len(np.unique(masks[:, 0], axis=0)) == 4
-    shared = networks.recurrent(INPUT, 6, 4, "linear", sigma_b=0.5)
-    apart = networks.recurrent(INPUT, 6, 4, "linear", sigma_b=0.5, tied=False)
+    shared = builders.recurrent(INPUT, 6, 4, "linear", sigma_b=0.5)
+    apart = builders.recurrent(INPUT, 6, 4, "linear", sigma_b=0.5, tied=False)
     for made, alike in ((shared, True), (apart, False)):
         factors = jacobians.layer_jacobians(made, x[0], jax.random.key(1))[1:]
         assert np.allclose(factors[0], factors[3]) == alike
@@ -175,7 +175,7 @@ def test_without_a_nonlinearity_shared_weights_grow_by_themselves():
     x = jnp.ones((1, n), jnp.float32)
     found = {}
     for tied in (True, False):
-        network = networks.recurrent(n, n, t, "linear", "lecun", tied=tied)
+        network = builders.recurrent(n, n, t, "linear", "lecun", tied=tied)
         q = monte_carlo.simulate(network, x, networks=3000, sampler="dense", wanted=WANTED)["q"]
         found[tied] = q.value[t] / q.value[0], q.standard_error[t] / q.value[0]
     for tied, expected in ((True, REAL_GINIBRE), (False, 1.0)):
@@ -190,7 +190,7 @@ LONG = 200
 def driven(width, steps=LONG, **more):
     """Critical without its input; forgets where it began."""
     weights = ensembles.fan_in(1.0)
-    return networks.recurrent(50, width, steps, "tanh", weights, sigma_u=0.1, **more)
+    return builders.recurrent(50, width, steps, "tanh", weights, sigma_u=0.1, **more)
 
 
 @pytest.mark.slow
@@ -226,15 +226,15 @@ def test_samplers_are_chosen_by_their_cost():
     assert samplers.choose("auto", driven(256))[0] == "dense"
     assert samplers.choose("auto", driven(1000), sites=4)[0] == "dense"
     # The weights are held, or all answers are.
-    assert memory.bytes_per_network(driven(1000), 1, "dense") > 4 * 1000**2
-    long, short = (memory.bytes_per_network(driven(1000, t), 1, "matrix_free") for t in (200, 100))
+    assert _memory.bytes_per_network(driven(1000), 1, "dense") > 4 * 1000**2
+    long, short = (_memory.bytes_per_network(driven(1000, t), 1, "matrix_free") for t in (200, 100))
     assert long > short + 4 * 100 * 1000 * 5
 
 
 def test_corrections_are_not_those_of_shared_weights():
     network = driven(100, 5)
     assert comparison.correct_float64(network, np.ones((1, 50))) is None
-    assert comparison.correct_float64(networks.recurrent(5, 9, 3, tied=False), np.ones((1, 5)))
+    assert comparison.correct_float64(builders.recurrent(5, 9, 3, tied=False), np.ones((1, 5)))
 
 
 def test_the_squares_of_the_steps_weight_gradients_add():
@@ -243,7 +243,7 @@ def test_the_squares_of_the_steps_weight_gradients_add():
     Null: the mean square is the sum of the theory's steps', but for steps²/width = 0.04; 100
     networks, 4.5 standard errors (1e-5). One step's alone would be 30 % or more off.
     """
-    network, x = networks.recurrent(5, 400, 4, "tanh"), jnp.ones((1, 5))
+    network, x = builders.recurrent(5, 400, 4, "tanh"), jnp.ones((1, 5))
     steps = comparison.predict_float64(network, x)["weight_gradient_variance"][1:]
 
     @jax.jit
@@ -261,14 +261,14 @@ def test_the_squares_of_the_steps_weight_gradients_add():
 
 def gated(steps, tied, **more):
     gru = GRU(200, sigma_w=1.2, **more)
-    return networks.stack(50, [Linear(200), Stage(gru, steps, tied=tied)])
+    return builders.stack(50, [Linear(200), Stage(gru, steps, tied=tied)])
 
 
 @pytest.mark.slow
 def test_gru_with_weights_drawn_anew_meets_its_theory():
     """Every statistic, as in `test_law_of_blocks`; false alarms 1 %."""
     x = np.ones((1, 50), np.float32)
-    found = comparison.confront(
+    found = comparison.compare(
         gated(4, False, update_bias=1.0, sigma_b=0.5), x, key=3, networks=400
     )
     assert not found.count(Status.DIFFERS), found.agreement
@@ -295,7 +295,7 @@ def test_shared_weights_beside_a_path_for_the_signal_have_no_theory(block, width
 
     def predict(block, steps, tied):
         stage = Stage(block, steps, tied=tied)
-        network = networks.stack(INPUT, [Linear(width), stage, Linear(9)])
+        network = builders.stack(INPUT, [Linear(width), stage, Linear(9)])
         return comparison.predict_float64(network, x)
 
     shared, anew = predict(block, 3, True), predict(block, 3, False)
@@ -318,7 +318,7 @@ def test_shared_weights_beside_a_path_for_the_signal_have_no_theory(block, width
 
 
 def test_what_is_missing_is_said():
-    found = comparison.confront(gated(3, True), np.ones((1, 50), np.float32), networks=10)
+    found = comparison.compare(gated(3, True), np.ones((1, 50), np.float32), networks=10)
     assert "through 3 steps of GRU with shared weights" in found.agreement
     assert (found["log_gradient_norm"].status[:3] == Status.NOT_COMPARED).all()
     beyond = comparison.log_chi_beyond(found.simulation.network, found.theory)
@@ -349,7 +349,7 @@ def test_gru_computes_what_it_says():
 
 def lstm(width, steps, tied, **more):
     block = LSTM(width, **{"sigma_w": 1.2, "sigma_b": 0.5, **more})
-    return networks.stack(INPUT, [Linear(2 * width), Stage(block, steps, tied=tied)])
+    return builders.stack(INPUT, [Linear(2 * width), Stage(block, steps, tied=tied)])
 
 
 def test_lstm_computes_what_it_says():
@@ -377,7 +377,7 @@ def test_lstm_has_the_gradients_of_backpropagation_through_time(tied):
 
     def multiply(key, x, *, sigma_w, width, distribution):
         del distribution
-        weights = threefry.normal(key, (width, x.shape[1]), x.dtype) / x.shape[1] ** 0.5
+        weights = _threefry.normal(key, (width, x.shape[1]), x.dtype) / x.shape[1] ** 0.5
         return sigma_w * x @ weights.T
 
     def cost(shifts):
@@ -418,7 +418,7 @@ def test_lstm_meets_its_theory_and_shared_weights_would_not(forget_bias):
     """
     x = np.random.default_rng(0).normal(size=(2, INPUT)).astype(np.float32)
     network = lstm(200, 6, False, forget_bias=forget_bias, drive=Drive(0.5, 0.6))
-    found = comparison.confront(network, x, key=3, networks=400)
+    found = comparison.compare(network, x, key=3, networks=400)
     assert not found.count(Status.DIFFERS), found.agreement
     off = []
     for width in (200, 800):
@@ -434,21 +434,21 @@ def test_lstm_meets_its_theory_and_shared_weights_would_not(forget_bias):
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: networks.recurrent(4, 4, 0), "steps is 0; it is a whole number of at least 1"),
-        (lambda: networks.recurrent(4, 4, 2, sigma_u=-1.0), "sigma_u is -1.0; it is a finite"),
+        (lambda: builders.recurrent(4, 4, 0), "steps is 0; it is a whole number of at least 1"),
+        (lambda: builders.recurrent(4, 4, 2, sigma_u=-1.0), "sigma_u is -1.0; it is a finite"),
         (lambda: Drive(1.0, 1.5), "alike is 1.5; a correlation of inputs is from 0 to 1"),
-        (lambda: networks.stack(4, [GRU(5)]), "a GRU of 5 units gets 4"),
+        (lambda: builders.stack(4, [GRU(5)]), "a GRU of 5 units gets 4"),
         (
-            lambda: networks.stack(4, [Stage(Dense(units=5), 2, tied=True)]),
+            lambda: builders.stack(4, [Stage(Dense(units=5), 2, tied=True)]),
             "repeated 2 times, takes 4 units",
         ),
         (
-            lambda: samplers.choose("matrix_free", networks.recurrent(4, 4, 2, "tanh", "standard")),
+            lambda: samplers.choose("matrix_free", builders.recurrent(4, 4, 2, "tanh", "standard")),
             "'matrix_free' cannot draw 'uniform'",
         ),
         (
             lambda: jacobians.draw(
-                networks.recurrent(4, 4, 2),
+                builders.recurrent(4, 4, 2),
                 jnp.ones((1, 4)),
                 jax.random.key(0),
                 sampler="matrix_free",

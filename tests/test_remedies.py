@@ -5,16 +5,15 @@ import math
 import numpy as np
 import pytest
 
-from gradflow import figures, networks
+from gradflow import builders, figures, remedies
 from gradflow.errors import InputError
 from gradflow.statistics import Prediction
-from gradflow.studies import remedies
 
 
 @pytest.mark.slow
 def test_every_remedy_has_a_network_as_deep_as_the_sick_one():
     found, missing = remedies.proposals("logistic", "unscaled", 20, 6)
-    assert found[0].network == networks.mlp([20] * 7, "logistic", "unscaled")
+    assert found[0].network == builders.mlp([20] * 7, "logistic", "unscaled")
     assert not missing
     assert len({remedy.name for remedy in found}) == len(found) > 15
     for remedy in found:

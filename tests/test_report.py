@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 
 from gradflow import cli
 from gradflow.errors import InputError
+from gradflow.figures import study as figure
 from gradflow.studies import description, execution, report, results
 
 EVIL = '<script>alert("1")</script> & <img src=x>'
@@ -162,8 +163,8 @@ def test_places_on_an_axis_of_several_fields_are_told_by_the_first_that_tells(de
     dataset = deep.rename(sigma_w2="a_b").assign_coords(
         a=("a_b", ["x", "x", "y", "y"]), b=("a_b", [1, 2, 3, 4]), a_b=np.arange(4)
     )
-    assert results.where(dataset, {"a_b": 2, "sigma_b2": 1}) == "b 3, sigma_b2 0.1"
-    assert results.where(dataset.drop_vars("b"), {"a_b": 2}) == "a_b 2"
+    assert figure.where(dataset, {"a_b": 2, "sigma_b2": 1}) == "b 3, sigma_b2 0.1"
+    assert figure.where(dataset.drop_vars("b"), {"a_b": 2}) == "a_b 2"
     assert results.agreement(dataset, "q")["where"].keys() == {"b", "sigma_b2", "layer"}
 
 

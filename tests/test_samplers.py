@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from laws import smallest_p_value
 
-from gradflow import ensembles, networks
+from gradflow import builders, ensembles
 from gradflow.errors import InputError
 from gradflow.simulation import monte_carlo, propagation, samplers
 
@@ -51,7 +51,7 @@ def inputs_of(sites, width):
 
 @pytest.mark.parametrize(("activation", "sites", "widths", "weights"), CASES)
 def test_dense_and_matrix_free_have_the_same_joint_law(activation, sites, widths, weights):
-    network = networks.mlp(widths, activation, ensembles.fan_in(1.5, weights), sigma_b=0.3)
+    network = builders.mlp(widths, activation, ensembles.fan_in(1.5, weights), sigma_b=0.3)
     x = inputs_of(sites, widths[0])
     drawn = features(network, x, "dense", key=3)
     free = features(network, x, "matrix_free", key=4)
@@ -85,7 +85,7 @@ forgetful_product.defvjp(
 
 def test_the_law_test_finds_a_sampler_that_forgets(monkeypatch):
     monkeypatch.setitem(samplers.SAMPLERS, "forgetful", forgetful)
-    network = networks.mlp(SQUARE, "tanh", ensembles.fan_in(1.7))
+    network = builders.mlp(SQUARE, "tanh", ensembles.fan_in(1.7))
     x = inputs_of(1, SQUARE[0])
     drawn = features(network, x, "dense", key=1)
     wrong = features(network, x, "forgetful", key=2)
@@ -155,29 +155,29 @@ def test_repeated_inputs_get_one_answer():
 
 
 def test_matrix_free_refuses_weights_that_are_not_gaussian():
-    network = networks.mlp((4, 4), "tanh", "standard")
+    network = builders.mlp((4, 4), "tanh", "standard")
     with pytest.raises(InputError, match="'matrix_free' cannot draw 'uniform'"):
         samplers.choose("matrix_free", network)
     with pytest.raises(InputError, match="'matrix_free' cannot draw 'uniform'"):
         propagation.propagate(network, jnp.ones((1, 4)), jax.random.key(0), sampler="matrix_free")
     assert samplers.choose("auto", network)[0] == "dense"
-    assert samplers.choose("auto", networks.mlp((4, 4)))[0] == "matrix_free"
+    assert samplers.choose("auto", builders.mlp((4, 4)))[0] == "matrix_free"
 
 
 def test_many_inputs_are_faster_with_weights():
-    network = networks.mlp([512] * 4)
+    network = builders.mlp([512] * 4)
     for sites, expected in [(1, "matrix_free"), (16, "matrix_free"), (256, "dense")]:
         chosen, why = samplers.choose("auto", network, sites)
         assert chosen == expected
         assert "of the operations" in why
-    orthogonal = networks.mlp([512] * 4, "tanh", ensembles.glorot.drawn_from("orthogonal"))
+    orthogonal = builders.mlp([512] * 4, "tanh", ensembles.glorot.drawn_from("orthogonal"))
     assert samplers.choose("auto", orthogonal, 256)[0] == "matrix_free"
     x = jax.random.normal(jax.random.key(0), (40, 64))
-    result = monte_carlo.simulate(networks.mlp([64, 64]), x, networks=2)
-    assert (result.sampler, result.reason) == samplers.choose("auto", networks.mlp([64, 64]), 40)
+    result = monte_carlo.simulate(builders.mlp([64, 64]), x, networks=2)
+    assert (result.sampler, result.reason) == samplers.choose("auto", builders.mlp([64, 64]), 40)
     assert result.sampler == "dense"
 
 
 def test_an_unknown_sampler_is_refused_with_the_nearest_name():
     with pytest.raises(InputError, match="did you mean 'matrix_free'"):
-        samplers.choose("matrixfree", networks.mlp((4, 4)))
+        samplers.choose("matrixfree", builders.mlp((4, 4)))

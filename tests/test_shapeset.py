@@ -7,7 +7,7 @@ import pytest
 import scipy.stats
 from matplotlib.path import Path as Outline
 
-from gradflow import shapeset
+from gradflow import _shapeset
 from gradflow.errors import InputError
 
 # Every statistical test here: what it supposes to be true is rejected with this probability if it
@@ -21,8 +21,8 @@ FREQUENCIES = np.repeat([1 / 6, 1 / 9, 1 / 18], 3)
 
 
 def all_of(key):
-    drawn = shapeset.scene(key)
-    return drawn, drawn.label, drawn.corners, shapeset.render(drawn)
+    drawn = _shapeset.scene(key)
+    return drawn, drawn.label, drawn.corners, _shapeset.render(drawn)
 
 
 def keys(count):
@@ -37,7 +37,7 @@ def drawn():
 
 def scenes_only(monkeypatch, name, value):
     """Scenes, labels and corners of the same keys, had a constant another value."""
-    monkeypatch.setattr(shapeset, name, value)
+    monkeypatch.setattr(_shapeset, name, value)
     return jax.tree.map(np.asarray, jax.jit(jax.vmap(lambda k: all_of(k)[:3]))(keys(IMAGES)))
 
 
@@ -77,10 +77,10 @@ def test_labels_say_what_is_there(drawn):
     scenes, labels, *_ = drawn
     names = np.array(["triangle", "parallelogram", "ellipse"])
     for kinds, both, label in zip(scenes.kinds[:500], scenes.both, labels, strict=False):
-        words = shapeset.CLASSES[label].removeprefix("two ").split(" and ")
+        words = _shapeset.CLASSES[label].removeprefix("two ").split(" and ")
         there = set(names[kinds]) if both else {names[kinds[0]]}
         assert {w.rstrip("s") for w in words} == there
-        assert shapeset.CLASSES[label].startswith("two ") == (both and len(there) == 1)
+        assert _shapeset.CLASSES[label].startswith("two ") == (both and len(there) == 1)
 
 
 def test_first_objects_have_the_sizes_shears_turns_and_positions_described(drawn):
@@ -182,31 +182,31 @@ def test_pixels_are_painted_whose_centres_are_inside(drawn):
 def test_a_key_has_one_series_however_it_is_drawn(drawn):
     _, labels, _, images = drawn
     key = jax.random.key(KEY)
-    found, classes = shapeset.draw(key, 6)
+    found, classes = _shapeset.draw(key, 6)
     assert (found.dtype, classes.dtype) == (jnp.float32, jnp.int32)
     np.testing.assert_allclose(found, images[:6], rtol=1e-6)
     np.testing.assert_array_equal(classes, labels[:6])
-    np.testing.assert_array_equal(shapeset.draw(key, 6)[0], found)
-    later, _ = shapeset.draw(key, 6, 4)
+    np.testing.assert_array_equal(_shapeset.draw(key, 6)[0], found)
+    later, _ = _shapeset.draw(key, 6, 4)
     np.testing.assert_array_equal(later[:2], found[4:])
-    image, label = jax.jit(shapeset.example)(jax.random.fold_in(key, 3))
+    image, label = jax.jit(_shapeset.example)(jax.random.fold_in(key, 3))
     np.testing.assert_allclose(image, found[3], rtol=1e-6)
     assert label == classes[3]
-    other, _ = shapeset.draw(jax.random.key(KEY + 1), 6)
+    other, _ = _shapeset.draw(jax.random.key(KEY + 1), 6)
     assert (other != found).any(axis=(1, 2)).all()
 
 
 def test_the_number_of_the_first_image_may_be_traced():
-    later, _ = jax.eval_shape(lambda start: shapeset.draw(jax.random.key(KEY), 6, start), 4)
+    later, _ = jax.eval_shape(lambda start: _shapeset.draw(jax.random.key(KEY), 6, start), 4)
     assert later.shape == (6, 32, 32)
 
 
 def test_images_do_not_depend_on_the_precision_of_jax():
     key = jax.random.key(KEY)
     with jax.enable_x64(True):
-        double = shapeset.draw(key, 6)
+        double = _shapeset.draw(key, 6)
     with jax.enable_x64(False):
-        single = shapeset.draw(key, 6)
+        single = _shapeset.draw(key, 6)
     for a, b in zip(double, single, strict=True):
         assert a.dtype == b.dtype
         np.testing.assert_allclose(a, b, rtol=1e-6)
@@ -224,4 +224,4 @@ def test_images_do_not_depend_on_the_precision_of_jax():
 )
 def test_bad_numbers_are_refused(arguments, message):
     with pytest.raises(InputError, match=message):
-        shapeset.draw(jax.random.key(0), *arguments)
+        _shapeset.draw(jax.random.key(0), *arguments)

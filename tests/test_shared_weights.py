@@ -5,7 +5,7 @@ import dataclasses
 import numpy as np
 import pytest
 
-from gradflow import comparison, ensembles, networks
+from gradflow import builders, comparison, ensembles
 from gradflow.blocks import GRU, LSTM, Dense, Drive, Linear
 from gradflow.errors import InputError
 from gradflow.networks import Stage
@@ -17,7 +17,7 @@ X, STEPS = np.ones((1, 10), np.float32), 10
 
 def network(block, steps, tied, start=1.0):
     width = block.units * (2 if isinstance(block, LSTM) else 1)
-    return networks.stack(10, [Linear(width, start), Stage(block, steps, tied)], "tanh")
+    return builders.stack(10, [Linear(width, start), Stage(block, steps, tied)], "tanh")
 
 
 @pytest.mark.parametrize(

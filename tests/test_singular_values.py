@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import scipy.special
 
-from gradflow import networks
+from gradflow import builders
 from gradflow.errors import InputError
 from gradflow.simulation import jacobians, singular_values
 
@@ -90,7 +90,7 @@ def test_factors_that_do_not_fit_are_refused(factors, message):
 
 
 def network_and_inputs(width=60, depth=4, weights="glorot"):
-    network = networks.mlp([width] * (depth + 1), "tanh", weights)
+    network = builders.mlp([width] * (depth + 1), "tanh", weights)
     return network, jax.random.normal(jax.random.key(5), (1, width), jnp.float32)
 
 
@@ -142,7 +142,7 @@ def test_extremes_of_a_stretch_and_of_layers_held_apart(monkeypatch):
 
 def test_the_largest_of_one_wide_gaussian_layer_is_at_the_edge():
     """Width 3000: s² is 4 - 1.2·2^(4/3) n^(-2/3) ± 1.3·2^(4/3) n^(-2/3) (Johnstone 2001)."""
-    network = networks.mlp([3000, 3000], "linear", "lecun")
+    network = builders.mlp([3000, 3000], "linear", "lecun")
     found = singular_values.extreme_singular_values(
         network, jnp.ones((1, 3000)), jax.random.key(1), leading=1
     )

@@ -10,7 +10,7 @@ import xarray
 from gradflow import training
 from gradflow.errors import InputError
 from gradflow.simulation import monte_carlo, propagation, singular_values
-from gradflow.studies import description, execution, grid_point, plan, spectra, store
+from gradflow.studies import description, execution, plan, spectra, store
 from gradflow.theory import spectrum
 
 TEXT = """
@@ -148,7 +148,7 @@ def test_signals_and_jacobians_leave_a_floats_range_and_their_slopes_do_not():
     network, x = point.network(), jnp.asarray(point.inputs(), jnp.float32)
     found = np.asarray(jax.jit(singular_values.end_to_end)(network.as_arrays(np.float32), x, key))
     scaled = point.settings | {"sigma_w2": 2.0}
-    usual = grid_point.Point(point.place, scaled, point.networks).network()
+    usual = point.Point(point.place, scaled, point.networks).network()
     expected = np.asarray(jax.jit(singular_values.end_to_end)(usual.as_arrays(np.float32), x, key))
     assert np.isfinite(expected[0])
     np.testing.assert_allclose(found[0], expected[0] - 400 * np.log(2), rtol=1e-4)

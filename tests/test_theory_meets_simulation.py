@@ -11,10 +11,11 @@ import jax
 import numpy as np
 import pytest
 
-from gradflow import activations, comparison, ensembles, gaussian, networks, statistics
+from gradflow import activations, builders, comparison, ensembles, gaussian, statistics
 from gradflow.comparison import Status
 from gradflow.simulation import monte_carlo
-from gradflow.theory import corrections, fixed_points, mean_field
+from gradflow.theory import fixed_points, mean_field
+from gradflow.theory.finite_width import first_order
 
 WIDTH, DEPTH, NETWORKS, INPUTS = 300, 5, 2000, 60
 SLOPES = {"ordered": 0.8, "critical": 1.0, "chaotic": 1.25}  # χ₁
@@ -68,13 +69,13 @@ def test_theory_meets_simulation(activation, phase):
         assert float(found.chi1) == pytest.approx(SLOPES[phase], rel=1e-9)
         c = c if c < 1 - 1e-6 else 0.5  # two equal inputs would tell nothing of correlations
     x = inputs_with(q, c, sigma_w2, sigma_b2)
-    network = networks.mlp(
+    network = builders.mlp(
         [INPUTS, *[WIDTH] * DEPTH],
         activation,
         ensembles.fan_in(math.sqrt(sigma_w2)),
         sigma_b=math.sqrt(sigma_b2),
     )
-    confronted = comparison.confront(network, x, key=5, networks=NETWORKS)
+    confronted = comparison.compare(network, x, key=5, networks=NETWORKS)
     theory = confronted.theory
     if settles:
         np.testing.assert_allclose(theory["log_q"], math.log(q), atol=1e-8)
@@ -109,11 +110,11 @@ def test_corrections_term_by_term(activation, sigma_w2, sigma_b):
     """
     x = np.array(jax.random.normal(jax.random.key(4), (2, INPUTS)))
     x[1] = 0.8 * x[0] + 0.6 * x[1]
-    network = networks.mlp(
+    network = builders.mlp(
         [INPUTS, *[100] * 4], activation, ensembles.fan_in(math.sqrt(sigma_w2)), sigma_b=sigma_b
     )
     simulated = monte_carlo.simulate(network, x, networks=40_000, key=7)
-    found = comparison.compare(
+    found = comparison.compare_results(
         comparison.predict_float64(network, x),
         simulated,
         corrections=comparison.correct_float64(network, x),
@@ -140,7 +141,7 @@ def test_what_is_left_shrinks_as_one_over_width_squared():
     left, before = [], []
     wanted = (statistics.log_gradient_norm,)
     for width in (25, 100):
-        network = networks.mlp([INPUTS, *[width] * 8], "tanh", ensembles.fan_in(1.2), sigma_b=0.3)
+        network = builders.mlp([INPUTS, *[width] * 8], "tanh", ensembles.fan_in(1.2), sigma_b=0.3)
         simulated = monte_carlo.simulate(network, x, networks=20_000, key=6, wanted=wanted)
         estimate = simulated.estimates["log_gradient_norm"]
         theory = comparison.predict_float64(network, x)["log_gradient_norm"]
@@ -156,7 +157,7 @@ def test_what_is_left_shrinks_as_one_over_width_squared():
 def test_corrections_of_relu_are_the_exact_laws():
     """ReLU with He weights: (1 + 5/n)^steps, and log ‖δ‖² of Hanin & Nica 2018, to first order."""
     width, depth = 1000, 6
-    network = networks.mlp([INPUTS, *[width] * depth], "relu", "he")
+    network = builders.mlp([INPUTS, *[width] * depth], "relu", "he")
     x = np.ones((1, INPUTS))
     found = comparison.correct_float64(network, x)
     steps = np.arange(depth - 1, -1, -1)
@@ -172,7 +173,7 @@ def test_corrections_of_relu_are_the_exact_laws():
 
 
 def test_corrections_are_refused_where_they_are_not_known():
-    network = networks.mlp([INPUTS, 30, 30], "tanh", "standard")
+    network = builders.mlp([INPUTS, 30, 30], "tanh", "standard")
     assert comparison.correct_float64(network, np.ones((1, INPUTS))) is None
     with pytest.raises(Exception, match="independent Gaussian weights"):
-        corrections.correct(network, mean_field.input_gram(np.ones((1, INPUTS))))
+        first_order.correct(network, mean_field.input_gram(np.ones((1, INPUTS))))

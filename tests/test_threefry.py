@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import scipy.stats
 
-from gradflow.simulation import threefry
+from gradflow.simulation import _threefry
 
 DRAWS = {
     "normal": lambda key: jax.random.normal(key, (7, 3)),
@@ -28,16 +28,16 @@ DRAWS = {
 def test_numbers_are_those_of_jax(name, seed):
     key = jax.random.fold_in(jax.random.key(1), seed)
     draw = DRAWS[name]
-    np.testing.assert_array_equal(draw(threefry.fused(key)), draw(key))
+    np.testing.assert_array_equal(draw(_threefry.fused(key)), draw(key))
 
 
 def test_another_key_gives_other_numbers():
-    a, b = (DRAWS["normal"](threefry.fused(jax.random.key(s))) for s in (0, 1))
+    a, b = (DRAWS["normal"](_threefry.fused(jax.random.key(s))) for s in (0, 1))
     assert (a != b).all()
 
 
 def test_batches_of_keys_draw_as_each_key_does():
-    keys = jax.random.split(threefry.fused(jax.random.key(0)), 5)
+    keys = jax.random.split(_threefry.fused(jax.random.key(0)), 5)
     together = jax.jit(jax.vmap(DRAWS["normal"]))(keys)
     np.testing.assert_array_equal(together, [DRAWS["normal"](k) for k in keys])
 
@@ -45,12 +45,12 @@ def test_batches_of_keys_draw_as_each_key_does():
 def test_old_keys_and_other_kinds_are_taken():
     old = jax.random.PRNGKey(3)
     np.testing.assert_array_equal(
-        DRAWS["normal"](threefry.fused(old)), DRAWS["normal"](jax.random.key(3))
+        DRAWS["normal"](_threefry.fused(old)), DRAWS["normal"](jax.random.key(3))
     )
     other = jax.random.key(0, impl="rbg")
-    assert threefry.fused(other) is other
-    fused = threefry.fused(jax.random.key(0))
-    assert threefry.fused(fused) is fused
+    assert _threefry.fused(other) is other
+    fused = _threefry.fused(jax.random.key(0))
+    assert _threefry.fused(fused) is fused
 
 
 # 10^7 numbers, of which the law tests below each reject a right generator with this probability.
@@ -61,7 +61,7 @@ MOMENTS = [0 if p % 2 else math.prod(range(1, p, 2)) for p in range(17)]
 
 
 def normals(seed, size=NUMBERS):
-    draw = jax.jit(lambda key: threefry.normal(key, (size,)))
+    draw = jax.jit(lambda key: _threefry.normal(key, (size,)))
     return np.asarray(draw(jax.random.key(seed)), np.float64)
 
 
@@ -128,7 +128,7 @@ def test_normals_are_those_of_the_formula():
     angle = (words[:, 1] % 2**30 / 2**30) * np.pi / 2
     expected = radius[:, None] * np.stack([np.sin(angle), np.cos(angle)], axis=1)
     expected *= np.where(np.stack([words[:, 1] >> 31, words[:, 1] >> 30], axis=1) & 1, -1, 1)
-    drawn = threefry.normal(key, (pairs, 2))
+    drawn = _threefry.normal(key, (pairs, 2))
     # Where the radius is small, ln of a float32 near 1 has lost digits: an error of 2^-24 / radius.
     np.testing.assert_allclose(drawn, expected, rtol=1e-6, atol=2e-5)
     large = radius > 1
@@ -138,28 +138,28 @@ def test_normals_are_those_of_the_formula():
 @pytest.mark.parametrize("shape", [(), (1,), (7,), (3, 5), (4, 2, 3)])
 def test_normals_do_not_depend_on_shape_batch_platform_or_kind_of_key(shape, monkeypatch):
     keys = jax.random.split(jax.random.key(3), 4)
-    together = jax.jit(jax.vmap(lambda key: threefry.normal(key, shape)))(keys)
-    flat = np.stack([threefry.normal(key, (64,)) for key in keys])[:, : math.prod(shape)]
+    together = jax.jit(jax.vmap(lambda key: _threefry.normal(key, shape)))(keys)
+    flat = np.stack([_threefry.normal(key, (64,)) for key in keys])[:, : math.prod(shape)]
     np.testing.assert_allclose(together.reshape(4, -1), flat, rtol=2e-6, atol=1e-6)
-    fused = threefry.normal(threefry.fused(keys[0]), shape)
-    np.testing.assert_array_equal(fused, threefry.normal(keys[0], shape))
+    fused = _threefry.normal(_threefry.fused(keys[0]), shape)
+    np.testing.assert_array_equal(fused, _threefry.normal(keys[0], shape))
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-    elsewhere = threefry.normal(keys[0], shape)
+    elsewhere = _threefry.normal(keys[0], shape)
     np.testing.assert_allclose(elsewhere, fused, rtol=2e-6, atol=1e-6)
 
 
 @pytest.mark.usefixtures("x64_only")
 def test_other_dtypes_and_keys_are_drawn_by_jax():
     key, other = jax.random.key(1), jax.random.key(1, impl="rbg")
-    drawn = threefry.normal(key, (5,), jnp.float64)
+    drawn = _threefry.normal(key, (5,), jnp.float64)
     np.testing.assert_array_equal(drawn, jax.random.normal(key, (5,), jnp.float64))
     np.testing.assert_array_equal(
-        threefry.normal(other, (5,)), jax.random.normal(other, (5,), jnp.float32)
+        _threefry.normal(other, (5,)), jax.random.normal(other, (5,), jnp.float32)
     )
 
 
 def test_too_many_numbers_are_refused():
     with pytest.raises(ValueError, match="at once"):
         jax.eval_shape(
-            lambda key: threefry.normal(key, (1 << 16, (1 << 16) + 1)), jax.random.key(0)
+            lambda key: _threefry.normal(key, (1 << 16, (1 << 16) + 1)), jax.random.key(0)
         )

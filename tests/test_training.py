@@ -12,22 +12,22 @@ import numpy as np
 import optax
 import pytest
 
-from gradflow import data, ensembles, networks, statistics, training
+from gradflow import builders, data, ensembles, networks, statistics, training
 from gradflow.blocks import GRU, Chain, Convolution, Dense, Flatten, Linear, Maxout
 from gradflow.errors import InputError
 from gradflow.simulation import monte_carlo, propagation
 
 ORTHOGONAL = ensembles.fan_in(1.1, "orthogonal")
 CASES = {
-    "mlp": networks.mlp((6, 10, 10, 10, 4), "tanh", ensembles.fan_in(1.4), sigma_b=0.5),
-    "homogeneous": networks.mlp((6, 9, 9, 9, 4), "relu", "he"),
-    "uniform": networks.mlp((6, 9, 9, 4), "logistic", "standard", sigma_b=0.1),
-    "dropout": networks.mlp((6, 9, 9, 9, 4), "tanh", "glorot", keep=0.7),
-    "residual": networks.residual(6, 9, 4, "relu", "he", norm="layer", layers=2, sigma_b=0.2),
-    "batch": networks.mlp((6, 9, 9, 9, 4), "relu", "he", norm="batch"),
-    "two matrices": networks.stack(6, [Linear(9), (Maxout(Linear(9, sigma_b=0.3)), 3)]),
-    "recurrent": networks.recurrent(6, 9, 5, "tanh", ensembles.fan_in(0.9), sigma_b=0.3),
-    "gru": networks.stack(
+    "mlp": builders.mlp((6, 10, 10, 10, 4), "tanh", ensembles.fan_in(1.4), sigma_b=0.5),
+    "homogeneous": builders.mlp((6, 9, 9, 9, 4), "relu", "he"),
+    "uniform": builders.mlp((6, 9, 9, 4), "logistic", "standard", sigma_b=0.1),
+    "dropout": builders.mlp((6, 9, 9, 9, 4), "tanh", "glorot", keep=0.7),
+    "residual": builders.residual(6, 9, 4, "relu", "he", norm="layer", layers=2, sigma_b=0.2),
+    "batch": builders.mlp((6, 9, 9, 9, 4), "relu", "he", norm="batch"),
+    "two matrices": builders.stack(6, [Linear(9), (Maxout(Linear(9, sigma_b=0.3)), 3)]),
+    "recurrent": builders.recurrent(6, 9, 5, "tanh", ensembles.fan_in(0.9), sigma_b=0.3),
+    "gru": builders.stack(
         6, [Linear(9), networks.Stage(GRU(9, sigma_b=0.2), 4, tied=True)], "tanh"
     ),
 }
@@ -57,7 +57,7 @@ def test_given_weights_give_the_statistics_of_the_network_they_were_drawn_for(na
 @pytest.mark.parametrize("delta", [False, True])
 def test_filters_are_parameters_too(delta):
     blocks = [Linear(3), (Convolution(shape=(4,), units=3, delta=delta, sigma_b=0.2), 3)]
-    network = networks.stack(2, [*blocks, Chain((Flatten((4,)), Dense(units=5)))])
+    network = builders.stack(2, [*blocks, Chain((Flatten((4,)), Dense(units=5)))])
     key, x = jax.random.key(5), jax.random.normal(jax.random.key(1), (8, 2), jnp.float32)
     weights = training.initial_weights(network, key)
     assert weights[1].matrices[0].shape == ((3, 3, 3) if delta else (3, 3, 9))
@@ -68,7 +68,7 @@ def test_filters_are_parameters_too(delta):
 
 def test_checkpoints_and_kept_linearisations_know_given_weights():
     network, key = CASES["mlp"], jax.random.key(5)
-    deep = networks.mlp((6, *[8] * 12), "tanh", "glorot", sigma_b=0.2)
+    deep = builders.mlp((6, *[8] * 12), "tanh", "glorot", sigma_b=0.2)
     x, weights = inputs_of(network), training.initial_weights(deep, key)
     expected = propagation.propagate(deep, x, key, weights=weights)
     for how in ({"checkpoint": True}, {"keep": True}):
@@ -86,7 +86,7 @@ def test_other_weights_give_other_statistics():
 
 
 def test_weights_have_the_variance_of_their_ensemble():
-    network = networks.mlp((200, 300, 300, 300), "tanh", "he", sigma_b=0.5)
+    network = builders.mlp((200, 300, 300, 300), "tanh", "he", sigma_b=0.5)
     weights = training.initial_weights(network, jax.random.key(0))
     # 90 000 entries: the relative s.e. of a variance is √(2/90000) = 0.5 %; five of them.
     for matrix in (*weights[0].matrices[0], *weights[1].matrices[0]):
@@ -153,7 +153,7 @@ def test_outputs_are_what_the_walk_sees_at_the_top(name):
 
 
 def test_biases_that_start_at_zero_change_no_statistic_and_are_parameters():
-    network = networks.with_biases(networks.mlp((6, 9, 9, 4), "tanh", "glorot"))
+    network = networks.with_biases(builders.mlp((6, 9, 9, 4), "tanh", "glorot"))
     weights = training.initial_weights(network, jax.random.key(1))
     assert [s.biases[0].shape for s in weights] == [(1, 1, 9), (1, 1, 9), (1, 1, 4)]
     assert not any(np.any(np.asarray(s.biases[0])) for s in weights)
@@ -174,7 +174,7 @@ def data_of(width=6, classes=3, samples=SAMPLES):
 
 @pytest.fixture(scope="module")
 def trained():
-    network = networks.mlp(WIDTHS, "tanh", ensembles.fan_in(1.3))
+    network = builders.mlp(WIDTHS, "tanh", ensembles.fan_in(1.3))
     x, y = data_of()
     how = {"steps": 6, "batch": SAMPLES, "learning_rate": 0.5, "seeds": 3, "key": 4}
     result = training.train(
@@ -295,7 +295,7 @@ def test_the_98th_percentile_is_that(trained):
 
 def test_every_epoch_has_every_sample_once():
     # One layer from one-hot inputs: a step changes the column of its sample and no other.
-    network, n = networks.mlp((9, 4), "linear", "lecun"), 9
+    network, n = builders.mlp((9, 4), "linear", "lecun"), 9
     x, y = np.eye(n, dtype=np.float32), np.arange(n) % 4
     result = training.train(
         network, x, y, steps=2 * n, batch=1, biases=False, keep_state=True, wanted=(), record=[18]
@@ -309,7 +309,7 @@ def test_every_epoch_has_every_sample_once():
 @pytest.fixture(scope="module")
 def grid():
     x, y = data_of()
-    laws = [networks.mlp(WIDTHS, "tanh", ensembles.fan_in(s), sigma_b=0.1) for s in (0.5, 2.0)]
+    laws = [builders.mlp(WIDTHS, "tanh", ensembles.fan_in(s), sigma_b=0.1) for s in (0.5, 2.0)]
     how = {"steps": 20, "batch": 8, "seeds": 2, "wanted": FEW, "record": [0, 20]}
     result = training.train(laws, x, y, learning_rate=[0.1, 0.4], **how)
     return result, laws, x, y, how
@@ -337,7 +337,7 @@ def test_results_have_names_and_theory_beside_them(grid):
 
 
 def test_training_goes_on_from_a_state_as_if_it_had_not_stopped():
-    network, (x, y) = networks.mlp(WIDTHS, "relu", "he"), data_of()
+    network, (x, y) = builders.mlp(WIDTHS, "relu", "he"), data_of()
 
     def optimiser(rate):
         return optax.adam(optax.exponential_decay(rate, 10, 0.5))
@@ -354,21 +354,21 @@ def test_what_diverges_is_recorded_and_told_by_movement_and_loss_too():
     x, y = data_of()
     how = {"steps": 60, "batch": 8, "wanted": (), "record": [0, 30, 60]}
     broken = training.train(
-        networks.mlp((6, 20, 20, 3), "relu", "he"), x, y, learning_rate=[0.01, 1e4], **how
+        builders.mlp((6, 20, 20, 3), "relu", "he"), x, y, learning_rate=[0.01, 1e4], **how
     )
     assert broken.first_nonfinite[0, 0, 0] == -1
     assert 0 < broken.first_nonfinite[0, 1, 0] < 30
     np.testing.assert_array_equal(broken.diverged[0, :, 0], [-1, 30])
     assert broken["error"][0, 1, 0, -1] == 1
     bounded = training.train(
-        networks.mlp((6, 20, 20, 3), "tanh", "unscaled"), x, y, learning_rate=[0.01, 100.0], **how
+        builders.mlp((6, 20, 20, 3), "tanh", "unscaled"), x, y, learning_rate=[0.01, 100.0], **how
     )
     assert np.all(bounded.first_nonfinite == -1)
     np.testing.assert_array_equal(bounded.diverged[0, :, 0], [-1, 30])
 
 
 def stacked(*scales):
-    return networks.stack(6, [Linear(3, scale) for scale in scales], "linear")
+    return builders.stack(6, [Linear(3, scale) for scale in scales], "linear")
 
 
 @pytest.mark.parametrize(
@@ -396,7 +396,7 @@ CLIP = 0.02
 
 @pytest.fixture(scope="module")
 def clipped():
-    network = networks.mlp(WIDTHS, "tanh", ensembles.fan_in(1.3))
+    network = builders.mlp(WIDTHS, "tanh", ensembles.fan_in(1.3))
     (x, y), (more, labels) = data_of(), data_of(samples=25)
     result = training.train(
         network,
@@ -473,7 +473,7 @@ def test_the_spread_of_speeds_is_that_of_update_ratios(clipped):
 
 
 def test_a_schedule_is_one_of_steps():
-    network, (x, y) = networks.mlp(WIDTHS, "tanh", "glorot"), data_of()
+    network, (x, y) = builders.mlp(WIDTHS, "tanh", "glorot"), data_of()
     result = training.train(
         network,
         x,
@@ -492,7 +492,7 @@ def test_a_schedule_is_one_of_steps():
 
 
 def test_noise_in_gradients_is_each_networks_own_and_the_same_again():
-    network, (x, y) = networks.mlp((6, 40, 3), "tanh", "glorot"), data_of()
+    network, (x, y) = builders.mlp((6, 40, 3), "tanh", "glorot"), data_of()
     how = {"steps": 1, "batch": 8, "learning_rate": 1e-3, "seeds": 2, "wanted": (), "record": [1]}
     optimiser = training.with_noise(optax.sgd, 1e4)
 
@@ -563,7 +563,7 @@ def run(save, after=None, stop=None, **other):
             stop()
     x = np.sin(np.arange(240, dtype=np.float32)).reshape(40, 6)
     result = training.train(
-        networks.mlp((6, 8, 8, 3), "tanh", "glorot"), x, np.arange(40) % 3, save=save,
+        builders.mlp((6, 8, 8, 3), "tanh", "glorot"), x, np.arange(40) % 3, save=save,
         progress=progress, **HOW | other
     )
     return result, seen
@@ -623,9 +623,9 @@ def test_a_killed_process_loses_little(tmp_path, uninterrupted):
 
 
 OTHERS = {
-    "convolutional": (networks.convolutional((4,), [2, 3, 3], "relu", "he", dense=[3]), 8),
-    "recurrent": (networks.recurrent(6, 3, 5, "tanh", "glorot", sigma_u=0.3), 6),
-    "dropout, batch": (networks.mlp((6, 8, 8, 3), "relu", "he", norm="batch", keep=0.8), 6),
+    "convolutional": (builders.convolutional((4,), [2, 3, 3], "relu", "he", dense=[3]), 8),
+    "recurrent": (builders.recurrent(6, 3, 5, "tanh", "glorot", sigma_u=0.3), 6),
+    "dropout, batch": (builders.mlp((6, 8, 8, 3), "relu", "he", norm="batch", keep=0.8), 6),
 }
 
 
@@ -643,7 +643,7 @@ def test_any_network_trains(name):
 def test_digits_are_learnt():
     from sklearn.datasets import load_digits
 
-    network = networks.mlp((64, 30, 10), "tanh", "glorot")
+    network = builders.mlp((64, 30, 10), "tanh", "glorot")
     result = training.train(
         network, data.digits(), load_digits().target, steps=400, record=[0, 400], wanted=()
     )
@@ -673,13 +673,13 @@ BAD = {
     "singular_values is 4; the Jacobian of 3 outputs by 6 inputs has 3": {"singular_values": 4},
     "singular_values is 1, .* under BatchNorm a signal depends on the whole batch": {
         "singular_values": 1,
-        "networks": networks.mlp(WIDTHS, "tanh", "he", norm="batch"),
+        "networks": builders.mlp(WIDTHS, "tanh", "he", norm="batch"),
     },
     "differ in more than numbers": {
-        "networks": [networks.mlp(WIDTHS, phi, "he") for phi in ("tanh", "relu")]
+        "networks": [builders.mlp(WIDTHS, phi, "he") for phi in ("tanh", "relu")]
     },
     "a UnitVariance block says how LSUV starts weights": {
-        "networks": networks.unit_variance(networks.mlp(WIDTHS, "tanh", "he"))
+        "networks": networks.unit_variance(builders.mlp(WIDTHS, "tanh", "he"))
     },
     "validation's labels has 5": {"validation": (np.zeros((1, 6)), np.full(1, 5))},
     r"monitor's inputs has shape \(1, 2\)": {"monitor": (np.zeros((1, 2)), np.zeros(1, int))},
@@ -690,6 +690,6 @@ BAD = {
 @pytest.mark.parametrize("sentence", BAD)
 def test_bad_input_is_said_in_a_sentence(sentence):
     x, y = data_of()
-    given = {"networks": networks.mlp(WIDTHS, "tanh", "he"), "inputs": x, "labels": y, "steps": 10}
+    given = {"networks": builders.mlp(WIDTHS, "tanh", "he"), "inputs": x, "labels": y, "steps": 10}
     with pytest.raises(InputError, match=sentence):
         training.train(**(given | BAD[sentence]))

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from scipy.optimize import brentq
 
-from gradflow import activations, gaussian, networks
+from gradflow import activations, builders, gaussian
 from gradflow.activations import ALL
 from gradflow.errors import InputError
 from gradflow.theory import mean_field, transformations
@@ -245,7 +245,7 @@ def test_in_mean_field_theory_dks_has_gradients_that_grow_by_zeta():
 def test_a_network_takes_a_transformed_activation():
     """One network spec, any activation: at unit inputs TAT has χ = 1 in every layer."""
     phi = transformations.apply("softplus", transformations.tailored("softplus", 4, 0.3))
-    network = networks.mlp([50] * 6, phi, "lecun")
+    network = builders.mlp([50] * 6, phi, "lecun")
     found = mean_field.predict(network, jnp.eye(1))
     np.testing.assert_allclose(found["q"], 1, atol=SINGLE)
     np.testing.assert_allclose(found["chi"][:-1], 1, atol=SINGLE)
@@ -256,7 +256,7 @@ def test_a_network_takes_a_transformed_activation():
     ("name", "method"), [("tanh", "dks"), ("softplus", "tat"), ("relu", "tat")]
 )
 def test_a_network_is_transformed_for_its_own_depth(name, method):
-    network = networks.mlp([50, *[40] * 6, 9], name, "glorot_orthogonal", sigma_b=0.3)
+    network = builders.mlp([50, *[40] * 6, 9], name, "glorot_orthogonal", sigma_b=0.3)
     found = transformations.applied(network, method, {"relu": 0.7}.get(name))
     assert found.widths == network.widths
     assert jax.tree.leaves(found) == [1.0] * 3
@@ -271,9 +271,9 @@ def test_a_network_is_transformed_for_its_own_depth(name, method):
 @pytest.mark.parametrize(
     "network",
     [
-        networks.mlp([5, 5, 5], norm="layer"),
-        networks.mlp([5, 5]),
-        networks.residual(5, 5, 3),
+        builders.mlp([5, 5, 5], norm="layer"),
+        builders.mlp([5, 5]),
+        builders.residual(5, 5, 3),
     ],
 )
 def test_other_networks_are_not_transformed(network):
@@ -283,7 +283,7 @@ def test_other_networks_are_not_transformed(network):
 
 def test_an_unknown_method_is_said():
     with pytest.raises(InputError, match="unknown transform 'dsk' .did you mean 'dks'"):
-        transformations.applied(networks.mlp([5, 5, 5]), "dsk")
+        transformations.applied(builders.mlp([5, 5, 5]), "dsk")
 
 
 def test_local_maps_of_relu_and_of_a_transformed_activation():

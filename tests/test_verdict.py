@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gradflow import blocks, comparison, networks, statistics, verdict
+from gradflow import blocks, builders, comparison, statistics, verdict
 from gradflow.comparison import Status
 from gradflow.simulation import monte_carlo
 
@@ -82,9 +82,9 @@ def glorot(widths):
 )
 def test_factors_are_those_of_norms_that_numpy_finds(widths, name, phi, weights, rule, kind):
     """Null: both draw one law. Eight z-scores at most in six cases, each beyond 5 by 6e-7."""
-    network = networks.mlp(widths, name, weights)
+    network = builders.mlp(widths, name, weights)
     x = np.random.default_rng(0).standard_normal(widths[0]).astype(np.float32)
-    found = comparison.confront(network, x[None], networks=400, explain=False).verdict
+    found = comparison.compare(network, x[None], networks=400, explain=False).verdict
     (norms, relative), errors = numpy_gradients(widths, rule(widths), *phi, x, 400)
     top = verdict.hidden_layers(network) - 1  # numbered from 0
     pairs = [(found.factor, norms[0] - norms[top], top)]
@@ -106,14 +106,14 @@ def test_factors_are_those_of_norms_that_numpy_finds(widths, name, phi, weights,
 
 
 def test_the_output_layer_is_apart_where_its_law_is_another():
-    assert verdict.hidden_layers(networks.mlp([50, 40, 40, 40, 3], "relu", "he")) == 4
-    assert verdict.hidden_layers(networks.mlp([50, 40, 40, 40, 3], "tanh", "glorot")) == 3
-    assert verdict.hidden_layers(networks.mlp([50, 40, 40, 40], "tanh", "lecun")) == 3
-    assert verdict.hidden_layers(networks.mlp([50, 40, 3], "tanh", "glorot")) == 2
-    mup = networks.mlp([50, 40, 40, 40, 3], "relu", "he", last="mup_output")
+    assert verdict.hidden_layers(builders.mlp([50, 40, 40, 40, 3], "relu", "he")) == 4
+    assert verdict.hidden_layers(builders.mlp([50, 40, 40, 40, 3], "tanh", "glorot")) == 3
+    assert verdict.hidden_layers(builders.mlp([50, 40, 40, 40], "tanh", "lecun")) == 3
+    assert verdict.hidden_layers(builders.mlp([50, 40, 3], "tanh", "glorot")) == 2
+    mup = builders.mlp([50, 40, 40, 40, 3], "relu", "he", last="mup_output")
     assert verdict.hidden_layers(mup) == 3
     residual = blocks.Residual(blocks.Dense(units=40))
-    head = networks.stack(50, [blocks.Linear(40), (residual, 5), blocks.Linear(3)], "tanh")
+    head = builders.stack(50, [blocks.Linear(40), (residual, 5), blocks.Linear(3)], "tanh")
     assert verdict.hidden_layers(head) == 6
 
 
@@ -146,7 +146,7 @@ def of_values(network, theory, measured, *, sites=1, error=0.01, networks_=100, 
     )
 
 
-NET = networks.mlp([20, *[20] * 5], "tanh", "lecun")
+NET = builders.mlp([20, *[20] * 5], "tanh", "lecun")
 FLAT, FALLS = np.zeros(5), np.arange(5.0)  # layer 1 first
 
 
@@ -185,7 +185,7 @@ def test_a_network_that_goes_the_other_way_than_it_would_further_up_is_judged_by
 
 def test_norms_are_over_all_positions_of_an_input():
     """A mean over 16 positions gives each 1/16 of the gradient, and all of them 1/4."""
-    network = networks.convolutional((4, 4), [1, 8, 8], "linear", "lecun", dense=[3])
+    network = builders.convolutional((4, 4), [1, 8, 8], "linear", "lecun", dense=[3])
     values = {"log_gradient_norm": np.array([-math.log(16), -math.log(16), 0.0])}
     norms = verdict.log_gradient_norms(network, values, sites=16)
     np.testing.assert_allclose(norms, [-math.log(4), -math.log(4), 0], atol=1e-12)
@@ -194,9 +194,9 @@ def test_norms_are_over_all_positions_of_an_input():
 @pytest.mark.parametrize(("n", "depth"), [(2, 10), pytest.param(4, 40, marks=pytest.mark.slow)])
 def test_where_most_networks_are_dead_that_is_the_verdict(n, depth):
     """ReLU: 1 - (1 - 2^-n)^L of the networks, each drawn alone: beyond 5 s.d. by 6e-7."""
-    network = networks.mlp([4, *[n] * depth, 1], "relu", "he")
+    network = builders.mlp([4, *[n] * depth, 1], "relu", "he")
     count = 500
-    found = comparison.confront(network, np.ones((1, 4), np.float32), networks=count)
+    found = comparison.compare(network, np.ones((1, 4), np.float32), networks=count)
     share = 1 - (1 - 0.5**n) ** depth
     assert abs(found.verdict.dead - share) < 5 * math.sqrt(share * (1 - share) / count)
     assert found.verdict.kind == "dead"
@@ -213,8 +213,8 @@ def test_where_most_networks_are_dead_that_is_the_verdict(n, depth):
 @pytest.mark.slow
 def test_wider_networks_tell_what_the_width_does_to_narrow_ones():
     """ReLU, 16 wide and 50 deep: log-normal, e^-4 at layer 1, and nothing of it is an error."""
-    network = networks.mlp([4, *[16] * 50, 1], "relu", "he")
-    found = comparison.confront(network, np.ones((1, 4), np.float32), networks=500)
+    network = builders.mlp([4, *[16] * 50, 1], "relu", "he")
+    found = comparison.compare(network, np.ones((1, 4), np.float32), networks=500)
     assert found.verdict.kind == "vanishing"
     assert "critical at infinite width" in found.verdict.sentence
     assert "width does not explain it" not in found.agreement
@@ -227,8 +227,8 @@ def test_wider_networks_tell_what_the_width_does_to_narrow_ones():
 )
 def test_activations_whose_moments_diverge_do_not_vanish(phi):
     x = np.random.default_rng(0).standard_normal((2, 20)).astype(np.float32)
-    network = networks.mlp([20, *[30] * 4], phi, "lecun")
-    found = comparison.confront(network, x, networks=50, explain=False)
+    network = builders.mlp([20, *[30] * 4], phi, "lecun")
+    found = comparison.compare(network, x, networks=50, explain=False)
     assert found.verdict.kind == "exploding"
     assert found.verdict.saturated_from is None
     assert "theory ×nan" not in found.verdict.sentence
@@ -236,8 +236,8 @@ def test_activations_whose_moments_diverge_do_not_vanish(phi):
 
 @pytest.mark.slow
 def test_what_is_rounding_is_no_difference():
-    network = networks.mlp([8, *[20] * 3], "linear", "lecun")
-    found = comparison.confront(network, np.ones((1, 8), np.float32), networks=50, explain=False)
+    network = builders.mlp([8, *[20] * 3], "linear", "lecun")
+    found = comparison.compare(network, np.ones((1, 8), np.float32), networks=50, explain=False)
     for contrast in found.contrasts.values():
         relative = np.abs(contrast.relative_difference[np.isfinite(contrast.relative_difference)])
         assert not np.any((relative > 0) & (relative < 1e-7))

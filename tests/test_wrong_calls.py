@@ -5,33 +5,34 @@ A row is a call as a user would write it, and how its sentence begins.
 
 import functools
 import importlib
+import pkgutil
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gradflow import activations, comparison, networks, training
+import gradflow
+from gradflow import activations, builders, comparison, training
 from gradflow.errors import InputError
 from gradflow.simulation import jacobians, monte_carlo
 
-MODULES = (
-    *("activations", "blocks", "comparison", "data", "ensembles", "estimation", "figures"),
-    *("networks", "shapeset", "statistics", "training", "simulation.jacobians"),
-    *("simulation.monte_carlo", "simulation.propagation", "simulation.singular_values"),
-    *("studies.jacobian_spectrum", "studies.point", "studies.remedies", "theory.architectures"),
-    *("theory.corrections", "theory.criticality", "theory.finite_width", "theory.fixed_points"),
-    *("theory.linear_regime", "theory.mean_field", "theory.prescription", "theory.spectrum"),
-    "theory.transformations",
-)
+# By the last part of their names; where two share it, the one with the shorter name.
+MODULES = {
+    module.name.split(".")[-1]: module.name
+    for module in sorted(
+        pkgutil.walk_packages(gradflow.__path__, "gradflow."), key=lambda m: -len(m.name)
+    )
+    if "._" not in module.name
+}
 
 
 @functools.cache
 def values():
     """What the calls are made with."""
-    net, x, key = networks.mlp([3, 4, 4]), np.ones((1, 3), np.float32), jax.random.key(0)
+    net, x, key = builders.mlp([3, 4, 4]), np.ones((1, 3), np.float32), jax.random.key(0)
     sim = monte_carlo.simulate(net, x, networks=2)
-    found = {name.split(".")[-1]: importlib.import_module(f"gradflow.{name}") for name in MODULES}
+    found = {short: importlib.import_module(name) for short, name in MODULES.items()}
     own = {
         "jax": jax,
         "jnp": jnp,
@@ -52,51 +53,51 @@ def values():
 
 
 CALLS = [
-    ("networks.mlp(4)", "widths is 4"),
-    ("networks.mlp(None)", "widths is None"),
-    ('networks.mlp("64,3")', "widths is '64,3'"),
-    ("networks.mlp([3.5,2])", "width is 3.5"),
-    ("networks.mlp([3,-1])", "width is -1"),
-    ("networks.mlp([True,3])", "width is True"),
-    ("networks.mlp(np.array([3.,4.]))", "width is np.float64(3.0)"),
-    ("networks.mlp([3,4],5)", "activation is 5"),
-    ("networks.mlp([3,4],None)", "activation is None"),
-    ('networks.mlp([3,4],["tanh"])', "activation is ['tanh']"),
-    ('networks.mlp([3,4],"tanh",5)', "unknown weights 5"),
-    ('networks.mlp([3,4],"tanh",None)', "unknown weights None"),
-    ('networks.mlp([3,4],sigma_b="a")', "sigma_b is 'a'"),
-    ("networks.mlp([3,4],sigma_b=1j)", "sigma_b is 1j"),
-    ('networks.mlp([3,4],sigma_b=float("nan"))', "sigma_b is nan"),
-    ("networks.mlp([3,4,4],norm=3)", "unknown norm 3"),
-    ('networks.mlp([3,4,4],norm=["layer"])', "unknown norm ['layer'] (did you mean 'layer'?)"),
-    ("networks.mlp([3,4,4],place=None)", "unknown place None"),
-    ('networks.mlp([3,4,4],keep="x")', "keep is 'x'"),
-    ("networks.mlp([3,4,4],keep=0)", "keep is 0"),
-    ("networks.mlp([3,4],last=7)", "unknown weights 7"),
-    ("networks.mlp([[3,4]])", "width is [3, 4]"),
-    ('networks.residual(3,"a",2)', "width is 'a'"),
-    ('networks.residual(3,4,2,scale="x")', "unknown scale 'x'"),
-    ("networks.residual(3,4,2,scale=[1])", "scale is [1]"),
-    ("networks.residual(3,4,2,scale=1j)", "scale is 1j"),
-    ("networks.convolutional(4,[1,3])", "shape is 4"),
-    ("networks.convolutional((4,4),3)", "channels is 3"),
-    ("networks.convolutional((4,4),[1,3],dense=3)", "dense is 3"),
-    ('networks.convolutional("4",[1,3])', "a length in shape is '4'"),
-    ("networks.convolutional((4,4),[1,3],pool=5)", "unknown pool 5"),
-    ('networks.recurrent(3,4,"x")', "steps is 'x'"),
-    ('networks.recurrent(3,4,2,sigma_u="x")', "sigma_u is 'x'"),
-    ("networks.recurrent(3,4,2,sigma_u=1,alike=3)", "alike is 3"),
-    ("networks.stack(3,None)", "blocks is None"),
-    ("networks.stack(3,[5])", "an entry of blocks is 5"),
-    ("networks.stack(3,Linear(4))", "blocks is Linear(units=4)"),
-    ("networks.stack(3,[(Linear(4),1,2)])", "an entry of blocks is (Linear(units=4), 1, 2)"),
-    ('networks.stack("a",[Linear(4)])', "input_width is 'a'"),
-    ("networks.stack(3,[Linear])", "an entry of blocks is <class 'gradflow.blocks.dense.Linear'>"),
-    ('networks.as_sites("a")', "images is 'a'"),
-    ("networks.as_sites(np.ones((1,2,2))*1j)", "images has dtype complex128"),
-    ("networks.narrowed(net,0)", "factor is 0"),
-    ('networks.narrowed(net,"a")', "factor is 'a'"),
-    ("networks.narrowed(3,2)", "network is 3"),
+    ("builders.mlp(4)", "widths is 4"),
+    ("builders.mlp(None)", "widths is None"),
+    ('builders.mlp("64,3")', "widths is '64,3'"),
+    ("builders.mlp([3.5,2])", "width is 3.5"),
+    ("builders.mlp([3,-1])", "width is -1"),
+    ("builders.mlp([True,3])", "width is True"),
+    ("builders.mlp(np.array([3.,4.]))", "width is np.float64(3.0)"),
+    ("builders.mlp([3,4],5)", "activation is 5"),
+    ("builders.mlp([3,4],None)", "activation is None"),
+    ('builders.mlp([3,4],["tanh"])', "activation is ['tanh']"),
+    ('builders.mlp([3,4],"tanh",5)', "unknown weights 5"),
+    ('builders.mlp([3,4],"tanh",None)', "unknown weights None"),
+    ('builders.mlp([3,4],sigma_b="a")', "sigma_b is 'a'"),
+    ("builders.mlp([3,4],sigma_b=1j)", "sigma_b is 1j"),
+    ('builders.mlp([3,4],sigma_b=float("nan"))', "sigma_b is nan"),
+    ("builders.mlp([3,4,4],norm=3)", "unknown norm 3"),
+    ('builders.mlp([3,4,4],norm=["layer"])', "unknown norm ['layer'] (did you mean 'layer'?)"),
+    ("builders.mlp([3,4,4],place=None)", "unknown place None"),
+    ('builders.mlp([3,4,4],keep="x")', "keep is 'x'"),
+    ("builders.mlp([3,4,4],keep=0)", "keep is 0"),
+    ("builders.mlp([3,4],last=7)", "unknown weights 7"),
+    ("builders.mlp([[3,4]])", "width is [3, 4]"),
+    ('builders.residual(3,"a",2)', "width is 'a'"),
+    ('builders.residual(3,4,2,scale="x")', "unknown scale 'x'"),
+    ("builders.residual(3,4,2,scale=[1])", "scale is [1]"),
+    ("builders.residual(3,4,2,scale=1j)", "scale is 1j"),
+    ("builders.convolutional(4,[1,3])", "shape is 4"),
+    ("builders.convolutional((4,4),3)", "channels is 3"),
+    ("builders.convolutional((4,4),[1,3],dense=3)", "dense is 3"),
+    ('builders.convolutional("4",[1,3])', "a length in shape is '4'"),
+    ("builders.convolutional((4,4),[1,3],pool=5)", "unknown pool 5"),
+    ('builders.recurrent(3,4,"x")', "steps is 'x'"),
+    ('builders.recurrent(3,4,2,sigma_u="x")', "sigma_u is 'x'"),
+    ("builders.recurrent(3,4,2,sigma_u=1,alike=3)", "alike is 3"),
+    ("builders.stack(3,None)", "blocks is None"),
+    ("builders.stack(3,[5])", "an entry of blocks is 5"),
+    ("builders.stack(3,Linear(4))", "blocks is Linear(units=4)"),
+    ("builders.stack(3,[(Linear(4),1,2)])", "an entry of blocks is (Linear(units=4), 1, 2)"),
+    ('builders.stack("a",[Linear(4)])', "input_width is 'a'"),
+    ("builders.stack(3,[Linear])", "an entry of blocks is <class 'gradflow.blocks.dense.Linear'>"),
+    ('builders.as_sites("a")', "images is 'a'"),
+    ("builders.as_sites(np.ones((1,2,2))*1j)", "images has dtype complex128"),
+    ("networks.divide_widths(net,0)", "factor is 0"),
+    ('networks.divide_widths(net,"a")', "factor is 'a'"),
+    ("networks.divide_widths(3,2)", "network is 3"),
     ("networks.with_biases(3)", "network is 3"),
     ("networks.unit_variance(3)", "network is 3"),
     ("activations.get(3)", "activation is 3"),
@@ -121,7 +122,7 @@ CALLS = [
     ("ensembles.glorot.sigma_w(0,0)", "fan_in is 0"),
     ('ensembles.glorot.sigma_w("a",1)', "fan_in is 'a'"),
     (
-        'networks.mlp([3,4],"tanh",lambda key,shape,dtype: "a")',
+        'builders.mlp([3,4],"tanh",lambda key,shape,dtype: "a")',
         "initializer '<lambda>' cannot draw a (3, 4) matrix: Error in",
     ),
     ("ensembles.glorot.half_width(3,0)", "fan_out is 0"),
@@ -140,11 +141,11 @@ CALLS = [
     ('propagation.propagate(net,x,key,wanted=("q",))', "wanted is 'q'"),
     ("propagation.propagate(net,x,key,weights=3)", "weights is 3"),
     (
-        "propagation.propagate(networks.mlp([3,5,4]),x,key,weights=W)",
+        "propagation.propagate(builders.mlp([3,5,4]),x,key,weights=W)",
         "weights has matrices of shapes [[(1, 4, 3)], [(1, 4, 4)]] by",
     ),
     (
-        "propagation.propagate(networks.mlp([3,4]),x,key,weights=W)",
+        "propagation.propagate(builders.mlp([3,4]),x,key,weights=W)",
         "weights has matrices of shapes [[(1, 4, 3)], [(1, 4, 4)]] by",
     ),
     ("propagation.propagate(net,x,key,cotangent=3)", "cotangent is 3"),
@@ -175,13 +176,13 @@ CALLS = [
     ("sim[3]", "unknown quantity 3"),
     ("monte_carlo.simulate(x, net)", "network is an array of shape (1, 3) and dtype float32"),
     ("monte_carlo.simulate(net,x,networks=10**20)", "networks is 100000000000000000000"),
-    ("comparison.confront(3,x)", "network is 3"),
-    ('comparison.confront(net,"a")', "inputs is 'a'"),
-    ("comparison.confront(net,x*1j)", "inputs has dtype complex64"),
-    ("comparison.confront(net,x,key=None)", "key is None"),
-    ("comparison.compare(3,sim)", "theory is 3"),
-    ("comparison.compare(theory,3)", "simulation is 3"),
-    ("comparison.compare(sim,theory)", "theory is "),
+    ("comparison.compare(3,x)", "network is 3"),
+    ('comparison.compare(net,"a")', "inputs is 'a'"),
+    ("comparison.compare(net,x*1j)", "inputs has dtype complex64"),
+    ("comparison.compare(net,x,key=None)", "key is None"),
+    ("comparison.compare_results(3,sim)", "theory is 3"),
+    ("comparison.compare_results(theory,3)", "simulation is 3"),
+    ("comparison.compare_results(sim,theory)", "theory is "),
     ("comparison.predict_float64(net,x*1j)", "inputs has dtype complex64"),
     ("comparison.predict_float64(3,x)", "network is 3"),
     ("comparison.predict_float64(net,np.ones((1,5)))", "inputs has shape (1, 5)"),
@@ -260,15 +261,15 @@ CALLS = [
     ("criticality.phase_diagram(3,[1.],[0.])", "activation is 3"),
     ("criticality.phase_diagram(phi,[],[])", "sigma_w has the shape (0,)"),
     ("criticality.phase_diagram(phi,np.ones((2,2)),[0.])", "sigma_w has the shape (2, 2)"),
-    ('finite_width.gain_law("tanh",[3,4])', "activation is 'tanh'"),
-    ('finite_width.gain_law("relu","ab")', "widths is 'ab'"),
-    ('finite_width.gain_law("relu",[3,4],"a")', "sigma_w2 is 'a'"),
-    ("finite_width.log_normal(3,[3,4])", "activation is 3"),
-    ('finite_width.forward_moments("relu","a",1.0,width=3,depth=2)', "q1 is 'a'"),
-    ('finite_width.forward_moments("relu",1.0,1.0,width="a",depth=2)', "width is 'a'"),
-    ("finite_width.vertex(3,1.0,1.0,depth=2)", "activation is 3"),
-    ("finite_width.vertex(phi,1.0,1.0,depth=None)", "depth is None"),
-    ("finite_width.vertex(phi,-1.0,1.0,depth=2)", "q1 is -1.0"),
+    ('exact.gain_law("tanh",[3,4])', "activation is 'tanh'"),
+    ('exact.gain_law("relu","ab")', "widths is 'ab'"),
+    ('exact.gain_law("relu",[3,4],"a")', "sigma_w2 is 'a'"),
+    ("exact.log_normal(3,[3,4])", "activation is 3"),
+    ('exact.forward_moments("relu","a",1.0,width=3,depth=2)', "q1 is 'a'"),
+    ('exact.forward_moments("relu",1.0,1.0,width="a",depth=2)', "width is 'a'"),
+    ("exact.vertex(3,1.0,1.0,depth=2)", "activation is 3"),
+    ("exact.vertex(phi,1.0,1.0,depth=None)", "depth is None"),
+    ("exact.vertex(phi,-1.0,1.0,depth=2)", "q1 is -1.0"),
     ("spectrum.slope_law(3,1.0)", "activation is 3"),
     ('spectrum.slope_law(phi,"a")', "q is 'a'"),
     ("spectrum.slope_law(phi,-1.0)", "q is -1.0"),
@@ -292,9 +293,9 @@ CALLS = [
     ("architectures.batch_norm_chi(3,4)", "activation is 3"),
     ('architectures.batch_norm_chi(phi,"a")', "batch is 'a'"),
     ("architectures.batch_norm_chi(phi,1)", "batch is 1"),
-    ("corrections.correct(3,np.eye(1))", "network is 3"),
-    ("corrections.correct(net,np.ones((2,3)))", "gram has shape (2, 3)"),
-    ('corrections.correct(net,"a")', "gram is 'a'"),
+    ("first_order.correct(3,np.eye(1))", "network is 3"),
+    ("first_order.correct(net,np.ones((2,3)))", "gram has shape (2, 3)"),
+    ('first_order.correct(net,"a")', "gram is 'a'"),
     ("jacobians.draw(3,x,key)", "network is 3"),
     ('jacobians.draw(net,"a",key)', "inputs is 'a'"),
     ('jacobians.draw(net,x,"a")', "key is 'a'"),
@@ -398,8 +399,8 @@ CALLS = [
     ("data.from_idx(3,4)", "images is '3', which cannot be read: it is not a path"),
     ('data.shapes("a")', "count is 'a'"),
     ('data.shapes(2,"a")', "key is 'a'"),
-    ('shapeset.draw("a",2)', "key is 'a'"),
-    ('shapeset.draw(key,"a")', "count is 'a'"),
+    ('data.shapes("a",2)', "key is 'a'"),
+    ('data.shapes(key,"a")', "count is 'a'"),
     ('data.resized("a",3)', "inputs is 'a'"),
     ("data.resized(data.digits()[:2],0)", "width is 0"),
     ('data.resized(data.digits()[:2],"a")', "width is 'a'"),
@@ -427,14 +428,14 @@ CALLS = [
     ("figures.spectra(ds)", "dataset has no singular_value_density"),
     ("figures.chi_against_width({},{},1.0)", "curves is {}"),
     ("figures.chi_against_width(3,{},1.0)", "curves is 3"),
-    ("point.run(3,1.0)", "activation is 3"),
-    ('point.run("tanh","a")', "sigma_w2 is 'a'"),
-    ('point.run(phi,1.0,correlations="a")', "correlations is 'a'"),
-    ("point.run(phi,1.0,depth=0)", "depth is 0"),
-    ("point.run(phi,1.0,correlations=3)", "correlations is 3"),
-    ("jacobian_spectrum.run(3,1.0)", "activation is 3"),
-    ('jacobian_spectrum.run(phi,1.5,q="a")', "q is 'a'"),
-    ("jacobian_spectrum.run(phi,1.5,.05,weights=3)", "unknown weights 3"),
+    ("summary.run(3,1.0)", "activation is 3"),
+    ('summary.run("tanh","a")', "sigma_w2 is 'a'"),
+    ('summary.run(phi,1.0,correlations="a")', "correlations is 'a'"),
+    ("summary.run(phi,1.0,depth=0)", "depth is 0"),
+    ("summary.run(phi,1.0,correlations=3)", "correlations is 3"),
+    ("spectra.run(3,1.0)", "activation is 3"),
+    ('spectra.run(phi,1.5,q="a")', "q is 'a'"),
+    ("spectra.run(phi,1.5,.05,weights=3)", "unknown weights 3"),
     ('remedies.run(depth="a")', "depth is 'a'"),
     ("Chain(3)", "parts is 3"),
     ("Chain(())", "parts is ()"),
@@ -443,7 +444,7 @@ CALLS = [
     ('Dropout("a")', "keep is 'a'"),
     ("Dropout(0)", "keep is 0"),
     ("Gated(3)", "value is 3"),
-    ('networks.stack(3,[(LayerNorm(),"a")])', "repeats is 'a'"),
+    ('builders.stack(3,[(LayerNorm(),"a")])', "repeats is 'a'"),
     ('Drive("a")', "sigma_u is 'a'"),
     ('Flatten("a")', "a length in shape is 'a'"),
     ('GlobalMean("a")', "a length in shape is 'a'"),

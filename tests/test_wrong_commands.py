@@ -14,11 +14,11 @@ pytestmark = pytest.mark.usefixtures("unchecked")
 # tests are about. (The script `attacks/arguments.py` lets them compute.)
 SEEDS = range(40 if os.environ.get("GRADFLOW_TEST_ATTACKS") == "all" else 4)
 BEGINNINGS = (
-    "gradflow.comparison.confront",
+    "gradflow.comparison.compare",
     "gradflow.studies.execution.run",
-    "gradflow.studies.jacobian_spectrum.run",
-    "gradflow.studies.point.run",
-    "gradflow.studies.remedies.run",
+    "gradflow.spectra.run",
+    "gradflow.theory.summary.run",
+    "gradflow.remedies.run",
     "gradflow.theory.criticality.critical_points",
     "gradflow.theory.criticality.phase_diagram",
     "gradflow.theory.prescription.prescribe",

@@ -1,8 +1,8 @@
 """Blocks: the repeating unit of a network, defined once and read twice.
 
 `apply` is one random network acting on its signals; `kernel` is the same block at infinite width,
-acting on what is known of them (`gradflow.gram.Gram`). Both multiply by weights through a
-``multiply`` that they are given: a sampler's in a simulation, `gram.multiply_gram` in theory.
+acting on what is known of them (`gradflow.kernel.Kernel`). Both multiply by weights through a
+``multiply`` that they are given: a sampler's in a simulation, `kernel.multiply_kernel` in theory.
 Nothing backward is written by hand: in a simulation gradients come from `jax.vjp` of ``apply``; in
 theory from the transpose of what ``kernel`` does to the second moments of a tangent.
 

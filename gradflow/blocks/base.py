@@ -13,7 +13,7 @@ from jaxtyping import Array, Float, PRNGKeyArray, ScalarLike
 
 from gradflow.activations import Activation
 from gradflow.ensembles import Distribution
-from gradflow.gram import Gram, multiply_gram
+from gradflow.kernels import Kernel, multiply_kernel
 
 __all__ = ["AbstractBlock", "AbstractComposite", "add_bias", "each_step"]
 
@@ -69,12 +69,12 @@ class AbstractBlock(eqx.Module):
         (width, n_in), mean 0 and variance σ_w²/n_in; the sampler that runs the block supplies it.
         All other randomness comes from the key, and is the same when the block is applied again:
         biases from the key itself, by `add_bias`, and what is no parameter from `each_step` of it.
-        Where W is a part of a larger matrix, the rest of which is zero, ``seen=…`` is what all of
-        it gets: its gradient is δ seenᵀ.
+        Where W is a part of a larger matrix, the rest of which is zero, ``full_input=…`` is what
+        all of it gets: its gradient is δ seenᵀ.
         """
 
     @abc.abstractmethod
-    def kernel(self, gram: Gram, multiply: Multiply = multiply_gram) -> Gram:
+    def kernel(self, kernel: Kernel, multiply: Multiply = multiply_kernel) -> Kernel:
         """Return what is known after the block from what is known before it, at infinite width."""
 
     @property
@@ -102,7 +102,7 @@ class AbstractBlock(eqx.Module):
         return False
 
     @property
-    def merges(self) -> int:
+    def pool_factor(self) -> int:
         """How many sites it makes one of, as the positions of an input by a mean over them."""
         return 1
 
@@ -120,7 +120,7 @@ class AbstractBlock(eqx.Module):
         """Return its random matrices' shapes (n_out, n_in), in their order."""
         return ()
 
-    def narrowed(self, factor: int | Fraction) -> "AbstractBlock":  # noqa: ARG002
+    def divide_widths(self, factor: int | Fraction) -> "AbstractBlock":  # noqa: ARG002
         """Return the block with its widths divided by ``factor``, and its scales kept."""
         return self
 
@@ -144,9 +144,9 @@ class AbstractComposite(AbstractBlock):
         return any(part.mixes_sites for part in self.parts)
 
     @property
-    def merges(self) -> int:
+    def pool_factor(self) -> int:
         """How many sites its parts together make one of."""
-        return math.prod(part.merges for part in self.parts)
+        return math.prod(part.pool_factor for part in self.parts)
 
     def shapes(self, n_in: int) -> tuple[tuple[int, int], ...]:
         """Return those of its parts."""

@@ -5,11 +5,12 @@ import math
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray, ScalarLike
 
-from gradflow import activations, batch
+from gradflow import activations
 from gradflow.activations import Activation
 from gradflow.blocks.base import AbstractBlock, Multiply
 from gradflow.errors import InputError
-from gradflow.gram import AbstractLaw, Gram, Unknown, multiply_gram
+from gradflow.gaussian import _batch
+from gradflow.kernels import AbstractLaw, Kernel, Unknown, multiply_kernel
 from gradflow.norms import unit_rows
 
 __all__ = ["BatchNorm"]
@@ -22,10 +23,10 @@ class _BatchNormalised(AbstractLaw):
     tangent: Float[Array, "sites sites"] | None
     gain: ScalarLike
 
-    def through(self, gram: Gram, activation: Activation) -> Gram:  # noqa: ARG002
+    def through(self, kernel: Kernel, activation: Activation) -> Kernel:  # noqa: ARG002
         """Return what is known of φ(γ ẑ)."""
-        found = batch.averages(activation, self.covariance, self.tangent, self.gain)
-        return Gram(*found, Unknown())
+        found = _batch.averages(activation, self.covariance, self.tangent, self.gain)
+        return Kernel(*found, Unknown())
 
     def scaled(self, factor: Float[Array, "..."] | ScalarLike) -> AbstractLaw:
         """Return the law of a multiple."""
@@ -67,7 +68,7 @@ class BatchNorm(AbstractBlock):
         rows, _ = unit_rows((signal - jnp.mean(signal, axis=0, keepdims=True)).T)
         return jnp.asarray(self.gain, signal.dtype) * math.sqrt(signal.shape[0]) * rows.T
 
-    def kernel(self, gram: Gram, multiply: Multiply = multiply_gram) -> Gram:  # noqa: ARG002
+    def kernel(self, kernel: Kernel, multiply: Multiply = multiply_kernel) -> Kernel:  # noqa: ARG002
         """Return what is known of γ ẑ.
 
         Raises
@@ -75,16 +76,16 @@ class BatchNorm(AbstractBlock):
         InputError
             If the signal is not Gaussian over units, or the batch has fewer than 4 inputs.
         """
-        if not gram.gaussian:
+        if not kernel.gaussian:
             raise InputError(
                 "BatchNorm gets a signal that is not Gaussian over units; the theory needs it "
                 "before the activation, after a random matrix"
             )
-        gram = gram.common()
-        law = _BatchNormalised(gram.covariance, gram.tangent, self.gain)
-        through = law.through(gram, activations.linear)
-        out = gram.derived(through.covariance, through.mean, through.tangent, law)
-        return out.relative_to(gram)
+        kernel = kernel.common()
+        law = _BatchNormalised(kernel.covariance, kernel.tangent, self.gain)
+        through = law.through(kernel, activations.linear)
+        out = kernel.derived(through.covariance, through.mean, through.tangent, law)
+        return out.relative_to(kernel)
 
     @property
     def homogeneous(self) -> bool:

@@ -8,12 +8,12 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray, ScalarLike
 
+from gradflow._arguments import check_instance
 from gradflow.activations import Activation
-from gradflow.arguments import check_instance
 from gradflow.blocks.base import AbstractBlock, AbstractComposite, Multiply
 from gradflow.blocks.dense import Dense, Linear
 from gradflow.errors import InputError, check_sequence
-from gradflow.gram import Gram, multiply_gram
+from gradflow.kernels import Kernel, multiply_kernel
 
 __all__ = ["Chain", "Residual"]
 
@@ -37,11 +37,11 @@ class Chain(AbstractComposite):
             signal = part.apply(signal, multiply, jax.random.fold_in(key, number))
         return signal
 
-    def kernel(self, gram: Gram, multiply: Multiply = multiply_gram) -> Gram:
+    def kernel(self, kernel: Kernel, multiply: Multiply = multiply_kernel) -> Kernel:
         """Return what is known after all of them."""
         for part in self.parts:
-            gram = part.kernel(gram, multiply)
-        return gram
+            kernel = part.kernel(kernel, multiply)
+        return kernel
 
     @property
     def homogeneous(self) -> bool:
@@ -58,9 +58,9 @@ class Chain(AbstractComposite):
             n_in = part.width_after(n_in)
         return n_in
 
-    def narrowed(self, factor: int | Fraction) -> "Chain":
+    def divide_widths(self, factor: int | Fraction) -> "Chain":
         """Return the chain with the widths of its blocks divided by ``factor``."""
-        return Chain(tuple(part.narrowed(factor) for part in self.parts))
+        return Chain(tuple(part.divide_widths(factor) for part in self.parts))
 
 
 class Residual(AbstractComposite):
@@ -81,10 +81,10 @@ class Residual(AbstractComposite):
             raise InputError(
                 "a residual branch has no random matrix; put a Linear or Dense block into it"
             )
-        if self.branch.merges > 1:
+        if self.branch.pool_factor > 1:
             raise InputError(
-                f"a residual branch makes one site of {self.branch.merges}; what is added to the "
-                "signal has as many as the signal"
+                f"a residual branch makes one site of {self.branch.pool_factor}; what is added to "
+                "the signal has as many as the signal"
             )
 
     @property
@@ -99,7 +99,7 @@ class Residual(AbstractComposite):
         branch = self.branch.apply(signal, multiply, key)
         return signal + jnp.asarray(self.scale, signal.dtype) * branch
 
-    def kernel(self, gram: Gram, multiply: Multiply = multiply_gram) -> Gram:
+    def kernel(self, kernel: Kernel, multiply: Multiply = multiply_kernel) -> Kernel:
         """Return the moments of the sum; what the branch carries of the signal adds to it.
 
         Raises
@@ -107,7 +107,7 @@ class Residual(AbstractComposite):
         InputError
             If they correlate in a way that is not known, as z + φ(z + …) would.
         """
-        return gram.plus(self.branch.kernel(gram, multiply).scaled(self.scale))
+        return kernel.plus(self.branch.kernel(kernel, multiply).scaled(self.scale))
 
     @property
     def homogeneous(self) -> bool:
@@ -134,6 +134,6 @@ class Residual(AbstractComposite):
             )
         return n_in
 
-    def narrowed(self, factor: int | Fraction) -> "Residual":
+    def divide_widths(self, factor: int | Fraction) -> "Residual":
         """Return it with the branch's widths divided by ``factor``, α kept."""
-        return dataclasses.replace(self, branch=self.branch.narrowed(factor))
+        return dataclasses.replace(self, branch=self.branch.divide_widths(factor))

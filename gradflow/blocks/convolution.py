@@ -1,7 +1,7 @@
 """Convolutions: sites are positions, and a layer is a gather followed by a random matrix.
 
 Signals have shape (inputs · positions, channels): every position of every input is a site, an
-input's positions one after the other, row by row. `networks.as_sites` makes them of images. What a
+input's positions one after the other, row by row. `builders.as_sites` makes them of images. What a
 filter sees at a position is put into one vector (`Patches`), so that its weights are one random
 matrix, drawn by the samplers like any other.
 """
@@ -22,7 +22,7 @@ from gradflow.blocks.base import AbstractBlock, Multiply
 from gradflow.blocks.dense import AbstractLayer, Linear
 from gradflow.ensembles import Distribution
 from gradflow.errors import InputError, check_count, unknown_name
-from gradflow.gram import Gaussian, Gram, Unknown, multiply_gram
+from gradflow.kernels import Gaussian, Kernel, Unknown, multiply_kernel
 
 __all__ = ["Convolution", "Flatten", "GlobalMean", "Patches"]
 
@@ -117,21 +117,21 @@ class Patches(AbstractBlock):
         gathered = jnp.stack([*self._shifted(by_place, 1)], axis=-2)
         return gathered.reshape(sites, self.elements * channels)
 
-    def kernel(self, gram: Gram, multiply: Multiply = multiply_gram) -> Gram:  # noqa: ARG002
+    def kernel(self, kernel: Kernel, multiply: Multiply = multiply_kernel) -> Kernel:  # noqa: ARG002
         """Return the means over the filter's elements; not Gaussian, as units are not alike."""
         if self.elements == 1:
-            return gram
-        gram = gram.common()
-        by_place = (_count_inputs(len(gram.mean), self.shape), *self.shape)
+            return kernel
+        kernel = kernel.common()
+        by_place = (_count_inputs(len(kernel.mean), self.shape), *self.shape)
 
         def pairs(k: Array) -> Array:
             shifted = self._shifted(k.reshape(by_place + by_place), 1, 1 + len(by_place))
             return sum(shifted, jnp.zeros((), k.dtype)).reshape(k.shape) / self.elements
 
-        shifted = self._shifted(gram.mean.reshape(by_place), 1)
-        mean = sum(shifted, jnp.zeros((), gram.mean.dtype)).reshape(-1) / self.elements
-        tangent = None if gram.tangent is None else pairs(gram.tangent)
-        return gram.derived(pairs(gram.covariance), mean, tangent, Unknown())
+        shifted = self._shifted(kernel.mean.reshape(by_place), 1)
+        mean = sum(shifted, jnp.zeros((), kernel.mean.dtype)).reshape(-1) / self.elements
+        tangent = None if kernel.tangent is None else pairs(kernel.tangent)
+        return kernel.derived(pairs(kernel.covariance), mean, tangent, Unknown())
 
     def _shifted(self, x: Array, *first_axes: int) -> Iterator[Array]:
         """Yield x as seen by each element; spatial axes begin at each of the first axes."""
@@ -212,9 +212,9 @@ class Convolution(AbstractLayer):
             return self.linear.apply(patches, multiply, key)
         return self.linear.apply(h, _as_if_of(patches, multiply), key)
 
-    def kernel(self, gram: Gram, multiply: Multiply = multiply_gram) -> Gram:
+    def kernel(self, kernel: Kernel, multiply: Multiply = multiply_kernel) -> Kernel:
         """Return σ_w² E[φ(u) φ(v)], averaged over the filter unless it is a delta, and σ_b²."""
-        h = gram.through(self.activation)
+        h = kernel.through(self.activation)
         patches = self.patches.kernel(h)
         if not self.delta:
             return self.linear.kernel(patches, multiply)
@@ -230,12 +230,12 @@ class Convolution(AbstractLayer):
         return self.linear.shapes(self.patches.width_after(n_in))
 
 
-def _as_if_of(seen: Array | Gram, multiply: Multiply) -> Multiply:
+def _as_if_of(full_input: Array | Kernel, multiply: Multiply) -> Multiply:
     """Return a ``multiply`` by a part of a filter, whose gradient is that of all of it."""
 
     @functools.wraps(multiply)  # it keeps what else a ``multiply`` has: a step, biases
     def multiply_part(*what: object, **law: object) -> object:
-        return multiply(*what, **law, seen=seen)
+        return multiply(*what, **law, full_input=full_input)
 
     return multiply_part
 
@@ -259,7 +259,7 @@ class _OverPositions(AbstractBlock):
         return True
 
     @property
-    def merges(self) -> int:
+    def pool_factor(self) -> int:
         """The number of positions."""
         return math.prod(self.shape)
 
@@ -281,17 +281,19 @@ class GlobalMean(_OverPositions):
         inputs = _count_inputs(signal.shape[0], self.shape)
         return jnp.mean(signal.reshape(inputs, -1, signal.shape[1]), axis=1)
 
-    def kernel(self, gram: Gram, multiply: Multiply = multiply_gram) -> Gram:  # noqa: ARG002
+    def kernel(self, kernel: Kernel, multiply: Multiply = multiply_kernel) -> Kernel:  # noqa: ARG002
         """Return the means over pairs of positions."""
-        inputs, gram = _count_inputs(len(gram.mean), self.shape), gram.common()
+        inputs, kernel = _count_inputs(len(kernel.mean), self.shape), kernel.common()
 
         def pairs(k: Array) -> Array:
-            return jnp.mean(k.reshape(inputs, self.merges, inputs, self.merges), axis=(1, 3))
+            return jnp.mean(
+                k.reshape(inputs, self.pool_factor, inputs, self.pool_factor), axis=(1, 3)
+            )
 
-        tangent = None if gram.tangent is None else pairs(gram.tangent)
-        mean = jnp.mean(gram.mean.reshape(inputs, -1), axis=1)
-        law = Gaussian() if gram.gaussian else Unknown()
-        return gram.derived(pairs(gram.covariance), mean, tangent, law)
+        tangent = None if kernel.tangent is None else pairs(kernel.tangent)
+        mean = jnp.mean(kernel.mean.reshape(inputs, -1), axis=1)
+        law = Gaussian() if kernel.gaussian else Unknown()
+        return kernel.derived(pairs(kernel.covariance), mean, tangent, law)
 
 
 class Flatten(_OverPositions):
@@ -310,20 +312,20 @@ class Flatten(_OverPositions):
         """Return the positions of each input side by side."""
         return signal.reshape(_count_inputs(signal.shape[0], self.shape), -1)
 
-    def kernel(self, gram: Gram, multiply: Multiply = multiply_gram) -> Gram:  # noqa: ARG002
+    def kernel(self, kernel: Kernel, multiply: Multiply = multiply_kernel) -> Kernel:  # noqa: ARG002
         """Return the means over positions; not Gaussian, as units are not alike."""
-        if self.merges == 1:
-            return gram
-        inputs, gram = _count_inputs(len(gram.mean), self.shape), gram.common()
+        if self.pool_factor == 1:
+            return kernel
+        inputs, kernel = _count_inputs(len(kernel.mean), self.shape), kernel.common()
 
         def own(k: Array) -> Array:
-            by_place = k.reshape(inputs, self.merges, inputs, self.merges)
+            by_place = k.reshape(inputs, self.pool_factor, inputs, self.pool_factor)
             return jnp.mean(jnp.diagonal(by_place, axis1=1, axis2=3), axis=-1)
 
-        tangent = None if gram.tangent is None else own(gram.tangent)
-        mean = jnp.mean(gram.mean.reshape(inputs, -1), axis=1)
-        return gram.derived(own(gram.covariance), mean, tangent, Unknown())
+        tangent = None if kernel.tangent is None else own(kernel.tangent)
+        mean = jnp.mean(kernel.mean.reshape(inputs, -1), axis=1)
+        return kernel.derived(own(kernel.covariance), mean, tangent, Unknown())
 
     def width_after(self, n_in: int) -> int:
         """Return the channels times the positions."""
-        return self.merges * n_in
+        return self.pool_factor * n_in

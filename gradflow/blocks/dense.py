@@ -14,7 +14,7 @@ from gradflow import activations, ensembles
 from gradflow.activations import Activation
 from gradflow.blocks.base import AbstractBlock, Multiply, add_bias
 from gradflow.ensembles import Distribution
-from gradflow.gram import Gram, multiply_gram
+from gradflow.kernels import Kernel, multiply_kernel
 
 __all__ = ["AbstractLayer", "Activate", "Dense", "Linear"]
 
@@ -33,9 +33,9 @@ class Activate(AbstractBlock):
         """Return φ(z)."""
         return self.activation(signal)
 
-    def kernel(self, gram: Gram, multiply: Multiply = multiply_gram) -> Gram:  # noqa: ARG002
+    def kernel(self, kernel: Kernel, multiply: Multiply = multiply_kernel) -> Kernel:  # noqa: ARG002
         """Return E[φ(u) φ(v)]."""
-        return gram.through(self.activation)
+        return kernel.through(self.activation)
 
     @property
     def homogeneous(self) -> bool:
@@ -73,9 +73,11 @@ class Linear(AbstractBlock):
         )
         return add_bias(bias_key, out, self.sigma_b, multiply)
 
-    def kernel(self, gram: Gram, multiply: Multiply = multiply_gram) -> Gram:
+    def kernel(self, kernel: Kernel, multiply: Multiply = multiply_kernel) -> Kernel:
         """Return σ_w² E[h_a h_b] + σ_b² (Poole et al. 2016, eq. 3)."""
-        out = multiply(gram, sigma_w=self.sigma_w, width=self.units, distribution=self.distribution)
+        out = multiply(
+            kernel, sigma_w=self.sigma_w, width=self.units, distribution=self.distribution
+        )
         return out if self.sigma_b is None else out.shifted(self.sigma_b**2)
 
     @property
@@ -96,7 +98,7 @@ class Linear(AbstractBlock):
         """Return the shape of W."""
         return ((self.units, n_in),)
 
-    def narrowed(self, factor: int | Fraction) -> "Linear":
+    def divide_widths(self, factor: int | Fraction) -> "Linear":
         """Return the layer with its units divided by ``factor``, σ_w and σ_b kept."""
         return dataclasses.replace(self, units=self.units // factor)
 
@@ -129,7 +131,7 @@ class AbstractLayer(AbstractBlock):
         """Return the number of units."""
         return self.linear.width_after(n_in)
 
-    def narrowed(self, factor: int | Fraction) -> "AbstractLayer":
+    def divide_widths(self, factor: int | Fraction) -> "AbstractLayer":
         """Return the layer with its units divided by ``factor``, σ_w and σ_b kept."""
         fewer: dict[str, Any] = {"units": self.linear.units // factor}
         return dataclasses.replace(self, **fewer)
@@ -159,9 +161,9 @@ class Dense(AbstractLayer):
         """Return W φ(z) + b."""
         return self.linear.apply(self.activation(signal), multiply, key)
 
-    def kernel(self, gram: Gram, multiply: Multiply = multiply_gram) -> Gram:
+    def kernel(self, kernel: Kernel, multiply: Multiply = multiply_kernel) -> Kernel:
         """Return σ_w² E[φ(u) φ(v)] + σ_b²."""
-        return self.linear.kernel(gram.through(self.activation), multiply)
+        return self.linear.kernel(kernel.through(self.activation), multiply)
 
     def shapes(self, n_in: int) -> tuple[tuple[int, int], ...]:
         """Return the shape of W."""

@@ -7,7 +7,7 @@ from jaxtyping import Array, Float, PRNGKeyArray, ScalarLike
 
 from gradflow.blocks.base import AbstractBlock, Multiply, each_step
 from gradflow.errors import InputError, check_scale, is_traced
-from gradflow.gram import Gram, Unknown, multiply_gram
+from gradflow.kernels import Kernel, Unknown, multiply_kernel
 
 __all__ = ["Dropout"]
 
@@ -40,7 +40,7 @@ class Dropout(AbstractBlock):
         mask = jax.random.uniform(key, signal.shape, signal.dtype) < keep
         return jnp.where(mask, signal / keep, 0)
 
-    def kernel(self, gram: Gram, multiply: Multiply = multiply_gram) -> Gram:  # noqa: ARG002
+    def kernel(self, kernel: Kernel, multiply: Multiply = multiply_kernel) -> Kernel:  # noqa: ARG002
         """Return the second moments, those of each input with itself divided by p."""
         more = 1 / self.keep - 1
 
@@ -48,8 +48,8 @@ class Dropout(AbstractBlock):
             return jnp.asarray(more * (k if k.ndim == 1 else jnp.diag(jnp.diagonal(k))))
 
         # z m/p = z + z (m/p - 1), of which the mask m makes the second uncorrelated with anything.
-        tangent = None if gram.tangent is None else own(gram.tangent)
-        return gram.with_noise(own(gram.covariance), tangent, Unknown())
+        tangent = None if kernel.tangent is None else own(kernel.tangent)
+        return kernel.with_noise(own(kernel.covariance), tangent, Unknown())
 
     @property
     def homogeneous(self) -> bool:

@@ -8,13 +8,13 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from gradflow import activations
-from gradflow.arguments import check_instance
+from gradflow._arguments import check_instance
 from gradflow.blocks.base import AbstractBlock, AbstractComposite, Multiply
 from gradflow.blocks.composition import Chain
 from gradflow.blocks.dense import Activate, Linear
 from gradflow.ensembles import Distribution
 from gradflow.errors import InputError
-from gradflow.gram import Gram, multiply_gram
+from gradflow.kernels import Kernel, multiply_kernel
 
 __all__ = ["Gated", "Maxout"]
 
@@ -57,10 +57,10 @@ class Gated(AbstractComposite):
         )
         return value * gate
 
-    def kernel(self, gram: Gram, multiply: Multiply = multiply_gram) -> Gram:
+    def kernel(self, kernel: Kernel, multiply: Multiply = multiply_kernel) -> Kernel:
         """Return the products of both's second moments."""
-        value = self.value.kernel(gram, multiply)
-        return value.times(self.gate.kernel(gram, multiply))
+        value = self.value.kernel(kernel, multiply)
+        return value.times(self.gate.kernel(kernel, multiply))
 
     @property
     def homogeneous(self) -> bool:
@@ -86,9 +86,9 @@ class Gated(AbstractComposite):
         """Return those of the value, then those of the gate."""
         return self.value.shapes(n_in) + self.gate.shapes(n_in)
 
-    def narrowed(self, factor: int | Fraction) -> "Gated":
+    def divide_widths(self, factor: int | Fraction) -> "Gated":
         """Return it with the widths of both divided by ``factor``."""
-        return Gated(*(part.narrowed(factor) for part in self.parts))
+        return Gated(*(part.divide_widths(factor) for part in self.parts))
 
 
 class Maxout(AbstractBlock):
@@ -110,9 +110,9 @@ class Maxout(AbstractBlock):
             self.linear.apply(signal, multiply, one), self.linear.apply(signal, multiply, other)
         )
 
-    def kernel(self, gram: Gram, multiply: Multiply = multiply_gram) -> Gram:
+    def kernel(self, kernel: Kernel, multiply: Multiply = multiply_kernel) -> Kernel:
         """Return the moments of the two halves' sum."""
-        one, other = (self.linear.kernel(gram, multiply) for _ in range(2))
+        one, other = (self.linear.kernel(kernel, multiply) for _ in range(2))
         half = one.plus(other).scaled(0.5)  # (u + v)/2, and in law (u - v)/2
         return half.plus(half.renewed().through(_absolute))
 
@@ -139,6 +139,6 @@ class Maxout(AbstractBlock):
         """Return the shapes of W and V."""
         return 2 * self.linear.shapes(n_in)
 
-    def narrowed(self, factor: int | Fraction) -> "Maxout":
+    def divide_widths(self, factor: int | Fraction) -> "Maxout":
         """Return the layer with its units divided by ``factor``, σ_w and σ_b kept."""
-        return dataclasses.replace(self, linear=self.linear.narrowed(factor))
+        return dataclasses.replace(self, linear=self.linear.divide_widths(factor))

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray, ScalarLike
 
 from gradflow.blocks.base import AbstractBlock, Multiply
-from gradflow.gram import Gram, multiply_gram
+from gradflow.kernels import Kernel, multiply_kernel
 from gradflow.norms import unit_rows
 
 __all__ = ["LayerNorm", "RMSNorm", "UnitVariance"]
@@ -31,9 +31,9 @@ class RMSNorm(AbstractBlock):
         """Return the signals at root mean square γ."""
         return _at_root_mean_square(self.gain, signal)
 
-    def kernel(self, gram: Gram, multiply: Multiply = multiply_gram) -> Gram:  # noqa: ARG002
+    def kernel(self, kernel: Kernel, multiply: Multiply = multiply_kernel) -> Kernel:  # noqa: ARG002
         """Return γ² k_ab/√(k_aa k_bb)."""
-        return _at_unit_variance(self.gain, gram)
+        return _at_unit_variance(self.gain, kernel)
 
     @property
     def homogeneous(self) -> bool:
@@ -60,9 +60,9 @@ class LayerNorm(AbstractBlock):
         """Return the signals at mean 0 and standard deviation γ."""
         return _at_root_mean_square(self.gain, signal - jnp.mean(signal, axis=1, keepdims=True))
 
-    def kernel(self, gram: Gram, multiply: Multiply = multiply_gram) -> Gram:  # noqa: ARG002
+    def kernel(self, kernel: Kernel, multiply: Multiply = multiply_kernel) -> Kernel:  # noqa: ARG002
         """Return γ² Cov(z_a, z_b)/√(Var z_a Var z_b)."""
-        return _at_unit_variance(self.gain, gram.centred())
+        return _at_unit_variance(self.gain, kernel.centred())
 
     @property
     def homogeneous(self) -> bool:
@@ -90,11 +90,11 @@ class UnitVariance(AbstractBlock):
         inverse = jnp.where(jnp.isneginf(log), 0, math.sqrt(signal.size) * jnp.exp(-log))
         return jax.lax.stop_gradient(inverse)[:, None] * signal
 
-    def kernel(self, gram: Gram, multiply: Multiply = multiply_gram) -> Gram:  # noqa: ARG002
+    def kernel(self, kernel: Kernel, multiply: Multiply = multiply_kernel) -> Kernel:  # noqa: ARG002
         """Return everything divided by the variance over the batch."""
-        gram = gram.common()
-        variance = jnp.mean(jnp.diagonal(gram.covariance)) - jnp.mean(gram.mean) ** 2
-        return gram.normalised(variance)
+        kernel = kernel.common()
+        variance = jnp.mean(jnp.diagonal(kernel.covariance)) - jnp.mean(kernel.mean) ** 2
+        return kernel.normalised(variance)
 
     @property
     def homogeneous(self) -> bool:
@@ -112,6 +112,6 @@ def _at_root_mean_square(gain: ScalarLike, signal: Array) -> Array:
     return jnp.asarray(gain, signal.dtype) * math.sqrt(signal.shape[1]) * rows
 
 
-def _at_unit_variance(gain: ScalarLike, gram: Gram) -> Gram:
+def _at_unit_variance(gain: ScalarLike, kernel: Kernel) -> Kernel:
     # Of a batch-normalised signal this leaves the moments alone: its law scales as a whole only.
-    return gram.normalised(jnp.diagonal(gram.covariance)).scaled(gain)
+    return kernel.normalised(jnp.diagonal(kernel.covariance)).scaled(gain)

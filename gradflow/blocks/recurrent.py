@@ -14,12 +14,12 @@ from jaxtyping import Array, Float, PRNGKeyArray, ScalarLike
 
 from gradflow import activations, ensembles
 from gradflow.activations import Activation
+from gradflow.blocks._cells import Cells
 from gradflow.blocks.base import AbstractBlock, Multiply, each_step
 from gradflow.blocks.dense import Linear
-from gradflow.cells import Cells
 from gradflow.ensembles import Distribution
 from gradflow.errors import InputError, check_scale, is_traced
-from gradflow.gram import Gram, Unknown, multiply_gram
+from gradflow.kernels import Kernel, Unknown, multiply_kernel
 
 __all__ = ["GRU", "LSTM", "Drive"]
 
@@ -51,11 +51,11 @@ class Drive(AbstractBlock):
         own = jax.random.normal(own_key, signal.shape, signal.dtype)
         return signal + sigma * (jnp.sqrt(alike) * common + jnp.sqrt(1 - alike) * own)
 
-    def kernel(self, gram: Gram, multiply: Multiply = multiply_gram) -> Gram:  # noqa: ARG002
+    def kernel(self, kernel: Kernel, multiply: Multiply = multiply_kernel) -> Kernel:  # noqa: ARG002
         """Return the second moments with those of u, σ_u² and σ_u² ``alike``, added."""
-        own = jnp.eye(len(gram.mean), dtype=gram.mean.dtype)
+        own = jnp.eye(len(kernel.mean), dtype=kernel.mean.dtype)
         more = self.sigma_u**2 * (self.alike + (1 - self.alike) * own)
-        return gram.shifted(jnp.asarray(more))
+        return kernel.shifted(jnp.asarray(more))
 
     @property
     def homogeneous(self) -> bool:
@@ -86,7 +86,7 @@ class _GatedStep(AbstractBlock):
         """The laws of its random matrices, in the order of the formula's gates and candidate."""
         return self._layer.distributions * self._count
 
-    def narrowed(self, factor: int | Fraction) -> "_GatedStep":
+    def divide_widths(self, factor: int | Fraction) -> "_GatedStep":
         """Return it with its units divided by ``factor``, and its scales kept."""
         fewer: dict[str, Any] = {"units": self._layer.units // factor}
         return dataclasses.replace(self, **fewer)
@@ -147,34 +147,34 @@ class GRU(_GatedStep):
         candidate = self.activation(layer(kept, keys[2]))
         return update * signal + (1 - update) * candidate
 
-    def kernel(self, gram: Gram, multiply: Multiply = multiply_gram) -> Gram:
+    def kernel(self, kernel: Kernel, multiply: Multiply = multiply_kernel) -> Kernel:
         """Return the second moments of the next state, and those of its tangent."""
 
-        def layer(gram: Gram) -> Gram:
-            z = self._layer.kernel(gram, multiply)
+        def layer(kernel: Kernel) -> Kernel:
+            z = self._layer.kernel(kernel, multiply)
             return z if self.drive is None else self.drive.kernel(z)
 
-        entering = gram = gram.plain()
+        entering = kernel = kernel.plain()
         if self.reset_bias is not None:
-            entering = layer(gram).through(_gate(self.reset_bias)).times(gram)
-        update = layer(gram).through(_gate(self.update_bias))
+            entering = layer(kernel).through(_gate(self.reset_bias)).times(kernel)
+        update = layer(kernel).through(_gate(self.update_bias))
         candidate = layer(entering).through(self.activation)
         # c + u d, d = h - c: the tangent is u ḣ + (1 - u) ċ + u̇ d.
-        u, m, k = update.mean[:, None], gram.mean[:, None], candidate.covariance
+        u, m, k = update.mean[:, None], kernel.mean[:, None], candidate.covariance
         kept = update.covariance
         renewed = 1 - u - u.T + kept
         across = (u - kept) * m * candidate.mean[None]
-        covariance = kept * gram.covariance + renewed * k + across + across.T
-        mean = update.mean * gram.mean + (1 - update.mean) * candidate.mean
+        covariance = kept * kernel.covariance + renewed * k + across + across.T
+        mean = update.mean * kernel.mean + (1 - update.mean) * candidate.mean
         tangent = None
-        if gram.tangent is not None:
-            own = _like(gram.tangent)
+        if kernel.tangent is not None:
+            own = _like(kernel.tangent)
             means = m * candidate.mean[None]
-            apart = gram.covariance + k - means - means.T
+            apart = kernel.covariance + k - means - means.T
             assert update.tangent is not None and candidate.tangent is not None  # noqa: PT018
-            tangent = own(kept) * gram.tangent + own(renewed) * candidate.tangent
+            tangent = own(kept) * kernel.tangent + own(renewed) * candidate.tangent
             tangent = tangent + own(apart) * update.tangent
-        return Gram(covariance, mean, tangent, Unknown())
+        return Kernel(covariance, mean, tangent, Unknown())
 
     def width_after(self, n_in: int) -> int:
         """Return as many units as it gets.
@@ -254,7 +254,7 @@ class LSTM(_GatedStep):
         cell = forget * cell + entry * candidate
         return jnp.concatenate([cell, output * jnp.tanh(cell)], axis=1)
 
-    def kernel(self, gram: Gram, multiply: Multiply = multiply_gram) -> Gram:
+    def kernel(self, kernel: Kernel, multiply: Multiply = multiply_kernel) -> Kernel:
         """Return what is known of the next state, its cells' law with it, and of its tangent.
 
         Raises
@@ -262,18 +262,18 @@ class LSTM(_GatedStep):
         InputError
             If the signal is neither Gaussian nor a state, or sites mix and gradients are wanted.
         """
-        law = Cells.of(gram.plain())
+        law = Cells.of(kernel.plain())
         own = None if law.memory is None else law.memory.hidden
-        hidden = Gram(law.hidden, jnp.zeros_like(gram.mean), own, Unknown())
+        hidden = Kernel(law.hidden, jnp.zeros_like(kernel.mean), own, Unknown())
 
-        def layer() -> Gram:
+        def layer() -> Kernel:
             z = self._layer.kernel(hidden, multiply)
             return z if self.drive is None else self.drive.kernel(z)
 
         forget, entry, candidate, output = (layer() for _ in range(4))
         opened = output.through(_gate(self.output_bias))
         biases = (self.forget_bias, self.input_bias)
-        return law.stepped(forget, entry, candidate, opened, biases).gram()
+        return law.stepped(forget, entry, candidate, opened, biases).kernel()
 
     def width_after(self, n_in: int) -> int:
         """Return as many units as it gets.

@@ -7,8 +7,8 @@ from typing import Annotated, NoReturn
 import typer
 
 import gradflow
-from gradflow.cli import process, simulating, studying, theory, training
-from gradflow.cli.shared import Json, app, print_json
+from gradflow.cli import _process, simulating, studying, theory, training
+from gradflow.cli._shared import Json, app, print_json
 from gradflow.errors import InputError, printable
 
 __all__ = ["app", "main", "process", "simulating", "studying", "theory", "training"]
@@ -41,11 +41,11 @@ def list_names(as_json: Json = False) -> None:
 
 def main() -> None:
     """Run the command line: exit code 0, 2 for bad input, 130 when interrupted."""
-    process.prepare()
-    with process.ended_soon() as said:
+    _process.prepare()
+    with _process.ended_soon() as said:
         code = _run()
         if code == 130:
-            process.say(process.INTERRUPTED)
+            _process.say(_process.INTERRUPTED)
             said.set()
         sys.exit(code)
 
@@ -74,12 +74,12 @@ def _run() -> int:
 def _fail_of_system(error: OSError) -> NoReturn:
     """Say what the system refuses: mostly standard output that cannot be written to."""
     if isinstance(error, BrokenPipeError):  # whoever read it has read enough
-        process.discard_output()
+        _process.discard_output()
         sys.exit(128 + signal.SIGPIPE)
     reason = (error.strerror or str(error)).lower()
     if error.filename is not None:
         _fail(printable(f"cannot use {str(error.filename)!r}: {reason}"))
-    process.discard_output()
+    _process.discard_output()
     _fail(f"standard output cannot be written to: {reason}")
 
 
@@ -93,7 +93,7 @@ def _fail_of_jax(error: RuntimeError | ValueError) -> NoReturn:
 
 
 def _fail(message: str) -> NoReturn:
-    process.say(f"gradflow: {message}")
+    _process.say(f"gradflow: {message}")
     sys.exit(2)
 
 

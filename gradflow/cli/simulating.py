@@ -11,8 +11,9 @@ import xarray
 from rich import box
 from rich.table import Table
 
+from gradflow import builders
 from gradflow.cli import studying
-from gradflow.cli.shared import (
+from gradflow.cli._shared import (
     Depth,
     Json,
     Out,
@@ -74,7 +75,8 @@ def compare(
 ) -> None:
     """One family of networks: theory beside simulation, as a table, figures and a netCDF file."""
     from gradflow import comparison, data, ensembles  # noqa: PLC0415  (JAX is slow to import)
-    from gradflow import networks as nets  # noqa: PLC0415
+
+    pass  # noqa: PLC0415
 
     check_instead(context, "sigma_w", "weights")
     for option in ("width", "depth"):
@@ -90,12 +92,12 @@ def compare(
     ensemble = ensembles.get(weights) if sigma_w is None else ensembles.fan_in(sigma_w)
     if distribution is not None:
         ensemble = ensemble.drawn_from(distribution)
-    network = nets.mlp(shape, activation, ensemble, sigma_b=sigma_b)
+    network = builders.mlp(shape, activation, ensemble, sigma_b=sigma_b)
     named = ("activation", "weights") if sigma_w is None else ("activation",)
     folder = results_folder(context, *named, out=out)
 
     with show_progress() as report:
-        result = comparison.confront(
+        result = comparison.compare(
             network,
             data.resized(images, shape[0]),
             key=seed,
@@ -188,7 +190,7 @@ def study(
                 f"--{name} goes with a study file; the main job is `gradflow study "
                 "scripts/paper.toml`, without its claims and figures"
             )
-    from gradflow.studies import note  # noqa: PLC0415  (JAX is slow to import)
+    from gradflow import note  # noqa: PLC0415  (JAX is slow to import)
 
     check_count("networks", networks, 2)
     check_count("uniform_networks", uniform_networks, 2)
@@ -296,7 +298,7 @@ def remedies(
     Each remedy's theory and simulation at the start of training, ranked by the depth that trains.
     """
     from gradflow import figures  # noqa: PLC0415  (JAX is slow to import)
-    from gradflow.studies import remedies as study_of_remedies  # noqa: PLC0415
+    from gradflow import remedies as study_of_remedies  # noqa: PLC0415
 
     check_count("networks", networks, 2)
     check_count("inputs", inputs, 4)

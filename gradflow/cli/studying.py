@@ -17,8 +17,9 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from gradflow.cli.process import GRACE, say
-from gradflow.cli.shared import (
+from gradflow._files import complete
+from gradflow.cli._process import GRACE, say
+from gradflow.cli._shared import (
     Json,
     app,
     make_console,
@@ -28,7 +29,6 @@ from gradflow.cli.shared import (
     write_text,
 )
 from gradflow.errors import InputError
-from gradflow.files import complete
 
 File = Annotated[Path, typer.Argument(help="The study file (TOML).", show_default=False)]
 Folder = Annotated[

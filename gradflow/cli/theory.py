@@ -8,7 +8,7 @@ import numpy as np
 import typer
 from rich.table import Table
 
-from gradflow.cli.shared import (
+from gradflow.cli._shared import (
     LARGEST_DEVIATION,
     Depth,
     Json,
@@ -27,7 +27,7 @@ from gradflow.cli.shared import (
     shape_label,
     write_netcdf,
 )
-from gradflow.cli.words import WORDS
+from gradflow.cli._words import WORDS
 from gradflow.errors import InputError, check_count
 
 if TYPE_CHECKING:
@@ -56,11 +56,11 @@ def theory(
 ) -> None:
     """Where signals of infinitely wide networks settle, on which depth scales, and what trains."""
     from gradflow import activations  # noqa: PLC0415  (JAX is slow to import)
-    from gradflow.studies import point  # noqa: PLC0415
+    from gradflow.theory import summary  # noqa: PLC0415
 
     places = _parse_correlations(correlations)
     check_count("width", width)
-    found = point.run(
+    found = summary.run(
         activations.get(activation),
         sigma_w2,
         sigma_b2,
@@ -233,8 +233,11 @@ def spectrum(
     as_json: Json = False,
 ) -> None:
     """Show the law of the end-to-end Jacobian's singular values: moments, atoms, edges, density."""
-    from gradflow import activations, figures  # noqa: PLC0415  (JAX is slow to import)
-    from gradflow.studies import jacobian_spectrum  # noqa: PLC0415
+    from gradflow import (  # noqa: PLC0415  (JAX is slow to import)
+        activations,
+        figures,
+        spectra,  # noqa: PLC0415
+    )
 
     phi = activations.get(activation)
     check_memory("points", check_count("points", points, 2), points * _SPECTRUM_POINT)
@@ -246,7 +249,7 @@ def spectrum(
         # A network's layer Jacobians, and some copies of one, in float64.
         check_memory("width", width, 8 * width**2 * (depth + 4))
     folder = results_folder(context, "activation", "weights", out=out)
-    dataset, report = jacobian_spectrum.run(
+    dataset, report = spectra.run(
         phi,
         sigma_w2,
         sigma_b2,

@@ -1,4 +1,4 @@
-"""The command that trains networks: one experiment of `studies.experiments`, by its name."""
+"""The command that trains networks: one experiment of `experiments`, by its name."""
 
 import contextlib
 import shutil
@@ -11,8 +11,8 @@ from rich import box
 from rich.table import Table
 from typer.core import TyperCommand
 
-from gradflow.cli.process import say
-from gradflow.cli.shared import (
+from gradflow.cli._process import say
+from gradflow.cli._shared import (
     Json,
     Out,
     Seed,
@@ -32,7 +32,7 @@ class _WithExperiments(TyperCommand):
     """Lists the experiments in its help: JAX, which they import, is slow to import."""
 
     def format_help(self, ctx: Any, formatter: Any) -> None:
-        from gradflow.studies import experiments  # noqa: PLC0415
+        from gradflow import experiments  # noqa: PLC0415
 
         lines = "\n".join(f"- `{one.name}`: {one.summary}" for one in experiments.ALL.values())
         self.epilog = f"Experiments:\n\n{lines}\n\n{self.epilog}"
@@ -112,8 +112,10 @@ def train(
     minute or two. Options that an experiment has no use for are refused.
     A run that is interrupted goes on where it was when the same command is given again.
     """
-    from gradflow import figures  # noqa: PLC0415  (JAX is slow to import)
-    from gradflow.studies import experiments  # noqa: PLC0415
+    from gradflow import (
+        experiments,  # noqa: PLC0415
+        figures,  # noqa: PLC0415  (JAX is slow to import)
+    )
 
     chosen = experiments.get(experiment)
     ours = ("experiment", "out", "as_json")

@@ -11,7 +11,7 @@ drawing
     What they share.
 """
 
-from gradflow.figures.drawing import save
+from gradflow.figures._drawing import save
 from gradflow.figures.theory_and_simulation import *
 from gradflow.figures.theory_and_simulation import __all__ as _of_random_networks
 from gradflow.figures.training import *

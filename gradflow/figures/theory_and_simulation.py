@@ -14,7 +14,7 @@ from matplotlib.patches import Patch
 from scipy import ndimage
 
 from gradflow.errors import InputError
-from gradflow.figures.drawing import (
+from gradflow.figures._drawing import (
     COLOURS,
     ERRORS,
     LEAST_SPAN,
@@ -433,7 +433,7 @@ def spectrum(dataset: xarray.Dataset) -> Figure:
     Parameters
     ----------
     dataset
-        As `gradflow spectrum` writes it (`studies.jacobian_spectrum.run`).
+        As `gradflow spectrum` writes it (`spectra.run`).
     """
     checked(dataset, ("singular_value_density_theory",), "jacobian_spectrum.run")
     figure = Figure(figsize=(6.8, 4.4), layout="constrained")

@@ -8,7 +8,7 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import NullFormatter
 
 from gradflow.estimation import Estimate
-from gradflow.figures.drawing import COLOURS, ERRORS, LN10, POINTS, Figure, points, spread, style
+from gradflow.figures._drawing import COLOURS, ERRORS, LN10, POINTS, Figure, points, spread, style
 
 __all__ = [
     "clipping",

@@ -1,9 +1,9 @@
 """Simulation: the same statistics, measured in many random networks at once.
 
-matrices
-    Random matrices that answer W x and Wᵀ y: drawn, or decided only as far as they are asked.
 samplers
     How a product with a random matrix is drawn: ``dense``, ``matrix_free``.
+linearisation
+    A block's products with its random matrices, applied to tangents and cotangents.
 propagation
     One random network, forward and backward, and its statistics.
 jacobians
@@ -16,11 +16,18 @@ monte_carlo
 
 from gradflow.simulation import (
     jacobians,
-    matrices,
+    linearisation,
     monte_carlo,
     propagation,
     samplers,
     singular_values,
 )
 
-__all__ = ["jacobians", "matrices", "monte_carlo", "propagation", "samplers", "singular_values"]
+__all__ = [
+    "jacobians",
+    "linearisation",
+    "monte_carlo",
+    "propagation",
+    "samplers",
+    "singular_values",
+]

@@ -5,8 +5,8 @@ tangents up (J v) and pulls cotangents down (Jᵀ u), layer by layer, each at le
 logarithm of the length it had. It holds one random network, whichever sampler draws it. With
 ``matrix_free`` each weight matrix is decided only as far as it has been asked
 (`gradflow.simulation.matrices`): questions may follow from answers, as in Golub-Kahan's algorithm,
-and the network must be carried from one question to the next. `gradflow.simulation.questions` says
-how a block is linearised.
+and the network must be carried from one question to the next. `gradflow.simulation.linearisation`
+says how a block is linearised.
 """
 
 import functools
@@ -20,16 +20,16 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
-from gradflow import compilation
-from gradflow.arguments import as_key, as_numbers, as_real, check_instance
+from gradflow import _compilation
+from gradflow._arguments import as_key, as_numbers, as_real, check_instance
 from gradflow.blocks import AbstractBlock
 from gradflow.errors import InputError, check_count, check_sequence
 from gradflow.networks import Network, as_inputs, check_network
 from gradflow.norms import unit_rows
-from gradflow.simulation import questions, samplers
-from gradflow.simulation.matrices import Drawn, Matrix
+from gradflow.simulation import linearisation, samplers
+from gradflow.simulation._matrices import Drawn, Matrix
+from gradflow.simulation.linearisation import LayerKey, LayerWeights, Maker
 from gradflow.simulation.propagation import check_weights, scan_blocks
-from gradflow.simulation.questions import LayerKey, LayerWeights, Maker
 
 __all__ = [
     "EndToEnd",
@@ -99,7 +99,7 @@ class Jacobian(eqx.Module):
         """(sites, n_m)."""
         last = self.layers[-1]
         sites, width = last.signal.shape[-2:]
-        return sites // last.block.merges, last.block.width_after(width)
+        return sites // last.block.pool_factor, last.block.width_after(width)
 
     def with_places(self, more: int) -> "Jacobian":
         """Return it with places for as many tangents, and as many cotangents, more."""
@@ -118,7 +118,9 @@ class Jacobian(eqx.Module):
         InputError
             If the shape does not fit, or a matrix has no place left for the answers.
         """
-        return self._walk("tangents", tangents, self.tangent_shape, questions.push, reverse=False)
+        return self._walk(
+            "tangents", tangents, self.tangent_shape, linearisation.push, reverse=False
+        )
 
     def transpose_times(self, cotangents: Float[Array, "k sites n_out"]) -> Product:
         """Return Jᵀ u for each cotangent u.
@@ -129,7 +131,7 @@ class Jacobian(eqx.Module):
             If the shape does not fit, or a matrix has no place left for the answers.
         """
         return self._walk(
-            "cotangents", cotangents, self.cotangent_shape, questions.pull, reverse=True
+            "cotangents", cotangents, self.cotangent_shape, linearisation.pull, reverse=True
         )
 
     def _walk(
@@ -170,7 +172,7 @@ def _through(
     """Push or pull vectors through one layer; keep them at length 1 and add to their logarithms."""
     v, log_norm = carry
     v, asked, *_ = through(
-        functools.partial(questions.hooked, block, key), signal, answers, asked, v
+        functools.partial(linearisation.with_products, block, key), signal, answers, asked, v
     )
     return _at_length_one(v, log_norm), asked
 
@@ -179,7 +181,7 @@ def _through(
 def _in_place() -> Callable:
     """Return `_through` with the places of the matrices reused for what they come to know."""
     # Of wide layers, which wait for memory and not for arithmetic; and new for each size.
-    options = compilation.options(1.0)
+    options = _compilation.options(1.0)
     return jax.jit(_through, static_argnums=0, donate_argnames="asked", compiler_options=options)
 
 
@@ -259,7 +261,7 @@ def draw(
     signal, layers, first = inputs, [], 0
     each_given = [None] * len(network.stages) if weights is None else weights
     for stage, given in zip(network.stages, each_given, strict=True):
-        layer_keys = questions.stage_keys(stage, keys[first : first + stage.repeats], given)
+        layer_keys = linearisation.stage_keys(stage, keys[first : first + stage.repeats], given)
         if stage.tied and given is not None and layer_keys.given is not None:
             # Biases are at each step already; here the matrices are too.
             steps = stage.repeats
@@ -286,10 +288,10 @@ def _linearised(
 ) -> tuple[Array, tuple[LayerKey, Array, tuple[Array, ...], tuple[Matrix, ...]]]:
     """Apply a block; return its output, and its key, input, and matrices with their answers."""
     if key.given is None:
-        known = questions.made(block, make, key, signal)
+        known = linearisation.made(block, make, key, signal)
     else:
         known = tuple(map(Drawn, key.given.matrices))
-    asked = questions.ask(block, key, signal, known)
+    asked = linearisation.ask(block, key, signal, known)
     return asked.out, (key, signal, asked.answers, asked.matrices)
 
 
@@ -369,8 +371,12 @@ def layer_jacobians(
             key, signal, answers, asked = parts
             n_out = block.width_after(signal.shape[1])
             basis = jnp.eye(n_out, dtype=signal.dtype)[:, None]
-            return questions.pull(
-                functools.partial(questions.hooked, block, key), signal, answers, asked, basis
+            return linearisation.pull(
+                functools.partial(linearisation.with_products, block, key),
+                signal,
+                answers,
+                asked,
+                basis,
             )[0]
 
         found += [*jax.lax.map(rows, layers.parts())[:, :, 0]]
@@ -455,8 +461,8 @@ def end_to_end(
     ) -> tuple[tuple[Array, Array, Array, Array], None]:
         signal, v, log, alive = state
         out, (_, _, answers, asked) = _linearised(block, make, signal, key)
-        function = functools.partial(questions.hooked, block, key)
-        v, _ = questions.push(function, signal, answers, asked, v)
+        function = functools.partial(linearisation.with_products, block, key)
+        v, _ = linearisation.push(function, signal, answers, asked, v)
         v, log = _together_at_length_one(v, log)
         if network.homogeneous:
             out = unit_rows(out)[0] * out.shape[1] ** 0.5
@@ -467,7 +473,7 @@ def end_to_end(
     state, first = (inputs, v, log, jnp.asarray(n)), 0
     keys = jax.random.split(key, network.depth + 1)[1:]
     for stage in network.stages:
-        of_stage = questions.stage_keys(stage, keys[first : first + stage.repeats])
+        of_stage = linearisation.stage_keys(stage, keys[first : first + stage.repeats])
         state, _ = scan_blocks(functools.partial(layer, block=stage.block), state, of_stage)
         first += stage.repeats
     signal, v, log, alive = state
@@ -627,7 +633,7 @@ def sampled_partial_norms(
         If a layer merges sites, as a mean over positions does, or the sampler is unknown.
     """
     inputs, key = as_inputs(inputs, network), as_key(key)
-    if any(stage.block.merges > 1 for stage in network.stages):
+    if any(stage.block.pool_factor > 1 for stage in network.stages):
         raise InputError(
             "sampled_partial_norms is of layers with equally many sites, and a layer of this "
             "network merges positions; use it for the convolutions alone"
@@ -652,8 +658,8 @@ def sampled_partial_norms(
         signal, v, log = state
         key, start_key, number = parts
         out, (_, _, answers, asked) = _linearised(block, make, signal, key)
-        function = functools.partial(questions.hooked, block, key)
-        pushed, _ = questions.push(
+        function = functools.partial(linearisation.with_products, block, key)
+        pushed, _ = linearisation.push(
             function, signal, answers, asked, v.reshape(-1, sites, v.shape[-1])
         )
         unit, log = _at_length_one(pushed, log.reshape(-1))
@@ -667,7 +673,7 @@ def sampled_partial_norms(
     norms, first = [], 1
     for stage in network.stages:
         stop = first + stage.repeats
-        layer_keys = questions.stage_keys(stage, keys[first:stop])
+        layer_keys = linearisation.stage_keys(stage, keys[first:stop])
         parts = (layer_keys, start_keys[first:stop], starts[first:stop])
         state, reached = scan_blocks(functools.partial(layer, block=stage.block), state, parts)
         norms.append(reached)

@@ -25,12 +25,12 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jax.typing import ArrayLike
 from jaxtyping import Array, PRNGKeyArray
 
-from gradflow import compilation, estimation, statistics
-from gradflow.arguments import as_key, check_progress
+from gradflow import _compilation, estimation, statistics
+from gradflow._arguments import as_key, check_progress
 from gradflow.errors import InputError, check_count
 from gradflow.estimation import Estimate, Histogram
 from gradflow.networks import Network, as_inputs
-from gradflow.simulation import memory, propagation, samplers, singular_values, threefry
+from gradflow.simulation import _memory, _threefry, propagation, samplers, singular_values
 from gradflow.statistics import Statistic, Values, key_of, labelled, layers
 
 __all__ = ["LOG_SINGULAR_VALUES", "OVERFLOWED", "VANISHED", "Laws", "Progress", "Simulation"]
@@ -204,10 +204,10 @@ def simulate(
     sites = inputs.shape[0]
     sampler, reason = samplers.choose(sampler, network, sites)
     key = as_key(key)
-    devices = memory.checked_devices(jax.devices() if devices is None else devices)
+    devices = _memory.checked_devices(jax.devices() if devices is None else devices)
     check_progress(progress)
     itemsize = inputs.dtype.itemsize
-    plan = memory.plan(
+    plan = _memory.plan(
         network,
         sites,
         sampler,
@@ -379,7 +379,7 @@ def compiled(
         spectrum=spectrum,
         mesh=mesh,
     )
-    program = lowered.compile(compilation.options(seconds, computes_twice=True))
+    program = lowered.compile(_compilation.options(seconds, computes_twice=True))
 
     def run(laws: Laws, which: np.ndarray, numbers: np.ndarray) -> dict[str, np.ndarray]:
         found = program(*arguments(laws, which, numbers))
@@ -433,7 +433,7 @@ def _run(
             law = jax.tree.map(lambda leaf: leaf[which if several else 0], laws)
             # Here, where the key is an argument: of a constant one, JAX 0.12 may compile without
             # end.
-            key = jax.random.fold_in(threefry.fused(law.key), number)
+            key = jax.random.fold_in(_threefry.fused(law.key), number)
             found = propagation.propagate(
                 law.network,
                 law.inputs,

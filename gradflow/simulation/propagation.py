@@ -26,14 +26,14 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from gradflow import statistics
-from gradflow.arguments import as_key
+from gradflow._arguments import as_key
 from gradflow.blocks import AbstractBlock
 from gradflow.errors import InputError, check_sequence, is_traced
 from gradflow.networks import Network, Stage, as_inputs, check_lsuv
 from gradflow.norms import unit_rows
-from gradflow.simulation import questions, samplers
-from gradflow.simulation.matrices import Drawn, Matrix
-from gradflow.simulation.questions import LayerKey, LayerWeights, Maker, stage_keys
+from gradflow.simulation import linearisation, samplers
+from gradflow.simulation._matrices import Drawn, Matrix
+from gradflow.simulation.linearisation import LayerKey, LayerWeights, Maker, stage_keys
 from gradflow.simulation.samplers import SAMPLERS, Sampler
 from gradflow.statistics import BackwardSample, ForwardSample, Statistic, Values
 
@@ -528,7 +528,7 @@ def _linearise(
             tap = jnp.broadcast_to(next(remaining), (x.shape[0], x.shape[0]))
             return times(weights_key, x, tap, **law)
 
-        return questions.blockwise(block, key, signal, multiply)
+        return linearisation.blockwise(block, key, signal, multiply)
 
     taps = jnp.zeros((block.n_weights, *pairs), signal.dtype)
     out, pull = jax.vjp(apply, signal, taps)
@@ -573,7 +573,7 @@ class _Shared(NamedTuple):
         self, memory: tuple[Matrix, ...], key: LayerKey, signal: Array
     ) -> tuple[Array, Any, tuple[Matrix, ...]]:
         """Return the next signal, what it takes to pull gradients back, and the matrices."""
-        asked = questions.ask(self.block, key, signal, memory)
+        asked = linearisation.ask(self.block, key, signal, memory)
         grams = tuple(_matmul(x, x.T) for x in asked.questions)
         return asked.out, (signal, asked.answers, grams), asked.matrices
 
@@ -582,8 +582,10 @@ class _Shared(NamedTuple):
     ) -> tuple[Array, Array, tuple[Matrix, ...]]:
         """Return what `_Apart.down` does, of this step alone, and the matrices."""
         signal, answers, grams = saved
-        hooked = functools.partial(questions.hooked, self.block, key)
-        below, memory, deltas = questions.pull(hooked, signal, answers, memory, delta[None])
+        with_products = functools.partial(linearisation.with_products, self.block, key)
+        below, memory, deltas = linearisation.pull(
+            with_products, signal, answers, memory, delta[None]
+        )
         sites = 1 if self.mixes else len(signal)
         tap = jnp.zeros((sites, sites), signal.dtype)
         for gram, (at_answer,) in zip(grams, deltas, strict=True):
@@ -608,7 +610,7 @@ def _nothing_asked(
         return tuple(map(Drawn, weights.matrices))
     places = stage.repeats * len(signal)
     first = jax.tree.map(lambda leaf: leaf[0], keys)
-    return questions.made(stage.block, Maker(sampler, (places, places)), first, signal)
+    return linearisation.made(stage.block, Maker(sampler, (places, places)), first, signal)
 
 
 def _up(
@@ -734,7 +736,7 @@ def _add(total: tuple[Array, Array], term: Array) -> tuple[Array, Array]:
 
 
 def _log_weight_norm(tap: Array, log_length: Array) -> Array:
-    """Return log ‖Σ_a δ_a x_aᵀ‖_F from the unit rows' Gram products and their logs."""
+    """Return log ‖Σ_a δ_a x_aᵀ‖_F from the unit rows' Kernel products and their logs."""
     largest = jnp.max(log_length)
     finite = jnp.where(jnp.isfinite(largest), largest, 0)
     weight = jnp.exp(log_length - finite)

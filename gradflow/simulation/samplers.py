@@ -34,8 +34,8 @@ from jaxtyping import Array, Float, PRNGKeyArray, ScalarLike
 from gradflow.ensembles import Distribution
 from gradflow.errors import unknown_name
 from gradflow.networks import Network
-from gradflow.simulation import matrices
-from gradflow.simulation.matrices import Matrix
+from gradflow.simulation import _matrices
+from gradflow.simulation._matrices import Matrix
 
 __all__ = ["SAMPLERS", "choose", "dense", "given", "matrix_free", "seconds"]
 
@@ -53,7 +53,7 @@ def dense(
     seen: Float[Array, "sites n_all"] | None = None,
 ) -> Float[Array, "sites width"]:
     """Return x Wᵀ with W drawn: any distribution, entries of variance σ_w²/n_in."""
-    matrix = matrices.redrawn(key, (width, x.shape[1]), distribution, x.dtype)
+    matrix = _matrices.redrawn(key, (width, x.shape[1]), distribution, x.dtype)
     return _scaled(matrix, sigma_w, x, tap, seen)
 
 
@@ -74,7 +74,7 @@ def matrix_free(
     InputError
         If the distribution is neither of independent Gaussian entries nor Haar-orthogonal.
     """
-    matrix = matrices.undecided(key, (width, x.shape[1]), distribution, x.dtype)
+    matrix = _matrices.deferred(key, (width, x.shape[1]), distribution, x.dtype)
     return _scaled(matrix, sigma_w, x, tap, seen)
 
 
@@ -192,7 +192,7 @@ def choose(name: str, network: Network, sites: int = 1) -> tuple[str, str]:
         raise unknown_name("sampler", name, [*SAMPLERS, "auto"])
     if name == "matrix_free" and not network.rotation_invariant:
         laws = (d for s in network.stages for d in s.block.distributions)
-        raise matrices.not_invariant(next(law for law in laws if not law.rotation_invariant))
+        raise _matrices.not_invariant(next(law for law in laws if not law.rotation_invariant))
     return name, "as asked"
 
 

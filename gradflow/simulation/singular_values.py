@@ -9,7 +9,7 @@ Instead, in two steps whose errors are relative to each singular value:
   up is larger than its own scale, whatever the scales of the rows above it.
 * One-sided Jacobi rotations make these rows orthogonal; their lengths are the singular values. A
   rotation of rows of lengths 1 and ρ needs ρ only in terms that stay finite as ρ -> 0, where it
-  becomes a step of Gram-Schmidt. Its relative error does not depend on how the rows are scaled
+  becomes a step of Kernel-Schmidt. Its relative error does not depend on how the rows are scaled
   (Demmel & Veselić 1992, SIAM J. Matrix Anal. Appl. 13, 1204), only on how far from parallel they
   are, which after QR is of order 1.
 
@@ -36,13 +36,13 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, ArrayLike, Float, Int, PRNGKeyArray
 
-from gradflow.arguments import as_key, as_real, check_instance, from_seed
+from gradflow._arguments import as_key, as_real, check_instance, from_seed
 from gradflow.errors import InputError, check_count, check_number, is_traced
 from gradflow.networks import Network, as_inputs
 from gradflow.norms import unit_rows
-from gradflow.simulation import jacobians, memory
+from gradflow.simulation import _memory, jacobians
+from gradflow.simulation._matrices import orthonormal_rows
 from gradflow.simulation.jacobians import Jacobian
-from gradflow.simulation.matrices import orthonormal_rows
 
 __all__ = [
     "Bidiagonal",
@@ -594,7 +594,7 @@ def extreme_singular_values(
     inputs, key = as_inputs(inputs, network), as_key(key)
     name = jacobians.chosen_sampler(sampler, network)
     numbers = network.as_arrays(inputs.dtype)
-    free = memory.available() if memory_budget is None else memory_budget
+    free = _memory.available() if memory_budget is None else memory_budget
     places = min(most_steps, max(_MORE_PLACES, 2 * (leading + trailing)))
     needed = _bytes(network, inputs, name, places)
     if needed > free:

@@ -39,18 +39,16 @@ import numpy as np
 import xarray
 from jaxtyping import Array
 
+from gradflow._compilation import Float64Program
 from gradflow.activations import Activation
 from gradflow.blocks import Dense
-from gradflow.compilation import Float64Program
 from gradflow.studies.description import Study
-from gradflow.studies.grid_point import Point
+from gradflow.studies.point import Point
 from gradflow.theory import fixed_points
-from gradflow.theory.fixed_points import Analysis
+from gradflow.theory.fixed_points import DEPTH_SCALES, Analysis
 
-__all__ = ["SCALES", "Curve", "Rate", "add", "decay_rate", "gradient_rate"]
+__all__ = ["Curve", "Rate", "add", "decay_rate", "gradient_rate"]
 
-# By name in results, `rate_…` and `xi_…`: whose depth scale it is.
-SCALES = {"grad": "gradients", "q": "lengths", "c": "correlations"}
 # Layers that a network has at least; networks with fewer have nothing to measure.
 _LEAST_DEPTH = 8
 # Standard errors that a distance from the fixed point has at least, and a rate whose ξ is given.
@@ -279,7 +277,9 @@ def add(dataset: xarray.Dataset, study: Study) -> xarray.Dataset:
             known = asymptotic[number]
             rate = _rate_of(name, curves.of(number, law.depth), known, curves.networks(number))
             table[number] = (*rate, *_length(rate), float(getattr(known, f"xi_{name}")))
-        of = SCALES[name] + (", of the typical network" if source == "log_gradient_norm" else "")
+        of = DEPTH_SCALES[name] + (
+            ", of the typical network" if source == "log_gradient_norm" else ""
+        )
         labels = {"rate": f"1/ξ of {of}, 1/layers", "xi": f"ξ of {of}, in layers"}
         for column, values in zip(_COLUMNS, table.T, strict=True):
             kind, _, suffix = column.partition("_")

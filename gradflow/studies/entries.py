@@ -9,7 +9,7 @@ import math
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-from gradflow import activations, ensembles, networks
+from gradflow import activations, builders, ensembles
 from gradflow.errors import InputError, unknown_name
 
 __all__ = ["AXES", "COUNTS", "INPUTS", "MLP_ONLY", "MOST_NETWORKS", "NETWORK", "NO_NORM"]
@@ -153,7 +153,7 @@ _share = number("a number above 0, at most 1", lambda v: 0 < v <= 1)
 
 def _branch_scale(path: str, value: object) -> float | str:
     if isinstance(value, str):
-        return str(name("scale", networks.SCALES)(path, value))
+        return str(name("scale", builders.SCALES)(path, value))
     return scale(path, value)
 
 
@@ -189,7 +189,7 @@ NETWORK: dict[str, Check] = {
     "depth": count(100_000),
     "input_width": count(),
     "widths": _widths,
-    "norm": name("norm", (*networks.NORMS, NO_NORM)),
+    "norm": name("norm", (*builders.NORMS, NO_NORM)),
     "place": name("place", ("pre", "post")),
     "keep": _share,
     "scale": _branch_scale,

@@ -28,8 +28,8 @@ from gradflow.statistics import Statistic
 from gradflow.studies import plan, results, spectra
 from gradflow.studies.description import Study
 from gradflow.studies.found import Found, combined
-from gradflow.studies.grid_point import keys
 from gradflow.studies.plan import ALL, Group, Segment, Share, Work
+from gradflow.studies.point import keys
 from gradflow.studies.sealed import sentences
 from gradflow.studies.store import THEORY_BLOCK, Store, theory_places, works_of
 
@@ -123,7 +123,7 @@ def run(
     progress
         Called after each chunk, and for each block of theory.
     stop
-        Asked after each chunk whether to stop there.
+        Applied after each chunk whether to stop there.
 
     Raises
     ------

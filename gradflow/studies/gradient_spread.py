@@ -7,7 +7,7 @@ layer passed by about a constant over that layer's width, so that it is a functi
     Σ_{k=l}^{L-1} 1/n_k,        (L - l)/n at one width
 
 (Hanin & Nica 2020, arXiv:1909.05989): the constant is 2 for linear networks, 5 for ReLU; of others
-first order in 1/n says (`theory.corrections`).
+first order in 1/n says (`theory.finite_width.first_order`).
 
 The top gradient is N(0, I) at each input. Its length is independent of its direction, so that the
 variance of its logarithm, ψ'(n_L/2), is known and subtracted.
@@ -19,7 +19,7 @@ import scipy.special
 
 from gradflow.estimation import Estimate
 from gradflow.networks import Network
-from gradflow.theory import corrections, finite_width
+from gradflow.theory.finite_width import exact, first_order
 
 __all__ = ["LABELS", "NAME", "spread"]
 
@@ -84,11 +84,11 @@ def _passed(by_layer: np.ndarray) -> np.ndarray:
 def _exact(network: Network, sites: int) -> np.ndarray:
     """Return the variance by `finite_width.gain_law`, (layers,); NaN where that has none."""
     widths = np.array(network.widths[1:])
-    if sites > 1 or not (corrections.covers(network) and network.homogeneous):
+    if sites > 1 or not (first_order.covers(network) and network.homogeneous):
         return np.full(widths.shape, np.nan)
     with jax.enable_x64(True):
         law = {
-            int(n): finite_width.gain_law(network.activation, (int(n), int(n))).variance_of_log
+            int(n): exact.gain_law(network.activation, (int(n), int(n))).variance_of_log
             for n in np.unique(widths)
         }
     return _passed(np.array([float(law[int(n)]) for n in widths]))

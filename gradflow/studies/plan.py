@@ -19,7 +19,7 @@ import numpy as np
 
 from gradflow.errors import InputError
 from gradflow.networks import Network
-from gradflow.simulation import memory, samplers, singular_values
+from gradflow.simulation import _memory, samplers, singular_values
 from gradflow.studies.description import Study
 from gradflow.studies.entries import SCALES
 
@@ -368,11 +368,11 @@ def _work(
     group: Group,
     points: tuple[np.ndarray, ...],
     devices: Sequence[jax.Device],
-) -> tuple[Work, memory.Plan]:
+) -> tuple[Work, _memory.Plan]:
     names, first, count, theory = points
     total, itemsize = int(count.sum()), np.dtype(study.sampling.dtype).itemsize
     budget = study.sampling.memory_gib
-    plan = memory.plan(
+    plan = _memory.plan(
         group.network,
         group.sites,
         group.sampler,
@@ -418,7 +418,7 @@ def _work(
 
 def check_memory(study: Study, plan: Plan) -> None:
     """Raise `InputError` if results do not fit into memory, where a part is put together."""
-    free = memory.available() if study.sampling.memory_gib is None else plan.available
+    free = _memory.available() if study.sampling.memory_gib is None else plan.available
     depth = max(group.network.depth for group in plan.groups)
     parts = slabs(study, depth)[1]
     needed = plan.output_bytes * max(map(len, parts)) // len(study)

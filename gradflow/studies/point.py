@@ -1,254 +1,203 @@
-"""One point (σ_w², σ_b²): everything that the theory says there, under its field's names."""
+"""A place in a study's grid: settings, and the networks' law, the inputs and the key they mean."""
 
+import dataclasses
 import functools
+import hashlib
+import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array
+from jaxtyping import Array, ArrayLike, Key, PRNGKeyArray, UInt32
 
-from gradflow import activations, gaussian
-from gradflow.activations import Activation
-from gradflow.arguments import as_numbers
-from gradflow.errors import InputError, check_count, check_sequence
-from gradflow.theory import criticality, finite_width, fixed_points, mean_field
-from gradflow.theory import spectrum as spectra
+from gradflow import builders, ensembles, networks
+from gradflow._arguments import PRNG
+from gradflow.errors import InputError
+from gradflow.networks import Network
+from gradflow.studies.entries import MLP_ONLY, NO_NORM, NUMBERS, RESIDUAL_ONLY, shown
 
-__all__ = ["fixed_point", "run"]
+__all__ = ["DIGITS_IMAGES", "DIGITS_WIDTH", "Point", "keys", "resolved"]
 
-# Where the length settles nowhere, or everywhere, there is no point to describe but this.
-_EVERY_LENGTH: dict[str, Any] = {
-    "q_star": math.nan,
-    "chi1": 1.0,
-    "chi_par": 1.0,
-    "xi_q": math.inf,
-    "xi_grad": math.inf,
-    "q_error": 0.0,
-    "stable": None,
-    "marginal": True,
-    "half_stable": False,
-}
-_DTYPES = ("float16", "bfloat16", "float32", "float64")
+# Of scikit-learn's images of digits: how many there are, and the pixels of each.
+DIGITS_IMAGES, DIGITS_WIDTH = 1797, 64
 
 
-def run(
-    activation: Activation,
-    sigma_w2: float,
-    sigma_b2: float = 0.0,
-    *,
-    start: float = 1.0,
-    correlations: Sequence[float] = (),
-    depth: int = 10,
-    width: int = 1000,
-) -> dict[str, Any]:
-    """Return fixed points, depth scales, phase, correlation map, layers, Jacobian, finite width.
+@dataclasses.dataclass(frozen=True)
+class Point:
+    """One law of networks with its inputs: a place in the grid.
 
-    Parameters
+    Attributes
     ----------
-    activation, sigma_w2, sigma_b2
-        φ, σ_w² and σ_b², both >= 0.
-    start
-        q of the first layer, > 0.
-    correlations
-        Where the correlation map is wanted, each from -1 to 1.
-    depth, width
-        Layers, and units in each.
-
-    Returns
-    -------
-    dict
-        Of one point: numbers and names; q*, χ and ξ by the names of `fixed_points.Analysis`.
-        ``fixed_points`` is a list, ``q_star_from_1`` where q = 1 settles.
-        ``correlation_map`` and ``correlation_map_slope`` are lists, one number for each of
-        ``correlations``, empty where no length is kept; ``slope_second_moment`` and
-        ``slope_fourth_moment`` are E φ'² and E φ'⁴ at q*. ``layers`` is a dict of arrays of shape
-        (depth,), from the first layer on: q, moments, χ, the Jacobian's norm, gains of tangents
-        along the input and orthogonal to it, and the first order in 1/n of the length
-        (`finite_width.Vertex`). ``jacobian`` is at q*, for Gaussian and orthogonal weights;
-        ``finite_width`` is exact, and empty where no law is known.
-
-    Raises
-    ------
-    InputError
-        If an argument is out of range.
+    place
+        Its index along every axis.
+    settings
+        All that decides it: the network's fields, the inputs' and the seed.
+    networks
+        How many it has; with a target, a round.
     """
-    activation = activations.get(activation)
-    depth, width = check_count("depth", depth), check_count("width", width)
-    what = "correlations, each from -1 to 1"
-    correlations = check_sequence("correlations", correlations, what)
-    c = np.asarray(as_numbers("correlations", correlations), np.float64)
-    if not np.all(np.abs(c) <= 1):
-        raise InputError(f"correlations is {list(correlations)}; each is from -1 to 1")
-    with jax.enable_x64(True):
-        points = fixed_points.length(activation, sigma_w2, sigma_b2)
-        found = fixed_points.analyse(activation, sigma_w2, sigma_b2, start=start)
-        from_one = fixed_points.analyse(activation, sigma_w2, sigma_b2)
-        values = found._asdict()
-        del values["status"]
-        q = float(found.q_star)
-        return {
-            "activation": activation.name,
-            "sigma_w2": sigma_w2,
-            "sigma_b2": sigma_b2,
-            "fixed_points": _fixed_points(points, found.status),
-            "q_star_from_1": math.inf
-            if from_one.status == fixed_points.Status.DIVERGES
-            else float(from_one.q_star),
-            "start": start,
-            "status": fixed_points.Status(int(found.status)).name.lower(),
-            "phase": criticality.Phase(int(criticality.phase(found))).name.lower(),
-            **{name: float(value) for name, value in values.items()},
-            **_where_it_settles(activation, q, sigma_w2, sigma_b2, c, depth),
-            "universality_class": criticality.universality_class(activation).value,
-            "six_xi_c": float(fixed_points.trainable_depth(found.xi_c)),
-            "six_abs_xi_grad": float(fixed_points.trainable_depth(found.xi_grad)),
-            "representable_depth": {
-                dtype: float(fixed_points.representable_depth(found.chi1, dtype))
-                for dtype in _DTYPES
-            },
-            "depth": depth,
-            "width": width,
-            "layers": _layers(activation, start, sigma_w2, sigma_b2, depth),
-            "finite_width": _finite_width(activation, start, sigma_w2, sigma_b2, depth, width),
-        }
+
+    place: tuple[int, ...]
+    settings: Mapping[str, Any]
+    networks: int
+
+    @functools.cached_property
+    def name(self) -> int:
+        """A number of 64 bits that is made from the settings."""
+        text = _ENCODER.encode(self.settings)
+        return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big")
+
+    @property
+    def key_words(self) -> tuple[int, int, int]:
+        """The seed, and two numbers of 32 bits from the name, which are folded into its key."""
+        return self.settings["seed"], self.name >> 32, self.name & 0xFFFFFFFF
+
+    @property
+    def key(self) -> PRNGKeyArray:
+        """The key of its networks: number i has ``fold_in(key, i)``."""
+        return keys(np.array([self.key_words], np.uint32))[0]
+
+    @property
+    def structure(self) -> tuple[tuple[str, Any], ...]:
+        """What decides which program draws the point's networks: no number that may vary in it."""
+        found = []
+        for field, value in self.settings.items():
+            if field in NUMBERS and not isinstance(value, str):
+                value = bool(value)
+            elif field == "widths":
+                value = tuple(value)
+            if field != "seed":
+                found.append((field, value))
+        return tuple(found)
+
+    def network(self) -> Network:
+        """Return the law of the point's networks.
+
+        Where the settings have a σ_b of 0, biases of 0 are drawn all the same, so that those with
+        others are of the same structure; but not where signals could not be kept at length 1 then.
+
+        Raises
+        ------
+        InputError
+            If the fields do not go together.
+        """
+        try:
+            batch, width = self.settings["batch"], _input_width(self.settings)
+            if "data" in self.settings:
+                if width < DIGITS_WIDTH:
+                    self.inputs()  # of few pixels there may be nothing but zeros
+            elif batch > width:
+                raise InputError(
+                    f"inputs.batch is {batch}, and the input's width {width}; there are at most as "
+                    "many inputs as it has components"
+                )
+            network = _network(self.settings)
+        except InputError as error:
+            raise InputError(f"the point {self.description}: {error}") from error
+        biased = "sigma_b" in self.settings or "sigma_b2" in self.settings
+        return networks.with_biases(network) if biased and not network.homogeneous else network
+
+    def inputs(self) -> np.ndarray:
+        """Return the inputs, shape (batch, n_0), in float64."""
+        return _inputs(self.settings, _input_width(self.settings))
+
+    @property
+    def description(self) -> str:
+        """The settings in a line."""
+        return ", ".join(f"{field} = {shown(value)}" for field, value in self.settings.items())
 
 
-def fixed_point(points: fixed_points.LengthFixedPoints, place: int) -> dict[str, Any]:
-    """Return one of a length map's fixed points, its kind as three booleans."""
-    kind = fixed_points.Stability(int(points.stability[place]))
-    values = points._asdict()
-    del values["stability"]
-    of = fixed_points.Stability
-    return {
-        **{name: float(value[place]) for name, value in values.items()},
-        "stable": kind in (of.STABLE, of.MARGINAL, of.HALF_STABLE),
-        "marginal": kind in (of.MARGINAL, of.MARGINAL_UNSTABLE),
-        "half_stable": kind is of.HALF_STABLE,
+@jax.jit
+def keys(words: UInt32[ArrayLike, "points 3"]) -> Key[Array, " points"]:
+    """Return the keys of points from their seeds and the two numbers that each name is."""
+
+    def one(of: Array) -> PRNGKeyArray:
+        key = jax.random.key(of[0], impl=PRNG)
+        return jax.random.fold_in(jax.random.fold_in(key, of[1]), of[2])
+
+    return jax.vmap(one)(jnp.asarray(words))
+
+
+_ENCODER = json.JSONEncoder(sort_keys=True)
+# What a field is where it is not given, and matters.
+_DEFAULTS: dict[str, Any] = {
+    "kind": "mlp",
+    "norm": NO_NORM,
+    "batch": 1,
+    "mean_square": 1.0,
+    "correlation": 0.0,
+}
+
+
+def resolved(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the settings of a point, with nothing that does not matter to it."""
+    found = {**_DEFAULTS, **fields}
+    idle: list[str] = list(MLP_ONLY if found["kind"] == "residual" else RESIDUAL_ONLY)
+    if found["norm"] == NO_NORM:
+        idle.append("place")
+    if "data" in found:
+        idle += ["mean_square", "correlation"]
+    if found["batch"] == 1:
+        idle.append("correlation")
+    return {field: value for field, value in found.items() if field not in idle}
+
+
+def _network(settings: Mapping[str, Any]) -> Network:
+    given = settings.get
+    if "sigma_w2" in settings or "sigma_w" in settings:
+        ensemble = ensembles.fan_in(settings.get("sigma_w") or math.sqrt(settings["sigma_w2"]))
+    else:
+        ensemble = ensembles.get(settings["weights"])
+    if "distribution" in settings:
+        ensemble = ensemble.drawn_from(settings["distribution"])
+    sigma_b = math.sqrt(settings["sigma_b2"]) if "sigma_b2" in settings else given("sigma_b")
+    common = {
+        "sigma_b": sigma_b,
+        "norm": None if settings["norm"] == NO_NORM else settings["norm"],
+        "place": given("place", "pre"),
+        "keep": given("keep"),
     }
+    activation, n = settings["activation"], _input_width(settings)
+    if settings["kind"] == "residual":
+        own = {field: settings[field] for field in RESIDUAL_ONLY if field in settings}
+        width, depth = settings["width"], settings["depth"]
+        return builders.residual(n, width, depth, activation, ensemble, **common, **own)
+    widths = given("widths") or [n, *[settings["width"]] * settings["depth"]]
+    return builders.mlp(widths, activation, ensemble, last=given("last"), **common)
 
 
-def _fixed_points(points: fixed_points.LengthFixedPoints, status: Array) -> list[dict[str, Any]]:
-    if status == fixed_points.Status.NEUTRAL:
-        return [_EVERY_LENGTH]
-    kinds = np.asarray(points.stability)
-    there = np.flatnonzero(kinds != fixed_points.Stability.ABSENT)
-    return [fixed_point(points, int(place)) for place in there]
+def _input_width(settings: Mapping[str, Any]) -> int:
+    if "widths" in settings:
+        return int(settings["widths"][0])
+    own = DIGITS_WIDTH if "data" in settings else settings["width"]
+    return int(settings.get("input_width", own))
 
 
-def _where_it_settles(
-    activation: Activation, q: float, sigma_w2: float, sigma_b2: float, c: np.ndarray, depth: int
-) -> dict[str, Any]:
-    """Return what there is at a length that is kept: E φ'² and E φ'⁴, C and C', the Jacobian."""
-    if not q > 0:
-        moments = dict.fromkeys(("slope_second_moment", "slope_fourth_moment"), math.nan)
-        return {**moments, "correlation_map": [], "correlation_map_slope": [], "jacobian": {}}
-    scales = map(jnp.asarray, (q, sigma_w2, sigma_b2))
-    (second, fourth), maps, jacobian = jax.tree.map(
-        np.asarray, _at_length(activation, *scales, c, depth)
-    )
-    return {
-        "slope_second_moment": float(second),
-        "slope_fourth_moment": float(fourth),
-        **{name: values.tolist() for name, values in maps.items()},
-        "jacobian": {
-            weights: {
-                "mean_squared_singular_value": float(mean),
-                "squared_singular_value_variance": float(mean**2 * relative),
-                "squared_singular_value_relative_variance": float(relative),
-            }
-            for weights, (mean, relative) in jacobian.items()
-            if sigma_w2 > 0
-        },
-    }
+def _inputs(settings: Mapping[str, Any], width: int) -> np.ndarray:
+    """Return inputs x_a of (1/n_0) x_a·x_b = mean_square · (correlation, or 1 where a = b).
 
-
-@functools.partial(jax.jit, static_argnames=("activation", "depth"))
-def _at_length(
-    activation: Activation, q: Array, sigma_w2: Array, sigma_b2: Array, c: Array, depth: int
-) -> tuple[Array, dict[str, Array], dict[str, tuple[Array, Array]]]:
-    law = spectra.slope_law(activation, q)
-    values, slopes = (
-        jax.vmap(lambda c, of=of: of(activation, q * jnp.array([[1.0, c], [c, 1.0]]))[0, 1])(c)
-        for of in (gaussian.kernel, gaussian.derivative_kernel)
-    )
-    return (
-        jnp.stack([jnp.sum(law.weights * law.values**k) for k in (1, 2)]),
-        {
-            "correlation_map": (sigma_w2 * values + sigma_b2) / q,
-            "correlation_map_slope": sigma_w2 * slopes,
-        },
-        {
-            weights: spectra.mean_and_variance(law, sigma_w2, depth, weights)
-            for weights in ("gaussian", "orthogonal")
-        },
-    )
-
-
-def _layers(
-    activation: Activation, start: float, sigma_w2: float, sigma_b2: float, depth: int
-) -> dict[str, np.ndarray]:
-    found = _profiles(activation, *map(jnp.asarray, (start, sigma_w2, sigma_b2)), depth=depth)
-    way, gains, vertex = jax.tree.map(np.asarray, found)
-    if not sigma_w2 * start > sigma_w2 * sigma_b2:  # no input has this q in layer 1
-        gains = {name: np.full(depth, math.nan) for name in gains}
-    with np.errstate(invalid="ignore", divide="ignore", over="ignore"):
-        return {
-            "q": way["q"],
-            "activation_mean": way["activation_mean"],
-            "activation_second_moment": way["activation_second_moment"],
-            "chi": way["chi"],
-            "log_jacobian_norm": way["log_jacobian_norm"],
-            "jacobian_norm": np.exp(way["log_jacobian_norm"]),
-            "gain_parallel": gains["parallel"],
-            "gain_orthogonal": gains["orthogonal"],
-            "gain_ratio": gains["parallel"] / gains["orthogonal"],
-            **vertex._asdict(),
-            "V4_over_K2": vertex.V4 / vertex.K**2,
-        }
-
-
-@functools.partial(jax.jit, static_argnames=("activation", "depth"))
-def _profiles(
-    activation: Activation, q1: Array, sigma_w2: Array, sigma_b2: Array, *, depth: int
-) -> tuple[dict[str, Array], dict[str, Array], finite_width.Vertex]:
-    scales = sigma_w2, sigma_b2
-    length = jnp.maximum((q1 - sigma_b2) / sigma_w2, jnp.finfo(q1.dtype).tiny)
-    return (
-        mean_field.profile(activation, q1, *scales, depth=depth),
-        mean_field.direction_gains(activation, length, *scales, depth=depth),
-        finite_width.vertex(activation, q1, *scales, depth=depth),
-    )
-
-
-def _finite_width(
-    activation: Activation, start: float, sigma_w2: float, sigma_b2: float, depth: int, width: int
-) -> dict[str, float]:
-    """Return exact moments of the last layer's length, and of the gain ‖J u‖² without biases.
-
-    Moments of the gain's logarithm are those of networks that live (``alive`` is their share).
+    Made of the cosines of a discrete cosine transform: orthogonal, none sparse, and with a mean of
+    0 over components but the last. Images are `data.resized` to the width.
     """
-    if not (activation.homogeneous and sigma_w2 > 0):
-        return {}
-    length = finite_width.forward_moments(
-        activation, start, sigma_w2, sigma_b2, width=width, depth=depth
-    )
-    widths = [width] * (depth + 1)
-    law = finite_width.gain_law(activation, widths, sigma_w2)
-    limit = finite_width.log_normal(activation, widths, sigma_w2)
-    found = {
-        "q_mean": length.mean[-1],
-        "q_variance": length.variance_of_q[-1],
-        "conditional_variance_variance": length.variance_of_v[-1],
-        "alive": law.alive,
-        "gain_mean": law.mean,
-        "gain_second_moment": law.second_moment,
-        "gain_variance": law.variance,
-        "log_gain_mean": law.mean_of_log,
-        "log_gain_variance": law.variance_of_log,
-        "log_normal_mean": limit.mean,
-        "log_normal_variance": limit.variance,
-    }
-    return {name: float(value) for name, value in found.items()}
+    batch = settings["batch"]
+    if "data" in settings:
+        from gradflow import data  # noqa: PLC0415  (scikit-learn is slow to import)
+
+        images = data.digits()
+        if batch > len(images):
+            raise InputError(f"inputs.batch is {batch}; there are {len(images)} digit images")
+        return data.resized(np.asarray(images[:batch], np.float64), width)
+    if batch > width:
+        raise InputError(
+            f"inputs.batch is {batch}; of {width} components there are at most as many"
+        )
+    correlation = settings.get("correlation", 0.0)
+    order = np.roll(np.arange(width), -1)[:batch, None]
+    rows = np.cos(np.pi * order * (np.arange(width) + 0.5) / width)
+    rows *= np.sqrt(np.where(order > 0, 2, 1))
+    # The symmetric root of the matrix of correlations, whose eigenvalues are two.
+    alike, apart = np.sqrt(max(1 + (batch - 1) * correlation, 0)), np.sqrt(1 - correlation)
+    root = apart * np.eye(batch) + (alike - apart) / batch
+    return np.asarray(np.sqrt(settings["mean_square"]) * root @ rows)

@@ -5,7 +5,7 @@ import dataclasses
 import json
 import math
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -14,16 +14,18 @@ import jax
 import numpy as np
 import xarray
 
-from gradflow import comparison, files, statistics
+from gradflow import _files, comparison, statistics
 from gradflow.errors import InputError
 from gradflow.estimation import Estimate
+from gradflow.figures.study import coordinates_at
 from gradflow.networks import Network
 from gradflow.studies import depth_scales, entries, gradient_spread, plan, spectra
 from gradflow.studies.description import Axis, Study
 from gradflow.studies.found import Found
-from gradflow.studies.grid_point import Point
 from gradflow.studies.plan import Group
+from gradflow.studies.point import Point
 from gradflow.studies.store import RESULTS, Store
+from gradflow.theory.fixed_points import DEPTH_SCALES
 
 __all__ = [
     "FILE",
@@ -35,7 +37,7 @@ __all__ = [
     "compile_theory",
     "of_group",
 ]
-__all__ += ["of_group", "one", "opened", "theory", "theory_of", "where", "write"]
+__all__ += ["of_group", "one", "opened", "theory", "theory_of", "write"]
 
 FILE = RESULTS
 # What there is of each point's theory; and what comes before the names of `spectra.theory`.
@@ -245,7 +247,7 @@ def write(study: Study, found: Sequence[Group], store: Store) -> Path:
         _assembled(part, plan.groups(part), store, depth, about).transpose(along, ...)
         for part in parts
     )
-    return store.publish(lambda path: files.write_netcdf_slabs(slabs, along, path))
+    return store.publish(lambda path: _files.write_netcdf_slabs(slabs, along, path))
 
 
 @contextlib.contextmanager
@@ -270,35 +272,13 @@ def opened(path: Path) -> Iterator[xarray.Dataset]:
 
 def compared(dataset: xarray.Dataset) -> list[str]:
     """Return the names of what has a z: statistics, a spectrum's, and what is made of them."""
-    made = (*(f"rate_{name}" for name in depth_scales.SCALES), gradient_spread.NAME)
+    made = (*(f"rate_{name}" for name in DEPTH_SCALES), gradient_spread.NAME)
     known = [n for n in made if f"{n}_z" in dataset and bool(np.isfinite(dataset[f"{n}_z"]).any())]
     return [
         *dataset.attrs["statistics"].split(),
         *known,
         *(name for name in spectra.COMPARED if name in dataset),
     ]
-
-
-def where(dataset: xarray.Dataset, place: Mapping[Any, int]) -> str:
-    """Return a place on some axes in words: of each, its value there.
-
-    Of an axis with several fields, it is that of the first field that tells its places apart.
-    """
-    return ", ".join(f"{k} {_shown(v)}" for k, v in _values(dataset, place).items())
-
-
-def _values(dataset: xarray.Dataset, place: Mapping[Any, int]) -> dict[str, Any]:
-    found = {}
-    for axis, index in place.items():
-        along = [c for c in dataset.coords.values() if c.dims == (axis,) and c.name != axis]
-        telling = [c for c in along if len(set(c.values.tolist())) == c.size]
-        coordinate = telling[0] if telling else dataset[axis]
-        found[str(coordinate.name)] = coordinate[index].item()
-    return found
-
-
-def _shown(value: Any) -> str:
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def agreement(dataset: xarray.Dataset, name: str) -> dict[str, Any]:
@@ -326,7 +306,7 @@ def agreement(dataset: xarray.Dataset, name: str) -> dict[str, Any]:
         "largest_z": float(z[flat]),
         "measured": float(there[name]),
         "theory": float(there[f"{name}_theory"]),
-        "where": _values(dataset, place),
+        "where": coordinates_at(dataset, place),
     }
 
 

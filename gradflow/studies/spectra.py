@@ -21,8 +21,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
+from gradflow._compilation import Float64Program
 from gradflow.activations import Activation
-from gradflow.compilation import Float64Program
 from gradflow.networks import Network
 from gradflow.studies.description import HistogramRange
 from gradflow.theory import spectrum

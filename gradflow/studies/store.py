@@ -41,7 +41,7 @@ import jax
 import numpy as np
 
 import gradflow.errors
-from gradflow.arguments import PRNG
+from gradflow._arguments import PRNG
 from gradflow.errors import InputError
 from gradflow.studies import description, sealed
 from gradflow.studies.description import Study

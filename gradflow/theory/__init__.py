@@ -7,11 +7,7 @@ mean_field
 densities
     The density of single units' signals: what histograms show.
 finite_width
-    Exact laws of one input's length and gain, linear and ReLU; the length's 1/n corrections.
-corrections
-    First order in 1/n of every statistic: the shift of its mean, its spread between networks.
-carried_means
-    What finite width does to gradients where a mean over units is carried along.
+    What wide layers' limits leave out: exact, at first order in 1/n, and carried means.
 shared_weights
     Lengths and gradients of a GRU or LSTM whose steps all have the same weights.
 fixed_points
@@ -26,12 +22,12 @@ architectures
     Residual, normalised and dropout networks: growth with depth, χ, fixed points.
 prescription
     The inverse problem: the scales that make a given network critical.
+summary
+    Everything that the theory says at one σ_w² and σ_b².
 """
 
 from gradflow.theory import (
     architectures,
-    carried_means,
-    corrections,
     criticality,
     densities,
     finite_width,
@@ -41,20 +37,10 @@ from gradflow.theory import (
     prescription,
     shared_weights,
     spectrum,
+    summary,
     transformations,
 )
 
-__all__ = [
-    "architectures",
-    "carried_means",
-    "corrections",
-    "criticality",
-    "densities",
-    "finite_width",
-    "fixed_points",
-    "linear_regime",
-    "mean_field",
-    "prescription",
-    "shared_weights",
-]
-__all__ += ["spectrum", "transformations"]
+__all__ = ["architectures", "criticality", "densities", "finite_width", "fixed_points"]
+__all__ += ["linear_regime", "mean_field", "prescription", "shared_weights", "spectrum"]
+__all__ += ["summary", "transformations"]

@@ -25,11 +25,12 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, ArrayLike, Float, Int
 
-from gradflow import activations, batch, gaussian
+from gradflow import activations, gaussian
 from gradflow.activations import Activation
 from gradflow.blocks import AbstractBlock, Patches
 from gradflow.errors import InputError, check_count, check_scale, is_number, is_traced
-from gradflow.gram import Gram
+from gradflow.gaussian import _batch
+from gradflow.kernels import Kernel
 from gradflow.theory import fixed_points, mean_field
 
 __all__ = ["DropoutAnalysis", "Walk", "batch_norm_chi", "convolution_modes", "critical_dropout"]
@@ -80,21 +81,21 @@ def walk(block: AbstractBlock, q0: ArrayLike, depth: int) -> Walk:
         )
     check_scale("q0", q0)
     depth = check_count("depth", depth)
-    begin = Gram.of(jnp.asarray(q0, jnp.result_type(q0, 0.0))[None, None])
+    begin = Kernel.of(jnp.asarray(q0, jnp.result_type(q0, 0.0))[None, None])
     ends = jax.eval_shape(block.kernel, begin).law
-    if ends.remembers:
+    if ends.has_memory:
         raise InputError(
             "block hands on an LSTM's state, whose gradient has no factor of one block; use "
             "mean_field.predict"
         )
 
-    def step(state: Gram, _: None) -> tuple[Gram, tuple[Array, Array]]:
+    def step(state: Kernel, _: None) -> tuple[Kernel, tuple[Array, Array]]:
         after = block.kernel(state)
-        after = after.settled(state.law if depth > 1 else after.law)
+        after = after.as_carry(state.law if depth > 1 else after.law)
         q = after.covariance[0, 0] * jnp.exp(2 * after.log_scale[0])
         return after, (q, mean_field.log_gain(block, state)[0])
 
-    begin = begin.settled(ends if depth > 1 else begin.law)
+    begin = begin.as_carry(ends if depth > 1 else begin.law)
     _, (q, log_chi) = mean_field.scan_layers(step, begin, None, length=depth)
     return Walk(q, jnp.exp(log_chi), jnp.cumsum(log_chi))
 
@@ -131,8 +132,8 @@ def batch_norm_chi(activation: Activation | str, size: int | float) -> Float[Arr
         one = jnp.ones(())
         return gaussian.moment(phi, "dphi2", one) / gaussian.variance(phi, one)
     whole = is_number(size) and size == int(size)
-    size = check_count("batch", int(size) if whole else size, batch.SMALLEST)
-    m = batch.sphere_averages(phi, size)
+    size = check_count("batch", int(size) if whole else size, _batch.SMALLEST)
+    m = _batch.sphere_averages(phi, size)
     return size / (size - 3) * (m["own_slope"] - m["other_slope"]) / (m["own"] - m["other"])
 
 

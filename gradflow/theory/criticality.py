@@ -30,9 +30,11 @@ import xarray
 from jaxtyping import Array, ArrayLike, Float, Int
 
 from gradflow import activations, gaussian
+from gradflow._arguments import as_numbers
 from gradflow.activations import Activation
-from gradflow.arguments import as_numbers
 from gradflow.errors import InputError, check_scale
+from gradflow.roots import Roots, Valued, implicit, rounding, sign_changes
+from gradflow.theory._moment_table import Averages, Table
 from gradflow.theory.fixed_points import (
     Analysis,
     Status,
@@ -42,8 +44,6 @@ from gradflow.theory.fixed_points import (
     depth_scale,
     over_grid,
 )
-from gradflow.theory.moment_table import Averages, Table
-from gradflow.theory.roots import Roots, Valued, implicit, rounding, sign_changes
 
 __all__ = ["CriticalPoints", "HalfStable", "Phase", "UniversalityClass", "critical_at_infinity"]
 __all__ += ["critical_line", "critical_points", "half_stable_points", "phase", "phase_diagram"]

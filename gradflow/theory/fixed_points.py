@@ -33,14 +33,14 @@ import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Bool, Float, Int
 
 from gradflow import activations, gaussian
+from gradflow._arguments import as_numbers
 from gradflow.activations import Activation
-from gradflow.arguments import as_numbers
 from gradflow.errors import InputError, check_scale, unknown_name
-from gradflow.theory.moment_table import Averages, Limit, Table
-from gradflow.theory.roots import Valued, implicit, newton, rounding, sign_changes
+from gradflow.roots import Valued, implicit, newton, rounding, sign_changes
+from gradflow.theory._moment_table import Averages, Limit, Table
 
 __all__ = ["Analysis", "LengthFixedPoints", "Stability", "Status", "analyse", "correlation"]
-__all__ += ["depth_scale", "length", "representable_depth", "trainable_depth"]
+__all__ += ["DEPTH_SCALES", "depth_scale", "length", "representable_depth", "trainable_depth"]
 
 _Pytree = TypeVar("_Pytree")
 
@@ -110,6 +110,10 @@ class Analysis(NamedTuple):
     c_amplitude: Float[Array, "*grid"]
     q_error: Float[Array, "*grid"]  # estimated, of q_star, absolute
     c_error: Float[Array, "*grid"]  # estimated, of c_star, absolute
+
+
+# By name in results, `rate_…` and `xi_…`: whose depth scale it is.
+DEPTH_SCALES = {"grad": "gradients", "q": "lengths", "c": "correlations"}
 
 
 def trainable_depth(xi: Float[Array, "..."]) -> Float[Array, "..."]:

@@ -33,11 +33,11 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, ArrayLike, Float, Num
 
 from gradflow import activations, gaussian, statistics
+from gradflow._arguments import as_real
 from gradflow.activations import Activation
-from gradflow.arguments import as_real
 from gradflow.blocks import GRU, LSTM, AbstractBlock, Dense
 from gradflow.errors import InputError, check_count, check_scale, is_traced
-from gradflow.gram import Gram, multiply_gram
+from gradflow.kernels import Kernel, multiply_kernel
 from gradflow.networks import Network, Stage, check_network
 from gradflow.statistics import BackwardLaw, ForwardLaw, Prediction
 
@@ -158,16 +158,16 @@ def profile(
 
     block = Dense(activation, 1, jnp.sqrt(jnp.asarray(sigma_w2)), jnp.sqrt(jnp.asarray(sigma_b2)))
 
-    def step(z: Gram, _: None) -> tuple[Gram, tuple[Array, ...]]:
+    def step(z: Kernel, _: None) -> tuple[Kernel, tuple[Array, ...]]:
         h, after = z.through(activation).plain(), block.kernel(z)
         log_q = jnp.log(jnp.diagonal(z.covariance)) + 2 * z.log_scale
         found = log_q, h.mean, jnp.diagonal(h.covariance), log_gain(block, z)
-        return after.settled(z.law), tuple(x[0] for x in found)
+        return after.as_carry(z.law), tuple(x[0] for x in found)
 
     q1 = jnp.asarray(q1, jnp.result_type(q1, block.sigma_w, 0.0))
-    begin = Gram.of(q1[None, None])
+    begin = Kernel.of(q1[None, None])
     _, (log_q, mean, second, log_chi) = jax.lax.scan(
-        step, begin.settled(begin.law), None, length=depth
+        step, begin.as_carry(begin.law), None, length=depth
     )
     return {
         "q": jnp.exp(log_q),
@@ -311,11 +311,11 @@ def laws(
     InputError
         As `predict` does.
     """
-    begin = Gram.of(*_checked_gram(network, gram, mean))
+    begin = Kernel.of(*_checked_gram(network, gram, mean))
     entering, leaving, forward, missing = _up(network, begin)
     if network.mixes_sites:
         backward = _down_together(network, entering, forward[-1].mean.shape[-1])
-    elif any(gram.law.remembers for gram in leaving):
+    elif any(gram.law.has_memory for gram in leaving):
         backward = [_down_in_turn(network, entering, leaving)]
     else:
         backward = [_down(network, entering)]
@@ -360,18 +360,18 @@ def _each_layer(f: Callable[[Any], Any], layers: Any) -> Any:
 
 
 def _up(
-    network: Network, state: Gram
-) -> tuple[list[Gram], list[Gram], list[ForwardLaw], str | None]:
+    network: Network, state: Kernel
+) -> tuple[list[Kernel], list[Kernel], list[ForwardLaw], str | None]:
     """Return what enters each stage's blocks, what leaves it, and every layer's law.
 
     Laws are by runs of equal sites. The last result says why there is none of some layers.
     """
     missing = None
-    entering: list[Gram] = []
-    leaving: list[Gram] = []
+    entering: list[Kernel] = []
+    leaving: list[Kernel] = []
     found: list[ForwardLaw] = []
 
-    def law(grams: Gram, gaussian: bool) -> ForwardLaw:
+    def law(grams: Kernel, gaussian: bool) -> ForwardLaw:
         known = jnp.full(len(grams.mean), gaussian)
         return ForwardLaw(grams.covariance, grams.mean, grams.log_scale, known, network.activation)
 
@@ -396,7 +396,7 @@ def _up(
     return entering, leaving, _joined(found), missing
 
 
-def _carries_what_it_is_driven_by(stage: Stage, state: Gram) -> bool:
+def _carries_what_it_is_driven_by(stage: Stage, state: Kernel) -> bool:
     """Whether steps share their weights, and a unit's signal goes on to the next beside them.
 
     What the weights add to the unit is then correlated over the steps, and so with its signal.
@@ -405,7 +405,7 @@ def _carries_what_it_is_driven_by(stage: Stage, state: Gram) -> bool:
         return False
     found: list[bool] = []
 
-    def step(state: Gram) -> Array:
+    def step(state: Kernel) -> Array:
         state = state.renewed()
         after = stage.block.kernel(state)
         found.append(after.may_depend_on(state))
@@ -425,16 +425,16 @@ def _missing(stage: Stage) -> str:
     return sentence + ("; see theory.shared_weights.predict_steps" if known else "")
 
 
-def _through(block: AbstractBlock, state: Gram, repeats: int) -> tuple[Gram, Gram]:
+def _through(block: AbstractBlock, state: Kernel, repeats: int) -> tuple[Kernel, Kernel]:
     """Return what leaves equal blocks, and what enters each of them."""
     # What a loop carries must not be known better at its start than at its end.
     law = jax.eval_shape(block.kernel, state).law if repeats > 1 else state.law
-    state = state.settled(law)
+    state = state.as_carry(law)
     law = state.law
 
-    def step(state: Gram, _: None) -> tuple[Gram, Gram]:
+    def step(state: Kernel, _: None) -> tuple[Kernel, Kernel]:
         after = block.kernel(state)
-        return after.settled(law if repeats > 1 else after.law), state
+        return after.as_carry(law if repeats > 1 else after.law), state
 
     return scan_layers(step, state, None, length=repeats)
 
@@ -453,7 +453,7 @@ def scan_layers(step: Callable, carry: Any, xs: Any, length: int, reverse: bool 
     return carry, jax.tree.map(lambda leaf: leaf[None], y)
 
 
-def _down(network: Network, entering: Sequence[Gram]) -> BackwardLaw:
+def _down(network: Network, entering: Sequence[Kernel]) -> BackwardLaw:
     """Return the law of the gradient at every layer, where every site has its own.
 
     Each layer's factor is found by itself, and their products are taken.
@@ -463,7 +463,7 @@ def _down(network: Network, entering: Sequence[Gram]) -> BackwardLaw:
     for stage, stage_entering, share in zip(network.stages, entering, shares, strict=True):
 
         def pull(
-            layer: Gram, block: AbstractBlock = stage.block, share: Share = share
+            layer: Kernel, block: AbstractBlock = stage.block, share: Share = share
         ) -> tuple[Array, Array]:
             return _gains(block, share, layer)
 
@@ -486,7 +486,7 @@ def _down(network: Network, entering: Sequence[Gram]) -> BackwardLaw:
     )
 
 
-def _down_together(network: Network, entering: Sequence[Gram], sites: int) -> list[BackwardLaw]:
+def _down_together(network: Network, entering: Sequence[Kernel], sites: int) -> list[BackwardLaw]:
     """Return the law of the gradient at every layer, where sites mix, by runs of equal sites.
 
     The gradient's second moments over sites, Λ, go down as a matrix: at trace 1, beside a log.
@@ -504,7 +504,7 @@ def _down_together(network: Network, entering: Sequence[Gram], sites: int) -> li
 
         def step(
             carry: tuple[Array, Array],
-            layer: tuple[Gram, Array],
+            layer: tuple[Kernel, Array],
             block: AbstractBlock = stage.block,
             share: Share = share,
         ) -> tuple[tuple[Array, Array], tuple[Array, Array]]:
@@ -531,7 +531,7 @@ def _down_together(network: Network, entering: Sequence[Gram], sites: int) -> li
 
 
 def _down_in_turn(
-    network: Network, entering: Sequence[Gram], leaving: Sequence[Gram]
+    network: Network, entering: Sequence[Kernel], leaving: Sequence[Kernel]
 ) -> BackwardLaw:
     """Return the law of the gradient at every layer, where a law has tangents of its own.
 
@@ -550,7 +550,7 @@ def _down_in_turn(
 
         def step(
             carry: tuple[_Cotangent, Array],
-            layer: tuple[Gram, Array],
+            layer: tuple[Kernel, Array],
             block: AbstractBlock = stage.block,
             share: Share = share,
         ) -> tuple[tuple[_Cotangent, Array], tuple[Array, Array, Array]]:
@@ -577,7 +577,7 @@ def _down_in_turn(
     )
 
 
-def _variance(gram: Gram, gradient: _Cotangent) -> Float[Array, " sites"]:
+def _variance(gram: Kernel, gradient: _Cotangent) -> Float[Array, " sites"]:
     """Return the mean square over units of a gradient: its factor of a tangent that is alike."""
     plain, own = gradient
     if own is None:
@@ -586,10 +586,10 @@ def _variance(gram: Gram, gradient: _Cotangent) -> Float[Array, " sites"]:
     return plain + pull(own)[0]
 
 
-def _as_left(left: Gram, gradient: _Cotangent) -> _Cotangent:
+def _as_left(left: Kernel, gradient: _Cotangent) -> _Cotangent:
     """Return the gradient of what the layer above took, as that of what the one below left."""
     plain, own = gradient
-    if not left.law.remembers:
+    if not left.law.has_memory:
         # The layer above took it as a tangent that is independent of the signals.
         return (plain, None) if own is None else (jnp.ones_like(plain), None)
     if own is None:
@@ -623,14 +623,14 @@ def _shares(network: Network) -> list[Share]:
     return found
 
 
-def _gains(block: AbstractBlock, share: Share, entering: Gram) -> tuple[Array, Array]:
+def _gains(block: AbstractBlock, share: Share, entering: Kernel) -> tuple[Array, Array]:
     """Return the logarithms of `_pull_back` of ones where sites do not mix, each site by itself.
 
     So nothing is averaged over pairs of sites.
     """
 
     def alone(q: Array, mean: Array, log_scale: Array) -> tuple[Array, Array]:
-        one = Gram.of(q[None, None], mean[None], law=entering.law, log_scale=log_scale[None])
+        one = Kernel.of(q[None, None], mean[None], law=entering.law, log_scale=log_scale[None])
         factor, log_factor, weights = _pull_back(block, share, one, jnp.ones_like(one.mean))
         return jnp.log(factor[0]) + log_factor, weights
 
@@ -638,7 +638,7 @@ def _gains(block: AbstractBlock, share: Share, entering: Gram) -> tuple[Array, A
 
 
 def _pull_back(
-    block: AbstractBlock, share: Share, entering: Gram, above: Float[Array, "..."]
+    block: AbstractBlock, share: Share, entering: Kernel, above: Float[Array, "..."]
 ) -> tuple[Array, Array, Array]:
     """Take second moments of a gradient down one block; also the log of the variance of ∂C/∂W.
 
@@ -662,7 +662,7 @@ def _pull_back(
 
 
 def _pull_all_back(
-    block: AbstractBlock, share: Share, entering: Gram, above: _Cotangent
+    block: AbstractBlock, share: Share, entering: Kernel, above: _Cotangent
 ) -> tuple[_Cotangent, Float[Array, " sites"]]:
     """Do what `_pull_back` does, with all that is known of a tangent, for each site.
 
@@ -682,8 +682,8 @@ def _pull_all_back(
 
 
 def _tapped(
-    block: AbstractBlock, entering: Gram, taps: Array
-) -> tuple[Gram, Float[Array, "weights sites"]]:
+    block: AbstractBlock, entering: Kernel, taps: Array
+) -> tuple[Kernel, Float[Array, "weights sites"]]:
     """Return what is known after the block; its weights' tangents are the taps, one after one.
 
     The second result are the taps' units: exp of twice them is what a tap of 1 stands for.
@@ -691,12 +691,12 @@ def _tapped(
     remaining, units = iter(taps), []
     together = entering.tangent is not None and entering.tangent.ndim == 2
 
-    def multiply(gram: Gram, *, seen: Gram | None = None, **law: Any) -> Gram:
-        seen = gram if seen is None else seen
+    def multiply(gram: Kernel, *, full_input: Kernel | None = None, **law: Any) -> Kernel:
+        full_input = gram if full_input is None else full_input
         if together:
-            gram, seen = gram.common(), seen.common()
-        out = multiply_gram(gram, tap=next(remaining), seen=seen, **law)
-        units.append(seen.log_scale - out.log_tangent_scale)
+            gram, full_input = gram.common(), full_input.common()
+        out = multiply_kernel(gram, tap=next(remaining), full_input=full_input, **law)
+        units.append(full_input.log_scale - out.log_tangent_scale)
         return out
 
     after = block.kernel(entering, multiply)
@@ -719,12 +719,12 @@ def _log_weighted(
     return jnp.log(jnp.sum(jax.vmap(jnp.multiply)(shares, parts), axis=0)) + 2 * largest[0]
 
 
-def gain(block: AbstractBlock, entering: Gram) -> Float[Array, " sites"]:
+def gain(block: AbstractBlock, entering: Kernel) -> Float[Array, " sites"]:
     """Return each input's factor of mean squared gradients of one block, at equal widths."""
     return jnp.exp(log_gain(block, entering))
 
 
-def log_gain(block: AbstractBlock, entering: Gram) -> Float[Array, " sites"]:
+def log_gain(block: AbstractBlock, entering: Kernel) -> Float[Array, " sites"]:
     """Return the natural logarithms of what `gain` returns."""
     return _gains(block, np.zeros(block.n_weights), entering)[0]
 
@@ -740,7 +740,7 @@ def at_widths(prediction: Prediction, network: Network, other: Network) -> Predi
     prediction, network
         A network and its prediction.
     other
-        One of the same depth, activation, σ_w and σ_b, as `networks.narrowed` makes.
+        One of the same depth, activation, σ_w and σ_b, as `networks.divide_widths` makes.
     """
     widths, others = (np.log(np.array(n.widths[1:])) for n in (network, other))
     shift = (others[-1] - others) - (widths[-1] - widths)
@@ -772,10 +772,10 @@ def asymptotic_log_chi(network: Network, log_q: Float[Array, ""], beyond: int) -
     stage = max(network.stages[1:] or network.stages, key=lambda stage: stage.repeats)
     block = stage.block
     log_scale = jnp.asarray(log_q, float)[None] / 2
-    begin = Gram.of(jnp.ones_like(log_scale)[None], log_scale=log_scale).in_range()
+    begin = Kernel.of(jnp.ones_like(log_scale)[None], log_scale=log_scale).in_range()
     if _carries_what_it_is_driven_by(stage, begin):
         return jnp.full_like(log_scale[0], jnp.nan)
-    if not jax.eval_shape(block.kernel, begin).law.remembers:
+    if not jax.eval_shape(block.kernel, begin).law.has_memory:
         return log_gain(block, _through(block, begin, beyond)[0])[0]
     state, _ = _through(block, begin, min(beyond, _TURNS))
     # Of gradients that have settled too: the largest eigenvalue of what a layer does to them.

@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from gradflow import activations, ensembles, networks
+from gradflow import activations, builders, ensembles
 from gradflow.activations import Activation
 from gradflow.errors import InputError, check_count, check_scale
 from gradflow.networks import Network
@@ -161,7 +161,7 @@ def prescribe(
     Hanin 2022, ch. 5; Zhang, Botev & Martens 2022, arXiv:2203.08120 (DKS, TAT).
     """
     phi = activations.get(activation)
-    shape = networks.mlp(widths, phi).widths  # checks them
+    shape = builders.mlp(widths, phi).widths  # checks them
     depth = len(shape) - 1
     fixed_points.representable_depth(0.5, dtype)  # checks it
     if sigma_b2 is not None and q is not None:
@@ -183,13 +183,13 @@ def prescribe(
         scale = 1.0
         if q_star > 0 and not math.isnan(q_star):
             scale = math.sqrt((q_star - b2) / w2)
-        critical = networks.mlp(
+        critical = builders.mlp(
             shape, transformed, ensembles.fan_in(math.sqrt(w2)), sigma_b=math.sqrt(b2)
         )
         kept = q_star if q_star > 0 else None
         expected = expect(critical, "critical", dtype=dtype, input_scale=scale, kept=kept)
         instead = tuple(
-            expect(networks.mlp(shape, phi, rule), rule, dtype=dtype) for rule in _RULES
+            expect(builders.mlp(shape, phi, rule), rule, dtype=dtype) for rule in _RULES
         )
     return Prescription(
         activation=transformed,
@@ -265,7 +265,7 @@ class WidthScaling:
 def mu_parametrisation(widths: Sequence[int]) -> tuple[WidthScaling, ...]:
     """Return each layer's scales under which networks of any width learn features alike.
 
-    ``networks.mlp(widths, φ, "lecun", last="mup_output")`` starts like this. Biases of the input
+    ``builders.mlp(widths, φ, "lecun", last="mup_output")`` starts like this. Biases of the input
     and of hidden layers have the input layer's learning rates.
 
     Parameters
@@ -309,7 +309,7 @@ def expect(
     Parameters
     ----------
     network
-        A fully connected network of the library's `networks.mlp`.
+        A fully connected network of the library's `builders.mlp`.
     name
         What to call it; the network's own name without it.
     dtype

@@ -99,7 +99,7 @@ class _Process(NamedTuple):
     noise: Array  # (steps, units)
 
     @classmethod
-    def begun(cls, key: PRNGKeyArray, steps: int, units: int) -> "_Process":
+    def initial_carry(cls, key: PRNGKeyArray, steps: int, units: int) -> "_Process":
         noise = jax.random.normal(key, (steps, units))
         return cls(jnp.zeros_like(noise), jnp.eye(steps), noise)
 
@@ -151,7 +151,7 @@ def _population(
         after = block.apply(state[None], multiply, key)[0]
         return (after, multiply.processes), (state, multiply.drawn)
 
-    processes = [_Process.begun(k, steps, block.units) for k in up_keys]
+    processes = [_Process.initial_carry(k, steps, block.units) for k in up_keys]
     (last, _), (states, products) = jax.lax.scan(up, (start, processes), numbers)
 
     def down(carry: tuple[Array, list], layer: tuple) -> tuple[tuple[Array, list], Array]:
@@ -173,7 +173,7 @@ def _population(
         return (below, processes), jnp.mean(below**2)
 
     top = jax.random.normal(top_key, (width,))
-    processes = [_Process.begun(k, steps, block.units) for k in down_keys]
+    processes = [_Process.initial_carry(k, steps, block.units) for k in down_keys]
     _, found = jax.lax.scan(down, (top, processes), (numbers, states, products), reverse=True)
     lengths = jnp.append(jnp.mean(states**2, axis=1), jnp.mean(last**2))
     return lengths, jnp.append(found, 1.0)

@@ -32,8 +32,8 @@ from jax.scipy.special import erfc
 from jaxtyping import Array, ArrayLike, Float
 
 from gradflow import activations, gaussian
+from gradflow._arguments import check_instance
 from gradflow.activations import Activation
-from gradflow.arguments import check_instance
 from gradflow.errors import InputError, check_count, check_scale, unknown_name
 
 __all__ = ["WEIGHTS", "Density", "Shares", "SlopeLaw", "Support", "density", "mean_and_variance"]

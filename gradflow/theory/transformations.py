@@ -166,7 +166,7 @@ def applied(network: Network, method: str = "tat", target: float | None = None) 
     Parameters
     ----------
     network
-        Of `networks.mlp`, without normalisation and dropout: `Dense` layers of one φ.
+        Of `builders.mlp`, without normalisation and dropout: `Dense` layers of one φ.
     method, target
         As for `by_name`.
 

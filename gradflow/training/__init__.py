@@ -15,12 +15,12 @@ at every grid point. What happens at a step depends on the key and the step's nu
 compiled programs, `grid` runs them for many networks, and `result` is what comes of it.
 """
 
-from gradflow.training.grid import train
 from gradflow.training.loop import State
 from gradflow.training.optimisers import CLIPPINGS, OPTIMISERS, clipping, optimiser, with_noise
 from gradflow.training.parameters import Weights, initial_weights, outputs
 from gradflow.training.records import RECORDED, activation_percentile_98
 from gradflow.training.result import Training
+from gradflow.training.train import train
 
 __all__ = ["CLIPPINGS", "OPTIMISERS", "RECORDED", "State", "Training", "Weights"]
 __all__ += ["activation_percentile_98", "clipping", "initial_weights", "optimiser", "outputs"]

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array
 
-from gradflow.arguments import from_seed
+from gradflow._arguments import from_seed
 from gradflow.errors import InputError, check_scale, unknown_name
 
 __all__ = ["CLIPPINGS", "OPTIMISERS", "clip_by_norm", "clipping", "optimiser", "with_noise"]

@@ -12,13 +12,13 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, PRNGKeyArray
 
-from gradflow.arguments import as_key
+from gradflow._arguments import as_key
 from gradflow.errors import InputError
 from gradflow.networks import Network, Stage, as_inputs, check_network
 from gradflow.norms import unit_rows
-from gradflow.simulation import matrices, propagation, questions
+from gradflow.simulation import _matrices, linearisation, propagation
+from gradflow.simulation.linearisation import LayerKey, LayerWeights
 from gradflow.simulation.propagation import scan_blocks
-from gradflow.simulation.questions import LayerKey, LayerWeights
 
 __all__ = ["Weights", "initial_weights", "outputs"]
 
@@ -50,7 +50,7 @@ def initial_weights(
     if not jnp.issubdtype(dtype, jnp.floating):
         raise InputError(f"dtype is {dtype!r}; it is a float type")
     keys = jax.random.split(as_key(key), network.depth + 1)[1:]
-    sites = 2 * math.prod(stage.block.merges for stage in network.stages)
+    sites = 2 * math.prod(stage.block.pool_factor for stage in network.stages)
     found, first = [], 0
     for stage, n_in in zip(network.stages, network.stage_widths[:-1], strict=True):
         draw = functools.partial(_drawn, stage, jnp.zeros((sites, n_in), dtype))
@@ -58,16 +58,16 @@ def initial_weights(
         # One layer after another, so that a deep stage takes no longer to compile.
         found.append(draw(of_stage[0]) if stage.tied else jax.lax.map(draw, of_stage))
         first += stage.repeats
-        sites //= stage.block.merges
+        sites //= stage.block.pool_factor
     return tuple(found)
 
 
 def _drawn(stage: Stage, signal: Array, key: Array) -> LayerWeights:
     """Return what a block draws, when it is applied to a signal of this shape."""
-    laws, biases = questions.laws(stage.block, LayerKey(key), signal)
+    laws, biases = linearisation.laws(stage.block, LayerKey(key), signal)
 
-    def weights(law: questions.Law) -> Array:
-        entries = matrices.drawn(law.key, law.shape, law.distribution, law.dtype).weights
+    def weights(law: linearisation.Law) -> Array:
+        entries = _matrices.drawn(law.key, law.shape, law.distribution, law.dtype).weights
         return jnp.asarray(law.sigma_w, law.dtype) / law.shape[1] ** 0.5 * entries
 
     return LayerWeights(tuple(map(weights, laws)), biases)
@@ -120,7 +120,7 @@ def _walk(
     keys = jax.random.split(key, network.depth + 1)[1:]
     signal, looks, first = inputs, [], 0
     for stage, given in zip(network.stages, weights, strict=True):
-        of_stage = questions.stage_keys(stage, keys[first : first + stage.repeats])
+        of_stage = linearisation.stage_keys(stage, keys[first : first + stage.repeats])
         step = functools.partial(_layer, stage, given if stage.tied else None, look)
         each = None if stage.tied else given
         signal, seen = scan_blocks(step, signal, (of_stage, each))
@@ -146,7 +146,7 @@ def _layer(
         return _matmul(x, next(remaining).T)
 
     key = key._replace(given=LayerWeights((), given.biases))
-    signal = questions.blockwise(stage.block, key, signal, answer)
+    signal = linearisation.blockwise(stage.block, key, signal, answer)
     return signal, look(signal)
 
 

@@ -12,7 +12,7 @@ import xarray
 from jaxtyping import Array, Float
 
 from gradflow import statistics
-from gradflow.compilation import Float64Program
+from gradflow._compilation import Float64Program
 from gradflow.errors import InputError
 from gradflow.networks import Network
 from gradflow.statistics import Values

@@ -1,0 +1,242 @@
+"""Gradient clipping, where it helps and where it does not (Pascanu, Mikolov & Bengio 2013).
+
+Clipping by the global norm multiplies the gradient of all layers by one number. It bounds a step,
+so that a rare gradient that is far too large cannot throw weights away, as in a recurrent network.
+It leaves as it was how much larger the gradient of one layer is than that of another: where they
+explode with depth, steps that were small already become smaller.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import optax
+import xarray
+
+from gradflow import activations, builders, training
+from gradflow.blocks import Dense, Linear
+from gradflow.data import Dataset
+from gradflow.errors import check_count, check_scale
+from gradflow.experiments import base
+from gradflow.experiments.base import Experiment, Progress, Table
+from gradflow.figures import clipping as figure
+from gradflow.networks import Network, Stage
+from gradflow.training import Training
+
+__all__ = ["EXPERIMENT", "run"]
+
+_RECORDS = 100
+RECURRENT, DEEP = "recurrent", "tanh, N(0,1)"
+# A step whose gradient is so many times as long as the typical one.
+_SPIKE = 10.0
+
+
+def run(
+    *,
+    data: Dataset | str = "digits",
+    width: int = 64,
+    times: int = 20,
+    depth: int = 10,
+    threshold: float = 1.0,
+    steps: int = 1000,
+    batch: int = 20,
+    learning_rates: Sequence[float] = (0.01, 0.03, 0.1, 0.3, 1.0),
+    networks: int = 4,
+    seed: int = 0,
+    save: Path | None = None,
+    progress: Progress | None = None,
+) -> xarray.Dataset:
+    """Clip gradients by their global norm: of a recurrent network, and of an exploding deep one.
+
+    Parameters
+    ----------
+    data
+        A dataset or its name; standardised by pixel.
+    width
+        Units a hidden layer.
+    times, depth
+        Time steps of the recurrent network, tanh with weights of variance 1/width; hidden layers of
+        the deep one, tanh with N(0, 1) weights.
+    threshold
+        The norm that no gradient is to exceed.
+    steps, batch
+        Of gradient descent.
+    learning_rates
+        Those to try; each has the one that is best on validation data.
+    networks
+        How many random networks of each kind.
+    seed
+        Of everything that is random.
+    save
+        A folder for what it takes to go on after an interruption; not saved without it.
+    progress
+        Called with (kind, updates done, updates in all).
+
+    Returns
+    -------
+    xarray.Dataset
+        ``error`` and ``validation_error`` at the end, over (network, clipped, learning_rate, seed);
+        along training, over (…, step): ``gradient_norm`` of all layers together, and
+        ``disparity``, the largest over the smallest of the hidden layers' norms, and both after
+        clipping, ``clipped_norm`` and ``clipped_disparity``.
+    """
+    check_scale("threshold", threshold, positive=True)
+    check_count("networks", networks)
+    parts = base.divided(data, seed).standardised()
+    widths = base.shape(parts, width, depth)
+    laws = {
+        RECURRENT: _recurrent(widths, check_count("times", times)),
+        DEEP: builders.mlp(widths, "tanh", "unscaled"),
+    }
+    seen, held_out = parts.test, parts.validation
+    found, seconds = [], 0.0
+    for name, law in laws.items():
+        for clipped in (False, True):
+            result = training.train(
+                law,
+                parts.train.inputs,
+                parts.train.labels,
+                monitor=(seen.inputs, seen.labels),
+                validation=(held_out.inputs, held_out.labels),
+                seeds=networks,
+                key=seed,
+                progress=base.named(progress, f"{name}, clipped" if clipped else name),
+                steps=steps,
+                batch=batch,
+                learning_rate=learning_rates,
+                clip=optax.clip_by_global_norm(threshold) if clipped else None,
+                record=base.recorded_steps(steps, _RECORDS),
+                wanted=(),
+                save=save,
+            )
+            one = _described(result, law)
+            found.append(one.expand_dims(network=[name], clipped=[clipped]))
+            seconds += result.seconds
+    together: Any = xarray.combine_by_coords(found)
+    return together.assign_attrs(
+        threshold=threshold,
+        times=times,
+        depth=depth,
+        width=width,
+        classes=parts.train.classes,
+        batch=batch,
+        steps=steps,
+        seed=seed,
+        seconds=seconds,
+    )
+
+
+def _recurrent(widths: tuple[int, ...], times: int) -> Network:
+    """Return z^0 = U x, so many times z^t = W φ(z^{t-1}), and logits V φ(z^times)."""
+    width = widths[1]
+    step = Dense(activations.tanh, width)
+    return builders.stack(
+        widths[0],
+        [Linear(width), Stage(step, times, tied=True), Dense(activations.tanh, widths[-1])],
+        name=RECURRENT,
+    )
+
+
+def _described(result: Training, law: Network) -> xarray.Dataset:
+    """Return what is looked at, over (learning_rate, seed) or (learning_rate, seed, step)."""
+    # Layers of one stage that share their weights have one gradient: it counts once.
+    firsts: list[int] = []
+    layer = 0
+    for stage in law.stages:
+        firsts += [layer] if stage.tied else range(layer, layer + stage.repeats)
+        layer += stage.repeats
+    values: dict[str, Any] = {
+        name: (("learning_rate", "seed"), result[name][0, :, :, -1])
+        for name in ("error", "validation_error")
+    }
+    along = ("learning_rate", "seed", "step")
+    for kind, norm, disparity in (
+        ("log_batch_gradient_norm", "gradient_norm", "disparity"),
+        ("log_clipped_gradient_norm", "clipped_norm", "clipped_disparity"),
+    ):
+        # Without clipping, both are the same.
+        logs = result.values.get(kind, result.values["log_batch_gradient_norm"])
+        log = logs[0][..., firsts].astype(np.float64)
+        with np.errstate(over="ignore", invalid="ignore"):
+            values[norm] = along, np.exp(np.logaddexp.reduce(2 * log, axis=-1) / 2)
+            hidden = log[..., :-1]
+            values[disparity] = along, np.exp(hidden.max(axis=-1) - hidden.min(axis=-1))
+    return xarray.Dataset(
+        values,
+        coords={
+            "learning_rate": result.learning_rates,
+            "seed": np.arange(result.seeds),
+            "step": result.steps,
+        },
+    )
+
+
+def table(dataset: xarray.Dataset) -> Table:
+    """Return errors by learning rate, with clipping and without."""
+    rows = []
+    for name in dataset.network.values:
+        for clipped in (False, True):
+            one = dataset.sel(network=name, clipped=clipped)
+            row: dict[str, Any] = {"network": str(name), "clipped": "yes" if clipped else "no"}
+            for rate in dataset.learning_rate.values:
+                row[f"error, %, rate {rate:g}"] = 100 * float(
+                    one.error.sel(learning_rate=rate).mean()
+                )
+            row["gradient norm, median"] = float(one.gradient_norm.median())
+            row["largest"] = float(one.gradient_norm.max())
+            row["disparity, median"] = float(one.clipped_disparity.median())
+            rows.append(row)
+    attrs = dataset.attrs
+    return Table(
+        f"{attrs['times']} time steps, and {attrs['depth']} {base.recipe(dataset)}, clipped to "
+        f"a norm of {attrs['threshold']:g}",
+        rows,
+        (
+            "norm       ‖∂C/∂W‖ of all layers, before clipping, at all rates and recorded steps",
+            "disparity  largest over smallest ‖∂C/∂W‖ of hidden layers, after clipping",
+        ),
+    )
+
+
+def findings(dataset: xarray.Dataset) -> list[str]:
+    """Return what clipping changes, and what it does not."""
+    found = []
+    for name in dataset.network.values:
+        both = [dataset.sel(network=name, clipped=clipped) for clipped in (False, True)]
+        free, held = both
+        mean = [one.error.mean("seed") for one in both]
+        helped = mean[0] - mean[1]
+        rate = float(helped.idxmax())
+        verb = "helps most" if float(helped.max()) > 0 else "helps nowhere, and does least harm"
+        best = [100 * float(m.sel(learning_rate=_best(d))) for m, d in zip(mean, both, strict=True)]
+        found.append(
+            f"{name}: clipping {verb} at a learning rate of {rate:g}, from an error of "
+            f"{base.percent(free.error.sel(learning_rate=rate))} to "
+            f"{base.percent(held.error.sel(learning_rate=rate))}; at the best rate of each it is "
+            f"{best[0]:.1f} % ({_best(free):g}) and {best[1]:.1f} % ({_best(held):g})"
+        )
+        norm = free.gradient_norm.sel(learning_rate=rate)
+        typical = norm.median("step")
+        largest = float((norm / typical).max())
+        changed = float((held.gradient_norm > dataset.attrs["threshold"]).mean())
+        spikes = float((norm > _SPIKE * typical).mean())
+        found.append(
+            f"{name}: without clipping, at that rate, {100 * spikes:.1f} % of gradients are more "
+            f"than {_SPIKE:g} times the typical one, the largest {largest:.3g}"
+            f" times; with it, {100 * changed:.0f} % of steps are clipped"
+        )
+        found.append(
+            f"{name}: the largest gradient of a hidden layer is "
+            f"{float(held.disparity.median()):.3g} times the smallest before clipping, and "
+            f"{float(held.clipped_disparity.median()):.3g} times after it (median)"
+        )
+    return found
+
+
+def _best(one: xarray.Dataset) -> float:
+    """Return the learning rate that is best on validation data."""
+    return float(one.validation_error.mean("seed").idxmin())
+
+
+EXPERIMENT = Experiment("clipping", run, table, findings, figure)

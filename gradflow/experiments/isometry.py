@@ -1,0 +1,304 @@
+"""Orthogonal against Gaussian weights: a Jacobian whose singular values stay together, or do not.
+
+Both keep the *mean* of the squared singular values of the end-to-end Jacobian, and with it the size
+of gradients. Of L Gaussian layers of width n they spread all the same: in the linear regime the
+logarithm of the k-th largest tends to L times the Lyapunov exponent (Newman 1986)
+
+    λ_k = ½ (log χ + log(2/n) + ψ((n - k + 1)/2)).
+
+Orthogonal layers have all at √χ^L there, so that a deep network starts as a rotation of its inputs.
+References: Saxe, McClelland & Ganguli 2014 (arXiv:1312.6120); Pennington, Schoenholz & Ganguli 2017
+(arXiv:1711.04735); C. M. Newman 1986 (Communications in Mathematical Physics 103).
+"""
+
+import functools
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import scipy.special
+import xarray
+
+from gradflow import builders, ensembles, training
+from gradflow._arguments import from_seed
+from gradflow.data import Dataset, Split
+from gradflow.errors import check_count
+from gradflow.experiments import base
+from gradflow.experiments.base import Experiment, Progress, Table
+from gradflow.figures import isometry as figure
+from gradflow.networks import Network
+from gradflow.simulation import jacobians, singular_values
+from gradflow.theory import mean_field
+
+__all__ = ["EXPERIMENT", "run"]
+
+_LAWS = ("orthogonal", "gaussian")
+_RECORDS = 25
+# Of the way from the first loss to the least of all that a linear network is to go.
+_CLOSED = 0.9
+_LINEAR_RATES = (0.01, 0.03, 0.1, 0.3)
+# Images that their loss is measured on at every step.
+_SEEN = 100
+# What is left of the inputs for linear networks: as many directions, whitened.
+_DIRECTIONS = 32
+
+
+def run(
+    *,
+    activation: str = "tanh",
+    data: Dataset | str = "digits",
+    width: int = 64,
+    depth: int = 100,
+    sigma_w2: float = 1.05,
+    sigma_b2: float = 1e-5,
+    steps: int = 500,
+    batch: int = 64,
+    learning_rate: float = 0.01,
+    depths: Sequence[int] = (2, 10, 50),
+    linear_steps: int = 150,
+    networks: int = 4,
+    seed: int = 0,
+    save: Path | None = None,
+    progress: Progress | None = None,
+) -> xarray.Dataset:
+    """Compare orthogonal with Gaussian weights: deep tanh (Pennington 2017) and linear (Saxe 2014).
+
+    Parameters
+    ----------
+    activation
+        φ of the first networks, by name.
+    data
+        A dataset or its name; standardised by pixel, and whitened for linear networks.
+    width, depth
+        Units a hidden layer, and hidden layers.
+    sigma_w2, sigma_b2
+        Weights' variance times their fan-in, and the biases' variance, of the first networks.
+    steps, batch, learning_rate
+        Of gradient descent.
+    depths, linear_steps
+        Hidden layers of linear networks, and how many updates those get, each at its best rate.
+    networks
+        How many random networks of each kind.
+    seed
+        Of everything that is random.
+    save
+        A folder for what it takes to go on after an interruption; not saved without it.
+    progress
+        Called with (kind, updates done, updates in all).
+
+    Returns
+    -------
+    xarray.Dataset
+        ``error`` over (network, seed, step); ``log_singular_value`` of the hidden layers' Jacobian
+        at the start, over (network, seed, k), and ``log_singular_value_theory``; for linear
+        networks ``steps_to_close`` over (network, depth, seed), NaN where the gap is not closed,
+        and ``linear_rate`` over (network, depth).
+    """
+    whole = base.divided(data, seed)
+    parts = whole.standardised()
+    widths = base.shape(parts, width, depth)
+    laws = {
+        name: builders.mlp(
+            widths,
+            activation,
+            ensembles.fan_in(sigma_w2**0.5, name),
+            sigma_b=sigma_b2**0.5,
+            name=name,
+        )
+        for name in _LAWS
+    }
+    found = base.train_each(
+        laws,
+        parts,
+        networks=networks,
+        seed=seed,
+        save=save,
+        progress=progress,
+        steps=steps,
+        batch=batch,
+        learning_rates=[learning_rate],
+        record=base.recorded_steps(steps, _RECORDS),
+        wanted=(),
+    )
+    x = jnp.asarray(parts.train.inputs[0])
+    keys = jax.vmap(functools.partial(jax.random.fold_in, from_seed(seed)))(jnp.arange(networks))
+    spectra = {name: np.asarray(_log_singular_values(law, x, keys)) for name, law in laws.items()}
+    theory = {name: _theory(law, x) for name, law in laws.items()}
+    found["log_singular_value"] = (
+        ("network", "seed", "k"),
+        np.stack([spectra[name] for name in _LAWS]),
+        {"long_name": "natural logarithm of the k-th largest singular value of ∂z^L/∂z^1"},
+    )
+    found["log_singular_value_theory"] = (
+        ("network", "k"),
+        np.stack([theory[name] for name in _LAWS]),
+    )
+    found["k"] = np.arange(1, found.sizes["k"] + 1)
+    linear = _linear(whole, width, depths, linear_steps, batch, networks, seed, save, progress)
+    return found.merge(linear, combine_attrs="drop_conflicts").assign_attrs(
+        activation=activation, sigma_w2=sigma_w2, sigma_b2=sigma_b2, depth=depth
+    )
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _log_singular_values(network: Network, x: jax.Array, keys: jax.Array) -> jax.Array:
+    """Return those of the hidden layers' Jacobian, without the first and last change of width."""
+
+    def one(key: jax.Array) -> jax.Array:
+        factors = jacobians.layer_jacobians(network, x, key)[1:-1]
+        return singular_values.log_singular_values(factors).log
+
+    return jax.lax.map(one, keys)
+
+
+def _theory(network: Network, x: jax.Array) -> np.ndarray:
+    """Return the logarithms that the singular values tend to, where units are nearly linear."""
+    chi = mean_field.predict(network, mean_field.input_gram(x[None]))["chi"]
+    width = network.widths[1]
+    total = float(np.log(np.asarray(chi, np.float64)[:-2]).sum())
+    if not network.iid_gaussian:
+        return np.full(width, total / 2)
+    k = np.arange(1, width + 1)
+    layer = np.log(2 / width) + scipy.special.digamma((width - k + 1) / 2)
+    return (total + (network.depth - 2) * layer) / 2
+
+
+def _whitened(parts: Split) -> tuple[np.ndarray, np.ndarray]:
+    """Return the training set's leading principal components, each of variance 1, and labels."""
+    x = parts.train.inputs.astype(np.float64)
+    left, _, _ = np.linalg.svd(x - x.mean(axis=0), full_matrices=False)
+    components = min(_DIRECTIONS, np.linalg.matrix_rank(x - x.mean(axis=0)))
+    return (left[:, :components] * len(x) ** 0.5).astype(np.float32), parts.train.labels
+
+
+def _linear(
+    parts: Split,
+    width: int,
+    depths: Sequence[int],
+    steps: int,
+    batch: int,
+    networks: int,
+    seed: int,
+    save: Path | None,
+    progress: Progress | None,
+) -> xarray.Dataset:
+    """Return how many steps deep linear networks take, at the rate that is best for each."""
+    x, labels = _whitened(parts)
+    check_count("linear_steps", steps)
+    losses = []
+    for name in _LAWS:
+        for depth in depths:
+            widths = (x.shape[1], *[width] * check_count("depths", depth), parts.train.classes)
+            result = training.train(
+                builders.mlp(widths, "linear", ensembles.fan_in(1.0, name)),
+                x,
+                labels,
+                steps=steps,
+                batch=batch,
+                learning_rate=_LINEAR_RATES,
+                seeds=networks,
+                key=seed,
+                record=range(steps + 1),
+                monitor=(x[:_SEEN], labels[:_SEEN]),
+                wanted=(),
+                save=save,
+                progress=base.named(progress, f"linear, {name}, depth {depth}"),
+            )
+            losses.append(result["loss"][0])
+    shape = (len(_LAWS), len(depths), *losses[0].shape)
+    loss = np.stack(losses).reshape(shape)  # networks, depths, rates, seeds, steps
+    least = float(np.nanmin(loss))
+    goal = np.log(parts.train.classes) * (1 - _CLOSED) + least * _CLOSED
+    below = loss <= goal
+    first = np.where(below.any(axis=-1), below.argmax(axis=-1), np.inf)
+    best = first.mean(axis=-1).argmin(axis=-1)
+    taken = np.take_along_axis(first, best[..., None, None], axis=2)[:, :, 0]
+    return xarray.Dataset(
+        {
+            "steps_to_close": (
+                ("network", "depth", "seed"),
+                np.where(np.isfinite(taken), taken, np.nan),
+                {"long_name": "steps until 90 % of the loss that can go is gone"},
+            ),
+            "linear_rate": (("network", "depth"), np.array(_LINEAR_RATES)[best]),
+        },
+        coords={
+            "network": list(_LAWS),
+            "depth": list(depths),
+            "seed": np.arange(networks),
+        },
+        attrs={"linear_steps": steps},
+    )
+
+
+def _median(dataset: xarray.Dataset) -> xarray.DataArray:
+    """Return the typical network's median singular value."""
+    return np.exp(dataset.log_singular_value.median("k").mean("seed"))
+
+
+def table(dataset: xarray.Dataset) -> Table:
+    """Return error and singular values, and the steps of linear networks by depth."""
+    rows = []
+    log = dataset.log_singular_value
+    for name in dataset.network.values:
+        one = dataset.sel(network=name)
+        end = 100 * one.error.isel(step=-1)
+        row: dict[str, Any] = {"network": str(name), "error, %": float(end.mean())}
+        row |= {"least": float(end.min()), "most": float(end.max())}
+        spectrum = log.sel(network=name).mean("seed")
+        for what, value in (("largest", spectrum[0]), ("least", spectrum[-1])):
+            row[f"singular value, {what}"] = float(np.exp(value))
+        row["singular value, median"] = float(_median(dataset).sel(network=name))
+        for depth in dataset.depth.values:
+            steps = one.steps_to_close.sel(depth=depth)
+            row[f"linear, depth {depth}"] = float(steps.mean(skipna=False))
+        rows.append(row)
+    attrs = dataset.attrs
+    return Table(
+        f"{attrs['depth']} {base.recipe(dataset)}, {attrs['activation']}, σ_w² = "
+        f"{attrs['sigma_w2']:g}",
+        rows,
+        (
+            "singular  of the hidden layers' Jacobian at the start, typical network",
+            f"linear    steps to close {100 * _CLOSED:.0f} % of the gap, at the best of "
+            f"{len(_LINEAR_RATES)} rates; -: not all networks in {attrs['linear_steps']}",
+        ),
+    )
+
+
+def findings(dataset: xarray.Dataset) -> list[str]:
+    """Return what orthogonal weights change."""
+    end = dataset.error.isel(step=-1)
+    median = _median(dataset)
+    steps = dataset.attrs["steps"]
+    found = [
+        f"{name}: error {base.percent(end.sel(network=name))} after {steps} steps; "
+        f"median singular value {float(median.sel(network=name)):.2g} at the start (theory "
+        f"{float(np.exp(dataset.log_singular_value_theory.sel(network=name).median())):.2g})"
+        for name in dataset.network.values
+    ]
+    for name in dataset.network.values:
+        taken = dataset.steps_to_close.sel(network=name).mean("seed", skipna=False)
+        closed = taken.dropna("depth")
+        sentence = f"linear, {name}: "
+        if closed.size:
+            parts = [
+                f"{float(closed.sel(depth=depth)):.3g} at depth {depth}"
+                for depth in closed.depth.values
+            ]
+            sentence += f"{100 * _CLOSED:.0f} % of the gap is closed in {', '.join(parts)} steps"
+        missing = [str(depth) for depth in taken.depth.values[np.isnan(taken.values)]]
+        if missing:
+            sentence += "; " if closed.size else ""
+            sentence += (
+                f"not by all networks in {dataset.attrs['linear_steps']} steps at depth "
+                + ", ".join(missing)
+            )
+        found.append(sentence)
+    return found
+
+
+EXPERIMENT = Experiment("isometry", run, table, findings, figure)

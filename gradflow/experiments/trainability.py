@@ -1,0 +1,221 @@
+"""Schoenholz et al. 2017 (arXiv:1611.01232): networks train up to a depth of about 6 ξ_c.
+
+ξ_c is the depth scale on which two inputs' correlation comes to its limit: after several of them
+what comes through tells no inputs apart. It is infinite on the critical line, where χ₁ = 1.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import xarray
+
+from gradflow import activations, builders, ensembles, training
+from gradflow.data import Dataset
+from gradflow.errors import check_count
+from gradflow.experiments import base
+from gradflow.experiments.base import Experiment, Progress, Table
+from gradflow.figures import trainability_map
+from gradflow.theory import criticality, fixed_points
+
+__all__ = ["EXPERIMENT", "run"]
+
+SIGMA_W2 = (1.0, 1.25, 1.5, 1.76, 2.0, 2.5, 3.0, 4.0)
+# Networks train up to so many ξ_c (Schoenholz et al. 2017, section 5).
+_RULE = 6.0
+# Of the curve of ξ_c.
+_POINTS = 201
+
+
+def run(
+    *,
+    activation: str = "tanh",
+    data: Dataset | str = "digits",
+    width: int = 100,
+    depths: Sequence[int] = (5, 10, 20, 40, 80),
+    sigma_w2: Sequence[float] = SIGMA_W2,
+    sigma_b2: float = 0.05,
+    steps: int = 200,
+    batch: int = 64,
+    learning_rate: float = 0.01,
+    networks: int = 4,
+    seed: int = 0,
+    save: Path | None = None,
+    progress: Progress | None = None,
+) -> xarray.Dataset:
+    """Map how deep networks train over σ_w², beside 6 ξ_c by theory (Schoenholz et al. 2017).
+
+    Parameters
+    ----------
+    activation
+        φ, by name.
+    data
+        A dataset or its name; its values are scaled to -1/2 to 1/2.
+    width, depths
+        Units a hidden layer, and how many hidden layers.
+    sigma_w2, sigma_b2
+        Weights' variances times their fan-in, and the biases' variance.
+    steps, batch, learning_rate
+        Of gradient descent.
+    networks
+        How many random networks of each depth and σ_w².
+    seed
+        Of everything that is random.
+    save
+        A folder for what it takes to go on after an interruption; not saved without it.
+    progress
+        Called with (depth, updates done, updates in all).
+
+    Returns
+    -------
+    xarray.Dataset
+        ``accuracy`` over (depth, sigma_w2, seed); ``xi_c`` and ``xi_grad`` in layers at these σ_w²,
+        and ``xi_c_curve`` over (curve_sigma_w2,); attribute ``critical_sigma_w2``.
+    """
+    check_count("networks", networks)
+    parts = base.divided(data, seed).rescaled(-0.5, 0.5)
+    phi = activations.get(activation)
+    seen = parts.test
+    accuracy, seconds = [], 0.0
+    for depth in depths:
+        widths = base.shape(parts, width, depth)
+        result = training.train(
+            [
+                builders.mlp(widths, phi, ensembles.fan_in(value**0.5), sigma_b=sigma_b2**0.5)
+                for value in sigma_w2
+            ],
+            parts.train.inputs,
+            parts.train.labels,
+            monitor=(seen.inputs, seen.labels),
+            learning_rate=learning_rate,
+            seeds=networks,
+            key=seed,
+            steps=steps,
+            batch=batch,
+            record=[steps],
+            wanted=(),
+            save=save,
+            progress=base.named(progress, f"depth {depth}"),
+        )
+        accuracy.append(1 - result["error"][:, 0, :, -1])
+        seconds += result.seconds
+    curve = np.linspace(min(sigma_w2), max(sigma_w2), _POINTS)
+    with jax.enable_x64(True):
+        scales = fixed_points.analyse(phi, np.asarray(sigma_w2, float), sigma_b2)
+        along = fixed_points.analyse(phi, curve, sigma_b2)
+        critical = np.asarray(criticality.critical_points(phi, sigma_b2=sigma_b2).sigma_w2)
+    return xarray.Dataset(
+        {
+            "accuracy": (("depth", "sigma_w2", "seed"), np.stack(accuracy)),
+            "xi_c": ("sigma_w2", np.asarray(scales.xi_c)),
+            "xi_grad": ("sigma_w2", np.asarray(scales.xi_grad)),
+            "xi_c_curve": ("curve_sigma_w2", np.asarray(along.xi_c)),
+        },
+        coords={
+            "depth": list(depths),
+            "sigma_w2": list(sigma_w2),
+            "seed": np.arange(networks),
+            "curve_sigma_w2": curve,
+        },
+        attrs={
+            "activation": phi.name,
+            "sigma_b2": sigma_b2,
+            "critical_sigma_w2": critical[np.isfinite(critical)],
+            "learning_rate": learning_rate,
+            "width": width,
+            "classes": parts.train.classes,
+            "batch": batch,
+            "steps": steps,
+            "seed": seed,
+            "seconds": seconds,
+        },
+    )
+
+
+def trained_depths(dataset: xarray.Dataset) -> xarray.DataArray:
+    """Return, by σ_w², the depth at which accuracy is halfway between the best and guessing.
+
+    Where accuracy, on average over networks, falls below halfway for good; interpolated between
+    depths on a logarithmic scale. 0 where even the least depth is below, inf where all are above.
+    """
+    mean = dataset.accuracy.mean("seed")
+    guessing = 1 / dataset.attrs["classes"]
+    half = (float(mean.max()) + guessing) / 2
+    depth = np.log(dataset.depth.values)
+    found = []
+    for column in mean.transpose("sigma_w2", "depth").values:
+        (above,) = np.nonzero(column >= half)
+        if not above.size:
+            found.append(0.0)
+        elif above[-1] == len(depth) - 1:
+            found.append(np.inf)
+        else:
+            i = above[-1]
+            part = (column[i] - half) / (column[i] - column[i + 1])
+            found.append(float(np.exp(depth[i] + part * (depth[i + 1] - depth[i]))))
+    return xarray.DataArray(found, {"sigma_w2": dataset.sigma_w2}, name="trained_depth")
+
+
+def table(dataset: xarray.Dataset) -> Table:
+    """Return accuracy by σ_w² and depth, and the trained depth in units of ξ_c."""
+    limits = trained_depths(dataset)
+    rows = []
+    for value in dataset.sigma_w2.values:
+        one = dataset.sel(sigma_w2=value)
+        row: dict[str, Any] = {"σ_w²": float(value), "ξ_c": float(one.xi_c)}
+        for depth in dataset.depth.values:
+            row[f"accuracy, depth {depth}"] = float(one.accuracy.sel(depth=depth).mean())
+        limit = float(limits.sel(sigma_w2=value))
+        row["half accuracy, at depth"] = limit
+        row["half accuracy, in ξ_c"] = limit / float(one.xi_c)
+        rows.append(row)
+    return Table(
+        f"{dataset.attrs['activation']}, σ_b² = {dataset.attrs['sigma_b2']:g}, "
+        f"{base.recipe(dataset)}, learning rate {dataset.attrs['learning_rate']:g}",
+        rows,
+        (
+            "ξ_c       theory's depth scale of correlations, in layers",
+            "half      accuracy halfway between the best of all and guessing; 0: at no depth, inf: "
+            "at all depths",
+        ),
+    )
+
+
+def findings(dataset: xarray.Dataset) -> list[str]:
+    """Return where the ridge is beside the critical line, and depths beside ξ_c."""
+    deepest = dataset.accuracy.sel(depth=dataset.depth.max()).mean("seed")
+    best = float(deepest.idxmax())
+    critical = np.atleast_1d(dataset.attrs["critical_sigma_w2"])
+    line = ", ".join(f"{value:.3g}" for value in critical) or "nowhere"
+    found = [
+        f"of the deepest networks ({int(dataset.depth.max())} layers) those at σ_w² = {best:g} "
+        f"train best, to an accuracy of {float(deepest.max()):.2f}; theory's critical line is at "
+        f"{line}"
+    ]
+    limits = trained_depths(dataset)
+    within = _RULE * dataset.xi_c <= float(dataset.depth.max())
+    ratio = (limits / dataset.xi_c).where(within & np.isfinite(limits) & (limits > 0), drop=True)
+    if ratio.size:
+        found.append(
+            f"accuracy falls to halfway at {float(ratio.min()):.1f} to {float(ratio.max()):.1f} "
+            f"ξ_c, median {float(ratio.median()):.1f}, where {_RULE:g} ξ_c is within these depths "
+            f"(σ_w² = {_listed(ratio.sigma_w2)})"
+        )
+    beyond = limits.where(~within & np.isfinite(dataset.xi_c), drop=True)
+    if beyond.size:
+        reached = float(beyond.min())
+        depths = f"{reached:.0f} layers" if np.isfinite(reached) else "all these depths"
+        found.append(
+            f"where {_RULE:g} ξ_c is beyond them (σ_w² = {_listed(beyond.sigma_w2)}) networks "
+            f"train at least to {depths}"
+        )
+    return found
+
+
+def _listed(values: xarray.DataArray) -> str:
+    return ", ".join(f"{value:g}" for value in values.values)
+
+
+EXPERIMENT = Experiment("trainability", run, table, findings, trainability_map)

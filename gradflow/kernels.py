@@ -1,0 +1,589 @@
+"""Kernel: what is known, at infinite width, of the signals of one layer; the state of the theory.
+
+Blocks map one `Kernel` to the next. It holds second moments over units of the signals and of a
+*tangent*, a small change of the signals in a generic direction. A block maps the tangent's second
+moments linearly (a dense layer multiplies them by σ_w² E[φ'²]), and the transpose of that map takes
+the gradient's second moments down: χ. So nothing backward is written for a block.
+
+*Scale and shape are apart.* Signals are exp(``log_scale``) times what the moments describe, so that
+no depth over- or underflows. The scale is 0, and the moments are the signals' own, while second
+moments are in the range where averages are computed (`gaussian.log_limits`); beyond it φ is the
+power of |x| that it tends to at 0 or at ±∞ (`gaussian.growth`). What that leaves out is 1e-18 of a
+signal in float64, 1e-7 in float32.
+
+*Paths that share a part.* A signal is a linear combination of parts that do not correlate: each
+product with a random matrix is a new part, whatever it was made of. A sum of two signals adds the
+coefficients of the parts that they share, and the second moments of those that they do not. A part
+that is a function of others, as φ(z), correlates with them; where both are in a sum, it is refused.
+"""
+
+import abc
+import itertools
+from typing import Any
+
+import equinox as eqx
+import jax.numpy as jnp
+from jaxtyping import Array, Float, ScalarLike
+
+from gradflow import activations, gaussian
+from gradflow.activations import Activation
+from gradflow.ensembles import Distribution
+from gradflow.errors import InputError
+
+__all__ = ["AbstractLaw", "Gaussian", "Kernel", "Unknown", "inverse_or_zero", "multiply_kernel"]
+
+
+class AbstractLaw(eqx.Module):
+    """The joint law of a unit's signals at all sites, beyond their second moments.
+
+    What is not abstract here is answered for a law of signals whose tangents are independent of
+    them, and that no loop carries.
+    """
+
+    @abc.abstractmethod
+    def through(self, kernel: "Kernel", activation: Activation) -> "Kernel":
+        """Return what is known of φ(z)."""
+
+    @abc.abstractmethod
+    def scaled(self, factor: Float[Array, "..."] | ScalarLike) -> "AbstractLaw":
+        """Return the law of the signals times a factor, a scalar or one for each site."""
+
+    def initial_carry(self, kernel: "Kernel") -> "AbstractLaw":  # noqa: ARG002
+        """Return the law of these signals as a loop carries it that ends in a law like this."""
+        return Unknown()
+
+    @property
+    def has_memory(self) -> bool:
+        """Whether it knows more of a tangent than second moments."""
+        return False
+
+    @property
+    def memory(self) -> Any:
+        """What it knows of a tangent beyond second moments: arrays, sites first; or None."""
+        return None
+
+    def with_memory(self, memory: Any) -> "AbstractLaw":  # noqa: ARG002
+        """Return it with this known of a tangent beyond second moments."""
+        return self
+
+    def independent(self, tangent: Float[Array, " sites"]) -> Any:  # noqa: ARG002
+        """Return what it knows of a tangent that is independent of the signals."""
+        return None
+
+
+class Gaussian(AbstractLaw):
+    """Jointly Gaussian of mean 0, as a product with a random matrix is."""
+
+    def through(self, kernel: "Kernel", activation: Activation) -> "Kernel":
+        """Return E[φ(z_a) φ(z_b)] and E[φ(z_a)]; tangents are multiplied by φ'(z)."""
+        k, tangent = kernel.covariance, kernel.tangent
+        if tangent is not None and tangent.ndim == 2:
+            tangent = gaussian.derivative_kernel(activation, k) * tangent
+        elif tangent is not None:
+            tangent = gaussian.moment(activation, "dphi2", jnp.diagonal(k)) * tangent
+        mean = gaussian.moment(activation, "phi", jnp.diagonal(k))
+        return Kernel(gaussian.kernel(activation, k), mean, tangent, Unknown())
+
+    def scaled(self, factor: Float[Array, "..."] | ScalarLike) -> "Gaussian":  # noqa: ARG002
+        """Return a Gaussian law."""
+        return self
+
+    def initial_carry(self, kernel: "Kernel") -> AbstractLaw:
+        """Return the signals' law, if it is Gaussian."""
+        return self if kernel.gaussian else Unknown()
+
+
+class Unknown(AbstractLaw):
+    """Any other: second moments suffice to multiply, to normalise and to add, but not for a φ."""
+
+    def through(self, kernel: "Kernel", activation: Activation) -> "Kernel":  # noqa: ARG002
+        """Refuse.
+
+        Raises
+        ------
+        InputError
+            Always.
+        """
+        raise InputError(
+            f"activation {activation.name!r} acts on a signal that is not Gaussian over units; the "
+            "theory needs a random matrix (Linear, Dense) between two activations, and between a "
+            "Dropout and an activation"
+        )
+
+    def scaled(self, factor: Float[Array, "..."] | ScalarLike) -> "Unknown":  # noqa: ARG002
+        """Return an unknown law."""
+        return self
+
+
+_serial = itertools.count()
+
+
+class _Origin:
+    """What a part of a signal was made of: static, and no reason to compile a program again.
+
+    Attributes
+    ----------
+    serial
+        Its number: what was made later has a larger one.
+    made_of
+        Serials of the parts that it is a function of, but not a linear one.
+    known
+        Whether these are all. If not, it may depend on whatever was made before it.
+    """
+
+    def __init__(self, made_of: frozenset[int] = frozenset(), *, known: bool = True) -> None:
+        self.serial, self.made_of, self.known = next(_serial), made_of, known
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Origin)
+
+    def __hash__(self) -> int:
+        return 0
+
+    def may_depend_on(self, other: "_Origin") -> bool:
+        """Whether it may correlate with another part, or with what that one was made of."""
+        if not self.known and other.serial < self.serial:
+            return True
+        return other.serial in self.made_of or bool(self.made_of & other.made_of)
+
+
+class _Share(eqx.Module):
+    """A part of a signal: a coefficient for each site, times a signal that has no parts itself."""
+
+    coefficient: Float[Array, " sites"]
+    whole: "Kernel"
+
+    def is_part(self, other: "_Share") -> bool:
+        """Whether it is the same part."""
+        return self.whole._origin is other.whole._origin
+
+    def correlates(self, other: "_Share") -> bool:
+        """Whether it is another part that may yet correlate with it."""
+        one, two = self.whole._origin, other.whole._origin
+        return one is not two and (one.may_depend_on(two) or two.may_depend_on(one))
+
+
+class Kernel(eqx.Module):
+    """Moments over the units of an infinitely wide layer.
+
+    One that is made by its constructor may depend on all signals before it, so that it cannot be
+    added to them; `Kernel.of` is for signals that depend on none.
+
+    Attributes
+    ----------
+    covariance
+        Shape (sites, sites): second moments E[z_a z_b]; the diagonal is each input's q.
+    mean
+        Shape (sites,): E[z_a]; 0 after a random matrix, E[φ] after an activation.
+    tangent
+        Second moments of a tangent u that is independent of the units' signals and of mean 0:
+        shape (sites,), E[u_a²], where sites do not mix; (sites, sites), E[u_a u_b], where they do;
+        None on a walk that needs no gradients.
+    law
+        What else is known of a unit's signals.
+    log_scale, log_tangent_scale
+        Shape (sites,): the signals are exp(log_scale) times what ``covariance`` and ``mean`` say,
+        and the tangent exp(log_tangent_scale) times what ``tangent`` says.
+    """
+
+    covariance: Float[Array, "sites sites"]
+    mean: Float[Array, " sites"]
+    tangent: Float[Array, "..."] | None
+    law: AbstractLaw
+    log_scale: Float[Array, " sites"]
+    log_tangent_scale: Float[Array, " sites"]
+    _shares: tuple[_Share, ...]
+    _origin: _Origin = eqx.field(static=True)
+
+    def __init__(
+        self,
+        covariance: Float[Array, "sites sites"],
+        mean: Float[Array, " sites"],
+        tangent: Float[Array, "..."] | None = None,
+        law: AbstractLaw = Gaussian(),  # noqa: B008  (immutable)
+        log_scale: Float[Array, " sites"] | None = None,
+        log_tangent_scale: Float[Array, " sites"] | None = None,
+        *,
+        made_of: tuple[tuple[_Share, ...], _Origin] | None = None,
+        **_: Any,  # `dataclasses.replace` hands on what the old moments were made of
+    ) -> None:
+        self.covariance, self.mean, self.tangent, self.law = covariance, mean, tangent, law
+        nothing = jnp.zeros_like(mean)
+        self.log_scale = nothing if log_scale is None else log_scale
+        self.log_tangent_scale = nothing if log_tangent_scale is None else log_tangent_scale
+        self._shares, self._origin = made_of or ((), _Origin(known=False))
+
+    @classmethod
+    def of(
+        cls,
+        covariance: Float[Array, "sites sites"],
+        mean: Float[Array, " sites"] | None = None,
+        **more: Any,
+    ) -> "Kernel":
+        """Return what is known of signals with these moments, Gaussian to a φ that acts on them.
+
+        They depend on no other. ``more`` is what else the constructor takes.
+        """
+        mean = jnp.zeros_like(jnp.diagonal(covariance)) if mean is None else mean
+        return cls(covariance, mean, **more, made_of=((), _Origin()))
+
+    @property
+    def tangents(self) -> tuple[Any, Any]:
+        """All that is known of a tangent: second moments, and what the law remembers, or None."""
+        return self.tangent, self.law.memory
+
+    def with_tangents(self, tangents: tuple[Any, Any]) -> "Kernel":
+        """Return the input of a block with this known of a tangent, whose scale is 1."""
+        tangent, memory = tangents
+        return self._input(
+            tangent=tangent, law=self.law.with_memory(memory), log_tangent_scale=None
+        )
+
+    @property
+    def gaussian(self) -> bool:
+        """Whether the signals are known to be Gaussian over units."""
+        return isinstance(self.law, Gaussian)
+
+    def as_carry(self, ends: AbstractLaw) -> "Kernel":
+        """Return the input of a block, with its law as a loop carries it that ends in ``ends``."""
+        return self.in_range()._input(law=ends.initial_carry(self))
+
+    def derived(
+        self,
+        covariance: Float[Array, "sites_out sites_out"],
+        mean: Float[Array, " sites_out"],
+        tangent: Float[Array, "..."] | None,
+        law: AbstractLaw,
+    ) -> "Kernel":
+        """Return what is known of a function of these signals, at their scales.
+
+        Where the function makes fewer sites of them, their scales must be equal (`common`).
+        """
+        scales: tuple[Array, ...] = (self.log_scale, self.log_tangent_scale)
+        if len(mean) != len(self.mean):
+            scales = tuple(jnp.broadcast_to(scale[0], mean.shape) for scale in scales)
+        return Kernel(covariance, mean, tangent, law, *scales, made_of=((), self._function()))
+
+    def through(self, activation: Activation) -> "Kernel":
+        """Return what is known of φ(z).
+
+        Raises
+        ------
+        InputError
+            If the signals' law is not known.
+        """
+        if activation == activations.linear:
+            return self
+        z = self.in_range()
+        h = z.law.through(z, activation)
+        # Averages at q = 0 are those of a q that is next to nothing; a signal of zeros is one.
+        blank = (jnp.diagonal(z.covariance) == 0) & (activation(jnp.zeros_like(z.mean)) == 0)
+        value, slope, _ = gaussian.growth(activation, z.log_scale)
+        if h.tangent is not None and h.tangent.ndim == 2:
+            # E[φ'²] ∝ 1/√q where φ saturates, and of two sites it is no such power.
+            slope = jnp.where((z.log_scale > 0) & (slope <= -z.log_scale / 2), jnp.nan, slope)
+        return Kernel(
+            jnp.where(blank[:, None] | blank[None], 0, h.covariance),
+            jnp.where(blank, 0, h.mean),
+            h.tangent,
+            h.law,
+            value,
+            z.log_tangent_scale + slope,
+            made_of=((), self._function()),
+        )
+
+    def scaled(self, factor: Float[Array, "..."] | ScalarLike) -> "Kernel":
+        """Return what is known of the signals times a factor, a scalar or one for each site."""
+        within, log = _split(jnp.asarray(factor * jnp.ones_like(self.mean)))
+        tangent = self.tangent
+        if tangent is not None:
+            tangent = tangent * _each_pair(within, within, tangent)
+        shares = tuple(
+            _Share(share.coefficient * factor, share.whole) for share in self._as_shares()
+        )
+        return Kernel(
+            self.covariance * jnp.outer(within, within),
+            self.mean * within,
+            tangent,
+            self.law.scaled(factor),
+            self.log_scale + log,
+            self.log_tangent_scale + log,
+            made_of=(shares, _Origin()),
+        )
+
+    def centred(self) -> "Kernel":
+        """Return what is known of z - E[z], the mean taken over units."""
+        covariance = self.covariance - jnp.outer(self.mean, self.mean)
+        return self._sum_of(self._as_shares(), covariance, jnp.zeros_like(self.mean))
+
+    def normalised(self, variance: Float[Array, "*sites"]) -> "Kernel":
+        """Return what is known of the signals divided by a standard deviation: 0 where that is 0.
+
+        ``variance`` is at the scale of ``covariance``: of each site, or of all of them, whose
+        scales must then be equal (`common`).
+        """
+        return self.scaled(inverse_or_zero(jnp.sqrt(variance))).relative_to(self)
+
+    def relative_to(self, other: "Kernel") -> "Kernel":
+        """Return what is known of these signals, and their tangent, over the other's scale."""
+        over = jnp.exp(-other.log_scale)
+        return self._sum_of(
+            tuple(_Share(share.coefficient * over, share.whole) for share in self._as_shares()),
+            self.covariance,
+            self.mean,
+            log_scale=self.log_scale - other.log_scale,
+            log_tangent_scale=self.log_tangent_scale - other.log_scale,
+        )
+
+    def shifted(self, variance: Float[Array, "sites sites"] | ScalarLike) -> "Kernel":
+        """Return what is known of z + b, b ~ N(0, variance) for each unit, apart from all else.
+
+        The variance is one number for a b that the sites share, or the covariance over sites.
+        """
+        tangent = None if self.tangent is None else jnp.zeros_like(self.tangent)
+        covariance = jnp.asarray(variance * jnp.ones_like(self.covariance))
+        tangents = {"tangent": tangent, "log_tangent_scale": self.log_tangent_scale}
+        return self.plus(Kernel.of(covariance, **tangents))
+
+    def with_noise(
+        self,
+        covariance: Float[Array, "sites sites"],
+        tangent: Float[Array, "..."] | None,
+        law: AbstractLaw,
+    ) -> "Kernel":
+        """Return what is known of z + n, n of mean 0 and uncorrelated with all, at z's scales."""
+        noise = Kernel.of(
+            covariance,
+            tangent=tangent,
+            law=law,
+            log_scale=self.log_scale,
+            log_tangent_scale=self.log_tangent_scale,
+        )
+        return self.plus(noise)
+
+    def plus(self, other: "Kernel") -> "Kernel":
+        """Return what is known of the sum with other signals.
+
+        Raises
+        ------
+        InputError
+            If they may correlate in a way that is not known.
+        """
+        shares, others = self._as_shares(), other._as_shares()
+        common = [(s, o) for s in shares for o in others if s.is_part(o)]
+        if any(s.correlates(o) for s in shares for o in others):
+            raise InputError(
+                "two signals are added of which one is a function of the other, so that they "
+                "correlate in a way that the theory does not know; it needs a random matrix "
+                "(Linear, Dense) at the end of one of them"
+            )
+        largest = jnp.maximum(self._log_scale_or_none, other._log_scale_or_none)
+        scale = jnp.where(jnp.isneginf(largest), 0, largest)
+        tangent_scale = jnp.maximum(self.log_tangent_scale, other.log_tangent_scale)
+        one, two = (g._at(scale, tangent_scale) for g in (self, other))
+        cross = jnp.outer(one.mean, two.mean)
+        tangent = None
+        if one.tangent is not None and two.tangent is not None:
+            tangent = one.tangent + two.tangent
+        for s, o in common:
+            whole = s.whole._at(scale, tangent_scale)
+            apart = whole.covariance - jnp.outer(whole.mean, whole.mean)
+            cross = cross + apart * jnp.outer(s.coefficient, o.coefficient)
+            if tangent is not None and whole.tangent is not None:
+                both = whole.tangent * _each_pair(s.coefficient, o.coefficient, tangent)
+                tangent = tangent + both + (both.T if tangent.ndim == 2 else both)
+        total = {share.whole._origin.serial: share for share in shares}
+        for share in others:
+            serial, coefficient = share.whole._origin.serial, share.coefficient
+            if serial in total:
+                coefficient = coefficient + total[serial].coefficient
+            total[serial] = _Share(coefficient, share.whole)
+        law = Gaussian() if self.gaussian and other.gaussian else Unknown()
+        return Kernel(
+            one.covariance + two.covariance + cross + cross.T,
+            one.mean + two.mean,
+            tangent,
+            law,
+            scale,
+            tangent_scale,
+            made_of=(tuple(total.values()), _Origin()),
+        )
+
+    def times(self, other: "Kernel") -> "Kernel":
+        """Return what is known of the product, unit by unit, with signals independent of these.
+
+        Raises
+        ------
+        InputError
+            If they are not known to be independent.
+        """
+        shares, others = self._as_shares(), other._as_shares()
+        if any(s.is_part(o) or s.correlates(o) for s in shares for o in others):
+            raise InputError(
+                "two signals are multiplied that are made of the same one, so that they "
+                "correlate; the theory needs a random matrix (Linear, Dense) in one of them"
+            )
+        tangent, scale = None, jnp.zeros_like(self.mean)
+        if self.tangent is not None and other.tangent is not None:
+            # (u z)' = u' z + u z'; tangents have mean 0, so that the two do not correlate.
+            scales = (
+                self.log_tangent_scale + other.log_scale,
+                other.log_tangent_scale + self.log_scale,
+            )
+            scale = jnp.maximum(*scales)
+
+            def factor(k: Array, own: Array, like: Array) -> Array:
+                rest = jnp.exp(own - scale)
+                return (k if like.ndim == 2 else jnp.diagonal(k)) * _each_pair(rest, rest, like)
+
+            tangent = self.tangent * factor(other.covariance, scales[0], self.tangent)
+            tangent += other.tangent * factor(self.covariance, scales[1], other.tangent)
+        return Kernel(
+            self.covariance * other.covariance,
+            self.mean * other.mean,
+            tangent,
+            Unknown(),
+            self.log_scale + other.log_scale,
+            scale,
+            made_of=((), self._function(other)),
+        )
+
+    def may_depend_on(self, other: "Kernel") -> bool:
+        """Whether a unit's signal may be a function of its other, beside random matrices."""
+        pairs = itertools.product(self._as_shares(), other._as_shares())
+        return any(s.is_part(o) or s.correlates(o) for s, o in pairs)
+
+    def renewed(self) -> "Kernel":
+        """Return what is known of signals of the same law that are independent of these."""
+        return self._input()
+
+    def in_range(self) -> "Kernel":
+        """Return the same, with the least scales that bring q into the range of averages."""
+        if not isinstance(self.law, Gaussian | Unknown):
+            return self
+        q = jnp.diagonal(self.covariance)
+        log_q = jnp.log(jnp.where(q > 0, q, 1)) + 2 * self.log_scale
+        low, high = gaussian.log_limits(q.dtype)
+        beyond = jnp.minimum(log_q - low, 0) + jnp.maximum(log_q - high, 0)
+        return self._at(jnp.where(q > 0, beyond / 2, 0), self.log_tangent_scale)
+
+    def common(self) -> "Kernel":
+        """Return the same with one scale for all sites, the largest of those that are not 0."""
+        largest = jnp.max(self._log_scale_or_none)
+        scale = jnp.where(jnp.isneginf(largest), 0, largest)
+        tangent_scale = jnp.max(self.log_tangent_scale)
+        ones = jnp.ones_like(self.mean)
+        return self._at(scale * ones, tangent_scale * ones)
+
+    def plain(self) -> "Kernel":
+        """Return the same at scale 1, for what is computed from moments alone."""
+        nothing = jnp.zeros_like(self.mean)
+        return self._at(nothing, nothing)
+
+    def _at(self, scale: Array, tangent_scale: Array) -> "Kernel":
+        """Return the same at other scales."""
+        by, by_tangent = jnp.exp(self.log_scale - scale), self.log_tangent_scale - tangent_scale
+        tangent = self.tangent
+        if tangent is not None:
+            tangent = tangent * _each_pair(jnp.exp(by_tangent), jnp.exp(by_tangent), tangent)
+        return self._sum_of(
+            self._as_shares(),
+            self.covariance * jnp.outer(by, by),
+            self.mean * by,
+            tangent=tangent,
+            log_scale=scale,
+            log_tangent_scale=tangent_scale,
+        )
+
+    @property
+    def _log_scale_or_none(self) -> Float[Array, " sites"]:
+        """The scale, and -inf for signals that are 0."""
+        return jnp.where(jnp.diagonal(self.covariance) == 0, -jnp.inf, self.log_scale)
+
+    def _as_shares(self) -> tuple[_Share, ...]:
+        return self._shares or (_Share(jnp.ones_like(self.mean), self),)
+
+    def _function(self, *others: "Kernel") -> _Origin:
+        """Return the origin of what is a function of these signals, but not a linear one."""
+        origins = [s.whole._origin for kernel in (self, *others) for s in kernel._as_shares()]
+        made_of = frozenset[int]().union(*(o.made_of | {o.serial} for o in origins))
+        return _Origin(made_of, known=all(o.known for o in origins))
+
+    def _sum_of(
+        self, shares: tuple[_Share, ...], covariance: Array, mean: Array, **other: Any
+    ) -> "Kernel":
+        """Return these shares' sum, whose moments are given, and which is else as this."""
+        return Kernel(
+            covariance,
+            mean,
+            other.get("tangent", self.tangent),
+            self.law,
+            other.get("log_scale", self.log_scale),
+            other.get("log_tangent_scale", self.log_tangent_scale),
+            made_of=(shares, _Origin()),
+        )
+
+    def _input(self, **other: Any) -> "Kernel":
+        """Return the signals as a block's input: what they are made of is no matter any more."""
+        fields = ("tangent", "law", "log_scale", "log_tangent_scale")
+        more = {name: getattr(self, name) for name in fields} | other
+        return Kernel.of(self.covariance, self.mean, **more)
+
+
+def _each_pair(
+    rows: Float[Array, " sites"], columns: Float[Array, " sites"], like: Float[Array, "..."]
+) -> Float[Array, "..."]:
+    """Return the products for each site with itself, or for all pairs, as ``like`` is."""
+    return rows * columns if like.ndim == 1 else jnp.outer(rows, columns)
+
+
+def _split(factor: Float[Array, "..."]) -> tuple[Float[Array, "..."], Float[Array, "..."]]:
+    """Return a factor whose square is in a float's range, and the logarithm of the rest."""
+    low, high = gaussian.log_limits(factor.dtype)
+    size = jnp.abs(factor)
+    log = jnp.log(jnp.where(size > 0, size, 1))
+    log = jnp.where((log < low) | (log > high), log, 0)
+    return jnp.where(log == 0, factor, jnp.sign(factor)), log
+
+
+def multiply_kernel(
+    kernel: Kernel,
+    *,
+    sigma_w: ScalarLike,
+    distribution: Distribution,
+    tap: Float[Array, "..."] | None = None,
+    full_input: Kernel | None = None,
+    **_: object,
+) -> Kernel:
+    """Return what is known of W x: second moments σ_w² E[x_a x_b], and a Gaussian law.
+
+    Weights whose rows sum to 0 see what differs from the mean over units alone.
+
+    ``tap`` is a zero, or one for each site, to differentiate by: the second moment, times fan_in,
+    of a small random change of W. A gradient of W x with second moments Λ then has the cotangent
+    Σ_ab Λ_ab E[x_a x_b], the variance of a component of ∂C/∂W (Glorot & Bengio 2010, eqs. 3 and 7),
+    as in a simulation (`simulation.samplers`). Where W is a part of a larger matrix, all of it gets
+    ``full_input``. It is at the scale of x: the tap is of exp(2 x.log_scale - 2
+    out.log_tangent_scale).
+    """
+    passed = kernel.centred() if distribution.centred else kernel
+    within, log = _split(jnp.asarray(sigma_w, kernel.mean.dtype))
+    scale = jnp.square(within)
+    tangent = passed.tangent
+    if tangent is not None:
+        tangent = scale * tangent
+        if tap is not None:
+            # Whatever the weights' rows sum to, ∂C/∂W = δ xᵀ.
+            k = (kernel if full_input is None else full_input).covariance
+            tangent = tangent + tap * (jnp.diagonal(k) if tangent.ndim == 1 else k)
+    return Kernel.of(
+        scale * passed.covariance,
+        tangent=tangent,
+        log_scale=passed.log_scale + log,
+        log_tangent_scale=passed.log_tangent_scale + log,
+    )
+
+
+def inverse_or_zero(x: Float[Array, "..."]) -> Float[Array, "..."]:
+    """Return 1/x, and 0 where x = 0: a signal without variance stays 0 when it is normalised."""
+    return jnp.where(x > 0, 1 / jnp.where(x > 0, x, 1), 0)

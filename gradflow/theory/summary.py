@@ -1,0 +1,253 @@
+"""One point (σ_w², σ_b²): everything that the theory says there, under its field's names."""
+
+import functools
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array
+
+from gradflow import activations, gaussian
+from gradflow._arguments import as_numbers
+from gradflow.activations import Activation
+from gradflow.errors import InputError, check_count, check_sequence
+from gradflow.theory import criticality, fixed_points, mean_field
+from gradflow.theory import spectrum as spectra
+from gradflow.theory.finite_width import exact
+
+__all__ = ["fixed_point", "run"]
+
+# Where the length settles nowhere, or everywhere, there is no point to describe but this.
+_EVERY_LENGTH: dict[str, Any] = {
+    "q_star": math.nan,
+    "chi1": 1.0,
+    "chi_par": 1.0,
+    "xi_q": math.inf,
+    "xi_grad": math.inf,
+    "q_error": 0.0,
+    "stable": None,
+    "marginal": True,
+    "half_stable": False,
+}
+_DTYPES = ("float16", "bfloat16", "float32", "float64")
+
+
+def run(
+    activation: Activation,
+    sigma_w2: float,
+    sigma_b2: float = 0.0,
+    *,
+    start: float = 1.0,
+    correlations: Sequence[float] = (),
+    depth: int = 10,
+    width: int = 1000,
+) -> dict[str, Any]:
+    """Return fixed points, depth scales, phase, correlation map, layers, Jacobian, finite width.
+
+    Parameters
+    ----------
+    activation, sigma_w2, sigma_b2
+        φ, σ_w² and σ_b², both >= 0.
+    start
+        q of the first layer, > 0.
+    correlations
+        Where the correlation map is wanted, each from -1 to 1.
+    depth, width
+        Layers, and units in each.
+
+    Returns
+    -------
+    dict
+        Of one point: numbers and names; q*, χ and ξ by the names of `fixed_points.Analysis`.
+        ``fixed_points`` is a list, ``q_star_from_1`` where q = 1 settles.
+        ``correlation_map`` and ``correlation_map_slope`` are lists, one number for each of
+        ``correlations``, empty where no length is kept; ``slope_second_moment`` and
+        ``slope_fourth_moment`` are E φ'² and E φ'⁴ at q*. ``layers`` is a dict of arrays of shape
+        (depth,), from the first layer on: q, moments, χ, the Jacobian's norm, gains of tangents
+        along the input and orthogonal to it, and the first order in 1/n of the length
+        (`finite_width.Vertex`). ``jacobian`` is at q*, for Gaussian and orthogonal weights;
+        ``finite_width`` is exact, and empty where no law is known.
+
+    Raises
+    ------
+    InputError
+        If an argument is out of range.
+    """
+    activation = activations.get(activation)
+    depth, width = check_count("depth", depth), check_count("width", width)
+    what = "correlations, each from -1 to 1"
+    correlations = check_sequence("correlations", correlations, what)
+    c = np.asarray(as_numbers("correlations", correlations), np.float64)
+    if not np.all(np.abs(c) <= 1):
+        raise InputError(f"correlations is {list(correlations)}; each is from -1 to 1")
+    with jax.enable_x64(True):
+        points = fixed_points.length(activation, sigma_w2, sigma_b2)
+        found = fixed_points.analyse(activation, sigma_w2, sigma_b2, start=start)
+        from_one = fixed_points.analyse(activation, sigma_w2, sigma_b2)
+        values = found._asdict()
+        del values["status"]
+        q = float(found.q_star)
+        return {
+            "activation": activation.name,
+            "sigma_w2": sigma_w2,
+            "sigma_b2": sigma_b2,
+            "fixed_points": _fixed_points(points, found.status),
+            "q_star_from_1": math.inf
+            if from_one.status == fixed_points.Status.DIVERGES
+            else float(from_one.q_star),
+            "start": start,
+            "status": fixed_points.Status(int(found.status)).name.lower(),
+            "phase": criticality.Phase(int(criticality.phase(found))).name.lower(),
+            **{name: float(value) for name, value in values.items()},
+            **_where_it_settles(activation, q, sigma_w2, sigma_b2, c, depth),
+            "universality_class": criticality.universality_class(activation).value,
+            "six_xi_c": float(fixed_points.trainable_depth(found.xi_c)),
+            "six_abs_xi_grad": float(fixed_points.trainable_depth(found.xi_grad)),
+            "representable_depth": {
+                dtype: float(fixed_points.representable_depth(found.chi1, dtype))
+                for dtype in _DTYPES
+            },
+            "depth": depth,
+            "width": width,
+            "layers": _layers(activation, start, sigma_w2, sigma_b2, depth),
+            "finite_width": _finite_width(activation, start, sigma_w2, sigma_b2, depth, width),
+        }
+
+
+def fixed_point(points: fixed_points.LengthFixedPoints, place: int) -> dict[str, Any]:
+    """Return one of a length map's fixed points, its kind as three booleans."""
+    kind = fixed_points.Stability(int(points.stability[place]))
+    values = points._asdict()
+    del values["stability"]
+    of = fixed_points.Stability
+    return {
+        **{name: float(value[place]) for name, value in values.items()},
+        "stable": kind in (of.STABLE, of.MARGINAL, of.HALF_STABLE),
+        "marginal": kind in (of.MARGINAL, of.MARGINAL_UNSTABLE),
+        "half_stable": kind is of.HALF_STABLE,
+    }
+
+
+def _fixed_points(points: fixed_points.LengthFixedPoints, status: Array) -> list[dict[str, Any]]:
+    if status == fixed_points.Status.NEUTRAL:
+        return [_EVERY_LENGTH]
+    kinds = np.asarray(points.stability)
+    there = np.flatnonzero(kinds != fixed_points.Stability.ABSENT)
+    return [fixed_point(points, int(place)) for place in there]
+
+
+def _where_it_settles(
+    activation: Activation, q: float, sigma_w2: float, sigma_b2: float, c: np.ndarray, depth: int
+) -> dict[str, Any]:
+    """Return what there is at a length that is kept: E φ'² and E φ'⁴, C and C', the Jacobian."""
+    if not q > 0:
+        moments = dict.fromkeys(("slope_second_moment", "slope_fourth_moment"), math.nan)
+        return {**moments, "correlation_map": [], "correlation_map_slope": [], "jacobian": {}}
+    scales = map(jnp.asarray, (q, sigma_w2, sigma_b2))
+    (second, fourth), maps, jacobian = jax.tree.map(
+        np.asarray, _at_length(activation, *scales, c, depth)
+    )
+    return {
+        "slope_second_moment": float(second),
+        "slope_fourth_moment": float(fourth),
+        **{name: values.tolist() for name, values in maps.items()},
+        "jacobian": {
+            weights: {
+                "mean_squared_singular_value": float(mean),
+                "squared_singular_value_variance": float(mean**2 * relative),
+                "squared_singular_value_relative_variance": float(relative),
+            }
+            for weights, (mean, relative) in jacobian.items()
+            if sigma_w2 > 0
+        },
+    }
+
+
+@functools.partial(jax.jit, static_argnames=("activation", "depth"))
+def _at_length(
+    activation: Activation, q: Array, sigma_w2: Array, sigma_b2: Array, c: Array, depth: int
+) -> tuple[Array, dict[str, Array], dict[str, tuple[Array, Array]]]:
+    law = spectra.slope_law(activation, q)
+    values, slopes = (
+        jax.vmap(lambda c, of=of: of(activation, q * jnp.array([[1.0, c], [c, 1.0]]))[0, 1])(c)
+        for of in (gaussian.kernel, gaussian.derivative_kernel)
+    )
+    return (
+        jnp.stack([jnp.sum(law.weights * law.values**k) for k in (1, 2)]),
+        {
+            "correlation_map": (sigma_w2 * values + sigma_b2) / q,
+            "correlation_map_slope": sigma_w2 * slopes,
+        },
+        {
+            weights: spectra.mean_and_variance(law, sigma_w2, depth, weights)
+            for weights in ("gaussian", "orthogonal")
+        },
+    )
+
+
+def _layers(
+    activation: Activation, start: float, sigma_w2: float, sigma_b2: float, depth: int
+) -> dict[str, np.ndarray]:
+    found = _profiles(activation, *map(jnp.asarray, (start, sigma_w2, sigma_b2)), depth=depth)
+    way, gains, vertex = jax.tree.map(np.asarray, found)
+    if not sigma_w2 * start > sigma_w2 * sigma_b2:  # no input has this q in layer 1
+        gains = {name: np.full(depth, math.nan) for name in gains}
+    with np.errstate(invalid="ignore", divide="ignore", over="ignore"):
+        return {
+            "q": way["q"],
+            "activation_mean": way["activation_mean"],
+            "activation_second_moment": way["activation_second_moment"],
+            "chi": way["chi"],
+            "log_jacobian_norm": way["log_jacobian_norm"],
+            "jacobian_norm": np.exp(way["log_jacobian_norm"]),
+            "gain_parallel": gains["parallel"],
+            "gain_orthogonal": gains["orthogonal"],
+            "gain_ratio": gains["parallel"] / gains["orthogonal"],
+            **vertex._asdict(),
+            "V4_over_K2": vertex.V4 / vertex.K**2,
+        }
+
+
+@functools.partial(jax.jit, static_argnames=("activation", "depth"))
+def _profiles(
+    activation: Activation, q1: Array, sigma_w2: Array, sigma_b2: Array, *, depth: int
+) -> tuple[dict[str, Array], dict[str, Array], exact.Vertex]:
+    scales = sigma_w2, sigma_b2
+    length = jnp.maximum((q1 - sigma_b2) / sigma_w2, jnp.finfo(q1.dtype).tiny)
+    return (
+        mean_field.profile(activation, q1, *scales, depth=depth),
+        mean_field.direction_gains(activation, length, *scales, depth=depth),
+        exact.vertex(activation, q1, *scales, depth=depth),
+    )
+
+
+def _finite_width(
+    activation: Activation, start: float, sigma_w2: float, sigma_b2: float, depth: int, width: int
+) -> dict[str, float]:
+    """Return exact moments of the last layer's length, and of the gain ‖J u‖² without biases.
+
+    Moments of the gain's logarithm are those of networks that live (``alive`` is their share).
+    """
+    if not (activation.homogeneous and sigma_w2 > 0):
+        return {}
+    length = exact.forward_moments(activation, start, sigma_w2, sigma_b2, width=width, depth=depth)
+    widths = [width] * (depth + 1)
+    law = exact.gain_law(activation, widths, sigma_w2)
+    limit = exact.log_normal(activation, widths, sigma_w2)
+    found = {
+        "q_mean": length.mean[-1],
+        "q_variance": length.variance_of_q[-1],
+        "conditional_variance_variance": length.variance_of_v[-1],
+        "alive": law.alive,
+        "gain_mean": law.mean,
+        "gain_second_moment": law.second_moment,
+        "gain_variance": law.variance,
+        "log_gain_mean": law.mean_of_log,
+        "log_gain_variance": law.variance_of_log,
+        "log_normal_mean": limit.mean,
+        "log_normal_variance": limit.variance,
+    }
+    return {name: float(value) for name, value in found.items()}
