@@ -40,7 +40,7 @@ paddings = pytest.mark.parametrize("padding", PADDINGS)
 ROUNDING = 1e-5 if jnp.zeros(()).dtype == jnp.float32 else 1e-11
 
 
-def dense_product(key, x, *, sigma_w, width, distribution, seen=None):  # noqa: ARG001
+def dense_product(key, x, *, sigma_w, width, distribution, full_input=None):  # noqa: ARG001
     weights = _matrices.drawn(key, (width, x.shape[1]), distribution, x.dtype).weights
     return jnp.matmul(x * (sigma_w / x.shape[1] ** 0.5), weights.T)
 
@@ -241,8 +241,8 @@ def test_weight_gradients_are_those_of_the_filters(pool, delta, padding, key):
     blocks = [stage.block for stage in network.stages]
 
     def multiply(weights):
-        def product(_, x, *, seen=None, **__):
-            return jnp.matmul(x if seen is None else seen, weights.T, precision="highest")
+        def product(_, x, *, full_input=None, **__):
+            return jnp.matmul(x if full_input is None else full_input, weights.T, precision="highest")
 
         return product
 

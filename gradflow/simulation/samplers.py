@@ -19,7 +19,7 @@ O(n T² sites²) without the weights and of O(n² T sites) with them.
 In all, ``tap`` is a (sites, sites) array of zeros whose cotangent is *defined* as
 (Δ Δᵀ) ∘ (x xᵀ): the sum of its entries is ‖Δᵀ x‖_F², the squared norm of ∂C/∂W. That is how a
 weight gradient is measured without the weights. Where W is a part of a larger matrix, the rest of
-which is zero, ``seen`` is what all of it gets, and takes the place of x in this.
+which is zero, ``full_input`` is what all of it gets, and takes the place of x in this.
 """
 
 import functools
@@ -50,11 +50,11 @@ def dense(
     sigma_w: ScalarLike,
     width: int,
     distribution: Distribution,
-    seen: Float[Array, "sites n_all"] | None = None,
+    full_input: Float[Array, "sites n_all"] | None = None,
 ) -> Float[Array, "sites width"]:
     """Return x Wᵀ with W drawn: any distribution, entries of variance σ_w²/n_in."""
     matrix = _matrices.redrawn(key, (width, x.shape[1]), distribution, x.dtype)
-    return _scaled(matrix, sigma_w, x, tap, seen)
+    return _scaled(matrix, sigma_w, x, tap, full_input)
 
 
 def matrix_free(
@@ -65,7 +65,7 @@ def matrix_free(
     sigma_w: ScalarLike,
     width: int,
     distribution: Distribution,
-    seen: Float[Array, "sites n_all"] | None = None,
+    full_input: Float[Array, "sites n_all"] | None = None,
 ) -> Float[Array, "sites width"]:
     """Return x Wᵀ in law, exactly, without W: entries of variance σ_w²/n_in.
 
@@ -75,7 +75,7 @@ def matrix_free(
         If the distribution is neither of independent Gaussian entries nor Haar-orthogonal.
     """
     matrix = _matrices.deferred(key, (width, x.shape[1]), distribution, x.dtype)
-    return _scaled(matrix, sigma_w, x, tap, seen)
+    return _scaled(matrix, sigma_w, x, tap, full_input)
 
 
 def given(weights: Sequence[Float[Array, "n_out n_in"]]) -> "Sampler":
@@ -87,10 +87,10 @@ def given(weights: Sequence[Float[Array, "n_out n_in"]]) -> "Sampler":
         x: Float[Array, "sites n_in"],
         tap: Float[Array, "sites sites"],
         *,
-        seen: Float[Array, "sites n_all"] | None = None,
+        full_input: Float[Array, "sites n_all"] | None = None,
         **law: Any,  # noqa: ARG001
     ) -> Float[Array, "sites n_out"]:
-        return _tapped(_matmul(x, next(remaining).T), x if seen is None else seen, tap)
+        return _tapped(_matmul(x, next(remaining).T), x if full_input is None else full_input, tap)
 
     return multiply
 
@@ -129,13 +129,15 @@ def _tapped_backward(x: Array, delta: Array) -> tuple[Array, None, Array]:
 _tapped.defvjp(_tapped_forward, _tapped_backward)
 
 
-def _scaled(matrix: Matrix, sigma_w: ScalarLike, x: Array, tap: Array, seen: Array | None) -> Array:
+def _scaled(
+    matrix: Matrix, sigma_w: ScalarLike, x: Array, tap: Array, full_input: Array | None
+) -> Array:
     """Scale a product with entries of variance 1; the tap is that of the scaled weights.
 
     It is put behind the scale, so that weights of scale 0 have a gradient, as they do.
     """
     scale = jnp.asarray(sigma_w, x.dtype) / x.shape[1] ** 0.5
-    return _tapped(scale * _product(matrix, x), x if seen is None else seen, tap)
+    return _tapped(scale * _product(matrix, x), x if full_input is None else full_input, tap)
 
 
 Sampler = Callable[..., Array]
