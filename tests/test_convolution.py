@@ -242,7 +242,8 @@ def test_weight_gradients_are_those_of_the_filters(pool, delta, padding, key):
 
     def multiply(weights):
         def product(_, x, *, full_input=None, **__):
-            return jnp.matmul(x if full_input is None else full_input, weights.T, precision="highest")
+            x = x if full_input is None else full_input
+            return jnp.matmul(x, weights.T, precision="highest")
 
         return product
 
