@@ -5,22 +5,19 @@ Each has the learning rate that is best for it on validation data, of those that
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import xarray
 
 from gradflow import activations, builders, ensembles
 from gradflow.blocks import Dense
-from gradflow.data import Dataset
 from gradflow.errors import unknown_name
-from gradflow.experiments import base
-from gradflow.experiments.base import Experiment, Progress, Table
+from gradflow.experiments import _wording
+from gradflow.experiments.recipe import Experiment, Recipe, Table
 from gradflow.figures import league as figure
 from gradflow.networks import Network, Stage
-
-__all__ = ["CONTENDERS", "EXPERIMENT", "run"]
+from gradflow.training import Recording
 
 # The error of ten classes that a network has learnt something, or most, at.
 _LEARNT, _GOOD = 0.5, 0.1
@@ -69,42 +66,14 @@ CONTENDERS: dict[str, Callable[[_Widths], Network]] = {
 }
 
 
-def run(
+def _train(
+    recipe: Recipe,
     *,
-    contenders: Sequence[str] | None = None,
-    data: Dataset | str = "digits",
-    width: int = 50,
-    depth: int = 50,
-    steps: int = 300,
-    batch: int = 32,
-    learning_rates: Sequence[float] = (0.003, 0.01, 0.03, 0.1),
-    networks: int = 4,
-    seed: int = 0,
-    save: Path | None = None,
-    progress: Progress | None = None,
+    contenders: Annotated[Sequence[str], "Networks and remedies, by name."] = tuple(CONTENDERS),
 ) -> xarray.Dataset:
     """Rank initialisations, activations, normalisations and paths by what deep networks learn.
 
-    Parameters
-    ----------
-    contenders
-        Names of `CONTENDERS`; all of them without it.
-    data
-        A dataset or its name; standardised by pixel.
-    width, depth
-        Units a hidden layer, and hidden layers.
-    steps, batch
-        Of gradient descent.
-    learning_rates
-        Those to try; each contender has the one that is best on validation data.
-    networks
-        How many random networks of each.
-    seed
-        Of everything that is random.
-    save
-        A folder for what it takes to go on after an interruption; not saved without it.
-    progress
-        Called with (contender, updates done, updates in all).
+    Data are standardised by pixel.
 
     Returns
     -------
@@ -112,25 +81,13 @@ def run(
         ``error``, ``loss`` and layers' ``movement``, over (network, seed, step, layer), each at the
         network's ``learning_rate``.
     """
-    parts = base.divided(data, seed).standardised()
-    widths = base.shape(parts, width, depth)
-    names = list(CONTENDERS if contenders is None else contenders)
-    for name in names:
+    parts = recipe.split().standardised()
+    widths = recipe.widths(parts)
+    for name in contenders:
         if name not in CONTENDERS:
             raise unknown_name("contender", name, CONTENDERS)
-    return base.train_each(
-        {name: CONTENDERS[name](widths) for name in names},
-        parts,
-        networks=networks,
-        seed=seed,
-        save=save,
-        progress=progress,
-        steps=steps,
-        batch=batch,
-        learning_rates=learning_rates,
-        record=base.recorded_steps(steps, 3),
-        wanted=(),
-    )
+    networks = {name: CONTENDERS[name](widths) for name in contenders}
+    return recipe.train(networks, parts, record=Recording(recipe.even_steps(3), wanted=()))
 
 
 def _ranked(dataset: xarray.Dataset) -> list[str]:
@@ -138,27 +95,22 @@ def _ranked(dataset: xarray.Dataset) -> list[str]:
     return [str(name) for name in mean.network.values[np.argsort(mean.values, kind="stable")]]
 
 
-def table(dataset: xarray.Dataset) -> Table:
+def _table(dataset: xarray.Dataset) -> Table:
     """Return errors and the spread of layers' movement, the best network first."""
     rows = []
     for name in _ranked(dataset):
         one = dataset.sel(network=name)
         end = one.isel(step=-1)
         row: dict[str, Any] = {"network": name}
-        for what, value in (
-            ("error, %", end.error.mean()),
-            ("least", end.error.min()),
-            ("most", end.error.max()),
-        ):
-            row[what] = 100 * float(value)
+        row |= _wording.error_columns(end.error)
         row["learning rate"] = float(one.learning_rate)
-        moved = base.geometric_mean(end.movement)
+        moved = _wording.geometric_mean(end.movement)
         row["moved, least of layers"] = float(moved.min())
         row["moved, most"] = float(moved.max())
         row["diverged"] = int((one.diverged >= 0).sum())
         rows.append(row)
     return Table(
-        f"{dataset.attrs['depth']} {base.recipe(dataset)}, best of "
+        f"{dataset.attrs['depth']} {_wording.sizes(dataset)}, best of "
         f"{len(np.atleast_1d(dataset.attrs['learning_rates']))} rates",
         rows,
         (
@@ -168,7 +120,7 @@ def table(dataset: xarray.Dataset) -> Table:
     )
 
 
-def findings(dataset: xarray.Dataset) -> list[str]:
+def _findings(dataset: xarray.Dataset) -> list[str]:
     """Return who learns, and who does not."""
     mean = dataset.error.isel(step=-1).mean("seed")
     found = []
@@ -186,4 +138,11 @@ def findings(dataset: xarray.Dataset) -> list[str]:
     return found
 
 
-EXPERIMENT = Experiment("league", run, table, findings, figure)
+EXPERIMENT = Experiment(
+    "league",
+    Recipe(width=50, depth=50, steps=300, batch=32, learning_rate=(0.003, 0.01, 0.03, 0.1)),
+    _train,
+    _table,
+    _findings,
+    figure,
+)

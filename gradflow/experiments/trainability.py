@@ -5,68 +5,38 @@ what comes through tells no inputs apart. It is infinite on the critical line, w
 """
 
 from collections.abc import Sequence
-from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import jax
 import numpy as np
 import xarray
 
 from gradflow import activations, builders, ensembles, training
-from gradflow.data import Dataset
+from gradflow.activations import Activation
 from gradflow.errors import check_count
-from gradflow.experiments import base
-from gradflow.experiments.base import Experiment, Progress, Table
+from gradflow.experiments import _wording
+from gradflow.experiments.recipe import Experiment, Recipe, Table
 from gradflow.figures import trainability_map
 from gradflow.theory import criticality, fixed_points
+from gradflow.training import Recording
 
-__all__ = ["EXPERIMENT", "run"]
-
-SIGMA_W2 = (1.0, 1.25, 1.5, 1.76, 2.0, 2.5, 3.0, 4.0)
+_SIGMA_W2 = (1.0, 1.25, 1.5, 1.76, 2.0, 2.5, 3.0, 4.0)
 # Networks train up to so many ξ_c (Schoenholz et al. 2017, section 5).
 _RULE = 6.0
 # Of the curve of ξ_c.
 _POINTS = 201
 
 
-def run(
+def _train(
+    recipe: Recipe,
     *,
-    activation: str = "tanh",
-    data: Dataset | str = "digits",
-    width: int = 100,
-    depths: Sequence[int] = (5, 10, 20, 40, 80),
-    sigma_w2: Sequence[float] = SIGMA_W2,
-    sigma_b2: float = 0.05,
-    steps: int = 200,
-    batch: int = 64,
-    learning_rate: float = 0.01,
-    networks: int = 4,
-    seed: int = 0,
-    save: Path | None = None,
-    progress: Progress | None = None,
+    activation: Annotated[str, "φ, by name."] = "tanh",
+    sigma_w2: Annotated[Sequence[float], "Weights' variance times their fan-in."] = _SIGMA_W2,
+    sigma_b2: Annotated[float, "The biases' variance."] = 0.05,
 ) -> xarray.Dataset:
     """Map how deep networks train over σ_w², beside 6 ξ_c by theory (Schoenholz et al. 2017).
 
-    Parameters
-    ----------
-    activation
-        φ, by name.
-    data
-        A dataset or its name; its values are scaled to -1/2 to 1/2.
-    width, depths
-        Units a hidden layer, and how many hidden layers.
-    sigma_w2, sigma_b2
-        Weights' variances times their fan-in, and the biases' variance.
-    steps, batch, learning_rate
-        Of gradient descent.
-    networks
-        How many random networks of each depth and σ_w².
-    seed
-        Of everything that is random.
-    save
-        A folder for what it takes to go on after an interruption; not saved without it.
-    progress
-        Called with (depth, updates done, updates in all).
+    The data's values are scaled to between -1/2 and 1/2.
 
     Returns
     -------
@@ -74,13 +44,12 @@ def run(
         ``accuracy`` over (depth, sigma_w2, seed); ``xi_c`` and ``xi_grad`` in layers at these σ_w²,
         and ``xi_c_curve`` over (curve_sigma_w2,); attribute ``critical_sigma_w2``.
     """
-    check_count("networks", networks)
-    parts = base.divided(data, seed).rescaled(-0.5, 0.5)
-    phi = activations.get(activation)
-    seen = parts.test
+    check_count("networks", recipe.networks)
+    parts = recipe.split().rescaled(-0.5, 0.5)
+    phi, depths = activations.get(activation), list(recipe.depths or ())
     accuracy, seconds = [], 0.0
     for depth in depths:
-        widths = base.shape(parts, width, depth)
+        widths = recipe.widths(parts, depth)
         result = training.train(
             [
                 builders.mlp(widths, phi, ensembles.fan_in(value**0.5), sigma_b=sigma_b2**0.5)
@@ -88,19 +57,36 @@ def run(
             ],
             parts.train.inputs,
             parts.train.labels,
-            monitor=(seen.inputs, seen.labels),
-            learning_rate=learning_rate,
-            seeds=networks,
-            key=seed,
-            steps=steps,
-            batch=batch,
-            record=[steps],
-            wanted=(),
-            save=save,
-            progress=base.named(progress, f"depth {depth}"),
+            steps=recipe.steps,
+            batch=recipe.batch,
+            learning_rate=recipe.learning_rates,
+            seeds=recipe.networks,
+            key=recipe.seed,
+            record=Recording([recipe.steps], (parts.test.inputs, parts.test.labels), ()),
+            save=recipe.save,
+            progress=recipe.progress_of(f"depth {depth}"),
         )
         accuracy.append(1 - result["error"][:, 0, :, -1])
         seconds += result.seconds
+    return xarray.Dataset(
+        {"accuracy": (("depth", "sigma_w2", "seed"), np.stack(accuracy))},
+        coords={"depth": depths, "seed": np.arange(recipe.networks)},
+        attrs={
+            "activation": phi.name,
+            "sigma_b2": sigma_b2,
+            "learning_rate": recipe.learning_rates[0],
+            "width": recipe.width,
+            "classes": parts.train.classes,
+            "batch": recipe.batch,
+            "steps": recipe.steps,
+            "seed": recipe.seed,
+            "seconds": seconds,
+        },
+    ).merge(_theory(phi, sigma_w2, sigma_b2), combine_attrs="no_conflicts")
+
+
+def _theory(phi: Activation, sigma_w2: Sequence[float], sigma_b2: float) -> xarray.Dataset:
+    """Depth scales at these σ_w², a curve of ξ_c over them, and the critical points."""
     curve = np.linspace(min(sigma_w2), max(sigma_w2), _POINTS)
     with jax.enable_x64(True):
         scales = fixed_points.analyse(phi, np.asarray(sigma_w2, float), sigma_b2)
@@ -108,33 +94,16 @@ def run(
         critical = np.asarray(criticality.critical_points(phi, sigma_b2=sigma_b2).sigma_w2)
     return xarray.Dataset(
         {
-            "accuracy": (("depth", "sigma_w2", "seed"), np.stack(accuracy)),
             "xi_c": ("sigma_w2", np.asarray(scales.xi_c)),
             "xi_grad": ("sigma_w2", np.asarray(scales.xi_grad)),
             "xi_c_curve": ("curve_sigma_w2", np.asarray(along.xi_c)),
         },
-        coords={
-            "depth": list(depths),
-            "sigma_w2": list(sigma_w2),
-            "seed": np.arange(networks),
-            "curve_sigma_w2": curve,
-        },
-        attrs={
-            "activation": phi.name,
-            "sigma_b2": sigma_b2,
-            "critical_sigma_w2": critical[np.isfinite(critical)],
-            "learning_rate": learning_rate,
-            "width": width,
-            "classes": parts.train.classes,
-            "batch": batch,
-            "steps": steps,
-            "seed": seed,
-            "seconds": seconds,
-        },
+        coords={"sigma_w2": list(sigma_w2), "curve_sigma_w2": curve},
+        attrs={"critical_sigma_w2": critical[np.isfinite(critical)]},
     )
 
 
-def trained_depths(dataset: xarray.Dataset) -> xarray.DataArray:
+def _trained_depths(dataset: xarray.Dataset) -> xarray.DataArray:
     """Return, by σ_w², the depth at which accuracy is halfway between the best and guessing.
 
     Where accuracy, on average over networks, falls below halfway for good; interpolated between
@@ -158,9 +127,9 @@ def trained_depths(dataset: xarray.Dataset) -> xarray.DataArray:
     return xarray.DataArray(found, {"sigma_w2": dataset.sigma_w2}, name="trained_depth")
 
 
-def table(dataset: xarray.Dataset) -> Table:
+def _table(dataset: xarray.Dataset) -> Table:
     """Return accuracy by σ_w² and depth, and the trained depth in units of ξ_c."""
-    limits = trained_depths(dataset)
+    limits = _trained_depths(dataset)
     rows = []
     for value in dataset.sigma_w2.values:
         one = dataset.sel(sigma_w2=value)
@@ -173,7 +142,7 @@ def table(dataset: xarray.Dataset) -> Table:
         rows.append(row)
     return Table(
         f"{dataset.attrs['activation']}, σ_b² = {dataset.attrs['sigma_b2']:g}, "
-        f"{base.recipe(dataset)}, learning rate {dataset.attrs['learning_rate']:g}",
+        f"{_wording.sizes(dataset)}, learning rate {dataset.attrs['learning_rate']:g}",
         rows,
         (
             "ξ_c       theory's depth scale of correlations, in layers",
@@ -183,7 +152,7 @@ def table(dataset: xarray.Dataset) -> Table:
     )
 
 
-def findings(dataset: xarray.Dataset) -> list[str]:
+def _findings(dataset: xarray.Dataset) -> list[str]:
     """Return where the ridge is beside the critical line, and depths beside ξ_c."""
     deepest = dataset.accuracy.sel(depth=dataset.depth.max()).mean("seed")
     best = float(deepest.idxmax())
@@ -194,7 +163,7 @@ def findings(dataset: xarray.Dataset) -> list[str]:
         f"train best, to an accuracy of {float(deepest.max()):.2f}; theory's critical line is at "
         f"{line}"
     ]
-    limits = trained_depths(dataset)
+    limits = _trained_depths(dataset)
     within = _RULE * dataset.xi_c <= float(dataset.depth.max())
     ratio = (limits / dataset.xi_c).where(within & np.isfinite(limits) & (limits > 0), drop=True)
     if ratio.size:
@@ -218,4 +187,11 @@ def _listed(values: xarray.DataArray) -> str:
     return ", ".join(f"{value:g}" for value in values.values)
 
 
-EXPERIMENT = Experiment("trainability", run, table, findings, trainability_map)
+EXPERIMENT = Experiment(
+    "trainability",
+    Recipe(width=100, depths=(5, 10, 20, 40, 80), steps=200, batch=64, learning_rate=0.01),
+    _train,
+    _table,
+    _findings,
+    trainability_map,
+)
