@@ -1,14 +1,14 @@
 """How to tackle vanishing and exploding gradients: a sick network, and every remedy beside it.
 
-Each remedy is the sick network with one thing changed (the weights, the activation, a
-normalisation, a path past the layers), or with what is usually changed together. What is compared
-is the start of training; what bounds a step, as gradient clipping does, changes none of it.
+Each remedy, a row of `ALL`, is the sick network with one thing changed (the weights, the
+activation, a normalisation, a path past the layers), or several that are usually changed together.
+Networks are compared at the start of training, where bounds on a step, such as gradient clipping,
+change nothing.
 """
 
 import dataclasses
-import functools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -19,50 +19,352 @@ import numpy as np
 from gradflow import activations, builders, data, ensembles, gaussian, networks
 from gradflow._arguments import from_seed
 from gradflow.activations import Activation
-from gradflow.blocks import GRU, AbstractBlock, Activate, Chain, Gated, Linear, Maxout
+from gradflow.blocks import GRU, AbstractBlock, Activate, Chain, Dense, Gated, Linear, Maxout
 from gradflow.comparison import Comparison, compare
 from gradflow.ensembles import Ensemble
 from gradflow.errors import InputError, check_count
-from gradflow.networks import Network
+from gradflow.networks import Network, Stage
 from gradflow.simulation import jacobians, singular_values
 from gradflow.statistics import Prediction
 from gradflow.theory import prescription, transformations
 
-__all__ = ["Outcome", "Remedies", "Remedy", "proposals", "run"]
+__all__ = ["ALL", "Outcome", "Remedies", "Remedy", "SickNetwork", "proposals", "run"]
 
-# A pair of signals or gradients that are apart by a factor e^6 are told apart no more: 6 ξ
-# (Schoenholz et al. 2017, arXiv:1611.01232, section 5).
+# Networks train up to a depth of 6 ξ (Schoenholz et al. 2017, arXiv:1611.01232, section 5).
 _TRAINABLE = 6.0
-# Of the networks whose Jacobian is multiplied out, and how many of them.
+# The width of networks whose end-to-end Jacobian is decomposed, and their number.
 _CONDITION_WIDTH, _CONDITION_NETWORKS = 100, 5
 # LeCun, Bottou, Orr & Müller 1998, 'Efficient BackProp', section 4.4.
 _LECUN_TANH = Activation("1.7159 tanh(2z/3)", lambda z: 1.7159 * jnp.tanh(2 * z / 3))
 # A highway network's carry gate (Srivastava et al. 2015, arXiv:1505.00387, section 2.2).
 _CARRIED = 2.0
-# A change of c of this size in the top layers, or less, is rounding.
+# A change of the correlation in the top layers of this size, or less, is rounding.
 _ROUNDING = 1e-12
 
 
 @dataclasses.dataclass(frozen=True)
+class SickNetwork:
+    """A fully connected network, and the networks of its size that remedies make of it.
+
+    Attributes
+    ----------
+    activation, weights, sigma_b
+        φ, the ensemble, and the standard deviation of the biases; as of `builders.mlp`.
+    width, depth
+        Units a layer, and layers.
+    inputs
+        Components of an input; as many as units without it.
+    classes
+        Units of one more layer that makes logits of the last; there is none without it.
+    """
+
+    activation: Activation
+    weights: Ensemble
+    width: int
+    depth: int
+    sigma_b: float | None = None
+    inputs: int | None = None
+    classes: int | None = None
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """The widths of inputs and of each layer."""
+        first = self.width if self.inputs is None else self.inputs
+        last = () if self.classes is None else (self.classes,)
+        return (first, *[self.width] * self.depth, *last)
+
+    def mlp(
+        self,
+        weights: Ensemble | str | None = None,
+        activation: Activation | str | None = None,
+        **options: Any,
+    ) -> Network:
+        """The network itself; with weights of another ensemble, another activation, or options."""
+        if weights is None:
+            options.setdefault("sigma_b", self.sigma_b)
+        activation = self.activation if activation is None else activation
+        weights = self.weights if weights is None else weights
+        return builders.mlp(self.widths, activation, weights, **options)
+
+    def residual(self, **options: Any) -> Network:
+        """A residual network, with these options of `builders.residual`."""
+        options = {"weights": self.weights, "sigma_b": self.sigma_b} | options
+        body = builders.residual(
+            self.widths[0], self.width, self.depth - 1, self.activation, **options
+        )
+        return self._with_logits(body)
+
+    def of_blocks(self, block: AbstractBlock) -> Network:
+        """A network of these blocks, which have weights of variance 1/fan_in."""
+        first = Linear(self.width)
+        return self._with_logits(
+            builders.stack(self.widths[0], [first, (block, self.depth - 1)], "linear")
+        )
+
+    def _with_logits(self, body: Network) -> Network:
+        if self.classes is None:
+            return body
+        top = Stage(Dense(self.activation, self.classes))
+        return dataclasses.replace(body, stages=(*body.stages, top))
+
+
+@dataclasses.dataclass(frozen=True)
 class Remedy:
-    """One way to tackle it.
+    """One way to tackle vanishing or exploding gradients.
 
     Attributes
     ----------
     name
         In a few words.
-    network
-        The law of the networks that it makes of the sick one.
+    changes
+        What of the network it changes: its weights, activation, blocks, normalisation or paths.
+    make
+        From the sick network to the one that the remedy makes of it; None if that is the same
+        network. Raises InputError with the reason if the remedy does not apply.
     cost
         What it costs beside the layers' own products.
     caveat
         What it does not do.
+    league
+        The networks of the experiment `league` that it is tried on there by default.
+    label
+        Its name in that league; ``name`` without it.
     """
 
     name: str
-    network: Network
+    changes: str
+    make: Callable[[SickNetwork], Network | None]
     cost: str
     caveat: str
+    league: tuple[str, ...] = ()
+    label: str = ""
+
+
+def _critical(
+    sick: SickNetwork, distribution: str | None = None, phi: Activation | None = None
+) -> Network:
+    """Weights and biases at the critical point of φ."""
+    phi = phi or sick.activation
+    prescribed = prescription.prescribe(phi, sick.widths)
+    if not math.isfinite(prescribed.sigma_w2):
+        raise InputError(f"activation {phi.name!r} has no critical point")
+    ensemble = ensembles.fan_in(math.sqrt(prescribed.sigma_w2))
+    if distribution is not None:
+        ensemble = ensemble.drawn_from(distribution)
+    return sick.mlp(ensemble, phi, sigma_b=prescribed.bias_sd)
+
+
+def _centred(sick: SickNetwork) -> Network:
+    phi, at_zero = sick.activation, float(sick.activation(0.0))
+    if at_zero == 0:
+        raise InputError(f"activation {phi.name!r} is 0 at 0 as it is")
+    name = f"{phi.name} - {at_zero:.3g}"
+    return _critical(sick, phi=Activation(name, lambda z: phi(z) - at_zero, phi.kinks))
+
+
+def _standardised(sick: SickNetwork) -> Network:
+    with jax.enable_x64(True):
+        m = gaussian.some_moments(sick.activation, ("phi", "phi2"), jnp.ones(()))
+        variance = float(m["phi2"] - m["phi"] ** 2)
+    return sick.mlp(ensembles.fan_in(variance**-0.5).drawn_from("standardised"))
+
+
+def _other(activation: Activation, weights: str) -> Callable[[SickNetwork], Network | None]:
+    """The network with this activation, unless it has it already."""
+    return lambda sick: None if activation == sick.activation else sick.mlp(weights, activation)
+
+
+def _gated(sick: SickNetwork) -> Network:
+    gate = Chain((Linear(sick.width), Activate(activations.logistic)))
+    return sick.of_blocks(Gated(Linear(sick.width), gate))
+
+
+_AS_IT_IS = Remedy("as it is", "nothing", lambda sick: sick.mlp(), "", "")
+
+# To add a remedy, write a row: it appears in `gradflow remedies`, and in the league for each of the
+# league's networks that the row names.
+ALL = (
+    Remedy(
+        "Glorot weights",
+        "weights",
+        lambda sick: sick.mlp("glorot"),
+        "none",
+        "derived for φ'(0) = 1 and φ(0) = 0; the logistic's slope is 1/4",
+    ),
+    Remedy("He weights", "weights", lambda sick: sick.mlp("he"), "none", "derived for ReLU"),
+    Remedy(
+        "critical weights and biases",
+        "weights",
+        _critical,
+        "none",
+        "holds at the start of training; two inputs' correlation still tends to 1",
+    ),
+    Remedy(
+        "critical, orthogonal weights",
+        "weights",
+        lambda sick: _critical(sick, "orthogonal"),
+        "a QR factorisation a layer, once",
+        "singular values stay together only where units are nearly linear",
+    ),
+    Remedy(
+        "LSUV",
+        "weights",
+        lambda sick: networks.unit_variance(sick.mlp(ensembles.fan_in(1.0, "orthogonal"))),
+        "a batch's way up, once",
+        "fixes lengths at the start; gradients still go by φ",
+    ),
+    Remedy(
+        "scaled weight standardisation",
+        "weights",
+        _standardised,
+        "mean and variance of each unit's weights, every step",
+        "its gain is derived for q = 1",
+    ),
+    Remedy(
+        "centred activation φ(z) - φ(0), critical weights",
+        "activation",
+        _centred,
+        "none",
+        "gradients still shrink, as a power of the depth",
+    ),
+    Remedy(
+        "tanh, Glorot weights",
+        "activation",
+        _other(activations.tanh, "glorot"),
+        "none",
+        "gradients still shrink, as a power of the depth",
+    ),
+    Remedy(
+        "relu, He weights",
+        "activation",
+        _other(activations.relu, "he"),
+        "none",
+        "all inputs become alike: their correlation tends to 1; units die",
+    ),
+    Remedy(
+        "selu, LeCun weights",
+        "activation",
+        _other(activations.selu, "lecun"),
+        "none",
+        "lengths settle at 1, but gradients grow: χ = 1.07",
+    ),
+    Remedy(
+        f"{_LECUN_TANH.name}, LeCun weights",
+        "activation",
+        _other(_LECUN_TANH, "lecun"),
+        "none",
+        "made for signals of variance 1",
+    ),
+    Remedy(
+        "deep kernel shaping (DKS)",
+        "activation",
+        lambda sick: transformations.applied(sick.mlp("lecun"), "dks"),
+        "four numbers an activation",
+        "made for this depth",
+    ),
+    Remedy(
+        "tailored activation (TAT)",
+        "activation",
+        lambda sick: transformations.applied(sick.mlp("lecun"), "tat"),
+        "four numbers an activation",
+        "made for this depth",
+    ),
+    Remedy(
+        "maxout of two, LeCun weights",
+        "blocks",
+        lambda sick: sick.of_blocks(Maxout(Linear(sick.width))),
+        "twice the weights and products",
+        "all inputs become alike: their correlation tends to 1",
+    ),
+    Remedy(
+        "gated linear units (GLU), LeCun weights",
+        "blocks",
+        _gated,
+        "twice the weights and products",
+        "a gate half open halves signals and gradients; gain 2 mends only small ones",
+    ),
+    Remedy(
+        "BatchNorm before φ",
+        "normalisation",
+        lambda sick: sick.mlp(norm="batch"),
+        "mean and variance over the batch; two parameters a unit",
+        "gradients explode with depth; examples of a batch depend on one another",
+        league=("logistic, Glorot", "tanh, Glorot", "ReLU, He"),
+        label="BatchNorm",
+    ),
+    Remedy(
+        "LayerNorm before φ",
+        "normalisation",
+        lambda sick: sick.mlp(norm="layer"),
+        "mean and variance over units; two parameters a unit",
+        "fixes lengths; gradients still go by φ",
+        league=("ReLU, He",),
+        label="LayerNorm",
+    ),
+    Remedy(
+        "RMSNorm before φ",
+        "normalisation",
+        lambda sick: sick.mlp(norm="rms"),
+        "mean square over units; a parameter a unit",
+        "fixes lengths; gradients still go by φ",
+    ),
+    Remedy(
+        "residual",
+        "paths",
+        lambda sick: sick.residual(),
+        "an addition a layer",
+        "without scaling, signals and gradients grow with every block",
+        league=("ReLU, He",),
+    ),
+    Remedy(
+        "residual, branches scaled by 1/√L",
+        "paths",
+        lambda sick: sick.residual(scale="depth"),
+        "an addition a layer",
+        "each branch adds little: the network is shallower than it looks",
+        league=("ReLU, He",),
+        label="residual/√L",
+    ),
+    Remedy(
+        "residual, branches start at 0 (ReZero)",
+        "paths",
+        lambda sick: sick.residual(scale="zero"),
+        "an addition and a parameter a layer",
+        "the network is the identity until its scales have grown",
+        league=("ReLU, He",),
+        label="ReZero",
+    ),
+    Remedy(
+        "residual, last of two layers at 0 (Fixup)",
+        "paths",
+        lambda sick: sick.residual(scale="fixup", layers=2, sigma_b=None),
+        "a second product a layer; biases and a scale of one number each",
+        "the network is the identity until its last layers have grown",
+    ),
+    Remedy(
+        "pre-LN residual, 1/√L, LeCun weights",
+        "paths",
+        lambda sick: sick.residual(scale="depth", norm="layer", weights="lecun", sigma_b=None),
+        "an addition and a LayerNorm a layer",
+        "the stream's variance grows, so later branches matter less",
+    ),
+    Remedy(
+        "post-LN residual, LeCun weights",
+        "paths",
+        lambda sick: sick.residual(norm="layer", place="post", weights="lecun", sigma_b=None),
+        "an addition and a LayerNorm a layer",
+        "every block divides the path past it, and gradients with it",
+    ),
+    Remedy(
+        f"highway, carry bias {_CARRIED:g}, LeCun weights",
+        "paths",
+        lambda sick: sick.of_blocks(
+            GRU(sick.width, sick.activation, reset_bias=None, update_bias=_CARRIED)
+        ),
+        "twice the weights and products",
+        "a gate that is nearly open lets little of a layer through",
+    ),
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,7 +374,9 @@ class Outcome:
     Attributes
     ----------
     remedy
-        It.
+        The remedy.
+    network
+        The network that it makes of the sick one.
     comparison
         Theory beside simulation.
     gradient, gradient_theory
@@ -91,10 +395,11 @@ class Outcome:
         inf where units are dead. Median over some networks of the width, 100 at most. NaN where one
         input alone has none (BatchNorm, LSUV).
     parameters, multiplications
-        Weights and biases, and products of one input's way up, relative to the sick network.
+        Weights and biases, and products of one input's forward pass, relative to the sick network.
     """
 
     remedy: Remedy
+    network: Network
     comparison: Comparison
     gradient: float
     gradient_theory: float
@@ -112,7 +417,7 @@ class Outcome:
 class Remedies:
     """The sick network's outcome, and the remedies', those that train deepest first.
 
-    ``not_applicable`` are remedies that there are none of for this network, with the reason.
+    ``not_applicable`` are the names of remedies that do not apply to this network, with the reason.
     """
 
     sick: Outcome
@@ -120,7 +425,7 @@ class Remedies:
     not_applicable: dict[str, str]
 
 
-RemediesProgress = Callable[[str, int, int], None]
+_Progress = Callable[[str, int, int], None]
 
 
 def run(
@@ -133,9 +438,9 @@ def run(
     inputs: int = 8,
     networks_each: int = 200,
     seed: int = 0,
-    progress: RemediesProgress | None = None,
+    progress: _Progress | None = None,
 ) -> Remedies:
-    """Confront theory and simulation for a sick network and for every remedy, and rank them.
+    """Compare theory and simulation for a sick network and for every remedy, and rank remedies.
 
     Parameters
     ----------
@@ -164,25 +469,25 @@ def run(
     if len(images) < inputs:
         raise InputError(f"inputs is {inputs}; there are {len(images)} digit images")
     x = jnp.asarray(data.resized(images, width))
-    found, missing = proposals(activation, weights, width, depth, sigma_b=sigma_b)
+    proposed, missing = proposals(activation, weights, width, depth, sigma_b=sigma_b)
     key = from_seed(seed)
-    size = _size(found[0].network)
+    size = _size(proposed[0][1])
 
-    def one(index: int) -> Outcome:
-        remedy = found[index]
+    def outcome(index: int) -> Outcome:
+        remedy, network = proposed[index]
         comparison = compare(
-            remedy.network,
+            network,
             x,
             key=jax.random.fold_in(key, index),
             networks=networks_each,
             progress=progress and (lambda done, total: progress(remedy.name, done, total)),
         )
-        condition = _log10_condition_number(remedy.network, x[0], jax.random.fold_in(key, index))
-        return _outcome(remedy, comparison, condition, size)
+        condition = _log10_condition_number(network, x[0], jax.random.fold_in(key, index))
+        return _outcome(remedy, network, comparison, condition, size)
 
     # Two at a time: while one compiles, which uses a single core, the other runs.
     with ThreadPoolExecutor(2) as pool:
-        sick, *outcomes = pool.map(one, range(len(found)))
+        sick, *outcomes = pool.map(outcome, range(len(proposed)))
     ranked = sorted(outcomes, key=lambda o: (-o.trainable_depth, abs(math.log(o.gradient_theory))))
     return Remedies(sick, tuple(ranked), missing)
 
@@ -194,8 +499,8 @@ def proposals(
     depth: int,
     *,
     sigma_b: float | None = None,
-) -> tuple[list[Remedy], dict[str, str]]:
-    """Return the sick network and all remedies, and why others do not apply.
+) -> tuple[list[tuple[Remedy, Network]], dict[str, str]]:
+    """The sick network and the networks of all remedies, and why other remedies do not apply.
 
     Parameters
     ----------
@@ -208,264 +513,40 @@ def proposals(
         If a number is out of range or a name is unknown.
     """
     phi, ensemble = activations.get(activation), ensembles.get(weights)
-    shape = [width] * (depth + 1)
-    sick = builders.mlp(shape, phi, ensemble, sigma_b=sigma_b)
-    found = [Remedy("as it is", sick, "", "")]
+    sick = SickNetwork(phi, ensemble, width, depth, sigma_b)
+    applicable = [(_AS_IT_IS, sick.mlp())]
     missing: dict[str, str] = {}
-    of = _Proposer(phi, ensemble, shape, sigma_b)
-    for name, make, cost, caveat in of.all():
+    for remedy in ALL:
         try:
-            found.append(Remedy(name, make(), cost, caveat))
+            network = remedy.make(sick)
         except InputError as error:
-            missing[name] = str(error)
-    return found, missing
-
-
-_Proposal = tuple[str, Callable[[], Network], str, str]
-
-
-@dataclasses.dataclass(frozen=True)
-class _Proposer:
-    """Makes each remedy of one sick network."""
-
-    phi: Activation
-    weights: Ensemble
-    shape: Sequence[int]
-    sigma_b: float | None
-
-    def all(self) -> Iterator[_Proposal]:
-        yield from self._weights()
-        yield from self._activations()
-        yield from self._normalisations()
-        yield from self._residuals()
-
-    def _weights(self) -> Iterator[_Proposal]:
-        plain = functools.partial(builders.mlp, self.shape, self.phi)
-
-        yield (
-            "Glorot weights",
-            functools.partial(plain, "glorot"),
-            "none",
-            "derived for φ'(0) = 1 and φ(0) = 0; the logistic's slope is 1/4",
-        )
-        yield "He weights", functools.partial(plain, "he"), "none", "derived for ReLU"
-        yield (
-            "critical weights and biases",
-            functools.partial(self._critical, None),
-            "none",
-            "holds at the start of training; two inputs' correlation still tends to 1",
-        )
-        yield (
-            "critical, orthogonal weights",
-            functools.partial(self._critical, "orthogonal"),
-            "a QR factorisation a layer, once",
-            "singular values stay together only where units are nearly linear",
-        )
-        yield (
-            "LSUV",
-            self._unit_variance,
-            "a batch's way up, once",
-            "fixes lengths at the start; gradients still go by φ",
-        )
-        yield (
-            "scaled weight standardisation",
-            self._standardised,
-            "mean and variance of each unit's weights, every step",
-            "its gain is derived for q = 1",
-        )
-
-    def _critical(self, distribution: str | None, phi: Activation | None = None) -> Network:
-        phi = phi or self.phi
-        found = prescription.prescribe(phi, self.shape)
-        if not math.isfinite(found.sigma_w2):
-            raise InputError(f"activation {phi.name!r} has no critical point")
-        ensemble = ensembles.fan_in(math.sqrt(found.sigma_w2))
-        if distribution is not None:
-            ensemble = ensemble.drawn_from(distribution)
-        return builders.mlp(self.shape, phi, ensemble, sigma_b=found.bias_sd)
-
-    def _centred(self) -> Network:
-        phi, at_zero = self.phi, float(self.phi(0.0))
-        if at_zero == 0:
-            raise InputError(f"activation {phi.name!r} is 0 at 0 as it is")
-        name = f"{phi.name} - {at_zero:.3g}"
-        return self._critical(None, Activation(name, lambda z: phi(z) - at_zero, phi.kinks))
-
-    def _unit_variance(self) -> Network:
-        orthonormal = ensembles.fan_in(1.0, "orthogonal")
-        return networks.unit_variance(builders.mlp(self.shape, self.phi, orthonormal))
-
-    def _standardised(self) -> Network:
-        with jax.enable_x64(True):
-            m = gaussian.some_moments(self.phi, ("phi", "phi2"), jnp.ones(()))
-            variance = float(m["phi2"] - m["phi"] ** 2)
-        ensemble = ensembles.fan_in(variance**-0.5).drawn_from("standardised")
-        return builders.mlp(self.shape, self.phi, ensemble)
-
-    def _activations(self) -> Iterator[_Proposal]:
-        yield (
-            "centred activation φ(z) - φ(0), critical weights",
-            self._centred,
-            "none",
-            "gradients still shrink, as a power of the depth",
-        )
-        for other, rule, caveat in (
-            ("tanh", "glorot", "gradients still shrink, as a power of the depth"),
-            ("relu", "he", "all inputs become alike: their correlation tends to 1; units die"),
-            ("selu", "lecun", "lengths settle at 1, but gradients grow: χ = 1.07"),
-            (_LECUN_TANH, "lecun", "made for signals of variance 1"),
-        ):
-            phi = activations.get(other)
-            if phi != self.phi:
-                yield (
-                    f"{phi.name}, {rule.capitalize() if rule != 'lecun' else 'LeCun'} weights",
-                    functools.partial(builders.mlp, self.shape, phi, rule),
-                    "none",
-                    caveat,
-                )
-        yield (
-            "deep kernel shaping (DKS)",
-            functools.partial(self._transformed, "dks"),
-            "four numbers an activation",
-            "made for this depth",
-        )
-        yield (
-            "tailored activation (TAT)",
-            functools.partial(self._transformed, "tat"),
-            "four numbers an activation",
-            "made for this depth",
-        )
-
-        width = self.shape[1]
-        gate = Chain((Linear(width), Activate(activations.logistic)))
-        for name, block, caveat in (
-            (
-                "maxout of two, LeCun weights",
-                Maxout(Linear(width)),
-                "all inputs become alike: their correlation tends to 1",
-            ),
-            (
-                "gated linear units (GLU), LeCun weights",
-                Gated(Linear(width), gate),
-                "a gate half open halves signals and gradients; gain 2 mends only small ones",
-            ),
-        ):
-            yield (
-                name,
-                functools.partial(self._instead, block),
-                "twice the weights and products",
-                caveat,
-            )
-
-    def _transformed(self, kind: str) -> Network:
-        return transformations.applied(builders.mlp(self.shape, self.phi, "lecun"), kind)
-
-    def _instead(self, block: AbstractBlock) -> Network:
-        """Return the network of these blocks, which have weights of variance 1/fan_in."""
-        first, blocks = Linear(self.shape[1]), len(self.shape) - 2
-        return builders.stack(self.shape[0], [first, (block, blocks)], "linear")
-
-    def _normalisations(self) -> Iterator[_Proposal]:
-        plain = functools.partial(
-            builders.mlp, self.shape, self.phi, self.weights, sigma_b=self.sigma_b
-        )
-        for norm, name, cost, caveat in (
-            (
-                "batch",
-                "BatchNorm",
-                "mean and variance over the batch; two parameters a unit",
-                "gradients explode with depth; examples of a batch depend on one another",
-            ),
-            (
-                "layer",
-                "LayerNorm",
-                "mean and variance over units; two parameters a unit",
-                "fixes lengths; gradients still go by φ",
-            ),
-            (
-                "rms",
-                "RMSNorm",
-                "mean square over units; a parameter a unit",
-                "fixes lengths; gradients still go by φ",
-            ),
-        ):
-            yield (
-                f"{name} before φ",
-                functools.partial(plain, norm=norm),
-                cost,
-                caveat,
-            )
-
-    def _residuals(self) -> Iterator[_Proposal]:
-        width, blocks = self.shape[1], len(self.shape) - 2
-
-        def residual(**options: Any) -> Callable[[], Network]:
-            options = {"weights": self.weights, "sigma_b": self.sigma_b} | options
-            return functools.partial(
-                builders.residual, self.shape[0], width, blocks, self.phi, **options
-            )
-
-        yield (
-            "residual",
-            residual(),
-            "an addition a layer",
-            "without scaling, signals and gradients grow with every block",
-        )
-        yield (
-            "residual, branches scaled by 1/√L",
-            residual(scale="depth"),
-            "an addition a layer",
-            "each branch adds little: the network is shallower than it looks",
-        )
-        yield (
-            "residual, branches start at 0 (ReZero)",
-            residual(scale="zero"),
-            "an addition and a parameter a layer",
-            "the network is the identity until its scales have grown",
-        )
-        yield (
-            "residual, last of two layers at 0 (Fixup)",
-            residual(scale="fixup", layers=2, sigma_b=None),
-            "a second product a layer; biases and a scale of one number each",
-            "the network is the identity until its last layers have grown",
-        )
-        yield (
-            "pre-LN residual, 1/√L, LeCun weights",
-            residual(scale="depth", norm="layer", weights="lecun", sigma_b=None),
-            "an addition and a LayerNorm a layer",
-            "the stream's variance grows, so later branches matter less",
-        )
-        yield (
-            "post-LN residual, LeCun weights",
-            residual(norm="layer", place="post", weights="lecun", sigma_b=None),
-            "an addition and a LayerNorm a layer",
-            "every block divides the path past it, and gradients with it",
-        )
-        carry = GRU(width, self.phi, reset_bias=None, update_bias=_CARRIED)
-        yield (
-            f"highway, carry bias {_CARRIED:g}, LeCun weights",
-            functools.partial(self._instead, carry),
-            "twice the weights and products",
-            "a gate that is nearly open lets little of a layer through",
-        )
+            missing[remedy.name] = str(error)
+        else:
+            if network is not None:
+                applicable.append((remedy, network))
+    return applicable, missing
 
 
 def _outcome(
-    remedy: Remedy, comparison: Comparison, condition: float, size: tuple[int, int]
+    remedy: Remedy,
+    network: Network,
+    comparison: Comparison,
+    condition: float,
+    size: tuple[int, int],
 ) -> Outcome:
     theory, simulation = comparison.theory, comparison.simulation
-    depth = remedy.network.depth
-    parameters, multiplications = _size(remedy.network)
+    parameters, multiplications = _size(network)
     return Outcome(
         remedy=remedy,
+        network=network,
         comparison=comparison,
         gradient=comparison.verdict.factor,
         gradient_theory=comparison.verdict.factor_theory,
         variance=_a_layer(comparison["q"].measured),
         variance_theory=_a_layer(comparison["q"].theory),
-        correlation=float(simulation["correlation"].value[depth - 1]),
+        correlation=float(simulation["correlation"].value[network.depth - 1]),
         correlation_theory=float(np.asarray(theory["correlation"])[-1]),
-        trainable_depth=trainable_depth(theory, comparison.verdict.factor_theory),
+        trainable_depth=_trainable_depth(theory, comparison.verdict.factor_theory),
         log10_condition_number=condition,
         parameters=parameters / size[0],
         multiplications=multiplications / size[1],
@@ -473,12 +554,12 @@ def _outcome(
 
 
 def _a_layer(log: np.ndarray) -> float:
-    """Return the geometric mean of a quantity's factor going up one layer."""
+    """The geometric mean of a quantity's factor going up one layer, from its logarithms."""
     return float(np.exp((log[-1] - log[0]) / (len(log) - 1)))
 
 
-def trainable_depth(theory: Prediction, gradient_factor: float) -> float:
-    """Return 6 times the lesser depth scale of gradients and of correlations, in layers."""
+def _trainable_depth(theory: Prediction, gradient_factor: float) -> float:
+    """The smaller depth scale of gradients and of correlations times 6, in layers."""
     rates = [2 * abs(math.log(gradient_factor))]
     steps = np.abs(np.diff(np.asarray(theory["correlation"])[-3:]))
     if steps[0] > _ROUNDING and steps[1] > _ROUNDING:
@@ -488,7 +569,7 @@ def trainable_depth(theory: Prediction, gradient_factor: float) -> float:
 
 
 def _size(network: Network) -> tuple[int, int]:
-    """Return how many weights and biases there are, and how many products a way up takes."""
+    """The numbers of weights and biases, and of products of one input's forward pass."""
     weights = sum(n_out * n_in for layer in network.shapes for n_out, n_in in layer)
     units = sum(n_out for layer in network.shapes for n_out, _ in layer)
     return weights + units, weights

@@ -1,75 +1,90 @@
-"""Remedies' league table: which deep networks learn at all, all with one data set and one budget.
+"""A league table of remedies: which deep networks learn at all, all on the same data and budget.
 
 Each has the learning rate that is best for it on validation data, of those that are tried.
 """
 
-import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Annotated, Any
 
 import numpy as np
 import xarray
 
-from gradflow import activations, builders, ensembles
-from gradflow.blocks import Dense
+from gradflow import activations, ensembles, remedies
+from gradflow.data import Split
+from gradflow.ensembles import Ensemble
 from gradflow.errors import unknown_name
 from gradflow.experiments import _wording
 from gradflow.experiments.recipe import Experiment, Recipe, Table
 from gradflow.figures import league as figure
-from gradflow.networks import Network, Stage
+from gradflow.networks import Network
+from gradflow.remedies import Remedy, SickNetwork
 from gradflow.training import Recording
 
-# The error of ten classes that a network has learnt something, or most, at.
+# Errors of ten classes below which a network has learnt something, and most.
 _LEARNT, _GOOD = 0.5, 0.1
 
-_Widths = tuple[int, ...]
-
-
-def _mlp(activation: str, weights: Any, **options: Any) -> Callable[[_Widths], Network]:
-    return lambda widths: builders.mlp(widths, activation, weights, **options)
-
-
-def _residual(activation: str, weights: str, **options: Any) -> Callable[[_Widths], Network]:
-    """Return what makes a residual network, with a layer that makes logits of its stream."""
-
-    def of(widths: _Widths) -> Network:
-        first, *hidden, classes = widths
-        body = builders.residual(first, hidden[0], len(hidden) - 1, activation, weights, **options)
-        top = Dense(activations.get(activation), classes)
-        return dataclasses.replace(body, stages=(*body.stages, Stage(top)))
-
-    return of
-
-
-# From the widths, input and output among them, to a law.
-CONTENDERS: dict[str, Callable[[_Widths], Network]] = {
-    "logistic, N(0,1)": _mlp("logistic", "unscaled"),
-    "logistic, Glorot": _mlp("logistic", "glorot"),
-    "logistic, Glorot, BatchNorm": _mlp("logistic", "glorot", norm="batch"),
-    "tanh, standard": _mlp("tanh", "standard"),
-    "tanh, Glorot": _mlp("tanh", "glorot"),
-    "tanh, orthogonal": _mlp("tanh", ensembles.fan_in(1.0, "orthogonal")),
-    "tanh, Glorot, BatchNorm": _mlp("tanh", "glorot", norm="batch"),
-    "ReLU, Glorot": _mlp("relu", "glorot"),
-    "ReLU, He": _mlp("relu", "he"),
-    "ReLU, He, BatchNorm": _mlp("relu", "he", norm="batch"),
-    "ReLU, He, LayerNorm": _mlp("relu", "he", norm="layer"),
-    "ELU, He": _mlp("elu", "he"),
-    "SELU, LeCun": _mlp("selu", "lecun"),
-    "GELU, He": _mlp("gelu", "he"),
-    "SiLU, He": _mlp("silu", "he"),
-    "Mish, He": _mlp("mish", "he"),
-    "ReLU, He, residual": _residual("relu", "he"),
-    "ReLU, He, residual/√L": _residual("relu", "he", scale="depth"),
-    "ReLU, He, ReZero": _residual("relu", "he", scale="zero"),
-    "ReLU, He, pre-LN residual": _residual("relu", "he", norm="layer"),
+# The networks that remedies are tried on: φ and weights.
+_NETWORKS: dict[str, tuple[str, str | Ensemble]] = {
+    "logistic, N(0,1)": ("logistic", "unscaled"),
+    "logistic, Glorot": ("logistic", "glorot"),
+    "tanh, standard": ("tanh", "standard"),
+    "tanh, Glorot": ("tanh", "glorot"),
+    "tanh, orthogonal": ("tanh", ensembles.fan_in(1.0, "orthogonal")),
+    "ReLU, Glorot": ("relu", "glorot"),
+    "ReLU, He": ("relu", "he"),
+    "ELU, He": ("elu", "he"),
+    "SELU, LeCun": ("selu", "lecun"),
+    "GELU, He": ("gelu", "he"),
+    "SiLU, He": ("silu", "he"),
+    "Mish, He": ("mish", "he"),
 }
+_PRE_LN = Remedy(
+    "pre-LN residual",
+    "paths",
+    lambda sick: sick.residual(norm="layer"),
+    "an addition and a LayerNorm a layer",
+    "without scaling, signals grow with every block",
+    league=("ReLU, He",),
+)
+# By the contender's name, the name of its network, and the remedy if there is one.
+_CONTENDERS: dict[str, tuple[str, Remedy | None]] = {name: (name, None) for name in _NETWORKS}
+_CONTENDERS |= {
+    f"{network}, {remedy.label or remedy.name}": (network, remedy)
+    for remedy in (*remedies.ALL, _PRE_LN)
+    for network in _NETWORKS
+}
+_DEFAULT = tuple(
+    name
+    for name, (network, remedy) in _CONTENDERS.items()
+    if remedy is None or network in remedy.league
+)
+
+
+def _network(contender: str, recipe: Recipe, parts: Split) -> Network:
+    """The network of this contender, with a layer that makes logits."""
+    if contender not in _CONTENDERS:
+        raise unknown_name("contender", contender, _CONTENDERS)
+    base, remedy = _CONTENDERS[contender]
+    activation, weights = _NETWORKS[base]
+    widths = recipe.widths(parts)
+    sick = SickNetwork(
+        activations.get(activation),
+        ensembles.get(weights),
+        width=recipe.width,
+        depth=len(widths) - 2,
+        inputs=widths[0],
+        classes=widths[-1],
+    )
+    network = sick.mlp() if remedy is None else remedy.make(sick)
+    return sick.mlp() if network is None else network
 
 
 def _train(
     recipe: Recipe,
     *,
-    contenders: Annotated[Sequence[str], "Networks and remedies, by name."] = tuple(CONTENDERS),
+    contenders: Annotated[
+        Sequence[str], "A network, or a network and a remedy, as 'ReLU, He, ReZero'."
+    ] = _DEFAULT,
 ) -> xarray.Dataset:
     """Rank initialisations, activations, normalisations and paths by what deep networks learn.
 
@@ -82,11 +97,7 @@ def _train(
         network's ``learning_rate``.
     """
     parts = recipe.split().standardised()
-    widths = recipe.widths(parts)
-    for name in contenders:
-        if name not in CONTENDERS:
-            raise unknown_name("contender", name, CONTENDERS)
-    networks = {name: CONTENDERS[name](widths) for name in contenders}
+    networks = {name: _network(name, recipe, parts) for name in contenders}
     return recipe.train(networks, parts, record=Recording(recipe.even_steps(3), wanted=()))
 
 
