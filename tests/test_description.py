@@ -9,7 +9,7 @@ import pytest
 
 from gradflow import cli, data
 from gradflow.errors import InputError
-from gradflow.studies import description, plan
+from gradflow.studies import _plan, description
 
 GOOD = """
 title = "Order and chaos"
@@ -72,20 +72,22 @@ def test_a_grid_is_the_product_of_its_axes():
     assert network.widths == (30,) * 7
     assert network.stages[0].block.sigma_w == pytest.approx(2.5**0.5)
     assert network.stages[0].block.sigma_b == pytest.approx(0.1**0.5)
-    found = plan.groups(study)
+    found = _plan.programs(study)
     assert [len(g.names) for g in found] == [3, 3]  # normalised or not; with σ_b of 0 or not
 
 
 def test_numbers_alone_make_no_new_program():
     """σ_b = 0 beside others, and a range of widths: one program, and three."""
     assert (
-        len(plan.groups(description.parse(GOOD.replace('["none", "layer"]', '["none", "none"]'))))
+        len(
+            _plan.programs(description.parse(GOOD.replace('["none", "layer"]', '["none", "none"]')))
+        )
         == 1
     )
     wider = GOOD.replace("width = 30\n", "").replace(
         "[inputs]", "[[axes]]\nwidth = [10, 20, 30]\n[inputs]"
     )
-    assert len(plan.groups(description.parse(wider))) == 6
+    assert len(_plan.programs(description.parse(wider))) == 6
 
 
 def test_inputs_have_the_correlation_and_the_length_that_are_asked_for():
@@ -129,7 +131,7 @@ def test_images_are_resized_to_the_inputs_width():
         expected = data.resized(data.digits()[:2].astype(np.float64), width)
         np.testing.assert_array_equal(point.inputs(), expected)
     with pytest.raises(InputError, match="the point .*: width is 1; .* nothing but zeros"):
-        plan.groups(description.parse(RESIDUAL.replace("input_width = 8", "input_width = 1")))
+        _plan.programs(description.parse(RESIDUAL.replace("input_width = 8", "input_width = 1")))
 
 
 def test_networks_along_an_axis_are_how_many_points_have_and_nothing_else():
@@ -138,10 +140,10 @@ def test_networks_along_an_axis_are_how_many_points_have_and_nothing_else():
     assert [p.networks for p in study.points()] == [50, 20] * 3
     assert [p.name for p in study.points()] == [p.name for p in plain.points()]
     assert [axis.name for axis in study.axes] == [axis.name for axis in plain.axes]
-    made = plan.make(study, plan.groups(study))
+    made = _plan.make(study, _plan.programs(study))
     assert made.networks == 3 * (50 + 20)
     counts = {
-        n: c for w in made.works for n, c in zip(w.names.tolist(), w.count.tolist(), strict=True)
+        n: c for t in made.tasks for n, c in zip(t.names.tolist(), t.count.tolist(), strict=True)
     }
     assert counts == {p.name: p.networks for p in study.points()}
 
@@ -153,7 +155,7 @@ def test_a_point_that_is_there_twice_has_the_most_networks_that_are_asked():
         "[inputs]",
         '[[axes]]\nnorm = ["none", "none"]\nplace = ["pre", "post"]\nnetworks = [30, 40]\n[inputs]',
     )
-    (group,) = plan.groups(description.parse(text))
+    (group,) = _plan.programs(description.parse(text))
     assert group.networks.tolist() == [40] * 6
 
 
@@ -325,7 +327,7 @@ def mutated(text, draw):
 def valid(text):
     try:
         study = description.parse(text)
-        plan.make(study, plan.groups(study))
+        _plan.make(study, _plan.programs(study))
     except InputError:
         return False
     return True

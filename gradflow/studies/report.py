@@ -20,9 +20,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from gradflow import figures, statistics
-from gradflow.figures import study
+from gradflow.figures import _study
 from gradflow.figures._drawing import COLOURS, MARKERS
-from gradflow.figures.study import MOST_Z
+from gradflow.figures._study import MOST_Z
 from gradflow.studies import results
 from gradflow.verdict import word
 
@@ -208,7 +208,7 @@ def _gradient_table(dataset: xarray.Dataset) -> list[str]:
         factors = [_change(values[at]) for values in (measured, predicted)]
         change, steps = factors[0]
         axes = [d for d in norms[0].dims if d != "layer"]
-        where = study.where(dataset, dict(zip(axes, place, strict=True)))
+        where = _study.where(dataset, dict(zip(axes, place, strict=True)))
         said = [f"×{math.exp(c / max(n, 1)):.4g}" if n else "–" for c, n in factors]
         rows.append((where, *said, f"×{math.exp(change):.3g}" if steps else "–", word(change)))
     if len(rows) > _MOST_ROWS:
@@ -242,7 +242,7 @@ def _worst_table(dataset: xarray.Dataset) -> str:
         for flat in np.argsort(-sizes, kind="stable")[:_WORST]:
             place = dict(zip(z.dims, np.unravel_index(flat, z.shape), strict=True))
             there = dataset.isel({k: int(v) for k, v in place.items()})
-            where = study.where(dataset, {k: int(v) for k, v in place.items()})
+            where = _study.where(dataset, {k: int(v) for k, v in place.items()})
             values = (float(there[name]), float(there[f"{name}_theory"]), float(there[f"{name}_z"]))
             found.append((sizes[flat], name, where, *values, float(z.to_numpy().ravel()[flat])))
     found.sort(key=lambda row: -row[0])
@@ -293,19 +293,19 @@ def _figures(dataset: xarray.Dataset) -> Iterator[tuple[Figure, str]]:
     if len(plane) >= 2:
         rest = {axis: dataset.sizes[axis] // 2 for axis in _axes(dataset) if axis not in plane[:2]}
         there = dataset.isel(rest)
-        at = study.where(dataset, rest)
+        at = _study.where(dataset, rest)
         for name in _names(dataset):
             if name in _BY_LAYER:
                 yield _map(there, name, plane[0], plane[1], at)
-        made.append(study.depth_scale_maps(there, plane[0], plane[1], at))
+        made.append(_study.depth_scale_maps(there, plane[0], plane[1], at))
     else:
         few = math.prod(dataset.sizes[axis] for axis in _axes(dataset)) <= _SHOWN
         draw = _lines if few else _rows
         for name in _names(dataset):
             if name in _BY_LAYER:
                 yield draw(dataset, name)
-        made += [study.depth_scale_lines(dataset, axis) for axis in plane]
-        made.append(study.spread(dataset))
+        made += [_study.depth_scale_lines(dataset, axis) for axis in plane]
+        made.append(_study.spread(dataset))
     yield from filter(None, made)
     if "singular_value_density" in dataset:
         yield figures.spectra(dataset), _OF_SPECTRA
@@ -346,7 +346,7 @@ def _map(dataset: xarray.Dataset, name: str, x: str, y: str, at: str) -> tuple[F
         is_z = title.startswith("z")
         low, high = (-MOST_Z, MOST_Z) if is_z else limits
         colours = "RdBu_r" if is_z else "viridis"
-        image = study.image(axes, values, vmin=low, vmax=high, cmap=colours)
+        image = _study.image(axes, values, vmin=low, vmax=high, cmap=colours)
         figure.colorbar(image, ax=axes, extend="both" if is_z else "neither")
         axes.set_title(title, fontsize=10)
         axes.set_xlabel(x)
@@ -367,7 +367,7 @@ def _lines(dataset: xarray.Dataset, name: str) -> tuple[Figure, str]:
     for index, flat in enumerate(chosen):
         place = dict(zip(measured.dims, np.unravel_index(flat, shape), strict=False))
         place = {axis: int(number) for axis, number in place.items()}
-        label = study.where(dataset, place)
+        label = _study.where(dataset, place)
         there = (measured.isel(place), error.isel(place), predicted.isel(place))
         _points(axes, there, index, label)
     axes.set_xlabel("layer")
@@ -401,14 +401,14 @@ def _rows(dataset: xarray.Dataset, name: str) -> tuple[Figure, str]:
         )
         low, high = (-MOST_Z, MOST_Z) if title == "z" else limits
         colours = "RdBu_r" if title == "z" else "viridis"
-        drawn = study.image(axes, rows, vmin=low, vmax=high, cmap=colours)
+        drawn = _study.image(axes, rows, vmin=low, vmax=high, cmap=colours)
         figure.colorbar(drawn, ax=axes, extend="both" if title == "z" else "neither")
         axes.set_title(title, fontsize=10)
         axes.set_xlabel("layer")
     shown = np.unique(np.linspace(0, count - 1, min(count, _LABELLED)).round().astype(int))
     shape = [dataset.sizes[axis] for axis in axes_]
     labels = [
-        study.where(dataset, dict(zip(axes_, map(int, np.unravel_index(n, shape)), strict=True)))
+        _study.where(dataset, dict(zip(axes_, map(int, np.unravel_index(n, shape)), strict=True)))
         for n in shown
     ]
     figure.axes[0].set_yticks(shown, labels, fontsize=6)

@@ -42,8 +42,8 @@ from jaxtyping import Array
 from gradflow._compilation import Float64Program
 from gradflow.activations import Activation
 from gradflow.blocks import Dense
+from gradflow.studies._point import Point
 from gradflow.studies.description import Study
-from gradflow.studies.point import Point
 from gradflow.theory import fixed_points
 from gradflow.theory.fixed_points import DEPTH_SCALES, Analysis
 
