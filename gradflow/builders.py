@@ -10,7 +10,15 @@ import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Float
 
 from gradflow import activations, ensembles
-from gradflow._arguments import as_real, check_instance
+from gradflow._arguments import as_real
+from gradflow._checks import (
+    check_count,
+    check_instance,
+    check_number,
+    check_sequence,
+    is_number,
+    unknown_name,
+)
 from gradflow.activations import Activation
 from gradflow.blocks import (
     AbstractBlock,
@@ -30,14 +38,7 @@ from gradflow.blocks import (
     RMSNorm,
 )
 from gradflow.ensembles import Ensemble
-from gradflow.errors import (
-    InputError,
-    check_count,
-    check_number,
-    check_sequence,
-    is_number,
-    unknown_name,
-)
+from gradflow.errors import InputError
 from gradflow.networks import Network, Stage
 
 __all__ = [

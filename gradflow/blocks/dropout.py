@@ -5,8 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, PRNGKeyArray, ScalarLike
 
+from gradflow._checks import check_scale, is_traced
 from gradflow.blocks.base import AbstractBlock, Multiply, each_step
-from gradflow.errors import InputError, check_scale, is_traced
+from gradflow.errors import InputError
 from gradflow.kernels import Kernel, Unknown, multiply_kernel
 
 __all__ = ["Dropout"]

@@ -12,6 +12,7 @@ from rich import box
 from rich.table import Table
 
 from gradflow import builders
+from gradflow._checks import check_count
 from gradflow.cli import studying
 from gradflow.cli._shared import (
     Depth,
@@ -36,7 +37,7 @@ from gradflow.cli._shared import (
     write_json,
     write_netcdf,
 )
-from gradflow.errors import InputError, check_count
+from gradflow.errors import InputError
 
 # Above it, and below its inverse, a natural logarithm is not that of a float.
 _LARGEST_LOG = 700.0

@@ -10,7 +10,8 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from gradflow import activations, builders, ensembles
-from gradflow.errors import InputError, unknown_name
+from gradflow._checks import unknown_name
+from gradflow.errors import InputError
 
 __all__ = ["AXES", "COUNTS", "INPUTS", "MLP_ONLY", "MOST_NETWORKS", "NETWORK", "NO_NORM"]
 __all__ += ["NUMBERS", "RESIDUAL_ONLY", "SCALES", "Check", "clipped", "count", "fields", "finite"]

@@ -26,9 +26,10 @@ import numpy as np
 from jaxtyping import Array, ArrayLike, Float, Int
 
 from gradflow import activations, gaussian
+from gradflow._checks import check_count, check_scale, is_number, is_traced
 from gradflow.activations import Activation
 from gradflow.blocks import AbstractBlock, Patches
-from gradflow.errors import InputError, check_count, check_scale, is_number, is_traced
+from gradflow.errors import InputError
 from gradflow.gaussian import _batch
 from gradflow.kernels import Kernel
 from gradflow.theory import fixed_points, mean_field
