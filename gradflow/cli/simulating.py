@@ -241,14 +241,10 @@ def _figures_of_one(name: str, dataset: xarray.Dataset, folder: Path) -> list[Pa
     from gradflow import figures  # noqa: PLC0415  (matplotlib is slow to import)
 
     family = {name: {"all inputs": dataset}}
-    drawn = {
-        "activation-variance": figures.activation_variance(family),
-        "gradient-norm": figures.gradient_norm(family),
-        "saturation": figures.saturation(family),
-        "activation-histograms": figures.activation_histograms({name: dataset}),
-        "gradient-histograms": figures.gradient_histograms({name: dataset}),
-    }
-    return [figures.save(figure, folder / f"{file}.png") for file, figure in drawn.items()]
+    return [
+        figures.save(draw(family), folder / f"{figure.replace('_', '-')}.png")
+        for figure, draw in figures.OF_COMPARISONS.items()
+    ]
 
 
 def _figures_of_study(found: Any, datasets: dict[str, xarray.Dataset], folder: Path) -> list[Path]:
@@ -258,7 +254,7 @@ def _figures_of_study(found: Any, datasets: dict[str, xarray.Dataset], folder: P
     for setting in found.comparisons:
         panels.setdefault(setting.activation, {})[setting.note] = datasets[setting.name]
     paper = {
-        f"tanh, five layers of 1000, {weights} weights": simulation.to_xarray()
+        f"tanh, five layers of 1000, {weights} weights": {"simulation": simulation.to_xarray()}
         for weights, simulation in found.paper.items()
     }
     sweep = found.sweep
