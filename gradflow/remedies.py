@@ -438,7 +438,7 @@ class _Proposer:
         )
         yield (
             "post-LN residual, LeCun weights",
-            residual(norm="layer", place="post", weights="lecun", sigma_b=None),
+            residual(norm="layer", norm_position="post", weights="lecun", sigma_b=None),
             "an addition and a LayerNorm a layer",
             "every block divides the path past it, and gradients with it",
         )
