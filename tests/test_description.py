@@ -78,12 +78,8 @@ def test_a_grid_is_the_product_of_its_axes():
 
 def test_numbers_alone_make_no_new_program():
     """σ_b = 0 beside others, and a range of widths: one program, and three."""
-    assert (
-        len(
-            _plan.programs(description.parse(GOOD.replace('["none", "layer"]', '["none", "none"]')))
-        )
-        == 1
-    )
+    plain = GOOD.replace('["none", "layer"]', '["none", "none"]')
+    assert len(_plan.programs(description.parse(plain))) == 1
     wider = GOOD.replace("width = 30\n", "").replace(
         "[inputs]", "[[axes]]\nwidth = [10, 20, 30]\n[inputs]"
     )
