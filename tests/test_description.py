@@ -65,7 +65,7 @@ def test_a_grid_is_the_product_of_its_axes():
     study = description.parse(GOOD)
     assert study.shape == (3, 2)
     points = list(study.points())
-    assert [p.place for p in points] == [(i, j) for i in range(3) for j in range(2)]
+    assert [p.index for p in points] == [(i, j) for i in range(3) for j in range(2)]
     last = points[-1].settings
     assert (last["sigma_w2"], last["sigma_b2"], last["norm"]) == (2.5, 0.1, "layer")
     network = points[-1].network()

@@ -92,7 +92,7 @@ def test_points_are_those_of_simulate_and_of_theory(reference):
         compared = comparison.compare_results(
             comparison.predict_float64(point.network(), inputs), found
         )
-        here = dataset.isel(sigma_w2=point.place[0], sigma_b2=point.place[1])
+        here = dataset.isel(sigma_w2=point.index[0], sigma_b2=point.index[1])
         for statistic in study.statistics:
             name, estimate = statistic.name, found.estimates[statistic.key]
             contrast = compared.contrasts[statistic.key]

@@ -154,7 +154,7 @@ def test_signals_and_jacobians_leave_a_floats_range_and_their_slopes_do_not():
     network, x = point.network(), jnp.asarray(point.inputs(), jnp.float32)
     found = np.asarray(jax.jit(singular_values.end_to_end)(network.as_arrays(np.float32), x, key))
     scaled = point.settings | {"sigma_w2": 2.0}
-    usual = Point(point.place, scaled, point.networks).network()
+    usual = Point(point.index, scaled, point.networks).network()
     expected = np.asarray(jax.jit(singular_values.end_to_end)(usual.as_arrays(np.float32), x, key))
     assert np.isfinite(expected[0])
     np.testing.assert_allclose(found[0], expected[0] - 400 * np.log(2), rtol=1e-4)

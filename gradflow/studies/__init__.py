@@ -12,7 +12,7 @@ axis         one dimension of the grid: fields of the file that vary along it to
 point        one combination of the axes' values: a law of networks, its inputs and its key
 share        one host's part of the networks of every point; the shares are merged into the whole
 program      one compiled program, and the points whose networks it draws
-round        networks that are drawn before it is asked again whether there are enough
+round        the networks that are drawn between two decisions on how many each point needs
 task         the networks that a round draws with one program
 chunk        a stretch of a task that is drawn, written and, after an interruption, resumed at once;
              or the theory of some of its points

@@ -6,7 +6,7 @@
     theory/…            what theory says of the points of a chunk of theory
 
 The chunks of a task are finished in order. Every `_MERGED_FILES` of their files are merged into
-one, and so are those, always the same ones and in the same order: there are few files, and each
+one, and so are the merged files, always the same ones in the same order: files are few, and each
 estimate has the same bits whether or not the study was interrupted.
 
 Each of these files is sealed with the checksum of its round's file. Files that are damaged, missing
@@ -46,7 +46,7 @@ _THEORY_CHUNK = 256
 # How many files are merged into one, unless that had more bytes than this.
 _MERGED_FILES = 32
 _MERGED_BYTES = 1 << 26
-# Parsed rounds that are kept in memory: those of points by the million are large.
+# Parsed rounds that are kept in memory: a round of a million points is large.
 _ROUNDS_IN_MEMORY = 4
 _BY_POINT = ("names", "first", "count", "theory")
 _CHUNK_NAME = re.compile(r"(\d{4,})-(\d{5,})-(\d{10,})-(\d{10,})\.npz", re.ASCII)
@@ -81,7 +81,7 @@ class TheoryChunk(NamedTuple):
         return f"theory {self.task} {self.number}"
 
     def rows(self, task: Task) -> np.ndarray:
-        """Return the rows of its points in the task: those whose theory falls to it."""
+        """Return the rows of its points in the task."""
         first = self.number * _THEORY_CHUNK
         return first + np.flatnonzero(task.theory[first : first + _THEORY_CHUNK])
 
@@ -263,7 +263,7 @@ class Rounds:
         return next((n for n in range(len(self)) if any(map(any, self.left(n)))), None)
 
     def _gaps(self, number: int, chunks: Mapping[int, int]) -> dict[int, list[tuple[int, int]]]:
-        """Ranges of a round's chunks that are not there, by task, of which it has so many."""
+        """Return the ranges of missing chunks by task, of the number of chunks that each has."""
         gaps_of = {}
         for index, count in chunks.items():
             gaps: list[tuple[int, int]] = []
@@ -412,7 +412,7 @@ class Rounds:
     def scan(self, *, remove: bool = False) -> None:
         """Find all files of chunks and theory, and which of them are whole.
 
-        With ``remove``, those that are not are removed, and so are those that were merged already.
+        With ``remove``, damaged files are removed, and so are files that were merged already.
         """
         before, by_task, theory = self._files, collections.defaultdict(list), set()
         self._damaged = {}

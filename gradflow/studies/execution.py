@@ -311,7 +311,7 @@ class _Run:
         Raises
         ------
         _Stopped
-            If the first process is asked to stop.
+            If ``stop`` is true in the first process.
         """
         tasks = current.tasks
         networks = sum(task.networks for task in tasks)
@@ -323,7 +323,7 @@ class _Run:
                 points_done += done
                 if is_new:
                     self.report(Progress("theory", points_done, points))
-                    self._stop_if_asked()
+                    self._stop_if_requested()
             for chunk in runner.run(ranges):
                 state = Progress("networks", networks_before + chunk.done, networks)
                 total = _of_all(chunk.measurements)
@@ -332,11 +332,11 @@ class _Run:
                     z, name = self._largest_z(runner, current.number, index, total)
                     state = dataclasses.replace(state, largest_z=z, statistic=name)
                 self.report(state)
-                self._stop_if_asked()
+                self._stop_if_requested()
             networks_before += runner.task.networks
 
-    def _stop_if_asked(self) -> None:
-        """Stop all processes if the first one is asked to."""
+    def _stop_if_requested(self) -> None:
+        """Stop all processes if ``stop`` is true in the first one."""
         if _from_first(lambda: b"stop" if self.stop() else b""):
             raise _Stopped
 

@@ -339,7 +339,7 @@ class Store:
     def add(
         self, number: int, task: int, chunk: int, measurements: Measurements, seconds: float
     ) -> None:
-        """Write a chunk of a round's task, which took so many seconds."""
+        """Write a chunk of a round's task; ``seconds`` is the time it took, for the log."""
         with explained(self.folder):
             self.rounds.add(number, task, chunk, measurements)
             self._log(round=number, task=task, chunk=chunk, seconds=round(seconds, 3))
@@ -347,7 +347,7 @@ class Store:
     def add_theory(
         self, chunk: TheoryChunk, arrays: Mapping[str, np.ndarray], seconds: float
     ) -> None:
-        """Write a chunk of theory, which took so many seconds."""
+        """Write a chunk of theory; ``seconds`` is the time it took, for the log."""
         with explained(self.folder):
             self.rounds.add_theory(chunk, arrays)
             taken = round(seconds, 3)
