@@ -16,7 +16,6 @@ builders           networks of the usual architectures: mlp, residual, convoluti
 statistics         what is reported: its name, how it is measured, how it is predicted
 float_ranges       in which layer signals and gradients leave float16, bfloat16, float32, float64
 estimation         means, standard errors and histograms over networks
-roots              roots of a function of one variable, differentiable
 theory             one value a layer, no sampling
 simulation         the same statistics, measured in many random networks at once
 verdict            what becomes of the gradients, in words and as a factor a layer

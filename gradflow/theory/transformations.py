@@ -41,6 +41,7 @@ from gradflow import activations, gaussian
 from gradflow.activations import Activation, PairMoment
 from gradflow.blocks import Dense
 from gradflow.errors import InputError, check_count, unknown_name
+from gradflow.gaussian import _quadrature
 from gradflow.networks import Network, Stage
 
 __all__ = [
@@ -152,7 +153,7 @@ def normalising_gain(activation: Activation | str) -> float:
     """
     phi = activations.get(activation)
     with jax.ensure_compile_time_eval(), jax.enable_x64(True):
-        variance = float(gaussian.variance(phi, 1.0))
+        variance = float(gaussian.moment(phi, "variance", 1.0))
     if not variance > 0:
         raise InputError(f"activation {phi.name!r} has variance {variance!r}; it must be above 0")
     return variance**-0.5
@@ -317,7 +318,7 @@ _Method: TypeAlias = Callable[[_Nonlinearity, Array, Array], _Trial]
 
 def _nonlinearity(activation: Activation, a: Array, b: Array) -> _Nonlinearity:
     average = functools.partial(
-        gaussian.shifted_expectation, mean=b, deviation=a, kinks=activation.kinks
+        _quadrature.shifted_expectation, mean=b, deviation=a, kinks=activation.kinks
     )
     y0 = activation(b)  # so that no large constant is carried along
 
