@@ -10,7 +10,7 @@ import pytest
 
 from gradflow import activations
 from gradflow.errors import InputError
-from gradflow.theory import spectral_density, spectrum
+from gradflow.theory import _spectral_shares, spectral_density, spectrum
 
 SPECTRA = 1e-9  # the issue asks 1e-6
 pytestmark = pytest.mark.usefixtures("x64_only")
@@ -149,12 +149,12 @@ def test_the_density_has_the_moments(name, depth, weights):
 def test_shares_of_one_gaussian_layer_are_those_of_the_quarter_circle():
     """s in [0, 2] with density √(4 - s²)/π; all edges, also those beside the law."""
     edges = np.array([0.0, 0.3, 1.0, 1.9, 2.5, 3.0])
-    found = spectral_density.shares(spectrum.slope_law("linear", 1.0), 1.0, 1, edges=edges)
+    found = _spectral_shares.shares(spectrum.slope_law("linear", 1.0), 1.0, 1, edges=edges)
     s = np.minimum(edges, 2)
     below = (s * np.sqrt(4 - s**2) / 2 + 2 * np.arcsin(s / 2)) / math.pi
     np.testing.assert_allclose(found.inside, np.diff(below), atol=1e-9)
     np.testing.assert_allclose([found.zero, found.below, found.above], 0, atol=1e-12)
-    inner = spectral_density.shares(spectrum.slope_law("linear", 1.0), 1.0, 1, edges=edges[1:3])
+    inner = _spectral_shares.shares(spectrum.slope_law("linear", 1.0), 1.0, 1, edges=edges[1:3])
     expected = [below[1], below[2] - below[1], 1 - below[2]]
     np.testing.assert_allclose([inner.below, *inner.inside, inner.above], expected, atol=1e-9)
 
@@ -173,7 +173,7 @@ def test_shares_have_the_moments_and_the_atoms(name, q, sigma_w2, depth, weights
     ends = spectrum.support(law, *layers)
     top = float(np.sqrt(np.nanmax([ends.upper, *ends.atoms])))
     edges = np.linspace(0, 1.01 * top, 401)
-    found = spectral_density.shares(law, *layers, edges=edges)
+    found = _spectral_shares.shares(law, *layers, edges=edges)
     middle = (edges[1:] + edges[:-1]) / 2
     total = float(found.zero + found.below + found.inside.sum() + found.above)
     assert total == pytest.approx(1, abs=1e-12)
@@ -181,7 +181,7 @@ def test_shares_have_the_moments_and_the_atoms(name, q, sigma_w2, depth, weights
     mean = spectrum.mean_and_variance(law, *layers)[0]
     np.testing.assert_allclose(np.sum(found.inside * middle**2), mean, rtol=3e-3)
     assert found.inside.min() > -1e-9
-    coarse = spectral_density.shares(law, *layers, edges=edges[::100])
+    coarse = _spectral_shares.shares(law, *layers, edges=edges[::100])
     np.testing.assert_allclose(
         coarse.inside, np.asarray(found.inside).reshape(4, 100).sum(axis=1), atol=1e-9
     )

@@ -30,10 +30,25 @@ _LOST = 1e-7
 @functools.partial(jax.jit, static_argnums=0)
 def correlation_fixed_point(
     activation: Activation, q: Array, sigma_w2: Array, sigma_b2: Array, chi1: Array
-) -> tuple[Array, Array]:
-    """Return c*, the stable fixed point in [0, 1], and C'(c*), at every point of a grid.
+) -> tuple[Float[Array, "*grid"], Float[Array, "*grid"]]:
+    """Return c*, the stable fixed point in [0, 1], and χ_c = C'(c*), at every point of a grid.
 
-    Lengths q are > 0 and fixed points of the length map; χ₁ is given, for its digits.
+    Parameters
+    ----------
+    activation
+        φ; static under jit.
+    q
+        The length, > 0, a fixed point of the length map: σ_w² E[φ²] + σ_b² = q.
+    sigma_w2, sigma_b2
+        σ_w² and σ_b², >= 0, of q's shape.
+    chi1
+        σ_w² E[φ'²] at q.
+
+    Returns
+    -------
+    c_star, chi_c
+        Of q's shape; c* = 1 and χ_c = χ₁ where χ₁ <= 1. Their derivatives are NaN at a few points
+        where those are not known: φ with kinks, and 1 - c* below 0.02 or so.
     """
     # Where χ₁ - 1 is rounding, so is 1 - c*, and the two roots cannot be distinguished.
     chaotic = chi1 - 1 > rounding(q.dtype)

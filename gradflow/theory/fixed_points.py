@@ -39,8 +39,8 @@ from gradflow.theory._correlations import correlation_fixed_point
 from gradflow.theory._depth_scales import depth_scale, depth_scale_near_1
 from gradflow.theory._moment_table import Table, averages_at, over_grid
 
-__all__ = ["Analysis", "LengthFixedPoints", "Stability", "Status", "analyse", "correlation"]
-__all__ += ["length", "representable_depth", "trainable_depth"]
+__all__ = ["Analysis", "LengthFixedPoints", "Stability", "Status", "analyse", "length"]
+__all__ += ["representable_depth", "trainable_depth"]
 
 
 class Stability(enum.IntEnum):
@@ -230,7 +230,7 @@ def analyse(
     *,
     start: ArrayLike = 1.0,
 ) -> Analysis:
-    """Return where a signal of second moment ``start`` settles, and on which depth scales.
+    """Return the fixed point that a signal of second moment ``start`` tends to, and depth scales.
 
     Parameters
     ----------
@@ -486,43 +486,6 @@ def _settled(
     )
     at = jax.tree.map(lambda x, y: jnp.where(status == Status.DIVERGES, x, y), divergent, at)
     return status.astype(jnp.int8), at, lengths.moment_error[index]
-
-
-# The correlation map ------------------------------------------------------------------------------
-
-
-def correlation(
-    activation: Activation, q: ArrayLike, sigma_w2: ArrayLike, sigma_b2: ArrayLike = 0.0
-) -> tuple[Float[Array, "*grid"], Float[Array, "*grid"]]:
-    """Return the stable fixed point c* >= 0 of the correlation map at length q, and χ_c = C'(c*).
-
-    Parameters
-    ----------
-    activation
-        φ; static under jit.
-    q
-        The length, > 0, kept by the length map: σ_w² E[φ²] + σ_b² = q.
-    sigma_w2, sigma_b2
-        σ_w² and σ_b², >= 0; all of shapes that broadcast.
-
-    Returns
-    -------
-    c_star, chi_c
-        c* = 1 and χ_c = χ₁ where χ₁ <= 1. Their derivatives are NaN at a few places where those are
-        not known: φ with kinks, and 1 - c* below 0.02 or so.
-
-    Raises
-    ------
-    InputError
-        If an argument is negative or not finite (seen outside jit only); if φ has no Gaussian
-        moments.
-    """
-    check_scale("q", q)
-    gaussian.check(activation)
-    sigma_w2, sigma_b2 = _as_scales(sigma_w2, sigma_b2)
-    q, sigma_w2, sigma_b2 = jnp.broadcast_arrays(jnp.asarray(q, sigma_w2.dtype), sigma_w2, sigma_b2)
-    chi1 = sigma_w2 * gaussian.moment(activation, "dphi2", q)
-    return correlation_fixed_point(activation, q, sigma_w2, sigma_b2, chi1)
 
 
 def _error_of_correlation(

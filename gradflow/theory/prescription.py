@@ -27,6 +27,7 @@ from gradflow.activations import Activation
 from gradflow.errors import InputError, check_count, check_scale
 from gradflow.networks import Network
 from gradflow.theory import criticality, fixed_points, mean_field, transformations
+from gradflow.theory._correlations import correlation_fixed_point
 from gradflow.theory._depth_scales import depth_scale
 from gradflow.theory.criticality import UniversalityClass
 from gradflow.theory.fixed_points import Status
@@ -322,7 +323,8 @@ def _expect(
     else:
         status, length = Status.CONVERGES, jnp.asarray(q_star)
         chi1 = mean_field.chi(phi, length, w2)
-        xi_c = depth_scale(fixed_points.correlation(phi, length, w2, b2)[1])
+        scales = jnp.asarray(w2), jnp.asarray(b2)
+        xi_c = depth_scale(correlation_fixed_point(phi, length, *scales, chi1)[1])
     xi_grad = depth_scale(jnp.asarray(chi1))
     trainable = fixed_points.trainable_depth(jnp.minimum(xi_c, jnp.abs(xi_grad)))
     per_layer = math.exp(float(log_gradient) / max(network.depth - 1, 1))
