@@ -7,7 +7,8 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from gradflow._arguments import as_numbers
-from gradflow.errors import InputError, check_sequence
+from gradflow._checks import check_sequence
+from gradflow.errors import InputError
 
 __all__ = ["checked_factors"]
 

@@ -17,8 +17,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from gradflow._arguments import as_real, check_instance
-from gradflow.errors import InputError, check_count
+from gradflow._arguments import as_real
+from gradflow._checks import check_count, check_instance
+from gradflow.errors import InputError
 from gradflow.networks import Network
 from gradflow.norms import unit_rows
 from gradflow.simulation import jacobians

@@ -8,7 +8,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from gradflow.errors import InputError, check_sequence
+from gradflow._checks import check_sequence
+from gradflow.errors import InputError
 from gradflow.networks import Network, Stage
 
 __all__ = ["LayerKey", "LayerWeights", "check_weights", "layer_keys", "scan_blocks"]

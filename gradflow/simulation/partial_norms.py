@@ -9,8 +9,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from gradflow._arguments import as_key
+from gradflow._checks import check_count
 from gradflow.blocks import AbstractBlock
-from gradflow.errors import InputError, check_count
+from gradflow.errors import InputError
 from gradflow.networks import Network, as_inputs
 from gradflow.norms import unit_rows
 from gradflow.simulation import _linearisation

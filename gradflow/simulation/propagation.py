@@ -17,8 +17,9 @@ from jaxtyping import Array, Float, PRNGKeyArray
 
 from gradflow import statistics
 from gradflow._arguments import as_key
+from gradflow._checks import is_traced
 from gradflow.blocks import AbstractBlock
-from gradflow.errors import InputError, is_traced
+from gradflow.errors import InputError
 from gradflow.networks import Network, as_inputs, check_lsuv
 from gradflow.simulation import _passes, samplers
 from gradflow.simulation._layers import LayerKey, LayerWeights, layer_keys, scan_blocks
