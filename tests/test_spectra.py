@@ -56,7 +56,10 @@ def changed(*pairs):
             changed(("[sampling]", '[[axes]]\nnorm = ["none", "rms"]\n[sampling]')),
             r"axes\[1\].norm is 'rms' somewhere; with \[spectrum\] it is 'none'",
         ),
-        (changed(("width = 12", "width = 12\nkeep = 0.9")), r"network.keep does not go with"),
+        (
+            changed(("width = 12", "width = 12\nkeep_rate = 0.9")),
+            r"network.keep_rate does not go with",
+        ),
         (changed(("width = 12", 'width = 12\nlast = "lecun"')), r"network.last does not go with"),
         (changed(("[sampling]", "[inputs]\nbatch = 2\n[sampling]")), r"inputs.batch is 2 somewhe"),
         (

@@ -18,8 +18,8 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from gradflow._arguments import check_instance
-from gradflow.errors import InputError, check_number, check_sequence
+from gradflow._checks import check_instance, check_number, check_sequence
+from gradflow.errors import InputError
 from gradflow.networks import Network
 from gradflow.simulation import _matrices, propagation
 

@@ -21,9 +21,10 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from gradflow import _compilation
-from gradflow._arguments import as_key, as_numbers, as_real, check_instance
+from gradflow._arguments import as_key, as_numbers, as_real
+from gradflow._checks import check_count, check_instance, check_sequence
 from gradflow.blocks import AbstractBlock
-from gradflow.errors import InputError, check_count, check_sequence
+from gradflow.errors import InputError
 from gradflow.networks import Network, as_inputs, check_network
 from gradflow.norms import unit_rows
 from gradflow.simulation import linearisation, samplers

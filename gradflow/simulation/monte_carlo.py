@@ -26,8 +26,9 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, PRNGKeyArray
 
 from gradflow import _compilation, estimation, statistics
-from gradflow._arguments import as_key, check_progress
-from gradflow.errors import InputError, check_count
+from gradflow._arguments import as_key
+from gradflow._checks import check_count, check_progress
+from gradflow.errors import InputError
 from gradflow.estimation import Estimate, Histogram
 from gradflow.networks import Network, as_inputs
 from gradflow.simulation import _memory, _threefry, propagation, samplers, singular_values

@@ -27,8 +27,9 @@ from jaxtyping import Array, Float, PRNGKeyArray
 
 from gradflow import statistics
 from gradflow._arguments import as_key
+from gradflow._checks import check_sequence, is_traced
 from gradflow.blocks import AbstractBlock
-from gradflow.errors import InputError, check_sequence, is_traced
+from gradflow.errors import InputError
 from gradflow.networks import Network, Stage, as_inputs, check_lsuv
 from gradflow.norms import unit_rows
 from gradflow.simulation import linearisation, samplers

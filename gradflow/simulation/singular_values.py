@@ -36,8 +36,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, ArrayLike, Float, Int, PRNGKeyArray
 
-from gradflow._arguments import as_key, as_real, check_instance, from_seed
-from gradflow.errors import InputError, check_count, check_number, is_traced
+from gradflow._arguments import as_key, as_real, from_seed
+from gradflow._checks import check_count, check_instance, check_number, is_traced
+from gradflow.errors import InputError
 from gradflow.networks import Network, as_inputs
 from gradflow.norms import unit_rows
 from gradflow.simulation import _memory, jacobians

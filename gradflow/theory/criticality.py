@@ -31,8 +31,9 @@ from jaxtyping import Array, ArrayLike, Float, Int
 
 from gradflow import activations, gaussian
 from gradflow._arguments import as_numbers
+from gradflow._checks import check_scale
 from gradflow.activations import Activation
-from gradflow.errors import InputError, check_scale
+from gradflow.errors import InputError
 from gradflow.roots import Roots, Valued, implicit, rounding, sign_changes
 from gradflow.theory._moment_table import Averages, Table
 from gradflow.theory.fixed_points import (

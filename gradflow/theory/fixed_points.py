@@ -34,8 +34,9 @@ from jaxtyping import Array, ArrayLike, Bool, Float, Int
 
 from gradflow import activations, gaussian
 from gradflow._arguments import as_numbers
+from gradflow._checks import check_scale, unknown_name
 from gradflow.activations import Activation
-from gradflow.errors import InputError, check_scale, unknown_name
+from gradflow.errors import InputError
 from gradflow.roots import Valued, implicit, newton, rounding, sign_changes
 from gradflow.theory._moment_table import Averages, Limit, Table
 

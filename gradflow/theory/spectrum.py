@@ -32,9 +32,9 @@ from jax.scipy.special import erfc
 from jaxtyping import Array, ArrayLike, Float
 
 from gradflow import activations, gaussian
-from gradflow._arguments import check_instance
+from gradflow._checks import check_count, check_instance, check_scale, unknown_name
 from gradflow.activations import Activation
-from gradflow.errors import InputError, check_count, check_scale, unknown_name
+from gradflow.errors import InputError
 
 __all__ = ["WEIGHTS", "Density", "Shares", "SlopeLaw", "Support", "density", "mean_and_variance"]
 __all__ += ["mean_singular_value", "moments", "shares", "slope_law", "support", "two_point_law"]

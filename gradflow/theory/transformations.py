@@ -38,9 +38,10 @@ from jaxtyping import Array, Float
 from scipy.optimize import brentq
 
 from gradflow import activations, gaussian
+from gradflow._checks import check_count, unknown_name
 from gradflow.activations import Activation, PairMoment
 from gradflow.blocks import Dense
-from gradflow.errors import InputError, check_count, unknown_name
+from gradflow.errors import InputError
 from gradflow.networks import Network, Stage
 
 __all__ = [

@@ -27,8 +27,9 @@ from jaxtyping import PRNGKeyArray
 
 from gradflow import _compilation, statistics
 from gradflow import networks as nets
-from gradflow._arguments import as_key, check_instance, check_progress
-from gradflow.errors import InputError, check_count, check_number
+from gradflow._arguments import as_key
+from gradflow._checks import check_count, check_instance, check_number, check_progress
+from gradflow.errors import InputError
 from gradflow.networks import Network
 from gradflow.simulation import _memory, monte_carlo
 from gradflow.simulation.monte_carlo import Progress
