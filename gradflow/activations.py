@@ -27,7 +27,8 @@ import numpy as np
 from jax.scipy.special import erf as _erf
 from jaxtyping import Array, Float, ScalarLike
 
-from gradflow.errors import InputError, check_sequence, is_number, unknown_name
+from gradflow._checks import check_sequence, is_number, unknown_name
+from gradflow.errors import InputError
 
 __all__ = ["ALL", "Activation", "custom", "get", "leaky_relu"]
 

@@ -29,7 +29,8 @@ from jax.typing import ArrayLike
 from jaxtyping import PRNGKeyArray
 
 from gradflow import statistics
-from gradflow._arguments import as_key, check_instance
+from gradflow._arguments import as_key
+from gradflow._checks import check_instance
 from gradflow._compilation import Float64Program
 from gradflow.errors import InputError
 from gradflow.estimation import Estimate

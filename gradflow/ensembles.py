@@ -31,14 +31,9 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from gradflow._arguments import as_key, check_instance, from_seed
-from gradflow.errors import (
-    InputError,
-    check_count,
-    check_number,
-    check_sequence,
-    unknown_name,
-)
+from gradflow._arguments import as_key, from_seed
+from gradflow._checks import check_count, check_instance, check_number, check_sequence, unknown_name
+from gradflow.errors import InputError
 
 __all__ = ["ALL", "Distribution", "Ensemble", "fan_in", "from_initializer", "get"]
 

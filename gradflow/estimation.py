@@ -13,7 +13,8 @@ import numpy as np
 import scipy.stats
 
 from gradflow._arguments import as_numbers
-from gradflow.errors import InputError, check_sequence, is_number
+from gradflow._checks import check_sequence, is_number
+from gradflow.errors import InputError
 
 __all__ = ["Estimate", "Histogram", "histogram", "merge"]
 

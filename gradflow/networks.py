@@ -20,7 +20,8 @@ import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Array
 
-from gradflow._arguments import all_finite, as_real, check_instance
+from gradflow._arguments import all_finite, as_real
+from gradflow._checks import check_instance, is_traced
 from gradflow.activations import Activation
 from gradflow.blocks import (
     AbstractBlock,
@@ -29,10 +30,7 @@ from gradflow.blocks import (
     Linear,
     UnitVariance,
 )
-from gradflow.errors import (
-    InputError,
-    is_traced,
-)
+from gradflow.errors import InputError
 
 __all__ = ["Network", "Stage", "as_inputs", "check_network", "checked_inputs", "divide_widths"]
 __all__ += ["unit_variance", "with_biases"]

@@ -25,6 +25,7 @@ import scipy.optimize
 
 from gradflow import activations, builders, data
 from gradflow._arguments import from_seed
+from gradflow._checks import check_count
 from gradflow.activations import Activation
 from gradflow.comparison import (
     Comparison,
@@ -33,7 +34,7 @@ from gradflow.comparison import (
     log_chi_beyond,
     with_densities,
 )
-from gradflow.errors import InputError, check_count
+from gradflow.errors import InputError
 from gradflow.estimation import Estimate
 from gradflow.simulation.monte_carlo import Simulation, simulate
 from gradflow.statistics import Prediction, Statistic

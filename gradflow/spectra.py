@@ -12,8 +12,9 @@ from jaxtyping import Array, Float, PRNGKeyArray
 
 from gradflow import activations, ensembles, gaussian
 from gradflow._arguments import from_seed
+from gradflow._checks import check_scale
 from gradflow.activations import Activation
-from gradflow.errors import InputError, check_scale
+from gradflow.errors import InputError
 from gradflow.theory import fixed_points, spectral_density
 from gradflow.theory import spectrum as theory
 from gradflow.theory._jacobian_law import check as check_layers

@@ -23,9 +23,9 @@ import xarray
 from jaxtyping import Array, Bool, Float
 
 from gradflow import gaussian
-from gradflow._arguments import check_instance
+from gradflow._checks import check_instance, unknown_name
 from gradflow.activations import Activation
-from gradflow.errors import InputError, UnknownName, unknown_name
+from gradflow.errors import InputError, UnknownName
 from gradflow.norms import unit_rows
 
 __all__ = ["ALL", "SATURATION_THRESHOLD", "BackwardLaw", "BackwardSample", "ForwardLaw"]

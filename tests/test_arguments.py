@@ -62,7 +62,7 @@ def test_keys_of_every_kind_are_one_key():
 @pytest.mark.parametrize("seed", [0, 7])
 def test_jaxs_default_kind_of_key_has_no_say(seed):
     code = (
-        "import numpy as np; from gradflow import networks; "
+        "import numpy as np; from gradflow import builders; "
         "from gradflow.simulation import monte_carlo\n"
         f"found = monte_carlo.simulate(builders.mlp([3, 4, 4]), np.ones((1, 3)), key={seed}, "
         "networks=2)\nprint(found['q'].value.tolist())"

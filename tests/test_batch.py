@@ -181,7 +181,7 @@ def test_theory_meets_simulation():
         ),
         (
             lambda _: mean_field.predict(
-                builders.mlp([4, 4, 4], norm="batch", place="post"), jnp.eye(4)
+                builders.mlp([4, 4, 4], norm="batch", norm_position="post"), jnp.eye(4)
             ),
             "BatchNorm gets a signal that is not Gaussian",
         ),

@@ -94,7 +94,9 @@ class TestTable8:
     @pytest.mark.slow
     def test_dropout(self, load_reference):
         for phi, given, values in rows_of(load_reference, "dropout"):
-            found = architectures.dropout(phi, given["sw2"], given["sb2"], keep=given["keep_prob"])
+            found = architectures.dropout(
+                phi, given["sw2"], given["sb2"], keep_rate=given["keep_prob"]
+            )
             for name, key in (
                 ("q_star", "q_star"),
                 ("c_star", "c_star"),
@@ -110,7 +112,7 @@ class TestTable8:
         for _, given, values in rows_of(load_reference, "dropout_relu_critical"):
             sigma_w2 = architectures.critical_dropout("relu", given["keep_prob"])
             assert float(sigma_w2) == pytest.approx(float(values["sw2"]), rel=TABLE)
-            found = architectures.dropout("relu", sigma_w2, keep=given["keep_prob"])
+            found = architectures.dropout("relu", sigma_w2, keep_rate=given["keep_prob"])
             assert found.status == Status.NEUTRAL
             for name, key in (("c_star",) * 2, ("chi_c",) * 2, ("xi_c",) * 2):
                 assert float(getattr(found, name)) == pytest.approx(float(values[key]), rel=TABLE)
@@ -123,14 +125,14 @@ class TestTable8:
 @pytest.mark.usefixtures("x64_only")
 def test_dropout_over_a_grid_and_its_derivative():
     keep = np.array([0.5, 0.9, 1.0])
-    found = architectures.dropout("tanh", 1.5, 0.05, keep=keep)
+    found = architectures.dropout("tanh", 1.5, 0.05, keep_rate=keep)
     plain = fixed_points.analyse(activations.tanh, 1.5, 0.05)
     assert found.c_star.shape == (3,)
     assert float(found.c_star[2]) == pytest.approx(float(plain.c_star))
     assert (np.diff(found.c_star) > 0).all()
 
     def c_star(sigma_w2):
-        return architectures.dropout("tanh", sigma_w2, 0.05, keep=0.9).c_star
+        return architectures.dropout("tanh", sigma_w2, 0.05, keep_rate=0.9).c_star
 
     step = 1e-4
     finite = (c_star(1.5 + step) - c_star(1.5 - step)) / (2 * step)
@@ -142,27 +144,27 @@ def test_dropout_over_a_grid_and_its_derivative():
 def test_dropout_networks_settle_where_the_fixed_point_is():
     """50 layers, two inputs: the walk of the kernel, against the fixed-point equation."""
     network = builders.mlp(
-        [2, *[9] * 50], "tanh", ensembles.fan_in(1.5**0.5), sigma_b=0.2, keep=0.9
+        [2, *[9] * 50], "tanh", ensembles.fan_in(1.5**0.5), sigma_b=0.2, keep_rate=0.9
     )
     found = mean_field.predict(network, jnp.array([[1.0, 0.9], [0.9, 1.0]]))
-    fixed = architectures.dropout("tanh", 1.5, 0.04, keep=0.9)
+    fixed = architectures.dropout("tanh", 1.5, 0.04, keep_rate=0.9)
     assert float(found["correlation"][-1]) == pytest.approx(float(fixed.c_star), rel=1e-4)
     assert float(found["chi"][-2]) == pytest.approx(float(fixed.chi1), rel=1e-4)
 
 
 NETWORKS = {
     "mlp, layer norm, dropout": lambda w: builders.mlp(
-        [9, 30, 30, 20], "relu", w, norm="layer", keep=0.8, sigma_b=0.1
+        [9, 30, 30, 20], "relu", w, norm="layer", keep_rate=0.8, sigma_b=0.1
     ),
     "mlp, rms norm after φ": lambda w: builders.mlp(
-        [9, 30, 30, 20], "tanh", w, norm="rms", place="post"
+        [9, 30, 30, 20], "tanh", w, norm="rms", norm_position="post"
     ),
     "residual": lambda w: builders.residual(9, 30, 3, "relu", w, scale="depth"),
     "pre-norm residual of two layers": lambda w: builders.residual(
-        9, 30, 3, "gelu", w, layers=2, hidden=50, weights_first=True, norm="layer", keep=0.9
+        9, 30, 3, "gelu", w, layers=2, hidden=50, weights_first=True, norm="layer", keep_rate=0.9
     ),
     "post-norm residual": lambda w: builders.residual(
-        9, 30, 3, "tanh", w, sigma_b=0.2, norm="rms", place="post"
+        9, 30, 3, "tanh", w, sigma_b=0.2, norm="rms", norm_position="post"
     ),
 }
 
@@ -315,8 +317,14 @@ def test_networks_tell_their_shapes():
     ("make", "message"),
     [
         (lambda: builders.mlp([4, 4], norm="batchh"), "unknown norm 'batchh'"),
-        (lambda: builders.mlp([4, 4, 4], norm="layer", place="mid"), "unknown place 'mid'"),
-        (lambda: builders.mlp([4, 4, 4], keep=0.0), "keep is 0.0; a probability to keep is above"),
+        (
+            lambda: builders.mlp([4, 4, 4], norm="layer", norm_position="mid"),
+            "unknown norm_position 'mid'",
+        ),
+        (
+            lambda: builders.mlp([4, 4, 4], keep_rate=0.0),
+            "keep_rate is 0.0; a probability to keep is above",
+        ),
         (lambda: builders.residual(4, 4, 2, scale="half"), "unknown scale 'half'"),
         (lambda: builders.residual(4, 4, 2, scale=-1.0), "scale is -1.0"),
         (lambda: builders.residual(4, 4, 0), "depth is 0"),

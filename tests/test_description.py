@@ -41,7 +41,7 @@ layers = 2
 width = 20
 depth = 5
 input_width = 8
-keep = 0.9
+keep_rate = 0.9
 [[axes]]
 seed = { from = 0, to = 3, points = 4 }
 [inputs]
@@ -151,7 +151,8 @@ def test_a_point_that_is_there_twice_has_the_most_networks_that_are_asked():
     text = GOOD.replace('norm = ["none", "layer"]', "").replace("networks = 50", "")
     text = text.replace(
         "[inputs]",
-        '[[axes]]\nnorm = ["none", "none"]\nplace = ["pre", "post"]\nnetworks = [30, 40]\n[inputs]',
+        '[[axes]]\nnorm = ["none", "none"]\nnorm_position = ["pre", "post"]\n'
+        "networks = [30, 40]\n[inputs]",
     )
     (group,) = plan.groups(description.parse(text))
     assert group.networks.tolist() == [40] * 6
@@ -188,7 +189,7 @@ def changed(old, new):
         (changed("points = 3", 'points = 3, spacing = "log"'), "unknown spacing 'log'"),
         (changed("points = 3", "points = 900000"), "axes have 1800000 points in all; a study has"),
         (
-            changed("[0.0, 0.1]", "[0.0, 0.0]\nkeep = [1.0, 1.0]").replace(
+            changed("[0.0, 0.1]", "[0.0, 0.0]\nkeep_rate = [1.0, 1.0]").replace(
                 'norm = ["none", "layer"]', ""
             ),
             "twice",
@@ -249,7 +250,7 @@ def changed(old, new):
             changed('"tanh"', '"tanh"\nweights = "he"'),
             r"axes\[0\].sigma_w2 takes the place of network.w",
         ),
-        (changed('"tanh"', '"tanh"\nplace = "post"'), None),
+        (changed('"tanh"', '"tanh"\nnorm_position = "post"'), None),
         (
             changed('"tanh"', '"tanh"\nwidths = [3, 4]'),
             "network.widths takes the place of network.wid",

@@ -86,7 +86,7 @@ def test_a_wrong_kernel_is_found():
 
 COMPOSITIONS = {
     "pre-norm residual with dropout": (
-        lambda: builders.residual(INPUTS, WIDTH, 20, "relu", "he", norm="layer", keep=0.9),
+        lambda: builders.residual(INPUTS, WIDTH, 20, "relu", "he", norm="layer", keep_rate=0.9),
         2,
     ),
     "transformer's branches": (
@@ -96,7 +96,9 @@ COMPOSITIONS = {
         2,
     ),
     "post-norm residual": (
-        lambda: builders.residual(INPUTS, WIDTH, 6, "tanh", "lecun", norm="layer", place="post"),
+        lambda: builders.residual(
+            INPUTS, WIDTH, 6, "tanh", "lecun", norm="layer", norm_position="post"
+        ),
         2,
     ),
     "residual, 1/√L": (
@@ -169,7 +171,12 @@ COMPOSITIONS = {
     ),
     "norm after logistic": (
         lambda: builders.mlp(
-            [INPUTS, *[WIDTH] * 4], "logistic", "lecun", norm="layer", place="post", keep=0.8
+            [INPUTS, *[WIDTH] * 4],
+            "logistic",
+            "lecun",
+            norm="layer",
+            norm_position="post",
+            keep_rate=0.8,
         ),
         2,
     ),

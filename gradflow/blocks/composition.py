@@ -8,11 +8,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray, ScalarLike
 
-from gradflow._arguments import check_instance
+from gradflow._checks import check_instance, check_sequence
 from gradflow.activations import Activation
 from gradflow.blocks.base import AbstractBlock, AbstractComposite, Multiply
 from gradflow.blocks.dense import Dense, Linear
-from gradflow.errors import InputError, check_sequence
+from gradflow.errors import InputError
 from gradflow.kernels import Kernel, multiply_kernel
 
 __all__ = ["Chain", "Residual"]

@@ -17,11 +17,12 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray, ScalarLike
 
 from gradflow import activations, ensembles
+from gradflow._checks import check_count, unknown_name
 from gradflow.activations import Activation
 from gradflow.blocks.base import AbstractBlock, Multiply
 from gradflow.blocks.dense import AbstractLayer, Linear
 from gradflow.ensembles import Distribution
-from gradflow.errors import InputError, check_count, unknown_name
+from gradflow.errors import InputError
 from gradflow.kernels import Gaussian, Kernel, Unknown, multiply_kernel
 
 __all__ = ["Convolution", "Flatten", "GlobalMean", "Patches"]

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from gradflow import activations
-from gradflow._arguments import check_instance
+from gradflow._checks import check_instance
 from gradflow.blocks.base import AbstractBlock, AbstractComposite, Multiply
 from gradflow.blocks.composition import Chain
 from gradflow.blocks.dense import Activate, Linear

@@ -13,12 +13,13 @@ import numpy as np
 from jaxtyping import Array, Float, PRNGKeyArray, ScalarLike
 
 from gradflow import activations, ensembles
+from gradflow._checks import check_scale, is_traced
 from gradflow.activations import Activation
 from gradflow.blocks._cells import Cells
 from gradflow.blocks.base import AbstractBlock, Multiply, each_step
 from gradflow.blocks.dense import Linear
 from gradflow.ensembles import Distribution
-from gradflow.errors import InputError, check_scale, is_traced
+from gradflow.errors import InputError
 from gradflow.kernels import Kernel, Unknown, multiply_kernel
 
 __all__ = ["GRU", "LSTM", "Drive"]

@@ -8,6 +8,7 @@ import numpy as np
 import typer
 from rich.table import Table
 
+from gradflow._checks import check_count
 from gradflow.cli._shared import (
     LARGEST_DEVIATION,
     Depth,
@@ -28,7 +29,7 @@ from gradflow.cli._shared import (
     write_netcdf,
 )
 from gradflow.cli._words import WORDS
-from gradflow.errors import InputError, check_count
+from gradflow.errors import InputError
 
 if TYPE_CHECKING:
     from gradflow.activations import Activation

@@ -11,6 +11,7 @@ from rich import box
 from rich.table import Table
 from typer.core import TyperCommand
 
+from gradflow._checks import check_count
 from gradflow.cli._process import say
 from gradflow.cli._shared import (
     Json,
@@ -25,7 +26,7 @@ from gradflow.cli._shared import (
     writable_folder,
     write_netcdf,
 )
-from gradflow.errors import InputError, check_count
+from gradflow.errors import InputError
 
 
 class _WithExperiments(TyperCommand):

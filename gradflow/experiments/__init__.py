@@ -4,7 +4,7 @@ Each is a module with a function that trains, and says what it found in a table,
 a figure; `base` says what one is. To add one, write such a module and name it in `ALL`.
 """
 
-from gradflow.errors import unknown_name
+from gradflow._checks import unknown_name
 from gradflow.experiments import (
     base,
     clipping,

@@ -17,8 +17,8 @@ import xarray
 from matplotlib.figure import Figure
 
 from gradflow import data, training
+from gradflow._checks import check_count
 from gradflow.data import Dataset, Split
-from gradflow.errors import check_count
 from gradflow.networks import Network
 
 __all__ = ["Experiment", "Table"]

@@ -15,9 +15,9 @@ import optax
 import xarray
 
 from gradflow import activations, builders, training
+from gradflow._checks import check_count, check_scale
 from gradflow.blocks import Dense, Linear
 from gradflow.data import Dataset
-from gradflow.errors import check_count, check_scale
 from gradflow.experiments import base
 from gradflow.experiments.base import Experiment, Progress, Table
 from gradflow.figures import clipping as figure

@@ -24,8 +24,8 @@ import xarray
 
 from gradflow import builders, ensembles, training
 from gradflow._arguments import from_seed
+from gradflow._checks import check_count
 from gradflow.data import Dataset, Split
-from gradflow.errors import check_count
 from gradflow.experiments import base
 from gradflow.experiments.base import Experiment, Progress, Table
 from gradflow.figures import isometry as figure

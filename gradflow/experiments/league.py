@@ -12,9 +12,9 @@ import numpy as np
 import xarray
 
 from gradflow import activations, builders, ensembles
+from gradflow._checks import unknown_name
 from gradflow.blocks import Dense
 from gradflow.data import Dataset
-from gradflow.errors import unknown_name
 from gradflow.experiments import base
 from gradflow.experiments.base import Experiment, Progress, Table
 from gradflow.figures import league as figure

@@ -11,8 +11,8 @@ from typing import Any
 import xarray
 
 from gradflow import builders, training
+from gradflow._checks import unknown_name
 from gradflow.data import Dataset
-from gradflow.errors import unknown_name
 from gradflow.experiments import base, league
 from gradflow.experiments.base import Experiment, Progress
 from gradflow.figures import league as figure

@@ -13,8 +13,8 @@ import numpy as np
 import xarray
 
 from gradflow import activations, builders, ensembles, training
+from gradflow._checks import check_count
 from gradflow.data import Dataset
-from gradflow.errors import check_count
 from gradflow.experiments import base
 from gradflow.experiments.base import Experiment, Progress, Table
 from gradflow.figures import trainability_map

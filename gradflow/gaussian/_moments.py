@@ -17,8 +17,9 @@ from jax.scipy.special import erfc
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, ScalarLike
 
+from gradflow._checks import check_scale, is_traced, unknown_name
 from gradflow.activations import Activation, Values
-from gradflow.errors import InputError, check_scale, is_traced, unknown_name
+from gradflow.errors import InputError
 from gradflow.gaussian._quadrature import (
     Z_MAX,
     expectation,

@@ -20,8 +20,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from gradflow._checks import check_scale, is_traced
 from gradflow.activations import Activation, PairMoment, gram_determinant
-from gradflow.errors import InputError, check_scale, is_traced
+from gradflow.errors import InputError
 from gradflow.gaussian._moments import moment, some_moments
 from gradflow.gaussian._quadrature import (
     NODES,

@@ -16,8 +16,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from gradflow._checks import check_scale
 from gradflow.activations import Values
-from gradflow.errors import check_scale
 
 __all__ = ["expectation", "expectation_with_error", "nodes", "shifted_expectation"]
 __all__ += ["dot", "normal_rule", "over_entries", "panel_ends", "panels", "smallest_variance"]

@@ -44,8 +44,9 @@ import numpy as np
 from jax.typing import ArrayLike, DTypeLike
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
+from gradflow._checks import is_traced
 from gradflow.ensembles import Distribution
-from gradflow.errors import InputError, is_traced
+from gradflow.errors import InputError
 from gradflow.norms import unit_rows
 from gradflow.simulation import _threefry
 

@@ -31,8 +31,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, PRNGKeyArray, ScalarLike
 
+from gradflow._checks import unknown_name
 from gradflow.ensembles import Distribution
-from gradflow.errors import unknown_name
 from gradflow.networks import Network
 from gradflow.simulation import _matrices
 from gradflow.simulation._matrices import Matrix

@@ -29,7 +29,7 @@ How many networks may also stand along an axis, beside its fields: ``networks = 
 
 J is ∂h^L/∂x with h^L = φ(z^L), D^l = diag φ'(z^l): the end-to-end Jacobian that
 `gradflow.theory.spectrum` has the law of. It is measured of plain networks of one width, that of
-their one input, whose weights are all drawn then: kind = "mlp" without norm, keep and last.
+their one input, whose weights are all drawn then: kind = "mlp" without norm, keep_rate and last.
 
 Nothing in a file is run. Every mistake is an `InputError` of one sentence that begins with the path
 of the entry, as ``axes[0].sigma_w2[3]``. A point is known by its settings alone, so that its
@@ -478,8 +478,10 @@ def _together(given: Mapping[str, str], base: Mapping[str, Any], axes: Sequence[
         raise InputError(
             f"{given['widths']} is of networks of kind 'mlp'; give width and depth instead"
         )
-    if "place" in given and "norm" not in given:
-        raise InputError(f"{given['place']} says where norm stands, and there is none; give norm")
+    if "norm_position" in given and "norm" not in given:
+        raise InputError(
+            f"{given['norm_position']} says where norm stands, and there is none; give norm"
+        )
 
 
 def _sampling(table: Mapping[str, Any], axes: Sequence[Axis]) -> Sampling:
@@ -611,7 +613,7 @@ def _plain(
             raise InputError(
                 f"{given[field]} is {others[0]!r} somewhere; with [spectrum] it is {allowed!r}"
             )
-    for field in ("keep", "last"):
+    for field in ("keep_rate", "last"):
         if field in given:
             raise InputError(f"{given[field]} does not go with [spectrum]; leave it out")
     widths = {n for value in values("widths") for n in value} or set(values("width"))

@@ -136,7 +136,7 @@ def resolved(fields: Mapping[str, Any]) -> dict[str, Any]:
     found = {**_DEFAULTS, **fields}
     idle: list[str] = list(MLP_ONLY if found["kind"] == "residual" else RESIDUAL_ONLY)
     if found["norm"] == NO_NORM:
-        idle.append("place")
+        idle.append("norm_position")
     if "data" in found:
         idle += ["mean_square", "correlation"]
     if found["batch"] == 1:
@@ -156,8 +156,8 @@ def _network(settings: Mapping[str, Any]) -> Network:
     common = {
         "sigma_b": sigma_b,
         "norm": None if settings["norm"] == NO_NORM else settings["norm"],
-        "place": given("place", "pre"),
-        "keep": given("keep"),
+        "norm_position": given("norm_position", "pre"),
+        "keep_rate": given("keep_rate"),
     }
     activation, n = settings["activation"], _input_width(settings)
     if settings["kind"] == "residual":

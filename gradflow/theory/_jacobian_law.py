@@ -22,8 +22,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, ArrayLike, Float
 
-from gradflow._arguments import check_instance
-from gradflow.errors import InputError, check_count, check_scale, unknown_name
+from gradflow._checks import check_count, check_instance, check_scale, unknown_name
+from gradflow.errors import InputError
 
 __all__ = ["WEIGHTS", "Layers", "SlopeLaw", "as_layers", "check", "on_negative_axis"]
 

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, ArrayLike, Float
 
-from gradflow.errors import check_scale
+from gradflow._checks import check_scale
 from gradflow.theory._jacobian_law import SlopeLaw, as_layers
 from gradflow.theory.spectral_density import density
 from gradflow.theory.spectrum import support

@@ -2,7 +2,7 @@
 
 `walk` follows one input through equal blocks of any kind: what residual networks grow to, and what
 each block does to the gradient. `batch_norm_chi` and `dropout` are where deep networks settle;
-`convolution_modes` is how long convolutions keep what differs from position to position.
+`convolution_modes` is the decay of differences between the positions of a convolution.
 
 ==========================  ======================================================================
 form                        block
@@ -26,10 +26,11 @@ import numpy as np
 from jaxtyping import Array, ArrayLike, Float, Int
 
 from gradflow import activations, gaussian
+from gradflow._checks import check_count, check_scale, is_number, is_traced
 from gradflow._roots import Valued, implicit, newton
 from gradflow.activations import Activation
 from gradflow.blocks import AbstractBlock, Patches
-from gradflow.errors import InputError, check_count, check_scale, is_number, is_traced
+from gradflow.errors import InputError
 from gradflow.gaussian import _batch, _pairs
 from gradflow.kernels import Kernel
 from gradflow.theory import fixed_points, mean_field
@@ -192,7 +193,7 @@ def dropout(
     sigma_w2: ArrayLike,
     sigma_b2: ArrayLike = 0.0,
     *,
-    keep: ArrayLike,
+    keep_rate: ArrayLike,
     start: ArrayLike = 1.0,
 ) -> DropoutAnalysis:
     """Return fixed points of lengths and correlations under dropout; units stay with probability p.
@@ -203,7 +204,7 @@ def dropout(
     ----------
     activation
         φ.
-    sigma_w2, sigma_b2, keep
+    sigma_w2, sigma_b2, keep_rate
         σ_w², σ_b² and p, 0 < p <= 1, of shapes that broadcast.
     start
         q of the first layer; where every q is a fixed point (`critical_dropout`), it is q*.
@@ -218,17 +219,17 @@ def dropout(
     Schoenholz et al. 2017, arXiv:1611.01232, section 4; Pretorius et al. 2018, arXiv:1811.00293
     (ReLU).
     """
-    phi, keep = activations.get(activation), _checked(keep)
+    phi, keep_rate = activations.get(activation), _checked(keep_rate)
     sigma_w2, sigma_b2 = jnp.asarray(sigma_w2), jnp.asarray(sigma_b2)
     # Lengths and gradients are those of a layer without dropout and weights of σ_w²/p.
-    length = fixed_points.analyse(phi, sigma_w2 / keep, sigma_b2, start=start)
+    length = fixed_points.analyse(phi, sigma_w2 / keep_rate, sigma_b2, start=start)
     grid = jnp.broadcast_arrays(sigma_w2 * jnp.ones_like(length.q_star), sigma_b2, length.q_star)
     settled = jnp.isfinite(length.q_star) & (length.q_star > 0)
     w2, b2, q = (jnp.asarray(x, length.q_star.dtype) for x in grid)
     c, slope = over_grid(functools.partial(_correlation, phi), w2, b2, jnp.where(settled, q, 1))
     c_of_one = (w2 * gaussian.moment(phi, "phi2", jnp.where(settled, q, 1)) + b2) / q
     # Without dropout C(1) = 1, and the question is another one.
-    known = settled & (jnp.broadcast_to(keep, q.shape) < 1)
+    known = settled & (jnp.broadcast_to(keep_rate, q.shape) < 1)
     c_star = jnp.where(known, c, jnp.where(settled, length.c_star, jnp.nan))
     chi_c = jnp.where(known, slope, jnp.where(settled, length.chi_c, jnp.nan))
     xi_c = depth_scale(chi_c)
@@ -268,7 +269,7 @@ def _pair(q: Array, c: Array) -> Float[Array, "2 2"]:
     return q * jnp.stack([jnp.stack([jnp.ones_like(c), c]), jnp.stack([c, jnp.ones_like(c)])])
 
 
-def critical_dropout(activation: Activation | str, keep: ArrayLike) -> Float[Array, "..."]:
+def critical_dropout(activation: Activation | str, keep_rate: ArrayLike) -> Float[Array, "..."]:
     """Return the σ_w² at which q stays as it is under dropout, for a homogeneous φ: p/E[φ(Z)²].
 
     2p for ReLU (Pretorius et al. 2018, arXiv:1811.00293: 2/E[ε²] with a mask ε of E[ε²] = 1/p).
@@ -276,18 +277,18 @@ def critical_dropout(activation: Activation | str, keep: ArrayLike) -> Float[Arr
     Raises
     ------
     InputError
-        If φ is not positively homogeneous, or ``keep`` is out of range.
+        If φ is not positively homogeneous, or ``keep_rate`` is out of range.
     """
     phi = activations.get(activation)
     if not phi.homogeneous:
         raise InputError(
             f"activation is {phi.name!r}; every length is kept only by one with φ(a x) = a φ(x)"
         )
-    return _checked(keep) / gaussian.moment(phi, "phi2", jnp.ones(()))
+    return _checked(keep_rate) / gaussian.moment(phi, "phi2", jnp.ones(()))
 
 
-def _checked(keep: ArrayLike) -> Array:
-    check_scale("keep", keep, positive=True)
-    if not is_traced(keep) and np.any(np.asarray(keep) > 1):
-        raise InputError(f"keep is {keep}; a probability is at most 1")
-    return jnp.asarray(keep)
+def _checked(keep_rate: ArrayLike) -> Array:
+    check_scale("keep_rate", keep_rate, positive=True)
+    if not is_traced(keep_rate) and np.any(np.asarray(keep_rate) > 1):
+        raise InputError(f"keep_rate is {keep_rate}; a probability is at most 1")
+    return jnp.asarray(keep_rate)

@@ -31,9 +31,10 @@ from jaxtyping import Array, ArrayLike, Float, Int
 
 from gradflow import activations, gaussian
 from gradflow._arguments import as_numbers
+from gradflow._checks import check_scale
 from gradflow._roots import Roots, Valued, implicit, rounding, sign_changes
 from gradflow.activations import Activation
-from gradflow.errors import InputError, check_scale
+from gradflow.errors import InputError
 from gradflow.theory._correlations import correlation_curvature
 from gradflow.theory._depth_scales import depth_scale
 from gradflow.theory._moment_table import Averages, Table, averages_at, over_grid

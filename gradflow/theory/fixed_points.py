@@ -31,9 +31,10 @@ from jaxtyping import Array, ArrayLike, Float, Int
 
 from gradflow import activations, gaussian
 from gradflow._arguments import as_numbers
+from gradflow._checks import check_scale, unknown_name
 from gradflow._roots import implicit, rounding, sign_changes
 from gradflow.activations import Activation
-from gradflow.errors import InputError, check_scale, unknown_name
+from gradflow.errors import InputError
 from gradflow.theory._approach import approach_of_correlation, approach_of_length
 from gradflow.theory._correlations import correlation_fixed_point
 from gradflow.theory._depth_scales import depth_scale, depth_scale_near_1

@@ -23,8 +23,9 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from gradflow import activations, builders, ensembles
+from gradflow._checks import check_count, check_scale
 from gradflow.activations import Activation
-from gradflow.errors import InputError, check_count, check_scale
+from gradflow.errors import InputError
 from gradflow.networks import Network
 from gradflow.theory import criticality, fixed_points, mean_field, transformations
 from gradflow.theory._correlations import correlation_fixed_point

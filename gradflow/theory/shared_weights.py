@@ -26,8 +26,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, PRNGKeyArray
 
+from gradflow._checks import check_count, check_scale
 from gradflow.blocks import GRU, LSTM, AbstractBlock
-from gradflow.errors import InputError, check_count, check_scale
+from gradflow.errors import InputError
 
 __all__ = ["Steps", "predict_steps"]
 

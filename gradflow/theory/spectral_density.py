@@ -14,7 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, ArrayLike, Float
 
-from gradflow.errors import InputError, check_scale
+from gradflow._checks import check_scale
+from gradflow.errors import InputError
 from gradflow.theory._jacobian_law import Layers, SlopeLaw, as_layers, on_negative_axis
 
 __all__ = ["Density", "density"]

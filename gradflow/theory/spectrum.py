@@ -17,9 +17,10 @@ from jax.scipy.special import erfc
 from jaxtyping import Array, ArrayLike, Float
 
 from gradflow import activations, gaussian
+from gradflow._checks import check_count, check_scale
 from gradflow._roots import bisect
 from gradflow.activations import Activation
-from gradflow.errors import InputError, check_count, check_scale
+from gradflow.errors import InputError
 from gradflow.theory._jacobian_law import Layers, SlopeLaw, as_layers, on_negative_axis
 
 __all__ = ["SlopeLaw", "Support", "mean_and_variance", "mean_singular_value", "moments"]

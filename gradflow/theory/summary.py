@@ -12,8 +12,9 @@ from jaxtyping import Array
 
 from gradflow import activations, gaussian
 from gradflow._arguments import as_numbers
+from gradflow._checks import check_count, check_sequence
 from gradflow.activations import Activation
-from gradflow.errors import InputError, check_count, check_sequence
+from gradflow.errors import InputError
 from gradflow.theory import criticality, fixed_points, mean_field
 from gradflow.theory import spectrum as spectra
 from gradflow.theory.finite_width import exact

@@ -37,10 +37,11 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from gradflow import activations, gaussian
+from gradflow._checks import check_count, unknown_name
 from gradflow._roots import bisect
 from gradflow.activations import Activation, PairMoment
 from gradflow.blocks import Dense
-from gradflow.errors import InputError, check_count, unknown_name
+from gradflow.errors import InputError
 from gradflow.gaussian import _quadrature
 from gradflow.networks import Network, Stage
 

@@ -9,9 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
-from gradflow._arguments import as_numbers, as_real, shown
+from gradflow._arguments import as_numbers, as_real
+from gradflow._checks import check_count, check_scale, check_sequence, shown
 from gradflow.blocks import BatchNorm, UnitVariance
-from gradflow.errors import InputError, check_count, check_scale, check_sequence
+from gradflow.errors import InputError
 from gradflow.networks import Network, check_network
 from gradflow.training.records import Data
 
