@@ -19,8 +19,9 @@ from gradflow._checks import check_scale
 from gradflow.activations import Activation
 from gradflow.errors import InputError
 from gradflow.simulation import singular_values
-from gradflow.theory import fixed_points
+from gradflow.theory import fixed_points, spectral_density
 from gradflow.theory import spectrum as theory
+from gradflow.theory._jacobian_law import check as check_layers
 
 __all__ = ["counts_in_bins", "mean_and_error", "run"]
 
@@ -80,7 +81,7 @@ def run(
     activation = activations.get(activation)
     with jax.enable_x64(True):
         check_scale("sigma_b2", sigma_b2)
-        theory.check(sigma_w2, depth, weights)
+        check_layers(sigma_w2, depth, weights)
         q = _settled(activation, sigma_w2, sigma_b2) if q is None else q
         law = theory.slope_law(activation, q)
         dataset, report, top = _theory(law, (sigma_w2, depth, weights), points)
@@ -118,7 +119,7 @@ def _theory(
     atoms, masses = np.sqrt(np.asarray(ends.atoms))[there], np.asarray(ends.masses)[there]
     top = float(np.nanmax([math.sqrt(float(ends.upper)), *atoms, 1e-300]))
     s = np.linspace(0, _DENSITY_TOP * top, points + 1)[1:]
-    density = theory.density(law, *layers, at=s**2)
+    density = spectral_density.density(law, *layers, at=s**2)
     second, fourth = (float(jnp.sum(law.weights * law.values**k)) for k in (1, 2))
     dataset = xarray.Dataset(
         {

@@ -17,8 +17,8 @@ import numpy as np
 
 from gradflow import comparison
 from gradflow.estimation import Estimate
-from gradflow.simulation import monte_carlo
-from gradflow.simulation.monte_carlo import Laws
+from gradflow.simulation import _programs
+from gradflow.simulation._programs import RandomNetworks
 from gradflow.statistics import Statistic
 from gradflow.studies import _spectra
 from gradflow.studies._measurements import Measurements
@@ -67,7 +67,7 @@ class TaskRunner:
 
     @property
     def _measured(self) -> tuple[Statistic, ...]:
-        return (*self.study.statistics, monte_carlo.OVERFLOWED, monte_carlo.VANISHED)
+        return (*self.study.statistics, _programs.OVERFLOWED, _programs.VANISHED)
 
     @functools.cached_property
     def _numbers(self) -> np.ndarray:
@@ -101,11 +101,13 @@ class TaskRunner:
             _compile_theory(self.study, point)
 
     @functools.cached_property
-    def _compiled(self) -> Callable[[Laws, np.ndarray, np.ndarray], dict[str, np.ndarray]]:
+    def _compiled(
+        self,
+    ) -> Callable[[RandomNetworks, np.ndarray, np.ndarray], dict[str, np.ndarray]]:
         task = self.task
         with jax.enable_x64(self._x64):
-            return monte_carlo.compiled(
-                self._laws(0),
+            return _programs.compiled(
+                self._networks(0),
                 self._size,
                 tuple(self.devices),
                 task.seconds,
@@ -120,7 +122,7 @@ class TaskRunner:
     @functools.cached_property
     def _own(self) -> np.ndarray:
         """The networks of a call that this process draws: a stretch of them."""
-        return monte_carlo.own_networks(self._size, self.devices)
+        return _programs.own_networks(self._size, self.devices)
 
     def run(self, ranges: Sequence[tuple[int, int]]) -> Iterator[Chunk]:
         """Draw the chunks of some ranges, each [first, end), one after the other."""
@@ -132,7 +134,7 @@ class TaskRunner:
         begun = time.perf_counter()
         for first, end in ranges:
             start, stop = task.span(first, end - 1)
-            drawn = monte_carlo.in_order(
+            drawn = _programs.in_order(
                 lambda done, start=start: self._draw((start + done) // task.chunk_size),
                 stop - start,
                 task.chunk_size,
@@ -154,11 +156,11 @@ class TaskRunner:
         own = [np.arange(n, n + k) for n, k in zip(first, count, strict=True)]
         numbers[:networks] = self.task.share.numbers(np.concatenate(own))
         with jax.enable_x64(self._x64):
-            values = self._compiled(self._laws(int(rows[0])), which, numbers)
+            values = self._compiled(self._networks(int(rows[0])), which, numbers)
         ours = np.searchsorted(self._own, networks)
         return {name: value[:ours] for name, value in values.items()}
 
-    def _laws(self, row: int) -> Laws:
+    def _networks(self, row: int) -> RandomNetworks:
         """Return the laws of as many points as a chunk may have, from a row of the task on."""
         last = len(self.task.names) - 1
         points = self.points([min(row + n, last) for n in range(self.task.points_a_call)])
@@ -167,7 +169,7 @@ class TaskRunner:
         network = jax.tree.map(lambda *leaves: np.array(leaves, dtype), *unnamed)
         inputs = np.stack([point.inputs().astype(dtype) for point in points])
         words = np.array([point.key_words for point in points], np.uint32)
-        return Laws(network, inputs, keys(words))
+        return RandomNetworks(network, inputs, keys(words))
 
     def measurements(self, chunk: int, values: Mapping[str, np.ndarray]) -> Measurements | None:
         """Return the averages of this process's values of a chunk; None if it has none."""
@@ -191,7 +193,7 @@ class TaskRunner:
             failed.append(np.count_nonzero(counted, axis=1))
         point = np.repeat(np.arange(len(rows)), count)
         bins = self.study.spectrum
-        log_singular_values = values.get(monte_carlo.LOG_SINGULAR_VALUES)
+        log_singular_values = values.get(_programs.LOG_SINGULAR_VALUES)
         return Measurements(
             names=self.task.names[rows],
             estimates=jax.tree.map(lambda *parts: np.concatenate(parts), *estimates),

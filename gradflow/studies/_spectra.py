@@ -26,7 +26,7 @@ from gradflow._compilation import Float64Program
 from gradflow.activations import Activation
 from gradflow.networks import Network
 from gradflow.studies.description import HistogramRange
-from gradflow.theory import spectrum
+from gradflow.theory import _spectral_shares, spectrum
 
 __all__ = ["BIN", "COMPARED", "counted", "labelled", "theory", "unknown"]
 
@@ -154,7 +154,7 @@ def _theory(
 ) -> tuple[Array, Array, Array]:
     law = spectrum.slope_law(activation, q)
     layers = (sigma_w2, depth, "orthogonal" if orthogonal else "gaussian")
-    parts = spectrum.shares(law, *layers, edges=edges)
+    parts = _spectral_shares.shares(law, *layers, edges=edges)
     shares = jnp.concatenate(
         [jnp.stack([parts.zero, parts.below]), parts.inside, parts.above[None]]
     )

@@ -19,7 +19,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from gradflow.errors import InputError
-from gradflow.simulation import monte_carlo
+from gradflow.simulation import _programs
 from gradflow.studies import _measurements, _plan, _runner, description, results
 from gradflow.studies._measurements import Measurements
 from gradflow.studies._plan import WHOLE, Program, Share, Task
@@ -363,7 +363,7 @@ class _Run:
                 waiting[index].compile()
 
         programs = 2 * len(current.left)
-        for done, _ in monte_carlo.in_order(compile_one, programs, 1, _runner.WORKERS):
+        for done, _ in _programs.in_order(compile_one, programs, 1, _runner.WORKERS):
             if done % 2 == 0:
                 yield waiting.pop(done // 2 - 1)
 

@@ -24,7 +24,7 @@ from gradflow.studies._plan import Program
 from gradflow.studies._runner import SPECTRUM, THEORY
 from gradflow.studies.description import Axis, Study
 from gradflow.studies.store import RESULTS, Store
-from gradflow.theory.fixed_points import DEPTH_SCALES
+from gradflow.theory._depth_scales import DEPTH_SCALES
 
 __all__ = ["FILE", "LARGE", "agreement", "assemble", "check", "compared", "opened", "theory_of"]
 __all__ += ["write"]
