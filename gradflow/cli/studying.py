@@ -50,8 +50,7 @@ def plan(file: File, as_json: Json = False) -> None:
     from gradflow.studies import description, results  # noqa: PLC0415
 
     study = description.load(file)
-    made = plans.make(study, plans.programs(study))
-    plans.check_memory(study, made)
+    made = plans.first_round(study)
     results.check(study)
     rows = [
         {

@@ -28,9 +28,20 @@ statistics: `_depth_scales`, `_gradient_spread`, `_spectra`.
 """
 
 from gradflow.studies import description, execution, report, results, store
+from gradflow.studies._plan import Share
 from gradflow.studies.description import Study, load
 from gradflow.studies.execution import merge, run
 from gradflow.studies.store import Store
 
-__all__ = ["Store", "Study", "description", "execution", "load", "merge", "report", "results"]
+__all__ = [
+    "Share",
+    "Store",
+    "Study",
+    "description",
+    "execution",
+    "load",
+    "merge",
+    "report",
+    "results",
+]
 __all__ += ["run", "store"]

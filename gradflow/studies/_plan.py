@@ -23,7 +23,7 @@ from gradflow.simulation import _memory, samplers, singular_values
 from gradflow.studies.description import Study
 from gradflow.studies.entries import SCALES
 
-__all__ = ["WHOLE", "Plan", "Program", "Share", "Task", "check_memory", "make", "programs"]
+__all__ = ["WHOLE", "Plan", "Program", "Share", "Task", "first_round", "make", "programs"]
 __all__ += ["result_parts", "row_bytes"]
 
 # Programs that a study has at most, each of which takes seconds to compile.
@@ -263,6 +263,19 @@ def programs(study: Study) -> tuple[Program, ...]:
     return tuple(listed)
 
 
+def first_round(study: Study, devices: Sequence[jax.Device] = (), share: Share = WHOLE) -> Plan:
+    """Return the plan of a study's first round, or of a share of it, as `make` does.
+
+    Raises
+    ------
+    InputError
+        As `programs` and `make` do, and if the results do not fit into memory.
+    """
+    plan = make(study, programs(study), devices=devices, share=share)
+    _check_results_fit(study, plan)
+    return plan
+
+
 def make(
     study: Study,
     programs: Sequence[Program],
@@ -420,7 +433,7 @@ def _task(
     return task, memory
 
 
-def check_memory(study: Study, plan: Plan) -> None:
+def _check_results_fit(study: Study, plan: Plan) -> None:
     """Raise `InputError` if a part of the results does not fit into memory when it is assembled."""
     free = _memory.available() if study.sampling.memory_gib is None else plan.available
     depth = max(program.network.depth for program in plan.programs)

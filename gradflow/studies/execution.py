@@ -119,12 +119,10 @@ def run(
     """
     # Those of a process side by side, so that it draws a stretch of each chunk.
     devices = tuple(sorted(devices or jax.devices(), key=lambda device: device.process_index))
-    programs = _plan.programs(study)
-    first = _plan.make(study, programs, devices=devices, share=share)
-    _plan.check_memory(study, first)
+    programs = _plan.first_round(study, devices, share).programs
     results.check(study)
     store = Store(folder, study, share)
-    runs = _Run(
+    current = _Run(
         study, programs, store, devices, progress or (lambda _: None), stop or (lambda: False)
     )
     with explained(folder), ExitStack() as stack:
@@ -136,12 +134,12 @@ def run(
         _from_first(open_store)
         finished = False
         while not finished:
-            following = runs.next_round()
+            following = current.next_round()
             if following is None:
                 finished = True
             else:
                 try:
-                    runs.draw(following)
+                    current.draw(following)
                 except _Stopped:
                     break
         if jax.process_index() > 0:

@@ -23,14 +23,14 @@ from gradflow.studies._measurements import Measurements
 from gradflow.studies._plan import Program
 from gradflow.studies._runner import SPECTRUM, THEORY
 from gradflow.studies.description import Axis, Study
-from gradflow.studies.store import RESULTS, Store
+from gradflow.studies.store import Store
 from gradflow.theory._depth_scales import DEPTH_SCALES
 
 __all__ = ["FILE", "LARGE", "agreement", "assemble", "check", "compared", "opened", "theory_of"]
 __all__ += ["write"]
 
 # The name of the file in a store.
-FILE = RESULTS
+FILE = Store.RESULTS
 # Larger |z| are counted as disagreement: 1 in 16 000 by chance.
 LARGE = 4.0
 

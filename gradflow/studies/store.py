@@ -39,10 +39,7 @@ from gradflow.studies._rounds import FOLDERS, Rounds, TheoryChunk, round_name, u
 from gradflow.studies._sealed import WRITING, Damage, explained
 from gradflow.studies.description import Study
 
-__all__ = ["RESULTS", "Store"]
-
-# The file of the labelled results.
-RESULTS = "results.nc"
+__all__ = ["Store"]
 
 _FORMAT = 4
 _HEADERS = ("store.json", "store-copy.json")
@@ -62,6 +59,8 @@ class Store:
     drawn_with
         Versions and machines that the networks were drawn with.
     """
+
+    RESULTS = "results.nc"
 
     def __init__(self, folder: Path, study: Study, share: Share = WHOLE) -> None:
         self.folder, self.study, self.share = folder, study, share
@@ -199,9 +198,9 @@ class Store:
                     )
         rounds.scan()
         rounds.check()
-        if store._results and _sealed.digest(folder / RESULTS) != store._results:
+        if store._results and _sealed.digest(folder / cls.RESULTS) != store._results:
             raise rounds.damage(
-                folder / RESULTS,
+                folder / cls.RESULTS,
                 "is missing, damaged or of another study",
                 "assembles the results again",
             )
@@ -252,7 +251,7 @@ class Store:
     @property
     def results(self) -> Path | None:
         """The labelled file, if the study is finished."""
-        return self.folder / RESULTS if self._results else None
+        return self.folder / self.RESULTS if self._results else None
 
     def _set_results(self, checksum: str | None) -> None:
         self._results = checksum
@@ -334,7 +333,7 @@ class Store:
             self.rounds.append(tasks)
             self._set_results(None)
             self._write_header()
-            (self.folder / RESULTS).unlink(missing_ok=True)
+            (self.folder / self.RESULTS).unlink(missing_ok=True)
 
     def add(
         self, number: int, task: int, chunk: int, measurements: Measurements, seconds: float
@@ -364,7 +363,7 @@ class Store:
 
     def publish(self, write: Callable[[Path], None]) -> Path:
         """Write the results, by ``write``, whole or not at all; their path."""
-        path = self.folder / RESULTS
+        path = self.folder / self.RESULTS
         with explained(self.folder):
             beside = _sealed.beside(path)
             try:
