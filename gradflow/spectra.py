@@ -54,7 +54,7 @@ def run(
         φ, σ_w² > 0 and σ_b² >= 0.
     q
         The variance of the pre-activations; the fixed point of the length without it. If it is
-        given, σ_b² is what keeps it.
+        given, networks have the σ_b² that keeps it.
     depth
         L, in layers.
     weights

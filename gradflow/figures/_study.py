@@ -147,7 +147,7 @@ def depth_scale_lines(dataset: xarray.Dataset, x: str) -> tuple[Figure, str] | N
                 axes.plot(there[x], abs(values), line, color=style["color"], linewidth=1.2)
             bars = ERRORS * error
             axes.errorbar(there[x], abs(measured), bars, label=label, **style, **POINTS)
-        # Theory's is infinite at a critical point, and large at what is rounded to one.
+        # Theory's ξ is infinite at a critical point, and very large next to one.
         largest = float(abs(dataset[f"xi_{scale}"]).max())
         axes.set(yscale="log", xlabel=x, ylabel=f"{_SYMBOLS[scale]}, layers")
         axes.set_ylim(top=min(axes.get_ylim()[1], _HEADROOM * largest))
@@ -230,7 +230,7 @@ def _spread_of_one(
     """
     name, (number, shift) = "gradient_spread", order
     keys = ("depth_over_width", name, *(f"{name}_{k}" for k in _OF_SPREAD))
-    passed = (here["depth_over_width"] > 0).to_numpy()  # the top is none, nor what is above it
+    passed = (here["depth_over_width"] > 0).to_numpy()  # not the top layer, nor NaN above it
     x, y, error, first_order, theory = (here[key].to_numpy()[passed][::-1] for key in keys)
     shown = np.unique(np.append(2 ** np.arange(int(np.log2(x.size)) + 1), x.size)) - 1
     slope = first_order / x
@@ -270,7 +270,7 @@ def _about_spread(dataset: xarray.Dataset, known: bool) -> str:
 def where(dataset: xarray.Dataset, index: Mapping[Any, int]) -> str:
     """Return indices along some axes in words: each axis's name and its value there.
 
-    Of an axis with several fields, it is the first field whose values all differ.
+    An axis with several fields has the name and value of the first field whose values all differ.
     """
     return ", ".join(f"{k} {_shown(v)}" for k, v in coordinates_at(dataset, index).items())
 

@@ -1,7 +1,7 @@
-"""One task is run: its chunks are drawn and averaged, and its points' theory is worked out.
+"""Running one task: its chunks are drawn and averaged, and the theory of its points is computed.
 
 All processes of `jax.distributed` draw each chunk together. Each averages the networks that its own
-devices drew, and works out the theory of some of the points.
+devices drew, and computes the theory of some of the points.
 """
 
 import dataclasses
@@ -31,7 +31,7 @@ __all__ = ["SPECTRUM", "THEORY", "WORKERS", "Chunk", "TaskRunner", "theory"]
 # Chunks at a time: one is drawn while another's values are averaged. And programs that are compiled
 # at a time, each of which uses a core, while the one before draws.
 WORKERS = 2
-# The arrays that theory has for each point; and what comes before the names of `_spectra.theory`.
+# The names of theory's arrays; and the prefix of the names of `_spectra.theory`'s.
 THEORY, SPECTRUM = ("predicted", "shift", "deviation"), "spectrum/"
 
 
@@ -92,7 +92,7 @@ class TaskRunner:
         return -(-self.task.chunk_size // together) * together
 
     def compile(self) -> None:
-        """Compile what draws the networks, before `run` needs it."""
+        """Compile the program that draws the networks, before `run` needs it."""
         self._compiled  # noqa: B018  (a property that is kept)
 
     def compile_theory(self) -> None:
@@ -161,7 +161,7 @@ class TaskRunner:
         return {name: value[:ours] for name, value in values.items()}
 
     def _networks(self, row: int) -> RandomNetworks:
-        """Return the laws of as many points as a chunk may have, from a row of the task on."""
+        """Return the networks of the points from a row of the task on, as many as a call takes."""
         last = len(self.task.names) - 1
         points = self.points([min(row + n, last) for n in range(self.task.points_a_call)])
         dtype = np.dtype(self.study.sampling.dtype)
@@ -186,7 +186,7 @@ class TaskRunner:
         estimates, failed = [], []
         for first, last, each in _runs(count):
             part = slice(starts[first], starts[last])
-            # Points of as many networks each at once: (networks, points, statistics, layers).
+            # Points of equally many networks together: (networks, points, statistics, layers).
             by_point = table[part].reshape(last - first, each, *table.shape[1:]).swapaxes(0, 1)
             estimates.append(_estimate(by_point, logs))
             counted = failures[part].reshape(last - first, each, *failures.shape[1:])
@@ -211,7 +211,7 @@ class TaskRunner:
     def largest_z(
         self, measurements: Measurements, predicted: Mapping[str, np.ndarray]
     ) -> tuple[float, str]:
-        """Return the largest |z| of points, and the statistic that has it; 0 if theory has none."""
+        """Return the largest |z| of points and its statistic; 0 if there is no theory of them."""
         _, rows, theory_rows = np.intersect1d(
             measurements.names, predicted["names"], return_indices=True
         )

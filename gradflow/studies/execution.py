@@ -1,4 +1,4 @@
-"""A study is run: theory of its points, then round after round of networks, until it is finished.
+"""Running a study: theory of its points and round after round of networks, until it is finished.
 
 Every process of `jax.distributed` calls `run`. The store is opened by the first one alone, which
 tells the others what to draw; all of them draw each chunk together.
@@ -32,8 +32,8 @@ from gradflow.studies.store import Store
 __all__ = ["Outcome", "Progress", "merge", "run"]
 
 # With fewer networks no point has met its target: their spread is too often too small by chance.
-# With so many, 95 % intervals cover 94 to 95 % although what was measured decides when to stop;
-# with rounds of 5 and no such rule 92 %, of 2 as few as 90 % (normal values, 20 000 times).
+# With 30, 95 % intervals cover 94 to 95 % although the values decide when to stop; with rounds of 5
+# and no such rule 92 %, with rounds of 2 only 90 % (normal values, 20 000 times).
 _FEWEST = 30
 
 
@@ -189,7 +189,7 @@ def _of_all(own: Measurements | None) -> Measurements | None:
 def _theory_by_all(runner: TaskRunner, rows: np.ndarray) -> dict[str, np.ndarray]:
     """Return the theory of points in rows of a task, each p-th by one of p processes."""
     processes = jax.process_count()
-    # Each computes as many, the first points once more, so that arrays of one shape are sent.
+    # Each computes the same number, some points twice, so that arrays of one shape are sent.
     own = np.resize(rows, -(-len(rows) // processes) * processes)[jax.process_index() :: processes]
     arrays = _runner.theory(runner.study, runner.points(own))
     if processes == 1:
@@ -384,7 +384,7 @@ class _Run:
     def _largest_z(
         self, runner: TaskRunner, number: int, index: int, total: Measurements
     ) -> tuple[float, str]:
-        """Return the largest |z| of a chunk, of points whose theory is with its first point's."""
+        """Return the largest |z| of a chunk's points, of which one chunk of theory is looked up."""
         first = int(np.flatnonzero(runner.task.names == total.names[0])[0])
         chunk = TheoryChunk.of_row(number, index, first)
         if not self.store.rounds.has_theory(chunk):

@@ -53,7 +53,18 @@ def theory_of(program: Program, store: Store, like: Measurements) -> dict[str, n
 
 
 def assemble(store: Store) -> xarray.Dataset:
-    """Return the results of a store, over axes and layers; NaN where there is nothing yet."""
+    """Return the results of a store, of a finished study or not; NaN where there is nothing yet.
+
+    Returns
+    -------
+    xarray.Dataset
+        Over the study's axes and ``layer``, for each statistic: ``<name>``, its
+        ``_standard_deviation`` over networks, ``_standard_error``, number of ``_networks``,
+        ``_theory``, ``_z``, and where the study asks for them ``_finite_width_shift``,
+        ``_finite_width_z`` and ``_histogram``; ``weight_variance``; ``overflowed``, ``vanished``;
+        depth scales (``rate_…``, ``xi_…``), ``gradient_spread`` and singular values. Its attributes
+        have the study file and all versions.
+    """
     programs = _plan.programs(store.study)
     return _assembled(store.study, programs, store, _attributes(store, programs))
 
@@ -76,8 +87,8 @@ def check(study: Study) -> None:
 def write(store: Store, programs: Sequence[Program]) -> Path:
     """Write the results into the store, as netCDF 3; the file's path.
 
-    Those of a large study are assembled in parts, of which one is in memory at a time; the axis
-    that the parts cut is then the first in the file.
+    The results of a large study are assembled in parts, one in memory at a time; the axis that the
+    parts cut is then the first in the file.
     """
     study = store.study
     along, parts = _plan.result_parts(study, _depth(programs))

@@ -1,16 +1,16 @@
 """The store of a study: a folder that holds what is finished, whatever happens to the process.
 
     study.toml          the study file, as it was given
-    store.json          the same text, whose share it is, what networks were drawn with, and the
+    store.json          the same text, the share, versions that networks were drawn with, and the
                         checksums of rounds and results; store-copy.json is the same again
     rounds/, chunks/, theory/
-                        what was drawn, and what was measured: see `_rounds`
+                        the networks that were drawn, measurements, and theory: see `_rounds`
     results.nc          all of it, labelled, when the study is finished
     log.jsonl           when each chunk was finished, and how long it took; nothing depends on it
     lock                held by the process that writes
 
-Everything that reads a store checks all of it, and damage that resuming the study would mend is
-said so. What the other files cannot be read without, store.json and the rounds, is there twice.
+Whoever reads a store checks all of it first. A damaged file is reported with the command that makes
+it again. store.json and the rounds' files, without which no other can be read, are there twice.
 """
 
 import contextlib
@@ -48,7 +48,7 @@ _BEFORE_HEADER = {"lock", "study.toml", *FOLDERS}
 
 
 class Store:
-    """The folder of one study; in memory alone, and empty, until it is opened.
+    """The folder of one study; an empty store without a folder until it is `locked`.
 
     Attributes
     ----------
@@ -81,7 +81,7 @@ class Store:
         ------
         InputError
             If the folder cannot be written to, another process writes to it, it holds something
-            else or another share, what the chunks cannot be read without is gone, or the study has
+            else or another share, store.json or a round is gone with its copy, or the study has
             changed by more than new points and more networks.
         """
         with contextlib.ExitStack() as stack:
