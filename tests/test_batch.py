@@ -18,6 +18,7 @@ from gradflow.simulation.propagation import propagate
 from gradflow.theory import architectures, mean_field
 
 TABLE = 1e-10
+predict = jax.jit(mean_field.predict)
 
 
 def rows_of(load_reference, kind):
@@ -34,9 +35,7 @@ def layer(activation, sigma_w=1.3, sigma_b=0.2):
 
 def walked_chi(activation, size, sigma_w=1.3):
     """χ of the lowest of three layers, whatever the batch was at first, at its fixed point."""
-    found = mean_field.predict(
-        builders.stack(1, [(layer(activation, sigma_w), 3)]), jnp.eye(size) + 0.3
-    )
+    found = predict(builders.stack(1, [(layer(activation, sigma_w), 3)]), jnp.eye(size) + 0.3)
     return float(found["chi"][0])
 
 
