@@ -131,9 +131,9 @@ def costs(kind, folder):
 
         return run
 
-    compiled = execution.monte_carlo.compiled
+    compiled = execution._programs.compiled
     patched = [
-        (execution.monte_carlo, "compiled", lambda *a, **k: timed("draw", compiled(*a, **k))),
+        (execution._programs, "compiled", lambda *a, **k: timed("draw", compiled(*a, **k))),
         (
             execution._Drawing,
             "kept",

@@ -22,7 +22,7 @@ from gradflow.blocks import (
 from gradflow.comparison import Status
 from gradflow.errors import InputError
 from gradflow.kernels import Kernel
-from gradflow.simulation import _matrices, jacobians, monte_carlo
+from gradflow.simulation import _matrices, jacobians, monte_carlo, partial_norms
 from gradflow.simulation.propagation import propagate
 from gradflow.theory import architectures, fixed_points, mean_field
 
@@ -458,7 +458,7 @@ def test_images_become_sites(key):
             "layer_jacobians is of one input alone",
         ),
         (
-            lambda: jacobians.sampled_partial_norms(
+            lambda: partial_norms.sampled_partial_norms(
                 builders.convolutional((3,), [1, 2], dense=[2]), jnp.ones((3, 1)), jax.random.key(0)
             ),
             "a layer of this network merges positions",

@@ -19,7 +19,7 @@ import xarray
 
 from gradflow import comparison
 from gradflow.errors import InputError
-from gradflow.simulation import monte_carlo
+from gradflow.simulation import _programs, monte_carlo
 from gradflow.studies import description, execution, merging, plan, results, store
 from gradflow.studies.found import Found, combined
 from gradflow.studies.plan import Share
@@ -205,7 +205,7 @@ def test_a_full_disk_is_a_sentence_and_the_same_command_goes_on(reference, tmp_p
 def _without_drawing(monkeypatch, reference):
     """Let chunks have what they had: of the program's values, kept in this process."""
     if not VALUES:
-        real = monte_carlo.compiled
+        real = _programs.compiled
 
         def noting(*arguments, **options):
             program = real(*arguments, **options)
@@ -218,11 +218,9 @@ def _without_drawing(monkeypatch, reference):
             return call
 
         with monkeypatch.context() as patch:
-            patch.setattr(monte_carlo, "compiled", noting)
+            patch.setattr(_programs, "compiled", noting)
             run(reference.parent / "noted")
-    monkeypatch.setattr(
-        monte_carlo, "compiled", lambda *_, **__: lambda *chunk: VALUES[_of(*chunk)]
-    )
+    monkeypatch.setattr(_programs, "compiled", lambda *_, **__: lambda *chunk: VALUES[_of(*chunk)])
 
 
 VALUES: dict[bytes, dict[str, np.ndarray]] = {}

@@ -21,7 +21,7 @@ from jax.experimental import multihost_utils
 from gradflow._checks import check_instance, check_number, check_sequence
 from gradflow.errors import InputError
 from gradflow.networks import Network
-from gradflow.simulation import _matrices, propagation
+from gradflow.simulation import _matrices, _passes
 
 __all__ = ["Plan", "available", "bytes_per_network", "checked_devices", "plan"]
 
@@ -106,7 +106,7 @@ def bytes_per_network(
                 remembered += 2 * n * m if sampler == "dense" else 2 * asked * (n + m)
                 remembered += stage.repeats * sites * (n + sites)
         cut = checkpoint and not stage.tied
-        kept = sum(propagation.kept_signals(stage.repeats)) if cut else stage.repeats
+        kept = sum(_passes.checkpoints(stage.repeats)) if cut else stage.repeats
         signals += width * kept
     return itemsize * (working + remembered + sites * signals * (1 + _LINEARISATION * keep))
 

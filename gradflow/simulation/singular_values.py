@@ -9,7 +9,7 @@ Instead, in two steps whose errors are relative to each singular value:
   up is larger than its own scale, whatever the scales of the rows above it.
 * One-sided Jacobi rotations make these rows orthogonal; their lengths are the singular values. A
   rotation of rows of lengths 1 and ρ needs ρ only in terms that stay finite as ρ -> 0, where it
-  becomes a step of Kernel-Schmidt. Its relative error does not depend on how the rows are scaled
+  becomes a step of Gram-Schmidt. Its relative error does not depend on how the rows are scaled
   (Demmel & Veselić 1992, SIAM J. Matrix Anal. Appl. 13, 1204), only on how far from parallel they
   are, which after QR is of order 1.
 
@@ -18,11 +18,7 @@ returned. Singular values that are 0 because units are dead (ReLU) are -inf, and
 remains is eps times the largest condition number of a factor.
 
 The first and last few, of networks too wide for that (`extreme_singular_values`), by Golub-Kahan
-bidiagonalisation: with Jacobian J, from a random v_1,
-
-    J v_k = α_k u_k + β_{k-1} u_{k-1},    Jᵀ u_k = α_k v_k + β_k v_{k+1},
-
-every vector orthogonalised against all before. J is only asked, on either sampler.
+bidiagonalisation, which needs products with J and Jᵀ alone.
 """
 
 import functools
@@ -41,12 +37,13 @@ from gradflow._checks import check_count, check_instance, check_number, is_trace
 from gradflow.errors import InputError
 from gradflow.networks import Network, as_inputs
 from gradflow.norms import unit_rows
-from gradflow.simulation import _memory, jacobians
-from gradflow.simulation._matrices import orthonormal_rows
+from gradflow.simulation import _end_to_end, _lanczos, _memory
+from gradflow.simulation._factors import checked_factors
+from gradflow.simulation._lanczos import ExtremeSingularValues, bidiagonalise
+from gradflow.simulation._linearisation import matrix_sampler
 from gradflow.simulation.jacobians import Jacobian
 
 __all__ = [
-    "Bidiagonal",
     "ExtremeSingularValues",
     "LogSingularValues",
     "bidiagonalise",
@@ -218,7 +215,7 @@ def end_to_end(
     InputError
         If there are several inputs.
     """
-    found = jacobians.end_to_end(network, inputs, key)
+    found = _end_to_end.end_to_end(network, inputs, key)
     finite = jnp.all(jnp.isfinite(found.transposed))
     s = _singular_values()(jnp.where(finite, found.transposed, 0))
     log = jnp.log(jnp.maximum(s, jnp.finfo(s.dtype).tiny)) + found.log_scale
@@ -291,7 +288,7 @@ def _runs(factors: Any) -> list[Array]:
     """Check the factors, and stack neighbours of one shape, (layers, rows, columns) each."""
     if hasattr(factors, "shape") and len(factors.shape) == 3 and len(factors):
         return [jnp.asarray(as_real("factors", factors))]
-    each = jacobians.checked_factors(factors)
+    each = checked_factors(factors)
     for factor in each:
         as_real("factors", factor)
     return [jnp.stack(list(run)) for _, run in itertools.groupby(each, lambda m: m.shape)]
@@ -396,151 +393,6 @@ def _orthogonalise(rows: Array, log_scale: Array) -> tuple[Array, Array, Array]:
     return log_scale[:k], sweeps, worst
 
 
-class Bidiagonal(NamedTuple):
-    """What k steps of Golub-Kahan know of a Jacobian: J V = U B up to a rest, exp(log_unit) times.
-
-    B is upper bidiagonal, (k, k + 1), with α_1 … α_k on its diagonal and β_1 … β_k beside it. A
-    singular value of B with right vector q is one of J to within α_{k+1} |q_{k+1}|.
-    """
-
-    alpha: Float[Array, " places"]
-    beta: Float[Array, " places"]
-    log_unit: Float[Array, ""]  # natural logarithm of the unit of both; α_1 is 1 in it
-    left: Float[Array, "places m"]  # rows u_1, …, u_{k+1}
-    right: Float[Array, "places n"]  # rows v_1, …, v_{k+1}
-    steps: Int[Array, ""]  # k; there are places for a limited number of them
-    jacobian: Jacobian  # with all that it has answered
-
-    def with_places(self, more: int) -> "Bidiagonal":
-        """Return the same with places for more steps."""
-        alpha, beta = (jnp.pad(values, (0, more)) for values in (self.alpha, self.beta))
-        left, right = (jnp.pad(rows, ((0, more), (0, 0))) for rows in (self.left, self.right))
-        jacobian = self.jacobian.with_places(more)
-        return Bidiagonal(alpha, beta, self.log_unit, left, right, self.steps, jacobian)
-
-
-def bidiagonalise(jacobian: Jacobian, start: Float[Array, " n"], steps: int) -> Bidiagonal:
-    """Bidiagonalise a Jacobian: ``steps`` products with J and Jᵀ each, beside a first with J.
-
-    A pure function: jit it, vmap it over networks. With ``matrix_free`` the law of all that it
-    returns is exact, because the matrices remember. Once all directions are used up, what follows
-    is 0.
-
-    Parameters
-    ----------
-    jacobian
-        With places for steps + 1 tangents and ``steps`` cotangents.
-    start
-        v_1, shape (sites · n_l,), of any length.
-    steps
-        At least 1.
-
-    References
-    ----------
-    Golub & Kahan 1965, SIAM J. Numer. Anal. Ser. B 2, 205; every vector is orthogonalised against
-    all before it.
-    """
-    check_instance("jacobian", jacobian, Jacobian, "what jacobians.draw returns")
-    start, units = jnp.asarray(as_real("start", start)), math.prod(jacobian.tangent_shape)
-    if start.shape != (units,):
-        raise InputError(f"start has shape {start.shape}; it is ({units},) for this Jacobian")
-    steps = check_count("steps", steps)
-    return _advanced(_begun(jacobian, start).with_places(steps), steps)
-
-
-def _begun(jacobian: Jacobian, start: Array) -> Bidiagonal:
-    """Make the first product, J v_1 = α_1 u_1; it has no places for more."""
-    v = unit_rows(start[None].astype(jacobian.dtype))[0]
-    first = jacobian.times(v.reshape(1, *jacobian.tangent_shape))
-    some = jnp.isfinite(first.log_norm)
-    return Bidiagonal(
-        alpha=some.astype(v.dtype),
-        beta=jnp.zeros(1, v.dtype),
-        log_unit=jnp.where(some, first.log_norm, 0)[0],
-        left=first.direction.reshape(1, -1),
-        right=v,
-        steps=jnp.asarray(0),
-        jacobian=first.jacobian,
-    )
-
-
-def _advanced(state: Bidiagonal, steps: int) -> Bidiagonal:
-    """Make ``steps`` steps more."""
-    if state.jacobian.apart:
-        for _ in range(steps):
-            state = _step(state)
-        return state
-    return jax.lax.scan(lambda state, _: (_step(state), None), state, None, length=steps)[0]
-
-
-def _step(state: Bidiagonal) -> Bidiagonal:
-    k, jacobian = state.steps, state.jacobian
-    back = jacobian.transpose_times(state.left[k].reshape(1, *jacobian.cotangent_shape))
-    v, right, beta = _rest(back.direction, back.log_norm - state.log_unit, state.right, k + 1)
-    forth = back.jacobian.times(v.reshape(1, *jacobian.tangent_shape))
-    _, left, alpha = _rest(forth.direction, forth.log_norm - state.log_unit, state.left, k + 1)
-    return Bidiagonal(
-        alpha=state.alpha.at[k + 1].set(alpha),
-        beta=state.beta.at[k].set(beta),
-        log_unit=state.log_unit,
-        left=left,
-        right=right,
-        steps=k + 1,
-        jacobian=forth.jacobian,
-    )
-
-
-@functools.partial(jax.jit, donate_argnames="known")
-def _rest(
-    direction: Array, log_length: Array, known: Array, place: Array
-) -> tuple[Array, Array, Array]:
-    """Put what of a vector is orthogonal to known ones, at length 1, beside them.
-
-    Return it, all of them, and how long it was.
-    """
-    row = jnp.exp(log_length)[:, None] * direction.reshape(1, -1)
-    unit = orthonormal_rows(row, known)
-    length = jnp.sum(unit * row)
-    return unit, jax.lax.dynamic_update_slice_in_dim(known, unit, place, 0), length
-
-
-class ExtremeSingularValues(NamedTuple):
-    """The largest and smallest singular values of a Jacobian, as natural logarithms.
-
-    Attributes
-    ----------
-    log_largest
-        Shape (leading,), descending.
-    log_smallest
-        Shape (trailing,), ascending, of those that are not 0.
-    error_largest, error_smallest
-        Estimated errors of these logarithms: with θ the approximation and r its residual, the
-        smaller of r/θ and, for one at a distance d from the next approximation, r²/(d θ).
-    steps
-        K, of the bidiagonalisation.
-    converged
-        Whether all errors are within the tolerance that was asked for.
-    sampler
-        Which one was used.
-    """
-
-    log_largest: np.ndarray
-    log_smallest: np.ndarray
-    error_largest: np.ndarray
-    error_smallest: np.ndarray
-    steps: int
-    converged: bool
-    sampler: str
-
-
-# Steps between two looks at the errors, and places for steps: as many more each time, or half as
-# many as there are. Empty places take as much time as used ones, and more places new programs.
-_STEPS_AT_ONCE = 8
-_MORE_PLACES = 32
-# Bytes of one layer's answers, beyond which copying them costs more than a program for each layer.
-_WORTH_HOLDING_APART = 1 << 22
-
-
 def extreme_singular_values(
     network: Network,
     inputs: Float[Array, "sites n_0"],
@@ -555,7 +407,7 @@ def extreme_singular_values(
     most_steps: int = 512,
     memory_budget: int | None = None,
 ) -> ExtremeSingularValues:
-    """Find the first and last few singular values of one random network's Jacobian.
+    """Compute the first and last few singular values of one random network's Jacobian.
 
     By Golub-Kahan bidiagonalisation, without forming J; with ``matrix_free`` without any weights,
     in 4 n numbers a layer and step: ten of width 10⁵ and depth 20 take some gigabytes, where the
@@ -593,102 +445,12 @@ def extreme_singular_values(
     if leading + trailing == 0:
         raise InputError("leading and trailing are 0; at least one is more")
     inputs, key = as_inputs(inputs, network), as_key(key)
-    name = jacobians.chosen_sampler(sampler, network)
-    numbers = network.as_arrays(inputs.dtype)
-    free = _memory.available() if memory_budget is None else memory_budget
-    places = min(most_steps, max(_MORE_PLACES, 2 * (leading + trailing)))
-    needed = _bytes(network, inputs, name, places)
-    if needed > free:
-        raise InputError(
-            f"{places} steps with sampler {name!r} need {needed / 2**30:.3g} GiB and "
-            f"{free / 2**30:.3g} GiB are free; use a smaller width or depth, or fewer most_steps"
-        )
-    widest = max(network.widths)
-    layer_numbers = widest**2 if name == "dense" else 4 * places * inputs.shape[0] * widest
-    apart = layer_numbers * inputs.dtype.itemsize > _WORTH_HOLDING_APART
-    start, with_places, advance = (
-        (_start, Bidiagonal.with_places, _advanced) if apart else _COMPILED
-    )
-    state = start(numbers, inputs, key, name, below, above, places, apart)
-    state, steps = advance(state, min(_STEPS_AT_ONCE, places)), min(_STEPS_AT_ONCE, places)
-    found = _extremes(state, leading, trailing, tolerance, name)
-    while not found.converged and found.steps == steps:
-        if steps == places:
-            more = min(max(_MORE_PLACES, places // 2), most_steps - steps)
-            if not more or _bytes(network, inputs, name, places + more) > free:
-                break
-            state, places = with_places(state, more), places + more
-        more = min(_STEPS_AT_ONCE, places - steps)
-        state, steps = advance(state, more), steps + more
-        found = _extremes(state, leading, trailing, tolerance, name)
-    return found
-
-
-def _bytes(network: Network, inputs: Array, sampler: str, places: int) -> int:
-    """Return a bound on the memory for this many steps, while more places are made."""
-    weights = sum(n * m for n, m in itertools.pairwise(network.widths))
-    answers = 4 * (places + 1) * inputs.shape[0] * sum(network.widths)
-    return 2 * inputs.dtype.itemsize * (weights if sampler == "dense" else answers)
-
-
-def _start(
-    network: Network,
-    inputs: Array,
-    key: Array,
-    sampler: str,
-    below: int,
-    above: int | None,
-    places: int,
-    apart: bool,
-) -> Bidiagonal:
-    jacobian = jacobians.draw(
-        network, inputs, key, sampler=sampler, below=below, above=above, cotangents=0, apart=apart
-    )
-    # The first of the network's keys is that of what starts at its top.
-    start_key = jax.random.split(key, network.depth + 1)[0]
-    start = jax.random.normal(start_key, (math.prod(jacobian.tangent_shape),), inputs.dtype)
-    return _begun(jacobian, start).with_places(places)
-
-
-# As whole programs; layers that are held apart have one each.
-_COMPILED = (
-    jax.jit(_start, static_argnums=(3, 4, 5, 6, 7)),
-    jax.jit(Bidiagonal.with_places, static_argnums=1),
-    jax.jit(_advanced, static_argnums=1, donate_argnums=0),
-)
-
-
-def _extremes(
-    state: Bidiagonal, leading: int, trailing: int, tolerance: float, sampler: str
-) -> ExtremeSingularValues:
-    """Return the singular values of B with their errors, on the host and in float64."""
-    alpha, beta = np.asarray(state.alpha, np.float64), np.asarray(state.beta, np.float64)
-    made, log_unit = int(state.steps), float(state.log_unit)
-    steps = int(np.count_nonzero(alpha[:made]))  # fewer where directions were used up
-    rounding = float(jnp.finfo(state.left.dtype).eps)
-    b = np.zeros((steps, steps + 1))
-    b[np.arange(steps), np.arange(steps)] = alpha[:steps]
-    b[np.arange(steps), np.arange(steps) + 1] = beta[:steps]
-    _, theta, q = np.linalg.svd(b) if steps else (None, np.zeros(0), np.zeros((1, 1)))
-    residual = alpha[steps] * np.abs(q[:steps, -1])
-    distance = np.full(steps, np.inf)
-    if steps > 1:
-        gaps = -np.diff(theta)
-        distance[:-1] = gaps
-        distance[1:] = np.minimum(distance[1:], gaps)
-    with np.errstate(divide="ignore", invalid="ignore"):
-        error = np.minimum(residual, residual**2 / distance)
-        relative = (np.nan_to_num(error, nan=np.inf) + rounding * theta.max(initial=0)) / theta
-        log = np.log(theta) + log_unit
-    last = slice(None, -trailing - 1, -1) if trailing else slice(0, 0)
-    chosen = np.concatenate([relative[:leading], relative[last]])
-    enough = steps >= leading + trailing or steps < made
-    return ExtremeSingularValues(
-        log_largest=log[:leading],
-        log_smallest=log[last],
-        error_largest=relative[:leading],
-        error_smallest=relative[last],
-        steps=steps,
-        converged=bool(enough and np.all(chosen <= tolerance)),
-        sampler=sampler,
+    return _lanczos.extreme(
+        network,
+        inputs,
+        key,
+        _lanczos.Linearised(matrix_sampler(sampler, network).sampler, below, above, apart=False),
+        _lanczos.Wanted(leading, trailing, tolerance),
+        most_steps,
+        _memory.available() if memory_budget is None else memory_budget,
     )

@@ -22,8 +22,8 @@ from jax.experimental import multihost_utils
 from gradflow import comparison
 from gradflow.errors import InputError
 from gradflow.estimation import Estimate
-from gradflow.simulation import monte_carlo
-from gradflow.simulation.monte_carlo import Laws
+from gradflow.simulation import _programs
+from gradflow.simulation._programs import RandomNetworks
 from gradflow.statistics import Statistic
 from gradflow.studies import plan, results, spectra
 from gradflow.studies.description import Study
@@ -358,7 +358,7 @@ def _compiled_ahead(drawings: dict[int, "_Drawing"], left: Sequence[_Left]) -> I
         elif not is_theory and chunks:
             drawings[place].compile()
 
-    for done, _ in monte_carlo.in_order(compile_one, 2 * len(left), 1, _WORKERS):
+    for done, _ in _programs.in_order(compile_one, 2 * len(left), 1, _WORKERS):
         if done % 2 == 0:
             yield drawings.pop(done // 2 - 1)
 
@@ -374,7 +374,7 @@ class _Drawing:
 
     @property
     def measured(self) -> tuple[Statistic, ...]:
-        return (*self.study.statistics, monte_carlo.OVERFLOWED, monte_carlo.VANISHED)
+        return (*self.study.statistics, _programs.OVERFLOWED, _programs.VANISHED)
 
     @functools.cached_property
     def _rows(self) -> np.ndarray:
@@ -411,10 +411,10 @@ class _Drawing:
             results.compile_theory(self.study, point)
 
     @functools.cached_property
-    def _program(self) -> Callable[[Laws, np.ndarray, np.ndarray], dict[str, np.ndarray]]:
+    def _program(self) -> Callable[[RandomNetworks, np.ndarray, np.ndarray], dict[str, np.ndarray]]:
         work = self.work
         with jax.enable_x64(self._x64):
-            return monte_carlo.compiled(
+            return _programs.compiled(
                 self._laws(0),
                 self._size,
                 tuple(self.devices),
@@ -430,7 +430,7 @@ class _Drawing:
     @functools.cached_property
     def _own(self) -> np.ndarray:
         """Which networks of a chunk this process draws: a stretch of them."""
-        return monte_carlo.own_networks(self._size, self.devices)
+        return _programs.own_networks(self._size, self.devices)
 
     def run(
         self, chunks: Sequence[tuple[int, int]]
@@ -462,7 +462,7 @@ class _Drawing:
         begun = time.perf_counter()
         for first, last in chunks:
             start, end = first * work.chunk, min(last * work.chunk, work.networks)
-            drawn = monte_carlo.in_order(
+            drawn = _programs.in_order(
                 lambda done, start=start: call((start + done) // work.chunk),
                 end - start,
                 work.chunk,
@@ -473,7 +473,7 @@ class _Drawing:
                 yield (start + done - 1) // work.chunk, start + done, values, now - begun
                 begun = now
 
-    def _laws(self, first: int) -> Laws:
+    def _laws(self, first: int) -> RandomNetworks:
         """Return the laws of as many points as a chunk may have, from a place on."""
         last = len(self.work.names) - 1
         points = self.points([min(first + n, last) for n in range(self.work.window)])
@@ -482,7 +482,7 @@ class _Drawing:
         network = jax.tree.map(lambda *leaves: np.array(leaves, dtype), *unnamed)
         inputs = np.stack([point.inputs().astype(dtype) for point in points])
         words = np.array([point.key_words for point in points], np.uint32)
-        return Laws(network, inputs, keys(words))
+        return RandomNetworks(network, inputs, keys(words))
 
     def _own_segments(self, chunk: int) -> list[Segment]:
         """Return what this process draws of a chunk."""
@@ -529,9 +529,7 @@ class _Drawing:
             },
             spectra={}
             if self.study.spectrum is None
-            else spectra.counted(
-                values[monte_carlo.LOG_SINGULAR_VALUES], point, self.study.spectrum
-            ),
+            else spectra.counted(values[_programs.LOG_SINGULAR_VALUES], point, self.study.spectrum),
         )
 
 
