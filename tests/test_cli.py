@@ -419,7 +419,7 @@ def test_a_narrow_terminal_cuts_no_number(columns, monkeypatch):
     monkeypatch.setattr(terminal, "isatty", lambda: True, raising=False)
     table = Table("quantity", "value")
     table.add_row("a", "0.12345678901234567890")
-    cli.shared.make_console().print(table)
+    cli._shared.make_console().print(table)
     assert "0.12345678901234567890" in terminal.getvalue()
 
 
@@ -433,7 +433,7 @@ def folder_of(arguments, monkeypatch):
     def stop(folder):
         raise Reached(folder)
 
-    for module in (cli.shared, cli.training):
+    for module in (cli._shared, cli.training):
         monkeypatch.setattr(module, "writable_folder", stop)
     monkeypatch.setattr(sys, "argv", ["gradflow", *arguments])
     with pytest.raises(Reached) as reached:
