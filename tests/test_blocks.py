@@ -109,6 +109,7 @@ class TestTable8:
             ):
                 assert float(getattr(found, name)) == pytest.approx(float(values[key]), rel=TABLE)
 
+    @pytest.mark.medium
     def test_critical_dropout_of_relu(self, load_reference):
         for _, given, values in rows_of(load_reference, "dropout_relu_critical"):
             sigma_w2 = architectures.critical_dropout("relu", given["keep_prob"])

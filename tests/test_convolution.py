@@ -160,6 +160,7 @@ class TestMeanField:
 
 
 @pytest.mark.parametrize(("shape", "size"), [((6,), 3), ((4, 5), (2, 3))])
+@pytest.mark.medium
 def test_every_fourier_mode_has_its_own_factor(shape, size):
     """A wave over pairs at one distance, about the chaotic fixed point: χ_c λ(f) in a layer.
 
@@ -349,6 +350,7 @@ def test_theory_meets_simulation(make):
     assert np.isfinite(found.contrasts["log_gradient_norm"].z).all()
 
 
+@pytest.mark.medium
 def test_zeros_at_every_position_are_kept_in_a_homogeneous_network(key):
     """One scale for all positions: an image with an empty row, ReLU, 40 layers of tiny weights."""
     weights = ensembles.fan_in(1e-4)
