@@ -27,7 +27,8 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, ScalarLike
 
 from gradflow._checks import check_scale, is_traced, unknown_name
-from gradflow.activations import Activation, PairMoment, Values, gram_determinant
+from gradflow._closed_forms import PairMoment, Values, gram_determinant
+from gradflow.activations import Activation
 from gradflow.errors import InputError
 
 __all__ = [

@@ -39,7 +39,8 @@ from scipy.optimize import brentq
 
 from gradflow import activations, gaussian
 from gradflow._checks import check_count, unknown_name
-from gradflow.activations import Activation, PairMoment
+from gradflow._closed_forms import PairMoment
+from gradflow.activations import Activation
 from gradflow.blocks import Dense
 from gradflow.errors import InputError
 from gradflow.networks import Network, Stage
