@@ -37,7 +37,7 @@ from gradflow.errors import InputError
 
 __all__ = ["ALL", "Distribution", "Ensemble", "fan_in", "from_initializer", "get"]
 
-VarianceRule = Callable[[int, int], float]
+_VarianceRule = Callable[[int, int], float]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -138,7 +138,7 @@ class Ensemble:
 
     name: str
     distribution: Distribution
-    variance: VarianceRule
+    variance: _VarianceRule
 
     def sigma_w(self, fan_in: int, fan_out: int) -> float:
         """Return σ_w = √(fan_in · Var W), the scale in mean-field units (dimensionless)."""
@@ -270,7 +270,7 @@ _MEASURED_ENTRIES = 8_000_000
 def from_initializer(
     initializer: Callable[..., Array],
     *,
-    variance: VarianceRule | None = None,
+    variance: _VarianceRule | None = None,
     name: str | None = None,
 ) -> Ensemble:
     """Return the ensemble of any `jax.nn.initializers` function.

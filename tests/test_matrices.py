@@ -120,9 +120,9 @@ def test_without_a_place_left_the_answer_is_an_error_or_nan(law):
     matrix = make("deferred", law, (4, 4), jax.random.key(0), places=(1, 1))
     places = {"gaussian": 1, "orthogonal": 2}[law]  # one store for both sides
     x = jnp.ones((3, 4), jnp.float32)
-    with pytest.raises(InputError, match="places is .* 3 questions were asked"):
+    with pytest.raises(InputError, match="places is .* made 3 products"):
         matrix.times(x)
-    with pytest.raises(InputError, match="places is .* 3 questions were asked"):
+    with pytest.raises(InputError, match="places is .* made 3 products"):
         jax.jit(lambda m: m.times(x)[0])(matrix)
 
     @jax.jit

@@ -62,7 +62,7 @@ class RandomNetworks(eqx.Module):
 
     @classmethod
     def of(cls, network: Network, inputs: Array, key: PRNGKeyArray) -> "RandomNetworks":
-        """Return those of a single law."""
+        """Return the networks of a single law."""
         one = cls(network.as_arrays(inputs.dtype), inputs, key)
         return jax.tree.map(lambda leaf: leaf[None], one)
 
