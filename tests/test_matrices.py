@@ -135,7 +135,7 @@ def test_without_a_place_left_the_answer_is_an_error_or_nan(law):
     assert np.isnan(ask(matrix)[0]).all()
 
 
-def test_other_laws_cannot_be_left_undecided():
+def test_other_laws_cannot_be_deferred():
     with pytest.raises(InputError, match="'matrix_free' cannot draw 'uniform' weights"):
         _matrices.deferred(jax.random.key(0), (3, 3), ensembles.uniform)
 

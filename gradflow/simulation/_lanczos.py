@@ -44,7 +44,7 @@ class ExtremeSingularValues(NamedTuple):
     steps
         K, of the bidiagonalisation.
     converged
-        Whether all errors are within the tolerance that was asked for.
+        Whether all errors are within the tolerance.
     sampler
         Which one was used.
     """

@@ -117,7 +117,7 @@ def _pieces(
     """Cut a network's stages into pieces of whole stretches.
 
     A stage that is no whole number of stretches is cut in two. One that shares its weights has no
-    checkpoints, for a second forward pass would ask its matrices for their products twice.
+    checkpoints, for a second forward pass would take products with its matrices twice.
     """
     pieces = []
     given = [None] * len(network.stages) if weights is None else weights

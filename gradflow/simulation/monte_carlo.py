@@ -37,7 +37,7 @@ __all__ = ["Progress", "Simulation", "simulate"]
 # Called as (networks done, networks in all); the first call, with 0, comes before compilation.
 Progress = Callable[[int, int], None]
 
-# Networks are numbered by an int32, and the last chunk has more than are asked for.
+# Networks are numbered by an int32, and the last chunk has more networks than are wanted.
 _MOST_NETWORKS = 1 << 30
 # How many values one call hands back, at most.
 _CHUNK_VALUES = 1 << 24
@@ -54,9 +54,9 @@ class Simulation(eqx.Module):
     estimates
         Each statistic's `Estimate` by its key, every array of shape (layers,).
     histograms
-        ``preactivation``, ``activation`` and ``gradient``, where they were asked for.
+        ``preactivation``, ``activation`` and ``gradient``, if they were wanted.
     samples
-        Per-network values by key or name, shape (networks, layers), where they were asked for.
+        Per-network values by key or name, shape (networks, layers), if they were wanted.
     overflowed, vanished
         Shape (layers,): in how many networks the signal going up was not finite, or nothing but
         zeros (a dead network, or an underflow).

@@ -196,13 +196,18 @@ def end_to_end(
 
     For histograms of many networks: by one SVD of the product, in the inputs' dtype, a hundred
     times as fast as `log_singular_values`. Each s is right to within rounding of the largest.
-    Which of them are 0 is not asked of it: they are as many as units without slope in the layer
-    that has most, and all others are above 0, however small. A pure function: jit it, vmap it.
+    The number of those that are 0 is not taken from the SVD: it is that of the units without slope
+    in the layer that has most, and all others are above 0, however small. A pure function: jit it,
+    vmap it.
 
     Parameters
     ----------
-    network, inputs, key
-        As for `jacobians.end_to_end`.
+    network
+        The law of the network.
+    inputs
+        Shape (1, n_0): one input.
+    key
+        The network's key.
 
     Returns
     -------
