@@ -76,9 +76,8 @@ def belongs(module, name, value):
     if inspect.ismodule(value):
         return value.__name__ == f"{module.__name__}.{name}"
     if inspect.isclass(value) or inspect.isroutine(value):
-        return name in getattr(module, "__all__", ()) or value.__module__.startswith(
-            module.__name__
-        )
+        listed = getattr(module, "__all__", ())
+        return name in listed or value.__module__.startswith(module.__name__)
     return True
 
 
