@@ -1,9 +1,9 @@
 """Activations: a function φ, where it is not smooth, and its Gaussian averages in closed form.
 
 To add one, assign one `Activation` at module level: `ALL`, `get`, and the shared law tests find it.
-Derivatives are never written here: φ' and φ'' come from JAX. What JAX gets wrong in floating point
-(1 - tanh² and 1 - sigmoid vanish in the tails) is repaired in the function itself, so that a
-simulation and the theory differentiate the same thing.
+Derivatives are never written here: φ' and φ'' come from JAX. Its errors in floating point (1 - tanh² and
+1 - sigmoid vanish in the tails) are repaired in the function itself, so that simulation and theory
+differentiate the same function.
 
 Closed forms are optional: for x ~ N(0, q), or for (u, v) Gaussian with variances q_u, q_v and
 covariance k. They are written so that nothing cancels for q from 0 to 1e4; a form that would is
@@ -38,7 +38,7 @@ _Elementwise: TypeAlias = Callable[[Array], Array]
 
 @dataclass(frozen=True)
 class Activation:
-    """An elementwise function φ and what is known of it.
+    """An elementwise function φ, its kinks, and the closed forms of its Gaussian averages.
 
     Hashable and compared by name, function and kinks: usable as a static field of an equinox module
     and as a static argument of `jax.jit`.
@@ -189,7 +189,7 @@ class Activation:
 
         small, large = (jnp.asarray(_PROBES * size) for size in (_SMALL, 1 / _SMALL))
         beyond = powers(large, -math.inf)
-        # Where φ' decays, E[φ'²] is what is near 0, ∫ φ'² dx/√(2πq).
+        # Where φ' decays, E[φ'²] is that near 0, ∫ φ'² dx/√(2πq).
         return powers(small, 0.0), beyond._replace(slope=jnp.maximum(beyond.slope, -0.5))
 
     def saturated_intervals(self, threshold: float) -> np.ndarray:
@@ -227,7 +227,7 @@ class _Powers(NamedTuple):
     slope: ScalarLike
 
 
-# Where powers are computed: far below and above what matters to the averages within their limits.
+# The |x| at which powers are computed: far below and above those that averages depend on.
 _SMALL = 1e-18
 _PROBES = np.array([1.0, 2.0, 4.0])
 

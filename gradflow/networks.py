@@ -37,8 +37,8 @@ __all__ += ["unit_variance", "with_biases"]
 class Stage(eqx.Module):
     """One block, repeated: with independent weights each time or, ``tied``, with the same ones.
 
-    A tied stage is one layer over time: its weights and biases are drawn once, and what is not a
-    parameter (a dropout mask, an input) at every step. The theory is that of untied weights, which
+    A tied stage is one layer over time: its weights and biases are drawn once, and other random
+    numbers (a dropout mask, an input) at every step. The theory is that of untied weights, which
     has the same limit (see `recurrent`) unless a unit's signal goes on beside the weights, as in a
     GRU, an LSTM and a Residual: then there is none step by step (`theory.shared_weights`).
     """

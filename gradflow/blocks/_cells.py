@@ -44,7 +44,7 @@ __all__ = ["Cells", "Tangent"]
 _NODES = 40
 _POLE = math.pi / 2
 _DEVIATIONS = 10.0
-# Of the variance of cells: what is below counts as none.
+# The smallest variance of cells; one below it counts as 0.
 _LEAST = 1e-32
 # Of a gate and of g: where its nearest pole is, ±i times this, points of the rule for averages, and
 # Hermite's polynomials for pairs.

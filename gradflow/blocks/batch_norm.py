@@ -17,7 +17,7 @@ __all__ = ["BatchNorm"]
 
 
 class _BatchNormalised(AbstractLaw):
-    """The law of γ ẑ: what entered BatchNorm was Gaussian, of this covariance."""
+    """The law of γ ẑ, of a signal z that is Gaussian and has this covariance."""
 
     covariance: Float[Array, "sites sites"]
     tangent: Float[Array, "sites sites"] | None

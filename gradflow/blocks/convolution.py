@@ -235,8 +235,8 @@ def _as_if_of(full_input: Array | Kernel, multiply: Multiply) -> Multiply:
     """Return a ``multiply`` by a part of a filter, whose gradient is that of the whole filter."""
 
     @functools.wraps(multiply)  # with its other attributes: a step, biases
-    def multiply_part(*what: object, **law: object) -> object:
-        return multiply(*what, **law, full_input=full_input)
+    def multiply_part(*arguments: object, **law: object) -> object:
+        return multiply(*arguments, **law, full_input=full_input)
 
     return multiply_part
 

@@ -18,7 +18,7 @@ and those of P the vectors that the transpose has multiplied, Wᵀ P = H. Then
 
 where only the last term is not known yet. For fixed Q and P it is independent of G and H, since
 orthogonal combinations of Gaussian entries are. It stays so for vectors chosen from the products:
-one after the other, each is a function of what the deferred term is independent of. A fresh copy W̃
+each is a function of vectors and products that the deferred term is independent of. A fresh copy W̃
 of W can therefore take its place there, and for a ⟂ Q
 
     W a = P (Hᵀ a) + (I - P Pᵀ) g,   g = W̃ a ~ N(0, I).
@@ -111,8 +111,8 @@ class Drawn(Matrix):
         return multiply(x, self.weights), self
 
 
-# Entries that are drawn at a time on a CPU: what stays in a core's own cache, or, where every entry
-# is used many times, what a matrix product is fast with.
+# Entries that are drawn at a time on a CPU: as many as stay in a core's own cache or, where every
+# entry is used many times, as many as a matrix product is fast with.
 _TILE, LARGE_TILE, _MANY_ROWS = 1 << 16, 1 << 20, 32
 
 
@@ -299,7 +299,7 @@ class Orthogonal(Matrix):
         x = jnp.pad(x.astype(self.inputs.rows.dtype), ((0, 0), (0, n - self.n_in)))
         new, along = _split(x, self.inputs)
         fresh = _normal(jax.random.fold_in(self.key, self.count), x.shape, x.dtype)
-        # What is not new must not take up a direction of the complement, which may have few left.
+        # A vector without a new part must not take up a direction of the complement.
         fresh *= jnp.any(new != 0, axis=1, keepdims=True)
         products, _ = _split(fresh, self.outputs)
         matrix = Orthogonal(

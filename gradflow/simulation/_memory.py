@@ -1,6 +1,6 @@
 """How much memory there is, how much a simulation takes, and how to cut it to fit.
 
-What is counted is a bound on the large arrays: the signals that the forward pass keeps for the
+Counted is a bound on the large arrays: the signals that the forward pass keeps for the
 backward pass (all, or those entering every √L-th layer), a layer's working copies, and, for the
 dense sampler, the weights of one layer, where they are not drawn a tile at a time.
 """
@@ -33,7 +33,7 @@ _DRAWING_COPIES = 3
 _LINEARISATION = 6
 # The most that is spent on keeping linearisations; beyond, drawing again is faster than fetching.
 _KEEP_BYTES = 1 << 28
-# Floats that one step of the walk touches, for one block of networks: what stays in a core's cache.
+# Floats that one step of the walk touches, for one block of networks: as many as stay in a cache.
 _CACHED_FLOATS = 1 << 15
 _MOST_IN_A_BLOCK = 64
 
@@ -134,7 +134,7 @@ def plan(
 ) -> Plan:
     """Choose how many networks run at once on each device, and what the forward pass keeps.
 
-    ``more`` is how many bytes a network takes beside its walk, for what needs all its weights.
+    ``more`` is the number of bytes that a network takes beside its passes, as for its spectrum.
 
     Raises
     ------
@@ -150,10 +150,10 @@ def plan(
     sharing = len(here) if on_cpu else 1
     free = available(here[0]) // sharing if budget is None else budget
     if len(here) < len(devices):
-        # All processes must run one program: what fits where there is least, in MiB for int32.
+        # All processes must run one program: one that fits where memory is least; in MiB, as int32.
         free = int(np.min(multihost_utils.process_allgather(np.int32(free >> 20)))) << 20
     bytes_for = functools.partial(bytes_per_network, network, sites, sampler, itemsize=itemsize)
-    # A program is handed its share of what is free; the rest is for what surrounds it.
+    # A program gets its share of the free memory; the rest is for the process around it.
     checkpoint = bytes_for() > free // 2 and bytes_for(checkpoint=True) < bytes_for()
     small, large = bytes_for(checkpoint=checkpoint) + more, bytes_for(keep=True) + more
     if small > free:

@@ -4,7 +4,7 @@ A sampler is one function ``multiply(key, x, tap, …)`` that returns x Wᵀ for
 (n_out, n_in), with a rule for pulling a gradient Δ back to Δ W. There are two, and `given`, which
 draws nothing: for networks that have been trained.
 
-`dense` draws every weight. It is what any reader would write, and works for every ensemble.
+`dense` draws every weight. This is how anybody would do it, and it works for every ensemble.
 
 `matrix_free` never draws W, and is *exact* all the same, for independent Gaussian and for
 Haar-orthogonal weights: it multiplies by a matrix that is decided only as far as products need it
@@ -145,12 +145,12 @@ Sampler = Callable[..., Array]
 SAMPLERS: dict[str, Sampler] = {"dense": dense, "matrix_free": matrix_free}
 
 
-# Nanoseconds on one core of a CPU, measured: for drawing an entry both ways and multiplying one
-# input by it; for what matrix_free does with a unit of each pair of inputs, and of each input.
+# Nanoseconds on one core of a CPU, measured: for drawing an entry in both passes and multiplying
+# one input by it; for a unit in matrix_free's operations, of each pair of inputs, and of each input.
 _DRAWN, _MULTIPLIED = 2.5, 0.06
 _PER_PAIR, _PER_INPUT = 0.7, 6.0
 # Of weights that time steps share: for reading an entry at a step, both ways, and multiplying an
-# input by it; and for what matrix_free does with a unit of each pair of products.
+# input by it; and for the operations of matrix_free on a unit of each pair of products.
 _READ, _READ_BY_INPUT, _PER_REMEMBERED = 2.0, 1.0, 10.0
 
 
