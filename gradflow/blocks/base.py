@@ -70,8 +70,7 @@ class AbstractBlock(eqx.Module):
         ``multiply(key, x, sigma_w=…, width=…, distribution=…)`` is x Wᵀ, where W has shape
         (width, n_in), mean 0 and variance σ_w²/n_in; the sampler that runs the block supplies it.
         All other randomness comes from the key, and is the same when the block is applied again:
-        biases from the key itself, by `add_bias`, and numbers that are no parameters from `each_step`
-        of it.
+        biases from the key itself, by `add_bias`, and what is no parameter from `each_step` of it.
         Where W is a part of a larger matrix whose other entries are zero, ``full_input=…`` is what
         the larger matrix multiplies: the gradient ∂C/∂W that is reported is δ full_inputᵀ.
         """

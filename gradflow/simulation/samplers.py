@@ -146,7 +146,7 @@ SAMPLERS: dict[str, Sampler] = {"dense": dense, "matrix_free": matrix_free}
 
 
 # Nanoseconds on one core of a CPU, measured: for drawing an entry in both passes and multiplying
-# one input by it; for a unit in matrix_free's operations, of each pair of inputs, and of each input.
+# one input by it; for a unit in matrix_free's operations, of each pair of inputs and of each input.
 _DRAWN, _MULTIPLIED = 2.5, 0.06
 _PER_PAIR, _PER_INPUT = 0.7, 6.0
 # Of weights that time steps share: for reading an entry at a step, both ways, and multiplying an
