@@ -36,7 +36,7 @@ def timed(function, repeats=3):
 
 
 def scipy_analysis(sigma_w2, sigma_b2):
-    """q*, χ₁, χ∥, c* and χ_c of tanh, for σ_w² of order 1, where quadratures on a fixed interval converge."""
+    """q*, χ₁, χ∥, c* and χ_c of tanh, for σ_w² of order 1, where these quadratures converge."""
 
     def average(f, q):
         root = math.sqrt(q)
@@ -126,13 +126,13 @@ def numpy_density(at, slopes2, weights, sigma_w2, depth):
 
 
 def density(count, peer_count):
-    from gradflow.theory import spectrum
+    from gradflow.theory import spectral_density, spectrum
 
     depth, sigma_w2, q = 10, 1.76095464, 0.57004788
     law = spectrum.slope_law("tanh", q)
     top = float(spectrum.support(law, sigma_w2, depth).upper)
     at = np.linspace(0, top, count + 2)[1:-1]
-    result, first, warm = timed(lambda: spectrum.density(law, sigma_w2, depth, at=at))
+    result, first, warm = timed(lambda: spectral_density.density(law, sigma_w2, depth, at=at))
     chosen = np.linspace(0, count - 1, peer_count).astype(int)
     nodes = np.asarray(law.values), np.asarray(law.weights)
     start = time.perf_counter()

@@ -16,7 +16,6 @@ builders           networks of the usual architectures: mlp, residual, convoluti
 statistics         the quantities of each layer: names, measurement, prediction
 float_ranges       the layers in which signals and gradients leave float16, bfloat16, …, float64
 estimation         means, standard errors and histograms over networks
-roots              roots of a function of one variable, differentiable
 theory             predictions for wide networks, layer by layer, without sampling
 simulation         the same statistics, measured in many random networks at once
 verdict            whether gradients vanish or explode, in words and as a factor a layer

@@ -28,6 +28,7 @@ from jax.scipy.special import erf as _erf
 from jaxtyping import Array, Float, ScalarLike
 
 from gradflow._checks import check_sequence, is_number, unknown_name
+from gradflow._roots import bisect
 from gradflow.errors import InputError
 
 __all__ = ["ALL", "Activation", "custom", "get", "leaky_relu"]
@@ -256,20 +257,20 @@ def _saturated_intervals(activation: Activation, threshold: float) -> np.ndarray
 
 
 def _roots(activation: Activation, x: np.ndarray, slope: np.ndarray, level: float) -> np.ndarray:
-    """Return the solutions of φ'(x) = level between points of a grid, by cutting up its steps."""
+    """Return the solutions of φ'(x) = level between points of a grid."""
     above = slope > level
     (left,) = np.nonzero(above[1:] != above[:-1])
     if not left.size:
         return x[left]
-    low, high, start = x[left], x[left + 1], above[left]
-    pieces = max(2, _EVALUATED // left.size)
-    cuts = np.arange(1, pieces)[:, None] / pieces
-    for _ in range(math.ceil(60 / math.log2(pieces))):
-        ends = np.vstack([low, low + cuts * (high - low), high])
-        same = (_slopes(activation, ends[1:-1]) > level) == start
-        piece = np.where(same.all(axis=0), pieces - 1, same.argmin(axis=0))
-        low, high = np.take_along_axis(ends, np.stack([piece, piece + 1]), axis=0)
-    return (low + high) / 2
+    # Of one size, as a program is compiled for each.
+    parts = -(-left.size // _EVALUATED)
+    low, high, start = (
+        np.resize(end, (parts, _EVALUATED)) for end in (x[left], x[left + 1], above[left])
+    )
+    with _concrete():
+        brackets = zip(low, high, start, strict=True)
+        roots = [np.asarray(_compiled_bisection(activation, level, *each)) for each in brackets]
+        return np.concatenate(roots)[: left.size]
 
 
 @contextmanager
@@ -282,6 +283,16 @@ def _concrete() -> Iterator[None]:
 _compiled = jax.jit(Activation.__call__, static_argnums=0)
 _compiled_derivative = jax.jit(Activation.derivative, static_argnums=0)
 _compiled_powers = jax.jit(Activation._traced_powers, static_argnums=0)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _compiled_bisection(
+    activation: Activation, level: Array, low: Array, high: Array, above: Array
+) -> Array:
+    """Return the roots of φ' - level in brackets; whether it is ``above`` 0 at their lower ends."""
+    ends = bisect(lambda x: (activation.derivative(x) > level) != above, low, high, steps=60)
+    return (ends[0] + ends[1]) / 2
+
 
 # Points at which a slope is evaluated in one call.
 _EVALUATED = 4096

@@ -155,7 +155,7 @@ def _is_above(log: np.ndarray, limit: float) -> np.ndarray:
 
 
 def _first(reached: np.ndarray, downwards: bool) -> int | str:
-    """The first layer, in the direction of the pass, whose value is 1; unknown if a NaN is first."""
+    """The first layer in the direction of the pass with a 1; unknown if a NaN comes first."""
     layers = np.arange(1, len(reached) + 1)
     if downwards:
         layers, reached = layers[::-1], reached[::-1]

@@ -15,8 +15,9 @@ from gradflow._arguments import from_seed
 from gradflow._checks import check_scale
 from gradflow.activations import Activation
 from gradflow.errors import InputError
-from gradflow.theory import fixed_points
+from gradflow.theory import fixed_points, spectral_density
 from gradflow.theory import spectrum as theory
+from gradflow.theory._jacobian_law import check as check_layers
 
 __all__ = ["run", "simulate"]
 
@@ -73,7 +74,7 @@ def run(
     activation = activations.get(activation)
     with jax.enable_x64(True):
         check_scale("sigma_b2", sigma_b2)
-        theory.check(sigma_w2, depth, weights)
+        check_layers(sigma_w2, depth, weights)
         q = _settled(activation, sigma_w2, sigma_b2) if q is None else q
         law = theory.slope_law(activation, q)
         layers = (sigma_w2, depth, weights)
@@ -83,7 +84,7 @@ def run(
         atoms, masses = np.sqrt(np.asarray(ends.atoms))[there], np.asarray(ends.masses)[there]
         top = np.nanmax([math.sqrt(float(ends.upper)), *atoms, 1e-300])
         s = np.linspace(0, 1.02 * top, points + 1)[1:]
-        found = theory.density(law, *layers, at=s**2)
+        found = spectral_density.density(law, *layers, at=s**2)
         moments = theory.moments(law, *layers).tolist()
         first, second = (float(jnp.sum(law.weights * law.values**k)) for k in (1, 2))
         mean_s = float(theory.mean_singular_value(law, *layers))

@@ -11,7 +11,7 @@ from gradflow import training
 from gradflow.errors import InputError
 from gradflow.simulation import _programs, propagation, singular_values
 from gradflow.studies import description, execution, plan, spectra, store
-from gradflow.theory import spectrum
+from gradflow.theory import _spectral_shares, spectrum
 
 TEXT = """
 [network]
@@ -254,7 +254,7 @@ def test_linear_networks_have_the_spectrum_of_the_theory(tmp_path):
 
     with jax.enable_x64(True):
         laws = {
-            (depth, sigma_w2): spectrum.shares(
+            (depth, sigma_w2): _spectral_shares.shares(
                 spectrum.slope_law("linear", 1.0), sigma_w2, depth, edges=edges
             )
             for depth, sigma_w2 in ((3, 1.1), (2, 1.1), (4, 1.1), (3, 1.0))

@@ -180,7 +180,6 @@ def test_published_leaky_relu():
     carried = residual_network(functools.partial(leaky_relu_map, slope), 0.0)
     assert carried == pytest.approx(0.75, abs=2e-8)
     of_a_layer = leaky_relu_map(slope, 0.0)
-    assert transformations.tailored_slope(1, of_a_layer) == pytest.approx(slope, rel=1e-12)
     phi = transformations.tailored_leaky_relu(1, of_a_layer)
     with jax.enable_x64(True):
         assert float(phi(jnp.asarray(1.0))) == pytest.approx(scale, rel=1e-12)
@@ -350,7 +349,7 @@ class TestBadInput:
             with pytest.raises(InputError, match="depth is"):
                 transform("tanh", depth)
         with pytest.raises(InputError, match="depth is"):
-            transformations.tailored_slope(depth)
+            transformations.tailored_leaky_relu(depth)
 
     @pytest.mark.parametrize("zeta", [1.0, 0.9, math.inf, math.nan])
     def test_zeta(self, zeta):
@@ -365,11 +364,11 @@ class TestBadInput:
     @pytest.mark.parametrize("eta", [0.0, 1.0, -0.1, math.nan])
     def test_eta(self, eta):
         with pytest.raises(InputError, match=r"eta is .*; it is a correlation in \(0, 1\)"):
-            transformations.tailored_slope(10, eta)
+            transformations.tailored_leaky_relu(10, eta)
 
     def test_eta_beyond_what_relus_reach(self):
         with pytest.raises(InputError, match="depth 1 reach at most 0.31831"):
-            transformations.tailored_slope(1, 0.9)
+            transformations.tailored_leaky_relu(1, 0.9)
 
     @pytest.mark.parametrize("name", ["linear", "relu", "leaky_relu"])
     def test_homogeneous_activations_have_no_deep_kernel_shaping(self, name):

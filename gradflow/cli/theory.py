@@ -61,7 +61,7 @@ def theory(
 
     places = _parse_correlations(correlations)
     check_count("width", width)
-    found = summary.run(
+    found = summary.summarise(
         activations.get(activation),
         sigma_w2,
         sigma_b2,

@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator
 
 from gradflow.figures._drawing import COLOURS, ERRORS, MARKERS, POINTS
-from gradflow.theory.fixed_points import DEPTH_SCALES
+from gradflow.theory._depth_scales import DEPTH_SCALES
 
 __all__ = [
     "MOST_Z",

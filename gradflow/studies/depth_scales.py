@@ -45,7 +45,8 @@ from gradflow.blocks import Dense
 from gradflow.studies.description import Study
 from gradflow.studies.point import Point
 from gradflow.theory import fixed_points
-from gradflow.theory.fixed_points import DEPTH_SCALES, Analysis
+from gradflow.theory._depth_scales import DEPTH_SCALES
+from gradflow.theory.fixed_points import Analysis
 
 __all__ = ["Curve", "Rate", "add", "decay_rate", "gradient_rate"]
 

@@ -25,7 +25,7 @@ from gradflow.studies.found import Found
 from gradflow.studies.plan import Group
 from gradflow.studies.point import Point
 from gradflow.studies.store import RESULTS, Store
-from gradflow.theory.fixed_points import DEPTH_SCALES
+from gradflow.theory._depth_scales import DEPTH_SCALES
 
 __all__ = [
     "FILE",

@@ -25,7 +25,7 @@ from gradflow._compilation import Float64Program
 from gradflow.activations import Activation
 from gradflow.networks import Network
 from gradflow.studies.description import HistogramRange
-from gradflow.theory import spectrum
+from gradflow.theory import _spectral_shares, spectrum
 
 __all__ = ["BIN", "COMPARED", "counted", "labelled", "theory", "unknown"]
 
@@ -158,7 +158,7 @@ def _theory(
 ) -> tuple[Array, Array, Array]:
     law = spectrum.slope_law(activation, q)
     layers = (sigma_w2, depth, "orthogonal" if orthogonal else "gaussian")
-    found = spectrum.shares(law, *layers, edges=edges)
+    found = _spectral_shares.shares(law, *layers, edges=edges)
     shares = jnp.concatenate(
         [jnp.stack([found.zero, found.below]), found.inside, found.above[None]]
     )
