@@ -133,7 +133,7 @@ def error_curves(dataset: xarray.Dataset) -> Figure:
     Parameters
     ----------
     dataset
-        The results of the experiment `table_1`, or others with ``error`` over (network, seed, step).
+        The results of the experiment `table_1`, or others with ``error`` by network, seed, step.
     """
     figure = Figure(figsize=(6.8, 4.6), layout="constrained")
     axes = figure.add_subplot()
