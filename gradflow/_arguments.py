@@ -1,7 +1,7 @@
-"""Arguments of public functions: each is converted and checked here, once, before it is used.
+"""Arguments that become JAX's or NumPy's: keys and arrays, converted and checked once.
 
-What a program that is traced (under `jax.jit`, `jax.vmap`, `jax.grad`) knows of its arguments is
-their shape and dtype: that is checked there too, and their values are not.
+Within a program that is traced (under `jax.jit`, `jax.vmap`, `jax.grad`) the shapes and dtypes of
+arguments are known and checked; their values are not.
 """
 
 import math
@@ -14,48 +14,20 @@ import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Array, PRNGKeyArray
 
-from gradflow.errors import InputError, is_traced
+from gradflow._checks import is_traced, shown
+from gradflow.errors import InputError
 
-__all__ = ["PRNG", "all_finite", "as_key", "as_numbers", "as_real", "check_instance", "from_seed"]
-__all__ += ["check_progress", "shown"]
-
-# The kind of every key that is made of a seed, whatever JAX's default is: a seed draws the same
-# networks everywhere.
+# The generator of every key that is made from a seed, whatever JAX's default is: a seed draws the
+# same networks everywhere.
 PRNG = "threefry2x32"
 _SEEDS = 1 << 63
-_LONGEST = 60
-
-
-def shown(value: Any) -> str:
-    """Return a value as a sentence has it: arrays by shape and dtype, what is long cut."""
-    if hasattr(value, "shape") and hasattr(value, "dtype") and value.shape != ():
-        return f"an array of shape {tuple(value.shape)} and dtype {value.dtype}"
-    try:
-        text = repr(value)
-    except ValueError:  # of integers of more than 4300 digits
-        return "a number of thousands of digits"
-    return text if len(text) <= _LONGEST else f"{text[: _LONGEST - 1]}…"
-
-
-def check_instance(name: str, value: Any, kinds: type | tuple[type, ...], what: str) -> None:
-    """Raise `InputError` unless the value is of one of these kinds, which are ``what`` in words."""
-    if not isinstance(value, kinds):
-        raise InputError(f"{name} is {shown(value)}; it is {what}")
-
-
-def check_progress(progress: Any) -> None:
-    """Raise `InputError` unless it is None, or can be called."""
-    if progress is not None and not callable(progress):
-        raise InputError(
-            f"progress is {shown(progress)}; it is a function of (how many are done, of how many)"
-        )
 
 
 def from_seed(seed: Any) -> PRNGKeyArray:
-    """Return the key of a seed: of its 64 bits the upper half and the lower, as threefry's words.
+    """The key of a seed: the upper and the lower half of its 64 bits are threefry's two words.
 
-    For seeds from 0 to 2³² - 1 it is ``jax.random.key(seed, impl="threefry2x32")``. That loses
-    the upper half of others where JAX's x64 mode is off.
+    For seeds from 0 to 2³² - 1 it is ``jax.random.key(seed, impl="threefry2x32")``, which ignores
+    the upper half of other seeds where JAX's x64 mode is off.
 
     Raises
     ------
@@ -73,12 +45,12 @@ def from_seed(seed: Any) -> PRNGKeyArray:
 
 
 def as_key(key: Any, name: str = "key") -> PRNGKeyArray:
-    """Return one JAX key, of a key of any kind or of a seed (`from_seed`).
+    """One JAX key, from a key of any kind (new style or raw) or from a seed (`from_seed`).
 
     Raises
     ------
     InputError
-        If it is neither.
+        If ``key`` is neither.
     """
     if isinstance(key, Integral):
         return from_seed(key)
@@ -95,24 +67,25 @@ def as_key(key: Any, name: str = "key") -> PRNGKeyArray:
 
 
 def all_finite(array: Array | np.ndarray) -> bool:
-    """Whether all values are finite; those that are not known yet are taken to be."""
+    """Whether all values of an array are finite; traced values are taken to be."""
     if is_traced(array):
         return True
     if not isinstance(array, jax.Array):
         return bool(np.isfinite(array).all())
-    with jax.ensure_compile_time_eval():  # also while a program is traced that this is known to
+    with jax.ensure_compile_time_eval():  # a known array is looked at while a program is traced
         return bool(jnp.isfinite(array).all())
 
 
 def as_numbers(name: str, value: Any, whole: DTypeLike = np.float32) -> Array | np.ndarray:
-    """Return an array of floats: integers and booleans become ``whole``, before anything wraps.
+    """An array of floats, JAX's if ``value`` is, else NumPy's.
 
-    What is no JAX array becomes one of NumPy.
+    Integers and booleans are converted to the dtype ``whole`` at once, before arithmetic can wrap
+    them around.
 
     Raises
     ------
     InputError
-        If it is no array of real numbers.
+        If ``value`` is no array of real numbers.
     """
     array = value
     if not isinstance(array, jax.Array):
@@ -128,13 +101,12 @@ def as_numbers(name: str, value: Any, whole: DTypeLike = np.float32) -> Array | 
 
 
 def as_real(name: str, value: Any, whole: DTypeLike = np.float32) -> Array | np.ndarray:
-    """Return `as_numbers` of at least one finite number.
+    """`as_numbers`, of at least one number, all of them finite where values are known.
 
     Raises
     ------
     InputError
-        If it is no array of real numbers, is empty or, where that is known, has a value that is
-        not finite.
+        If ``value`` is no array of real numbers, is empty, or has a value that is not finite.
     """
     array = as_numbers(name, value, whole)
     if not math.prod(array.shape):

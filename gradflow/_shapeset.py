@@ -20,7 +20,8 @@ import numpy as np
 from jaxtyping import Array, Bool, Float32, Int32, PRNGKeyArray, ScalarLike
 
 from gradflow._arguments import as_key
-from gradflow.errors import InputError, check_count
+from gradflow._checks import check_count
+from gradflow.errors import InputError
 
 __all__ = ["CLASSES", "SIZE", "Scene", "draw", "example", "render", "scene"]
 

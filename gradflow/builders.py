@@ -10,7 +10,15 @@ import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Float
 
 from gradflow import activations, ensembles
-from gradflow._arguments import as_real, check_instance
+from gradflow._arguments import as_real
+from gradflow._checks import (
+    check_count,
+    check_instance,
+    check_number,
+    check_sequence,
+    is_number,
+    unknown_name,
+)
 from gradflow.activations import Activation
 from gradflow.blocks import (
     AbstractBlock,
@@ -30,14 +38,7 @@ from gradflow.blocks import (
     RMSNorm,
 )
 from gradflow.ensembles import Ensemble
-from gradflow.errors import (
-    InputError,
-    check_count,
-    check_number,
-    check_sequence,
-    is_number,
-    unknown_name,
-)
+from gradflow.errors import InputError
 from gradflow.networks import Network, Stage
 
 __all__ = [
@@ -65,7 +66,7 @@ POOLS: dict[str, Callable[[tuple[int, ...]], AbstractBlock]] = {
     "mean": GlobalMean,
     "flatten": Flatten,
 }
-_PLACES = ("pre", "post")
+_NORM_POSITIONS = ("pre", "post")
 
 
 def mlp(
@@ -76,8 +77,8 @@ def mlp(
     last: Ensemble | str | Callable[..., Array] | None = None,
     sigma_b: float | int | None = None,
     norm: str | None = None,
-    place: str = "pre",
-    keep: float | int | None = None,
+    norm_position: str = "pre",
+    keep_rate: float | int | None = None,
     name: str | None = None,
 ) -> Network:
     """Return a fully connected network: z^1 = W^1 x + b^1, z^l = W^l φ(z^{l-1}) + b^l.
@@ -94,10 +95,10 @@ def mlp(
         That of the top layer, where it is another: ``"mup_output"`` for μP.
     sigma_b
         σ_b, the standard deviation of the biases (in the units of z); none without it.
-    norm, place
+    norm, norm_position
         A normalisation, ``"layer"``, ``"rms"`` or ``"batch"``, before the activation (``"pre"``,
         W φ(norm(z)) + b) or after it (``"post"``, W norm(φ(z)) + b); none without it.
-    keep
+    keep_rate
         Dropout: the probability to keep a unit of what W multiplies; none without it.
     name
         What to call it; made from the other arguments without it.
@@ -106,7 +107,8 @@ def mlp(
     ------
     InputError
         If a width is not a whole number of at least 1, there are fewer than two, σ_b is not a
-        finite number of at least 0, ``keep`` is not above 0 and at most 1, or a name is unknown.
+        finite number of at least 0, ``keep_rate`` is not above 0 and at most 1, or a name is
+        unknown.
     """
     needs = "the input's width and every layer's, as [64, 100, 10]"
     widths = [check_count("width", w) for w in check_sequence("widths", widths, needs)]
@@ -114,7 +116,7 @@ def mlp(
         raise InputError(f"widths is {tuple(widths)!r}; it needs an input and at least one layer")
     phi, ensemble = activations.get(activation), ensembles.get(weights)
     top = ensemble if last is None else ensembles.get(last)
-    before = _before_weights(phi, norm, place, keep)
+    before = _before_weights(phi, norm, norm_position, keep_rate)
     # The input passes through no activation, so the first layer is a stage of its own.
     layers = [
         (below == 0, top if below == len(widths) - 2 else ensemble, fan_in, fan_out)
@@ -127,7 +129,7 @@ def mlp(
         )
         for (first, drawn, fan_in, fan_out), equal in itertools.groupby(layers)
     )
-    kind = _kind(norm, place, keep)
+    kind = _kind(norm, norm_position, keep_rate)
     if last is not None:
         kind = f", last layer {top.name}{kind}"
     return Network(
@@ -151,8 +153,8 @@ def residual(
     weights_first: bool = False,
     sigma_b: float | int | None = None,
     norm: str | None = None,
-    place: str = "pre",
-    keep: float | int | None = None,
+    norm_position: str = "pre",
+    keep_rate: float | int | None = None,
     name: str | None = None,
 ) -> Network:
     """Return a residual network: z^1 = W x + b, then ``depth`` times z^{l+1} = z^l + α f(z^l).
@@ -176,11 +178,11 @@ def residual(
     weights_first
         Whether a branch begins with one more random matrix, as a transformer's does:
         f(z) = V φ(W z + b) + a for ``layers=1`` ('full residual', Yang & Schoenholz 2017).
-    norm, place
+    norm, norm_position
         A normalisation at the branch's start (``"pre"``, z + α f(norm(z))) or of the sum
         (``"post"``, norm(z + α f(z))): ``"layer"``, ``"rms"`` or
         ``"batch"``; none without it.
-    keep
+    keep_rate
         Dropout in the branch: the probability to keep a unit after each activation.
     name
         What to call it; made from the other arguments without it.
@@ -189,8 +191,8 @@ def residual(
     ------
     InputError
         If a width or a count is not a whole number of at least 1, α or σ_b is not a finite number
-        of at least 0, ``keep`` is not above 0 and at most 1, a name is unknown, or Fixup is to have
-        biases.
+        of at least 0, ``keep_rate`` is not above 0 and at most 1, a name is unknown, or Fixup is to
+        have biases.
     """
     input_width, width = check_count("input_width", input_width), check_count("width", width)
     depth, layers = check_count("depth", depth), check_count("layers", layers)
@@ -200,26 +202,27 @@ def residual(
     alpha = _scale(scale, depth)
     if scale == "fixup" and sigma_b:
         raise InputError(f"sigma_b is {sigma_b!r}; the biases of scale 'fixup' start at 0")
-    normalisation = _normalisation(norm, place)
+    normalisation = _normalisation(norm, norm_position)
     ends = [width, *[hidden] * (layers - 1 + weights_first), width]
     gains = _fixup_gains(len(ends) - 1, depth) if scale == "fixup" else [1.0] * (len(ends) - 1)
     parts: list[AbstractBlock] = []
-    if place == "pre":
+    if norm_position == "pre":
         parts += normalisation
     for number, (fan_in, fan_out) in enumerate(itertools.pairwise(ends)):
         activates = number > 0 or not weights_first
-        before = _before_weights(phi, None, "pre", keep) if activates else ()
+        before = _before_weights(phi, None, "pre", keep_rate) if activates else ()
         layer = linear(fan_in, fan_out)
         layer = dataclasses.replace(layer, sigma_w=gains[number] * layer.sigma_w)
         parts.append(_as_dense(before, layer))
     block: AbstractBlock = Residual(_chain(parts), alpha)
-    if place == "post":
+    if norm_position == "post":
         block = _chain([block, *normalisation])
     return Network(
         stages=(Stage(linear(input_width, width)), Stage(block, depth)),
         input_width=input_width,
         activation=phi,
-        name=name or f"{phi.name}, {ensemble.name}, residual{_kind(norm, place, keep)}",
+        name=name
+        or f"{phi.name}, {ensemble.name}, residual{_kind(norm, norm_position, keep_rate)}",
     )
 
 
@@ -491,18 +494,18 @@ def _linear(ensemble: Ensemble, sigma_b: float | None) -> Callable[[int, int], L
 
 
 def _before_weights(
-    phi: Activation, norm: str | None, place: str, keep: float | None
+    phi: Activation, norm: str | None, norm_position: str, keep_rate: float | None
 ) -> tuple[AbstractBlock, ...]:
     """Return what a signal passes before weights: activation, normalisation, dropout."""
-    normalisation = _normalisation(norm, place)
+    normalisation = _normalisation(norm, norm_position)
     activate = (Activate(phi),)
-    ordered = (*normalisation, *activate) if place == "pre" else (*activate, *normalisation)
-    return ordered if keep is None else (*ordered, Dropout(keep))
+    ordered = (*normalisation, *activate) if norm_position == "pre" else (*activate, *normalisation)
+    return ordered if keep_rate is None else (*ordered, Dropout(keep_rate))
 
 
-def _normalisation(norm: str | None, place: str) -> tuple[AbstractBlock, ...]:
-    if place not in _PLACES:
-        raise unknown_name("place", place, _PLACES)
+def _normalisation(norm: str | None, norm_position: str) -> tuple[AbstractBlock, ...]:
+    if norm_position not in _NORM_POSITIONS:
+        raise unknown_name("norm_position", norm_position, _NORM_POSITIONS)
     if norm is None:
         return ()
     if not isinstance(norm, str) or norm not in NORMS:
@@ -543,9 +546,9 @@ def _fixup_gains(layers: int, depth: int) -> list[float]:
     return [*[inner] * (layers - 1), 0.0]
 
 
-def _kind(norm: str | None, place: str, keep: float | None) -> str:
-    normed = "" if norm is None else f", {place}-{norm}norm"
-    return normed if keep is None else f"{normed}, dropout keeping {keep:g}"
+def _kind(norm: str | None, norm_position: str, keep_rate: float | None) -> str:
+    normed = "" if norm is None else f", {norm_position}-{norm}norm"
+    return normed if keep_rate is None else f"{normed}, dropout keeping {keep_rate:g}"
 
 
 def _tuple(lengths: Any) -> Any:

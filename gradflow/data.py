@@ -22,7 +22,8 @@ import numpy as np
 from jaxtyping import Float32, Int32
 from numpy.typing import ArrayLike
 
-from gradflow.errors import InputError, check_count, unknown_name
+from gradflow._checks import check_count, unknown_name
+from gradflow.errors import InputError
 
 if TYPE_CHECKING:
     from jaxtyping import PRNGKeyArray

@@ -18,11 +18,12 @@ import numpy as np
 
 from gradflow import activations, builders, data, ensembles, gaussian, networks
 from gradflow._arguments import from_seed
+from gradflow._checks import check_count
 from gradflow.activations import Activation
 from gradflow.blocks import GRU, AbstractBlock, Activate, Chain, Dense, Gated, Linear, Maxout
 from gradflow.comparison import Comparison, compare
 from gradflow.ensembles import Ensemble
-from gradflow.errors import InputError, check_count
+from gradflow.errors import InputError
 from gradflow.networks import Network, Stage
 from gradflow.simulation import jacobians, singular_values
 from gradflow.statistics import Prediction
@@ -351,7 +352,9 @@ ALL = (
     Remedy(
         "post-LN residual, LeCun weights",
         "paths",
-        lambda sick: sick.residual(norm="layer", place="post", weights="lecun", sigma_b=None),
+        lambda sick: sick.residual(
+            norm="layer", norm_position="post", weights="lecun", sigma_b=None
+        ),
         "an addition and a LayerNorm a layer",
         "every block divides the path past it, and gradients with it",
     ),

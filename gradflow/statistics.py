@@ -23,9 +23,9 @@ import xarray
 from jaxtyping import Array, Bool, Float
 
 from gradflow import gaussian
-from gradflow._arguments import check_instance
+from gradflow._checks import check_instance, unknown_name
 from gradflow.activations import Activation
-from gradflow.errors import InputError, UnknownName, unknown_name
+from gradflow.errors import InputError, UnknownName
 from gradflow.norms import unit_rows
 
 __all__ = ["ALL", "SATURATION_THRESHOLD", "BackwardLaw", "BackwardSample", "ForwardLaw"]
@@ -247,7 +247,9 @@ activation_variance = Statistic(
     measure=lambda s: _log_variance(*s.outputs),
     predict=lambda law: _log_mean_exp(
         jnp.log(
-            _over_sites(lambda v: jnp.where(v == 0, 0, gaussian.variance(law.activation, v)), law)
+            _over_sites(
+                lambda v: jnp.where(v == 0, 0, gaussian.moment(law.activation, "variance", v)), law
+            )
         )
         + 2 * gaussian.growth(law.activation, law.log_scale)[2]
     ),

@@ -1,5 +1,8 @@
 """Blocks: what each computes, how they nest, and reference table 8."""
 
+import importlib
+import inspect
+import pkgutil
 from fractions import Fraction
 
 import jax
@@ -9,6 +12,7 @@ import pytest
 
 from gradflow import activations, blocks, builders, ensembles, networks
 from gradflow.blocks import (
+    AbstractBlock,
     Activate,
     Chain,
     Dense,
@@ -30,6 +34,7 @@ from gradflow.theory.fixed_points import Status
 
 # Table 8 has 36 digits; what float64 leaves of them after 100 layers.
 TABLE = 1e-10
+predict = jax.jit(mean_field.predict)
 
 
 def rows_of(load_reference, kind):
@@ -94,7 +99,9 @@ class TestTable8:
     @pytest.mark.slow
     def test_dropout(self, load_reference):
         for phi, given, values in rows_of(load_reference, "dropout"):
-            found = architectures.dropout(phi, given["sw2"], given["sb2"], keep=given["keep_prob"])
+            found = architectures.dropout(
+                phi, given["sw2"], given["sb2"], keep_rate=given["keep_prob"]
+            )
             for name, key in (
                 ("q_star", "q_star"),
                 ("c_star", "c_star"),
@@ -106,11 +113,12 @@ class TestTable8:
             ):
                 assert float(getattr(found, name)) == pytest.approx(float(values[key]), rel=TABLE)
 
+    @pytest.mark.medium
     def test_critical_dropout_of_relu(self, load_reference):
         for _, given, values in rows_of(load_reference, "dropout_relu_critical"):
             sigma_w2 = architectures.critical_dropout("relu", given["keep_prob"])
             assert float(sigma_w2) == pytest.approx(float(values["sw2"]), rel=TABLE)
-            found = architectures.dropout("relu", sigma_w2, keep=given["keep_prob"])
+            found = architectures.dropout("relu", sigma_w2, keep_rate=given["keep_prob"])
             assert found.status == Status.NEUTRAL
             for name, key in (("c_star",) * 2, ("chi_c",) * 2, ("xi_c",) * 2):
                 assert float(getattr(found, name)) == pytest.approx(float(values[key]), rel=TABLE)
@@ -123,14 +131,14 @@ class TestTable8:
 @pytest.mark.usefixtures("x64_only")
 def test_dropout_over_a_grid_and_its_derivative():
     keep = np.array([0.5, 0.9, 1.0])
-    found = architectures.dropout("tanh", 1.5, 0.05, keep=keep)
+    found = architectures.dropout("tanh", 1.5, 0.05, keep_rate=keep)
     plain = fixed_points.analyse(activations.tanh, 1.5, 0.05)
     assert found.c_star.shape == (3,)
     assert float(found.c_star[2]) == pytest.approx(float(plain.c_star))
     assert (np.diff(found.c_star) > 0).all()
 
     def c_star(sigma_w2):
-        return architectures.dropout("tanh", sigma_w2, 0.05, keep=0.9).c_star
+        return architectures.dropout("tanh", sigma_w2, 0.05, keep_rate=0.9).c_star
 
     step = 1e-4
     finite = (c_star(1.5 + step) - c_star(1.5 - step)) / (2 * step)
@@ -142,27 +150,27 @@ def test_dropout_over_a_grid_and_its_derivative():
 def test_dropout_networks_settle_where_the_fixed_point_is():
     """50 layers, two inputs: the walk of the kernel, against the fixed-point equation."""
     network = builders.mlp(
-        [2, *[9] * 50], "tanh", ensembles.fan_in(1.5**0.5), sigma_b=0.2, keep=0.9
+        [2, *[9] * 50], "tanh", ensembles.fan_in(1.5**0.5), sigma_b=0.2, keep_rate=0.9
     )
-    found = mean_field.predict(network, jnp.array([[1.0, 0.9], [0.9, 1.0]]))
-    fixed = architectures.dropout("tanh", 1.5, 0.04, keep=0.9)
+    found = predict(network, jnp.array([[1.0, 0.9], [0.9, 1.0]]))
+    fixed = architectures.dropout("tanh", 1.5, 0.04, keep_rate=0.9)
     assert float(found["correlation"][-1]) == pytest.approx(float(fixed.c_star), rel=1e-4)
     assert float(found["chi"][-2]) == pytest.approx(float(fixed.chi1), rel=1e-4)
 
 
 NETWORKS = {
     "mlp, layer norm, dropout": lambda w: builders.mlp(
-        [9, 30, 30, 20], "relu", w, norm="layer", keep=0.8, sigma_b=0.1
+        [9, 30, 30, 20], "relu", w, norm="layer", keep_rate=0.8, sigma_b=0.1
     ),
     "mlp, rms norm after φ": lambda w: builders.mlp(
-        [9, 30, 30, 20], "tanh", w, norm="rms", place="post"
+        [9, 30, 30, 20], "tanh", w, norm="rms", norm_position="post"
     ),
     "residual": lambda w: builders.residual(9, 30, 3, "relu", w, scale="depth"),
     "pre-norm residual of two layers": lambda w: builders.residual(
-        9, 30, 3, "gelu", w, layers=2, hidden=50, weights_first=True, norm="layer", keep=0.9
+        9, 30, 3, "gelu", w, layers=2, hidden=50, weights_first=True, norm="layer", keep_rate=0.9
     ),
     "post-norm residual": lambda w: builders.residual(
-        9, 30, 3, "tanh", w, sigma_b=0.2, norm="rms", place="post"
+        9, 30, 3, "tanh", w, sigma_b=0.2, norm="rms", norm_position="post"
     ),
 }
 
@@ -213,7 +221,7 @@ def test_a_residual_network_that_doubles_leaves_no_float(key):
     network = builders.residual(8, 128, 1500, "relu", "he")
     assert network.homogeneous
     found = propagate(network, jnp.ones((1, 8)), key, sampler="matrix_free")
-    predicted = mean_field.predict(builders.residual(8, 32, 100, "relu", "he"), jnp.ones((1, 1)))
+    predicted = predict(builders.residual(8, 32, 100, "relu", "he"), jnp.ones((1, 1)))
     np.testing.assert_allclose(np.diff(predicted["log_q"]), np.log(2), rtol=1e-4)
     for name in ("log_q", "log_gradient_variance"):
         assert np.isfinite(found[name]).all()
@@ -280,7 +288,7 @@ def test_standardised_weights_do_not_pass_a_mean_on(key):
     np.testing.assert_allclose(weights.sum(axis=1), 0, atol=1e-4)
     np.testing.assert_allclose((weights**2).mean(axis=1), 1, rtol=1e-5)
     network = builders.mlp([4, 30, 30, 30], "relu", ensembles.fan_in(1.0, "standardised"))
-    q = mean_field.predict(network, jnp.ones((1, 1)))["q"]
+    q = predict(network, jnp.ones((1, 1)))["q"]
     np.testing.assert_allclose(q, (0.5 * (1 - 1 / np.pi)) ** np.arange(3), rtol=1e-5)  # Var ReLU
 
 
@@ -289,7 +297,7 @@ def test_a_zero_branch_is_the_identity(key):
     network = builders.residual(8, 20, 5, "tanh", scale="zero")
     found = propagate(network, jnp.ones((1, 8)), key)
     np.testing.assert_allclose(found["chi"][:-1], 1, rtol=1e-5)
-    np.testing.assert_allclose(mean_field.predict(network, jnp.ones((1, 1)))["chi"][:-1], 1)
+    np.testing.assert_allclose(predict(network, jnp.ones((1, 1)))["chi"][:-1], 1)
 
 
 def test_moments_of_sums_have_the_products_of_means():
@@ -315,8 +323,14 @@ def test_networks_tell_their_shapes():
     ("make", "message"),
     [
         (lambda: builders.mlp([4, 4], norm="batchh"), "unknown norm 'batchh'"),
-        (lambda: builders.mlp([4, 4, 4], norm="layer", place="mid"), "unknown place 'mid'"),
-        (lambda: builders.mlp([4, 4, 4], keep=0.0), "keep is 0.0; a probability to keep is above"),
+        (
+            lambda: builders.mlp([4, 4, 4], norm="layer", norm_position="mid"),
+            "unknown norm_position 'mid'",
+        ),
+        (
+            lambda: builders.mlp([4, 4, 4], keep_rate=0.0),
+            "keep_rate is 0.0; a probability to keep is above",
+        ),
         (lambda: builders.residual(4, 4, 2, scale="half"), "unknown scale 'half'"),
         (lambda: builders.residual(4, 4, 2, scale=-1.0), "scale is -1.0"),
         (lambda: builders.residual(4, 4, 0), "depth is 0"),
@@ -348,10 +362,22 @@ def test_bad_input_is_one_sentence(make, message):
         make()
 
 
+def test_all_has_every_block_of_every_file():
+    """So that neither a name in ``__all__`` nor a file's line in the package can be forgotten."""
+    names = [f.name for f in pkgutil.iter_modules(blocks.__path__) if not f.name.startswith("_")]
+    classes = {
+        value
+        for name in names
+        for value in vars(importlib.import_module(f"gradflow.blocks.{name}")).values()
+        if inspect.isclass(value) and issubclass(value, AbstractBlock)
+    }
+    assert set(blocks.ALL) == {block for block in classes if not inspect.isabstract(block)}
+
+
 def test_every_block_can_be_made_without_arguments():
     assert len(blocks.ALL) >= 8
     for block in blocks.ALL:
         made = block()
-        width = 200 if block is blocks.LSTM else 100  # of its 100 units, a state of two parts
+        width = made.width_in or 100
         assert len(made.shapes(width)) == made.n_weights
         assert made.width_after(width) == width

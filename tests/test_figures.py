@@ -10,7 +10,6 @@ from matplotlib.container import ErrorbarContainer
 
 from gradflow import activations, builders, comparison, figures, spectra
 from gradflow.errors import InputError
-from gradflow.figures import theory_and_simulation
 from gradflow.theory import criticality
 
 # They have no simulation.
@@ -56,14 +55,11 @@ def test_spectra_are_told_apart_by_the_axis_of_words_and_theory_has_the_bins_edg
 
 
 def drawn(dataset):
+    """Every figure of random networks by name; those of any comparison are found."""
     family = {"tanh": {"standard": dataset, "again": dataset}}
     at = np.array([10.0, 100.0])
     return {
-        "activation_variance": figures.activation_variance(family),
-        "gradient_norm": figures.gradient_norm(family),
-        "saturation": figures.saturation(family),
-        "activation_histograms": figures.activation_histograms({"tanh": dataset}),
-        "gradient_histograms": figures.gradient_histograms({"tanh": dataset}),
+        **{name: draw(family) for name, draw in figures.OF_COMPARISONS.items()},
         "chi_against_width": figures.chi_against_width(
             {"tanh": (at, at / 50)}, {"tanh": (at, at / 50, at / 1000)}, 50.0
         ),
@@ -87,9 +83,11 @@ def drawn(dataset):
     }
 
 
+@pytest.mark.medium
 def test_every_figure_has_labels_a_legend_and_points_with_error_bars(dataset, tmp_path):
     made = drawn(dataset)
-    assert set(made) == set(theory_and_simulation.__all__)  # others: test_experiments
+    in_training = set(figures.training.__all__)  # drawn by test_experiments
+    assert set(made) == set(figures.__all__) - in_training - {"Figure", "OF_COMPARISONS", "save"}
     for name, figure in made.items():
         for axes in (a for a in figure.axes if a.get_visible() and a.get_label() != "<colorbar>"):
             assert axes.get_title(), name
@@ -100,6 +98,13 @@ def test_every_figure_has_labels_a_legend_and_points_with_error_bars(dataset, tm
         assert any(a.get_xlabel() for a in figure.axes), name
         assert any(a.get_ylabel() for a in figure.axes), name
         assert figures.save(figure, tmp_path / f"{name}.png").stat().st_size > 10_000
+
+
+def test_histograms_of_one_family_have_a_panel_each(dataset):
+    both = figures.activation_histograms({"tanh": {"standard": dataset, "again": dataset}})
+    assert [axes.get_title() for axes in both.axes] == ["tanh, standard", "tanh, again"]
+    one = figures.activation_histograms({"tanh": {"standard": dataset}})
+    assert [axes.get_title() for axes in one.axes] == ["tanh"]
 
 
 def test_theory_is_a_line_and_simulation_is_not(dataset):
@@ -114,8 +119,8 @@ def test_theory_is_a_line_and_simulation_is_not(dataset):
 
 def test_results_without_histograms_and_folders_that_are_not_there_are_refused(dataset, tmp_path):
     bare = dataset.drop_vars([v for v in dataset if "histogram" in v])
-    with pytest.raises(InputError, match="'tanh' hold no gradient histograms"):
-        figures.gradient_histograms({"tanh": bare})
+    with pytest.raises(InputError, match="results of 'tanh' have no gradient histograms"):
+        figures.gradient_histograms({"tanh": {"standard": bare}})
     with pytest.raises(InputError, match="in a folder that is not there"):
         figures.save(figures.gradient_norm({"tanh": {"x": dataset}}), tmp_path / "no" / "x.png")
 

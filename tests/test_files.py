@@ -125,7 +125,7 @@ def test_what_fails_on_the_way_is_said_once_and_leaves_the_file_as_it_was(tmp_pa
 
 
 def test_a_figure_is_written_whole_or_not_at_all(tmp_path):
-    figure = figures.drawing.Figure()
+    figure = figures.Figure()
     with pytest.raises(InputError, match="which is no regular file"):
         figures.save(figure, _files.Path("/dev/null"))
     assert figures.save(figure, tmp_path / "a.svg").read_text().startswith("<?xml")

@@ -23,7 +23,7 @@ CASES = {
     "mlp": builders.mlp((6, 10, 10, 10, 4), "tanh", ensembles.fan_in(1.4), sigma_b=0.5),
     "homogeneous": builders.mlp((6, 9, 9, 9, 4), "relu", "he"),
     "uniform": builders.mlp((6, 9, 9, 4), "logistic", "standard", sigma_b=0.1),
-    "dropout": builders.mlp((6, 9, 9, 9, 4), "tanh", "glorot", keep=0.7),
+    "dropout": builders.mlp((6, 9, 9, 9, 4), "tanh", "glorot", keep_rate=0.7),
     "residual": builders.residual(6, 9, 4, "relu", "he", norm="layer", layers=2, sigma_b=0.2),
     "batch": builders.mlp((6, 9, 9, 9, 4), "relu", "he", norm="batch"),
     "two matrices": builders.stack(6, [Linear(9), (Maxout(Linear(9, sigma_b=0.3)), 3)]),
@@ -640,7 +640,7 @@ def test_a_killed_process_loses_little(tmp_path, uninterrupted):
 OTHERS = {
     "convolutional": (builders.convolutional((4,), [2, 3, 3], "relu", "he", dense=[3]), 8),
     "recurrent": (builders.recurrent(6, 3, 5, "tanh", "glorot", sigma_u=0.3), 6),
-    "dropout, batch": (builders.mlp((6, 8, 8, 3), "relu", "he", norm="batch", keep=0.8), 6),
+    "dropout, batch": (builders.mlp((6, 8, 8, 3), "relu", "he", norm="batch", keep_rate=0.8), 6),
 }
 
 

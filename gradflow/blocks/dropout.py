@@ -1,12 +1,13 @@
-"""Dropout: units are left out at random."""
+"""Dropout: units are set to 0 at random."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, PRNGKeyArray, ScalarLike
 
+from gradflow._checks import check_scale, is_traced
 from gradflow.blocks.base import AbstractBlock, Multiply, each_step
-from gradflow.errors import InputError, check_scale, is_traced
+from gradflow.errors import InputError
 from gradflow.kernels import Kernel, Unknown, multiply_kernel
 
 __all__ = ["Dropout"]
@@ -20,13 +21,15 @@ class Dropout(AbstractBlock):
     section 4). So even two equal inputs come apart, c* < 1.
     """
 
-    keep: ScalarLike = 0.9
+    keep_rate: ScalarLike = 0.9
 
     def __check_init__(self) -> None:
-        check_scale("keep", self.keep)
-        keep = np.asarray(1.0 if is_traced(self.keep) else self.keep)
-        if not np.all((keep > 0) & (keep <= 1)):
-            raise InputError(f"keep is {self.keep}; a probability to keep is above 0, at most 1")
+        check_scale("keep_rate", self.keep_rate)
+        keep_rate = np.asarray(1.0 if is_traced(self.keep_rate) else self.keep_rate)
+        if not np.all((keep_rate > 0) & (keep_rate <= 1)):
+            raise InputError(
+                f"keep_rate is {self.keep_rate}; a probability to keep is above 0, at most 1"
+            )
 
     def apply(
         self,
@@ -34,15 +37,15 @@ class Dropout(AbstractBlock):
         multiply: Multiply,
         key: PRNGKeyArray,
     ) -> Float[Array, "sites n"]:
-        """Return the signals with units left out."""
-        keep = jnp.asarray(self.keep, signal.dtype)
+        """Return the signals with units set to 0."""
+        keep_rate = jnp.asarray(self.keep_rate, signal.dtype)
         key = each_step(key, multiply)
-        mask = jax.random.uniform(key, signal.shape, signal.dtype) < keep
-        return jnp.where(mask, signal / keep, 0)
+        mask = jax.random.uniform(key, signal.shape, signal.dtype) < keep_rate
+        return jnp.where(mask, signal / keep_rate, 0)
 
     def kernel(self, kernel: Kernel, multiply: Multiply = multiply_kernel) -> Kernel:  # noqa: ARG002
         """Return the second moments, those of each input with itself divided by p."""
-        more = 1 / self.keep - 1
+        more = 1 / self.keep_rate - 1
 
         def own(k: Array) -> Array:
             return jnp.asarray(more * (k if k.ndim == 1 else jnp.diag(jnp.diagonal(k))))
@@ -53,5 +56,5 @@ class Dropout(AbstractBlock):
 
     @property
     def homogeneous(self) -> bool:
-        """It is."""
+        """Whether it is homogeneous: yes, as masks do not depend on the signal."""
         return True

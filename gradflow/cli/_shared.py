@@ -16,11 +16,12 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
+from gradflow._checks import LARGEST_COUNT, check_count
 from gradflow._files import complete
 from gradflow._files import writable_file as writable_file
 from gradflow._files import writable_folder as writable_folder
 from gradflow.cli._process import say
-from gradflow.errors import LARGEST_COUNT, InputError, check_count, printable
+from gradflow.errors import InputError, printable
 
 app = typer.Typer(
     name="gradflow",

@@ -12,6 +12,7 @@ from rich import box
 from rich.table import Table
 
 from gradflow import builders
+from gradflow._checks import check_count
 from gradflow.cli import studying
 from gradflow.cli._shared import (
     Depth,
@@ -36,7 +37,7 @@ from gradflow.cli._shared import (
     write_json,
     write_netcdf,
 )
-from gradflow.errors import InputError, check_count
+from gradflow.errors import InputError
 
 # Above it, and below its inverse, a natural logarithm is not that of a float.
 _LARGEST_LOG = 700.0
@@ -240,14 +241,10 @@ def _figures_of_one(name: str, dataset: xarray.Dataset, folder: Path) -> list[Pa
     from gradflow import figures  # noqa: PLC0415  (matplotlib is slow to import)
 
     family = {name: {"all inputs": dataset}}
-    drawn = {
-        "activation-variance": figures.activation_variance(family),
-        "gradient-norm": figures.gradient_norm(family),
-        "saturation": figures.saturation(family),
-        "activation-histograms": figures.activation_histograms({name: dataset}),
-        "gradient-histograms": figures.gradient_histograms({name: dataset}),
-    }
-    return [figures.save(figure, folder / f"{file}.png") for file, figure in drawn.items()]
+    return [
+        figures.save(draw(family), folder / f"{figure.replace('_', '-')}.png")
+        for figure, draw in figures.OF_COMPARISONS.items()
+    ]
 
 
 def _figures_of_study(found: Any, datasets: dict[str, xarray.Dataset], folder: Path) -> list[Path]:
@@ -257,7 +254,7 @@ def _figures_of_study(found: Any, datasets: dict[str, xarray.Dataset], folder: P
     for setting in found.comparisons:
         panels.setdefault(setting.activation, {})[setting.note] = datasets[setting.name]
     paper = {
-        f"tanh, five layers of 1000, {weights} weights": simulation.to_xarray()
+        f"tanh, five layers of 1000, {weights} weights": {"simulation": simulation.to_xarray()}
         for weights, simulation in found.paper.items()
     }
     sweep = found.sweep

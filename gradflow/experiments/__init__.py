@@ -7,7 +7,7 @@ write such a module: `ALL` and the command line find it.
 import importlib
 import pkgutil
 
-from gradflow.errors import unknown_name
+from gradflow._checks import unknown_name
 from gradflow.experiments.recipe import Experiment, Recipe
 
 __all__ = ["ALL", "Experiment", "Recipe", "get"]

@@ -13,8 +13,8 @@ import optax
 import xarray
 
 from gradflow import activations, builders, training
+from gradflow._checks import check_count, check_scale
 from gradflow.blocks import Dense, Linear
-from gradflow.errors import check_count, check_scale
 from gradflow.experiments import _wording
 from gradflow.experiments.recipe import Experiment, Recipe, Table
 from gradflow.figures import clipping as figure

@@ -22,8 +22,8 @@ import xarray
 
 from gradflow import builders, ensembles, training
 from gradflow._arguments import from_seed
+from gradflow._checks import check_count
 from gradflow.data import Split
-from gradflow.errors import check_count
 from gradflow.experiments import _wording
 from gradflow.experiments.recipe import Experiment, Recipe, Table
 from gradflow.figures import isometry as figure

@@ -10,9 +10,9 @@ import numpy as np
 import xarray
 
 from gradflow import activations, ensembles, remedies
+from gradflow._checks import unknown_name
 from gradflow.data import Split
 from gradflow.ensembles import Ensemble
-from gradflow.errors import unknown_name
 from gradflow.experiments import _wording
 from gradflow.experiments.recipe import Experiment, Recipe, Table
 from gradflow.figures import league as figure

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import xarray
 
 from gradflow import builders, training
-from gradflow.errors import unknown_name
+from gradflow._checks import unknown_name
 from gradflow.experiments import league
 from gradflow.experiments.recipe import Experiment, Recipe
 from gradflow.figures import league as figure

@@ -22,8 +22,9 @@ from matplotlib.figure import Figure
 
 from gradflow import data as datasets
 from gradflow import training
+from gradflow._checks import check_count
 from gradflow.data import Dataset, Split
-from gradflow.errors import InputError, check_count
+from gradflow.errors import InputError
 from gradflow.networks import Network
 from gradflow.training import Recording
 

@@ -12,8 +12,8 @@ import numpy as np
 import xarray
 
 from gradflow import activations, builders, ensembles, training
+from gradflow._checks import check_count
 from gradflow.activations import Activation
-from gradflow.errors import check_count
 from gradflow.experiments import _wording
 from gradflow.experiments.recipe import Experiment, Recipe, Table
 from gradflow.figures import trainability_map

@@ -1,20 +1,32 @@
-"""Figures: one public function a figure, from labelled results to a matplotlib `Figure`.
+"""Figures: each public function makes one `Figure` from labelled results.
 
-Theory is drawn as lines, what is measured as points with error bars (two standard errors of the
-mean over networks). Figures are made without pyplot, so that nothing global changes.
+Theory is drawn as lines, measurements as points with error bars (two standard errors of the mean
+over networks). Figures are made without pyplot, so that no global state changes; notebooks show
+them, and `save` writes them to files.
 
-theory_and_simulation
-    Of random networks: by layer, histograms, phase diagram, spectrum.
+by_layer
+    Comparisons by layer, and histograms: ``gradflow compare`` draws all of them.
+remedy
+    Remedies beside the network that they are meant to mend.
+phases
+    Where gradients vanish and where they explode: over (σ_w, σ_b), and over the width.
+singular_values
+    Spectra of end-to-end Jacobians.
 training
-    Of networks in training: the experiments' figures.
-drawing
-    What they share.
+    Networks in training: the experiments' figures.
 """
 
-from gradflow.figures._drawing import save
-from gradflow.figures.theory_and_simulation import *
-from gradflow.figures.theory_and_simulation import __all__ as _of_random_networks
+from gradflow.figures import by_layer, phases, remedy, singular_values, training
+from gradflow.figures._drawing import Figure, save
+from gradflow.figures.by_layer import *
+from gradflow.figures.phases import *
+from gradflow.figures.remedy import *
+from gradflow.figures.singular_values import *
 from gradflow.figures.training import *
-from gradflow.figures.training import __all__ as _of_training
 
-__all__ = ["save", *_of_random_networks, *_of_training]
+__all__ = ["OF_COMPARISONS", "Figure", "save"]
+__all__ += [*by_layer.__all__, *phases.__all__, *remedy.__all__]
+__all__ += [*singular_values.__all__, *training.__all__]
+
+# The figures that any comparison has, by name.
+OF_COMPARISONS = {name: getattr(by_layer, name) for name in by_layer.__all__}

@@ -10,7 +10,8 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from gradflow import activations, builders, ensembles
-from gradflow.errors import InputError, unknown_name
+from gradflow._checks import unknown_name
+from gradflow.errors import InputError
 
 __all__ = ["AXES", "COUNTS", "INPUTS", "MLP_ONLY", "MOST_NETWORKS", "NETWORK", "NO_NORM"]
 __all__ += ["NUMBERS", "RESIDUAL_ONLY", "SCALES", "Check", "clipped", "count", "fields", "finite"]
@@ -190,8 +191,8 @@ NETWORK: dict[str, Check] = {
     "input_width": count(),
     "widths": _widths,
     "norm": name("norm", (*builders.NORMS, NO_NORM)),
-    "place": name("place", ("pre", "post")),
-    "keep": _share,
+    "norm_position": name("norm_position", ("pre", "post")),
+    "keep_rate": _share,
     "scale": _branch_scale,
     "layers": count(100),
     "hidden": count(),
@@ -214,7 +215,7 @@ how_many = count(MOST_NETWORKS)
 AXES: dict[str, Check] = {**NETWORK, **INPUTS, "seed": seed, "networks": how_many}
 del AXES["widths"]
 SCALES = ("sigma_w", "sigma_w2", "sigma_b", "sigma_b2", "mean_square", "correlation")
-NUMBERS = (*SCALES, "keep", "scale")
+NUMBERS = (*SCALES, "keep_rate", "scale")
 COUNTS = ("width", "depth", "input_width", "hidden", "layers", "batch", "seed", "networks")
 
 

@@ -20,8 +20,9 @@ import numpy as np
 from jax.typing import ArrayLike
 
 from gradflow import ensembles
+from gradflow._checks import check_count, check_sequence
 from gradflow.ensembles import Ensemble
-from gradflow.errors import InputError, check_count, check_sequence
+from gradflow.errors import InputError
 from gradflow.statistics import Prediction
 
 __all__ = ["predict", "variances", "weight_variances"]

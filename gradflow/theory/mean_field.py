@@ -34,9 +34,10 @@ from jaxtyping import Array, ArrayLike, Float, Num
 
 from gradflow import activations, gaussian, statistics
 from gradflow._arguments import as_real
+from gradflow._checks import check_count, check_scale, is_traced
 from gradflow.activations import Activation
 from gradflow.blocks import GRU, LSTM, AbstractBlock, Dense
-from gradflow.errors import InputError, check_count, check_scale, is_traced
+from gradflow.errors import InputError
 from gradflow.kernels import Kernel, multiply_kernel
 from gradflow.networks import Network, Stage, check_network
 from gradflow.statistics import BackwardLaw, ForwardLaw, Prediction

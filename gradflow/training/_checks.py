@@ -12,9 +12,9 @@ from jax.typing import ArrayLike
 
 from gradflow import networks as nets
 from gradflow import statistics
-from gradflow._arguments import as_key, as_numbers, as_real, check_instance, shown
-from gradflow.blocks import BatchNorm, UnitVariance
-from gradflow.errors import InputError, check_count, check_scale, check_sequence
+from gradflow._arguments import as_key, as_numbers, as_real
+from gradflow._checks import check_count, check_instance, check_scale, check_sequence, shown
+from gradflow.errors import InputError
 from gradflow.networks import Network, check_network
 from gradflow.training._loop import Settings, Shared, State
 from gradflow.training._records import Data, Recording
@@ -35,7 +35,8 @@ def checked_networks(networks: Any, biases: bool) -> tuple[Network, ...]:
     if biases:
         laws = tuple(map(nets.with_biases, laws))
     _check_alike(laws)
-    if _has(laws[0], UnitVariance):
+    blocks = [block for stage in laws[0].stages for block in stage.block.nested]
+    if any(block.rescales_weights for block in blocks):
         raise InputError(
             "a UnitVariance block says how LSUV starts weights, and is no layer to train; train a "
             "network without it, with the σ_w of simulation.propagation.lsuv"
@@ -80,12 +81,6 @@ def _check_alike(laws: tuple[Network, ...]) -> None:
             )
 
 
-def _has(network: Network, kind: type) -> bool:
-    """Whether there is such a block, wherever it is nested."""
-    blocks = jax.tree.leaves(network.stages, is_leaf=lambda block: isinstance(block, kind))
-    return any(isinstance(block, kind) for block in blocks)
-
-
 def _checked_singular_values(count: int, network: Network) -> int:
     """The number of singular values to record, if an input's Jacobian has as many."""
     positions = math.prod(stage.block.pool_factor for stage in network.stages)
@@ -95,7 +90,7 @@ def _checked_singular_values(count: int, network: Network) -> int:
             f"singular_values is {count}; the Jacobian of {network.widths[-1]} outputs by "
             f"{positions * network.input_width} inputs has {most}"
         )
-    if count and _has(network, BatchNorm):
+    if count and any(stage.block.mixes_inputs for stage in network.stages):
         raise InputError(
             f"singular_values is {count}, which are of one input's Jacobian, and under BatchNorm a "
             "signal depends on the whole batch; use 0"

@@ -22,9 +22,10 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from gradflow import _compilation
-from gradflow.errors import InputError, check_count, check_number
+from gradflow._checks import check_count, check_number
+from gradflow.errors import InputError
 from gradflow.networks import Network
-from gradflow.simulation import _memory, monte_carlo
+from gradflow.simulation import _memory, _programs
 from gradflow.simulation.monte_carlo import Progress
 from gradflow.training import _loop, _records
 from gradflow.training._loop import PerNetwork, Settings, Shared, State
@@ -225,7 +226,7 @@ class _Run(NamedTuple):
 
     def on_all(self, value: Any) -> Any:
         """A value with a copy on every device."""
-        put = functools.partial(monte_carlo.on_devices, self.mesh, PartitionSpec())
+        put = functools.partial(_programs.on_devices, self.mesh, PartitionSpec())
         return jax.tree.map(put, value)
 
     def part(self, tree: Any, first: int) -> Any:
@@ -236,7 +237,7 @@ class _Run(NamedTuple):
     def on_each(self, tree: Any) -> Any:
         """A tree with an axis of networks, divided among the devices."""
         spec = PartitionSpec(_loop.NETWORKS)
-        put = functools.partial(monte_carlo.on_devices, self.mesh, spec)
+        put = functools.partial(_programs.on_devices, self.mesh, spec)
         return jax.tree.map(put, tree)
 
     def lowered(self) -> list[jax.stages.Lowered]:

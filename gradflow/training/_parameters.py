@@ -16,9 +16,14 @@ from gradflow._arguments import as_key
 from gradflow.errors import InputError
 from gradflow.networks import Network, Stage, as_inputs, check_network
 from gradflow.norms import unit_rows
-from gradflow.simulation import _matrices, linearisation, propagation
-from gradflow.simulation.linearisation import LayerKey, LayerWeights
-from gradflow.simulation.propagation import scan_blocks
+from gradflow.simulation import _linearisation, _matrices
+from gradflow.simulation._layers import (
+    LayerKey,
+    LayerWeights,
+    check_weights,
+    layer_keys,
+    scan_blocks,
+)
 
 _matmul = functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
 
@@ -62,13 +67,13 @@ def initial_weights(
 
 def _drawn(stage: Stage, signal: Array, key: Array) -> LayerWeights:
     """The weights that a block draws when it is applied to a signal of this shape."""
-    laws, biases = linearisation.laws(stage.block, LayerKey(key), signal)
+    specs, biases = _linearisation.weight_specs(stage.block, LayerKey(key), signal)
 
-    def weights(law: linearisation.Law) -> Array:
-        entries = _matrices.drawn(law.key, law.shape, law.distribution, law.dtype).weights
-        return jnp.asarray(law.sigma_w, law.dtype) / law.shape[1] ** 0.5 * entries
+    def weights(spec: _linearisation.WeightSpec) -> Array:
+        entries = _matrices.drawn(spec.key, spec.shape, spec.distribution, spec.dtype).weights
+        return jnp.asarray(spec.sigma_w, spec.dtype) / spec.shape[1] ** 0.5 * entries
 
-    return LayerWeights(tuple(map(weights, laws)), biases)
+    return LayerWeights(tuple(map(weights, specs)), biases)
 
 
 def outputs(
@@ -104,7 +109,7 @@ def outputs(
         If weights or inputs do not fit the network.
     """
     inputs = as_inputs(inputs, network)
-    propagation.check_weights(network, weights)
+    check_weights(network, weights)
     return _walk(network, weights, inputs, key, lambda _: None)[0]
 
 
@@ -126,13 +131,11 @@ def _walk(
     """The pre-activations z^L, and by stage ``measure`` of each layer's signal."""
     key = as_key(0 if key is None else key)
     keys = jax.random.split(key, network.depth + 1)[1:]
-    signal, measured, first = inputs, [], 0
-    for stage, own in zip(network.stages, weights, strict=True):
-        of_stage = linearisation.stage_keys(stage, keys[first : first + stage.repeats])
+    signal, measured = inputs, []
+    for (stage, of_stage), own in zip(layer_keys(network, keys), weights, strict=True):
         step = functools.partial(_layer, stage, own if stage.tied else None, measure)
         signal, of_layers = scan_blocks(step, signal, (of_stage, None if stage.tied else own))
         measured.append(of_layers)
-        first += stage.repeats
     return signal, measured
 
 
@@ -148,12 +151,12 @@ def _layer(
     assert weights is not None
     remaining = iter(weights.matrices)
 
-    def answer(_: PRNGKeyArray, x: Array, **law: Any) -> Array:
+    def product(_: PRNGKeyArray, x: Array, **law: Any) -> Array:
         del law
         return _matmul(x, next(remaining).T)
 
-    key = key._replace(given=LayerWeights((), weights.biases))
-    signal = linearisation.blockwise(stage.block, key, signal, answer)
+    key = key._replace(weights=LayerWeights((), weights.biases))
+    signal = _linearisation.apply_block(stage.block, key, signal, product)
     return signal, measure(signal)
 
 

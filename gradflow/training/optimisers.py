@@ -14,7 +14,8 @@ import optax
 from jaxtyping import Array
 
 from gradflow._arguments import from_seed
-from gradflow.errors import InputError, check_scale, unknown_name
+from gradflow._checks import check_scale, unknown_name
+from gradflow.errors import InputError
 
 __all__ = ["CLIPPINGS", "OPTIMISERS", "clipping", "optimiser", "with_noise"]
 

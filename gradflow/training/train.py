@@ -9,8 +9,7 @@ import optax
 from jax.typing import ArrayLike
 from jaxtyping import PRNGKeyArray
 
-from gradflow._arguments import check_progress
-from gradflow.errors import check_count
+from gradflow._checks import check_count, check_progress
 from gradflow.networks import Network
 from gradflow.simulation.monte_carlo import Progress
 from gradflow.training import _checks, _execution

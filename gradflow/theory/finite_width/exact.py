@@ -32,8 +32,9 @@ from jax.scipy.special import digamma, gammaln, polygamma
 from jaxtyping import Array, ArrayLike, Float
 
 from gradflow import activations, gaussian
+from gradflow._checks import check_count, check_scale, check_sequence, is_traced
 from gradflow.activations import Activation
-from gradflow.errors import InputError, check_count, check_scale, check_sequence, is_traced
+from gradflow.errors import InputError
 
 __all__ = ["ForwardMoments", "GainLaw", "LogNormal", "Vertex", "forward_moments", "gain_law"]
 __all__ += ["log_normal", "vertex"]
