@@ -92,7 +92,7 @@ def _train(
 
 
 def _recurrent(widths: tuple[int, ...], times: int) -> Network:
-    """Return z^0 = U x, so many times z^t = W φ(z^{t-1}), and logits V φ(z^times)."""
+    """The network z^0 = U x, z^t = W φ(z^{t-1}) for t = 1…times, with logits V φ(z^times)."""
     width = widths[1]
     step = Dense(activations.tanh, width)
     return builders.stack(
@@ -103,7 +103,7 @@ def _recurrent(widths: tuple[int, ...], times: int) -> Network:
 
 
 def _described(result: Training, law: Network) -> xarray.Dataset:
-    """Return what is looked at, over (learning_rate, seed) or (learning_rate, seed, step)."""
+    """Errors over (learning_rate, seed), and gradient norms over (learning_rate, seed, step)."""
     # Layers of one stage that share their weights have one gradient: it counts once.
     firsts: list[int] = []
     layer = 0
@@ -137,7 +137,7 @@ def _described(result: Training, law: Network) -> xarray.Dataset:
 
 
 def _table(dataset: xarray.Dataset) -> Table:
-    """Return errors by learning rate, with clipping and without."""
+    """Errors by learning rate, with clipping and without."""
     rows = []
     for name in dataset.network.values:
         for clipped in (False, True):
@@ -164,42 +164,42 @@ def _table(dataset: xarray.Dataset) -> Table:
 
 
 def _findings(dataset: xarray.Dataset) -> list[str]:
-    """Return what clipping changes, and what it does not."""
-    found = []
+    """The effect of clipping on errors, on the largest gradients, and on differences of layers."""
+    sentences = []
     for name in dataset.network.values:
         both = [dataset.sel(network=name, clipped=clipped) for clipped in (False, True)]
-        free, held = both
+        free, clipped = both
         mean = [one.error.mean("seed") for one in both]
         helped = mean[0] - mean[1]
         rate = float(helped.idxmax())
         verb = "helps most" if float(helped.max()) > 0 else "helps nowhere, and does least harm"
         best = [100 * float(m.sel(learning_rate=_best(d))) for m, d in zip(mean, both, strict=True)]
-        found.append(
+        sentences.append(
             f"{name}: clipping {verb} at a learning rate of {rate:g}, from an error of "
             f"{_wording.percent(free.error.sel(learning_rate=rate))} to "
-            f"{_wording.percent(held.error.sel(learning_rate=rate))}; at the best rate of each it "
-            f"is {best[0]:.1f} % ({_best(free):g}) and {best[1]:.1f} % ({_best(held):g})"
+            f"{_wording.percent(clipped.error.sel(learning_rate=rate))}; at the best rate of each "
+            f"it is {best[0]:.1f} % ({_best(free):g}) and {best[1]:.1f} % ({_best(clipped):g})"
         )
         norm = free.gradient_norm.sel(learning_rate=rate)
         typical = norm.median("step")
         largest = float((norm / typical).max())
-        changed = float((held.gradient_norm > dataset.attrs["threshold"]).mean())
+        changed = float((clipped.gradient_norm > dataset.attrs["threshold"]).mean())
         spikes = float((norm > _SPIKE * typical).mean())
-        found.append(
+        sentences.append(
             f"{name}: without clipping, at that rate, {100 * spikes:.1f} % of gradients are more "
             f"than {_SPIKE:g} times the typical one, the largest {largest:.3g}"
             f" times; with it, {100 * changed:.0f} % of steps are clipped"
         )
-        found.append(
+        sentences.append(
             f"{name}: the largest gradient of a hidden layer is "
-            f"{float(held.disparity.median()):.3g} times the smallest before clipping, and "
-            f"{float(held.clipped_disparity.median()):.3g} times after it (median)"
+            f"{float(clipped.disparity.median()):.3g} times the smallest before clipping, and "
+            f"{float(clipped.clipped_disparity.median()):.3g} times after it (median)"
         )
-    return found
+    return sentences
 
 
 def _best(one: xarray.Dataset) -> float:
-    """Return the learning rate that is best on validation data."""
+    """The learning rate that is best on validation data."""
     return float(one.validation_error.mean("seed").idxmin())
 
 

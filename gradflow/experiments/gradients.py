@@ -41,13 +41,13 @@ def _train(recipe: Recipe) -> xarray.Dataset:
 
 
 def _spread(dataset: xarray.Dataset) -> xarray.DataArray:
-    """Return the largest over the smallest s.d. of the hidden layers' weight gradients."""
+    """The ratio of the largest s.d. of a hidden layer's weight gradients to the smallest."""
     hidden = dataset.log_weight_gradient_variance.sel(layer=slice(2, dataset.sizes["layer"] - 1))
     return np.exp((hidden.max("layer") - hidden.min("layer")) / 2)
 
 
 def _table(dataset: xarray.Dataset) -> Table:
-    """Return weight gradients of the first and the last, and their spread, along training."""
+    """The layers' weight gradients and their spread, at three steps of training."""
     rows = []
     hidden = dataset.sizes["layer"] - 1
     for name in dataset.network.values:
@@ -74,14 +74,14 @@ def _table(dataset: xarray.Dataset) -> Table:
 
 
 def _findings(dataset: xarray.Dataset) -> list[str]:
-    """Return how far apart the layers' gradients are at the start, at most, and at the end."""
-    found = []
+    """The spread of the layers' gradients at the start, at its largest, and at the end."""
+    sentences = []
     log = dataset.log_weight_gradient_variance
     hidden = log.sel(layer=slice(2, dataset.sizes["layer"] - 1))
     for name in dataset.network.values:
         spread = _spread(dataset.sel(network=name))
         most = spread.mean("seed")
-        found.append(
+        sentences.append(
             f"{name}: s.d. of weight gradients, largest over smallest of hidden layers 2 to last: "
             f"{float(spread.isel(step=0).mean()):.2g} at the start, at most "
             f"{float(most.max()):.2g} (step {int(most.idxmax())}), "
@@ -91,14 +91,14 @@ def _findings(dataset: xarray.Dataset) -> list[str]:
     first, second = (str(name) for name in dataset.network.values)
     start = hidden.isel(step=0).mean(("seed", "layer"))
     factor = float(np.exp((start.sel(network=second) - start.sel(network=first)) / 2))
-    found.append(f"at the start {second}'s weight gradients are {factor:.2g} times {first}'s")
+    sentences.append(f"at the start {second}'s weight gradients are {factor:.2g} times {first}'s")
     apart = (_spread(dataset).isel(step=slice(1, None))).mean(("seed", "step"))
     wider = first if float(apart.sel(network=first)) > float(apart.sel(network=second)) else second
-    found.append(
+    sentences.append(
         f"along training the layers of {wider} are further apart: on average ×"
         f"{float(apart.max()):.2g} against ×{float(apart.min()):.2g}"
     )
-    return found
+    return sentences
 
 
 EXPERIMENT = Experiment(

@@ -34,12 +34,12 @@ from gradflow.training import Recording
 
 _LAWS = ("orthogonal", "gaussian")
 _RECORDS = 25
-# Of the way from the first loss to the least of all that a linear network is to go.
+# The goal of linear networks: so much of the way from guessing to the least loss of all.
 _CLOSED = 0.9
 _LINEAR_RATES = (0.01, 0.03, 0.1, 0.3)
-# Images that their loss is measured on at every step.
+# Images on which the loss of linear networks is measured at every step.
 _MONITORED = 100
-# What is left of the inputs for linear networks: as many directions, whitened.
+# Principal components of the inputs that linear networks get, whitened.
 _DIRECTIONS = 32
 
 
@@ -101,7 +101,7 @@ def _train(
 
 @functools.partial(jax.jit, static_argnums=0)
 def _log_singular_values(network: Network, x: jax.Array, keys: jax.Array) -> jax.Array:
-    """Return those of the hidden layers' Jacobian, without the first and last change of width."""
+    """Logarithms of the singular values of the Jacobian of the hidden layers after the first."""
 
     def one(key: jax.Array) -> jax.Array:
         factors = jacobians.layer_jacobians(network, x, key)[1:-1]
@@ -111,7 +111,7 @@ def _log_singular_values(network: Network, x: jax.Array, keys: jax.Array) -> jax
 
 
 def _theory(network: Network, x: jax.Array) -> np.ndarray:
-    """Return the logarithms that the singular values tend to, where units are nearly linear."""
+    """The limits of the singular values' logarithms, where units are nearly linear."""
     chi = mean_field.predict(network, mean_field.input_gram(x[None]))["chi"]
     width = network.widths[1]
     total = float(np.log(np.asarray(chi, np.float64)[:-2]).sum())
@@ -131,7 +131,7 @@ def _whitened(parts: Split) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _linear(recipe: Recipe, parts: Split, steps: int) -> xarray.Dataset:
-    """How many steps deep linear networks take, at the rate that is best for each."""
+    """The steps that deep linear networks take to close the gap, each at its best learning rate."""
     x, labels = _whitened(parts)
     depths = list(recipe.depths or ())
     losses = []
@@ -179,12 +179,12 @@ def _linear(recipe: Recipe, parts: Split, steps: int) -> xarray.Dataset:
 
 
 def _median(dataset: xarray.Dataset) -> xarray.DataArray:
-    """Return the typical network's median singular value."""
+    """The median singular value, geometric mean over networks."""
     return np.exp(dataset.log_singular_value.median("k").mean("seed"))
 
 
 def _table(dataset: xarray.Dataset) -> Table:
-    """Return error and singular values, and the steps of linear networks by depth."""
+    """Error and singular values, and the steps of linear networks by depth."""
     rows = []
     log = dataset.log_singular_value
     for name in dataset.network.values:
@@ -213,11 +213,11 @@ def _table(dataset: xarray.Dataset) -> Table:
 
 
 def _findings(dataset: xarray.Dataset) -> list[str]:
-    """Return what orthogonal weights change."""
+    """Errors and singular values of each kind, and the steps of linear networks."""
     end = dataset.error.isel(step=-1)
     median = _median(dataset)
     steps = dataset.attrs["steps"]
-    found = [
+    sentences = [
         f"{name}: error {_wording.percent(end.sel(network=name))} after {steps} steps; "
         f"median singular value {float(median.sel(network=name)):.2g} at the start (theory "
         f"{float(np.exp(dataset.log_singular_value_theory.sel(network=name).median())):.2g})"
@@ -240,8 +240,8 @@ def _findings(dataset: xarray.Dataset) -> list[str]:
                 f"not by all networks in {dataset.attrs['linear_steps']} steps at depth "
                 + ", ".join(missing)
             )
-        found.append(sentence)
-    return found
+        sentences.append(sentence)
+    return sentences
 
 
 EXPERIMENT = Experiment(

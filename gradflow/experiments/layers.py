@@ -1,4 +1,4 @@
-"""The study note's story in training: which layers of which networks learn.
+"""The study note's story in training: which layers learn, in which networks.
 
 Of a step of gradient descent, theory gives the relative size in every layer. With
 ∂C/∂W^l = δ^l (h^{l-1})ᵀ of one input, and ‖W^l‖² = n_l σ_l²,
@@ -32,9 +32,9 @@ _OF_THE_NOTE = (
 )
 # Steps to record, ever further apart.
 _RECORDS = 25
-# How near a movement is to be to theory to be called predicted.
+# The largest factor between a movement and theory that counts as agreement.
 _NEAR = 3.0
-# A change of a float32 by less than this, relative to it, is rounded away or up.
+# A relative change of a float32 by less than this is lost to rounding.
 _ROUNDING = 2.0**-24
 
 
@@ -91,7 +91,7 @@ def _train(
 
 
 def _table(dataset: xarray.Dataset) -> Table:
-    """Return, for each kind of networks, its gradient, its layers' movement, and its error."""
+    """The gradient, the movement of layers, and the error of each kind of networks."""
     hidden = dataset.sizes["layer"] - 1
     rows = []
     for name in dataset.network.values:
@@ -132,16 +132,16 @@ def _steps_in_words(attrs: dict[Any, Any]) -> str:
 
 
 def _findings(dataset: xarray.Dataset) -> list[str]:
-    """Return what each kind of networks does, and how near theory at step 0 is to it."""
+    """The movement of layers of each kind of networks, and its distance from theory at step 0."""
     hidden = dataset.sizes["layer"] - 1
-    found = []
+    sentences = []
     for name in dataset.network.values:
         one = dataset.sel(network=name)
         end = one.isel(step=-1)
         diverged = int((one.diverged >= 0).sum())
         moved = _wording.geometric_mean(end.movement).sel(layer=slice(1, hidden))
         low, high = int(moved.idxmin()), int(moved.idxmax())
-        found.append(
+        sentences.append(
             f"{name}: of the hidden layers, layer {low} moves least, {float(moved.min()):.2g} of "
             f"its norm, and layer {high} most, {float(moved.max()):.2g}; error "
             f"{_wording.percent(end.error)}"
@@ -149,12 +149,12 @@ def _findings(dataset: xarray.Dataset) -> list[str]:
         )
         plain = dataset.attrs["optimiser"] == "sgd" and dataset.attrs["clip"] == "none"
         if plain and np.isfinite(one.speed_theory).all():
-            found.append(_beside_theory(str(name), one))
-    return found
+            sentences.append(_beside_theory(str(name), one))
+    return sentences
 
 
 def _beside_theory(name: str, one: xarray.Dataset) -> str:
-    """Return how near the layers' first update and last movement are to theory."""
+    """The distance of the layers' first update and last movement from theory."""
     hidden = slice(1, one.sizes["layer"] - 1)
     theory = one.speed_theory.sel(layer=hidden)
     ratios = []

@@ -107,7 +107,7 @@ def _ranked(dataset: xarray.Dataset) -> list[str]:
 
 
 def _table(dataset: xarray.Dataset) -> Table:
-    """Return errors and the spread of layers' movement, the best network first."""
+    """Errors and the spread of layers' movement, the best network first."""
     rows = []
     for name in _ranked(dataset):
         one = dataset.sel(network=name)
@@ -132,21 +132,21 @@ def _table(dataset: xarray.Dataset) -> Table:
 
 
 def _findings(dataset: xarray.Dataset) -> list[str]:
-    """Return who learns, and who does not."""
+    """The networks that learn the task, those that learn some of it, and the others."""
     mean = dataset.error.isel(step=-1).mean("seed")
-    found = []
+    sentences = []
     for sentence, low, high in (
         (f"learn the task (error below {100 * _GOOD:.0f} %)", -1.0, _GOOD),
         (f"learn some of it (below {100 * _LEARNT:.0f} %)", _GOOD, _LEARNT),
         ("do not learn it", _LEARNT, 2.0),
     ):
-        those = [
+        names = [
             f"{name} ({100 * float(mean.sel(network=name)):.1f} %)"
             for name in _ranked(dataset)
             if low <= float(mean.sel(network=name)) < high
         ]
-        found.append(f"{sentence}: {'; '.join(those) or 'none'}")
-    return found
+        sentences.append(f"{sentence}: {'; '.join(names) or 'none'}")
+    return sentences
 
 
 EXPERIMENT = Experiment(

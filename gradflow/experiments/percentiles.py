@@ -49,9 +49,9 @@ def _train(recipe: Recipe) -> xarray.Dataset:
 
 
 def _saturated(dataset: xarray.Dataset) -> xarray.DataArray:
-    """Return the first recorded step at which a hidden layer saturates, or NaN.
+    """The first recorded step at which a hidden layer saturates, or NaN.
 
-    That is, its 98th percentile comes to 0.95, on average over networks.
+    A layer saturates when its 98th percentile comes to 0.95, on average over networks.
     """
     top = dataset.activation_percentile_98.sel(layer=slice(1, dataset.sizes["layer"] - 1))
     mean = top.mean("seed")
@@ -59,7 +59,7 @@ def _saturated(dataset: xarray.Dataset) -> xarray.DataArray:
 
 
 def _table(dataset: xarray.Dataset) -> Table:
-    """Return percentile and standard deviation of each hidden layer at the start and at the end."""
+    """Percentile and standard deviation of each hidden layer at the start and at the end."""
     rows = []
     when = _saturated(dataset)
     hidden = when.layer.values
@@ -67,9 +67,9 @@ def _table(dataset: xarray.Dataset) -> Table:
         for layer in hidden:
             one = dataset.sel(network=name, layer=layer).mean("seed")
             row: dict[str, Any] = {"network": str(name), "layer": int(layer)}
-            for place, at in (("start", one.isel(step=0)), ("end", one.isel(step=-1))):
-                row[f"98th percentile, {place}"] = float(at.activation_percentile_98)
-                row[f"s.d., {place}"] = float(np.sqrt(at.activation_variance))
+            for time, at in (("start", one.isel(step=0)), ("end", one.isel(step=-1))):
+                row[f"98th percentile, {time}"] = float(at.activation_percentile_98)
+                row[f"s.d., {time}"] = float(np.sqrt(at.activation_variance))
             row["saturates, at step"] = float(when.sel(network=name, layer=layer))
             rows.append(row)
     return Table(
@@ -84,8 +84,8 @@ def _table(dataset: xarray.Dataset) -> Table:
 
 
 def _findings(dataset: xarray.Dataset) -> list[str]:
-    """Return in which order layers saturate, and how far apart they are at the end."""
-    found = []
+    """The order in which layers saturate, and their percentiles at the end."""
+    sentences = []
     when = _saturated(dataset)
     for name in dataset.network.values:
         one = when.sel(network=name)
@@ -98,11 +98,11 @@ def _findings(dataset: xarray.Dataset) -> list[str]:
             first = f"layers saturate (98th percentile {_SATURATED:g}) in the order {steps}"
         else:
             first = f"no layer saturates (98th percentile {_SATURATED:g})"
-        found.append(
+        sentences.append(
             f"{name}: {first}; at the end 98th percentiles are from {float(end.min()):.2f} "
             f"(layer {int(end.idxmin())}) to {float(end.max()):.2f} (layer {int(end.idxmax())})"
         )
-    return found
+    return sentences
 
 
 EXPERIMENT = Experiment(

@@ -17,10 +17,10 @@ from gradflow.figures import saturation_in_training
 from gradflow.training import Recording
 
 _RECORDS = 80
-# An error that a network has learnt something at, of ten classes.
+# An error of ten classes below which a network has learnt something.
 _LEARNT = 0.5
-# A mean activation of logistic units that are saturated: half of what the paper's figure shows for
-# a hidden layer that is not.
+# The mean activation below which logistic units are saturated: half of the least that the paper's
+# figure shows for a hidden layer that is not saturated.
 _SATURATED = 0.05
 
 
@@ -50,12 +50,12 @@ def _train(recipe: Recipe) -> xarray.Dataset:
 
 
 def _top(dataset: xarray.Dataset, depth: int) -> xarray.DataArray:
-    """Return the mean activation of the top hidden layer."""
+    """The mean activation of the top hidden layer."""
     return dataset.activation_mean.sel(depth=depth, layer=depth)
 
 
 def _table(dataset: xarray.Dataset) -> Table:
-    """Return, for each depth, when the top layer saturates and when the network learns."""
+    """The steps at which the top layer saturates and the network learns, by depth."""
     rows = []
     for depth in dataset.depth.values.tolist():
         one, top = dataset.sel(depth=depth), _top(dataset, depth)
@@ -79,8 +79,8 @@ def _table(dataset: xarray.Dataset) -> Table:
 
 
 def _findings(dataset: xarray.Dataset) -> list[str]:
-    """Return, for each depth, whether the top layer saturates, and whether it escapes."""
-    found = []
+    """Whether the top layer saturates, and whether it escapes, by depth."""
+    sentences = []
     for depth in dataset.depth.values.tolist():
         one, top = dataset.sel(depth=depth), _top(dataset, depth)
         least = float(top.min("step").mean())
@@ -100,8 +100,8 @@ def _findings(dataset: xarray.Dataset) -> list[str]:
             )
         else:
             sentence += f"no network comes below an error of 50 % in {dataset.attrs['steps']} steps"
-        found.append(sentence)
-    return found
+        sentences.append(sentence)
+    return sentences
 
 
 EXPERIMENT = Experiment(

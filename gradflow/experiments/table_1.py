@@ -39,7 +39,7 @@ def _train(recipe: Recipe) -> xarray.Dataset:
 
 
 def _table(dataset: xarray.Dataset) -> Table:
-    """Return each kind's test error beside the paper's, the best first."""
+    """Each kind's test error beside the paper's, the best first."""
     end = dataset.error.isel(step=-1)
     rows = []
     for name in dataset.network.values[np.argsort(end.mean("seed").values)]:
@@ -60,32 +60,32 @@ def _table(dataset: xarray.Dataset) -> Table:
 
 
 def _findings(dataset: xarray.Dataset) -> list[str]:
-    """Return the ranking beside the paper's, and which differences are clear."""
+    """The ranking beside the paper's, and the differences with their standard errors."""
     end = dataset.error.isel(step=-1)
     mean = end.mean("seed")
     error = end.std("seed", ddof=1) / np.sqrt(end.sizes["seed"])
     ours = [str(name) for name in mean.network.values[np.argsort(mean.values)]]
     paper = [str(name) for name in mean.network.values[np.argsort(dataset.paper.values)]]
     same = "the same as" if ours == paper else "not the same as"
-    found = [
+    sentences = [
         f"from the least error to the most: {', '.join(ours)}; {same} the paper's: "
         f"{', '.join(paper)}"
     ]
     for better, worse in zip(ours, ours[1:], strict=False):
         difference = float(mean.sel(network=worse) - mean.sel(network=better))
         spread = float(np.hypot(error.sel(network=worse), error.sel(network=better)))
-        found.append(
+        sentences.append(
             f"{worse} errs {100 * difference:.1f} ± {100 * spread:.1f} points more than {better} "
             "(standard error over networks)"
         )
     guessing = 100 * float(dataset.error.isel(step=0).mean())
     worst = 100 * float(mean.sel(network=ours[-1]))
     if worst > 0.9 * guessing:
-        found.append(
+        sentences.append(
             f"{ours[-1]} has learnt next to nothing: {worst:.1f} % (before training all are at "
             f"{guessing:.1f} % on average)"
         )
-    return found
+    return sentences
 
 
 EXPERIMENT = Experiment(

@@ -1,7 +1,7 @@
 """Schoenholz et al. 2017 (arXiv:1611.01232): networks train up to a depth of about 6 ξ_c.
 
-ξ_c is the depth scale on which two inputs' correlation comes to its limit: after several of them
-what comes through tells no inputs apart. It is infinite on the critical line, where χ₁ = 1.
+ξ_c is the depth scale on which two inputs' correlation comes to its limit: after several ξ_c the
+signals of different inputs are alike. On the critical line, where χ₁ = 1, ξ_c is infinite.
 """
 
 from collections.abc import Sequence
@@ -23,7 +23,7 @@ from gradflow.training import Recording
 _SIGMA_W2 = (1.0, 1.25, 1.5, 1.76, 2.0, 2.5, 3.0, 4.0)
 # Networks train up to so many ξ_c (Schoenholz et al. 2017, section 5).
 _RULE = 6.0
-# Of the curve of ξ_c.
+# Points of the curve of ξ_c.
 _POINTS = 201
 
 
@@ -104,7 +104,7 @@ def _theory(phi: Activation, sigma_w2: Sequence[float], sigma_b2: float) -> xarr
 
 
 def _trained_depths(dataset: xarray.Dataset) -> xarray.DataArray:
-    """Return, by σ_w², the depth at which accuracy is halfway between the best and guessing.
+    """The depth at which accuracy is halfway between the best and guessing, by σ_w².
 
     Where accuracy, on average over networks, falls below halfway for good; interpolated between
     depths on a logarithmic scale. 0 where even the least depth is below, inf where all are above.
@@ -113,22 +113,22 @@ def _trained_depths(dataset: xarray.Dataset) -> xarray.DataArray:
     guessing = 1 / dataset.attrs["classes"]
     half = (float(mean.max()) + guessing) / 2
     depth = np.log(dataset.depth.values)
-    found = []
+    depths = []
     for column in mean.transpose("sigma_w2", "depth").values:
         (above,) = np.nonzero(column >= half)
         if not above.size:
-            found.append(0.0)
+            depths.append(0.0)
         elif above[-1] == len(depth) - 1:
-            found.append(np.inf)
+            depths.append(np.inf)
         else:
             i = above[-1]
             part = (column[i] - half) / (column[i] - column[i + 1])
-            found.append(float(np.exp(depth[i] + part * (depth[i + 1] - depth[i]))))
-    return xarray.DataArray(found, {"sigma_w2": dataset.sigma_w2}, name="trained_depth")
+            depths.append(float(np.exp(depth[i] + part * (depth[i + 1] - depth[i]))))
+    return xarray.DataArray(depths, {"sigma_w2": dataset.sigma_w2}, name="trained_depth")
 
 
 def _table(dataset: xarray.Dataset) -> Table:
-    """Return accuracy by σ_w² and depth, and the trained depth in units of ξ_c."""
+    """Accuracy by σ_w² and depth, and the depth that trains in units of ξ_c."""
     limits = _trained_depths(dataset)
     rows = []
     for value in dataset.sigma_w2.values:
@@ -153,12 +153,12 @@ def _table(dataset: xarray.Dataset) -> Table:
 
 
 def _findings(dataset: xarray.Dataset) -> list[str]:
-    """Return where the ridge is beside the critical line, and depths beside ξ_c."""
+    """The best σ_w² beside the critical line, and the depths that train beside ξ_c."""
     deepest = dataset.accuracy.sel(depth=dataset.depth.max()).mean("seed")
     best = float(deepest.idxmax())
     critical = np.atleast_1d(dataset.attrs["critical_sigma_w2"])
     line = ", ".join(f"{value:.3g}" for value in critical) or "nowhere"
-    found = [
+    sentences = [
         f"of the deepest networks ({int(dataset.depth.max())} layers) those at σ_w² = {best:g} "
         f"train best, to an accuracy of {float(deepest.max()):.2f}; theory's critical line is at "
         f"{line}"
@@ -167,7 +167,7 @@ def _findings(dataset: xarray.Dataset) -> list[str]:
     within = _RULE * dataset.xi_c <= float(dataset.depth.max())
     ratio = (limits / dataset.xi_c).where(within & np.isfinite(limits) & (limits > 0), drop=True)
     if ratio.size:
-        found.append(
+        sentences.append(
             f"accuracy falls to halfway at {float(ratio.min()):.1f} to {float(ratio.max()):.1f} "
             f"ξ_c, median {float(ratio.median()):.1f}, where {_RULE:g} ξ_c is within these depths "
             f"(σ_w² = {_listed(ratio.sigma_w2)})"
@@ -176,11 +176,11 @@ def _findings(dataset: xarray.Dataset) -> list[str]:
     if beyond.size:
         reached = float(beyond.min())
         depths = f"{reached:.0f} layers" if np.isfinite(reached) else "all these depths"
-        found.append(
+        sentences.append(
             f"where {_RULE:g} ξ_c is beyond them (σ_w² = {_listed(beyond.sigma_w2)}) networks "
             f"train at least to {depths}"
         )
-    return found
+    return sentences
 
 
 def _listed(values: xarray.DataArray) -> str:

@@ -45,10 +45,10 @@ class Training(eqx.Module):
         ``update_ratio``, ``log_batch_gradient_norm`` and, where gradients are clipped,
         ``log_clipped_gradient_norm``; and ``movement``, since the start.
 
-        *Histograms*, where they were asked for: ``activation_histogram`` (…, layers, bins), the
+        *Histograms*, where requested: ``activation_histogram`` (…, layers, bins), the
         density of activations in equal bins between ``activation_low`` and ``activation_high``.
 
-        *Of networks*: ``log_singular_values`` (…, k), where they were asked for; ``loss`` and
+        *Of networks*: ``log_singular_values`` (…, k), where requested; ``loss`` and
         ``error`` on the monitored inputs, ``validation_loss`` and ``validation_error`` where there
         were data for it.
     steps
@@ -63,7 +63,7 @@ class Training(eqx.Module):
     batch, samples, monitored, classes
         Numbers of inputs, each step, in all, and monitored; number of classes.
     state
-        The networks after the last step, flattened to one axis; None unless it was asked for.
+        The networks after the last step, flattened to one axis; None unless requested.
     saved
         The folder where the run was saved, if it was; it stays until somebody removes it.
     """
