@@ -13,7 +13,8 @@ kernels            the state of an infinitely wide layer: second moments of sign
 blocks             the repeating unit, read twice: one network, infinite width
 networks           a random network as data: stages of equal blocks
 builders           networks of the usual architectures: mlp, residual, convolutional, recurrent
-statistics         what is reported: its name, how it is measured, how it is predicted
+statistics         what is reported: how it is measured, predicted and corrected for the width
+predictions        theory's values of every statistic, and the effect of finite width
 float_ranges       in which layer signals and gradients leave float16, bfloat16, float32, float64
 estimation         means, standard errors and histograms over networks
 roots              roots of a function of one variable, differentiable

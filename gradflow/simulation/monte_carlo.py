@@ -28,11 +28,12 @@ from jaxtyping import Array, PRNGKeyArray
 from gradflow import _compilation, estimation, statistics
 from gradflow._arguments import as_key
 from gradflow._checks import check_count, check_progress
+from gradflow._labels import Values, checked, key_of, labelled, layers
 from gradflow.errors import InputError
 from gradflow.estimation import Estimate, Histogram
 from gradflow.networks import Network, as_inputs
 from gradflow.simulation import _memory, _threefry, propagation, samplers, singular_values
-from gradflow.statistics import Statistic, Values, key_of, labelled, layers
+from gradflow.statistics import Statistic
 
 __all__ = ["LOG_SINGULAR_VALUES", "OVERFLOWED", "VANISHED", "Laws", "Progress", "Simulation"]
 __all__ += ["compiled", "in_order", "of_one", "own_networks", "simulate"]
@@ -218,7 +219,7 @@ def simulate(
         devices=devices,
     )
     block = plan.block if block is None else check_count("block", block)
-    wanted = tuple(s for s in statistics.checked(wanted) if s.sites <= sites)
+    wanted = tuple(s for s in checked(wanted) if s.sites <= sites)
 
     begun = time.perf_counter()
     if progress:

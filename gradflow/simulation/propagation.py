@@ -28,6 +28,7 @@ from jaxtyping import Array, Float, PRNGKeyArray
 from gradflow import statistics
 from gradflow._arguments import as_key
 from gradflow._checks import check_sequence, is_traced
+from gradflow._labels import Values, checked
 from gradflow.blocks import AbstractBlock
 from gradflow.errors import InputError
 from gradflow.networks import Network, Stage, as_inputs, check_lsuv
@@ -36,7 +37,7 @@ from gradflow.simulation import linearisation, samplers
 from gradflow.simulation._matrices import Drawn, Matrix
 from gradflow.simulation.linearisation import LayerKey, LayerWeights, Maker, stage_keys
 from gradflow.simulation.samplers import SAMPLERS, Sampler
-from gradflow.statistics import BackwardSample, ForwardSample, Statistic, Values
+from gradflow.statistics import BackwardSample, ForwardSample, Statistic
 
 __all__ = ["Signals", "kept_signals", "lsuv", "propagate", "scan_blocks", "signals"]
 
@@ -122,7 +123,7 @@ def propagate(
         the sampler cannot draw the weights.
     """
     inputs, key = as_inputs(inputs, network), as_key(key)
-    wanted = [s for s in statistics.checked(wanted) if s.sites <= inputs.shape[0]]
+    wanted = [s for s in checked(wanted) if s.sites <= inputs.shape[0]]
     if cotangent is not None and not callable(cotangent):
         raise InputError(f"cotangent is {cotangent!r}; it is a function from z^L to ∂C/∂z^L")
     policy = _Keep(linearisations=keep, signals=not checkpoint)

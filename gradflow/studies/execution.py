@@ -19,7 +19,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from gradflow import comparison
+from gradflow._differences import differences
 from gradflow.errors import InputError
 from gradflow.estimation import Estimate
 from gradflow.simulation import monte_carlo
@@ -636,7 +636,7 @@ def _largest_z(
     largest = {}
     for number, statistic in enumerate(drawing.study.statistics):
         estimate = jax.tree.map(lambda leaf: leaf[here, number], kept.estimates)  # noqa: B023
-        _, _, z = comparison.differences(
+        _, _, z = differences(
             statistic,
             theory["predicted"][there, number],
             estimate,

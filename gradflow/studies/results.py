@@ -14,7 +14,9 @@ import jax
 import numpy as np
 import xarray
 
-from gradflow import _files, comparison, statistics
+from gradflow import _files
+from gradflow._differences import differences
+from gradflow._labels import labelled, layers
 from gradflow.errors import InputError
 from gradflow.estimation import Estimate
 from gradflow.figures.study import coordinates_at
@@ -25,6 +27,7 @@ from gradflow.studies.found import Found
 from gradflow.studies.plan import Group
 from gradflow.studies.point import Point
 from gradflow.studies.store import RESULTS, Store
+from gradflow.theory import float64
 from gradflow.theory.fixed_points import DEPTH_SCALES
 
 __all__ = [
@@ -62,7 +65,7 @@ def theory(study: Study, points: Sequence[Point]) -> dict[str, np.ndarray]:
 
     def of(point: Point) -> dict[str, np.ndarray]:
         network, inputs = point.network(), point.inputs()
-        found, corrections = comparison.theory_float64(
+        found, corrections = float64.predict_and_correct(
             network, inputs, finite_width=study.finite_width
         )
         each = [found.values]
@@ -84,7 +87,7 @@ def theory(study: Study, points: Sequence[Point]) -> dict[str, np.ndarray]:
 
 def compile_theory(study: Study, point: Point) -> None:
     """Compile what `theory` takes for points of this one's structure, if it is not yet."""
-    comparison.compile_theory(point.network(), point.inputs(), finite_width=study.finite_width)
+    float64.compile_programs(point.network(), point.inputs(), finite_width=study.finite_width)
 
 
 def of_group(group: Group, store: Store) -> Found | None:
@@ -178,13 +181,13 @@ def _assembled(
         if name in dataset:
             dataset[name].attrs["long_name"] = label
     about = {"networks": float(networks)} | about
-    labelled = statistics.labelled(dataset).assign_attrs(about)
-    return depth_scales.add(labelled, study) if study.depth_scales else labelled
+    dataset = labelled(dataset).assign_attrs(about)
+    return depth_scales.add(dataset, study) if study.depth_scales else dataset
 
 
 def _coordinates(study: Study, depth: int) -> dict[str, Any]:
     """Return the values along all dimensions, by their names."""
-    found: dict[str, Any] = {"layer": statistics.layers(depth)}
+    found: dict[str, Any] = {"layer": layers(depth)}
     for axis in study.axes:
         if len(axis.values) > 1:
             found[axis.name] = _labels(axis)
@@ -354,7 +357,7 @@ def _put(
     for place, statistic in enumerate(study.statistics):
         name, estimate = statistic.name, one(total, place)
         predicted, shift, deviation = (laws[kind][:, place] for kind in _THEORY)
-        measured, error, z = comparison.differences(
+        measured, error, z = differences(
             statistic,
             predicted,
             estimate,
@@ -375,7 +378,7 @@ def _put(
             grid.put(f"{name}_theory", group, predicted)
         grid.put(f"{name}_z", group, z)
         if study.finite_width:
-            corrected = comparison.differences(
+            corrected = differences(
                 statistic,
                 predicted + shift,
                 estimate,

@@ -4,6 +4,8 @@ linear_regime
     Glorot & Bengio 2010, eqs. 2-12: variances for φ(z) = z and any widths.
 mean_field
     The infinite-width law of every statistic, for any activation.
+float64
+    Theory in float64 of a network and its inputs, whatever JAX's x64 setting; compiled once.
 densities
     The density of single units' signals: what histograms show.
 finite_width
@@ -32,6 +34,7 @@ from gradflow.theory import (
     densities,
     finite_width,
     fixed_points,
+    float64,
     linear_regime,
     mean_field,
     prescription,
@@ -41,6 +44,6 @@ from gradflow.theory import (
     transformations,
 )
 
-__all__ = ["architectures", "criticality", "densities", "finite_width", "fixed_points"]
+__all__ = ["architectures", "criticality", "densities", "finite_width", "fixed_points", "float64"]
 __all__ += ["linear_regime", "mean_field", "prescription", "shared_weights", "spectrum"]
 __all__ += ["summary", "transformations"]

@@ -32,7 +32,9 @@ from gradflow.blocks import AbstractBlock, Patches
 from gradflow.errors import InputError
 from gradflow.gaussian import _batch
 from gradflow.kernels import Kernel
-from gradflow.theory import fixed_points, mean_field
+from gradflow.theory import fixed_points
+from gradflow.theory._backward import log_gain
+from gradflow.theory._loops import scan_layers
 
 __all__ = ["DropoutAnalysis", "Walk", "batch_norm_chi", "convolution_modes", "critical_dropout"]
 __all__ += ["dropout", "walk"]
@@ -94,10 +96,10 @@ def walk(block: AbstractBlock, q0: ArrayLike, depth: int) -> Walk:
         after = block.kernel(state)
         after = after.as_carry(state.law if depth > 1 else after.law)
         q = after.covariance[0, 0] * jnp.exp(2 * after.log_scale[0])
-        return after, (q, mean_field.log_gain(block, state)[0])
+        return after, (q, log_gain(block, state)[0])
 
     begin = begin.as_carry(ends if depth > 1 else begin.law)
-    _, (q, log_chi) = mean_field.scan_layers(step, begin, None, length=depth)
+    _, (q, log_chi) = scan_layers(step, begin, None, length=depth)
     return Walk(q, jnp.exp(log_chi), jnp.cumsum(log_chi))
 
 
