@@ -87,8 +87,8 @@ class Averages(eqx.Module):
     alone
         Shape (layers, sites, functions, functions), E[f(z_a) g(z_a)] of `FUNCTIONS`.
     pairs
-        Shape (layers, pairs, functions, functions), E[f(z_a) g(z_b)] of `PAIR_FUNCTIONS` for the
-        inputs a < b; None for one input, or where there are too many pairs.
+        Shape (layers, pairs, pair_functions, pair_functions), E[f(z_a) g(z_b)] of
+        `PAIR_FUNCTIONS` for the inputs a < b; None for one input, or where pairs are too many.
     """
 
     phi2: Series
@@ -97,7 +97,7 @@ class Averages(eqx.Module):
     variance: Series
     saturation: Series
     alone: Float[Array, "layers sites functions functions"]
-    pairs: Float[Array, "layers pairs functions functions"] | None
+    pairs: Float[Array, "layers pairs pair_functions pair_functions"] | None
 
     def own(self, first: str, second: str) -> Float[Array, "layers sites"]:
         """E[f(z_a) g(z_a)] of two of `FUNCTIONS`."""

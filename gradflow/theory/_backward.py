@@ -21,10 +21,10 @@ from gradflow.networks import Network
 from gradflow.statistics import BackwardLimit
 from gradflow.theory._loops import joined, map_layers, scan_layers
 
-__all__ = ["backward_limits", "gain", "log_gain"]
+__all__ = ["backward_limits", "log_gain"]
 
 _Share = Float[np.ndarray, " weights"]
-# Of a tangent's second moments, and of its memory (`kernels.UnitDistribution`), or None.
+# Of a tangent's second moments, and of its memory (`kernels.UnitDistribution.memory`), or None.
 _Cotangent = tuple[Array, Any]
 
 
@@ -42,7 +42,7 @@ def backward_limits(
     """
     if network.mixes_sites:
         return _down_together(network, entering, len(leaving[-1].mean))
-    if any(kernel.law.has_memory for kernel in leaving):
+    if any(kernel.distribution.has_memory for kernel in leaving):
         return [_down_with_memory(network, entering, leaving)]
     return [_down(network, entering)]
 
@@ -176,18 +176,18 @@ def _variance(kernel: Kernel, gradient: _Cotangent) -> Float[Array, " sites"]:
     plain, own = gradient
     if own is None:
         return plain
-    _, pull = jax.vjp(kernel.law.independent, jnp.ones_like(plain))
+    _, pull = jax.vjp(kernel.distribution.memory_of_independent, jnp.ones_like(plain))
     return plain + pull(own)[0]
 
 
 def _by_output(left: Kernel, gradient: _Cotangent) -> _Cotangent:
     """The gradient by the input of the stage above, as that by the output of the stage below."""
     plain, own = gradient
-    if not left.law.has_memory:
+    if not left.distribution.has_memory:
         # The stage above takes it as a tangent that is independent of the signals.
         return (plain, None) if own is None else (jnp.ones_like(plain), None)
     if own is None:
-        own = jax.tree.map(jnp.zeros_like, left.law.independent(plain))
+        own = jax.tree.map(jnp.zeros_like, left.distribution.memory_of_independent(plain))
     return plain, own
 
 
@@ -224,7 +224,9 @@ def _gains(block: AbstractBlock, share: _Share, entering: Kernel) -> tuple[Array
     """
 
     def alone(q: Array, mean: Array, log_scale: Array) -> tuple[Array, Array]:
-        one = Kernel.of(q[None, None], mean[None], law=entering.law, log_scale=log_scale[None])
+        one = Kernel.of(
+            q[None, None], mean[None], distribution=entering.distribution, log_scale=log_scale[None]
+        )
         factor, log_factor, weights = _pull_back(block, share, one, jnp.ones_like(one.mean))
         return jnp.log(factor[0]) + log_factor, weights
 
@@ -271,7 +273,9 @@ def _pull_back_with_memory(
         after, units = _tapped(block, entering.with_tangents(tangents), taps)
         return after.plain().tangents, units
 
-    _, pull, units = jax.vjp(out, (zero, entering.law.independent(zero)), taps, has_aux=True)
+    _, pull, units = jax.vjp(
+        out, (zero, entering.distribution.memory_of_independent(zero)), taps, has_aux=True
+    )
     below, by_weights = pull(above)
     return below, _log_weighted(share, by_weights, units) * jnp.ones_like(plain)
 
@@ -286,11 +290,11 @@ def _tapped(
     remaining, units = iter(taps), []
     together = entering.tangent is not None and entering.tangent.ndim == 2
 
-    def multiply(kernel: Kernel, *, full_input: Kernel | None = None, **law: Any) -> Kernel:
+    def multiply(kernel: Kernel, *, full_input: Kernel | None = None, **matrix: Any) -> Kernel:
         full_input = kernel if full_input is None else full_input
         if together:
             kernel, full_input = kernel.common(), full_input.common()
-        out = multiply_kernel(kernel, tap=next(remaining), full_input=full_input, **law)
+        out = multiply_kernel(kernel, tap=next(remaining), full_input=full_input, **matrix)
         units.append(full_input.log_scale - out.log_tangent_scale)
         return out
 
@@ -314,11 +318,6 @@ def _log_weighted(
     return jnp.log(jnp.sum(jax.vmap(jnp.multiply)(shares, parts), axis=0)) + 2 * largest[0]
 
 
-def gain(block: AbstractBlock, entering: Kernel) -> Float[Array, " sites"]:
-    """Each input's factor of mean squared gradients of one block, (sites,), at equal widths."""
-    return jnp.exp(log_gain(block, entering))
-
-
 def log_gain(block: AbstractBlock, entering: Kernel) -> Float[Array, " sites"]:
-    """The natural logarithm of `gain`, (sites,)."""
+    """The log of the factor of mean squared gradients of one block, (sites,), at equal widths."""
     return _gains(block, np.zeros(block.n_weights), entering)[0]

@@ -164,13 +164,15 @@ def _why_missing(stage: Stage) -> str:
 
 def through_blocks(block: AbstractBlock, state: Kernel, repeats: int) -> tuple[Kernel, Kernel]:
     """The kernel that leaves equal blocks, and those that enter each of them, all in one."""
-    # What a loop carries must not be known better at its start than at its end.
-    law = jax.eval_shape(block.kernel, state).law if repeats > 1 else state.law
-    state = state.as_carry(law)
-    law = state.law
+    # A loop's carry has one structure: at its start nothing more is known than at its end.
+    distribution = (
+        jax.eval_shape(block.kernel, state).distribution if repeats > 1 else state.distribution
+    )
+    state = state.as_carry(distribution)
+    distribution = state.distribution
 
     def step(state: Kernel, _: None) -> tuple[Kernel, Kernel]:
         after = block.kernel(state)
-        return after.as_carry(law if repeats > 1 else after.law), state
+        return after.as_carry(distribution if repeats > 1 else after.distribution), state
 
     return scan_layers(step, state, None, length=repeats)

@@ -143,12 +143,12 @@ def profile(
         h, after = z.through(activation).plain(), block.kernel(z)
         log_q = jnp.log(jnp.diagonal(z.covariance)) + 2 * z.log_scale
         found = log_q, h.mean, jnp.diagonal(h.covariance), log_gain(block, z)
-        return after.as_carry(z.law), tuple(x[0] for x in found)
+        return after.as_carry(z.distribution), tuple(x[0] for x in found)
 
     q1 = jnp.asarray(q1, jnp.result_type(q1, block.sigma_w, 0.0))
     begin = Kernel.of(q1[None, None])
     _, (log_q, mean, second, log_chi) = jax.lax.scan(
-        step, begin.as_carry(begin.law), None, length=depth
+        step, begin.as_carry(begin.distribution), None, length=depth
     )
     return {
         "q": jnp.exp(log_q),
@@ -309,12 +309,12 @@ def asymptotic_log_chi(network: Network, log_q: Float[Array, ""], beyond: int) -
     begin = Kernel.of(jnp.ones_like(log_scale)[None], log_scale=log_scale).in_range()
     if has_correlated_steps(stage, begin):
         return jnp.full_like(log_scale[0], jnp.nan)
-    if not jax.eval_shape(block.kernel, begin).law.has_memory:
+    if not jax.eval_shape(block.kernel, begin).distribution.has_memory:
         return log_gain(block, through_blocks(block, begin, beyond)[0])[0]
     state, _ = through_blocks(block, begin, min(beyond, _SETTLED_AFTER))
     # Of gradients that have settled too: the largest eigenvalue of what a layer does to them.
     zero = jnp.zeros_like(state.mean)
-    none, unravel = ravel_pytree((zero, state.law.independent(zero)))
+    none, unravel = ravel_pytree((zero, state.distribution.memory_of_independent(zero)))
 
     def out(tangents: Array) -> Array:
         return ravel_pytree(block.kernel(state.with_tangents(unravel(tangents))).tangents)[0]
@@ -326,5 +326,5 @@ def asymptotic_log_chi(network: Network, log_q: Float[Array, ""], beyond: int) -
         size = jnp.linalg.norm(v)
         return v / size, size
 
-    start = ravel_pytree((zero + 1, state.law.independent(zero + 1)))[0]
+    start = ravel_pytree((zero + 1, state.distribution.memory_of_independent(zero + 1)))[0]
     return jnp.log(jax.lax.scan(turn, start, None, length=_SETTLED_AFTER)[1][-1])
