@@ -320,7 +320,8 @@ activation_variance = Statistic(
     predict=lambda limit: _log_mean_exp(
         jnp.log(
             _over_sites(
-                lambda v: jnp.where(v == 0, 0, gaussian.variance(limit.activation, v)), limit
+                lambda v: jnp.where(v == 0, 0, gaussian.moment(limit.activation, "variance", v)),
+                limit,
             )
         )
         + 2 * gaussian.growth(limit.activation, limit.log_scale)[2]

@@ -18,8 +18,7 @@ from gradflow._first_order import FiniteLayers
 from gradflow.estimation import Histogram
 from gradflow.networks import Network, check_network, checked_inputs
 from gradflow.predictions import Corrections, Prediction
-from gradflow.theory import densities as unit_densities
-from gradflow.theory import mean_field
+from gradflow.theory import _densities, mean_field
 from gradflow.theory._limits import limits, prediction
 from gradflow.theory.finite_width import carried_means, first_order
 from gradflow.theory.finite_width._layers import finite_layers
@@ -147,7 +146,7 @@ def densities(
     """
     arguments = _arguments(network, inputs)
     forward, backward = _program(limits, *arguments)(*arguments)
-    return unit_densities.predicted(network, forward, backward, histograms)
+    return _densities.predicted(network, forward, backward, histograms)
 
 
 def asymptotic_log_chi(network: Network, theory: Prediction) -> float:
