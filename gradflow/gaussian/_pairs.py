@@ -21,7 +21,8 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from gradflow._checks import check_scale, is_traced
-from gradflow.activations import Activation, PairMoment, gram_determinant
+from gradflow._closed_forms import PairMoment, gram_determinant
+from gradflow.activations import Activation
 from gradflow.errors import InputError
 from gradflow.gaussian._moments import moment, some_moments
 from gradflow.gaussian._quadrature import (

@@ -17,7 +17,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from gradflow._checks import check_scale
-from gradflow.activations import Values
+from gradflow._closed_forms import Values
 
 __all__ = ["expectation", "expectation_with_error", "nodes", "shifted_expectation"]
 __all__ += ["dot", "normal_rule", "over_entries", "panel_ends", "panels", "smallest_variance"]

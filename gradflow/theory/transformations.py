@@ -38,8 +38,9 @@ from jaxtyping import Array, Float
 
 from gradflow import activations, gaussian
 from gradflow._checks import check_count, unknown_name
+from gradflow._closed_forms import PairMoment
 from gradflow._roots import bisect
-from gradflow.activations import Activation, PairMoment
+from gradflow.activations import Activation
 from gradflow.blocks import Dense
 from gradflow.errors import InputError
 from gradflow.gaussian import _quadrature
