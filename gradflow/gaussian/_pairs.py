@@ -48,7 +48,7 @@ def kernel(activation: Activation, k: Float[Array, "sites sites"]) -> Float[Arra
 
     Its derivative is Price's theorem: at a pair of coincident inputs, k = [[q, q], [q, q]],
     ∂/∂k_01 is E[φ'²], whether or not φ has kinks. Entry (a, b) of the result depends on k_aa, k_bb
-    and, of the two equal entries k_ab and k_ba, on that of its own place.
+    and, of the two equal entries k_ab and k_ba, on k_ab alone.
 
     Parameters
     ----------

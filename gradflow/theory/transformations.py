@@ -370,7 +370,7 @@ def deep_kernel_shaping(
     Raises
     ------
     InputError
-        If an argument is out of range, or no solution was found.
+        If an argument is out of range, or no start of the solver converges.
 
     References
     ----------
@@ -410,7 +410,7 @@ def tailored(activation: Activation | str, depth: int, tau: float = 0.3) -> Tran
     Raises
     ------
     InputError
-        If an argument is out of range, φ' jumps, or no solution was found.
+        If an argument is out of range, φ' jumps, or no start of the solver converges.
 
     References
     ----------
