@@ -1,5 +1,8 @@
 """Blocks: what each computes, how they nest, and reference table 8."""
 
+import importlib
+import inspect
+import pkgutil
 from fractions import Fraction
 
 import jax
@@ -9,6 +12,7 @@ import pytest
 
 from gradflow import activations, blocks, builders, ensembles, networks
 from gradflow.blocks import (
+    AbstractBlock,
     Activate,
     Chain,
     Dense,
@@ -359,10 +363,22 @@ def test_bad_input_is_one_sentence(make, message):
         make()
 
 
+def test_all_has_every_block_of_every_file():
+    """So that neither a name in ``__all__`` nor a file's line in the package can be forgotten."""
+    names = [f.name for f in pkgutil.iter_modules(blocks.__path__) if not f.name.startswith("_")]
+    classes = {
+        value
+        for name in names
+        for value in vars(importlib.import_module(f"gradflow.blocks.{name}")).values()
+        if inspect.isclass(value) and issubclass(value, AbstractBlock)
+    }
+    assert set(blocks.ALL) == {block for block in classes if not inspect.isabstract(block)}
+
+
 def test_every_block_can_be_made_without_arguments():
     assert len(blocks.ALL) >= 8
     for block in blocks.ALL:
         made = block()
-        width = 200 if block is blocks.LSTM else 100  # of its 100 units, a state of two parts
+        width = made.width_in or 100
         assert len(made.shapes(width)) == made.n_weights
         assert made.width_after(width) == width

@@ -9,7 +9,7 @@ import xarray
 
 from gradflow import builders, comparison, ensembles
 from gradflow.studies import description, execution
-from gradflow.studies.depth_scales import Curve, decay_rate, gradient_rate
+from gradflow.studies._depth_scales import Curve, decay_rate, gradient_rate
 from gradflow.theory._depth_scales import DEPTH_SCALES
 
 # Of tanh at σ_b² = 0.05: σ_w², whether c* is 1, ξ_c, and a depth that shows it.
