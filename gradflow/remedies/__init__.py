@@ -23,9 +23,9 @@ from gradflow.comparison import Comparison, compare
 from gradflow.ensembles import Ensemble
 from gradflow.errors import InputError
 from gradflow.networks import Network
+from gradflow.predictions import Prediction
 from gradflow.remedies.table import ALL, AS_IT_IS, Remedy, SickNetwork
 from gradflow.simulation import jacobians, singular_values
-from gradflow.statistics import Prediction
 
 __all__ = ["ALL", "Outcome", "Remedies", "Remedy", "SickNetwork", "proposals", "run"]
 

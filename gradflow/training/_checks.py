@@ -11,9 +11,9 @@ import numpy as np
 from jax.typing import ArrayLike
 
 from gradflow import networks as nets
-from gradflow import statistics
 from gradflow._arguments import as_key, as_numbers, as_real
 from gradflow._checks import check_count, check_instance, check_scale, check_sequence, shown
+from gradflow._labels import checked
 from gradflow.errors import InputError
 from gradflow.networks import Network, check_network
 from gradflow.training._loop import Settings, Shared, State
@@ -201,7 +201,7 @@ def checked_recording(record: Recording | None, network: Network) -> Recording:
     check_instance("record", record, Recording, "a training.Recording")
     return dataclasses.replace(
         record,
-        wanted=statistics.checked(record.wanted),
+        wanted=checked(record.wanted),
         histograms=check_count("histograms", record.histograms, 0),
         singular_values=_checked_singular_values(record.singular_values, network),
     )
