@@ -48,10 +48,10 @@ def rate(folders):
 
     total = 0.0
     for folder in folders:
-        work = Store.of(folder).works(0)[0]
+        task = Store.of(folder).rounds.tasks(0)[0]
         lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
         seconds = [line["seconds"] for line in lines if line.get("chunk", 0) >= _COMPILING]
-        total += (work.networks - _COMPILING * work.chunk) / sum(seconds)
+        total += (task.networks - _COMPILING * task.chunk_size) / sum(seconds)
     return total
 
 
@@ -115,7 +115,7 @@ def scaling(kind, folder):
 
 def costs(kind, folder):
     """Return the mean seconds of each step of a chunk, and what it weighs."""
-    from gradflow.studies import description, execution, store
+    from gradflow.studies import _runner, description, execution, store
 
     spent = collections.defaultdict(list)
 
@@ -131,16 +131,16 @@ def costs(kind, folder):
 
         return run
 
-    compiled = execution._programs.compiled
+    compiled = _runner._programs.compiled
     patched = [
-        (execution._programs, "compiled", lambda *a, **k: timed("draw", compiled(*a, **k))),
+        (_runner._programs, "compiled", lambda *a, **k: timed("draw", compiled(*a, **k))),
         (
-            execution._Drawing,
-            "kept",
-            timed("average on the host", execution._Drawing.kept),
+            _runner.TaskRunner,
+            "measurements",
+            timed("average on the host", _runner.TaskRunner.measurements),
         ),
         (store.Store, "add", timed("write and merge", store.Store.add)),
-        (execution.results, "theory", timed("theory of all points", execution.results.theory)),
+        (_runner, "theory", timed("theory of all points", _runner.theory)),
     ]
     before = [getattr(owner, name) for owner, name, _ in patched]
     try:
@@ -151,8 +151,8 @@ def costs(kind, folder):
     finally:
         for (owner, name, _), old in zip(patched, before, strict=True):
             setattr(owner, name, old)
-    work = store.Store.of(folder / "costs").works(0)[0]
-    found = {"networks a chunk": work.chunk, "chunks": work.chunks}
+    task = store.Store.of(folder / "costs").rounds.tasks(0)[0]
+    found = {"networks a chunk": task.chunk_size, "chunks": task.chunks}
     return found | {name: sum(values) / len(values) for name, values in spent.items()}
 
 

@@ -39,9 +39,9 @@ from gradflow.estimation import Estimate
 from gradflow.simulation.monte_carlo import Simulation, simulate
 from gradflow.statistics import Prediction, Statistic
 from gradflow.statistics import chi as chi_statistic
-from gradflow.studies import description, plan, results
-from gradflow.studies.plan import Group
-from gradflow.studies.point import Point
+from gradflow.studies import _plan, description, results
+from gradflow.studies._plan import Program
+from gradflow.studies._point import Point
 from gradflow.studies.store import Store
 from gradflow.theory import mean_field
 from gradflow.theory.finite_width import first_order
@@ -222,7 +222,7 @@ class _Known:
     estimates: Estimate
     failures: np.ndarray
     theory: dict[str, np.ndarray]
-    group: Group
+    program: Program
     dtype: str
 
     def by_key(self, values: np.ndarray) -> dict[str, jax.Array | np.ndarray]:
@@ -244,10 +244,10 @@ class _Known:
             vanished=vanished,
             network=self.point.network(),
             statistics=self.statistics,
-            sites=self.group.sites,
+            sites=self.program.sites,
             networks=int(counts.max()),
-            sampler=self.group.sampler,
-            reason=self.group.reason,
+            sampler=self.program.sampler,
+            reason=self.program.reason,
             dtype=self.dtype,
             seconds=math.nan,
             compile_seconds=math.nan,
@@ -257,19 +257,19 @@ class _Known:
 def _known(store: Store) -> dict[int, _Known]:
     """Return what the store has, by the point's number."""
     study, found = store.study, {}
-    for group in plan.groups(study):
-        total = results.of_group(group, store)
+    for program in _plan.programs(study):
+        total = store.rounds.measurements(program.names)
         if total is None:
             continue
-        theory = results.theory_of(study, group, store, total)
-        for row, number in enumerate(group.numbers.tolist()):
+        theory = results.theory_of(program, store, total)
+        for row, number in enumerate(program.numbers.tolist()):
             found[number] = _Known(
                 point=study.point(number),
                 statistics=tuple(study.statistics),
                 estimates=jax.tree.map(lambda leaf, row=row: leaf[row], total.estimates),
                 failures=total.failures[row],
                 theory={name: values[row] for name, values in theory.items()},
-                group=group,
+                program=program,
                 dtype=study.sampling.dtype,
             )
     return found

@@ -3,6 +3,7 @@
 GRADFLOW_TEST_ATTACKS=all tries every damage to every file of a store, in some minutes.
 """
 
+import dataclasses
 import os
 import re
 import shutil
@@ -16,9 +17,9 @@ from attacks import stores, study_files
 
 from gradflow import cli
 from gradflow.errors import InputError
-from gradflow.simulation import _programs
-from gradflow.studies import description, execution, merging, plan, results, store
-from gradflow.studies.plan import Share
+from gradflow.simulation import _memory, _programs
+from gradflow.studies import _plan, _rounds, description, execution, results
+from gradflow.studies._plan import Share
 from gradflow.studies.store import Store
 
 TEXT = """
@@ -47,13 +48,11 @@ EVERY = os.environ.get("GRADFLOW_TEST_ATTACKS") == "all"
 def _small_chunks():
     """So that a small study has some, and merges them."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(plan, "_CHUNK_SECONDS", 0.0)
-        patch.setattr(plan, "_CHUNK_VALUES", 1)
-        patch.setattr(store, "_FAN", 3)
-        real = plan.memory.plan
-        patch.setattr(
-            plan.memory, "plan", lambda *a, **k: plan.dataclasses.replace(real(*a, **k), block=8)
-        )
+        patch.setattr(_plan, "_CHUNK_SECONDS", 0.0)
+        patch.setattr(_plan, "_CHUNK_VALUES", 1)
+        patch.setattr(_rounds, "_MERGED_FILES", 3)
+        real = _memory.plan
+        patch.setattr(_memory, "plan", lambda *a, **k: dataclasses.replace(real(*a, **k), block=8))
         _remember_what_is_drawn(patch)
         yield
 
@@ -182,7 +181,7 @@ def test_an_interrupted_store_that_is_damaged_ends_in_the_same_bits(whole, other
     """In its first round: what is damaged is as if it had never been drawn."""
     interrupted = tmp_path / "interrupted"
     run(interrupted, TEXT, stop=iter([False] * 5 + [True]).__next__)
-    drawn = sum(Store.of(interrupted).networks().values())
+    drawn = sum(Store.of(interrupted).rounds.networks().values())
     for attack in stores.attacks(interrupted) if EVERY else stores.sample(interrupted, 12):
         folder = copied(interrupted, tmp_path / "damaged")
         attack.put_to(folder, other)
@@ -190,7 +189,7 @@ def test_an_interrupted_store_that_is_damaged_ends_in_the_same_bits(whole, other
         if said:
             assert attack.file.replace("-copy", "") in said.replace("-copy", "")
         else:
-            assert sum(Store.of(folder).networks().values()) <= drawn
+            assert sum(Store.of(folder).rounds.networks().values()) <= drawn
         run(folder, TEXT, stop=iter([False] * 2 + [True]).__next__)
         run(folder)
         same(folder, whole)
@@ -259,10 +258,10 @@ def test_shares_that_are_damaged_are_not_merged(other, tmp_path):
         if attack.file == "log.jsonl" or not attack.put_to(folder, other):
             continue
         with pytest.raises(InputError, match="damaged") as caught:
-            merging.merge([folders[0], folder], tmp_path / "merged")
+            execution.merge([folders[0], folder], tmp_path / "merged")
         assert str(caught.value).count("\n") == 0
         assert not (tmp_path / "merged").exists()
-    merging.merge(folders, tmp_path / "merged")
+    execution.merge(folders, tmp_path / "merged")
 
 
 def test_a_share_of_fewer_networks_than_shares_is_finished_and_merges(tmp_path):
@@ -277,7 +276,7 @@ def test_a_share_of_fewer_networks_than_shares_is_finished_and_merges(tmp_path):
     assert empty.attrs["networks"] == 0
     assert not empty.q_networks.any()
     assert np.isnan(empty.q).all()
-    merging.merge(folders, tmp_path / "merged")
+    execution.merge(folders, tmp_path / "merged")
     run(tmp_path / "whole", text)
     same(tmp_path / "merged", tmp_path / "whole")
 
@@ -287,7 +286,7 @@ def test_a_running_study_can_be_read(tmp_path):
     folder, before = tmp_path / "study", [(None, 0)]
 
     def networks_in(reader):
-        found = results.assemble(reader.study, plan.groups(reader.study), reader)
+        found = results.assemble(reader)
         assert found.attrs["networks"] == found.q_networks.isel(layer=0).sum()
         return found.attrs["networks"]
 
@@ -340,7 +339,7 @@ def test_a_mutated_study_file_means_something_or_is_one_sentence():
         try:
             study = description.parse(text)
             if len(study) < 1000:
-                plan.groups(study)
+                _plan.programs(study)
         except InputError as error:
             refused += 1
             said = str(error)
@@ -372,7 +371,7 @@ def test_a_mutated_study_file_means_something_or_is_one_sentence():
 )
 def test_what_would_take_hours_to_plan_is_refused_at_once(text, message):
     with pytest.raises(InputError, match=message):
-        plan.groups(description.parse(text))
+        _plan.programs(description.parse(text))
 
 
 def test_a_correlation_is_an_axis_beside_the_statistic_of_its_name(tmp_path):

@@ -9,7 +9,7 @@ import pytest
 
 from gradflow import cli, data
 from gradflow.errors import InputError
-from gradflow.studies import description, plan
+from gradflow.studies import _plan, description
 
 GOOD = """
 title = "Order and chaos"
@@ -65,27 +65,25 @@ def test_a_grid_is_the_product_of_its_axes():
     study = description.parse(GOOD)
     assert study.shape == (3, 2)
     points = list(study.points())
-    assert [p.place for p in points] == [(i, j) for i in range(3) for j in range(2)]
+    assert [p.index for p in points] == [(i, j) for i in range(3) for j in range(2)]
     last = points[-1].settings
     assert (last["sigma_w2"], last["sigma_b2"], last["norm"]) == (2.5, 0.1, "layer")
     network = points[-1].network()
     assert network.widths == (30,) * 7
     assert network.stages[0].block.sigma_w == pytest.approx(2.5**0.5)
     assert network.stages[0].block.sigma_b == pytest.approx(0.1**0.5)
-    found = plan.groups(study)
+    found = _plan.programs(study)
     assert [len(g.names) for g in found] == [3, 3]  # normalised or not; with σ_b of 0 or not
 
 
 def test_numbers_alone_make_no_new_program():
     """σ_b = 0 beside others, and a range of widths: one program, and three."""
-    assert (
-        len(plan.groups(description.parse(GOOD.replace('["none", "layer"]', '["none", "none"]'))))
-        == 1
-    )
+    plain = GOOD.replace('["none", "layer"]', '["none", "none"]')
+    assert len(_plan.programs(description.parse(plain))) == 1
     wider = GOOD.replace("width = 30\n", "").replace(
         "[inputs]", "[[axes]]\nwidth = [10, 20, 30]\n[inputs]"
     )
-    assert len(plan.groups(description.parse(wider))) == 6
+    assert len(_plan.programs(description.parse(wider))) == 6
 
 
 def test_inputs_have_the_correlation_and_the_length_that_are_asked_for():
@@ -129,7 +127,7 @@ def test_images_are_resized_to_the_inputs_width():
         expected = data.resized(data.digits()[:2].astype(np.float64), width)
         np.testing.assert_array_equal(point.inputs(), expected)
     with pytest.raises(InputError, match="the point .*: width is 1; .* nothing but zeros"):
-        plan.groups(description.parse(RESIDUAL.replace("input_width = 8", "input_width = 1")))
+        _plan.programs(description.parse(RESIDUAL.replace("input_width = 8", "input_width = 1")))
 
 
 def test_networks_along_an_axis_are_how_many_points_have_and_nothing_else():
@@ -138,10 +136,10 @@ def test_networks_along_an_axis_are_how_many_points_have_and_nothing_else():
     assert [p.networks for p in study.points()] == [50, 20] * 3
     assert [p.name for p in study.points()] == [p.name for p in plain.points()]
     assert [axis.name for axis in study.axes] == [axis.name for axis in plain.axes]
-    made = plan.make(study, plan.groups(study))
+    made = _plan.make(study, _plan.programs(study))
     assert made.networks == 3 * (50 + 20)
     counts = {
-        n: c for w in made.works for n, c in zip(w.names.tolist(), w.count.tolist(), strict=True)
+        n: c for t in made.tasks for n, c in zip(t.names.tolist(), t.count.tolist(), strict=True)
     }
     assert counts == {p.name: p.networks for p in study.points()}
 
@@ -154,7 +152,7 @@ def test_a_point_that_is_there_twice_has_the_most_networks_that_are_asked():
         '[[axes]]\nnorm = ["none", "none"]\nnorm_position = ["pre", "post"]\n'
         "networks = [30, 40]\n[inputs]",
     )
-    (group,) = plan.groups(description.parse(text))
+    (group,) = _plan.programs(description.parse(text))
     assert group.networks.tolist() == [40] * 6
 
 
@@ -326,7 +324,7 @@ def mutated(text, draw):
 def valid(text):
     try:
         study = description.parse(text)
-        plan.make(study, plan.groups(study))
+        _plan.make(study, _plan.programs(study))
     except InputError:
         return False
     return True

@@ -1,5 +1,6 @@
 """Studies are run: the same networks whatever the chunks, and the same bits however interrupted."""
 
+import dataclasses
 import json
 import os
 import random
@@ -19,10 +20,11 @@ import xarray
 
 from gradflow import comparison
 from gradflow.errors import InputError
-from gradflow.simulation import _programs, monte_carlo
-from gradflow.studies import description, execution, merging, plan, results, store
-from gradflow.studies.found import Found, combined
-from gradflow.studies.plan import Share
+from gradflow.simulation import _memory, _programs, monte_carlo
+from gradflow.studies import _plan, _rounds, _runner, description, execution, results
+from gradflow.studies._measurements import Measurements, merged
+from gradflow.studies._plan import Share
+from gradflow.studies.store import Store
 
 TEXT = """
 title = "a small study"
@@ -46,12 +48,12 @@ TARGET = TEXT.replace("networks = 20", "target = { q = 0.08 }\nround = 15\nmost 
 @pytest.fixture(autouse=True)
 def _small_chunks(monkeypatch):
     """So that a small study has some, and merges them."""
-    monkeypatch.setattr(plan, "_CHUNK_SECONDS", 0.0)
-    monkeypatch.setattr(plan, "_CHUNK_VALUES", 1)
-    monkeypatch.setattr(store, "_FAN", 3)
-    real = plan.memory.plan
+    monkeypatch.setattr(_plan, "_CHUNK_SECONDS", 0.0)
+    monkeypatch.setattr(_plan, "_CHUNK_VALUES", 1)
+    monkeypatch.setattr(_rounds, "_MERGED_FILES", 3)
+    real = _memory.plan
     monkeypatch.setattr(
-        plan.memory, "plan", lambda *a, **k: plan.dataclasses.replace(real(*a, **k), block=8)
+        _memory, "plan", lambda *a, **k: dataclasses.replace(real(*a, **k), block=8)
     )
 
 
@@ -90,7 +92,7 @@ def test_points_are_those_of_simulate_and_of_theory(reference):
         compared = comparison.compare_results(
             comparison.predict_float64(point.network(), inputs), found
         )
-        here = dataset.isel(sigma_w2=point.place[0], sigma_b2=point.place[1])
+        here = dataset.isel(sigma_w2=point.index[0], sigma_b2=point.index[1])
         for statistic in study.statistics:
             name, estimate = statistic.name, found.estimates[statistic.key]
             contrast = compared.contrasts[statistic.key]
@@ -197,7 +199,7 @@ def test_a_full_disk_is_a_sentence_and_the_same_command_goes_on(reference, tmp_p
     with pytest.raises(InputError, match="the disk of '.*' is full .*; what is finished is kept"):
         run(tmp_path / "study")
     monkeypatch.setattr(Path, "write_bytes", real)
-    assert store.Store.of(tmp_path / "study").networks()
+    assert Store.of(tmp_path / "study").rounds.networks()
     run(tmp_path / "study")
     assert files(tmp_path / "study") == files(reference)
 
@@ -232,7 +234,7 @@ def _of(laws, which, numbers):
 
 
 def test_other_chunks_change_nothing_but_the_rounding(reference, tmp_path, monkeypatch):
-    monkeypatch.setattr(plan, "_CHUNK_VALUES", 10_000)
+    monkeypatch.setattr(_plan, "_CHUNK_VALUES", 10_000)
     run(tmp_path / "study")
     same(tmp_path / "study", reference)
 
@@ -314,14 +316,14 @@ def test_the_next_program_is_compiled_while_one_draws_and_no_bit_is_another(tmp_
     )
     begun = {name: threading.Event() for name in ("compile", "compile_theory")}
     for name, event in begun.items():
-        real = getattr(execution._Drawing, name)
+        real = getattr(_runner.TaskRunner, name)
 
-        def noted(drawing, real=real, event=event):
-            if drawing.group.network.activation.name == "relu":
+        def noted(runner, real=real, event=event):
+            if runner.program.network.activation.name == "relu":
                 event.set()
-            real(drawing)
+            real(runner)
 
-        monkeypatch.setattr(execution._Drawing, name, noted)
+        monkeypatch.setattr(_runner.TaskRunner, name, noted)
 
     def wait_for_the_next(step):
         # The first chunks are those of the tanh networks.
@@ -330,7 +332,7 @@ def test_the_next_program_is_compiled_while_one_draws_and_no_bit_is_another(tmp_
 
     run(tmp_path / "ahead", text, progress=wait_for_the_next)
     for name in begun:
-        monkeypatch.setattr(execution._Drawing, name, lambda _: None)
+        monkeypatch.setattr(_runner.TaskRunner, name, lambda _: None)
     run(tmp_path / "in turn", text)
     assert files(tmp_path / "ahead") == files(tmp_path / "in turn")
 
@@ -387,21 +389,21 @@ def test_intervals_of_points_that_stop_when_a_target_is_met_cover_what_they_say(
 def test_one_process_at_a_time_and_no_folder_of_something_else(tmp_path):
     study = description.parse(TEXT)
     with (
-        store.Store.opened(tmp_path / "study", study),
+        Store(tmp_path / "study", study).locked(),
         pytest.raises(InputError, match="another process writes its study"),
-        store.Store.opened(tmp_path / "study", study),
+        Store(tmp_path / "study", study).locked(),
     ):
         pass
-    with store.Store.opened(tmp_path / "study", study):
+    with Store(tmp_path / "study", study).locked():
         pass
     (tmp_path / "note.txt").touch()
     with (
         pytest.raises(InputError, match="holds something that is no study"),
-        store.Store.opened(tmp_path, study),
+        Store(tmp_path, study).locked(),
     ):
         pass
     with pytest.raises(InputError, match="which holds no study"):
-        store.Store.of(tmp_path)
+        Store.of(tmp_path)
 
 
 def test_shares_of_hosts_that_do_not_meet_are_merged_to_the_whole(reference, tmp_path):
@@ -411,15 +413,15 @@ def test_shares_of_hosts_that_do_not_meet_are_merged_to_the_whole(reference, tmp
         outcome = run(folder, share=Share(place, 3), stop=lambda: True)
         assert not outcome.finished
         outcome = run(folder, share=Share(place, 3))
-        assert (outcome.finished, outcome.networks) == (True, 6 * Share(place, 3).of(20))
+        assert (outcome.finished, outcome.networks) == (True, 6 * Share(place, 3).size(20))
     # Each has the theory of its own points alone.
     known = [xarray.load_dataset(folder / results.FILE).q_theory[..., 0] for folder in folders]
     np.testing.assert_array_equal(sum(np.isfinite(one).astype(int) for one in known), 1)
 
-    written = merging.merge(folders[::-1], tmp_path / "whole")
+    written = execution.merge(folders[::-1], tmp_path / "whole")
     assert written == tmp_path / "whole" / results.FILE
     same(tmp_path / "whole", reference)
-    merging.merge(folders, tmp_path / "again")
+    execution.merge(folders, tmp_path / "again")
     assert files(tmp_path / "again") == files(tmp_path / "whole")
 
     text = TEXT.replace("networks = 20", "networks = 25").replace("2.0]", "2.0, 3.0]")
@@ -441,13 +443,13 @@ def test_results_that_are_put_together_in_parts_are_the_same(tmp_path, monkeypat
     study = description.parse(text)
     run(tmp_path / "study", text)
     found = xarray.load_dataset(tmp_path / "study" / results.FILE)
-    assert plan.slabs(study, 4)[0] == ""
+    assert _plan.result_parts(study, 4)[0] == ""
 
-    monkeypatch.setattr(plan, "_SLAB_BYTES", 1)
-    along, parts = plan.slabs(study, 4)
+    monkeypatch.setattr(_plan, "_PART_BYTES", 1)
+    along, parts = _plan.result_parts(study, 4)
     assert (along, len(parts)) == (("seed", 5) if axes == "a seed" else ("sigma_w2", 3))
-    with store.Store.opened(tmp_path / "study", study) as opened:
-        results.write(study, plan.groups(study), opened)
+    with Store(tmp_path / "study", study).locked() as store:
+        results.write(store, _plan.programs(study))
     again = xarray.load_dataset(tmp_path / "study" / results.FILE)
     assert again.q.dims[0] == along
     xarray.testing.assert_equal(again.transpose(*found.q.dims, ...), found)
@@ -468,24 +470,24 @@ def test_what_is_no_set_of_shares_is_not_merged(reference, tmp_path):
     run(first, share=Share(0, 2))
     run(second, share=Share(1, 2), stop=lambda: True)
     out = tmp_path / "whole"
-    with pytest.raises(InputError, match=r"second' is not finished: .* --share 2/2` goes on"):
-        merging.merge([first, second], out)
+    with pytest.raises(InputError, match=r"second' is not finished: .* --share 2/2` resumes it"):
+        execution.merge([first, second], out)
     with pytest.raises(InputError, match="of 2 shares 2 is missing"):
-        merging.merge([first], out)
+        execution.merge([first], out)
     with pytest.raises(InputError, match="both hold share 1/2; each goes in once"):
-        merging.merge([first, first], out)
+        execution.merge([first, first], out)
     with pytest.raises(InputError, match="holds a whole study and no share"):
-        merging.merge([reference], out)
+        execution.merge([reference], out)
     other = tmp_path / "other"
     run(other, TEXT.replace("width = 12", "width = 13"), share=Share(1, 2), stop=lambda: True)
     with pytest.raises(InputError, match=r"of another study than .*base.width was 12, is 13"):
-        merging.merge([first, other], out)
+        execution.merge([first, other], out)
     assert not out.exists()
     with pytest.raises(InputError, match="holds share 1/2; give --share 1/2, or another folder"):
         run(first, share=Share(1, 2))
     run(second, share=Share(1, 2))
     with pytest.raises(InputError, match="first', which holds something; give a new folder"):
-        merging.merge([first, second], first)
+        execution.merge([first, second], first)
     with pytest.raises(InputError, match=r"share is 1/2, and the study has a sampling.target"):
         run(tmp_path / "target", TARGET, share=Share(0, 2))
 
@@ -497,12 +499,12 @@ def test_what_is_merged_is_as_if_it_had_been_estimated_together():
     study = description.parse(TEXT)
     parts = []
     for first, last in ((0, 7), (7, 9), (9, 30)):
-        estimate = execution._estimate(values[first:last, None], np.array([False, True]))
+        estimate = _runner._estimate(values[first:last, None], np.array([False, True]))
         failures = np.full((1, 2, 5), last - first)
-        parts.append(Found(np.array([4], np.uint64), estimate, failures, {}))
-    whole = execution._estimate(values[:, None], np.array([False, True]))
-    other = Found(np.array([9], np.uint64), whole, np.zeros((1, 2, 5), np.int64), {})
-    found = combined([parts[0], other, *parts[1:]])
+        parts.append(Measurements(np.array([4], np.uint64), estimate, failures, {}))
+    whole = _runner._estimate(values[:, None], np.array([False, True]))
+    other = Measurements(np.array([9], np.uint64), whole, np.zeros((1, 2, 5), np.int64), {})
+    found = merged([parts[0], other, *parts[1:]])
     np.testing.assert_array_equal(found.names, [4, 9])
     np.testing.assert_array_equal(found.failures[:, 0, 0], [30, 0])
     for row in (0, 1):

@@ -7,7 +7,7 @@ import xarray
 
 from gradflow import builders, comparison
 from gradflow.estimation import Estimate
-from gradflow.studies import description, execution, gradient_spread
+from gradflow.studies import _gradient_spread, description, execution
 
 SLOPES = {"linear": 2.0, "relu": 5.0}  # Hanin & Nica 2020
 
@@ -20,7 +20,7 @@ def test_theory_is_the_exact_law_of_the_gain_and_its_log_normal_limit(name, widt
     corrections = comparison.correct_float64(network, np.ones((1, widths[0])))
     deviation = corrections.standard_deviation["log_gradient_norm"][None]
     log_norm = Estimate.of(np.random.default_rng(0).standard_normal((9, 1, network.depth)))
-    found = gradient_spread.spread(network, 1, log_norm, deviation)
+    found = _gradient_spread.spread(network, 1, log_norm, deviation)
     hidden = widths[1:]
     for layer in range(network.depth):
         downwards = hidden[layer:][::-1]
@@ -77,4 +77,4 @@ def test_networks_differ_by_depth_over_width(tmp_path):
 def test_there_is_none_where_sites_mix():
     network = builders.mlp([4, 6, 6], "tanh", norm="batch")
     log_norm = Estimate.of(np.zeros((3, 1, 2)))
-    assert gradient_spread.spread(network, 4, log_norm, np.full((1, 2), np.nan)) == {}
+    assert _gradient_spread.spread(network, 4, log_norm, np.full((1, 2), np.nan)) == {}

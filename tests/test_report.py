@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 
 from gradflow import cli
 from gradflow.errors import InputError
-from gradflow.figures import study as figure
+from gradflow.figures import _study as figure
 from gradflow.studies import description, execution, report, results
 
 EVIL = '<script>alert("1")</script> & <img src=x>'

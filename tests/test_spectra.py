@@ -1,5 +1,7 @@
 """Studies measure spectra of Jacobians: of which networks, of the same ones, beside theory."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,8 +11,9 @@ import xarray
 
 from gradflow import training
 from gradflow.errors import InputError
-from gradflow.simulation import _programs, propagation, singular_values
-from gradflow.studies import description, execution, plan, spectra, store
+from gradflow.simulation import _memory, _programs, propagation, singular_values
+from gradflow.studies import _plan, _rounds, _spectra, description, execution
+from gradflow.studies._point import Point
 from gradflow.theory import _spectral_shares, spectrum
 
 TEXT = """
@@ -90,12 +93,12 @@ def test_plain_networks_are_not_refused_and_what_they_take_is_known():
     without = description.parse(TEXT[: TEXT.index("[spectrum]")])
     assert with_spectrum.spectrum == description.HistogramRange(0.0, 2.0, 8)
     assert "spectrum" not in without.fixed()  # stores of before are still those of their files
-    (group, other), (plain, _) = plan.groups(with_spectrum), plan.groups(without)
-    assert group.sampler == other.sampler == "dense"
-    assert plan.groups(without)[1].sampler == "matrix_free"
-    assert group.seconds > 2 * plain.seconds
-    assert other.seconds > group.seconds  # orthogonal weights are factorised
-    assert plan.row_bytes(with_spectrum, 3) - plan.row_bytes(without, 3) == 8 * 4 * (8 + 7)
+    (program, other), (plain, _) = (_plan.programs(s) for s in (with_spectrum, without))
+    assert program.sampler == other.sampler == "dense"
+    assert _plan.programs(without)[1].sampler == "matrix_free"
+    assert program.seconds > 2 * plain.seconds
+    assert other.seconds > program.seconds  # orthogonal weights are factorised
+    assert _plan.row_bytes(with_spectrum, 3) - _plan.row_bytes(without, 3) == 8 * 4 * (8 + 7)
     for more in ("data = 'digits'", "mean_square = 0.5"):
         width = 64 if "data" in more else 12
         text = changed(("width = 12", f"width = {width}"), ("[sampl", f"[inputs]\n{more}\n[sampl"))
@@ -151,7 +154,7 @@ def test_signals_and_jacobians_leave_a_floats_range_and_their_slopes_do_not():
     network, x = point.network(), jnp.asarray(point.inputs(), jnp.float32)
     found = np.asarray(jax.jit(singular_values.end_to_end)(network.as_arrays(np.float32), x, key))
     scaled = point.settings | {"sigma_w2": 2.0}
-    usual = point.Point(point.place, scaled, point.networks).network()
+    usual = Point(point.index, scaled, point.networks).network()
     expected = np.asarray(jax.jit(singular_values.end_to_end)(usual.as_arrays(np.float32), x, key))
     assert np.isfinite(expected[0])
     np.testing.assert_allclose(found[0], expected[0] - 400 * np.log(2), rtol=1e-4)
@@ -162,7 +165,7 @@ def test_networks_without_a_finite_jacobian_are_left_out_and_zeros_are_in_no_bin
     bins = description.HistogramRange(0.0, 1.0, 4)
     logs = np.log([[0.1, 0.3, 1.0, 2.0], [0.1, 0.1, 0.1, 0.1]])
     logs = np.vstack([logs, [np.nan] * 4, [-1e4, -np.inf, -np.inf, 0.5]])
-    found = spectra.counted(logs, np.array([0, 0, 0, 1]), bins)
+    found = _spectra.counted(logs, np.array([0, 0, 0, 1]), bins)
     np.testing.assert_array_equal(found["networks"], [2, 1])
     np.testing.assert_array_equal(found["counts"][0], [0, 0, 5, 1, 0, 1, 1])
     np.testing.assert_array_equal(found["squares"][0], [0, 0, 17, 1, 0, 1, 1])
@@ -175,11 +178,11 @@ def test_networks_without_a_finite_jacobian_are_left_out_and_zeros_are_in_no_bin
 @pytest.fixture
 def _small_chunks(monkeypatch):
     """So that a small study has some, and merges them."""
-    monkeypatch.setattr(plan, "_CHUNK_SECONDS", 0.0)
-    monkeypatch.setattr(store, "_FAN", 2)
-    real = plan.memory.plan
+    monkeypatch.setattr(_plan, "_CHUNK_SECONDS", 0.0)
+    monkeypatch.setattr(_rounds, "_MERGED_FILES", 2)
+    real = _memory.plan
     monkeypatch.setattr(
-        plan.memory, "plan", lambda *a, **k: plan.dataclasses.replace(real(*a, **k), block=4)
+        _memory, "plan", lambda *a, **k: dataclasses.replace(real(*a, **k), block=4)
     )
 
 
@@ -197,7 +200,7 @@ def test_interrupted_it_ends_in_the_same_bits_and_other_chunks_change_the_roundi
     # Of two groups: two of chunks, one of theory; the round and its copy; the results.
     assert len(ours) == 9
     assert ours == theirs
-    monkeypatch.setattr(plan, "_CHUNK_SECONDS", 100.0)
+    monkeypatch.setattr(_plan, "_CHUNK_SECONDS", 100.0)
     run(tmp_path / "chunks")
     one, other = (xarray.load_dataset(tmp_path / n / "results.nc") for n in ("whole", "chunks"))
     for name in one:
@@ -289,12 +292,12 @@ def test_theory_is_offered_where_q_stays_put_and_zeros_are_an_atom():
     ):
         network = description.parse(text).point(0).network()
         log_q = np.log([1.6, 1.0, 0.7])
-        law = spectra.theory(network, log_q, bins)
+        law = _spectra.theory(network, log_q, bins)
         assert np.isfinite(law["shares"]).all() == known
         if known:
             np.testing.assert_allclose(law["shares"].sum(), 1, rtol=1e-12)
             np.testing.assert_allclose(law["shares"][0], 0.5)
-        settled = spectra.theory(network, np.log([0.601, 0.6, 0.599]), bins)
+        settled = _spectra.theory(network, np.log([0.601, 0.6, 0.599]), bins)
         assert np.isfinite(settled["shares"]).all()
 
 

@@ -46,28 +46,24 @@ _LINE_EVERY = 10.0
 )
 def plan(file: File, as_json: Json = False) -> None:
     """Say what a study file would take: programs, networks, memory and time; nothing is run."""
-    from gradflow.studies import (
-        description,  # noqa: PLC0415  (JAX is slow to import)
-        results,  # noqa: PLC0415
-    )
-    from gradflow.studies import plan as plans  # noqa: PLC0415
+    from gradflow.studies import _plan as plans  # noqa: PLC0415  (JAX is slow to import)
+    from gradflow.studies import description, results  # noqa: PLC0415
 
     study = description.load(file)
-    made = plans.make(study, plans.groups(study))
-    plans.check_memory(study, made)
+    made = plans.first_round(study)
     results.check(study)
     rows = [
         {
-            "activation": group.network.activation.name,
-            "layers": group.network.depth,
-            "widest": max(group.network.widths),
-            "points": len(group.names),
-            "networks": work.networks,
-            "chunks": work.chunks,
-            "sampler": group.sampler,
-            "why": group.reason,
+            "activation": program.network.activation.name,
+            "layers": program.network.depth,
+            "widest": max(program.network.widths),
+            "points": len(program.names),
+            "networks": task.networks,
+            "chunks": task.chunks,
+            "sampler": program.sampler,
+            "why": program.reason,
         }
-        for group, work in zip(made.groups, made.works, strict=True)
+        for program, task in zip(made.programs, made.tasks, strict=True)
     ]
     found = {
         "title": study.title,
@@ -117,10 +113,10 @@ def run(study: Any, folder: Path, part: Any = None) -> int:
     import jax  # noqa: PLC0415
 
     from gradflow.studies import execution  # noqa: PLC0415
-    from gradflow.studies.plan import ALL  # noqa: PLC0415
+    from gradflow.studies._plan import WHOLE  # noqa: PLC0415
 
     with _interruptible() as stop, _progress() as report:
-        outcome = execution.run(study, folder, share=part or ALL, progress=report, stop=stop)
+        outcome = execution.run(study, folder, share=part or WHOLE, progress=report, stop=stop)
     if jax.process_index() == 0 and not outcome.finished:
         say(f"gradflow: {str(folder)!r} holds {outcome.networks} networks")
         raise typer.Exit(130)
@@ -149,8 +145,8 @@ def run_file(file: Path, folder: Path, share: str | None, as_json: bool) -> None
 
 def _part(text: str) -> Any:
     """Return the share that 2/8 means."""
+    from gradflow.studies._plan import Share  # noqa: PLC0415
     from gradflow.studies.entries import MOST_NETWORKS  # noqa: PLC0415
-    from gradflow.studies.plan import Share  # noqa: PLC0415
 
     place, slash, parts = text.partition("/")
     # No share is of more networks than there are numbers for.
@@ -176,10 +172,10 @@ def merge(
     out: Annotated[Path, typer.Option(help="A new folder for the whole.", show_default=False)],
 ) -> None:
     """Put together the shares of a study that hosts drew without knowing of each other."""
-    from gradflow.studies import merging, results  # noqa: PLC0415
+    from gradflow.studies import execution, results  # noqa: PLC0415
 
     console = make_console()
-    written = merging.merge(folders, out)
+    written = execution.merge(folders, out)
     with results.opened(written) as dataset:
         _show(console, dataset.attrs["title"], dataset)
     console.print(f"written   {written}; gradflow show {out}")
@@ -222,7 +218,7 @@ def show(folder: Folder, as_json: Json = False) -> None:
 
     store = Store.of(folder)
     study = store.study
-    drawn = sum(store.networks().values())
+    drawn = sum(store.rounds.networks().values())
     console = make_console()
     if store.results is None:
         told = {"title": study.title, "finished": False, "networks": drawn, "points": len(study)}
@@ -298,7 +294,6 @@ def export(
     netcdf: Annotated[Path | None, typer.Option(help="Everything, labelled.")] = None,
 ) -> None:
     """Write what a study has found so far to a file of another kind."""
-    from gradflow.studies import plan as plans  # noqa: PLC0415
     from gradflow.studies import results  # noqa: PLC0415
     from gradflow.studies.store import Store  # noqa: PLC0415
 
@@ -309,7 +304,7 @@ def export(
         if target is not None:
             writable_file(target, name)
     if store.results is None:
-        dataset = results.assemble(store.study, plans.groups(store.study), store)
+        dataset = results.assemble(store)
     else:
         with results.opened(store.results) as found:
             dataset = found.load()
@@ -394,8 +389,8 @@ def _progress() -> Iterator[Callable[[Any], None]]:
     def said(step: Any) -> str:
         each = rate(step)
         parts = [f"{each:.3g} {step.what}/s"] if each > 0 else []
-        if step.of:
-            parts.append(f"|z| up to {step.largest_z:.2g} ({step.of})")
+        if step.statistic:
+            parts.append(f"|z| up to {step.largest_z:.2g} ({step.statistic})")
         return ", ".join(parts)
 
     if not sys.stderr.isatty():

@@ -1,42 +1,47 @@
-"""Studies: networks over a grid, described by a file, of any size (`gradflow study FILE`).
+"""Studies: random networks over a grid that a file describes, in any number, beside theory.
 
-description, entries
-    The study file: a base network and axes over it; what each of its entries may be.
-point
-    A place in its grid: the networks' law, the inputs and the key.
-plan
-    Which programs it takes, in which chunks, and how long.
-store, found, sealed
-    The folder that holds what is finished, whatever happens to the process; what networks of some
-    points did; files that tell their own damage.
-spectra
-    Singular values of the end-to-end Jacobian, counted, beside theory.
-depth_scales, gradient_spread
-    What is made of the statistics: ξ of gradients, lengths and correlations; how networks differ.
-results
-    All of it with labels, theory beside it.
-execution, merging
-    Running it; shares of it put together.
-report
-    A page on the results.
+    study = description.load(Path("study.toml"))
+    outcome = execution.run(study, folder)          # `gradflow study FILE --out FOLDER`
+    with results.opened(outcome.results) as dataset:
+        page = report.page(dataset)
+
+Words that have one meaning throughout:
+
+study        what a study file says: a base network, axes, and how many networks a point has
+axis         one dimension of the grid: fields of the file that vary along it together
+point        one combination of the axes' values: a law of networks, its inputs and its key
+share        one host's part of the networks of every point; the shares are merged into the whole
+program      one compiled program, and the points whose networks it draws
+round        the networks that are drawn between two decisions on how many each point needs
+task         the networks that a round draws with one program
+chunk        a stretch of a task that is drawn, written and, after an interruption, resumed at once;
+             or the theory of some of its points
+measurements what was measured in networks of some points, as estimates that can be merged
+store        the folder with all that is finished
+results      the labelled file that is made of the measurements and of theory at the end
+
+Public: `description` (the study file), `execution` (run, merge), `store` (the folder to read),
+`results` and `report`. Private: what its entries and points mean (`entries`, `_point`); which
+programs draw it in which chunks (`_plan`); drawing one task (`_runner`); the files of rounds and
+chunks and their checksums (`_rounds`, `_measurements`, `_sealed`); and what is derived from
+statistics: `_depth_scales`, `_gradient_spread`, `_spectra`.
 """
 
-from gradflow.studies import (
-    depth_scales,
-    description,
-    entries,
-    execution,
-    found,
-    gradient_spread,
-    merging,
-    plan,
-    point,
-    report,
-    results,
-    sealed,
-    spectra,
-    store,
-)
+from gradflow.studies import description, execution, report, results, store
+from gradflow.studies._plan import Share
+from gradflow.studies.description import Study, load
+from gradflow.studies.execution import merge, run
+from gradflow.studies.store import Store
 
-__all__ = ["depth_scales", "description", "entries", "execution", "found", "gradient_spread"]
-__all__ += ["merging", "plan", "point", "report", "results", "sealed", "spectra", "store"]
+__all__ = [
+    "Share",
+    "Store",
+    "Study",
+    "description",
+    "execution",
+    "load",
+    "merge",
+    "report",
+    "results",
+]
+__all__ += ["run", "store"]

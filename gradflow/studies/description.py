@@ -50,9 +50,9 @@ import numpy as np
 from gradflow import statistics
 from gradflow.errors import InputError
 from gradflow.statistics import Statistic
-from gradflow.studies import entries, point
+from gradflow.studies import _point, entries
+from gradflow.studies._point import Point
 from gradflow.studies.entries import Check, shown, under
-from gradflow.studies.point import Point
 
 __all__ = ["Axis", "HistogramRange", "Sampling", "Study", "differences", "load", "parse"]
 
@@ -190,7 +190,7 @@ class Study:
             if axis.networks is not None
         ]
         count = along[0] if along else self.sampling.networks
-        return Point(place, point.resolved({**self.base, **varied}), count)
+        return Point(place, _point.resolved({**self.base, **varied}), count)
 
     def points(self) -> Iterator[Point]:
         """Yield all points in order."""
@@ -324,9 +324,9 @@ def parse(text: str) -> Study:
         raise InputError(f"{given['seed']} also stands at sampling.seed; it has one place")
     everything = {"seed": sampling.seed, **base, **inputs}
     batches = _values_of("batch", everything, axes) or [1]
-    if "data" in base | inputs and max(batches) > point.DIGITS_IMAGES:
+    if "data" in base | inputs and max(batches) > _point.DIGITS_IMAGES:
         raise InputError(
-            f"inputs.batch is {max(batches)}; there are {point.DIGITS_IMAGES} digit images"
+            f"inputs.batch is {max(batches)}; there are {_point.DIGITS_IMAGES} digit images"
         )
     least = min(_values_of("correlation", everything, axes) or [0.0])
     if "correlation" in given and max(batches) == 1:
@@ -619,7 +619,7 @@ def _plain(
     widths = {n for value in values("widths") for n in value} or set(values("width"))
     below, there = set(values("input_width")), given.get("input_width")
     if "data" in given:
-        below, there = {point.DIGITS_WIDTH}, given["data"]
+        below, there = {_point.DIGITS_WIDTH}, given["data"]
     if len(widths) > 1 and "widths" in given:
         raise InputError(
             f"{given['widths']} has several widths; with [spectrum] input and layers are as wide"

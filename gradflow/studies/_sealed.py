@@ -1,8 +1,8 @@
-"""Files that tell their own damage, and whose they are.
+"""Files with a checksum of their content and of the round that they belong to.
 
-Behind its content a file has a SHA-256 of that and of its place: of which round of which study it
-is, and what in it. A bit that is another, an end that is missing and a file of another study are
-all found when it is read. Each file is written beside its place, brought to the disk and then
+Behind its content a sealed file has a SHA-256 of the content and of its label: the round and study
+that it is of, and which part of them. A flipped bit, a missing end and a file of another study are
+all noticed when it is read. A file is written under another name, flushed to the disk and then
 renamed, so that it is there whole or not at all.
 """
 
@@ -15,10 +15,10 @@ from pathlib import Path
 
 from gradflow.errors import InputError
 
-__all__ = ["WRITING", "Damage", "beside", "digest", "discard", "put", "read", "sealed"]
-__all__ += ["sentences", "write"]
+__all__ = ["WRITING", "Damage", "beside", "digest", "discard", "explained", "put", "read", "sealed"]
+__all__ += ["write"]
 
-# How a file's name begins before it is in its place.
+# How a file's name begins while it is written.
 WRITING = ".writing-"
 _SEAL = 32
 
@@ -31,17 +31,17 @@ class Damage(InputError):
         self.path = path
 
 
-def sealed(content: bytes, *place: str) -> bytes:
+def sealed(content: bytes, *label: str) -> bytes:
     """Return the content with its seal behind it."""
-    return content + _seal(content, place)
+    return content + _seal(content, label)
 
 
-def _seal(content: bytes, place: tuple[str, ...]) -> bytes:
-    return hashlib.sha256("\n".join(place).encode() + b"\0" + content).digest()
+def _seal(content: bytes, label: tuple[str, ...]) -> bytes:
+    return hashlib.sha256("\n".join(label).encode() + b"\0" + content).digest()
 
 
-def read(path: Path, *place: str) -> bytes | None:
-    """Return the content of a file that was `sealed` for this place; None if there is none."""
+def read(path: Path, *label: str) -> bytes | None:
+    """Return the content of a file that was `sealed` with this label; None if it was not."""
     if not path.is_file():  # nor a folder, a pipe, a link to nothing
         return None
     try:
@@ -49,7 +49,7 @@ def read(path: Path, *place: str) -> bytes | None:
     except FileNotFoundError:  # its process has merged it into another
         return None
     content, seal = whole[:-_SEAL], whole[-_SEAL:]
-    return content if seal == _seal(content, place) else None
+    return content if seal == _seal(content, label) else None
 
 
 def digest(path: Path) -> str:
@@ -61,12 +61,12 @@ def digest(path: Path) -> str:
 
 
 def beside(path: Path) -> Path:
-    """Return where a file is written before it is put in its place."""
+    """Return the path under which a file is written before it is renamed to this one."""
     return path.with_name(f"{WRITING}{path.name}")
 
 
 def write(path: Path, content: bytes) -> None:
-    """Put a file with this content in its place, if it is not there already."""
+    """Write a file with this content, whole or not at all, unless it has that content already."""
     if (
         path.is_file()
         and not path.is_symlink()
@@ -83,7 +83,7 @@ def write(path: Path, content: bytes) -> None:
 
 
 def put(written: Path, path: Path) -> None:
-    """Bring a file to the disk and then to its place."""
+    """Flush a file to the disk and then rename it to its path."""
     with open(written, "rb") as file:
         os.fsync(file.fileno())
     if path.is_dir() and not path.is_symlink():
@@ -97,7 +97,7 @@ def put(written: Path, path: Path) -> None:
 
 
 def discard(path: Path) -> None:
-    """Remove what stands in the place of a file, a link and not what it leads to.
+    """Remove a file or an empty folder; of a link, the link and not its target.
 
     Raises
     ------
@@ -117,20 +117,20 @@ def discard(path: Path) -> None:
 
 
 @contextlib.contextmanager
-def sentences(folder: Path) -> Iterator[None]:
-    """Say in a sentence what the disk refuses."""
+def explained(folder: Path) -> Iterator[None]:
+    """Turn errors of the file system into an `InputError` that names a remedy."""
     try:
         yield
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise InputError(
                 f"the disk of {str(folder)!r} is full ({error.strerror}); what is finished is "
-                "kept, and the same command goes on from there when there is room"
+                "kept, and the same command resumes the study when there is room"
             ) from error
         if error.errno == errno.ENOENT:
             raise InputError(
                 f"out is {str(folder)!r}, of which something was removed while it was written to; "
-                "the same command goes on with what is left"
+                "the same command resumes the study with what is left"
             ) from error
         raise InputError(
             f"out is {str(folder)!r}, which cannot be written to "

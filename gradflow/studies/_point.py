@@ -1,4 +1,4 @@
-"""A place in a study's grid: settings, and the networks' law, the inputs and the key they mean."""
+"""A point of a study's grid: its settings, and the networks, the inputs and the key they mean."""
 
 import dataclasses
 import functools
@@ -27,25 +27,25 @@ DIGITS_IMAGES, DIGITS_WIDTH = 1797, 64
 
 @dataclasses.dataclass(frozen=True)
 class Point:
-    """One law of networks with its inputs: a place in the grid.
+    """A point of the grid: one law of networks, with its inputs.
 
     Attributes
     ----------
-    place
-        Its index along every axis.
+    index
+        Along every axis.
     settings
-        All that decides it: the network's fields, the inputs' and the seed.
+        The fields that decide it: the network's, the inputs' and the seed.
     networks
-        How many it has; with a target, a round.
+        How many it has; with a target, in a round.
     """
 
-    place: tuple[int, ...]
+    index: tuple[int, ...]
     settings: Mapping[str, Any]
     networks: int
 
     @functools.cached_property
     def name(self) -> int:
-        """A number of 64 bits that is made from the settings."""
+        """A number of 64 bits that identifies the settings: the beginning of their SHA-256."""
         text = _ENCODER.encode(self.settings)
         return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big")
 
@@ -61,22 +61,23 @@ class Point:
 
     @property
     def structure(self) -> tuple[tuple[str, Any], ...]:
-        """What decides which program draws the point's networks: no number that may vary in it."""
-        found = []
+        """The settings that decide which program draws the networks: not the numbers it takes."""
+        structure = []
         for field, value in self.settings.items():
             if field in NUMBERS and not isinstance(value, str):
                 value = bool(value)
             elif field == "widths":
                 value = tuple(value)
             if field != "seed":
-                found.append((field, value))
-        return tuple(found)
+                structure.append((field, value))
+        return tuple(structure)
 
     def network(self) -> Network:
         """Return the law of the point's networks.
 
-        Where the settings have a σ_b of 0, biases of 0 are drawn all the same, so that those with
-        others are of the same structure; but not where signals could not be kept at length 1 then.
+        Where the settings have a σ_b of 0, the networks still have biases, of variance 0, so that
+        points with other σ_b have the same program; but not homogeneous networks, whose signals
+        are kept at length 1 and which biases would not let be.
 
         Raises
         ------
@@ -111,7 +112,7 @@ class Point:
 
 @jax.jit
 def keys(words: UInt32[ArrayLike, "points 3"]) -> Key[Array, " points"]:
-    """Return the keys of points from their seeds and the two numbers that each name is."""
+    """Return the keys of points from their `Point.key_words`."""
 
     def one(of: Array) -> PRNGKeyArray:
         key = jax.random.key(of[0], impl=PRNG)
@@ -121,7 +122,7 @@ def keys(words: UInt32[ArrayLike, "points 3"]) -> Key[Array, " points"]:
 
 
 _ENCODER = json.JSONEncoder(sort_keys=True)
-# What a field is where it is not given, and matters.
+# The values of fields that are not given.
 _DEFAULTS: dict[str, Any] = {
     "kind": "mlp",
     "norm": NO_NORM,
@@ -132,16 +133,16 @@ _DEFAULTS: dict[str, Any] = {
 
 
 def resolved(fields: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the settings of a point, with nothing that does not matter to it."""
-    found = {**_DEFAULTS, **fields}
-    idle: list[str] = list(MLP_ONLY if found["kind"] == "residual" else RESIDUAL_ONLY)
-    if found["norm"] == NO_NORM:
+    """Return the settings of a point from its fields, without those that have no effect on it."""
+    settings = {**_DEFAULTS, **fields}
+    idle: list[str] = list(MLP_ONLY if settings["kind"] == "residual" else RESIDUAL_ONLY)
+    if settings["norm"] == NO_NORM:
         idle.append("norm_position")
-    if "data" in found:
+    if "data" in settings:
         idle += ["mean_square", "correlation"]
-    if found["batch"] == 1:
+    if settings["batch"] == 1:
         idle.append("correlation")
-    return {field: value for field, value in found.items() if field not in idle}
+    return {field: value for field, value in settings.items() if field not in idle}
 
 
 def _network(settings: Mapping[str, Any]) -> Network:
@@ -178,8 +179,8 @@ def _input_width(settings: Mapping[str, Any]) -> int:
 def _inputs(settings: Mapping[str, Any], width: int) -> np.ndarray:
     """Return inputs x_a of (1/n_0) x_a·x_b = mean_square · (correlation, or 1 where a = b).
 
-    Made of the cosines of a discrete cosine transform: orthogonal, none sparse, and with a mean of
-    0 over components but the last. Images are `data.resized` to the width.
+    They are combinations of a discrete cosine transform's rows, which are orthogonal, not sparse,
+    and but for the last have mean 0 over components. Images are `data.resized` to the width.
     """
     batch = settings["batch"]
     if "data" in settings:
@@ -190,9 +191,7 @@ def _inputs(settings: Mapping[str, Any], width: int) -> np.ndarray:
             raise InputError(f"inputs.batch is {batch}; there are {len(images)} digit images")
         return data.resized(np.asarray(images[:batch], np.float64), width)
     if batch > width:
-        raise InputError(
-            f"inputs.batch is {batch}; of {width} components there are at most as many"
-        )
+        raise InputError(f"inputs.batch is {batch}; a width of {width} has at most {width} inputs")
     correlation = settings.get("correlation", 0.0)
     order = np.roll(np.arange(width), -1)[:batch, None]
     rows = np.cos(np.pi * order * (np.arange(width) + 0.5) / width)

@@ -1,0 +1,308 @@
+"""Running one task: its chunks are drawn and averaged, and the theory of its points is computed.
+
+All processes of `jax.distributed` draw each chunk together. Each averages the networks that its own
+devices drew, and computes the theory of some of the points.
+"""
+
+import dataclasses
+import functools
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from gradflow import comparison
+from gradflow.estimation import Estimate
+from gradflow.simulation import _programs
+from gradflow.simulation._programs import RandomNetworks
+from gradflow.statistics import Statistic
+from gradflow.studies import _spectra
+from gradflow.studies._measurements import Measurements
+from gradflow.studies._plan import Program, Task
+from gradflow.studies._point import Point, keys
+from gradflow.studies.description import HistogramRange, Study
+
+__all__ = ["SPECTRUM", "THEORY", "WORKERS", "Chunk", "TaskRunner", "theory"]
+
+# Chunks at a time: one is drawn while another's values are averaged. And programs that are compiled
+# at a time, each of which uses a core, while the one before draws.
+WORKERS = 2
+# The names of theory's arrays; and the prefix of the names of `_spectra.theory`'s.
+THEORY, SPECTRUM = ("predicted", "shift", "deviation"), "spectrum/"
+
+
+class Chunk(NamedTuple):
+    """A chunk of networks that was drawn.
+
+    Attributes
+    ----------
+    number
+        Its number in the task.
+    done
+        Networks of the task up to its end.
+    measurements
+        Of the networks that this process drew of it; None if there are none.
+    seconds
+        The time since the chunk before.
+    """
+
+    number: int
+    done: int
+    measurements: Measurements | None
+    seconds: float
+
+
+@dataclasses.dataclass(frozen=True)
+class TaskRunner:
+    """A task with its study, its program and the devices that draw it."""
+
+    study: Study
+    program: Program
+    task: Task
+    devices: Sequence[jax.Device]
+
+    @property
+    def _measured(self) -> tuple[Statistic, ...]:
+        return (*self.study.statistics, _programs.OVERFLOWED, _programs.VANISHED)
+
+    @functools.cached_property
+    def _numbers(self) -> np.ndarray:
+        """The points' numbers in the study, in the order of the task."""
+        names = self.program.names
+        order = np.argsort(names)
+        rows = order[np.searchsorted(names, self.task.names, sorter=order)]
+        return np.asarray(self.program.numbers[rows])
+
+    def points(self, rows: Sequence[int] | np.ndarray) -> list[Point]:
+        """Return the points in rows of the task."""
+        return [self.study.point(int(self._numbers[row])) for row in rows]
+
+    @property
+    def _x64(self) -> bool:
+        return self.study.sampling.dtype == "float64"
+
+    @property
+    def _size(self) -> int:
+        """Networks that a call draws: a chunk, in whole blocks."""
+        together = self.task.block * len(self.devices)
+        return -(-self.task.chunk_size // together) * together
+
+    def compile(self) -> None:
+        """Compile the program that draws the networks, before `run` needs it."""
+        self._compiled  # noqa: B018  (a property that is kept)
+
+    def compile_theory(self) -> None:
+        """Compile the theory of the points that are drawn for the first time, if there are any."""
+        for point in self.points(np.flatnonzero(self.task.theory)[:1]):
+            _compile_theory(self.study, point)
+
+    @functools.cached_property
+    def _compiled(
+        self,
+    ) -> Callable[[RandomNetworks, np.ndarray, np.ndarray], dict[str, np.ndarray]]:
+        task = self.task
+        with jax.enable_x64(self._x64):
+            return _programs.compiled(
+                self._networks(0),
+                self._size,
+                tuple(self.devices),
+                task.seconds,
+                measured=self._measured,
+                sampler=task.sampler,
+                keep=(task.keep, task.checkpoint),
+                block=task.block,
+                everywhere=False,
+                spectrum=self.study.spectrum is not None,
+            )
+
+    @functools.cached_property
+    def _own(self) -> np.ndarray:
+        """The networks of a call that this process draws: a stretch of them."""
+        return _programs.own_networks(self._size, self.devices)
+
+    def run(self, ranges: Sequence[tuple[int, int]]) -> Iterator[Chunk]:
+        """Draw the chunks of some ranges, each [first, end), one after the other."""
+        if not ranges:
+            return
+        self.compile()
+        task = self.task
+        workers = 1 if jax.process_count() > 1 else WORKERS
+        begun = time.perf_counter()
+        for first, end in ranges:
+            start, stop = task.span(first, end - 1)
+            drawn = _programs.in_order(
+                lambda done, start=start: self._draw((start + done) // task.chunk_size),
+                stop - start,
+                task.chunk_size,
+                workers,
+            )
+            for done, values in drawn:
+                now = time.perf_counter()
+                chunk = (start + done - 1) // task.chunk_size
+                measurements = self.measurements(chunk, values)
+                yield Chunk(chunk, start + done, measurements, now - begun)
+                begun = now
+
+    def _draw(self, chunk: int) -> dict[str, np.ndarray]:
+        """Draw a chunk: values by statistic of this process's own networks, (networks, layers)."""
+        rows, first, count = self.task.stretch(*self.task.span(chunk, chunk))
+        networks = int(count.sum())
+        which, numbers = np.zeros((2, self._size), np.int32)
+        which[:networks] = np.repeat(rows - rows[0], count)
+        own = [np.arange(n, n + k) for n, k in zip(first, count, strict=True)]
+        numbers[:networks] = self.task.share.numbers(np.concatenate(own))
+        with jax.enable_x64(self._x64):
+            values = self._compiled(self._networks(int(rows[0])), which, numbers)
+        ours = np.searchsorted(self._own, networks)
+        return {name: value[:ours] for name, value in values.items()}
+
+    def _networks(self, row: int) -> RandomNetworks:
+        """Return the networks of the points from a row of the task on, as many as a call takes."""
+        last = len(self.task.names) - 1
+        points = self.points([min(row + n, last) for n in range(self.task.points_a_call)])
+        dtype = np.dtype(self.study.sampling.dtype)
+        unnamed = [dataclasses.replace(point.network(), name="") for point in points]
+        network = jax.tree.map(lambda *leaves: np.array(leaves, dtype), *unnamed)
+        inputs = np.stack([point.inputs().astype(dtype) for point in points])
+        words = np.array([point.key_words for point in points], np.uint32)
+        return RandomNetworks(network, inputs, keys(words))
+
+    def measurements(self, chunk: int, values: Mapping[str, np.ndarray]) -> Measurements | None:
+        """Return the averages of this process's values of a chunk; None if it has none."""
+        start, stop = self.task.span(chunk, chunk)
+        start, stop = start + int(self._own[0]), min(start + int(self._own[-1]) + 1, stop)
+        if start >= stop:
+            return None
+        rows, _, count = self.task.stretch(start, stop)
+        statistics = self.study.statistics
+        table = np.stack([values[s.key] for s in statistics], axis=1)
+        logs = np.array([s.log for s in statistics])
+        starts = np.cumsum([0, *count])
+        failures = np.stack([values[s.key] != 0 for s in self._measured[len(statistics) :]], axis=1)
+        estimates, failed = [], []
+        for first, last, each in _runs(count):
+            part = slice(starts[first], starts[last])
+            # Points of equally many networks together: (networks, points, statistics, layers).
+            by_point = table[part].reshape(last - first, each, *table.shape[1:]).swapaxes(0, 1)
+            estimates.append(_estimate(by_point, logs))
+            counted = failures[part].reshape(last - first, each, *failures.shape[1:])
+            failed.append(np.count_nonzero(counted, axis=1))
+        point = np.repeat(np.arange(len(rows)), count)
+        bins = self.study.spectrum
+        log_singular_values = values.get(_programs.LOG_SINGULAR_VALUES)
+        return Measurements(
+            names=self.task.names[rows],
+            estimates=jax.tree.map(lambda *parts: np.concatenate(parts), *estimates),
+            failures=np.concatenate(failed),
+            histograms={
+                s.name: _binned(values[s.key], point, self.study.histograms[s.name])
+                for s in statistics
+                if s.name in self.study.histograms
+            },
+            spectra={}
+            if bins is None or log_singular_values is None
+            else _spectra.counted(log_singular_values, point, bins),
+        )
+
+    def largest_z(
+        self, measurements: Measurements, predicted: Mapping[str, np.ndarray]
+    ) -> tuple[float, str]:
+        """Return the largest |z| of points and its statistic; 0 if there is no theory of them."""
+        _, rows, theory_rows = np.intersect1d(
+            measurements.names, predicted["names"], return_indices=True
+        )
+        if not len(rows):
+            return 0.0, ""
+        largest = {}
+        for index, statistic in enumerate(self.study.statistics):
+            estimate = jax.tree.map(lambda leaf: leaf[rows], measurements.statistic(index))
+            _, _, z = comparison.differences(
+                statistic,
+                predicted["predicted"][theory_rows, index],
+                estimate,
+                estimate.count * self.program.units,
+                self.study.sampling.dtype,
+            )
+            largest[statistic.name] = float(np.max(np.abs(z), where=np.isfinite(z), initial=0.0))
+        name = max(largest, key=lambda name: largest[name])
+        return largest[name], name
+
+
+def _runs(counts: np.ndarray) -> Iterator[tuple[int, int, int]]:
+    """Yield (first, last, count) of stretches of equal counts."""
+    ends = [*(np.flatnonzero(np.diff(counts)) + 1).tolist(), len(counts)]
+    for first, last in zip([0, *ends], ends, strict=False):
+        yield first, last, int(counts[first])
+
+
+def _estimate(values: np.ndarray, logs: np.ndarray) -> Estimate:
+    """Return the estimate of values of shape (networks, points, statistics, layers)."""
+    plain, logarithmic = (
+        Estimate.of(values[:, :, which], log=log) for which, log in ((~logs, False), (logs, True))
+    )
+
+    def together(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+        joined = np.empty((len(a), len(logs), *a.shape[2:]), np.result_type(a, b))
+        joined[:, ~logs], joined[:, logs] = a, b
+        return joined
+
+    return jax.tree.map(together, plain, logarithmic)
+
+
+def _binned(values: np.ndarray, point: np.ndarray, bins: HistogramRange) -> np.ndarray:
+    """Networks below, in and above the bins, shape (points, layers, bins + 2)."""
+    counts = np.zeros((point[-1] + 1, values.shape[1], bins.bins + 2), np.int64)
+    column = np.searchsorted(bins.edges, values.astype(np.float64), side="right")
+    # The last edge belongs to the last bin; what is not a number is in none.
+    column[values == bins.stop] = bins.bins
+    rows, layers = np.nonzero(~np.isnan(values))
+    np.add.at(counts, (point[rows], layers, column[rows, layers]), 1)
+    return counts
+
+
+def theory(study: Study, points: Sequence[Point]) -> dict[str, np.ndarray]:
+    """Return the theory of points of one program, in float64.
+
+    Returns
+    -------
+    dict
+        ``names``; ``predicted``, ``shift`` and ``deviation``, shape (points, statistics, layers),
+        in the unit that each statistic is kept in. ``shift`` is the effect of the width, to first
+        order in 1/width, and ``deviation`` the standard deviation over networks that the width
+        makes, of a logarithm as a share of the mean; NaN where there is no theory, or the study
+        does not ask for it. And, if singular values are measured, the arrays of `_spectra.theory`,
+        each with an axis of points.
+    """
+    statistics = [statistic.key for statistic in study.statistics]
+
+    def of(point: Point) -> dict[str, np.ndarray]:
+        network, inputs = point.network(), point.inputs()
+        prediction, corrections = comparison.theory_float64(
+            network, inputs, finite_width=study.finite_width
+        )
+        each = [prediction.values]
+        each += [corrections.shift, corrections.standard_deviation] if corrections else []
+        values = np.full((len(THEORY), len(statistics), network.depth), np.nan)
+        values[: len(each)] = [[by_key[key] for key in statistics] for by_key in each]
+        arrays: dict[str, Any] = dict(zip(THEORY, values, strict=True))
+        if study.spectrum is not None:
+            log_q = np.asarray(prediction.values["log_q"])
+            spectrum = _spectra.theory(network, log_q, study.spectrum)
+            arrays |= {f"{SPECTRUM}{name}": value for name, value in spectrum.items()}
+        return arrays
+
+    _compile_theory(study, points[0])
+    with ThreadPoolExecutor(min(os.cpu_count() or 1, 8)) as pool:
+        by_point = list(pool.map(of, points))
+    names = np.array([point.name for point in points], np.uint64)
+    stacked = {key: np.stack([each[key] for each in by_point]) for key in by_point[0]}
+    return {"names": names} | stacked
+
+
+def _compile_theory(study: Study, point: Point) -> None:
+    """Compile the theory of points of this one's program, if it is not compiled yet."""
+    comparison.compile_theory(point.network(), point.inputs(), finite_width=study.finite_width)
