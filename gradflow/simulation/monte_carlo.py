@@ -188,6 +188,12 @@ def simulate(
     progress
         Called with (networks done, networks in all).
 
+    Returns
+    -------
+    Simulation
+        Each statistic at each layer with its standard error over networks, `Simulation.estimates`;
+        histograms, and what was drawn and how long it took.
+
     Raises
     ------
     InputError

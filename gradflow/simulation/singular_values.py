@@ -440,6 +440,11 @@ def extreme_singular_values(
     memory_budget
         Bytes to stay within; without it, the device's free memory.
 
+    Returns
+    -------
+    ExtremeSingularValues
+        Their logarithms, the largest first, with error estimates, and whether they converged.
+
     Raises
     ------
     InputError
