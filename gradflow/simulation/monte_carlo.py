@@ -192,8 +192,7 @@ def simulate(
     Returns
     -------
     Simulation
-        Each statistic at each layer with its standard error over networks, `Simulation.estimates`;
-        histograms, and what was drawn and how long it took.
+        An `Estimate` of each statistic at each layer, by its name.
 
     Raises
     ------

@@ -443,7 +443,7 @@ def extreme_singular_values(
     Returns
     -------
     ExtremeSingularValues
-        Their logarithms, the largest first, with error estimates, and whether they converged.
+        Natural logarithms, (leading,) and (trailing,), with their errors.
 
     Raises
     ------
