@@ -13,6 +13,7 @@ kernels            the state of an infinitely wide layer: second moments of sign
 blocks             the repeating unit, read twice: one network, infinite width
 networks           a random network as data: stages of equal blocks
 builders           networks of the usual architectures: mlp, residual, convolutional, recurrent
+schema             a network as named options: for Python, study files and the command line
 statistics         what is reported: its name, how it is measured, how it is predicted
 float_ranges       in which layer signals and gradients leave float16, bfloat16, float32, float64
 estimation         means, standard errors and histograms over networks

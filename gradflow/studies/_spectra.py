@@ -24,7 +24,7 @@ from jaxtyping import Array
 from gradflow._compilation import Float64Program
 from gradflow.activations import Activation
 from gradflow.networks import Network
-from gradflow.studies.description import HistogramRange
+from gradflow.studies._study import HistogramRange
 from gradflow.theory import spectrum
 
 __all__ = ["BIN", "COMPARED", "counted", "labelled", "theory", "unknown"]
