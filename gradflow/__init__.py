@@ -13,6 +13,7 @@ kernels            the state of an infinitely wide layer: second moments of sign
 blocks             layers, each defined once for one random network and for infinite width
 networks           a random network as data: stages of equal blocks
 builders           networks of the usual architectures: mlp, residual, convolutional, recurrent
+schema             a network as named options: for Python, study files and the command line
 statistics         the quantities of each layer: names, measurement, prediction
 float_ranges       the layers in which signals and gradients leave float16, bfloat16, …, float64
 estimation         means, standard errors and histograms over networks

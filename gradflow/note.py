@@ -39,9 +39,10 @@ from gradflow.estimation import Estimate
 from gradflow.simulation.monte_carlo import Simulation, simulate
 from gradflow.statistics import Prediction, Statistic
 from gradflow.statistics import chi as chi_statistic
-from gradflow.studies import _plan, description, results
+from gradflow.studies import _plan, results, study_file
 from gradflow.studies._plan import Program
 from gradflow.studies._point import Point
+from gradflow.studies._study import Study
 from gradflow.studies.store import Store
 from gradflow.theory import mean_field
 from gradflow.theory.finite_width import first_order
@@ -152,7 +153,7 @@ def study(
     networks_gaussian: int = 1000,
     networks_uniform: int = 50,
     seed: int = 0,
-) -> description.Study:
+) -> Study:
     """Return the study of `FILE` with other numbers in it, also in its text.
 
     Parameters
@@ -177,7 +178,7 @@ def study(
     text = FILE.read_text(encoding="utf-8")
     counts = [
         networks_gaussian if point.network().iid_gaussian else networks_uniform
-        for point in description.parse(text).points()
+        for point in study_file.parse(text).points()
     ]
     for field, value in {
         "width": width,
@@ -187,7 +188,7 @@ def study(
         "seed": seed,
     }.items():
         text = re.sub(rf"(?m)^{field} = (\d+|\[.*\])", f"{field} = {value}", text)
-    return description.parse(text)
+    return study_file.parse(text)
 
 
 def findings(folder: Path) -> Findings:

@@ -7,7 +7,7 @@ import xarray
 
 from gradflow import builders, comparison
 from gradflow.estimation import Estimate
-from gradflow.studies import _gradient_spread, description, execution
+from gradflow.studies import _gradient_spread, execution, study_file
 
 SLOPES = {"linear": 2.0, "relu": 5.0}  # Hanin & Nica 2020
 
@@ -59,7 +59,7 @@ def test_networks_differ_by_depth_over_width(tmp_path):
     [statistics]
     measure = ["log_gradient_norm"]
     """
-    written = execution.run(description.parse(text), tmp_path / "study").results
+    written = execution.run(study_file.parse(text), tmp_path / "study").results
     found = xarray.load_dataset(written).isel(layer=slice(None, -1))
     assert found.gradient_spread_z.shape == (3, 2, 7)
     limit = scipy.stats.norm.isf(1e-3 / (2 * found.gradient_spread_z.size))

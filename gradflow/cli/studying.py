@@ -47,9 +47,9 @@ _LINE_EVERY = 10.0
 def plan(file: File, as_json: Json = False) -> None:
     """Say what a study file would take: programs, networks, memory and time; nothing is run."""
     from gradflow.studies import _plan as plans  # noqa: PLC0415  (JAX is slow to import)
-    from gradflow.studies import description, results  # noqa: PLC0415
+    from gradflow.studies import results, study_file  # noqa: PLC0415
 
-    study = description.load(file)
+    study = study_file.load(file)
     made = plans.first_round(study)
     results.check(study)
     rows = [
@@ -127,10 +127,10 @@ def run_file(file: Path, folder: Path, share: str | None, as_json: bool) -> None
     """Run a study file, or a share of it, into a folder, and show what it found."""
     import jax  # noqa: PLC0415
 
-    from gradflow.studies import description, results  # noqa: PLC0415
+    from gradflow.studies import results, study_file  # noqa: PLC0415
 
     part = None if share is None else _part(share)
-    drawn = run(description.load(file), folder, part)
+    drawn = run(study_file.load(file), folder, part)
     if jax.process_index() > 0:
         return
     written = folder / results.FILE
@@ -146,7 +146,7 @@ def run_file(file: Path, folder: Path, share: str | None, as_json: bool) -> None
 def _part(text: str) -> Any:
     """Return the share that 2/8 means."""
     from gradflow.studies._plan import Share  # noqa: PLC0415
-    from gradflow.studies.entries import MOST_NETWORKS  # noqa: PLC0415
+    from gradflow.studies._study import MOST_NETWORKS  # noqa: PLC0415
 
     place, slash, parts = text.partition("/")
     # No share is of more networks than there are numbers for.
