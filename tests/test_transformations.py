@@ -22,6 +22,7 @@ CONDITION = 1e-12
 PUBLISHED = 1e-7
 # A float32 activation that subtracts nearly equal numbers and multiplies the rest by 20.
 SINGLE = 2e-5
+predict = jax.jit(mean_field.predict)
 
 # Compiling the solver takes a second or two: of most activations in slow tests.
 _KINDS = ("softplus", "tanh")
@@ -245,7 +246,7 @@ def test_a_network_takes_a_transformed_activation():
     """One network spec, any activation: at unit inputs TAT has χ = 1 in every layer."""
     phi = transformations.apply("softplus", transformations.tailored("softplus", 4, 0.3))
     network = builders.mlp([50] * 6, phi, "lecun")
-    found = mean_field.predict(network, jnp.eye(1))
+    found = predict(network, jnp.eye(1))
     np.testing.assert_allclose(found["q"], 1, atol=SINGLE)
     np.testing.assert_allclose(found["chi"][:-1], 1, atol=SINGLE)
 
@@ -263,7 +264,7 @@ def test_a_network_is_transformed_for_its_own_depth(name, method):
     assert found.activation == phi
     assert [stage.block.activation for stage in found.stages] == [activations.linear, phi, phi]
     assert not found.iid_gaussian
-    q = mean_field.predict(found, jnp.eye(1))["q"]
+    q = predict(found, jnp.eye(1))["q"]
     np.testing.assert_allclose(q, 1, atol=SINGLE)
 
 

@@ -28,7 +28,7 @@ from gradflow.cli._shared import (
     shape_label,
     write_netcdf,
 )
-from gradflow.cli._words import WORDS
+from gradflow.cli._words import words
 from gradflow.errors import InputError
 
 if TYPE_CHECKING:
@@ -275,9 +275,9 @@ def spectrum(
                 place = atom["squared_singular_value"]
                 table.add_row("atom", f"{100 * atom['mass']:.6g} % at s² = {place:.6g}")
         elif isinstance(value, list):
-            table.add_row(WORDS[name], ", ".join(map(_said, value)))
+            table.add_row(words(name), ", ".join(map(_said, value)))
         else:
-            table.add_row(WORDS[name], _said(value))
+            table.add_row(words(name), _said(value))
     console.print(table)
     console.print(f"written to {folder}: {', '.join(path.name for path in written)}")
 
@@ -541,7 +541,7 @@ def _said(value: Any) -> str:
 def _table_of_points(title: str, points: list[dict[str, Any]]) -> Table:
     table = Table(title=title if points else f"{title}: none")
     for name in points[0] if points else ():
-        table.add_column(WORDS[name], justify="right")
+        table.add_column(words(name), justify="right")
     for point in points:
         table.add_row(*map(_said, point.values()))
     return table
@@ -555,15 +555,15 @@ def _table_of_values(title: str, report: Mapping[str, Any]) -> Table:
                 table.add_row(f"depth where a gradient leaves {dtype}", _said(depth))
         elif name in _MAPS:
             for place, one in value.items():
-                table.add_row(f"{WORDS[name]} at c = {place}", _said(one))
+                table.add_row(f"{words(name)} at c = {place}", _said(one))
         elif name == "jacobian":
             for weights, numbers in value.items():
                 for key, one in numbers.items():
-                    said = f"Jacobian at q*, {weights} weights: {WORDS[key]}"
+                    said = f"Jacobian at q*, {weights} weights: {words(key)}"
                     table.add_row(said, _said(one))
         elif name == "finite_width":
             for key, one in value.items():
-                table.add_row(WORDS[key], _said(one))
+                table.add_row(words(key), _said(one))
         elif name not in ("fixed_points", "layers"):
-            table.add_row(WORDS[name], _said(value))
+            table.add_row(words(name), _said(value))
     return table

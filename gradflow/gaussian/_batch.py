@@ -1,4 +1,4 @@
-"""Averages over a unit's batch after BatchNorm, and what BatchNorm makes of tangents.
+"""Averages over a unit's batch after BatchNorm, and second moments of tangents after it.
 
 A unit's pre-activations z ~ N(0, K) over a batch of B inputs become ẑ = √B v, v = x/r, where
 x = G z with G = I - 11ᵀ/B is z without its mean over the batch, and r = |x|. A tangent u becomes

@@ -18,7 +18,8 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, ScalarLike
 
 from gradflow._checks import check_scale, is_traced, unknown_name
-from gradflow.activations import Activation, Values
+from gradflow._closed_forms import Values
+from gradflow.activations import Activation
 from gradflow.errors import InputError
 from gradflow.gaussian._quadrature import (
     Z_MAX,

@@ -21,7 +21,8 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from gradflow._checks import check_scale, is_traced
-from gradflow.activations import Activation, PairMoment, gram_determinant
+from gradflow._closed_forms import PairMoment, gram_determinant
+from gradflow.activations import Activation
 from gradflow.errors import InputError
 from gradflow.gaussian._moments import moment, some_moments
 from gradflow.gaussian._quadrature import (
@@ -47,7 +48,7 @@ def kernel(activation: Activation, k: Float[Array, "sites sites"]) -> Float[Arra
 
     Its derivative is Price's theorem: at a pair of coincident inputs, k = [[q, q], [q, q]],
     ∂/∂k_01 is E[φ'²], whether or not φ has kinks. Entry (a, b) of the result depends on k_aa, k_bb
-    and, of the two equal entries k_ab and k_ba, on that of its own place.
+    and, of the two equal entries k_ab and k_ba, on k_ab alone.
 
     Parameters
     ----------

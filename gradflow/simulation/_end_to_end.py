@@ -27,7 +27,7 @@ class EndToEnd(NamedTuple):
     transposed
         Shape (n_0, n_L), at a Frobenius norm of 1; 0 where J is.
     log_scale
-        Natural logarithm of what it is to be multiplied by; -inf where J is 0.
+        Natural logarithm of ‖J‖_F, the scale that goes with it; -inf where J is 0.
     alive
         The fewest units of a layer, and of the input, of slope φ' other than 0: J's rank.
     """

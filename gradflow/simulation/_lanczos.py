@@ -44,7 +44,7 @@ class ExtremeSingularValues(NamedTuple):
     steps
         K, of the bidiagonalisation.
     converged
-        Whether all errors are within the tolerance that was asked for.
+        Whether all errors are within the tolerance.
     sampler
         Which one was used.
     """
@@ -85,8 +85,8 @@ def bidiagonalise(jacobian: Jacobian, start: Float[Array, " n"], steps: int) -> 
     """Bidiagonalise a Jacobian: ``steps`` products with J and Jᵀ each, beside a first with J.
 
     A pure function: jit it, vmap it over networks. With ``matrix_free`` the law of all that it
-    returns is exact, because the matrices remember. Once all directions are used up, what follows
-    is 0.
+    returns is exact, because the matrices remember. Once all directions are used up, later values
+    are 0.
 
     Parameters
     ----------
@@ -102,7 +102,7 @@ def bidiagonalise(jacobian: Jacobian, start: Float[Array, " n"], steps: int) -> 
     Golub & Kahan 1965, SIAM J. Numer. Anal. Ser. B 2, 205; every vector is orthogonalised against
     all before it.
     """
-    check_instance("jacobian", jacobian, Jacobian, "what jacobians.draw returns")
+    check_instance("jacobian", jacobian, Jacobian, "a Jacobian, as jacobians.draw returns it")
     start, units = jnp.asarray(as_real("start", start)), math.prod(jacobian.tangent_shape)
     if start.shape != (units,):
         raise InputError(f"start has shape {start.shape}; it is ({units},) for this Jacobian")
@@ -249,7 +249,7 @@ def _start(
     network: Network, inputs: Array, key: Array, layers: Linearised, places: int
 ) -> Bidiagonal:
     jacobian = jacobians.draw(network, inputs, key, cotangents=0, **layers._asdict())
-    # The first of the network's keys is that of what starts at its top.
+    # The first of the network's keys is of the gradient that starts at the top, not needed here.
     start_key = jax.random.split(key, network.depth + 1)[0]
     start = jax.random.normal(start_key, (math.prod(jacobian.tangent_shape),), inputs.dtype)
     return _first_product(jacobian, start).with_places(places)

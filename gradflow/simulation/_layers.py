@@ -26,7 +26,7 @@ class LayerWeights(NamedTuple):
 
 
 class LayerKey(NamedTuple):
-    """What a layer is drawn from: a key, its time step if it is tied, its weights if given.
+    """The key of a layer, with its time step if it is tied and its weights if they are given.
 
     Where weights are given, the key draws the rest: masks of dropout, inputs of a time step. Arrays
     may have an axis of layers in front.
@@ -40,7 +40,7 @@ class LayerKey(NamedTuple):
 def layer_keys(
     network: Network, keys: Array, weights: Sequence[LayerWeights] | None = None
 ) -> list[tuple[Stage, LayerKey]]:
-    """Each stage of a network, and what its layers are drawn from, with an axis of layers.
+    """Pair each stage of a network with the keys of its layers, which have an axis of layers.
 
     Parameters
     ----------

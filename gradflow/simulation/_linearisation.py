@@ -44,7 +44,7 @@ def apply_block(
 ) -> Float[Array, "sites_out n_out"]:
     """Apply a block with ``product(key, x, sigma_w=…, …)`` for x Wᵀ, and the biases that are given.
 
-    ``product`` takes what a block's ``multiply`` does.
+    ``product`` takes the arguments of a block's ``multiply``.
     """
     return block.apply(signal, _Multiply(product, key), key.key)
 

@@ -1,8 +1,8 @@
 """The forward and the backward pass through one random network.
 
-The forward pass is a scan over each stage's equal blocks that keeps what enters them; the backward
-pass is the reverse scan, which linearises one block at a time with `jax.vjp`. Where memory does not
-hold what enters every block, checkpoints are kept, what enters every √L-th, and the forward pass
+The forward pass is a scan over each stage's equal blocks that keeps their inputs; the backward pass
+is the reverse scan, which linearises one block at a time with `jax.vjp`. Where memory does not hold
+every block's input, only those of every √L-th block are kept (checkpoints), and the forward pass
 from one to the next is made again before the backward pass through it. Gradients of each input are
 kept as a unit vector and the logarithm of its norm; signals likewise where the network is
 positively homogeneous and the scale therefore free, or where they are so small or large that it is
@@ -43,14 +43,14 @@ _matmul = functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
 
 
 class Keep(NamedTuple):
-    """What the forward pass keeps for the backward pass."""
+    """Whether the forward pass keeps linearisations and signals for the backward pass."""
 
     linearisations: bool = False
     signals: bool = True  # of every layer; else those at checkpoints
 
 
 class Given(NamedTuple):
-    """What is given and not drawn."""
+    """Weights and top gradients that are given and not drawn."""
 
     weights: Sequence[LayerWeights] | None = None  # by stage
     cotangent: Callable[[Array], Array] | None = None
@@ -117,7 +117,7 @@ def _pieces(
     """Cut a network's stages into pieces of whole stretches.
 
     A stage that is no whole number of stretches is cut in two. One that shares its weights has no
-    checkpoints, for a second forward pass would ask its matrices for their products twice.
+    checkpoints, for a second forward pass would take products with its matrices twice.
     """
     pieces = []
     given = [None] * len(network.stages) if weights is None else weights
@@ -232,7 +232,7 @@ def _shared_matrices(piece: _Piece, sampler: str, signal: Array) -> tuple[Matrix
 def _through_stretches(
     step: Callable, again: Callable, state: Any, keys: LayerKey, stretch: int
 ) -> tuple[Any, tuple[Any, Any, Any]]:
-    """Scan a piece in the forward pass; keep what its blocks need, or the checkpoints.
+    """Scan a piece in the forward pass; keep its blocks' inputs or linearisations, or checkpoints.
 
     ``again`` is the step without measuring, for the second forward pass.
     """
@@ -250,7 +250,7 @@ def _through_stretches(
 
 
 class _Checkpoints(NamedTuple):
-    """A piece of which only what enters each stretch is kept, and the step of its forward pass."""
+    """The inputs of each stretch of a piece, and the step of its forward pass."""
 
     forward: Callable
     entering: Any
@@ -284,7 +284,7 @@ def _forward_step(
     mixes: bool,
     collect: bool,
 ) -> tuple[tuple[Array, Array, tuple[Matrix, ...]], tuple]:
-    """One block of the forward pass; it keeps the block's pull-back, or what makes it again."""
+    """One block of the forward pass; it keeps the block's pull-back, or its input."""
     signal, log_scale, matrices = state
     out, saved, matrices = layer.forward(matrices, key, signal)
     kept = (key, saved, log_scale)
@@ -319,7 +319,7 @@ class _OwnWeights(NamedTuple):
     def forward(
         self, matrices: tuple, key: LayerKey, signal: Array
     ) -> tuple[Array, Any, tuple[Matrix, ...]]:
-        """Return the next signal, what the backward pass needs, and the shared matrices."""
+        """Return the next signal, the residuals for the backward pass, and the shared matrices."""
         out, pull = _pull_back(self.block, self.sampler, self.mixes, key, signal)
         return out, pull if self.keep else signal, matrices
 
@@ -342,7 +342,7 @@ class _SharedWeights(NamedTuple):
     def forward(
         self, matrices: tuple[Matrix, ...], key: LayerKey, signal: Array
     ) -> tuple[Array, Any, tuple[Matrix, ...]]:
-        """Return the next signal, what the backward pass needs, and the shared matrices."""
+        """Return the next signal, the residuals for the backward pass, and the shared matrices."""
         after = _linearisation.forward(self.block, key, signal, matrices)
         grams = tuple(_matmul(x, x.T) for x in after.inputs)
         return after.out, (signal, after.point.products, grams), after.matrices
@@ -402,7 +402,7 @@ def _summed_taps(pull: Callable, delta: Array) -> tuple[Array, Array]:
 
 
 class _Logs(NamedTuple):
-    """What the backward pass measures, of one block or, with an axis of layers, of all.
+    """Gradient norms that the backward pass measures, of a block or, with an axis, of layers.
 
     Attributes
     ----------
@@ -445,7 +445,7 @@ def _top_gradient(
 def _backward(
     network: Network, delta: Array, stages: list[_Stage], collect: bool
 ) -> tuple[list[Any], list[_Logs]]:
-    """Return the gradients of each piece where they are collected, and what is measured of them."""
+    """Return the gradients of each piece if they are collected, and the norms of all of them."""
     sites = len(delta)
     delta, log_norm = _scales.at_unit_scale(delta, network.mixes_sites)
     carry = (delta, (log_norm, jnp.zeros_like(log_norm)), jnp.full_like(log_norm, jnp.nan))

@@ -27,7 +27,7 @@ from gradflow.statistics import Statistic
 __all__ = ["LOG_SINGULAR_VALUES", "OVERFLOWED", "VANISHED", "RandomNetworks", "compiled"]
 __all__ += ["in_order", "on_devices", "own_networks"]
 
-# The key of the end-to-end Jacobian's singular values in what a program returns.
+# The key of the end-to-end Jacobian's singular values in a program's results.
 LOG_SINGULAR_VALUES = "log_singular_values"
 # The axis of a mesh of devices.
 _NETWORKS = "networks"
@@ -62,7 +62,7 @@ class RandomNetworks(eqx.Module):
 
     @classmethod
     def of(cls, network: Network, inputs: Array, key: PRNGKeyArray) -> "RandomNetworks":
-        """Return those of a single law."""
+        """Return the networks of a single law."""
         one = cls(network.as_arrays(inputs.dtype), inputs, key)
         return jax.tree.map(lambda leaf: leaf[None], one)
 
@@ -239,8 +239,8 @@ VANISHED = Statistic(
 def in_order(call: Callable, networks: int, chunk: int, workers: int) -> Iterator[tuple[int, Any]]:
     """Run the chunks, several at a time, and yield their values in order, on the host.
 
-    ``call`` takes a chunk's first number and returns arrays with an axis of networks in front. What
-    is yielded is how many networks are done, and the values of those that were added.
+    ``call`` takes a chunk's first number and returns arrays with an axis of networks in
+    front. Yielded are the number of networks that are done, and the values of those just added.
     """
     with ThreadPoolExecutor(workers) as pool:
         waiting: collections.deque[tuple[int, Future]] = collections.deque()

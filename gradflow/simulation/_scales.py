@@ -21,8 +21,8 @@ __all__ = [
 ]
 __all__ += ["log_weight_norm"]
 
-# Signals smaller than this, or larger than its inverse, meet an activation that is as good as what
-# it tends to: of GELU, x/2 (1 + 0.8 x).
+# For signals smaller than this, or larger than its inverse, an activation equals its limit to
+# rounding: of GELU, x/2 (1 + 0.8 x).
 _SIZES = {"float32": 1e-10, "float64": 1e-18}
 
 
@@ -53,7 +53,7 @@ def in_range(
 
 
 def at_unit_scale(delta: Array, mixes: bool) -> tuple[Array, Array]:
-    """Signals at a scale of 1, and the logarithm, (sites,), of what they are divided by.
+    """Signals at a scale of 1, and the logarithm, (sites,), of their divisor.
 
     Each site has its own scale; where sites mix there must be one for all of them.
     """

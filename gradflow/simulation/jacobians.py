@@ -3,8 +3,8 @@
 The derivative of a stretch of layers, ∂z^m/∂z^l, is never multiplied out: `Jacobian` pushes
 tangents up (J v) and pulls cotangents down (Jᵀ u), layer by layer, each at length 1 beside the
 logarithm of the length it had. It is of one random network, whichever sampler draws it. With
-``matrix_free`` each weight matrix is decided only as far as it has been multiplied by: what to
-multiply next may depend on earlier products, as in Golub-Kahan's algorithm, and each product comes
+``matrix_free`` each weight matrix is decided only as far as products need it: the next vector may
+depend on earlier products, as in Golub-Kahan's algorithm, and each product comes
 with the Jacobian that remembers it, which makes the next one.
 """
 
@@ -164,7 +164,7 @@ def _through_layer(
 
 @functools.cache
 def _in_place() -> Callable:
-    """Compile `_through_layer` with the memory of the matrices reused for what they remember."""
+    """Compile `_through_layer` so that the matrices' memory is reused, with the new products."""
     # Of wide layers, which wait for memory and not for arithmetic; and new for each size.
     options = _compilation.options(1.0)
     return jax.jit(
@@ -362,7 +362,7 @@ def log_frobenius_norm(jacobian: Jacobian) -> Float[Array, ""]:
     InputError
         If the Jacobian was drawn ``matrix_free`` with places for fewer tangents.
     """
-    check_instance("jacobian", jacobian, Jacobian, "what jacobians.draw returns")
+    check_instance("jacobian", jacobian, Jacobian, "a Jacobian, as jacobians.draw returns it")
     sites, n_in = jacobian.tangent_shape
     basis = jnp.eye(sites * n_in, dtype=jacobian.dtype).reshape(-1, sites, n_in)
     return jax.nn.logsumexp(2 * jacobian.times(basis).log_norm) / 2
@@ -390,7 +390,7 @@ def log_traces(
     """Estimate log tr (J Jᵀ)^k for k = 1 … powers by Hutchinson's method; ‖J‖_F² is the first.
 
     With v uniform on the sphere of radius √N in N dimensions, E vᵀ (Jᵀ J)^k v is the trace; it is
-    the squared norm of what k alternating products with J and Jᵀ make of v. For all powers exactly,
+    the squared norm of v after k alternating products with J and Jᵀ. For all powers exactly,
     see `singular_values.LogSingularValues.log_trace`.
 
     Parameters
@@ -408,7 +408,7 @@ def log_traces(
     LogEstimate
         Arrays of shape (powers,). The error is that of the probes, for this one network.
     """
-    check_instance("jacobian", jacobian, Jacobian, "what jacobians.draw returns")
+    check_instance("jacobian", jacobian, Jacobian, "a Jacobian, as jacobians.draw returns it")
     powers, probes = check_count("powers", powers), check_count("probes", probes)
     sites, n_in = jacobian.tangent_shape
     v = jax.random.normal(as_key(key), (probes, sites, n_in), jacobian.dtype)

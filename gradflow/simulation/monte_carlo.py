@@ -4,7 +4,7 @@ Network number i has the key ``fold_in(key, i)``, so that a result depends on th
 many networks there are, and not on how they were cut into chunks or shared among devices. One
 compiled program serves every chunk, and every network of the same structure whatever its σ_w and
 σ_b. A chunk's networks are shared among the devices, of all processes where `jax.distributed` has
-been initialised; nothing goes from one device to another but what each network measured.
+been initialised; only the networks' statistics go from one device to another.
 """
 
 import dataclasses
@@ -37,33 +37,34 @@ __all__ = ["Progress", "Simulation", "simulate"]
 # Called as (networks done, networks in all); the first call, with 0, comes before compilation.
 Progress = Callable[[int, int], None]
 
-# Networks are numbered by an int32, and the last chunk has more than are asked for.
+# Networks are numbered by an int32, and the last chunk has more networks than are wanted.
 _MOST_NETWORKS = 1 << 30
-# How many values one call hands back, at most.
+# The most values that one call returns.
 _CHUNK_VALUES = 1 << 24
-# How many values a layer's histogram is made of, at most; and from how many networks.
+# The most values that a layer's histogram is made of, and the most networks they are from.
 _HISTOGRAM_VALUES = 1 << 18
 _HISTOGRAM_NETWORKS = 64
 
 
 class Simulation(eqx.Module):
-    """What many random networks of one law did.
+    """Statistics of many random networks of one law.
 
     Attributes
     ----------
     estimates
         Each statistic's `Estimate` by its key, every array of shape (layers,).
     histograms
-        ``preactivation``, ``activation`` and ``gradient``, where they were asked for.
+        ``preactivation``, ``activation`` and ``gradient``, if they were wanted.
     samples
-        Per-network values by key or name, shape (networks, layers), where they were asked for.
+        Per-network values by key or name, shape (networks, layers), if they were wanted.
     overflowed, vanished
         Shape (layers,): in how many networks the signal going up was not finite, or nothing but
         zeros (a dead network, or an underflow).
     statistics
-        What was measured.
+        The statistics that were measured.
     network, sites, networks, sampler, reason, dtype, seconds, compile_seconds
-        What was simulated, how, and for how long: the walk itself, and compiling it.
+        The law, the number of sites and of networks, the sampler and why, the float type, and the
+        seconds that drawing and compiling took.
     """
 
     estimates: dict[str, Estimate]
@@ -99,21 +100,21 @@ class Simulation(eqx.Module):
 
     def to_xarray(self) -> xarray.Dataset:
         """Return the labelled estimates: mean, standard deviation and error over networks."""
-        found: dict[str, np.ndarray] = {}
+        arrays: dict[str, np.ndarray] = {}
         for statistic in self.statistics:
             name, key = statistic.name, statistic.key
             estimate = self.estimates[key]
-            found[name] = estimate.value
-            found[f"{name}_standard_deviation"] = estimate.standard_deviation
-            found[f"{name}_standard_error"] = estimate.standard_error
-            found[f"{name}_networks"] = estimate.count
+            arrays[name] = estimate.value
+            arrays[f"{name}_standard_deviation"] = estimate.standard_deviation
+            arrays[f"{name}_standard_error"] = estimate.standard_error
+            arrays[f"{name}_networks"] = estimate.count
             if statistic.log:
-                found[key] = estimate.log_value
-                found[f"{key}_standard_error"] = estimate.log_standard_error
-        found |= {"overflowed": self.overflowed, "vanished": self.vanished}
+                arrays[key] = estimate.log_value
+                arrays[f"{key}_standard_error"] = estimate.log_standard_error
+        arrays |= {"overflowed": self.overflowed, "vanished": self.vanished}
         dataset = labelled(
             xarray.Dataset(
-                {name: ("layer", value) for name, value in found.items()},
+                {name: ("layer", value) for name, value in arrays.items()},
                 coords={"layer": layers(self.network.depth)},
             ),
             self.statistics,
@@ -213,7 +214,7 @@ def simulate(
 
 
 class _Run(NamedTuple):
-    """What is drawn and measured, and how it is cut into chunks and blocks."""
+    """The networks to draw, the statistics to measure, and the plan of chunks and blocks."""
 
     network: Network
     inputs: Array
@@ -228,7 +229,7 @@ class _Run(NamedTuple):
     def simulate(
         self, histograms: bool, keep_samples: bool, progress: Progress | None
     ) -> Simulation:
-        """Compile a program, run it for each chunk, and average what it measures."""
+        """Compile a program, run it for each chunk, and average its statistics."""
         begun = time.perf_counter()
         if progress:
             progress(0, self.networks)
@@ -323,7 +324,7 @@ class _Run(NamedTuple):
 def _chunk_size(networks: int, block: int, workers: int, values: int) -> int:
     """Networks a call: whole blocks, evenly shared, several calls a worker so progress shows.
 
-    No more than what a call hands back of them, ``values`` of each, has room for.
+    So many at most that a call returns no more than `_CHUNK_VALUES`, ``values`` of each network.
     """
     blocks = -(-networks // block)
     calls = min(blocks, workers * max(1, min(8, blocks // (2 * workers))))

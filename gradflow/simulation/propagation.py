@@ -78,8 +78,7 @@ def propagate(
         ``"dense"``, ``"matrix_free"`` or ``"auto"``; see `gradflow.simulation.samplers`.
     weights
         The network's weights and biases, of `training.initial_weights` or trained, where they are
-        not to be drawn. The sampler is not used then; the key draws what is no parameter, as masks
-        of dropout.
+        not to be drawn. The sampler is not used then; the key draws the rest, as masks of dropout.
     cotangent
         A function from z^L, (sites, n_L), to δ^L = ∂C/∂z^L of each site's own cost, of the same
         shape; δ^L ~ N(0, I) without it.
@@ -89,15 +88,15 @@ def propagate(
         Keep each layer's linearisation from the forward pass, instead of making it again in the
         backward pass: faster with ``matrix_free``, more memory, the same numbers.
     checkpoint
-        Keep what enters every √L-th layer, and make the forward pass twice: the memory of 2√L
-        layers' signals instead of L, a third more time, the same numbers. Without ``keep``. Stages
-        that share their weights keep all of their signals either way, and no linearisation.
+        Keep the signals before every √L-th layer only, and make the forward pass twice: the memory
+        of 2√L layers' signals instead of L, a third more time, the same numbers. Without ``keep``.
+        Stages that share their weights keep all signals either way, and no linearisation.
 
     Returns
     -------
     Values
         Each statistic by its key, shape (layers,), the same as `theory.mean_field.predict` returns;
-        what is carried as a logarithm answers to its name too, as ``q`` beside ``log_q``.
+        those that are carried as logarithms have their own name too, as ``q`` beside ``log_q``.
         ``chi`` is NaN at the top layer. Of weights that time steps share, the gradient at a layer
         is that step's contribution: ∂C/∂W is the sum over the steps. A signal that leaves the
         float's range makes its statistics infinite or NaN from that layer on.

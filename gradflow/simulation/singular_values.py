@@ -101,14 +101,14 @@ class _Product(NamedTuple):
     def empty(cls, n: int, dtype: jnp.dtype) -> "_Product":
         """Return the product of no matrices, the identity.
 
-        In a basis that is like no other: QR then leaves what is of rank r in its first r rows,
-        also where columns of the first factor are 0.
+        In a random basis: the QR factorisation of a matrix of rank r then has its rank in the first
+        r rows, also where columns of the first factor are 0.
         """
         basis = jax.random.orthogonal(from_seed(0), n, dtype=dtype)
         return cls(basis, basis.T, jnp.zeros(n, dtype), jnp.asarray(n))
 
     def times(self, factor: Float[Array, "m n"]) -> tuple["_Product", Float[Array, " k"]]:
-        """Return factor · self, and the logarithms of the diagonal of what it is upright."""
+        """Return factor · self, and the logarithms of the diagonal of its triangle R."""
         rank = jnp.minimum(jnp.any(factor != 0, 0).sum(), jnp.any(factor != 0, 1).sum())
         basis, triangle = jnp.linalg.qr(_matmul(factor, self.basis))
         log_size = jnp.log(jnp.abs(triangle))
@@ -160,16 +160,16 @@ def log_singular_values(
         If there is no factor, or shapes do not fit.
     """
     runs = _runs(factors)
-    found = _in_float64(_log_singular_values, runs)
-    return found._replace(log=found.log.astype(runs[0].dtype))
+    values = _in_float64(_log_singular_values, runs)
+    return values._replace(log=values.log.astype(runs[0].dtype))
 
 
 def of_jacobian(jacobian: Jacobian) -> LogSingularValues:
     """Return all singular values of a Jacobian with few outputs, or few inputs.
 
     Its rows, or its columns if they are fewer, are made one by one, each beside the logarithm of
-    its length, and turned orthogonal as above. The largest are right to rounding; those that are
-    far below what rows have in common are lost in it. A pure function: jit it, vmap it.
+    its length, and turned orthogonal as above. The largest are right to rounding; those far below
+    a direction that all rows have in common are lost in it. A pure function: jit it, vmap it.
 
     Parameters
     ----------
@@ -177,7 +177,7 @@ def of_jacobian(jacobian: Jacobian) -> LogSingularValues:
         Drawn ``matrix_free`` it needs places for as many cotangents as there are outputs, or for as
         many tangents as there are inputs, whichever are fewer.
     """
-    check_instance("jacobian", jacobian, Jacobian, "what jacobians.draw returns")
+    check_instance("jacobian", jacobian, Jacobian, "a Jacobian, as jacobians.draw returns it")
     n_in, n_out = math.prod(jacobian.tangent_shape), math.prod(jacobian.cotangent_shape)
     basis = jnp.eye(min(n_in, n_out), dtype=jacobian.dtype)
     if n_out <= n_in:
@@ -196,13 +196,18 @@ def end_to_end(
 
     For histograms of many networks: by one SVD of the product, in the inputs' dtype, a hundred
     times as fast as `log_singular_values`. Each s is right to within rounding of the largest.
-    Which of them are 0 is not asked of it: they are as many as units without slope in the layer
-    that has most, and all others are above 0, however small. A pure function: jit it, vmap it.
+    The number of those that are 0 is not taken from the SVD: it is that of the units without slope
+    in the layer that has most, and all others are above 0, however small. A pure function: jit it,
+    vmap it.
 
     Parameters
     ----------
-    network, inputs, key
-        As for `jacobians.end_to_end`.
+    network
+        The law of the network.
+    inputs
+        Shape (1, n_0): one input.
+    key
+        The network's key.
 
     Returns
     -------
@@ -215,11 +220,11 @@ def end_to_end(
     InputError
         If there are several inputs.
     """
-    found = _end_to_end.end_to_end(network, inputs, key)
-    finite = jnp.all(jnp.isfinite(found.transposed))
-    s = _singular_values()(jnp.where(finite, found.transposed, 0))
-    log = jnp.log(jnp.maximum(s, jnp.finfo(s.dtype).tiny)) + found.log_scale
-    log = jnp.where(jnp.arange(len(s)) < found.alive, log, -jnp.inf)
+    jacobian = _end_to_end.end_to_end(network, inputs, key)
+    finite = jnp.all(jnp.isfinite(jacobian.transposed))
+    s = _singular_values()(jnp.where(finite, jacobian.transposed, 0))
+    log = jnp.log(jnp.maximum(s, jnp.finfo(s.dtype).tiny)) + jacobian.log_scale
+    log = jnp.where(jnp.arange(len(s)) < jacobian.alive, log, -jnp.inf)
     return jnp.where(finite, log, jnp.nan)
 
 
@@ -232,9 +237,9 @@ _SQUARES = 10
 
 
 def seconds(network: Network) -> float:
-    """Return about how long `end_to_end` takes beside a walk, for one network on one core of a CPU.
+    """Estimate the seconds that `end_to_end` takes beside the passes, on one core of a CPU.
 
-    With the factorisations of that walk, up and down, which `samplers.seconds` leaves out: n³.
+    With the factorisations of both passes, which `samplers.seconds` leaves out: n³.
     """
     n = float(network.input_width)
     haar = any(law.haar for stage in network.stages for law in stage.block.distributions)
@@ -416,20 +421,24 @@ def extreme_singular_values(
 
     Parameters
     ----------
-    network, inputs, key
-        The law of the network, where it is linearised, shape (sites, n_0), and what is drawn.
+    network
+        The law of the network.
+    inputs
+        Shape (sites, n_0): where it is linearised, all inputs at once.
+    key
+        The network's key.
     leading, trailing
-        How many of the largest and of the smallest.
+        The numbers of largest and of smallest singular values.
     sampler
         ``"dense"``, ``"matrix_free"``, or ``"auto"``: matrix_free where the law allows it.
     below, above
         The stretch of layers, as for `jacobians.draw`.
     tolerance
-        What the estimated errors of the logarithms should come to.
+        The largest estimated error of a logarithm at which the steps end.
     most_steps
-        Where to end without that.
+        The number of steps at which they end without that.
     memory_budget
-        Bytes to stay within; the device's free memory without it.
+        Bytes to stay within; without it, the device's free memory.
 
     Raises
     ------

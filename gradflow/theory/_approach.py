@@ -65,8 +65,8 @@ def approach_of_correlation(
 ) -> tuple[Array, Array]:
     """Return p and A of 1 - c → A l^-p, where χ_c = 1.
 
-    Where q diverges, φ is that of its slopes at infinity, where it goes to 0 exponentially or is
-    kept, that of its slopes at 0; where ``unknown``, NaN.
+    Where q diverges, φ(x) = a± x with its slopes at infinity; ``near_zero``, where q goes to 0
+    exponentially or stays as it is, with those at 0; where ``unknown``, NaN.
     """
     slow = jnp.abs(chi_c - 1) <= rounding(q.dtype)
 

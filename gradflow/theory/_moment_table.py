@@ -1,13 +1,12 @@
 """E[φ²]/q, E[φ'²] and d/dq E[φ²] of an activation at every length q, and their limits.
 
-They are analytic functions of log q in a strip of half-width π/2, whatever φ is, so a table at 16
+They are analytic functions of log q in a strip of half-width π/2, for every φ, so a table at 16
 Chebyshev nodes for each factor of 2 in q has all their digits. It does not depend on σ_w and σ_b.
 
 Near 0 and far out most activations are φ(x) = a± x, with a slope on either side. All three averages
-then tend to (a₊² + a₋²)/2, and the table has how far they are from it: V(q)/q - 1, which decides
-where lengths settle, can be much smaller than what it is the difference of. (SiLU at σ_w² = 2,
-σ_b² = 0.01 has q* = 68889 and χ∥ = 1 - 7e-8.) Beyond the table this distance goes on as a power of
-q.
+then tend to (a₊² + a₋²)/2, and the table has their distance from it: V(q)/q - 1, whose roots are
+the fixed points, can be much smaller than the terms that it is a difference of. (SiLU at σ_w² = 2,
+σ_b² = 0.01 has q* = 68889 and χ∥ = 1 - 7e-8.) Beyond the table this distance is a power of q.
 """
 
 import functools
@@ -94,7 +93,7 @@ class Averages(NamedTuple):
 
 
 class Table(NamedTuple):
-    """The averages as Chebyshev series in log₂ q, less what they tend to, and their limits."""
+    """The averages as Chebyshev series in log₂ q, less their limits, and the limits."""
 
     coefficients: Float[Array, "panels order 3"]
     limits: Float[Array, " panels"]  # the series are distances from them
@@ -336,6 +335,6 @@ def _power(before: Float[Array, "order 3"], after: Float[Array, "order 3"]) -> A
     low, high = before[_ORDER // 2], after[_ORDER // 2]
     known = (low * high > 0) & jnp.isfinite(low) & jnp.isfinite(high)
     power = jnp.log2(jnp.where(known, high / jnp.where(known, low, 1), 1))
-    # Most are multiples of 1/2; what is left is the next term.
+    # Most are multiples of 1/2, but for the next term.
     whole = jnp.round(2 * power) / 2
     return jax.lax.stop_gradient(jnp.where(jnp.abs(power - whole) < 1e-6, whole, power))

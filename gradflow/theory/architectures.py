@@ -1,7 +1,7 @@
 """Architectures: depth laws of residual, normalised and dropout networks, without a simulation.
 
-`walk` follows one input through equal blocks of any kind: what residual networks grow to, and what
-each block does to the gradient. `batch_norm_chi` and `dropout` are where deep networks settle;
+`walk` follows one input through equal blocks of any kind: the growth of signals in residual
+networks, and each block's factor of the gradient. `batch_norm_chi` and `dropout` are fixed points;
 `convolution_modes` is the decay of differences between the positions of a convolution.
 
 ==========================  ======================================================================
@@ -142,10 +142,10 @@ def convolution_modes(patches: Patches) -> Float[Array, "*shape"]:
     """Return λ(f) = |(1/k) Σ_d exp(2πi f·d)|, by which a filter multiplies each Fourier mode.
 
     A circular convolution averages second moments over the filter's elements d. So where all
-    positions are alike, a small change of them that is a wave over positions with the frequency f
-    is multiplied, in each layer, by λ(f) and by what a dense layer multiplies changes by: χ_c for
-    pairs of positions or inputs, and for gradients χ. λ(0) is 1: what is alike at all positions
-    goes as in a dense layer, with its ξ_c, and all else is lost sooner, with a depth scale of
+    positions have equal moments, a small change that is a wave over positions with the frequency f
+    is multiplied, in each layer, by λ(f) and by a dense layer's factor: χ_c for pairs of positions
+    or inputs, and χ for gradients. λ(0) is 1: a change that is equal at all positions decays as in
+    a dense layer, with its ξ_c, and every other sooner, with a depth scale of
     -1/log(χ_c λ(f)) layers. A delta's filter, of one element, has λ = 1: nothing is lost.
 
     Parameters

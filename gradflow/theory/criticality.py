@@ -174,7 +174,7 @@ def critical_points(
     CriticalPoints
         Those with a q*, and none where rounding would decide it (below 1e-13 or so, other than 0).
         Where every q is critical (ReLU, σ_b² = 0, σ_w² = 2) one point, whose q* is NaN. Where q
-        grows without limit, `critical_at_infinity` has what χ₁ → 1 needs.
+        grows without limit, `critical_at_infinity` has the σ_w² of χ₁ → 1.
 
     Raises
     ------
@@ -482,7 +482,7 @@ def phase_diagram(
         `fixed_points.Analysis`; where q grows without limit ``chi1`` and ``xi_grad`` are limits.
         Over (sigma_b, point): ``critical_sigma_w`` and ``critical_q_star``, all critical points of
         that σ_b, NaN where there are fewer; q* is inf where χ₁ tends to 1 as q, from ``start``,
-        grows without limit. Computed in float64 whatever JAX's x64 setting.
+        grows without limit. Computed in float64 also where JAX's x64 is off.
 
     Raises
     ------

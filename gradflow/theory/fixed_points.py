@@ -40,7 +40,7 @@ from gradflow.theory._correlations import correlation_fixed_point
 from gradflow.theory._depth_scales import depth_scale, depth_scale_near_1
 from gradflow.theory._moment_table import Table, averages_at, over_grid
 
-__all__ = ["Analysis", "LengthFixedPoints", "Stability", "Status", "analyse", "length"]
+__all__ = ["LABELS", "Analysis", "LengthFixedPoints", "Stability", "Status", "analyse", "length"]
 __all__ += ["representable_depth", "trainable_depth"]
 
 
@@ -109,6 +109,26 @@ class Analysis(NamedTuple):
     c_amplitude: Float[Array, "*grid"]
     q_error: Float[Array, "*grid"]  # estimated, of q_star, absolute
     c_error: Float[Array, "*grid"]  # estimated, of c_star, absolute
+
+
+# The words for each field in tables, by its name.
+LABELS = {
+    "q_star": "q*",
+    "status": "the length",
+    "chi1": "χ₁ = σ_w² E φ'²",
+    "chi_par": "χ∥, slope of the length map",
+    "c_star": "c*, where correlations settle",
+    "chi_c": "slope of the correlation map at c*",
+    "xi_q": "ξ_q of the length (layers)",
+    "xi_c": "ξ_c of correlations (layers)",
+    "xi_grad": "ξ_∇ of gradients (layers)",
+    "q_exponent": "|q - q*| → a/l^p: p",
+    "q_amplitude": "|q - q*| → a/l^p: a",
+    "c_exponent": "1 - c → a/l^p: p",
+    "c_amplitude": "1 - c → a/l^p: a",
+    "q_error": "estimated error of q*",
+    "c_error": "estimated error of c*",
+}
 
 
 def trainable_depth(xi: Float[Array, "..."]) -> Float[Array, "..."]:
@@ -339,7 +359,7 @@ def _excess(table: Table, q: Array, sigma_w2: Array, sigma_b2: Array) -> tuple[A
 
 
 class _Lengths(NamedTuple):
-    """All fixed points of one length map: q* = 0 in the first place, whether it is one or not."""
+    """All fixed points of one length map, q* = 0 first; absent ones have a stability of ABSENT."""
 
     points: LengthFixedPoints
     moment_error: Float[Array, " points"]  # of E[φ²], relative

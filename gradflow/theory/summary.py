@@ -19,7 +19,57 @@ from gradflow.theory import criticality, fixed_points, mean_field
 from gradflow.theory import spectrum as spectra
 from gradflow.theory.finite_width import exact
 
-__all__ = ["summarise"]
+__all__ = ["LABELS", "summarise"]
+
+# The words for each quantity in tables, by its name.
+LABELS = fixed_points.LABELS | {
+    "activation": "activation",
+    "sigma_w2": "σ_w²",
+    "sigma_b2": "σ_b²",
+    "depth": "layers",
+    "width": "units a layer",
+    "start": "q of the first layer",
+    "q": "q",
+    "q_star_from_1": "q* that q = 1 goes to",
+    "phase": "phase",
+    "stable": "stable",
+    "marginal": "marginal",
+    "half_stable": "half-stable",
+    "slope_second_moment": "E φ'²",
+    "slope_fourth_moment": "E φ'⁴",
+    "correlation_map": "next layer's correlation",
+    "correlation_map_slope": "slope of the correlation map",
+    "universality_class": "universality class",
+    "six_xi_c": "trainable depth by correlations, 6 ξ_c (layers)",
+    "six_abs_xi_grad": "trainable depth by gradients, 6 |ξ_∇| (layers)",
+    "representable_depth": "depth where a gradient leaves",
+    "mean_squared_singular_value": "mean of s²",
+    "squared_singular_value_variance": "variance of s²",
+    "squared_singular_value_relative_variance": "variance of s² / (mean of s²)²",
+    "activation_mean": "mean of activations",
+    "activation_second_moment": "second moment of activations",
+    "chi": "χ",
+    "jacobian_norm": "‖J‖²_F/n from layer 1",
+    "log_jacobian_norm": "its natural logarithm",
+    "gain_parallel": "along the input",
+    "gain_orthogonal": "orthogonal to it",
+    "gain_ratio": "ratio",
+    "K": "q",
+    "V4": "n × its variance over networks (V₄)",
+    "G1": "n × shift of its mean (G₁)",
+    "V4_over_K2": "V₄/q²",
+    "q_mean": "mean of q, last layer",
+    "q_variance": "variance of q over networks, last layer",
+    "conditional_variance_variance": "variance over networks of E[q | layers below]",
+    "alive": "share of networks with a live unit in every layer",
+    "gain_mean": "mean of the gain ‖J u‖²",
+    "gain_second_moment": "second moment of the gain",
+    "gain_variance": "variance of the gain",
+    "log_gain_mean": "mean of log gain, of networks that live",
+    "log_gain_variance": "variance of log gain, of networks that live",
+    "log_normal_mean": "mean of log gain, log-normal limit",
+    "log_normal_variance": "variance of log gain, log-normal limit",
+}
 
 # The one entry of `fixed_points` where every length is a fixed point.
 _EVERY_LENGTH: dict[str, Any] = {
@@ -79,8 +129,7 @@ def summarise(
     """
     activation = activations.get(activation)
     depth, width = check_count("depth", depth), check_count("width", width)
-    what = "correlations, each from -1 to 1"
-    correlations = check_sequence("correlations", correlations, what)
+    correlations = check_sequence("correlations", correlations, "correlations, each from -1 to 1")
     c = np.asarray(as_numbers("correlations", correlations), np.float64)
     if not np.all(np.abs(c) <= 1):
         raise InputError(f"correlations is {list(correlations)}; each is from -1 to 1")

@@ -38,8 +38,9 @@ from jaxtyping import Array, Float
 
 from gradflow import activations, gaussian
 from gradflow._checks import check_count, unknown_name
+from gradflow._closed_forms import PairMoment
 from gradflow._roots import bisect
-from gradflow.activations import Activation, PairMoment
+from gradflow.activations import Activation
 from gradflow.blocks import Dense
 from gradflow.errors import InputError
 from gradflow.gaussian import _quadrature
@@ -369,7 +370,7 @@ def deep_kernel_shaping(
     Raises
     ------
     InputError
-        If an argument is out of range, or no solution was found.
+        If an argument is out of range, or no start of the solver converges.
 
     References
     ----------
@@ -409,7 +410,7 @@ def tailored(activation: Activation | str, depth: int, tau: float = 0.3) -> Tran
     Raises
     ------
     InputError
-        If an argument is out of range, φ' jumps, or no solution was found.
+        If an argument is out of range, φ' jumps, or no start of the solver converges.
 
     References
     ----------
