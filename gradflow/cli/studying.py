@@ -50,7 +50,8 @@ def plan(file: File, as_json: Json = False) -> None:
     from gradflow.studies import results, study_file  # noqa: PLC0415
 
     study = study_file.load(file)
-    made = plans.first_round(study)
+    made = plans.make(study, plans.programs(study))
+    plans.check_memory(study, made)
     results.check(study)
     rows = [
         {
