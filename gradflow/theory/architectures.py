@@ -33,8 +33,10 @@ from gradflow.blocks import AbstractBlock, Patches
 from gradflow.errors import InputError
 from gradflow.gaussian import _batch, _pairs
 from gradflow.kernels import Kernel
-from gradflow.theory import fixed_points, mean_field
+from gradflow.theory import fixed_points
+from gradflow.theory._backward import log_gain
 from gradflow.theory._depth_scales import depth_scale
+from gradflow.theory._loops import scan_layers
 from gradflow.theory._moment_table import over_grid
 
 __all__ = ["DropoutAnalysis", "Walk", "batch_norm_chi", "convolution_modes", "critical_dropout"]
@@ -83,7 +85,7 @@ def walk(block: AbstractBlock, q0: ArrayLike, depth: int) -> Walk:
     check_scale("q0", q0)
     depth = check_count("depth", depth)
     begin = Kernel.of(jnp.asarray(q0, jnp.result_type(q0, 0.0))[None, None])
-    ends = jax.eval_shape(block.kernel, begin).law
+    ends = jax.eval_shape(block.kernel, begin).distribution
     if ends.has_memory:
         raise InputError(
             "block hands on an LSTM's state, whose gradient has no factor of one block; use "
@@ -92,12 +94,12 @@ def walk(block: AbstractBlock, q0: ArrayLike, depth: int) -> Walk:
 
     def step(state: Kernel, _: None) -> tuple[Kernel, tuple[Array, Array]]:
         after = block.kernel(state)
-        after = after.as_carry(state.law if depth > 1 else after.law)
+        after = after.as_carry(state.distribution if depth > 1 else after.distribution)
         q = after.covariance[0, 0] * jnp.exp(2 * after.log_scale[0])
-        return after, (q, mean_field.log_gain(block, state)[0])
+        return after, (q, log_gain(block, state)[0])
 
-    begin = begin.as_carry(ends if depth > 1 else begin.law)
-    _, (q, log_chi) = mean_field.scan_layers(step, begin, None, length=depth)
+    begin = begin.as_carry(ends if depth > 1 else begin.distribution)
+    _, (q, log_chi) = scan_layers(step, begin, None, length=depth)
     return Walk(q, jnp.exp(log_chi), jnp.cumsum(log_chi))
 
 
