@@ -119,7 +119,7 @@ def mlp(
     widths
         The input's width n_0, then every layer's: n_0, n_1, …, n_L; L >= 1.
     activation
-        φ, by name. Or an `Activation`, or any elementwise JAX callable.
+        φ, by name; `gradflow list` has all. Or an `Activation`, or any elementwise JAX callable.
     weights
         The ensemble of the weights, by name. Or an `Ensemble`, or any function of
         `jax.nn.initializers`.
