@@ -23,7 +23,7 @@ LEADING, DEPTH = 10, 20
 MOST_WEIGHTS = 2 << 30  # bytes
 
 
-def of_gradflow(width, sampler, found):
+def of_gradflow(width, sampler, details):
     from gradflow import builders
     from gradflow.simulation import singular_values
 
@@ -34,7 +34,7 @@ def of_gradflow(width, sampler, found):
         values = singular_values.extreme_singular_values(
             network, x, jax.random.key(seed), leading=LEADING, sampler=sampler
         )
-        found["steps"] = values.steps
+        details["steps"] = values.steps
         return values.log_largest
 
     return one
@@ -89,14 +89,14 @@ def timed(one, repeats):
 
 
 def at_width(width, repeats):
-    found, rows = {}, {}
-    rows["gradflow, matrix_free"] = timed(of_gradflow(width, "matrix_free", found), repeats)
+    details, rows = {}, {}
+    rows["gradflow, matrix_free"] = timed(of_gradflow(width, "matrix_free", details), repeats)
     if 4 * DEPTH * width**2 <= MOST_WEIGHTS:
         rows["gradflow, dense"] = timed(of_gradflow(width, "dense", {}), repeats)
         if importlib.util.find_spec("matfree"):
-            rows["matfree, dense"] = timed(of_matfree(width, found["steps"]), repeats)
+            rows["matfree, dense"] = timed(of_matfree(width, details["steps"]), repeats)
         rows["NumPy, product and SVD"] = timed(of_numpy(width), repeats)
-    return {"width": width, "depth": DEPTH, "steps": found["steps"], "rows": rows}
+    return {"width": width, "depth": DEPTH, "steps": details["steps"], "rows": rows}
 
 
 def main(arguments=None):

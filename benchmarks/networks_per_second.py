@@ -303,10 +303,10 @@ def compare(options, width, depth, inputs, most):
 def peak_memory(name, width, depth, inputs):
     """Of a process that does nothing else, in GiB."""
     size = [str(width), str(depth), str(inputs)]
-    found = subprocess.run(
+    process = subprocess.run(
         [sys.executable, __file__, "--one", name, *size], capture_output=True, text=True, check=True
     )
-    return float(found.stdout)
+    return float(process.stdout)
 
 
 def peak_of_this_process():

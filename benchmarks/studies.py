@@ -131,9 +131,9 @@ def costs(kind, folder):
 
         return run
 
-    compiled = _runner.monte_carlo.compiled
+    compiled = _runner._programs.compiled
     patched = [
-        (_runner.monte_carlo, "compiled", lambda *a, **k: timed("draw", compiled(*a, **k))),
+        (_runner._programs, "compiled", lambda *a, **k: timed("draw", compiled(*a, **k))),
         (
             _runner.TaskRunner,
             "measurements",

@@ -4,8 +4,9 @@
     python benchmarks/theory.py --quick
 
 The peers are what one would write instead: for each point `scipy.integrate.quad` and `dblquad`
-under `scipy.optimize.brentq`; for each λ a continuation with Newton's method in NumPy. They run
-at a few points, and their time is per point. Warm, results waited for; compile time apart.
+inside `scipy.optimize.brentq`; for each λ a continuation with Newton's method in NumPy. They run
+at a few points, and their time is per point. Times are those of warm runs, until the results are
+there; the first run, with compiling, is timed separately.
 """
 
 import argparse
@@ -35,7 +36,7 @@ def timed(function, repeats=3):
 
 
 def scipy_analysis(sigma_w2, sigma_b2):
-    """q*, χ₁, χ∥, c* and χ_c of tanh; for sizes where φ is not much steeper than the density."""
+    """q*, χ₁, χ∥, c* and χ_c of tanh, for σ_w² of order 1, where these quadratures converge."""
 
     def average(f, q):
         root = math.sqrt(q)
@@ -125,17 +126,17 @@ def numpy_density(at, slopes2, weights, sigma_w2, depth):
 
 
 def density(count, peer_count):
-    from gradflow.theory import spectrum
+    from gradflow.theory import spectral_density, spectrum
 
     depth, sigma_w2, q = 10, 1.76095464, 0.57004788
     law = spectrum.slope_law("tanh", q)
     top = float(spectrum.support(law, sigma_w2, depth).upper)
     at = np.linspace(0, top, count + 2)[1:-1]
-    result, first, warm = timed(lambda: spectrum.density(law, sigma_w2, depth, at=at))
-    picked = np.linspace(0, count - 1, peer_count).astype(int)
+    result, first, warm = timed(lambda: spectral_density.density(law, sigma_w2, depth, at=at))
+    chosen = np.linspace(0, count - 1, peer_count).astype(int)
     nodes = np.asarray(law.values), np.asarray(law.weights)
     start = time.perf_counter()
-    peer = [numpy_density(x, *nodes, sigma_w2, depth) for x in at[picked]]
+    peer = [numpy_density(x, *nodes, sigma_w2, depth) for x in at[chosen]]
     peer_seconds = (time.perf_counter() - start) / peer_count
     return {
         "what": f"tanh, density of a Jacobian of {depth} Gaussian layers at {count} points",
@@ -146,7 +147,7 @@ def density(count, peer_count):
         "peer_seconds_a_point": peer_seconds,
         "times_peer": peer_seconds / (warm / count),
         "largest_difference": float(
-            np.max(np.abs(np.asarray(result.of_eigenvalues)[picked] / np.array(peer) - 1))
+            np.max(np.abs(np.asarray(result.of_eigenvalues)[chosen] / np.array(peer) - 1))
         ),
     }
 

@@ -1,51 +1,115 @@
 """Theory and exact simulation of vanishing and exploding gradients.
 
-Will the gradients of this network vanish or explode? It is answered twice, by
-theory and by exact simulation of many random networks at once, and the two are compared. Each
-module is a subject; each imports only from those above it:
+Will the gradients of this network vanish or explode? Theory answers, simulation of many random
+networks at once answers, and the two answers are compared. The names that most programs need are
+here (`gradflow.__all__`), and each subject is a module, which imports only from those above it:
 
-errors             input that cannot be used, in one sentence
-norms              norms as logarithms, which no float's range ends
-activations        what a unit does: φ, its kinks, closed forms
+errors             errors that bad input raises, of one sentence each
+norms              norms of vectors as logarithms, beyond the range of any float
+activations        activation functions: φ, its kinks, closed forms of its Gaussian means
 gaussian           expectations under a Gaussian, in one and two dimensions
-ensembles          how weights are drawn: a distribution times a variance rule
+ensembles          laws of random weights: a distribution times a variance rule
 kernels            the state of an infinitely wide layer: second moments of signals and of tangents
-blocks             the repeating unit, read twice: one network, infinite width
+blocks             layers, each defined once for one random network and for infinite width
 networks           a random network as data: stages of equal blocks
 builders           networks of the usual architectures: mlp, residual, convolutional, recurrent
 schema             a network as named options: for Python, study files and the command line
-statistics         what is reported: its name, how it is measured, how it is predicted
-float_ranges       in which layer signals and gradients leave float16, bfloat16, float32, float64
+statistics         the quantities of each layer: names, measurement, prediction
+float_ranges       the layers in which signals and gradients leave float16, bfloat16, …, float64
 estimation         means, standard errors and histograms over networks
-roots              roots of a function of one variable, differentiable
-theory             one value a layer, no sampling
+theory             predictions for wide networks, layer by layer, without sampling
 simulation         the same statistics, measured in many random networks at once
-verdict            what becomes of the gradients, in words and as a factor a layer
-comparison         theory beside measurement: z-scores and a verdict
-training           weights as parameters; layers along training, many networks at once
-data               real inputs, with labels: what networks are trained on
+verdict            whether gradients vanish or explode, in words and as a factor a layer
+comparison         theory beside simulation: z-scores and a verdict
+training           many networks in training, with the statistics of every layer along the way
+data               real inputs with labels, to train on
 figures            one function a figure
 spectra            singular values of end-to-end Jacobians, theory beside simulation
-remedies           a sick network, and each way to tackle it beside it
-experiments        networks in training: what the paper showed, and what came after it
-studies            networks over a grid that a file describes, of any size
-note               the study of the note that the project began with
+remedies           a network whose gradients vanish or explode, beside each remedy for it
+experiments        published experiments on training, repeated
+studies            large grids of networks, described by a file
+note               the study of vanishing and exploding gradients that ``gradflow note`` runs
 cli                the command ``gradflow``
 """
 
 import importlib
-from typing import Any
+import pkgutil
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from gradflow.activations import Activation as Activation
+    from gradflow.builders import as_sites as as_sites
+    from gradflow.builders import convolutional as convolutional
+    from gradflow.builders import mlp as mlp
+    from gradflow.builders import recurrent as recurrent
+    from gradflow.builders import residual as residual
+    from gradflow.builders import stack as stack
+    from gradflow.comparison import Comparison as Comparison
+    from gradflow.comparison import compare as compare
+    from gradflow.ensembles import Ensemble as Ensemble
+    from gradflow.errors import InputError as InputError
+    from gradflow.networks import Network as Network
+    from gradflow.networks import Stage as Stage
+    from gradflow.simulation.monte_carlo import simulate as simulate
+    from gradflow.simulation.propagation import propagate as propagate
+    from gradflow.simulation.singular_values import (
+        extreme_singular_values as extreme_singular_values,
+    )
+    from gradflow.simulation.singular_values import log_singular_values as log_singular_values
+    from gradflow.statistics import Statistic as Statistic
+    from gradflow.theory.criticality import critical_points as critical_points
+    from gradflow.theory.criticality import phase_diagram as phase_diagram
+    from gradflow.theory.fixed_points import analyse as analyse
+    from gradflow.theory.prescription import prescribe as prescribe
+    from gradflow.training.train import train as train
 
 __version__ = "0.1.0"
 
+# The module that each public name is imported from, on first use; the imports above are for type
+# checkers.
+_MODULES = {
+    "Activation": "activations",
+    "Comparison": "comparison",
+    "Ensemble": "ensembles",
+    "InputError": "errors",
+    "Network": "networks",
+    "Stage": "networks",
+    "Statistic": "statistics",
+    "analyse": "theory.fixed_points",
+    "as_sites": "builders",
+    "compare": "comparison",
+    "convolutional": "builders",
+    "critical_points": "theory.criticality",
+    "extreme_singular_values": "simulation.singular_values",
+    "log_singular_values": "simulation.singular_values",
+    "mlp": "builders",
+    "phase_diagram": "theory.criticality",
+    "prescribe": "theory.prescription",
+    "propagate": "simulation.propagation",
+    "recurrent": "builders",
+    "residual": "builders",
+    "simulate": "simulation.monte_carlo",
+    "stack": "builders",
+    "train": "training.train",
+}
+__all__ = list(_MODULES)
+
+
+def _subjects() -> list[str]:
+    """The public modules of the package."""
+    return [m.name for m in pkgutil.iter_modules(__path__) if not m.name.startswith("_")]
+
+
+def __dir__() -> list[str]:
+    return sorted([*__all__, *_subjects(), "__version__"])
+
 
 def __getattr__(name: str) -> Any:
-    """Import a module on first use: ``import gradflow; gradflow.theory.mean_field``."""
-    if name.startswith("_"):
-        raise AttributeError(name)
-    try:
+    """Import a public name or a subject on first use: ``import gradflow; gradflow.theory``."""
+    if name in _MODULES:
+        value = getattr(importlib.import_module(f"gradflow.{_MODULES[name]}"), name)
+        globals()[name] = value  # found without this function from now on
+        return value
+    if name in _subjects():
         return importlib.import_module(f"gradflow.{name}")
-    except ModuleNotFoundError as error:
-        if error.name != f"gradflow.{name}":
-            raise
-        raise AttributeError(f"module 'gradflow' has no attribute {name!r}") from error
+    raise AttributeError(f"module 'gradflow' has no attribute {name!r}")

@@ -1,6 +1,6 @@
-"""How a program is compiled: well, or soon where that takes less time than compiling it well.
+"""Compiling programs: with fewer optimisations where a program runs for less time than they take.
 
-And one that is traced in float64 and called from any thread, as theory beside a simulation is.
+Also programs in float64 that may be called from any thread, as theory beside a simulation is.
 """
 
 import functools
@@ -12,32 +12,34 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import PyTreeDef
 
-__all__ = ["Float64Program", "options"]
-
-# CPU seconds of a run below which it does not pay to compile well, measured: a program of a walk
-# through a network compiles in 3.5 s, in 2.3 s without XLA's newer way to generate code for
-# elementwise loops, and is slower then by a tenth to a third; in 1 s without optimisations, and
-# slower by a factor of 5.
+# CPU seconds of a run below which optimisations cost more than they save. Measured: the program of
+# a forward and backward pass compiles in 3.5 s; without XLA's newer code for elementwise loops in
+# 2.3 s, to run slower by a tenth to a third; without optimisations in 1 s, to run 5 times slower.
 _SHORT, _SHORTEST = 3.0, 0.25
 
 
 def options(seconds: float, *, computes_twice: bool = False) -> dict[str, str | bool]:
-    """Return the compiler's options for a program that will run for this many CPU seconds in all.
+    """The compiler's options for a program, by how long it will run.
 
-    The results differ by rounding at most. Off CPUs there is nothing to choose.
+    Results differ by rounding at most.
 
     Parameters
     ----------
     seconds
-        How long it will run, on one core.
+        How long all runs of the program will take, in seconds of one core.
     computes_twice
-        Whether it computes things again that must come out as they did before, to the last bit, as
-        a walk down a network does those of the walk up. Without optimisations they may not.
+        Whether the program computes values again that must be the same to the last bit, as a
+        backward pass does those of the forward pass. Without optimisations they may differ.
+
+    Returns
+    -------
+    dict
+        Options for `jax.stages.Lowered.compile`; none on accelerators.
     """
     if jax.default_backend() != "cpu":
         return {}
-    # Without it XLA leaves half of a wide vector unit unused, where there is one: what matters for
-    # random numbers, which are arithmetic and nothing else (a fifth of matrix_free's time).
+    # XLA's default leaves half of a wide vector unit unused. This matters for random numbers, which
+    # are arithmetic and nothing else (a fifth of matrix_free's time).
     chosen: dict[str, str | bool] = {"xla_cpu_prefer_vector_width": "512"}
     if seconds < _SHORT and _known("xla_cpu_use_fusion_emitters"):
         chosen["xla_cpu_use_fusion_emitters"] = False
@@ -48,7 +50,7 @@ def options(seconds: float, *, computes_twice: bool = False) -> dict[str, str | 
 
 @functools.cache
 def _known(option: str) -> bool:
-    """Whether this version's compiler has an option that can be switched off."""
+    """Whether this version of XLA has an option that can be switched off."""
     nothing = jax.jit(lambda x: x).lower(jax.ShapeDtypeStruct((), jnp.float32))
     try:
         nothing.compile({option: False})
@@ -58,26 +60,35 @@ def _known(option: str) -> bool:
 
 
 class Float64Program:
-    """A function that was traced in float64, whatever JAX's x64 setting; of NumPy arrays.
+    """A function of NumPy arrays that computes in float64, whatever JAX's x64 setting.
 
-    It is compiled when it is first called. It traces nothing then, and so can be called in a thread
-    beside another that has x64 off. `jax.jit` cannot: where two threads that differ in it hand JAX
-    one NumPy array at once, both get what one of them asked for (JAX 0.10, one time in two: float32
-    for float64, or the reverse).
+    The function is traced at once and compiled at the first call. A call traces nothing, and so
+    may be made in one thread while another has x64 off. `jax.jit` does not allow that: where two
+    threads with different settings hand JAX the same NumPy array at once, both get the dtype that
+    one of them wants (JAX 0.10, one time in two).
 
     Attributes
     ----------
     result
-        The shapes of what it returns.
+        The shapes and dtypes of the function's result.
     """
 
     @classmethod
     def of(
         cls, function: Callable, arguments: tuple, seconds: float, **static: Hashable
     ) -> "Float64Program":
-        """Return the function's program for arguments like these, which will run for ``seconds``.
+        """The program of a function for arguments of these shapes, traced once and cached.
 
-        The same one if it is asked for again.
+        Parameters
+        ----------
+        function
+            A function that JAX can trace.
+        arguments
+            Arguments with the shapes of those that the program will be called with.
+        seconds
+            How long a run will take, in seconds of one core.
+        **static
+            Further arguments, which are constants of the program.
         """
         leaves, structure = jax.tree.flatten(arguments)
         shapes = tuple(np.shape(leaf) for leaf in leaves)
@@ -107,11 +118,11 @@ class Float64Program:
         return self._lowered.compile(self._options)
 
     def compile(self) -> None:
-        """Compile it now, and not when it is first called."""
-        self._compiled  # noqa: B018  (a property that is kept)
+        """Compile the program now, before its first call."""
+        self._compiled  # noqa: B018  (a cached property)
 
     def __call__(self, *arguments: Any) -> Any:
-        """Return the function's result as NumPy arrays."""
+        """The function's result, as NumPy arrays."""
         arguments = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), arguments)
         with jax.enable_x64(True), jax.no_tracing(True):
             return jax.tree.map(np.asarray, self._compiled(*arguments))

@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all, or piece by piece; folders that can be written to."""
+"""Writing files whole or not at all, or slab by slab; folders that can be written to."""
 
 import itertools
 import os
@@ -12,11 +12,17 @@ import xarray
 
 from gradflow.errors import InputError
 
-__all__ = ["complete", "writable_file", "writable_folder", "write_netcdf_slabs"]
-
 
 def writable_folder(folder: Path, name: str = "out") -> Path:
-    """Make the folder and try it, before anything is computed that could be lost."""
+    """The folder, made if it is new, after a file was written in it for a test.
+
+    Commands call this before they compute anything that could be lost.
+
+    Raises
+    ------
+    InputError
+        If the folder cannot be made or written to; ``name`` is the option's name.
+    """
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile(dir=folder):
@@ -30,19 +36,19 @@ def writable_folder(folder: Path, name: str = "out") -> Path:
 
 
 def writable_file(path: Path, name: str = "out") -> Path:
-    """Return where a file will be written, before anything is computed that could be lost.
+    """The path that writing to ``path`` will write to: a link is followed, and stays.
 
-    A link is followed: what it points to is written, and the link stays.
+    Commands call this before they compute anything that could be lost.
 
     Raises
     ------
     InputError
-        If something is there that is no regular file (a folder, a device, a pipe), or nothing can
-        be written there.
+        If ``path`` is no regular file (a folder, a device, a pipe), or cannot be written;
+        ``name`` is the option's name.
     """
     target = Path(os.path.realpath(path))
     try:
-        # Of the path and not of the target: what /dev/stdout points to may have none.
+        # The mode of the path and not of the target: what /dev/stdout points to may have no path.
         mode = os.stat(path).st_mode
     except FileNotFoundError:
         mode = None
@@ -71,12 +77,15 @@ def _not_a_file(path: Path, name: str, reason: str) -> InputError:
 
 @contextmanager
 def complete(path: Path, name: str = "file") -> Iterator[Path]:
-    """Write beside the file and then put it in place, so that no half of one is ever seen.
+    """A temporary file to write, which replaces ``path`` at the end, so that no half is ever seen.
 
-    Where that is, and what is refused: `writable_file`.
+    Raises
+    ------
+    InputError
+        As `writable_file` does, or if writing fails.
     """
     target = writable_file(path, name)
-    # With the end of its name, which may say of which kind it is.
+    # The name ends alike, because its ending may be the file's format.
     beside = target.with_name(f".{os.getpid()}-{target.name[-40:]}")
     try:
         yield beside
@@ -84,7 +93,7 @@ def complete(path: Path, name: str = "file") -> Iterator[Path]:
     except OSError as error:
         raise InputError(f"cannot write {str(path)!r}: {_reason(error)}") from error
     finally:
-        with suppress(OSError):  # what went wrong has been said
+        with suppress(OSError):  # the first error is the one to report
             beside.unlink(missing_ok=True)
 
 
@@ -93,20 +102,20 @@ def _reason(error: OSError) -> str:
 
 
 def write_netcdf_slabs(slabs: Iterable[xarray.Dataset], along: str, path: Path) -> None:
-    """Write a dataset that comes in slabs along a dimension, holding one of them at a time.
+    """Write a dataset that is too large for memory, slab by slab along one dimension.
 
-    As netCDF 3, of which ``along`` is the record dimension: its records stand one after another at
-    the end of the file, behind a header that says how many there are.
+    The file is netCDF 3 and ``along`` its record dimension: records stand one after another at the
+    end of the file, behind a header with their number.
 
     Parameters
     ----------
     slabs
-        At least one, alike in all but the values along the dimension, which all that have it have
-        as their first, and numbers alone.
+        The dataset's slabs in order, at least one. They differ only in their values along the
+        dimension, which is the first of every variable that has it, and have numbers only.
     along
-        Its name.
+        The dimension's name.
     path
-        The file; one that is there is written over.
+        The file; an existing one is replaced.
     """
 
     def write(dataset: xarray.Dataset) -> bytes:

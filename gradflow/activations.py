@@ -1,16 +1,14 @@
 """Activations: a function φ, where it is not smooth, and its Gaussian averages in closed form.
 
 To add one, assign one `Activation` at module level: `ALL`, `get`, and the shared law tests find it.
-Derivatives are never written here: φ' and φ'' come from JAX. What JAX gets wrong in floating point
-(1 - tanh² and 1 - sigmoid vanish in the tails) is repaired in the function itself, so that a
-simulation and the theory differentiate the same thing.
+Derivatives are never written here: φ' and φ'' come from JAX. Its errors in floating point
+(1 - tanh² and 1 - sigmoid vanish in the tails) are repaired in the function itself, so that
+simulation and theory differentiate the same function.
 
-Closed forms are for x ~ N(0, q), or for (u, v) Gaussian with variances q_u, q_v and covariance k.
-They are written so that nothing cancels for q from 0 to 1e4; a form that would is left to the
-quadrature of `gradflow.gaussian`.
-
-References: Cho & Saul 2009 (arc-cosine kernels of ReLU); Williams 1997, "Computing with infinite
-networks" (erf); Rahimi & Recht 2007 (sin, cos); Tsuchida et al. 2021 (GELU).
+Closed forms are optional: for x ~ N(0, q), or for (u, v) Gaussian with variances q_u, q_v and
+covariance k. They are written so that nothing cancels for q from 0 to 1e4; a form that would is
+left to the quadrature of `gradflow.gaussian`. Those that take more than a line, with their sources,
+are in `gradflow._closed_forms`.
 """
 
 import functools
@@ -27,20 +25,20 @@ import numpy as np
 from jax.scipy.special import erf as _erf
 from jaxtyping import Array, Float, ScalarLike
 
+from gradflow import _closed_forms
 from gradflow._checks import check_sequence, is_number, unknown_name
+from gradflow._closed_forms import Moment, PairMoment, Values
+from gradflow._roots import bisect
 from gradflow.errors import InputError
 
 __all__ = ["ALL", "Activation", "custom", "get", "leaky_relu"]
 
-Values: TypeAlias = Float[Array, "..."] | Float[np.ndarray, "..."] | ScalarLike
-Elementwise: TypeAlias = Callable[[Array], Array]
-Moment: TypeAlias = Callable[[Array], Array | float]
-PairMoment: TypeAlias = Callable[[Array, Array, Array], Array | float]
+_Elementwise: TypeAlias = Callable[[Array], Array]
 
 
 @dataclass(frozen=True)
 class Activation:
-    """An elementwise function φ and what is known of it.
+    """An elementwise function φ, its kinks, and the closed forms of its Gaussian averages.
 
     Hashable and compared by name, function and kinks: usable as a static field of an equinox module
     and as a static argument of `jax.jit`.
@@ -62,7 +60,7 @@ class Activation:
     """
 
     name: str
-    function: Elementwise
+    function: _Elementwise
     kinks: tuple[float, ...] = ()
     homogeneous: bool = False
     moments: Mapping[str, Moment] = field(default_factory=dict, compare=False, repr=False)
@@ -103,7 +101,7 @@ class Activation:
 
     @functools.cached_property
     def _known_slope_jumps(self) -> tuple[tuple[float, float], ...] | None:
-        """`slope_jumps`; None if parameters are traced, because tracers must not be kept."""
+        """The `slope_jumps`, or None if parameters are traced, because tracers must not be kept."""
         if not self.kinks:
             return ()
         # A step as small as the number format allows, and not subnormal: XLA flushes those to 0.
@@ -148,8 +146,8 @@ class Activation:
     def bounds(self) -> tuple[float, float] | None:
         """The least and largest value of φ, or None if it is unbounded.
 
-        It is taken for bounded if nothing beyond |x| = 16 is outside of what is found up to there
-        by more than a tenth of its span.
+        φ is taken for bounded if no value beyond |x| = 16 is outside the range of those up to there
+        by more than a tenth of that range.
         """
         x = np.concatenate([self._scan[0], [-1e30, 1e30]])
         with _concrete():
@@ -160,42 +158,42 @@ class Activation:
         return (low, high) if beyond <= 0.1 * (near.max() - near.min()) else None
 
     @property
-    def powers(self) -> tuple["Powers", "Powers"]:
-        """What powers of |x| φ and its slope are near 0, and far from it.
+    def powers(self) -> tuple["_Powers", "_Powers"]:
+        """The powers of |x| that φ and its slope are proportional to, near 0 and far from it.
 
         Parameters of φ that are being traced are traced through.
         """
         return self._known_powers or self._traced_powers()
 
     @functools.cached_property
-    def _known_powers(self) -> tuple["Powers", "Powers"] | None:
-        """`powers`; None if parameters are traced, because tracers must not be kept."""
+    def _known_powers(self) -> tuple["_Powers", "_Powers"] | None:
+        """The `powers`, or None if parameters are traced, because tracers must not be kept."""
         with _concrete():
-            found = _compiled_powers(self)
-        if isinstance(found[0].value, jax.core.Tracer):
+            both = _compiled_powers(self)
+        if isinstance(both[0].value, jax.core.Tracer):
             return None
-        at_zero, beyond = (Powers(*map(float, powers)) for powers in found)
+        at_zero, beyond = (_Powers(*map(float, powers)) for powers in both)
         if np.isnan(beyond.value) and self.bounds is not None:
             beyond = beyond._replace(value=0.0)
         return at_zero, beyond
 
-    def _traced_powers(self) -> tuple["Powers", "Powers"]:
-        def power(f: Elementwise, x: Array, of_zero: float) -> Array:
+    def _traced_powers(self) -> tuple["_Powers", "_Powers"]:
+        def power(f: _Elementwise, x: Array, of_zero: float) -> Array:
             sizes = jnp.hypot(f(x), f(-x))
-            found = jnp.log(sizes[1:] / sizes[:-1]) / math.log(2)
-            alike = jnp.abs(found[0] - found[1]) < jnp.sqrt(jnp.finfo(found.dtype).eps)
-            return jnp.where(jnp.all(sizes == 0), of_zero, jnp.where(alike, found[1], jnp.nan))
+            powers = jnp.log(sizes[1:] / sizes[:-1]) / math.log(2)
+            alike = jnp.abs(powers[0] - powers[1]) < jnp.sqrt(jnp.finfo(powers.dtype).eps)
+            return jnp.where(jnp.all(sizes == 0), of_zero, jnp.where(alike, powers[1], jnp.nan))
 
-        def powers(x: Array, slope_of_zero: float) -> "Powers":
-            return Powers(power(self, x, 1.0), power(self.derivative, x, slope_of_zero))
+        def powers(x: Array, slope_of_zero: float) -> "_Powers":
+            return _Powers(power(self, x, 1.0), power(self.derivative, x, slope_of_zero))
 
         small, large = (jnp.asarray(_PROBES * size) for size in (_SMALL, 1 / _SMALL))
         beyond = powers(large, -math.inf)
-        # Where φ' decays, E[φ'²] is what is near 0, ∫ φ'² dx/√(2πq).
+        # Where φ' decays, E[φ'²] is that near 0, ∫ φ'² dx/√(2πq).
         return powers(small, 0.0), beyond._replace(slope=jnp.maximum(beyond.slope, -0.5))
 
     def saturated_intervals(self, threshold: float) -> np.ndarray:
-        """Return where |φ'(x)| < threshold · max|φ'|.
+        """Find the intervals in which |φ'(x)| < threshold · max|φ'|.
 
         Parameters
         ----------
@@ -219,17 +217,17 @@ class Activation:
         return _saturated_intervals(self, float(threshold))
 
 
-class Powers(NamedTuple):
-    """What φ and φ' are proportional to, at 0 or at ±∞: powers of |x|; NaN where they are none.
+class _Powers(NamedTuple):
+    """The powers of |x| that φ and φ' are proportional to, at 0 or at ±∞; NaN where there is none.
 
-    At ±∞ the slope's is twice that of q in E[φ'²], x ~ N(0, q), which is not below -1/2.
+    At ±∞ the slope's power is that of q in E[φ'²], x ~ N(0, q), and so not below -1/2.
     """
 
     value: ScalarLike
     slope: ScalarLike
 
 
-# Where they are looked at: far below and above what matters to the averages within their limits.
+# The |x| at which powers are computed: far below and above those that averages depend on.
 _SMALL = 1e-18
 _PROBES = np.array([1.0, 2.0, 4.0])
 
@@ -256,20 +254,20 @@ def _saturated_intervals(activation: Activation, threshold: float) -> np.ndarray
 
 
 def _roots(activation: Activation, x: np.ndarray, slope: np.ndarray, level: float) -> np.ndarray:
-    """Return the solutions of φ'(x) = level between points of a grid, by cutting up its steps."""
+    """Return the solutions of φ'(x) = level between points of a grid."""
     above = slope > level
     (left,) = np.nonzero(above[1:] != above[:-1])
     if not left.size:
         return x[left]
-    low, high, start = x[left], x[left + 1], above[left]
-    pieces = max(2, _EVALUATED // left.size)
-    cuts = np.arange(1, pieces)[:, None] / pieces
-    for _ in range(math.ceil(60 / math.log2(pieces))):
-        ends = np.vstack([low, low + cuts * (high - low), high])
-        same = (_slopes(activation, ends[1:-1]) > level) == start
-        piece = np.where(same.all(axis=0), pieces - 1, same.argmin(axis=0))
-        low, high = np.take_along_axis(ends, np.stack([piece, piece + 1]), axis=0)
-    return (low + high) / 2
+    # Of one size, as a program is compiled for each.
+    parts = -(-left.size // _EVALUATED)
+    low, high, start = (
+        np.resize(end, (parts, _EVALUATED)) for end in (x[left], x[left + 1], above[left])
+    )
+    with _concrete():
+        brackets = zip(low, high, start, strict=True)
+        roots = [np.asarray(_compiled_bisection(activation, level, *each)) for each in brackets]
+        return np.concatenate(roots)[: left.size]
 
 
 @contextmanager
@@ -282,6 +280,16 @@ def _concrete() -> Iterator[None]:
 _compiled = jax.jit(Activation.__call__, static_argnums=0)
 _compiled_derivative = jax.jit(Activation.derivative, static_argnums=0)
 _compiled_powers = jax.jit(Activation._traced_powers, static_argnums=0)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _compiled_bisection(
+    activation: Activation, level: Array, low: Array, high: Array, above: Array
+) -> Array:
+    """Return the roots of φ' - level in brackets; whether it is ``above`` 0 at their lower ends."""
+    ends = bisect(lambda x: (activation.derivative(x) > level) != above, low, high, steps=60)
+    return (ends[0] + ends[1]) / 2
+
 
 # Points at which a slope is evaluated in one call.
 _EVALUATED = 4096
@@ -298,7 +306,7 @@ def _slopes(activation: Activation, x: np.ndarray) -> np.ndarray:
 
 
 def custom(
-    function: Elementwise, *, kinks: Iterable[float] = (), name: str | None = None
+    function: _Elementwise, *, kinks: Iterable[float] = (), name: str | None = None
 ) -> Activation:
     """Return an `Activation` of any elementwise function written in JAX.
 
@@ -339,14 +347,14 @@ def custom(
 
 
 def _kinks(kinks: Any) -> tuple[float, ...]:
-    found = check_sequence("kinks", kinks, "numbers, where φ is not smooth, as (0.0,)")
+    sequence = check_sequence("kinks", kinks, "numbers, where φ is not smooth, as (0.0,)")
     try:
-        return tuple(float(kink) for kink in found)
+        return tuple(float(kink) for kink in sequence)
     except (TypeError, ValueError) as error:
         raise InputError(f"kinks is {kinks!r}; it is numbers, where φ is not smooth") from error
 
 
-def get(activation: Activation | str | Elementwise) -> Activation:
+def get(activation: Activation | str | _Elementwise) -> Activation:
     """Return the activation of this name, in any case, or a callable as an `Activation`.
 
     ``"sigmoid"`` is `logistic`; ``"leaky_relu(0.2)"`` gives its slope, and so does
@@ -361,10 +369,10 @@ def get(activation: Activation | str | Elementwise) -> Activation:
         return activation
     if isinstance(activation, str):
         written = activation.strip().lower()
-        found = re.fullmatch(r"(leaky_relu)_(\d*\.?\d+)", written) or re.fullmatch(
+        parsed = re.fullmatch(r"(leaky_relu)_(\d*\.?\d+)", written) or re.fullmatch(
             r"(\w+)(?:\(([-+.\de]+)\))?", written
         )
-        name, argument = found.groups() if found else (activation, None)
+        name, argument = parsed.groups() if parsed else (activation, None)
         if name == "leaky_relu":
             try:
                 return leaky_relu(float(argument)) if argument else leaky_relu()
@@ -380,32 +388,18 @@ def get(activation: Activation | str | Elementwise) -> Activation:
     raise InputError(f"activation is {activation!r}; it is a name or an elementwise function")
 
 
-# Closed forms -----------------------------------------------------------------------------------
-
-
-def gram_determinant(q_u: Array, q_v: Array, k: Array) -> Array:
-    """q_u q_v - k², without cancellation where q_u = q_v, and never negative by rounding."""
-    size = jnp.abs(k)
-    value = (q_u - size) * (q_v - size) + size * (q_u + q_v - 2 * size)
-    return jnp.where(value < 0, 0, value)  # jnp.maximum would halve the derivative at 0
-
-
-def _angle(q_u: Array, q_v: Array, k: Array) -> Array:
-    """arccos(k/√(q_u q_v)) by arctan2: arccos loses half its digits near 0."""
-    return jnp.arctan2(jnp.sqrt(gram_determinant(q_u, q_v, k)), k)
-
-
-def _piecewise_linear(name: str, function: Elementwise, a: float) -> Activation:
+def _piecewise_linear(name: str, function: _Elementwise, a: float) -> Activation:
     """Slope 1 for x > 0 and a for x < 0: φ = (1+a)/2 x + (1-a)/2 |x|."""
     odd, even = ((1 + a) / 2) ** 2, ((1 - a) / 2) ** 2
 
     def kernel(q_u: Array, q_v: Array, k: Array) -> Array:
         # E|u||v| = (2/π)(√(q_u q_v - k²) + k (π/2 - angle)); Cho & Saul 2009, order 1.
-        root, angle = jnp.sqrt(gram_determinant(q_u, q_v, k)), _angle(q_u, q_v, k)
+        root = jnp.sqrt(_closed_forms.gram_determinant(q_u, q_v, k))
+        angle = _closed_forms.angle(q_u, q_v, k)
         return odd * k + even * (2 * (root - k * angle) / math.pi + k)
 
     def derivative_kernel(q_u: Array, q_v: Array, k: Array) -> Array:
-        return odd + even * (1 - 2 * _angle(q_u, q_v, k) / math.pi)
+        return odd + even * (1 - 2 * _closed_forms.angle(q_u, q_v, k) / math.pi)
 
     return Activation(
         name,
@@ -429,100 +423,6 @@ def _piecewise_linear(name: str, function: Elementwise, a: float) -> Activation:
         kernel=kernel,
         derivative_kernel=derivative_kernel,
     )
-
-
-def _sin2(q: Array) -> Array:
-    """E sin²x."""
-    return -jnp.expm1(-2 * q) / 2
-
-
-def _cos2(q: Array) -> Array:
-    """E cos²x."""
-    return (1 + jnp.exp(-2 * q)) / 2
-
-
-def _sin4(q: Array) -> Array:
-    """E sin⁴x = (3 - 4e + e⁴)/8 with e = exp(-2q), factored."""
-    e = jnp.exp(-2 * q)
-    return jnp.expm1(-2 * q) ** 2 * (e**2 + 2 * e + 3) / 8
-
-
-def _cos4(q: Array) -> Array:
-    """E cos⁴x."""
-    return (3 + 4 * jnp.exp(-2 * q) + jnp.exp(-8 * q)) / 8
-
-
-def _sin2_cos2(q: Array) -> Array:
-    """E sin²x cos²x."""
-    return -jnp.expm1(-8 * q) / 8
-
-
-def _sin_sin(q_u: Array, q_v: Array, k: Array) -> Array:
-    """E sin(u) sin(v) = exp(-(q_u + q_v)/2) sinh k, without cancellation and without overflow."""
-    m = (q_u + q_v) / 2
-    near_zero = jnp.exp(-m) * jnp.sinh(jnp.clip(k, -1, 1))
-    return jnp.where(jnp.abs(k) < 1, near_zero, (jnp.exp(k - m) - jnp.exp(-k - m)) / 2)
-
-
-def _cos_cos(q_u: Array, q_v: Array, k: Array) -> Array:
-    """E cos(u) cos(v) = exp(-(q_u + q_v)/2) cosh k."""
-    m = (q_u + q_v) / 2
-    return (jnp.exp(k - m) + jnp.exp(-k - m)) / 2
-
-
-def _erf_kernel(q_u: Array, q_v: Array, k: Array) -> Array:
-    """E erf(u) erf(v); Williams 1997."""
-    rest = 1 + 2 * (q_u + q_v) + 4 * gram_determinant(q_u, q_v, k)
-    return 2 / math.pi * jnp.arctan2(2 * k, jnp.sqrt(rest))
-
-
-def _erf_derivative_kernel(q_u: Array, q_v: Array, k: Array) -> Array:
-    return 4 / math.pi * jax.lax.rsqrt(1 + 2 * (q_u + q_v) + 4 * gram_determinant(q_u, q_v, k))
-
-
-# GELU is x Φ(x). With h = Φ(u)Φ(v), integrating by parts twice,
-#   E[uv h] = k E[h] + (q_u q_v + k²) E[h_uv] + k q_u E[h_uu] + k q_v E[h_vv],
-# and E[h], E[h_uv], E[h_uu] are the orthant probability, the density and a derivative of it at 0
-# of a Gaussian with covariance K + 1. D is its determinant.
-
-
-def _gelu_terms(q_u: Array, q_v: Array, k: Array) -> tuple[Array, Array, Array, Array]:
-    gram = gram_determinant(q_u, q_v, k)
-    d = 1 + q_u + q_v + gram
-    orthant = 1 / 4 + jnp.arctan2(k, jnp.sqrt(d)) / (2 * math.pi)
-    r = 1 / (1 + q_u) + 1 / (1 + q_v)
-    return orthant, d, r, gram + k**2 * r
-
-
-def _gelu_kernel(q_u: Array, q_v: Array, k: Array) -> Array:
-    orthant, d, _, rest = _gelu_terms(q_u, q_v, k)
-    return k * orthant + rest * jax.lax.rsqrt(d) / (2 * math.pi)
-
-
-def _gelu_derivative_kernel(q_u: Array, q_v: Array, k: Array) -> Array:
-    orthant, d, r, rest = _gelu_terms(q_u, q_v, k)
-    return orthant + k * jax.lax.rsqrt(d) / (2 * math.pi) * (2 * r - 1 + rest / d)
-
-
-def _gelu_phi2(q: Array) -> Array:
-    d = jnp.sqrt(1 + 2 * q)
-    return q / 4 + q / (2 * math.pi) * (jnp.arctan(q / d) + 2 * q / ((1 + q) * d))
-
-
-def _gelu_dphi2(q: Array) -> Array:
-    d = jnp.sqrt(1 + 2 * q)
-    return 1 / 4 + (jnp.arctan(q / d) + q / (1 + q) * (5 * q + 3) / d**2 / d) / (2 * math.pi)
-
-
-def _gelu_x_phi_dphi(q: Array) -> Array:
-    d = jnp.sqrt(1 + 2 * q)
-    rest = q / ((1 + q) * d) * (5 - 2 * q / (1 + q) - 2 * q / d**2)
-    return q / 4 + q / (2 * math.pi) * (jnp.arctan(q / d) + rest)
-
-
-def _hard_tanh_inside(q: Array) -> Array:
-    """P(|x| < 1). Below the floor on q it is 1 in float64, and its derivative would be 0·inf."""
-    return _erf(jax.lax.rsqrt(2 * jnp.maximum(q, 1 / 1800)))
 
 
 # Functions that JAX differentiates with a loss of digits -----------------------------------------
@@ -592,14 +492,14 @@ gelu = Activation(
     functools.partial(jax.nn.gelu, approximate=False),
     moments={
         "phi": lambda q: q * jax.lax.rsqrt(2 * math.pi * (1 + q)),
-        "phi2": _gelu_phi2,
+        "phi2": _closed_forms.gelu_phi2,
         "dphi": lambda q: 0.5,  # noqa: ARG005
-        "dphi2": _gelu_dphi2,
+        "dphi2": _closed_forms.gelu_dphi2,
         "x_phi": lambda q: q / 2,
-        "x_phi_dphi": _gelu_x_phi_dphi,
+        "x_phi_dphi": _closed_forms.gelu_x_phi_dphi,
     },
-    kernel=_gelu_kernel,
-    derivative_kernel=_gelu_derivative_kernel,
+    kernel=_closed_forms.gelu_kernel,
+    derivative_kernel=_closed_forms.gelu_derivative_kernel,
 )
 gelu_tanh = Activation("gelu_tanh", _gelu_tanh)
 silu = Activation("silu", lambda x: x * _logistic(x))
@@ -612,7 +512,7 @@ hard_tanh = Activation(
     "hard_tanh",
     jax.nn.hard_tanh,
     kinks=(-1.0, 1.0),
-    moments=dict.fromkeys(("dphi", "dphi2", "dphi4"), _hard_tanh_inside),
+    moments=dict.fromkeys(("dphi", "dphi2", "dphi4"), _closed_forms.hard_tanh_inside),
 )
 softsign = Activation("softsign", jax.nn.soft_sign, kinks=(0.0,))
 erf = Activation(
@@ -635,48 +535,48 @@ erf = Activation(
         ),
         "ddphi2": lambda q: 16 / math.pi * q * jax.lax.rsqrt(1 + 4 * q) / (1 + 4 * q),
     },
-    kernel=_erf_kernel,
-    derivative_kernel=_erf_derivative_kernel,
+    kernel=_closed_forms.erf_kernel,
+    derivative_kernel=_closed_forms.erf_derivative_kernel,
 )
 sin = Activation(
     "sin",
     jnp.sin,
     moments={
         "phi": lambda q: 0.0,  # noqa: ARG005
-        "phi2": _sin2,
-        "phi4": _sin4,
+        "phi2": _closed_forms.sin2,
+        "phi4": _closed_forms.sin4,
         "dphi": lambda q: jnp.exp(-q / 2),
-        "dphi2": _cos2,
-        "dphi4": _cos4,
+        "dphi2": _closed_forms.cos2,
+        "dphi4": _closed_forms.cos4,
         "x_phi": lambda q: q * jnp.exp(-q / 2),
         "x_phi_dphi": lambda q: q * jnp.exp(-2 * q),
-        "phi_ddphi": lambda q: -_sin2(q),
-        "phi2_dphi2": _sin2_cos2,
-        "ddphi2": _sin2,
-        "variance": _sin2,
+        "phi_ddphi": lambda q: -_closed_forms.sin2(q),
+        "phi2_dphi2": _closed_forms.sin2_cos2,
+        "ddphi2": _closed_forms.sin2,
+        "variance": _closed_forms.sin2,
     },
-    kernel=_sin_sin,
-    derivative_kernel=_cos_cos,
+    kernel=_closed_forms.sin_sin,
+    derivative_kernel=_closed_forms.cos_cos,
 )
 cos = Activation(
     "cos",
     jnp.cos,
     moments={
         "phi": lambda q: jnp.exp(-q / 2),
-        "phi2": _cos2,
-        "phi4": _cos4,
+        "phi2": _closed_forms.cos2,
+        "phi4": _closed_forms.cos4,
         "dphi": lambda q: 0.0,  # noqa: ARG005
-        "dphi2": _sin2,
-        "dphi4": _sin4,
+        "dphi2": _closed_forms.sin2,
+        "dphi4": _closed_forms.sin4,
         "x_phi": lambda q: 0.0,  # noqa: ARG005
         "x_phi_dphi": lambda q: -q * jnp.exp(-2 * q),
-        "phi_ddphi": lambda q: -_cos2(q),
-        "phi2_dphi2": _sin2_cos2,
-        "ddphi2": _cos2,
+        "phi_ddphi": lambda q: -_closed_forms.cos2(q),
+        "phi2_dphi2": _closed_forms.sin2_cos2,
+        "ddphi2": _closed_forms.cos2,
         "variance": lambda q: jnp.expm1(-q) ** 2 / 2,
     },
-    kernel=_cos_cos,
-    derivative_kernel=_sin_sin,
+    kernel=_closed_forms.cos_cos,
+    derivative_kernel=_closed_forms.sin_sin,
 )
 
 _BY_NAME = {name: value for name, value in list(vars().items()) if isinstance(value, Activation)}

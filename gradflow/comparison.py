@@ -38,7 +38,7 @@ from gradflow.float_ranges import FloatRange, float_ranges
 from gradflow.networks import Network, as_inputs, check_network, checked_inputs, divide_widths
 from gradflow.simulation.monte_carlo import Progress, Simulation, simulate
 from gradflow.statistics import Prediction, Statistic
-from gradflow.theory import densities, mean_field
+from gradflow.theory import _densities, mean_field
 from gradflow.theory.finite_width import carried_means
 from gradflow.theory.finite_width.first_order import (
     Corrections,
@@ -661,7 +661,7 @@ def with_densities(simulation: Simulation, inputs: ArrayLike) -> Simulation:
     """Return a simulation of these inputs whose histograms have their ``theory``."""
     arguments = _arguments(simulation.network, inputs)
     forward, backward = _prepared(mean_field.laws, *arguments)(*arguments)
-    found = densities.predicted(simulation.network, forward, backward, simulation.histograms)
+    found = _densities.predicted(simulation.network, forward, backward, simulation.histograms)
     return dataclasses.replace(simulation, histograms=found)
 
 

@@ -1,7 +1,7 @@
 """Weight ensembles: how the weights of a layer are drawn, a distribution times a variance rule.
 
 A `Distribution` draws entries of mean 0 and variance 1; a variance rule is a function of
-(fan_in, fan_out) that says what variance a layer's weights have. Layer l has W of shape
+(fan_in, fan_out) that gives the variance of a layer's weights. Layer l has W of shape
 (n_l, n_{l-1}), so that fan_in = n_{l-1} and fan_out = n_l. To add an ensemble, write one assignment
 ``name = Ensemble("name", distribution, rule)`` in this file.
 
@@ -37,7 +37,7 @@ from gradflow.errors import InputError
 
 __all__ = ["ALL", "Distribution", "Ensemble", "fan_in", "from_initializer", "get"]
 
-VarianceRule = Callable[[int, int], float]
+_VarianceRule = Callable[[int, int], float]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,7 +47,7 @@ class Distribution:
     Attributes
     ----------
     name
-        What it is called in results and messages.
+        Its name in results and messages.
     draw
         ``draw(key, (n_out, n_in), dtype)`` returns the matrix.
     iid_gaussian
@@ -69,7 +69,7 @@ class Distribution:
 
     @property
     def rotation_invariant(self) -> bool:
-        """Whether rotations leave the law as it is: what the sampler ``matrix_free`` needs."""
+        """Whether rotations leave the law as it is: the sampler ``matrix_free`` needs that."""
         return self.iid_gaussian or self.haar
 
 
@@ -129,7 +129,7 @@ class Ensemble:
     Attributes
     ----------
     name
-        What it is called in results and on the command line.
+        Its name in results and on the command line.
     distribution
         The law of the entries at unit variance.
     variance
@@ -138,7 +138,7 @@ class Ensemble:
 
     name: str
     distribution: Distribution
-    variance: VarianceRule
+    variance: _VarianceRule
 
     def sigma_w(self, fan_in: int, fan_out: int) -> float:
         """Return σ_w = √(fan_in · Var W), the scale in mean-field units (dimensionless)."""
@@ -262,15 +262,15 @@ def fan_in(sigma_w: float = 1.0, distribution: Distribution | str = gaussian) ->
     return named.drawn_from(distribution)
 
 
-# What `from_initializer` measures the variance on: the relative error of a variance estimated from
-# this many entries is √(2/N) = 5e-4 for Gaussian entries.
+# The entries from which `from_initializer` measures a variance: its relative error is √(2/N) = 5e-4
+# for Gaussian entries.
 _MEASURED_ENTRIES = 8_000_000
 
 
 def from_initializer(
     initializer: Callable[..., Array],
     *,
-    variance: VarianceRule | None = None,
+    variance: _VarianceRule | None = None,
     name: str | None = None,
 ) -> Ensemble:
     """Return the ensemble of any `jax.nn.initializers` function.
@@ -283,7 +283,7 @@ def from_initializer(
         ``variance(fan_in, fan_out)``, the variance of one weight. Without it, it is measured, once
         for each shape, on 8 million entries (relative error about 5e-4) at a fixed key.
     name
-        What to call it.
+        The name of the ensemble; the function's own by default.
 
     Raises
     ------

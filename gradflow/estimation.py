@@ -1,9 +1,9 @@
 """Estimates over networks: mean, standard deviation and standard error, mergeable.
 
-The unit of replication is the network, never a unit or a layer of one. Sums are in float64 on the
-host, as a count, a mean and a sum of squared deviations, merged by Chan, Golub & LeVeque 1983.
-A statistic that is carried as a logarithm is averaged *as the quantity itself*, in units of
-``exp(log_unit)``, so that the mean of squares of gradients of order 1e-600 is still a mean.
+Samples are networks, never units or layers of one network. A count, a mean and a sum of squared
+deviations are kept in float64 on the host, and merged by the formulas of Chan, Golub & LeVeque
+(1983). A statistic that is kept as a logarithm is averaged *as the quantity itself*, in units of
+``exp(log_unit)``, so that squared gradients of order 1e-600 have a mean too.
 """
 
 from collections.abc import Sequence
@@ -22,18 +22,18 @@ Values = np.ndarray
 
 
 class Estimate(eqx.Module):
-    """What a sample of networks says about one statistic, at every layer.
+    """The mean of one statistic over networks and its standard error, at every layer.
 
     Attributes
     ----------
     count
-        Networks that gave a value, shape (layers,).
+        The number of networks with a finite value, shape (layers,).
     excluded
-        Networks left out because theirs was not finite (an overflow; the log of a dead network).
+        The number of other networks: their value overflowed, or is the log of a dead network's 0.
     mean, squares
         Mean and sum of squared deviations, in units of exp(log_unit) and its square.
     log_unit
-        Natural logarithm of the unit; 0 for statistics that are not carried as logarithms.
+        Natural logarithm of the unit; 0 for statistics that are not kept as logarithms.
     """
 
     count: Values
@@ -44,9 +44,14 @@ class Estimate(eqx.Module):
 
     @classmethod
     def of(cls, values: Values, *, log: bool = False) -> "Estimate":
-        """Return the estimate from per-network values, shape (networks, layers).
+        """The estimate from one value a network and layer.
 
-        With ``log`` the values are logarithms of the quantity to average; -inf is a quantity of 0.
+        Parameters
+        ----------
+        values
+            Shape (networks, layers).
+        log
+            Whether the values are natural logarithms of the quantity to average; -inf is 0.
         """
         values = np.asarray(as_numbers("values", values, np.float64), np.float64)
         usable = np.isfinite(values) | (log & np.isneginf(values))
@@ -81,23 +86,23 @@ class Estimate(eqx.Module):
 
     @property
     def standard_deviation(self) -> Values:
-        """Over networks, one degree of freedom given up to the mean; NaN below two networks."""
+        """The standard deviation over networks (n - 1 degrees of freedom); NaN for one network."""
         with np.errstate(over="ignore"):
             return self._relative_deviation() * np.exp(self.log_unit)
 
     @property
     def standard_error(self) -> Values:
-        """Of the mean over networks."""
+        """The standard error of the mean over networks."""
         return self.standard_deviation / np.sqrt(np.maximum(self.count, 1))
 
     @property
     def log_standard_error(self) -> Values:
-        """Of ``log_value``, to first order: the relative standard error of the mean."""
+        """The standard error of ``log_value``, to first order: relative to the mean."""
         with np.errstate(divide="ignore", invalid="ignore"):
             return self._relative_deviation() / np.sqrt(np.maximum(self.count, 1)) / self.mean
 
     def confidence_interval(self, level: float = 0.95) -> tuple[Values, Values]:
-        """Return Student's interval for the mean, as (low, high) in the statistic's unit.
+        """Student's confidence interval for the mean, (low, high), in the statistic's unit.
 
         Raises
         ------
@@ -115,12 +120,12 @@ class Estimate(eqx.Module):
 
 
 def merge(estimates: Sequence[Estimate]) -> Estimate:
-    """Return the estimate from all the networks of several, merged in the order given.
+    """One estimate from the networks of several, merged in their order.
 
     Raises
     ------
     InputError
-        If there is none.
+        If ``estimates`` is empty.
     """
     estimates = check_sequence("estimates", estimates, "a sequence of Estimates")
     if not estimates:
@@ -162,13 +167,13 @@ class Histogram(eqx.Module):
     density
         Shape (layers, bins): mean over networks of the normalised histogram, per exp(log_unit).
     standard_error
-        Of the density, over networks; NaN with one network.
+        Standard error of the density over networks; NaN for one network.
     log_unit
         Shape (layers,): natural logarithm of the unit.
     networks
-        How many networks it is made from.
+        The number of networks.
     theory
-        What the density is at infinite width, if that was worked out; NaN where it is not known.
+        The density at infinite width, NaN where it is not known; None if it was not computed.
     """
 
     edges: Values
@@ -182,7 +187,7 @@ class Histogram(eqx.Module):
 def histogram(
     values: Sequence[Values], log_scales: Sequence[Values], *, bins: int = 80
 ) -> Histogram:
-    """Return the histogram at every layer of signals from several networks.
+    """The histogram of signals of several networks, at every layer.
 
     Parameters
     ----------
@@ -191,7 +196,7 @@ def histogram(
     log_scales
         For each layer, shape (networks, sites): the true signals are exp(log_scale) times these.
     bins
-        How many, symmetric about 0 and out to the largest value.
+        The number of bins, which are symmetric about 0 and reach the largest value.
     """
     edges, density, error, units = [], [], [], []
     for value, log_scale in zip(values, log_scales, strict=True):
@@ -201,7 +206,7 @@ def histogram(
         scale = np.exp(np.where(np.isfinite(log_scale), log_scale, -np.inf) - unit)
         true = (np.asarray(value, np.float64) * scale[..., None]).reshape(len(value), -1)
         reach = float(np.max(np.abs(true), where=np.isfinite(true), initial=0.0)) or 1.0
-        edge = reach * np.linspace(-1, 1, bins + 1)  # one of them is 0 to the last bit
+        edge = reach * np.linspace(-1, 1, bins + 1)  # the middle edge is exactly 0
         counts = np.stack([np.histogram(network, edge)[0] for network in true])
         each = counts / (true.shape[1] * (edge[1] - edge[0]))
         edges.append(edge)

@@ -1,18 +1,19 @@
-"""Float ranges: in which layer signals and gradients overflow or underflow, in each float type.
+"""Float ranges: the layers in which signals and gradients overflow or underflow, by float type.
 
-A signal or gradient is known by the root mean square of its units, as a logarithm, which has no
-range to leave. Its largest unit of n is taken as that of n Gaussian ones, √(2 log n) times as
-large; of a weight's gradient, a product δ_i h_j, as the product of the two. So
+The size of a signal or gradient is the logarithm of the root mean square over its units, which
+itself never overflows. The largest of n units is taken to be √(2 log n) times as large, as of n
+Gaussian ones; the largest entry of a weight gradient, a product δ_i h_j, is the product of the two
+largest units. A quantity
 
-- it *overflows* where the largest unit is above the type's largest number,
-- it *underflows* where the root mean square is below the smallest normal number: digits are lost,
-  and many devices make it 0,
-- it *is zero* where the largest unit rounds to 0, of subnormal numbers too.
+- *overflows* where its largest unit is above the type's largest number,
+- *underflows* where its root mean square is below the smallest normal number: digits are lost, and
+  many devices make it 0,
+- *is zero* where its largest unit rounds to 0 even among subnormal numbers.
 
-Each is the first such layer in the direction of the pass: going up for signals z and φ(z), going
-down for ∂C/∂z and ∂C/∂W. Gradients are relative to a ∂C/∂z of size 1 at the top; a cost that is
-scaled (as by loss scaling) moves them by its logarithm. What a layer does between these, such as a
-normalisation's squares, is not looked at.
+The layer is the first in the direction of the pass: upwards for the signals z and φ(z), downwards
+for ∂C/∂z and ∂C/∂W. Gradients are relative to a ∂C/∂z of size 1 at the top; a scaled cost (loss
+scaling) shifts their logarithms. Intermediate values within a layer, such as the squares of a
+normalisation, are not considered.
 """
 
 import dataclasses
@@ -29,18 +30,19 @@ __all__ = ["DTYPES", "NOWHERE", "UNKNOWN", "FloatRange", "float_ranges", "senten
 
 DTYPES = ("float16", "bfloat16", "float32", "float64")
 NOWHERE, UNKNOWN = "nowhere", "unknown"
-# What is asked of, and whether its pass goes down.
+# The quantities, and whether their pass goes down.
 _DOWNWARDS = {"signals": False, "gradients": True, "weight_gradients": True}
 
 
 @dataclasses.dataclass(frozen=True)
 class FloatRange:
-    """Where one quantity leaves one float type's range; each a layer, ``nowhere`` or ``unknown``.
+    """The layers in which one quantity leaves the range of one float type.
 
     Attributes
     ----------
     overflow, underflow, zero
-        The first layer of the pass where it does: see the module.
+        The first layer of the pass where the quantity overflows, underflows or is zero, as the
+        module says; ``"nowhere"`` if there is none, ``"unknown"`` if that is not known.
     """
 
     overflow: int | str
@@ -48,16 +50,16 @@ class FloatRange:
     zero: int | str
 
     def __str__(self) -> str:
-        """Return it in words."""
-        if self.overflow == self.underflow:  # nowhere or unknown, both
+        """The layers in words: 'overflow first in layer 30'."""
+        if self.overflow == self.underflow:  # both nowhere, or both unknown
             return str(self.overflow)
-        said = []
+        parts = []
         if isinstance(self.overflow, int):
-            said.append(f"overflow first in layer {self.overflow}")
+            parts.append(f"overflow first in layer {self.overflow}")
         if isinstance(self.underflow, int):
             zero = f" (all 0 in layer {self.zero})" if isinstance(self.zero, int) else ""
-            said.append(f"underflow first in layer {self.underflow}{zero}")
-        return ", ".join(said) or UNKNOWN
+            parts.append(f"underflow first in layer {self.underflow}{zero}")
+        return ", ".join(parts) or UNKNOWN
 
 
 def float_ranges(
@@ -67,26 +69,28 @@ def float_ranges(
     dtype: str | None = None,
     overflowed: np.ndarray | None = None,
 ) -> dict[str, dict[str, FloatRange]]:
-    """Return where signals, gradients and weights' gradients leave each float type's range.
+    """The layers in which signals, gradients and weight gradients leave each float type's range.
 
     Parameters
     ----------
     network
-        What the values are of.
+        The network that the values belong to.
     values
-        Natural logarithms by statistic key, shape (layers,), as in a `Prediction`: ``log_q``,
-        ``log_gradient_norm`` and ``log_weight_gradient_variance``; of what is not there, the answer
-        is left out. ``log_activation_variance`` and ``activation_mean`` are added to the signals.
+        Arrays of shape (layers,) by statistic key, as in a `Prediction`, natural logarithms:
+        ``log_q`` for signals, ``log_gradient_norm`` for gradients and
+        ``log_weight_gradient_variance`` for weight gradients; a quantity without values is left
+        out. Signals also take ``log_activation_variance`` and ``activation_mean`` into account.
     dtype
-        The float type in which signals were simulated; none of theory. What has left its range is
-        known to have left a smaller type's, and unknown of a larger one's.
+        The float type in which signals were simulated; None for theory. A signal that left its
+        range has left the range of smaller types too; for larger types the answer is unknown.
     overflowed
-        Shape (layers,): whether these signals were not finite.
+        Shape (layers,): whether signals of the simulation were not finite.
 
     Returns
     -------
     dict
-        By float type, then ``signals``, ``gradients`` and ``weight_gradients``.
+        `FloatRange` by float type (`DTYPES`), then by quantity: ``"signals"``, ``"gradients"``,
+        ``"weight_gradients"``.
     """
     n = np.array(network.widths, float)
     # log of how much the largest unit exceeds the root mean square.
@@ -100,21 +104,23 @@ def float_ranges(
         known["gradients"] = (rms, rms, peaks[1:])
     if "log_weight_gradient_variance" in values:
         rms = np.asarray(values["log_weight_gradient_variance"], np.float64) / 2
-        rms = np.where([bool(shapes) for shapes in network.shapes], rms, 0.0)  # of no weights
+        rms = np.where(
+            [bool(shapes) for shapes in network.shapes], rms, 0.0
+        )  # layers without weights
         known["weight_gradients"] = (rms, rms, peaks[1:] + peaks[:-1])
 
-    found: dict[str, dict[str, FloatRange]] = {}
-    for of in DTYPES:
-        limits = jnp.finfo(of)
+    ranges: dict[str, dict[str, FloatRange]] = {}
+    for float_type in DTYPES:
+        limits = jnp.finfo(float_type)
         largest, normal = math.log(float(limits.max)), math.log(float(limits.smallest_normal))
         least = math.log(float(limits.smallest_subnormal)) - math.log(2)
-        found[of] = {}
+        ranges[float_type] = {}
         for name, (low, high, peak) in known.items():
             over = _is_above(high + peak, largest)
             under, zero = _is_above(-low, -normal), _is_above(-(low + peak), -least)
             if name == "signals" and dtype is not None:
                 own = jnp.finfo(dtype)
-                # Where φ is linear for them, signals are followed further than the type goes.
+                # Small or large signals are simulated beyond the type's range where φ is a power.
                 small, large = network.homogeneous_beyond
                 if overflowed is not None and not large:
                     known_to = largest <= math.log(float(own.max))
@@ -122,19 +128,19 @@ def float_ranges(
                 floor = math.log(float(own.smallest_normal))
                 if normal < floor and not small:
                     under = np.where(low < floor, np.nan, under)
-                if least < floor and of != dtype and not small:
+                if least < floor and float_type != dtype and not small:
                     zero = np.where(low < floor, np.nan, zero)
             downwards = _DOWNWARDS[name]
-            found[of][name] = FloatRange(
+            ranges[float_type][name] = FloatRange(
                 overflow=_first(over, downwards),
                 underflow=_first(under, downwards),
                 zero=_first(zero, downwards),
             )
-    return found
+    return ranges
 
 
 def _log_activation(values: Mapping[str, np.ndarray | Array], otherwise: np.ndarray) -> np.ndarray:
-    """Return the log of the activations' root mean square."""
+    """The logarithm of the activations' root mean square, or ``otherwise`` where it is unknown."""
     if not {"log_activation_variance", "activation_mean"} <= set(values):
         return otherwise
     log_variance = np.asarray(values["log_activation_variance"], np.float64)
@@ -144,12 +150,12 @@ def _log_activation(values: Mapping[str, np.ndarray | Array], otherwise: np.ndar
 
 
 def _is_above(log: np.ndarray, limit: float) -> np.ndarray:
-    """Return 1 or 0; NaN where it is not known."""
+    """1 where a logarithm is above a limit, 0 where it is not, NaN where it is unknown."""
     return np.where(np.isnan(log), np.nan, log > limit)
 
 
 def _first(reached: np.ndarray, downwards: bool) -> int | str:
-    """Return the first layer in the direction of the pass; what comes after it does not count."""
+    """The first layer in the direction of the pass with a 1; unknown if a NaN comes first."""
     layers = np.arange(1, len(reached) + 1)
     if downwards:
         layers, reached = layers[::-1], reached[::-1]
@@ -164,14 +170,23 @@ def sentence(
     measured: Mapping[str, Mapping[str, FloatRange]],
     dtype: str,
 ) -> str:
-    """Return one float type's answer in words: what was measured, and theory where it differs."""
-    parts = []
-    everything = [*theory[dtype].values(), *measured[dtype].values()]
-    if all(str(of) == NOWHERE for of in everything):
+    """One float type's ranges in words: as measured, and by theory where that differs.
+
+    Parameters
+    ----------
+    theory, measured
+        As `float_ranges` returns them.
+    dtype
+        The float type, one of `DTYPES`.
+    """
+    both = [*theory[dtype].values(), *measured[dtype].values()]
+    if all(str(layers) == NOWHERE for layers in both):
         return NOWHERE
-    for name, of in measured[dtype].items():
+    parts = []
+    for name, layers in measured[dtype].items():
         predicted = theory[dtype].get(name)
-        differs = predicted is not None and predicted != of
-        said = f"{name.replace('_', ' ')}: {of}{f' (theory: {predicted})' if differs else ''}"
-        parts.append(said)
+        differs = predicted is not None and predicted != layers
+        parts.append(
+            f"{name.replace('_', ' ')}: {layers}{f' (theory: {predicted})' if differs else ''}"
+        )
     return "; ".join(parts)

@@ -25,9 +25,7 @@ from gradflow._checks import check_instance, is_traced
 from gradflow.activations import Activation
 from gradflow.blocks import (
     AbstractBlock,
-    AbstractLayer,
     Chain,
-    Linear,
     UnitVariance,
 )
 from gradflow.errors import InputError
@@ -39,8 +37,8 @@ __all__ += ["unit_variance", "with_biases"]
 class Stage(eqx.Module):
     """One block, repeated: with independent weights each time or, ``tied``, with the same ones.
 
-    A tied stage is one layer over time: its weights and biases are drawn once, and what is not a
-    parameter (a dropout mask, an input) at every step. The theory is that of untied weights, which
+    A tied stage is one layer over time: its weights and biases are drawn once, and other random
+    numbers (a dropout mask, an input) at every step. The theory is that of untied weights, which
     has the same limit (see `recurrent`) unless a unit's signal goes on beside the weights, as in a
     GRU, an LSTM and a Residual: then there is none step by step (`theory.shared_weights`).
     """
@@ -78,12 +76,13 @@ class Network(eqx.Module):
             if stage.repeats > 1 and below != above:
                 raise InputError(
                     f"a block is repeated {stage.repeats} times, takes {below} units and hands on "
-                    f"{above}; what is repeated hands on as many as it takes"
+                    f"{above}; a repeated block hands on as many units as it takes"
                 )
             if stage.repeats > 1 and stage.block.pool_factor > 1:
                 raise InputError(
                     f"a block is repeated {stage.repeats} times and makes one site of "
-                    f"{stage.block.pool_factor}; what is repeated hands on as many as it takes"
+                    f"{stage.block.pool_factor}; a repeated block hands on as many sites as it "
+                    "takes"
                 )
 
     @property
@@ -114,11 +113,11 @@ class Network(eqx.Module):
 
     @property
     def mixes_sites(self) -> bool:
-        """Whether a site's signal depends on others: BatchNorm's batch, a filter's positions."""
+        """Whether a site's signal depends on other sites: on other inputs, or other positions."""
         return any(stage.block.mixes_sites for stage in self.stages)
 
     def sites(self, first: int) -> tuple[int, ...]:
-        """Return how many sites each layer hands on, of so many in the input."""
+        """Return the number of sites that each layer hands on, with ``first`` in the input."""
         counts: list[int] = []
         for stage in self.stages:
             first //= stage.block.pool_factor
@@ -139,16 +138,17 @@ class Network(eqx.Module):
     def homogeneous(self) -> bool:
         """Whether the network maps a·x to a·z for every a > 0 (no biases, φ homogeneous).
 
-        And so its reported activations: signals may then be kept at length 1 beside a logarithm.
+        The activations that are reported too: signals may then be kept at length 1 beside a
+        logarithm.
         """
         blocks = all(stage.block.homogeneous for stage in self.stages)
         return blocks and self.activation.homogeneous
 
     @property
     def homogeneous_beyond(self) -> tuple[bool, bool]:
-        """Whether it is so for signals that are small or large enough, as a linear φ makes it.
+        """Whether the network is homogeneous for small enough signals, and for large enough ones.
 
-        Such a network of tanh is homogeneous for small signals, one of GELU for both.
+        It is where φ is linear in the limit: tanh for small signals, GELU for both.
         """
         if self.homogeneous:
             return True, True
@@ -226,28 +226,29 @@ def as_inputs(inputs: Any, network: Any) -> Array:
         As `checked_inputs`, or if they are beyond the range of JAX's float type, or below it.
     """
     array = checked_inputs(inputs, network)
-    with np.errstate(over="ignore"):  # it is looked for
-        found = jnp.asarray(array)
-    if not all_finite(found):
+    with np.errstate(over="ignore"):  # the next line looks for it
+        converted = jnp.asarray(array)
+    dtype = converted.dtype
+    if not all_finite(converted):
         raise InputError(
-            f"inputs has values beyond {found.dtype}'s range; turn JAX's x64 mode on, or scale them"
+            f"inputs has values beyond {dtype}'s range; turn JAX's x64 mode on, or scale them"
         )
-    if is_traced(found):
-        return found
+    if is_traced(converted):
+        return converted
     # Below its smallest normal number a float has few digits, and XLA takes it for 0.
-    least = float(jnp.finfo(found.dtype).smallest_normal / jnp.finfo(found.dtype).eps)
+    least = float(jnp.finfo(dtype).smallest_normal / jnp.finfo(dtype).eps)
     size = np.max(np.abs(np.asarray(array)), axis=None if network.mixes_sites else 1)
     faint = np.atleast_1d(size)[(size > 0) & (size < least)]
     if faint.size:
         raise InputError(
-            f"inputs has one whose largest value is {faint.min():.3g}, of which {found.dtype} does "
-            f"not hold all digits; it is 0 or at least {least:.1g}: scale it"
+            f"inputs has one whose largest value is {faint.min():.3g}, of which {dtype} does not "
+            f"hold all digits; it is 0 or at least {least:.1g}: scale it"
         )
-    return found
+    return converted
 
 
 def with_biases(network: Network) -> Network:
-    """Return the network with biases that start at 0 wherever a layer has none: for training."""
+    """Return the network with biases that start at 0 in each layer without biases: for training."""
     check_network(network)
 
     def with_bias(block: Any) -> Any:
@@ -262,10 +263,10 @@ def with_biases(network: Network) -> Network:
 def unit_variance(network: Network) -> Network:
     """Return the network with the weights of every layer divided as LSUV does.
 
-    Behind each `Linear`, `Dense` and `Convolution` block, wherever it is nested, stands a
-    `UnitVariance`; a `GRU` or `LSTM` stays as it is. LSUV starts from orthonormal weights,
-    ``ensembles.fan_in(1.0, "orthogonal")``, and no biases; what scale these have does not matter
-    then.
+    Behind each block that is one layer of weights (`Linear`, `Dense`, `Convolution`), wherever it
+    is nested, stands a `UnitVariance`; a `GRU` or `LSTM` stays as it is. LSUV starts from
+    orthonormal weights, ``ensembles.fan_in(1.0, "orthogonal")``, and no biases; the scale of the
+    weights does not matter then.
 
     Raises
     ------
@@ -277,12 +278,14 @@ def unit_variance(network: Network) -> Network:
     Mishkin & Matas 2016, arXiv:1511.06422, algorithm 1.
     """
     check_lsuv(network)
-    layers = (Linear, AbstractLayer)
 
-    def followed(block: object) -> object:
-        return Chain((block, UnitVariance())) if isinstance(block, layers) else block
+    def is_layer(block: object) -> bool:
+        return isinstance(block, AbstractBlock) and block.is_layer
 
-    stages = jax.tree.map(followed, network.stages, is_leaf=lambda b: isinstance(b, layers))
+    def followed(block: Any) -> object:
+        return Chain((block, UnitVariance())) if is_layer(block) else block
+
+    stages = jax.tree.map(followed, network.stages, is_leaf=is_layer)
     return dataclasses.replace(network, stages=stages, name=f"{network.name}, LSUV")
 
 
@@ -299,9 +302,9 @@ def check_lsuv(network: Network) -> None:
 def divide_widths(network: Network, factor: int | Fraction) -> Network:
     """Return the network with every layer's width divided by ``factor``, σ_w and σ_b kept.
 
-    It has the same infinite-width limit for the same inputs, and finite-width effects ``factor``
-    times as large: what tells such an effect from an error. The input keeps its width. A factor of
-    1/8 makes every layer eight times as wide.
+    The narrower network has the same infinite-width limit for the same inputs, and finite-width
+    effects ``factor`` times as large, which tells such an effect from an error. The input keeps its
+    width. A factor of 1/8 makes every layer eight times as wide.
 
     Raises
     ------

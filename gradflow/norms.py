@@ -16,8 +16,9 @@ def unit_rows(
 ) -> tuple[Float[Array, "rows n"], Float[Array, " rows"]]:
     """Return each row at length 1, and the natural logarithm of the length it had.
 
-    A row of zeros stays, and its logarithm is -inf; a row that is not finite becomes NaN. Any other
-    is right from the smallest normal float to the largest, where a sum of squares is not.
+    A row of zeros stays, and its logarithm is -inf; a row that is not finite becomes NaN. All other
+    rows are right from the smallest normal float to the largest, where a plain sum of squares
+    overflows or underflows.
     """
     squares, half = _squares(x)
     length = jnp.sqrt(squares)
@@ -37,7 +38,7 @@ def _unit_rows_jvp(primals, tangents):  # type: ignore[no-untyped-def]
 
 @jax.custom_batching.custom_vmap
 def _squares(x: Array) -> tuple[Array, Array]:
-    """Return Σ (s² x)² of each row, (rows, 1), in range for the s that is returned beside it."""
+    """Return Σ (s² x)² of each row, (rows, 1), and s, (rows, 1), which keeps it in range."""
     squares = jnp.sum(x**2, axis=1, keepdims=True)
     # One pass over x suffices for nearly all; the branch is taken for all rows or for none.
     plain = jnp.all((squares > _SMALL) & (squares < _LARGE))
@@ -48,8 +49,8 @@ def _squares(x: Array) -> tuple[Array, Array]:
 def _squares_of_batches(axis_size, in_batched, x):  # type: ignore[no-untyped-def]
     # Rows of a batch are rows: a cond must not become a select, which would run both branches.
     del in_batched
-    found = _squares(x.reshape(-1, x.shape[-1]))
-    return tuple(v.reshape(axis_size, x.shape[1], 1) for v in found), (True,) * 2
+    both = _squares(x.reshape(-1, x.shape[-1]))
+    return tuple(v.reshape(axis_size, x.shape[1], 1) for v in both), (True,) * 2
 
 
 def _as_they_are(x: Array, squares: Array) -> tuple[Array, Array]:

@@ -1,6 +1,9 @@
-"""The singular values of the end-to-end Jacobian: theory, and a histogram of real networks'."""
+"""Singular values of the end-to-end Jacobian of networks that keep one q: theory and histogram.
 
-import functools
+J = D^L W^L … D^1 W^1, D^l = diag φ'(z^l): the law that `gradflow.theory.spectrum` has at infinite
+width, beside the singular values of `gradflow.simulation.singular_values.end_to_end`.
+"""
+
 import math
 from typing import Any
 
@@ -8,25 +11,30 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import xarray
-from jaxtyping import Array, Float, PRNGKeyArray
+from jaxtyping import Array
 
-from gradflow import activations, ensembles, gaussian
+from gradflow import activations, builders, ensembles, gaussian
 from gradflow._arguments import from_seed
 from gradflow._checks import check_scale
 from gradflow.activations import Activation
 from gradflow.errors import InputError
-from gradflow.theory import fixed_points
+from gradflow.simulation import singular_values
+from gradflow.theory import fixed_points, spectral_density
 from gradflow.theory import spectrum as theory
+from gradflow.theory._jacobian_law import check as check_layers
 
-__all__ = ["run", "simulate"]
+__all__ = ["counts_in_bins", "mean_and_error", "run"]
 
 _BINS = 40
-# Of the largest singular value: below it, a product of matrices in float64 holds rounding errors.
-_ROUNDING = 1e-11
+# The density is shown a little beyond the largest singular value, and the histogram further, for at
+# finite width some are beyond it.
+_DENSITY_TOP, _HISTOGRAM_TOP = 1.02, 1.1
+# Of q: a bias variance that is negative by rounding alone.
+_ROUNDING = 1e-9
 
 
 def run(
-    activation: Activation,
+    activation: Activation | str,
     sigma_w2: float,
     sigma_b2: float = 0.0,
     *,
@@ -38,7 +46,7 @@ def run(
     width: int = 300,
     seed: int = 0,
 ) -> tuple[xarray.Dataset, dict[str, Any]]:
-    """Return the density of s over a grid, and moments, atoms and edges by their field's names.
+    """Return the density of singular values s of J over a grid, and its moments, atoms and edges.
 
     Parameters
     ----------
@@ -46,15 +54,15 @@ def run(
         φ, σ_w² > 0 and σ_b² >= 0.
     q
         The variance of the pre-activations; the fixed point of the length without it. If it is
-        given, σ_b² is what keeps it.
+        given, networks have the σ_b² that keeps it.
     depth
         L, in layers.
     weights
         ``"gaussian"`` or ``"orthogonal"``.
     points
-        How many places, evenly from 0 to the largest singular value.
+        Size of the grid, which is even from 0 to beyond the largest singular value.
     networks, width, seed
-        Networks to simulate, 0 for none, their units a layer, and the seed of what is random.
+        Networks to simulate, 0 for none, their units in a layer, and the seed of their randomness.
 
     Returns
     -------
@@ -73,71 +81,66 @@ def run(
     activation = activations.get(activation)
     with jax.enable_x64(True):
         check_scale("sigma_b2", sigma_b2)
-        theory.check(sigma_w2, depth, weights)
+        check_layers(sigma_w2, depth, weights)
         q = _settled(activation, sigma_w2, sigma_b2) if q is None else q
         law = theory.slope_law(activation, q)
-        layers = (sigma_w2, depth, weights)
-        mean, variance = (float(v) for v in theory.mean_and_variance(law, *layers))
-        ends = theory.support(law, *layers)
-        there = np.asarray(ends.masses) > 0
-        atoms, masses = np.sqrt(np.asarray(ends.atoms))[there], np.asarray(ends.masses)[there]
-        top = np.nanmax([math.sqrt(float(ends.upper)), *atoms, 1e-300])
-        s = np.linspace(0, 1.02 * top, points + 1)[1:]
-        found = theory.density(law, *layers, at=s**2)
-        moments = theory.moments(law, *layers).tolist()
-        first, second = (float(jnp.sum(law.weights * law.values**k)) for k in (1, 2))
-        mean_s = float(theory.mean_singular_value(law, *layers))
-        dataset = xarray.Dataset(
-            {
-                "singular_value_density_theory": (
-                    "singular_value",
-                    np.asarray(found.of_singular_values),
-                ),
-                "singular_value_density_theory_error": ("singular_value", np.asarray(found.error)),
-                "atom_mass": ("atom", masses),
-            },
-            coords={"singular_value": s, "atom": atoms},
-            attrs={
-                "title": f"{activation.name}, {depth} {weights} layers: σ_w² = {sigma_w2:.6g}, "
-                f"q = {q:.6g}",
-                "networks": networks,
-                "width": width,
-                "seed": seed,
-            },
-        )
+        dataset, report, top = _theory(law, (sigma_w2, depth, weights), points)
+        title = f"{activation.name}, {depth} {weights} layers: σ_w² = {sigma_w2:.6g}, q = {q:.6g}"
+        dataset.attrs = {"title": title, "networks": networks, "width": width, "seed": seed}
         if networks:
-            bias = q - sigma_w2 * float(gaussian.moment(activation, "phi2", jnp.asarray(q)))
-            if bias < -1e-9 * q:
-                raise InputError(
-                    f"q is {q!r}, which networks with sigma_w2 {sigma_w2!r} do not keep: it would "
-                    f"need sigma_b2 = {bias:.3g}; leave q out, or do not simulate"
-                )
-            values = simulate(
+            sigma_b = _sigma_b(activation, sigma_w2, q)
+            network = builders.mlp(
+                [width] * (depth + 1),
                 activation,
-                sigma_w2,
-                max(bias, 0.0),
-                q,
-                depth=depth,
-                weights=weights,
-                width=width,
-                networks=networks,
-                key=from_seed(seed),
+                ensembles.fan_in(math.sqrt(sigma_w2), weights),
+                sigma_b=sigma_b or None,
             )
-            dataset = dataset.assign(_histogram(np.asarray(values), 1.1 * top))
+            # Weights of both laws are isotropic: of the input its length alone matters.
+            start = math.sqrt(max(q - sigma_b**2, 0.0) / sigma_w2)
+            key, inputs = from_seed(seed), jnp.full((1, width), start)
+
+            def one(number: Array) -> Array:
+                key_of_one = jax.random.fold_in(key, number)
+                return singular_values.end_to_end(network, inputs, key_of_one)
+
+            logs = jax.jit(lambda: jax.lax.map(one, jnp.arange(networks)))()
+            dataset = dataset.assign(_histogram(np.asarray(logs), _HISTOGRAM_TOP * top))
+    of_arguments = {"activation": activation.name, "weights": weights}
+    return dataset, of_arguments | {"sigma_w2": sigma_w2, "q": q, "depth": depth} | report
+
+
+def _theory(
+    law: theory.SlopeLaw, layers: tuple[float, int, str], points: int
+) -> tuple[xarray.Dataset, dict[str, Any], float]:
+    """Return theory's density and atoms, its report, and the largest singular value."""
+    mean, variance = (float(v) for v in theory.mean_and_variance(law, *layers))
+    ends = theory.support(law, *layers)
+    there = np.asarray(ends.masses) > 0
+    atoms, masses = np.sqrt(np.asarray(ends.atoms))[there], np.asarray(ends.masses)[there]
+    top = float(np.nanmax([math.sqrt(float(ends.upper)), *atoms, 1e-300]))
+    s = np.linspace(0, _DENSITY_TOP * top, points + 1)[1:]
+    density = spectral_density.density(law, *layers, at=s**2)
+    second, fourth = (float(jnp.sum(law.weights * law.values**k)) for k in (1, 2))
+    dataset = xarray.Dataset(
+        {
+            "singular_value_density_theory": (
+                "singular_value",
+                np.asarray(density.of_singular_values),
+            ),
+            "singular_value_density_theory_error": ("singular_value", np.asarray(density.error)),
+            "atom_mass": ("atom", masses),
+        },
+        coords={"singular_value": s, "atom": atoms},
+    )
     report = {
-        "activation": activation.name,
-        "weights": weights,
-        "sigma_w2": sigma_w2,
-        "q": q,
-        "depth": depth,
-        "chi1": sigma_w2 * first,
-        "slope_second_moment": first,
-        "slope_fourth_moment": second,
+        "chi1": layers[0] * second,
+        "slope_second_moment": second,
+        "slope_fourth_moment": fourth,
         "mean_squared_singular_value": mean,
         "squared_singular_value_variance": variance * mean**2,
         "squared_singular_value_relative_variance": variance,
-        "mean_singular_value": mean_s,
-        "squared_singular_value_moments": moments,
+        "mean_singular_value": float(theory.mean_singular_value(law, *layers)),
+        "squared_singular_value_moments": theory.moments(law, *layers).tolist(),
         "atoms": [
             {"squared_singular_value": float(a**2), "mass": float(m)}
             for a, m in zip(atoms, masses, strict=True)
@@ -146,14 +149,15 @@ def run(
         "squared_singular_value_upper_edge": float(ends.upper),
         "singular_value_upper_edge": math.sqrt(float(ends.upper)),
     }
-    return dataset, report
+    return dataset, report, top
 
 
 def _settled(activation: Activation, sigma_w2: float, sigma_b2: float) -> float:
-    found = fixed_points.analyse(activation, sigma_w2, sigma_b2)
-    q = float(found.q_star)
+    """Return the fixed point q* > 0 of the length."""
+    analysis = fixed_points.analyse(activation, sigma_w2, sigma_b2)
+    q = float(analysis.q_star)
     if not q > 0:
-        status = fixed_points.Status(int(found.status)).name.lower().replace("_", " ")
+        status = fixed_points.Status(int(analysis.status)).name.lower().replace("_", " ")
         raise InputError(
             f"sigma_w2 is {sigma_w2!r} and sigma_b2 {sigma_b2!r}, with which the length of "
             f"activation {activation.name!r} {status}; give q, or scales with a fixed point q* > 0"
@@ -161,76 +165,69 @@ def _settled(activation: Activation, sigma_w2: float, sigma_b2: float) -> float:
     return q
 
 
-def simulate(
-    activation: Activation,
-    sigma_w2: float,
-    sigma_b2: float,
-    q: float,
-    *,
-    depth: int,
-    weights: str,
-    width: int,
-    networks: int,
-    key: PRNGKeyArray,
-) -> Float[Array, "networks width"]:
-    """Return all singular values of D^L W^L … D^1 W^1 of random networks, in descending order.
+def _sigma_b(activation: Activation, sigma_w2: float, q: float) -> float:
+    """Return the σ_b with which networks keep q: q = σ_w² E φ(z)² + σ_b²."""
+    sigma_b2 = q - sigma_w2 * float(gaussian.moment(activation, "phi2", jnp.asarray(q)))
+    if sigma_b2 < -_ROUNDING * q:
+        raise InputError(
+            f"q is {q!r}, which networks with sigma_w2 {sigma_w2!r} do not keep: it would "
+            f"need sigma_b2 = {sigma_b2:.3g}; leave q out, or do not simulate"
+        )
+    return math.sqrt(max(sigma_b2, 0.0))
 
-    The product is formed: those below 1e-11 of the largest are rounding errors.
+
+def _histogram(logs: np.ndarray, top: float) -> dict[str, Any]:
+    """Return the density of the networks' singular values but zeros, with its standard error."""
+    edges = np.linspace(0, 1, _BINS + 1)
+    # In units of the top, as singular values of deep networks may leave a float's range.
+    inside = counts_in_bins(logs - math.log(top), edges)[:, 2:-1]
+    mean, error = mean_and_error(inside.sum(axis=0), (inside**2).sum(axis=0), len(logs))
+    unit = logs.shape[1] * top / _BINS
+    return {
+        "singular_value_density": ("singular_value_bin", mean / unit),
+        "singular_value_density_standard_error": ("singular_value_bin", error / unit),
+        "singular_value_bin": top * (edges[1:] + edges[:-1]) / 2,
+    }
+
+
+def counts_in_bins(logs: np.ndarray, edges: np.ndarray) -> np.ndarray:
+    """Count each network's singular values in bins.
 
     Parameters
     ----------
-    activation, sigma_w2, sigma_b2
-        φ and the scales.
-    q
-        The first layer's second moment, in the mean over networks.
-    depth, weights, width, networks
-        What kind of network, and how many.
-    key
-        Network i has ``fold_in(key, i)``.
+    logs
+        Natural logarithms of the singular values, shape (networks, k); -inf for zeros.
+    edges
+        Of the bins, ascending, shape (bins + 1,); the last one belongs to the last bin.
+
+    Returns
+    -------
+    array
+        Integers of shape (networks, bins + 3): zeros, those below, in and above the bins.
     """
-    draw = ensembles.DISTRIBUTIONS[weights].draw
-    sigma_w, sigma_b = math.sqrt(sigma_w2 / width), math.sqrt(sigma_b2)
-    start = math.sqrt(max(q - sigma_b2, 0.0) / sigma_w2)
-
-    def one(index: Array) -> Array:
-        of_input, of_layers = jax.random.split(jax.random.fold_in(key, index))
-        direction = jax.random.normal(of_input, (width,))
-        h = direction * start * math.sqrt(width) / jnp.linalg.norm(direction)
-
-        def layer(
-            state: tuple[Array, Array], key: PRNGKeyArray
-        ) -> tuple[tuple[Array, Array], None]:
-            h, jacobian = state
-            of_weights, of_biases = jax.random.split(key)
-            w = sigma_w * draw(of_weights, (width, width), h.dtype)
-            multiply = functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
-            z = multiply(w, h) + sigma_b * jax.random.normal(of_biases, (width,), h.dtype)
-            slopes = activation.derivative(z)
-            return (activation(z), slopes[:, None] * multiply(w, jacobian)), None
-
-        keys = jax.random.split(of_layers, depth)
-        (_, jacobian), _ = jax.lax.scan(layer, (h, jnp.eye(width, dtype=h.dtype)), keys)
-        return jnp.linalg.svd(jacobian, compute_uv=False)
-
-    return jax.lax.map(one, jnp.arange(networks))
+    with np.errstate(over="ignore", under="ignore"):
+        s = np.exp(logs.astype(np.float64))
+    column = 1 + np.searchsorted(edges, s, side="right")
+    column[s == edges[-1]] = len(edges)
+    column[np.isneginf(logs)] = 0
+    counts = np.zeros((len(s), len(edges) + 2), np.int64)
+    np.add.at(counts, (np.arange(len(s))[:, None], column), 1)
+    return counts
 
 
-def _histogram(values: np.ndarray, top: float) -> dict[str, Any]:
-    """Return the density of each network's singular values but zeros, averaged, with its error."""
-    edges = np.linspace(0, top, _BINS + 1)
-    width = np.diff(edges)
-    shares = np.stack(
-        [
-            np.histogram(row[row > _ROUNDING * values.max()], edges)[0] / row.size / width
-            for row in values
-        ]
-    )
-    error = shares.std(axis=0, ddof=1) if len(shares) > 1 else np.full(_BINS, np.nan)
-    return {
-        "singular_value_density": ("singular_value_bin", shares.mean(axis=0)),
-        "singular_value_density_standard_error": (
-            "singular_value_bin",
-            error / math.sqrt(len(shares)),
-        ),
-        "singular_value_bin": (edges[1:] + edges[:-1]) / 2,
-    }
+def mean_and_error(
+    total: np.ndarray, squares: np.ndarray, count: np.ndarray | int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return a mean over networks and its standard error, NaN below two networks.
+
+    Parameters
+    ----------
+    total, squares
+        Sums over networks of values and of their squares, of one shape.
+    count
+        How many networks there are.
+    """
+    with np.errstate(all="ignore"):
+        mean = total / count
+        variance = np.maximum(squares - total * mean, 0) / np.where(count > 1, count - 1, np.nan)
+        return mean, np.sqrt(variance / count)

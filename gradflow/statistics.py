@@ -247,7 +247,9 @@ activation_variance = Statistic(
     measure=lambda s: _log_variance(*s.outputs),
     predict=lambda law: _log_mean_exp(
         jnp.log(
-            _over_sites(lambda v: jnp.where(v == 0, 0, gaussian.variance(law.activation, v)), law)
+            _over_sites(
+                lambda v: jnp.where(v == 0, 0, gaussian.moment(law.activation, "variance", v)), law
+            )
         )
         + 2 * gaussian.growth(law.activation, law.log_scale)[2]
     ),

@@ -12,7 +12,6 @@ the inputs, as an embedding's do.
 """
 
 import dataclasses
-import itertools
 import math
 from typing import Any
 
@@ -22,7 +21,7 @@ import numpy as np
 from jaxtyping import Array, PRNGKeyArray
 
 from gradflow import statistics
-from gradflow.blocks import AbstractBlock, UnitVariance
+from gradflow.blocks import AbstractBlock
 from gradflow.networks import Network, Stage
 from gradflow.simulation.monte_carlo import Simulation
 from gradflow.statistics import Prediction
@@ -124,19 +123,9 @@ def _same_law(one: Stage, other: Stage) -> bool:
     Then they do the same to signals and gradients at infinite width.
     """
     scales = [[np.asarray(x) for x in jax.tree.leaves(stage.block)] for stage in (one, other)]
-    kinds = [_kinds(stage.block) for stage in (one, other)]
+    kinds = [[*map(type, stage.block.nested)] for stage in (one, other)]
     alike = kinds[0] == kinds[1] and len(scales[0]) == len(scales[1])
     return alike and all(np.allclose(a, b, 1e-12, 0) for a, b in zip(*scales, strict=True))
-
-
-def _kinds(block: AbstractBlock) -> list[type]:
-    """Return the kinds of a block and of those that it is made of."""
-    parts = [getattr(block, f.name) for f in dataclasses.fields(block)]
-    nested = itertools.chain.from_iterable(
-        part if isinstance(part, tuple) else (part,) for part in parts
-    )
-    blocks = [part for part in nested if isinstance(part, AbstractBlock)]
-    return [type(block), *itertools.chain.from_iterable(map(_kinds, blocks))]
 
 
 def log_gradient_norms(
@@ -169,7 +158,7 @@ def log_relative_weight_gradients(
     -------
     np.ndarray
         Shape (layers,); NaN where a layer has no weights, where layers share them, or where their
-        scale is not the law's (`UnitVariance`).
+        scale is not the law's (LSUV).
     """
     found: list[float] = []
     counts = [sites, *network.sites(sites)]
@@ -177,7 +166,8 @@ def log_relative_weight_gradients(
     for stage, width in zip(network.stages, network.stage_widths, strict=False):
         shapes = stage.block.shapes(width)
         size = math.nan
-        if shapes and not stage.tied and UnitVariance not in _kinds(stage.block):
+        rescaled = any(block.rescales_weights for block in stage.block.nested)
+        if shapes and not stage.tied and not rescaled:
             squares = [float(s) ** 2 for s in _scales(stage.block, width, counts[first])]
             size = sum(n * s for (n, _), s in zip(shapes, squares, strict=True))
         weights = sum(n * m for n, m in shapes)

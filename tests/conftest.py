@@ -12,10 +12,13 @@ import jaxtyping
 import matplotlib
 import pytest
 
-# Most programs run for an instant here, so compile them soon rather than well: two thirds of the
-# time. XLA_FLAGS in the environment are used instead, and empty ones are as users have it: .ci/run
-# sets them so under Python 3.13.
-_SOON = "--xla_backend_optimization_level=1"
+# Most programs run for an instant here, so compile them soon rather than well: in less than half
+# the time. XLA_FLAGS in the environment are used instead, and empty ones are as users have it:
+# .ci/run sets them so under Python 3.13.
+_SOON = (
+    "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+    " --xla_cpu_parallel_codegen_split_count=1"  # the other core runs other tests
+)
 if jax.__version_info__ < (0, 11):  # later ones know no other way to generate loops
     _SOON += " --xla_cpu_use_fusion_emitters=false"
 os.environ.setdefault("XLA_FLAGS", _SOON)  # read when JAX first compiles, in processes of tests too

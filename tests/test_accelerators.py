@@ -14,7 +14,7 @@ import pytest
 from jax.sharding import Mesh
 
 from gradflow import builders, statistics, training
-from gradflow.simulation import jacobians, monte_carlo, singular_values
+from gradflow.simulation import _programs, jacobians, singular_values
 from gradflow.theory import mean_field
 
 NETWORKS = {
@@ -30,8 +30,8 @@ def simulation(network, sampler):
     positions = int(np.prod([stage.block.pool_factor for stage in network.stages]))
     x = jnp.ones((4 * positions, network.input_width), jnp.float32)
     return functools.partial(
-        monte_carlo._run.trace,
-        monte_carlo.of_one(network, x, jax.random.key(0)),
+        _programs._run.trace,
+        _programs.RandomNetworks.of(network, x, jax.random.key(0)),
         jnp.zeros(2, jnp.int32),
         jnp.arange(2, dtype=jnp.int32),
         sampler=sampler,

@@ -17,7 +17,7 @@ from attacks import stores, study_files
 
 from gradflow import cli
 from gradflow.errors import InputError
-from gradflow.simulation import _memory, monte_carlo
+from gradflow.simulation import _memory, _programs
 from gradflow.studies import _plan, _rounds, execution, results, study_file
 from gradflow.studies._plan import Share
 from gradflow.studies.store import Store
@@ -59,7 +59,7 @@ def _small_chunks():
 
 def _remember_what_is_drawn(patch):
     """Let chunks that were drawn before have what they had, so that they take no time."""
-    real, values = monte_carlo.compiled, {}
+    real, values = _programs.compiled, {}
 
     def compiled(network, size, *arguments, **options):
         program = None
@@ -76,7 +76,7 @@ def _remember_what_is_drawn(patch):
 
         return call
 
-    patch.setattr(monte_carlo, "compiled", compiled)
+    patch.setattr(_programs, "compiled", compiled)
 
 
 def run(folder, text=LARGER, **how):

@@ -18,6 +18,7 @@ from gradflow.simulation.propagation import propagate
 from gradflow.theory import architectures, mean_field
 
 TABLE = 1e-10
+predict = jax.jit(mean_field.predict)
 
 
 def rows_of(load_reference, kind):
@@ -34,9 +35,7 @@ def layer(activation, sigma_w=1.3, sigma_b=0.2):
 
 def walked_chi(activation, size, sigma_w=1.3):
     """χ of the lowest of three layers, whatever the batch was at first, at its fixed point."""
-    found = mean_field.predict(
-        builders.stack(1, [(layer(activation, sigma_w), 3)]), jnp.eye(size) + 0.3
-    )
+    found = predict(builders.stack(1, [(layer(activation, sigma_w), 3)]), jnp.eye(size) + 0.3)
     return float(found["chi"][0])
 
 
@@ -61,7 +60,10 @@ class TestTable8:
 
 
 @pytest.mark.usefixtures("x64_only")
-@pytest.mark.parametrize("size", [5, 16, 64])
+@pytest.mark.parametrize(
+    "size",
+    [pytest.param(5, marks=pytest.mark.medium), pytest.param(16, marks=pytest.mark.medium), 64],
+)
 def test_relu_in_closed_form(size):
     """The table's own formula, at other batches: P and k₁ of a pair of correlation -1/(B - 1)."""
     rho = -1 / (size - 1)
@@ -138,6 +140,7 @@ def test_any_activation_in_any_batch(far, error):
         np.testing.assert_allclose(a, b, atol=error * max(float(jnp.abs(a).max()), 1))
 
 
+@pytest.mark.medium
 def test_the_gradient_of_a_batch_is_that_of_autodiff(key):
     """The way down, layer by layer at one common scale, against `jax.vjp` of the whole network."""
     network = builders.mlp([7, 20, 20, 20], "tanh", "he", norm="batch")
@@ -152,6 +155,7 @@ def test_the_gradient_of_a_batch_is_that_of_autodiff(key):
     np.testing.assert_allclose(found["log_gradient_variance"][0], jnp.log(square), atol=1e-4)
 
 
+@pytest.mark.medium
 def test_theory_meets_simulation():
     """ReLU, a batch of 8 real-valued inputs, 400 networks of width 400, 4 layers.
 

@@ -1,5 +1,8 @@
 """Blocks: what each computes, how they nest, and reference table 8."""
 
+import importlib
+import inspect
+import pkgutil
 from fractions import Fraction
 
 import jax
@@ -9,6 +12,7 @@ import pytest
 
 from gradflow import activations, blocks, builders, ensembles, networks
 from gradflow.blocks import (
+    AbstractBlock,
     Activate,
     Chain,
     Dense,
@@ -30,6 +34,7 @@ from gradflow.theory.fixed_points import Status
 
 # Table 8 has 36 digits; what float64 leaves of them after 100 layers.
 TABLE = 1e-10
+predict = jax.jit(mean_field.predict)
 
 
 def rows_of(load_reference, kind):
@@ -108,6 +113,7 @@ class TestTable8:
             ):
                 assert float(getattr(found, name)) == pytest.approx(float(values[key]), rel=TABLE)
 
+    @pytest.mark.medium
     def test_critical_dropout_of_relu(self, load_reference):
         for _, given, values in rows_of(load_reference, "dropout_relu_critical"):
             sigma_w2 = architectures.critical_dropout("relu", given["keep_prob"])
@@ -146,7 +152,7 @@ def test_dropout_networks_settle_where_the_fixed_point_is():
     network = builders.mlp(
         [2, *[9] * 50], "tanh", ensembles.fan_in(1.5**0.5), sigma_b=0.2, keep_rate=0.9
     )
-    found = mean_field.predict(network, jnp.array([[1.0, 0.9], [0.9, 1.0]]))
+    found = predict(network, jnp.array([[1.0, 0.9], [0.9, 1.0]]))
     fixed = architectures.dropout("tanh", 1.5, 0.04, keep_rate=0.9)
     assert float(found["correlation"][-1]) == pytest.approx(float(fixed.c_star), rel=1e-4)
     assert float(found["chi"][-2]) == pytest.approx(float(fixed.chi1), rel=1e-4)
@@ -215,7 +221,7 @@ def test_a_residual_network_that_doubles_leaves_no_float(key):
     network = builders.residual(8, 128, 1500, "relu", "he")
     assert network.homogeneous
     found = propagate(network, jnp.ones((1, 8)), key, sampler="matrix_free")
-    predicted = mean_field.predict(builders.residual(8, 32, 100, "relu", "he"), jnp.ones((1, 1)))
+    predicted = predict(builders.residual(8, 32, 100, "relu", "he"), jnp.ones((1, 1)))
     np.testing.assert_allclose(np.diff(predicted["log_q"]), np.log(2), rtol=1e-4)
     for name in ("log_q", "log_gradient_variance"):
         assert np.isfinite(found[name]).all()
@@ -282,7 +288,7 @@ def test_standardised_weights_do_not_pass_a_mean_on(key):
     np.testing.assert_allclose(weights.sum(axis=1), 0, atol=1e-4)
     np.testing.assert_allclose((weights**2).mean(axis=1), 1, rtol=1e-5)
     network = builders.mlp([4, 30, 30, 30], "relu", ensembles.fan_in(1.0, "standardised"))
-    q = mean_field.predict(network, jnp.ones((1, 1)))["q"]
+    q = predict(network, jnp.ones((1, 1)))["q"]
     np.testing.assert_allclose(q, (0.5 * (1 - 1 / np.pi)) ** np.arange(3), rtol=1e-5)  # Var ReLU
 
 
@@ -291,7 +297,7 @@ def test_a_zero_branch_is_the_identity(key):
     network = builders.residual(8, 20, 5, "tanh", scale="zero")
     found = propagate(network, jnp.ones((1, 8)), key)
     np.testing.assert_allclose(found["chi"][:-1], 1, rtol=1e-5)
-    np.testing.assert_allclose(mean_field.predict(network, jnp.ones((1, 1)))["chi"][:-1], 1)
+    np.testing.assert_allclose(predict(network, jnp.ones((1, 1)))["chi"][:-1], 1)
 
 
 def test_moments_of_sums_have_the_products_of_means():
@@ -356,10 +362,22 @@ def test_bad_input_is_one_sentence(make, message):
         make()
 
 
+def test_all_has_every_block_of_every_file():
+    """So that neither a name in ``__all__`` nor a file's line in the package can be forgotten."""
+    names = [f.name for f in pkgutil.iter_modules(blocks.__path__) if not f.name.startswith("_")]
+    classes = {
+        value
+        for name in names
+        for value in vars(importlib.import_module(f"gradflow.blocks.{name}")).values()
+        if inspect.isclass(value) and issubclass(value, AbstractBlock)
+    }
+    assert set(blocks.ALL) == {block for block in classes if not inspect.isabstract(block)}
+
+
 def test_every_block_can_be_made_without_arguments():
     assert len(blocks.ALL) >= 8
     for block in blocks.ALL:
         made = block()
-        width = 200 if block is blocks.LSTM else 100  # of its 100 units, a state of two parts
+        width = made.width_in or 100
         assert len(made.shapes(width)) == made.n_weights
         assert made.width_after(width) == width

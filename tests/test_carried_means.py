@@ -63,6 +63,7 @@ def test_shifts_of_any_activation_and_biases(phi, sigma_w, sigma_b, scale):
 
 
 @pytest.mark.parametrize("sigma_w", [1.0, 2**0.5])
+@pytest.mark.medium
 def test_highway_layers_with_relu(sigma_w):
     """A GRU without a reset gate, weights of its own each time. Null and false alarms as above."""
     depth, width = 30, 100
@@ -115,6 +116,7 @@ def test_only_what_is_known_is_covered():
             carried_means.correct(network, mean_field.input_gram(jnp.asarray(X)))
 
 
+@pytest.mark.medium
 def test_corrections_are_a_pure_function():
     gram = mean_field.input_gram(jnp.asarray(X, float))
     network = carrying(50, depth=3)

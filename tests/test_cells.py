@@ -163,6 +163,7 @@ def predicted(*stages, start=START):
     return jax.jit(mean_field.predict)(builders.stack(4, stages), jnp.asarray(start)).values
 
 
+@pytest.mark.medium
 def test_gradients_are_the_transpose_of_tangents():
     """From the top to layer 1 a gradient changes as a tangent from there to the top."""
     block = CASES["usual"]
@@ -187,6 +188,7 @@ def test_stages_do_not_matter():
     assert float(chained["log_q"][2]) == pytest.approx(float(one["log_q"][4]), abs=ROUNDING)
 
 
+@pytest.mark.medium
 def test_signals_that_vanish_are_followed():
     """Without biases, where they are small, f, i and o are constant and tanh is linear.
 

@@ -1,4 +1,4 @@
-"""The command line as a user meets it: in a process of its own."""
+"""The command line as a user meets it; in a process of its own where that makes a difference."""
 
 import io
 import itertools
@@ -30,6 +30,23 @@ def gradflow(*arguments, cwd):
     )
 
 
+@pytest.fixture
+def here(tmp_path, monkeypatch, capfd, unchecked):  # noqa: ARG001
+    """Runs a command in this process: starting one takes longer than most of what commands do."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["gradflow", *arguments])
+        with pytest.raises(SystemExit) as stop:
+            cli.main()
+        printed = capfd.readouterr()
+        return subprocess.CompletedProcess(
+            arguments, stop.value.code or 0, printed.out, printed.err
+        )
+
+    return run
+
+
 @pytest.fixture(scope="module")
 def compared(tmp_path_factory):
     folder = tmp_path_factory.mktemp("compare")
@@ -49,8 +66,8 @@ def test_compare_prints_a_table_a_verdict_and_what_it_wrote(compared):
 
 
 @pytest.mark.slow
-def test_one_layer_and_one_network_have_a_table_too(tmp_path):
-    done = gradflow("compare", "--width", "9", "--depth", "1", "--networks", "1", cwd=tmp_path)
+def test_one_layer_and_one_network_have_a_table_too(here):
+    done = here("compare", "--width", "9", "--depth", "1", "--networks", "1")
     assert done.returncode == 0, done.stderr
     assert "log_gradient_norm" in done.stdout
     assert "nothing is compared: one network" in done.stdout
@@ -58,10 +75,10 @@ def test_one_layer_and_one_network_have_a_table_too(tmp_path):
 
 
 @pytest.mark.slow
-def test_train_prints_a_table_findings_and_writes_a_figure(tmp_path):
+def test_train_prints_a_table_findings_and_writes_a_figure(tmp_path, here):
     small = ["--width", "10", "--depth", "2", "--networks", "2", "--steps", "20"]
     chosen = ["--activation", "erf", "--weights", "he"]
-    done = gradflow("train", *small, *chosen, "--out", "made", cwd=tmp_path)
+    done = here("train", *small, *chosen, "--out", "made")
     assert done.returncode == 0, done.stderr
     for word in ("erf, he", "moved", "- erf, he: of the hidden layers", "updates done"):
         assert word in done.stdout + done.stderr
@@ -70,7 +87,7 @@ def test_train_prints_a_table_findings_and_writes_a_figure(tmp_path):
     assert (tmp_path / "made" / "layers.png").stat().st_size > 10_000
     assert not list((tmp_path / "made").glob("unfinished*"))
     how = ["--learning-rate", "1e-6,0.5", "--clip", "norm:1", "--noise", "1e-4"]
-    one = gradflow("train", "layers", *small, *chosen, *how, "--json", cwd=tmp_path)
+    one = here("train", "layers", *small, *chosen, *how, "--json")
     found = json.loads(one.stdout)
     assert found["rows"][0]["rate"] == 0.5
     assert found["experiment"] == "layers"
@@ -88,10 +105,9 @@ def test_help_of_train_lists_the_experiments(monkeypatch, capsys):
         assert name in shown
 
 
-def test_json_is_json_and_nothing_else(tmp_path):
-    done = gradflow(
+def test_json_is_json_and_nothing_else(tmp_path, here):
+    done = here(
         *("compare", "--networks", "8", "--widths", "30,20,10", "--seed", str(1 << 40), "--json"),
-        cwd=tmp_path,
     )
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
@@ -103,16 +119,16 @@ def test_json_is_json_and_nothing_else(tmp_path):
     assert found["layers"]["chi_theory"][-1] is None  # there is no NaN in JSON
 
 
-def test_list_names_everything(tmp_path):
-    found = json.loads(gradflow("list", "--json", cwd=tmp_path).stdout)
+def test_list_names_everything(here):
+    found = json.loads(here("list", "--json").stdout)
     assert {"tanh", "relu", "logistic"} <= set(found["activations"])
     assert {"glorot", "standard", "unscaled"} <= set(found["weights"])
 
 
 @pytest.mark.slow
-def test_theory_prints_what_it_reports(tmp_path):
+def test_theory_prints_what_it_reports(here):
     arguments = ("theory", "--activation", "tanh", "--sigma-w2", "1.5", "--sigma-b2", "0.05")
-    found = json.loads(gradflow(*arguments, "--json", cwd=tmp_path).stdout)
+    found = json.loads(here(*arguments, "--json").stdout)
     (point,) = found["fixed_points"]
     assert point["q_star"] == pytest.approx(0.418037200533478, rel=1e-9)  # table 2
     assert point["stable"] is True
@@ -127,19 +143,19 @@ def test_theory_prints_what_it_reports(tmp_path):
     assert (found["correlation_map"]["1"], found["correlation_map_slope"]["1"]) == pytest.approx(
         (1, point["chi1"]), rel=1e-9
     )
-    text = gradflow(*arguments, cwd=tmp_path).stdout
+    text = here(*arguments).stdout
     assert "0.4180372005" in text
     relu = ("theory", "--activation", "relu", "--sigma-w2", "2", "--sigma-b2", "0.1", "--json")
-    found = json.loads(gradflow(*relu, cwd=tmp_path).stdout)
+    found = json.loads(here(*relu).stdout)
     assert (found["fixed_points"], found["status"]) == ([], "diverges")
     assert (found["q_star_from_1"], found["correlation_map"]) == ("inf", {})
     assert (found["chi1"], found["xi_grad"], found["xi_c"]) == (1, "inf", "inf")
 
 
 @pytest.mark.slow
-def test_where_every_length_is_kept_theory_has_the_tables_one_fixed_point(tmp_path):
+def test_where_every_length_is_kept_theory_has_the_tables_one_fixed_point(here):
     arguments = ("theory", "--activation", "leaky_relu_0.2", "--sigma-w2", str(2 / 1.04))
-    found = json.loads(gradflow(*arguments, "--json", cwd=tmp_path).stdout)
+    found = json.loads(here(*arguments, "--json").stdout)
     (point,) = found["fixed_points"]
     assert (point["q_star"], point["stable"]) == (None, None)
     assert (point["chi1"], point["chi_par"]) == (1, 1)
@@ -148,41 +164,41 @@ def test_where_every_length_is_kept_theory_has_the_tables_one_fixed_point(tmp_pa
 
 
 @pytest.mark.slow
-def test_critical_prints_what_it_reports(tmp_path):
+def test_critical_prints_what_it_reports(here):
     arguments = ("critical", "--activation", "gelu", "--sigma-b2", "0")
-    found = json.loads(gradflow(*arguments, "--json", cwd=tmp_path).stdout)
+    found = json.loads(here(*arguments, "--json").stdout)
     assert found["universality_class"] == "half-stable"
     assert found["half_stable"][0]["sigma_b2"] == pytest.approx(0.172922390756, rel=1e-9)
     assert found["solutions"][0]["q_star"] == 0
     assert found["solutions"][0]["sigma_w2"] == pytest.approx(4, rel=1e-12)
     assert found["solutions"][0]["xi_q"] == "inf"
     assert found["half_stable"][0]["q_star"] == pytest.approx(3.56155281280883, rel=1e-9)
-    assert "half-stable points" in gradflow(*arguments, cwd=tmp_path).stdout
+    assert "half-stable points" in here(*arguments).stdout
 
 
 @pytest.mark.slow
-def test_critical_points_have_what_the_table_has(tmp_path):
+def test_critical_points_have_what_the_table_has(here):
     arguments = ("critical", "--activation", "mish", "--sigma-b2", "0.01", "--json")
-    (point,) = json.loads(gradflow(*arguments, cwd=tmp_path).stdout)["solutions"]
+    (point,) = json.loads(here(*arguments).stdout)["solutions"]
     assert point["sigma_w"] == pytest.approx(1.5409748725502057, rel=1e-9)  # table 3
     assert point["q_stable"] is False
     assert point["coefficient"] == pytest.approx(0.0932249672309703, rel=1e-9)
     assert (point["exponent"], point["one_minus_c"]) == (2, "1/(coefficient l)")
     relu = ("critical", "--activation", "relu", "--json")
-    (point,) = json.loads(gradflow(*relu, cwd=tmp_path).stdout)["solutions"]
+    (point,) = json.loads(here(*relu).stdout)["solutions"]
     assert (point["q_star"], point["sigma_w2"], point["q_stable"]) == (None, 2, None)
     assert (point["exponent"], point["one_minus_c"]) == (1.5, "4/(coefficient l)²")
     assert point["coefficient"] == pytest.approx(0.3001054387190354, rel=1e-9)
     biased = ("critical", "--activation", "relu", "--sigma-b2", "0.1", "--json")
-    found = json.loads(gradflow(*biased, cwd=tmp_path).stdout)
+    found = json.loads(here(*biased).stdout)
     assert (found["solutions"], found["at_infinity"]["q_star"]) == ([], "inf")
     assert found["at_infinity"]["sigma_w2"] == 2
 
 
 @pytest.mark.slow
-def test_spectrum_prints_what_it_reports(tmp_path):
+def test_spectrum_prints_what_it_reports(tmp_path, here):
     arguments = ("spectrum", "--activation", "relu", "--sigma-w2", "2", "--q", "1", "--depth", "1")
-    done = gradflow(*arguments, "--simulate", "2", "--width", "30", "--json", cwd=tmp_path)
+    done = here(*arguments, "--simulate", "2", "--width", "30", "--json")
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
     assert found["atoms"] == [{"squared_singular_value": 0, "mass": 0.5}]
@@ -193,14 +209,14 @@ def test_spectrum_prints_what_it_reports(tmp_path):
     dataset = xarray.load_dataset(tmp_path / found["files"][0])
     assert dataset.singular_value_density_theory.size == 1000
     assert dataset.attrs["networks"] == 2
-    text = gradflow(*arguments, cwd=tmp_path).stdout
+    text = here(*arguments).stdout
     assert "50 % at s² = 0" in text
 
 
 @pytest.mark.slow
-def test_phase_prints_the_critical_line(tmp_path):
+def test_phase_prints_the_critical_line(tmp_path, here):
     arguments = ("phase", "--points", "5", "--sigma-b", "0.25", "1.25", "--json")
-    done = gradflow(*arguments, cwd=tmp_path)
+    done = here(*arguments)
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
     first = found["critical_line"][0]
@@ -211,19 +227,19 @@ def test_phase_prints_the_critical_line(tmp_path):
 
 
 @pytest.mark.slow
-def test_prescribe_says_what_to_do_and_what_others_give(tmp_path):
+def test_prescribe_says_what_to_do_and_what_others_give(here):
     arguments = ("prescribe", "--activation", "relu", "--widths", "64,100,100,10")
-    found = json.loads(gradflow(*arguments, "--json", cwd=tmp_path).stdout)
+    found = json.loads(here(*arguments, "--json").stdout)
     assert found["weight_sd"] == pytest.approx([(2 / 64) ** 0.5, 0.02**0.5, 0.02**0.5])
     assert {e["name"] for e in found["instead"]} == {"glorot", "he", "lecun"}
-    text = gradflow(*arguments, cwd=tmp_path).stdout
+    text = here(*arguments).stdout
     assert "standard deviation of weights" in text
     assert "gradients change by ×" in text
 
 
 @pytest.mark.parametrize("command", ["", *COMMANDS])
-def test_help_is_there_with_examples(command, tmp_path):
-    done = gradflow(*command.split(), "--help", cwd=tmp_path)
+def test_help_is_there_with_examples(command, here):
+    done = here(*command.split(), "--help")
     assert done.returncode == 0
     assert "Usage" in done.stdout
     if command and command != "list":
@@ -564,10 +580,10 @@ def test_remedies_prints_a_table_and_a_figure(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_note_answers_the_note(tmp_path):
+def test_note_answers_the_note(tmp_path, here):
     command = ["note", "--width", "60", "--depth", "6"]
     command += ["--networks", "60", "--uniform-networks", "10"]
-    done = gradflow(*command, cwd=tmp_path)
+    done = here(*command)
     assert done.returncode == 0, done.stderr
     for word in ("logistic, N(0,1)", "selu, LeCun", "the note says", "critical at width 103.01"):
         assert word in done.stdout
@@ -579,18 +595,18 @@ def test_note_answers_the_note(tmp_path):
     assert found["settings"]["logistic, Glorot"]["verdict"]["kind"] == "vanishing"
 
     # Again it draws nothing, and says the same; with more networks it draws those.
-    again = gradflow(*command, cwd=tmp_path)
+    again = here(*command)
     assert (again.returncode, again.stdout) == (0, done.stdout), again.stderr
     assert json.loads((results / "study.json").read_text()) == found
     assert "networks" not in again.stderr
-    shown = gradflow("show", "results/note", "--json", cwd=tmp_path)
+    shown = here("show", "results/note", "--json")
     assert json.loads(shown.stdout)["networks"] == 9 * 60 + 2 * 10
-    assert gradflow("report", "results/note", cwd=tmp_path).returncode == 0
-    more = gradflow(*command, "--uniform-networks", "15", "--json", cwd=tmp_path)
+    assert here("report", "results/note").returncode == 0
+    more = here(*command, "--uniform-networks", "15", "--json")
     assert json.loads(more.stdout)["settings"]["tanh, Glorot (uniform)"]["networks"] == 15
 
     # Anything else is not the same study: nothing is overwritten.
-    other = gradflow("note", "--depth", "5", cwd=tmp_path)
+    other = here("note", "--depth", "5")
     assert other.returncode == 2
     assert "base.depth was 6, is 5; " in other.stderr
     assert other.stderr.endswith("for anything else give another --out\n")

@@ -28,6 +28,7 @@ def test_theory_is_what_simulation_tends_to_for_every_ensemble(ensemble):
     assert not found.count(Status.DIFFERS), found.agreement
 
 
+@pytest.mark.medium
 def test_a_wrong_theory_is_found_and_not_called_finite_width():
     """Negative control: χ too large by a hundredth, at every layer."""
     network = builders.mlp([60, *[WIDTH] * DEPTH], "tanh", ensembles.fan_in(1.3))
@@ -164,6 +165,7 @@ def test_blocks_are_all_constructible_without_arguments():
         assert len(block().distributions) == block().n_weights
 
 
+@pytest.mark.medium
 def test_a_plain_initialiser_is_simulated_at_other_widths_too():
     """Widths of 4 and 2 are drawn inside a traced program, where their variance is measured."""
 

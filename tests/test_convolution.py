@@ -22,7 +22,7 @@ from gradflow.blocks import (
 from gradflow.comparison import Status
 from gradflow.errors import InputError
 from gradflow.kernels import Kernel
-from gradflow.simulation import _matrices, jacobians, monte_carlo
+from gradflow.simulation import _matrices, jacobians, monte_carlo, partial_norms
 from gradflow.simulation.propagation import propagate
 from gradflow.theory import architectures, fixed_points, mean_field
 
@@ -38,6 +38,7 @@ filters = pytest.mark.parametrize(("shape", "size"), FILTERS.values(), ids=FILTE
 paddings = pytest.mark.parametrize("padding", PADDINGS)
 # Of float32 where GRADFLOW_TEST_X64=0, and of float64 else; of sums of some hundred numbers.
 ROUNDING = 1e-5 if jnp.zeros(()).dtype == jnp.float32 else 1e-11
+predict = jax.jit(mean_field.predict)
 
 
 def dense_product(key, x, *, sigma_w, width, distribution, full_input=None):  # noqa: ARG001
@@ -117,8 +118,8 @@ class TestMeanField:
             (5,), [2, 50, 50, 80], "erf", ensembles.fan_in(1.4), sigma_b=0.2, delta=delta
         )
         dense = builders.mlp([2, 50, 50, 80], "erf", ensembles.fan_in(1.4), sigma_b=0.2)
-        found = mean_field.predict(convolutions, mean_field.input_gram(builders.as_sites(alike)))
-        expected = mean_field.predict(dense, mean_field.input_gram(alike[:, 0]))
+        found = predict(convolutions, mean_field.input_gram(builders.as_sites(alike)))
+        expected = predict(dense, mean_field.input_gram(alike[:, 0]))
         for statistic in statistics.ALL:
             if statistic.name not in ("weight_gradient_variance", "correlation"):
                 values = found[statistic.key], expected[statistic.key]
@@ -132,7 +133,7 @@ class TestMeanField:
             (6,), [3, 9, 9, 9], "linear", ensembles.fan_in(1.0), padding=padding
         )
         gram = mean_field.input_gram(builders.as_sites(images))
-        found = mean_field.predict(network, gram)
+        found = predict(network, gram)
         mean = float(jnp.mean(jnp.diagonal(gram)))
         if padding == "circular":
             np.testing.assert_allclose(found["q"], mean, rtol=1e2 * ROUNDING)
@@ -147,7 +148,7 @@ class TestMeanField:
         """σ_w² E[φ'²] at every q."""
         alike = 1.7 * jnp.ones((4, 1))
         network = builders.convolutional((4,), [1, 9, 9], "erf", ensembles.fan_in(1.3))
-        found = mean_field.predict(network, mean_field.input_gram(alike))
+        found = predict(network, mean_field.input_gram(alike))
         chi = mean_field.chi(activations.erf, found["q"][0], 1.3**2)
         assert float(found["chi"][0]) == pytest.approx(float(chi), rel=1e2 * ROUNDING)
 
@@ -159,6 +160,7 @@ class TestMeanField:
 
 
 @pytest.mark.parametrize(("shape", "size"), [((6,), 3), ((4, 5), (2, 3))])
+@pytest.mark.medium
 def test_every_fourier_mode_has_its_own_factor(shape, size):
     """A wave over pairs at one distance, about the chaotic fixed point: χ_c λ(f) in a layer.
 
@@ -348,6 +350,7 @@ def test_theory_meets_simulation(make):
     assert np.isfinite(found.contrasts["log_gradient_norm"].z).all()
 
 
+@pytest.mark.medium
 def test_zeros_at_every_position_are_kept_in_a_homogeneous_network(key):
     """One scale for all positions: an image with an empty row, ReLU, 40 layers of tiny weights."""
     weights = ensembles.fan_in(1e-4)
@@ -357,7 +360,7 @@ def test_zeros_at_every_position_are_kept_in_a_homogeneous_network(key):
     found = walk(network, x, key, sampler="dense")
     assert np.isfinite(found["log_q"]).all()
     assert found["log_q"][-1] < -600
-    predicted = mean_field.predict(network, mean_field.input_gram(x))
+    predicted = predict(network, mean_field.input_gram(x))
     assert np.isfinite(predicted["log_gradient_variance"]).all()
 
 
@@ -457,7 +460,7 @@ def test_images_become_sites(key):
             "layer_jacobians is of one input alone",
         ),
         (
-            lambda: jacobians.sampled_partial_norms(
+            lambda: partial_norms.sampled_partial_norms(
                 builders.convolutional((3,), [1, 2], dense=[2]), jnp.ones((3, 1)), jax.random.key(0)
             ),
             "a layer of this network merges positions",

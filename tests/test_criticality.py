@@ -58,6 +58,7 @@ def test_table_3(activation, load_reference):
     assert checked or activation == "softplus"
 
 
+@pytest.mark.medium
 def test_table_3_half_stable_and_smallest(load_reference):
     rows = [row for row in load_reference("t3_edge_of_chaos") if "point" in row["inputs"]]
     assert rows
@@ -73,6 +74,7 @@ def test_table_3_half_stable_and_smallest(load_reference):
         np.testing.assert_allclose(value, [float(x) for x in expected], rtol=CRITICAL)
 
 
+@pytest.mark.medium
 def test_published_half_stable_points():
     """Roberts, Yaida & Hanin 2022, section 5.3.4; a misprint of SWISH's C_b circulates."""
     silu, gelu = (
@@ -146,9 +148,9 @@ def test_correlations_approach_1_as_the_coefficient_says(activation, sigma_b2, l
         ("tanh", UniversalityClass.K_STAR_ZERO),
         ("sin", UniversalityClass.K_STAR_ZERO),
         ("hard_tanh", UniversalityClass.K_STAR_ZERO),
-        ("gelu", UniversalityClass.HALF_STABLE),
-        ("silu", UniversalityClass.HALF_STABLE),
-        ("softplus", UniversalityClass.NONE),
+        pytest.param("gelu", UniversalityClass.HALF_STABLE, marks=pytest.mark.medium),
+        pytest.param("silu", UniversalityClass.HALF_STABLE, marks=pytest.mark.medium),
+        pytest.param("softplus", UniversalityClass.NONE, marks=pytest.mark.medium),
         ("logistic", UniversalityClass.NONE),
     ],
 )
@@ -157,6 +159,7 @@ def test_universality_classes(activation, kind):
     assert criticality.universality_class(activations.get(activation)) is kind
 
 
+@pytest.mark.medium
 def test_phases_meet_at_the_critical_line():
     found = criticality.critical_points(activations.tanh, sigma_b2=np.array([0.01, 0.3]))
     critical = np.asarray(found.sigma_w2[:, 0])
@@ -165,6 +168,7 @@ def test_phases_meet_at_the_critical_line():
     assert criticality.phase(analysis).tolist() == [[Phase.ORDERED, Phase.CHAOTIC]] * 2
 
 
+@pytest.mark.medium
 def test_phases_of_a_homogeneous_activation():
     """Gradients have a factor though q settles nowhere: σ_w²/2, with biases or without."""
     scales = np.array([1.9, 2.0, 2.1])
@@ -179,8 +183,8 @@ def test_phases_of_a_homogeneous_activation():
     [
         ("relu", 0.1, 2.0),
         ("relu", 0.0, np.nan),  # every q is kept, and in `critical_points`
-        ("softplus", 0.0, 2.0),
-        ("gelu", 0.1, 2.0),
+        pytest.param("softplus", 0.0, 2.0, marks=pytest.mark.medium),
+        pytest.param("gelu", 0.1, 2.0, marks=pytest.mark.medium),
         ("tanh", 0.1, np.nan),  # its lengths are bounded
     ],
 )
@@ -229,6 +233,7 @@ def test_the_phase_diagram_is_the_analysis_of_each_point_and_the_line_lies_betwe
     np.testing.assert_array_equal(ordered, sigma_w[None, :] < line[:, None])
 
 
+@pytest.mark.medium
 def test_the_phase_diagram_of_relu_has_no_hole():
     """More than half of it was grey."""
     sigma_w, sigma_b = np.linspace(0.5, 3, 4), np.array([0.0, 0.3, 0.8])

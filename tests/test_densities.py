@@ -30,7 +30,13 @@ def worst(histogram, density):
     return np.abs(t).max(), scipy.stats.t.isf(FALSE_ALARMS / (2 * t.size), NETWORKS - 1)
 
 
-@pytest.mark.parametrize("activation", ["tanh", pytest.param("relu", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "activation",
+    [
+        pytest.param("tanh", marks=pytest.mark.medium),
+        pytest.param("relu", marks=pytest.mark.slow),
+    ],
+)
 def test_histograms_are_of_what_theory_says(activation):
     """Null: the theory's density. Width 2000: what is of order 1/width is below the errors."""
     histograms = simulated(activation, weights=ensembles.fan_in(1.8), sigma_b=0.2)
@@ -59,6 +65,7 @@ def test_densities_integrate_to_one_and_an_atom_is_in_the_bin_that_begins_with_i
     assert (share[:, at_zero] > 0.5).all()
 
 
+@pytest.mark.medium
 def test_where_a_gradient_does_not_go_through_one_activation_alone_it_is_not_said():
     network = builders.residual(20, 20, 3, "tanh")
     simulation = monte_carlo.simulate(network, X[:, :20], networks=3, histograms=True)

@@ -10,7 +10,7 @@ import xarray
 from gradflow import builders, comparison, ensembles
 from gradflow.studies import execution, study_file
 from gradflow.studies._depth_scales import Curve, decay_rate, gradient_rate
-from gradflow.theory.fixed_points import DEPTH_SCALES
+from gradflow.theory._depth_scales import DEPTH_SCALES
 
 # Of tanh at σ_b² = 0.05: σ_w², whether c* is 1, ξ_c, and a depth that shows it.
 KNOWN = [
@@ -123,6 +123,7 @@ def repeated(tmp_path_factory):
 
 
 @pytest.mark.parametrize("scale", DEPTH_SCALES)
+@pytest.mark.medium
 def test_standard_errors_are_those_of_repeated_studies(repeated, scale):
     """Forty estimates of each rate scatter as their standard errors say, or by less.
 
@@ -140,6 +141,7 @@ def test_standard_errors_are_those_of_repeated_studies(repeated, scale):
         assert np.all(ratio > low), ratio
 
 
+@pytest.mark.medium
 def test_measured_rates_are_theory_s_and_not_another_point_s(repeated):
     """Null: the mean of forty rates is theory's, within its error and 2 % for the width of 200.
 
@@ -159,6 +161,7 @@ def test_measured_rates_are_theory_s_and_not_another_point_s(repeated):
     assert compared >= 6
 
 
+@pytest.mark.medium
 def test_what_has_no_fixed_points_has_no_depth_scales(tmp_path):
     """Normalised networks and shallow ones; the others beside them do."""
     text = """

@@ -21,7 +21,7 @@ out, devices, processes, process, port = sys.argv[1], *map(int, sys.argv[2:])
 if processes > 1:
     jax.distributed.initialize(f"127.0.0.1:{port}", processes, process)
 from gradflow import ensembles, networks, statistics, training
-from gradflow.simulation import monte_carlo
+from gradflow.simulation import _programs, monte_carlo
 assert len(jax.devices()) == devices * processes
 network = builders.mlp([12, *[16] * 4], "tanh", "glorot", sigma_b=0.1)
 x = np.linspace(-1, 1, 24, dtype=np.float32).reshape(2, 12)
@@ -31,10 +31,10 @@ for sampler in ("dense", "matrix_free"):
     found |= {f"{sampler}/{name}": value for name, value in result.samples.items()}
     found |= {f"{sampler}/mean/{n}": e.value for n, e in result.estimates.items()}
 square = builders.mlp([12] * 4, "relu", "he", sigma_b=0.1)
-law = monte_carlo.of_one(square, jax.numpy.asarray(x[:1]), jax.random.key(1))
+law = _programs.RandomNetworks.of(square, jax.numpy.asarray(x[:1]), jax.random.key(1))
 chunk, which = 12, np.zeros(12, np.int32)
 how = {"measured": (statistics.q,), "sampler": "dense", "keep": (False, False), "block": 2}
-run = monte_carlo.compiled(law, chunk, tuple(jax.devices()), 1.0, spectrum=True, **how)
+run = _programs.compiled(law, chunk, tuple(jax.devices()), 1.0, spectrum=True, **how)
 found["spectra"] = np.exp(run(law, which, np.arange(chunk, dtype=np.int32))["log_singular_values"])
 if processes == 1:
     x = np.sin(np.arange(240, dtype=np.float32)).reshape(20, 12)

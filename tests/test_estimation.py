@@ -115,10 +115,12 @@ def coverage(samples, truth, layer, log, shift=0.0):
     return np.mean((low <= truth + shift) & (truth + shift <= high))
 
 
+@pytest.mark.medium
 def test_intervals_for_the_forward_variance_cover_the_truth(linear_samples):
     assert 0.93 < coverage(linear_samples["log_q"], 1.0, DEPTH - 1, log=True) < 0.97
 
 
+@pytest.mark.medium
 def test_intervals_for_the_typical_gradient_cover_the_truth(linear_samples):
     # δ^1 is δ^L, whose squared norm is χ²_n, through L - 1 layers: half a sum of L log-χ² means.
     log_chi2 = scipy.special.digamma(WIDTH / 2) + np.log(2)

@@ -20,7 +20,7 @@ import xarray
 
 from gradflow import comparison
 from gradflow.errors import InputError
-from gradflow.simulation import _memory, monte_carlo
+from gradflow.simulation import _memory, _programs, monte_carlo
 from gradflow.studies import _plan, _rounds, _runner, execution, results, study_file
 from gradflow.studies._measurements import Measurements, merged
 from gradflow.studies._plan import Share
@@ -92,7 +92,7 @@ def test_points_are_those_of_simulate_and_of_theory(reference):
         compared = comparison.compare_results(
             comparison.predict_float64(point.network(), inputs), found
         )
-        here = dataset.isel(sigma_w2=point.place[0], sigma_b2=point.place[1])
+        here = dataset.isel(sigma_w2=point.index[0], sigma_b2=point.index[1])
         for statistic in study.statistics:
             name, estimate = statistic.name, found.estimates[statistic.key]
             contrast = compared.contrasts[statistic.key]
@@ -207,7 +207,7 @@ def test_a_full_disk_is_a_sentence_and_the_same_command_goes_on(reference, tmp_p
 def _without_drawing(monkeypatch, reference):
     """Let chunks have what they had: of the program's values, kept in this process."""
     if not VALUES:
-        real = monte_carlo.compiled
+        real = _programs.compiled
 
         def noting(*arguments, **options):
             program = real(*arguments, **options)
@@ -220,11 +220,9 @@ def _without_drawing(monkeypatch, reference):
             return call
 
         with monkeypatch.context() as patch:
-            patch.setattr(monte_carlo, "compiled", noting)
+            patch.setattr(_programs, "compiled", noting)
             run(reference.parent / "noted")
-    monkeypatch.setattr(
-        monte_carlo, "compiled", lambda *_, **__: lambda *chunk: VALUES[_of(*chunk)]
-    )
+    monkeypatch.setattr(_programs, "compiled", lambda *_, **__: lambda *chunk: VALUES[_of(*chunk)])
 
 
 VALUES: dict[bytes, dict[str, np.ndarray]] = {}

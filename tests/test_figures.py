@@ -83,6 +83,7 @@ def drawn(dataset):
     }
 
 
+@pytest.mark.medium
 def test_every_figure_has_labels_a_legend_and_points_with_error_bars(dataset, tmp_path):
     made = drawn(dataset)
     in_training = set(figures.training.__all__)  # drawn by test_experiments

@@ -11,7 +11,7 @@ import pytest
 
 from gradflow import activations, gaussian
 from gradflow.errors import InputError
-from gradflow.theory import fixed_points, mean_field
+from gradflow.theory import _correlations, _depth_scales, fixed_points, mean_field
 from gradflow.theory.fixed_points import Stability, Status
 
 FIXED_POINT, DEPTH_SCALE = 1e-9, 1e-8  # what is asked of float64
@@ -436,6 +436,8 @@ class TestBadInput:
 def test_the_correlation_of_a_critical_network_is_1_to_rounding(above):
     # q and σ_w² of tanh with σ_b² = 0.05 and χ₁ = 1, moved by as many units in the last place.
     q = 0.5700478816407633 * (1 + above * 2.3e-16)
-    c_star, chi_c = fixed_points.correlation(activations.tanh, q, 1.7609546396067386, 0.05)
+    sigma_w2 = 1.7609546396067386
+    chi1 = mean_field.chi(activations.tanh, q, sigma_w2)
+    c_star, chi_c = _correlations.correlation_fixed_point(activations.tanh, q, sigma_w2, 0.05, chi1)
     np.testing.assert_allclose(c_star, 1, rtol=3e-14)
-    assert jnp.isinf(fixed_points.depth_scale(chi_c))
+    assert jnp.isinf(_depth_scales.depth_scale(chi_c))

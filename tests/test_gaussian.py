@@ -14,6 +14,7 @@ import pytest
 from gradflow import activations, gaussian
 from gradflow.activations import ALL, Activation, get
 from gradflow.errors import InputError
+from gradflow.gaussian import _pairs, _quadrature
 
 # What is promised; what is measured is below 1e-12.
 PROMISED = 1e-10
@@ -210,7 +211,7 @@ def test_the_variance_of_a_function_with_an_offset_keeps_its_digits():
     # softplus at small q: φ = log 2 + x/2 + x²/8, so the variance is q/4 + q²/32.
     q = 1e-10
     near = pytest.approx(q / 4, rel=1e-9, abs=0)
-    assert float(gaussian.variance(activations.softplus, q)) == near
+    assert float(gaussian.moment(activations.softplus, "variance", q)) == near
     second, first = (gaussian.moment(activations.softplus, n, q) for n in ("phi2", "phi"))
     assert float(second - first**2) != near
 
@@ -327,7 +328,7 @@ def test_shifted_expectations_and_their_derivatives_follow_a_kink(mean, deviatio
     exact = mean * above + deviation * density
 
     def average(f):
-        return lambda m: gaussian.shifted_expectation(f, m, s, kinks=(0.0,))
+        return lambda m: _quadrature.shifted_expectation(f, m, s, kinks=(0.0,))
 
     scale = abs(mean) + deviation
     np.testing.assert_allclose(average(jax.nn.relu)(m), exact, rtol=1e-13, atol=1e-15 * scale)
@@ -344,7 +345,7 @@ def test_shifted_expectations_and_their_derivatives_follow_a_kink(mean, deviatio
 @pytest.mark.parametrize("q", [0.03, 4.0, 1e3])
 def test_a_shifted_expectation_without_shift_is_an_expectation(name, q):
     phi = get(name)
-    found = gaussian.shifted_expectation(
+    found = _quadrature.shifted_expectation(
         lambda x: phi(x) ** 2, jnp.asarray(0.0), jnp.sqrt(q), kinks=phi.kinks
     )
     np.testing.assert_allclose(found, gaussian.moment(phi, "phi2", q), rtol=1e-13)
@@ -616,7 +617,7 @@ def test_derivatives_that_would_be_wrong_are_refused():
             "diagonal of k is -1.0",
         ),
         (
-            lambda: gaussian.equal_pair(activations.tanh, jnp.asarray(1.0), jnp.asarray(-1.5)),
+            lambda: _pairs.equal_pair(activations.tanh, jnp.asarray(1.0), jnp.asarray(-1.5)),
             "c is -1.5; a correlation is from -1 to 1",
         ),
     ],

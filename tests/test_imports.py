@@ -2,12 +2,15 @@
 
 import ast
 import graphlib
+import inspect
 import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+import gradflow
 
 PACKAGE = Path(__file__).parents[1] / "gradflow"
 
@@ -133,3 +136,48 @@ def test_importing_all_of_gradflow_changes_no_setting_of_jax_and_does_not_start_
         started,
     ]
     subprocess.run([sys.executable, "-c", "\n".join(lines)], check=True)
+
+
+FACE = ast.parse(FILES[""].read_text(encoding="utf-8"))
+
+
+def test_type_checkers_and_programs_import_the_public_names_from_the_same_modules():
+    for_type_checkers = {
+        alias.name: node.module.removeprefix("gradflow.")
+        for node in ast.walk(FACE)
+        if isinstance(node, ast.ImportFrom) and node.module.startswith("gradflow.")
+        for alias in node.names
+    }
+    assert for_type_checkers == gradflow._MODULES
+
+
+def test_dir_has_the_public_names_and_subjects_alone():
+    assert set(dir(gradflow)) == {*gradflow.__all__, *subjects(), "__version__"}
+    assert not set(gradflow.__all__) & set(subjects())
+
+
+@pytest.mark.parametrize("name", gradflow.__all__)
+def test_a_public_name_is_documented(name):
+    value = getattr(gradflow, name)
+    sections = re.findall(r"^(\w+)\n-+$", inspect.getdoc(value), re.MULTILINE)
+    assert not undocumented(value, sections)
+    if inspect.isfunction(value):  # a negative control
+        assert undocumented(value, [s for s in sections if s != "Returns"])
+
+
+def undocumented(value, sections):
+    """The sections that a docstring lacks."""
+    needed = ["Parameters", "Returns"] if inspect.isfunction(value) else []
+    return [section for section in needed if section not in sections]
+
+
+def test_a_name_that_there_is_not_is_an_attribute_error():
+    with pytest.raises(AttributeError, match="no attribute 'nonsense'"):
+        gradflow.nonsense  # noqa: B018
+    assert not hasattr(gradflow, "_nonsense")
+
+
+def test_importing_gradflow_imports_nothing_large():
+    large = "assert not {'jax', 'numpy', 'xarray'} & set(sys.modules)"
+    program = f"import sys, gradflow\ndir(gradflow)\n{large}"
+    subprocess.run([sys.executable, "-c", program], check=True)

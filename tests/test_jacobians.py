@@ -10,7 +10,7 @@ from laws import smallest_p_value
 
 from gradflow import builders, ensembles, training
 from gradflow.errors import InputError
-from gradflow.simulation import jacobians, propagation, singular_values
+from gradflow.simulation import jacobians, partial_norms, propagation, singular_values
 
 # Two-sample tests with 20 000 networks a side. Null: one law. The false-alarm rate is for all the
 # tests of one case together (Bonferroni), at fixed keys.
@@ -233,8 +233,10 @@ def test_partial_norms_of_all_pairs_of_layers():
     network, key = mlp(), jax.random.key(7)
     x = jnp.linspace(-1, 1, 4)
     factors = jacobians.layer_jacobians(network, x, key)
-    exact = jacobians.log_partial_norms(factors)
-    estimate = jacobians.sampled_partial_norms(network, x[None], key, probes=4000, sampler="dense")
+    exact = partial_norms.log_partial_norms(factors)
+    estimate = partial_norms.sampled_partial_norms(
+        network, x[None], key, probes=4000, sampler="dense"
+    )
     for l in range(5):  # noqa: E741
         for m in range(5):
             if m < l:
@@ -259,7 +261,7 @@ def test_partial_norms_without_weights_are_in_the_mean_what_theory_says():
     x = jnp.ones((1, 20))
 
     def one(key):
-        return jacobians.sampled_partial_norms(network, x, key, sampler="matrix_free").log
+        return partial_norms.sampled_partial_norms(network, x, key, sampler="matrix_free").log
 
     values = np.exp(np.asarray(jax.jit(jax.vmap(one))(keys)))
     mean, error = values.mean(axis=0), values.std(axis=0, ddof=1) / math.sqrt(len(values))

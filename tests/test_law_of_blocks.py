@@ -7,25 +7,23 @@ of the width, the limit of which is 0 within its standard error or to a third of
 False alarms: 1 % of cases. Keys are fixed.
 """
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from gradflow import activations, blocks, builders, comparison, ensembles, networks
 from gradflow.blocks import (
     GRU,
-    LSTM,
     AbstractBlock,
     Activate,
-    BatchNorm,
     Chain,
     Dense,
     Gated,
     LayerNorm,
     Linear,
     Maxout,
-    Patches,
     Residual,
-    UnitVariance,
 )
 from gradflow.comparison import Status
 
@@ -42,7 +40,7 @@ def differences(network, sites, number=NETWORKS):
 
 def in_a_network(block):
     """Return three layers that end in a random matrix each, and are wide."""
-    width = 200 if isinstance(block, LSTM) else 100
+    width = block.width_in or 100
     layer = Chain((block, Linear(width)))
     assert builders.stack(width, [layer]).widths[-1] == width, "as many units as it takes"
     return builders.stack(INPUTS, [Linear(width), (layer, 3)])
@@ -70,8 +68,8 @@ class TwiceForgotten(AbstractBlock):
     def apply(self, signal, multiply, key):  # noqa: ARG002
         return 1.1 * signal
 
-    def kernel(self, gram, multiply=None):  # noqa: ARG002
-        return gram
+    def kernel(self, kernel, multiply=None):  # noqa: ARG002
+        return kernel
 
     @property
     def homogeneous(self):
@@ -209,7 +207,20 @@ def test_signals_are_rescaled_only_where_reported_activations_are_too():
     assert builders.stack(INPUTS, [Linear(100), Linear(100)], "relu").homogeneous
 
 
-def test_batches_and_positions_mix_and_nothing_else_does():
-    mixing = {block for block in blocks.ALL if block().mixes_sites}
-    positions = {blocks.Convolution, blocks.Flatten, blocks.GlobalMean, Patches}
-    assert mixing == {BatchNorm, UnitVariance} | positions
+@pytest.mark.parametrize("kind", blocks.ALL, ids=lambda kind: kind.__name__)
+def test_a_block_says_whether_it_mixes_sites(kind):
+    """By changing one site; a block over positions, which may be a single one, has a shape."""
+    block, sites = kind(), 6
+    x = np.random.default_rng(0).normal(size=(sites, block.width_in or 100)).astype(np.float32)
+
+    def multiply(key, x, *, width, **law):  # noqa: ARG001
+        return x @ jax.random.normal(key, (x.shape[1], width)) / x.shape[1] ** 0.5
+
+    def apply(x):
+        return np.asarray(block.apply(jnp.asarray(x), multiply, jax.random.key(0)))
+
+    changed = x.copy()
+    changed[1] = -2 * x[1]
+    mixes = not np.array_equal(apply(x)[0], apply(changed)[0])
+    assert block.mixes_sites == (mixes or hasattr(block, "shape"))
+    assert block.mixes_sites or not block.mixes_inputs

@@ -120,9 +120,9 @@ def test_without_a_place_left_the_answer_is_an_error_or_nan(law):
     matrix = make("deferred", law, (4, 4), jax.random.key(0), places=(1, 1))
     places = {"gaussian": 1, "orthogonal": 2}[law]  # one store for both sides
     x = jnp.ones((3, 4), jnp.float32)
-    with pytest.raises(InputError, match="places is .* 3 questions were asked"):
+    with pytest.raises(InputError, match="places is .* made 3 products"):
         matrix.times(x)
-    with pytest.raises(InputError, match="places is .* 3 questions were asked"):
+    with pytest.raises(InputError, match="places is .* made 3 products"):
         jax.jit(lambda m: m.times(x)[0])(matrix)
 
     @jax.jit
@@ -135,7 +135,7 @@ def test_without_a_place_left_the_answer_is_an_error_or_nan(law):
     assert np.isnan(ask(matrix)[0]).all()
 
 
-def test_other_laws_cannot_be_left_undecided():
+def test_other_laws_cannot_be_deferred():
     with pytest.raises(InputError, match="'matrix_free' cannot draw 'uniform' weights"):
         _matrices.deferred(jax.random.key(0), (3, 3), ensembles.uniform)
 

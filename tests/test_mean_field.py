@@ -15,6 +15,7 @@ from gradflow.theory import linear_regime, mean_field
 
 # What the issue of the reference tables asks of float64.
 TABLE = 1e-10
+predict = jax.jit(mean_field.predict)
 
 
 @pytest.mark.usefixtures("x64_only")
@@ -100,13 +101,13 @@ def test_relu_correlations_follow_the_published_kernel():
     x = jnp.array([[2.0, 0, 0, 0], [1.0, 1, 1, 1]])
     network = builders.mlp([4, *[50] * 11], "relu", "he")
     # The reference kernel puts W x without the factor 2 first, and takes x·x' unscaled over 4.
-    found = mean_field.predict(network, mean_field.input_gram(x))
+    found = predict(network, mean_field.input_gram(x))
     np.testing.assert_allclose(found["correlation"][10], 1.7952934596 / 2, rtol=1e-6)
 
 
 def test_everything_is_finite_at_depth_10_000():
     network = builders.mlp([100] * 10_001, "logistic", "glorot")
-    found = jax.jit(mean_field.predict)(network, jnp.ones((1, 1)))
+    found = predict(network, jnp.ones((1, 1)))
     assert np.isfinite(found.values["log_gradient_variance"]).all()
     assert found.values["log_gradient_variance"][0] < -28_000  # 0.0557^9999
 
@@ -126,10 +127,10 @@ def test_predictions_vmap_and_differentiate_over_the_scales():
     assert np.all(np.diff(values) > 0)
 
 
-@pytest.mark.parametrize("predict", [mean_field.predict, jax.jit(mean_field.predict)])
-def test_chi_is_missing_at_the_top_and_only_there(predict):
+@pytest.mark.parametrize("function", [mean_field.predict, predict])
+def test_chi_is_missing_at_the_top_and_only_there(function):
     """In float32 too, where it was any number if the program was compiled."""
-    found = predict(builders.mlp([8] * 5).as_arrays(jnp.float32), jnp.ones((1, 1), jnp.float32))
+    found = function(builders.mlp([8] * 5).as_arrays(jnp.float32), jnp.ones((1, 1), jnp.float32))
     assert np.isnan(found["chi"]).tolist() == [False, False, False, True]
 
 
@@ -144,8 +145,8 @@ def test_predictions_at_other_widths_need_no_second_walk():
     network = builders.mlp([30, 40, 40, 10], "tanh", ensembles.fan_in(1.5), sigma_b=0.1)
     other = networks.divide_widths(network, 3)  # 13 and 3 units: the ratios change
     gram = jnp.array([[1.0, 0.3], [0.3, 0.8]])
-    moved = mean_field.at_widths(mean_field.predict(network, gram), network, other)
-    for name, value in mean_field.predict(other, gram).values.items():
+    moved = mean_field.at_widths(predict(network, gram), network, other)
+    for name, value in predict(other, gram).values.items():
         np.testing.assert_allclose(moved.values[name], value, rtol=1e-5, atol=1e-5, err_msg=name)
 
 

@@ -18,6 +18,7 @@ from gradflow.theory import mean_field
 WIDTHS = (6, 10, 10, 10, 4)
 # float32 arithmetic through four layers, done in another order.
 ROUNDING = 2e-4
+predict = jax.jit(mean_field.predict)
 
 
 def by_hand(network, x, key):
@@ -242,7 +243,7 @@ def test_weights_that_start_at_zero_have_a_gradient_and_pass_none_on(sampler):
     layers = [Linear(30), Dense(units=30), Dense(units=25, sigma_w=0.0)]
     network = builders.stack(20, layers)
     found = propagation.propagate(network, x, jax.random.key(1), sampler=sampler)
-    predicted = mean_field.predict(network, mean_field.input_gram(x))
+    predicted = predict(network, mean_field.input_gram(x))
     for values in (found, predicted):
         for name in ("gradient_variance", "weight_gradient_variance"):
             assert np.isneginf(values[f"log_{name}"][:2]).all()
@@ -332,7 +333,7 @@ def test_signals_beyond_a_float_keep_their_scale_apart(phi, sizes, sampler, key)
 def test_what_is_a_logarithm_answers_to_its_name_too_everywhere(key):
     network, x = builders.mlp([4, 5, 5]), jnp.ones((2, 4))
     found = jax.jit(lambda x: propagation.propagate(network, x, key))(x)
-    predicted = mean_field.predict(network, x @ x.T / 4)
+    predicted = predict(network, x @ x.T / 4)
     simulated = monte_carlo.simulate(network, x, networks=3, keep_samples=True)
     for values in (found, predicted.values, simulated.samples):
         # Compiled and not, exp may differ in its last bit.

@@ -16,7 +16,7 @@ X, STEPS = np.ones((1, 10), np.float32), 10
 
 
 def network(block, steps, tied, start=1.0):
-    width = block.units * (2 if isinstance(block, LSTM) else 1)
+    width = block.width_in
     return builders.stack(10, [Linear(width, start), Stage(block, steps, tied)], "tanh")
 
 

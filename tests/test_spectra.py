@@ -11,11 +11,11 @@ import xarray
 
 from gradflow import training
 from gradflow.errors import InputError
-from gradflow.simulation import _memory, monte_carlo, propagation, singular_values
+from gradflow.simulation import _memory, _programs, propagation, singular_values
 from gradflow.studies import _plan, _rounds, _spectra, execution, study_file
 from gradflow.studies._point import Point
 from gradflow.studies._study import HistogramRange
-from gradflow.theory import spectrum
+from gradflow.theory import _spectral_shares, spectrum
 
 TEXT = """
 [network]
@@ -155,7 +155,7 @@ def test_signals_and_jacobians_leave_a_floats_range_and_their_slopes_do_not():
     network, x = point.network(), jnp.asarray(point.inputs(), jnp.float32)
     found = np.asarray(jax.jit(singular_values.end_to_end)(network.as_arrays(np.float32), x, key))
     scaled = point.settings | {"sigma_w2": 2.0}
-    usual = Point(point.place, scaled, point.networks).network()
+    usual = Point(point.index, scaled, point.networks).network()
     expected = np.asarray(jax.jit(singular_values.end_to_end)(usual.as_arrays(np.float32), x, key))
     assert np.isfinite(expected[0])
     np.testing.assert_allclose(found[0], expected[0] - 400 * np.log(2), rtol=1e-4)
@@ -258,7 +258,7 @@ def test_linear_networks_have_the_spectrum_of_the_theory(tmp_path):
 
     with jax.enable_x64(True):
         laws = {
-            (depth, sigma_w2): spectrum.shares(
+            (depth, sigma_w2): _spectral_shares.shares(
                 spectrum.slope_law("linear", 1.0), sigma_w2, depth, edges=edges
             )
             for depth, sigma_w2 in ((3, 1.1), (2, 1.1), (4, 1.1), (3, 1.0))
@@ -313,11 +313,11 @@ def test_an_atom_at_an_edge_is_not_compared(tmp_path):
 def test_the_program_returns_them_beside_the_statistics():
     point = study_file.parse(TEXT).point(1)
     x = jnp.asarray(point.inputs(), jnp.float32)
-    laws = monte_carlo.of_one(point.network(), x, point.key)
-    how = {"measured": (monte_carlo.VANISHED,), "sampler": "dense", "keep": (False, False)}
-    run = monte_carlo.compiled(laws, 4, tuple(jax.devices()), 1.0, block=2, spectrum=True, **how)
+    laws = _programs.RandomNetworks.of(point.network(), x, point.key)
+    how = {"measured": (_programs.VANISHED,), "sampler": "dense", "keep": (False, False)}
+    run = _programs.compiled(laws, 4, tuple(jax.devices()), 1.0, block=2, spectrum=True, **how)
     found = run(laws, np.zeros(4, np.int32), np.arange(4, dtype=np.int32))
-    assert found[monte_carlo.LOG_SINGULAR_VALUES].shape == (4, 12)
+    assert found[_programs.LOG_SINGULAR_VALUES].shape == (4, 12)
     key = jax.random.fold_in(point.key, 3)
     expected = singular_values.end_to_end(point.network(), x, key)
-    np.testing.assert_allclose(found[monte_carlo.LOG_SINGULAR_VALUES][3], expected, atol=1e-4)
+    np.testing.assert_allclose(found[_programs.LOG_SINGULAR_VALUES][3], expected, atol=1e-4)

@@ -10,7 +10,7 @@ import pytest
 
 from gradflow import activations
 from gradflow.errors import InputError
-from gradflow.theory import spectrum
+from gradflow.theory import _spectral_shares, spectral_density, spectrum
 
 SPECTRA = 1e-9  # the issue asks 1e-6
 pytestmark = pytest.mark.usefixtures("x64_only")
@@ -20,10 +20,15 @@ def number(text):
     return float(Fraction(text))
 
 
+def two_point_law(p):
+    """The law with φ'² = 1 with probability p, and 0 else, as that of ReLU and hard_tanh."""
+    return spectrum.SlopeLaw(jnp.asarray([0.0, 1.0]), jnp.asarray([1 - p, p]), 2)
+
+
 def two_point(row):
     """The law of a row that gives p, and the σ_w² that makes it critical."""
     p = float(row["inputs"]["p"].split("= ")[-1])
-    return spectrum.two_point_law(p), 1 / p
+    return two_point_law(p), 1 / p
 
 
 def test_means_and_variances_are_those_of_the_table(load_reference):
@@ -69,7 +74,9 @@ def test_moments_atoms_edges_and_densities_are_those_of_the_table(load_reference
                 [near, masses[near]], [number(atom["lambda"]), number(atom["mass"])], rtol=SPECTRA
             )
         points = expected["density"].values()
-        density = spectrum.density(law, *layers, at=np.array([number(p["lambda"]) for p in points]))
+        density = spectral_density.density(
+            law, *layers, at=np.array([number(p["lambda"]) for p in points])
+        )
         np.testing.assert_allclose(
             density.of_eigenvalues, [number(p["rho_lambda"]) for p in points], rtol=SPECTRA
         )
@@ -127,7 +134,7 @@ def test_the_density_has_the_moments(name, depth, weights):
     theta = math.pi / 2 * np.exp(-13 * math.log(10) * (1 - t) / 2)
     at = float(ends.upper) * np.sin(theta) ** 2
     weight = weight * float(ends.upper) * np.sin(2 * theta) * theta * 13 * math.log(10) / 2
-    rho = spectrum.density(law, *layers, at=at).of_eigenvalues
+    rho = spectral_density.density(law, *layers, at=at).of_eigenvalues
     atoms = [np.sum(ends.masses * ends.atoms**k) for k in (1, 2, 3)]
     found = [np.sum(weight * rho * at**k) for k in (1, 2, 3)]
     expected = spectrum.moments(law, *layers, count=3)
@@ -142,12 +149,12 @@ def test_the_density_has_the_moments(name, depth, weights):
 def test_shares_of_one_gaussian_layer_are_those_of_the_quarter_circle():
     """s in [0, 2] with density √(4 - s²)/π; all edges, also those beside the law."""
     edges = np.array([0.0, 0.3, 1.0, 1.9, 2.5, 3.0])
-    found = spectrum.shares(spectrum.slope_law("linear", 1.0), 1.0, 1, edges=edges)
+    found = _spectral_shares.shares(spectrum.slope_law("linear", 1.0), 1.0, 1, edges=edges)
     s = np.minimum(edges, 2)
     below = (s * np.sqrt(4 - s**2) / 2 + 2 * np.arcsin(s / 2)) / math.pi
     np.testing.assert_allclose(found.inside, np.diff(below), atol=1e-9)
     np.testing.assert_allclose([found.zero, found.below, found.above], 0, atol=1e-12)
-    inner = spectrum.shares(spectrum.slope_law("linear", 1.0), 1.0, 1, edges=edges[1:3])
+    inner = _spectral_shares.shares(spectrum.slope_law("linear", 1.0), 1.0, 1, edges=edges[1:3])
     expected = [below[1], below[2] - below[1], 1 - below[2]]
     np.testing.assert_allclose([inner.below, *inner.inside, inner.above], expected, atol=1e-9)
 
@@ -166,7 +173,7 @@ def test_shares_have_the_moments_and_the_atoms(name, q, sigma_w2, depth, weights
     ends = spectrum.support(law, *layers)
     top = float(np.sqrt(np.nanmax([ends.upper, *ends.atoms])))
     edges = np.linspace(0, 1.01 * top, 401)
-    found = spectrum.shares(law, *layers, edges=edges)
+    found = _spectral_shares.shares(law, *layers, edges=edges)
     middle = (edges[1:] + edges[:-1]) / 2
     total = float(found.zero + found.below + found.inside.sum() + found.above)
     assert total == pytest.approx(1, abs=1e-12)
@@ -174,7 +181,7 @@ def test_shares_have_the_moments_and_the_atoms(name, q, sigma_w2, depth, weights
     mean = spectrum.mean_and_variance(law, *layers)[0]
     np.testing.assert_allclose(np.sum(found.inside * middle**2), mean, rtol=3e-3)
     assert found.inside.min() > -1e-9
-    coarse = spectrum.shares(law, *layers, edges=edges[::100])
+    coarse = _spectral_shares.shares(law, *layers, edges=edges[::100])
     np.testing.assert_allclose(
         coarse.inside, np.asarray(found.inside).reshape(4, 100).sum(axis=1), atol=1e-9
     )
@@ -207,7 +214,7 @@ def test_simulated_singular_values_follow_the_density(weights, key):
     top = math.sqrt(float(spectrum.support(law, sigma_w2, depth, weights).upper))
     s = top * np.geomspace(1e-12, 1, 8001)  # the density grows like a power towards s = 0
     middle = np.sqrt(s[1:] * s[:-1])
-    rho = spectrum.density(law, sigma_w2, depth, weights, at=middle**2).of_singular_values
+    rho = spectral_density.density(law, sigma_w2, depth, weights, at=middle**2).of_singular_values
     below = np.cumsum(np.asarray(rho) * np.diff(s))
     assert abs(below[-1] - 1) < 2e-3
     tenths = np.interp(np.linspace(0.1, 0.9, 9), below, s[1:])
@@ -234,18 +241,17 @@ def test_functions_compose_with_jit_vmap_and_grad():
     [
         (lambda: spectrum.slope_law("tanh", 0.0), "q is 0.0"),
         (lambda: spectrum.slope_law("tanh", -1.0), "q is -1.0"),
-        (lambda: spectrum.two_point_law(1.5), "p is 1.5"),
-        (lambda: spectrum.moments(spectrum.two_point_law(0.5), -1.0, 2), "sigma_w2 is -1.0"),
-        (lambda: spectrum.support(spectrum.two_point_law(0.5), 1.0, 0), "depth is 0"),
-        (lambda: spectrum.support(spectrum.two_point_law(0.5), 1.0, 2, "haar"), "unknown weights"),
+        (lambda: spectrum.moments(two_point_law(0.5), -1.0, 2), "sigma_w2 is -1.0"),
+        (lambda: spectrum.support(two_point_law(0.5), 1.0, 0), "depth is 0"),
+        (lambda: spectrum.support(two_point_law(0.5), 1.0, 2, "haar"), "unknown weights"),
         (
-            lambda: spectrum.density(
-                spectrum.two_point_law(0.5), 1.0, 1, "orthogonal", at=np.array([1.0])
+            lambda: spectral_density.density(
+                two_point_law(0.5), 1.0, 1, "orthogonal", at=np.array([1.0])
             ),
             "depth is 1 and weights are orthogonal",
         ),
         (
-            lambda: spectrum.density(spectrum.two_point_law(0.5), 1.0, 2, at=np.array([-1.0])),
+            lambda: spectral_density.density(two_point_law(0.5), 1.0, 2, at=np.array([-1.0])),
             "at is -1.0",
         ),
     ],

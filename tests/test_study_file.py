@@ -65,7 +65,7 @@ def test_a_grid_is_the_product_of_its_axes():
     study = study_file.parse(GOOD)
     assert study.shape == (3, 2)
     points = list(study.points())
-    assert [p.place for p in points] == [(i, j) for i in range(3) for j in range(2)]
+    assert [p.index for p in points] == [(i, j) for i in range(3) for j in range(2)]
     last = points[-1].settings
     assert (last["sigma_w2"], last["sigma_b2"], last["norm"]) == (2.5, 0.1, "layer")
     network = points[-1].network()
@@ -78,10 +78,8 @@ def test_a_grid_is_the_product_of_its_axes():
 
 def test_numbers_alone_make_no_new_program():
     """σ_b = 0 beside others, and a range of widths: one program, and three."""
-    assert (
-        len(_plan.programs(study_file.parse(GOOD.replace('["none", "layer"]', '["none", "none"]'))))
-        == 1
-    )
+    plain = GOOD.replace('["none", "layer"]', '["none", "none"]')
+    assert len(_plan.programs(study_file.parse(plain))) == 1
     wider = GOOD.replace("width = 30\n", "").replace(
         "[inputs]", "[[axes]]\nwidth = [10, 20, 30]\n[inputs]"
     )

@@ -17,7 +17,7 @@ BEGINNINGS = (
     "gradflow.comparison.compare",
     "gradflow.studies.execution.run",
     "gradflow.spectra.run",
-    "gradflow.theory.summary.run",
+    "gradflow.theory.summary.summarise",
     "gradflow.remedies.run",
     "gradflow.theory.criticality.critical_points",
     "gradflow.theory.criticality.phase_diagram",

@@ -1,21 +1,21 @@
 """Blocks: the repeating unit of a network, defined once and read twice.
 
 `apply` is one random network acting on its signals; `kernel` is the same block at infinite width,
-acting on what is known of them (`gradflow.kernel.Kernel`). Both multiply by weights through a
-``multiply`` that they are given: a sampler's in a simulation, `kernel.multiply_kernel` in theory.
+acting on their second moments (`gradflow.kernels.Kernel`). Both multiply by weights through a
+``multiply`` that they are given: a sampler's in a simulation, `kernels.multiply_kernel` in theory.
 Nothing backward is written by hand: in a simulation gradients come from `jax.vjp` of ``apply``; in
-theory from the transpose of what ``kernel`` does to the second moments of a tangent.
+theory from the transpose of the map that ``kernel`` is on the second moments of a tangent.
 
 The signal that a block hands on is the pre-activation z of its layer, so that a chain of `Dense`
 blocks is z^l = W^l φ(z^{l-1}) + b^l. Blocks nest: ``Residual(Chain((LayerNorm(), Dense())))``.
 
 base
-    What a block is.
+    The definition of a block.
 dense
     `Linear` W h + b, `Activate` φ(z), and `Dense` W φ(z) + b.
 convolution
-    `Convolution` W * φ(z), `Patches` that it is made of, and `GlobalMean` and `Flatten` over
-    positions, for the layers after it.
+    `Convolution` W * φ(z), the `Patches` that its filter multiplies, and `GlobalMean` and
+    `Flatten` over positions, for the layers after it.
 composition
     `Chain` and `Residual`.
 normalisation
@@ -30,7 +30,7 @@ recurrent
     `Drive`, an input that is new at every time step, `GRU` and `LSTM`.
 
 To add a block, write one class in one of these files, with a default for every field, and name it
-in the file's ``__all__``: `ALL` and the shared law tests find it.
+in the file's ``__all__``: `ALL` and the shared law tests find it. A new file has one line below.
 """
 
 import inspect

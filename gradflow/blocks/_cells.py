@@ -2,7 +2,8 @@
 
 A unit's cell goes from c to c' = f c + i g. At infinite width, and with weights that are drawn anew
 at every step, f = σ(√K z_f + b_f), i = σ(√K z_i + b_i) and g = tanh(√K z_g) have independent normal
-z, which know nothing of c. A sum of such products is not Gaussian, and E[tanh(c)²] needs its law.
+z, of which c is independent. A sum of such products is not Gaussian, and E[tanh(c)²] needs its
+law.
 
 The law is kept as weights w_k on nodes c_k, E[F(c)] = Σ_k w_k F(c_k): F is interpolated between the
 nodes, and w_k = E[ℓ_k(c)] with the interpolating functions ℓ_k. A step makes of them
@@ -13,8 +14,8 @@ in two, c -> y = f c and y -> y + i g. The law of two sites' cells is weights on
 which Mehler's formula, E[F(z_a) G(z_b)] = Σ_m ρ^m E[F h_m] E[G h_m] with the correlation ρ and
 Hermite's polynomials h_m of norm 1, averages over gates by products of each site's own matrices.
 
-A *tangent* of the cells is τ_k = E[ċ² ℓ_k(c)]: it has been multiplied by f like c, and so knows of
-c. That of h is a random matrix's product with what went before, and knows of nothing.
+A *tangent* of the cells is τ_k = E[ċ² ℓ_k(c)]: it has been multiplied by f like c, and so depends
+on c. That of h is a product with a random matrix, and independent.
 
 Nodes are Chebyshev's in x, where c = (π/2) sinh(a x): however far cells reach, tanh(c), with its
 poles at ±iπ/2, needs about equally many. They reach to 10 standard deviations of c.
@@ -43,7 +44,7 @@ __all__ = ["Cells", "Tangent"]
 _NODES = 40
 _POLE = math.pi / 2
 _DEVIATIONS = 10.0
-# Of the variance of cells: what is below counts as none.
+# The smallest variance of cells; one below it counts as 0.
 _LEAST = 1e-32
 # Of a gate and of g: where its nearest pole is, ±i times this, points of the rule for averages, and
 # Hermite's polynomials for pairs.
@@ -61,7 +62,7 @@ class Tangent(NamedTuple):
 
 
 class Cells(AbstractLaw):
-    """The law of a state: one half of the units are cells c, the other h = o tanh(c).
+    """The law of an LSTM's state: half of the units are cells c, the others h = o tanh(c).
 
     Attributes
     ----------
@@ -74,7 +75,7 @@ class Cells(AbstractLaw):
     hidden
         Shape (sites, sites): E[h_a h_b].
     memory
-        What is known of a tangent, on a walk that needs one.
+        Second moments of a tangent, where gradients are computed.
     """
 
     reach: Float[Array, " sites"]
@@ -110,15 +111,15 @@ class Cells(AbstractLaw):
 
     @property
     def has_memory(self) -> bool:
-        """It does: of a tangent of the cells, what it is where they are."""
+        """Whether it has a memory: yes, a tangent's second moments depend on the cell."""
         return True
 
     def with_memory(self, memory: Tangent | None) -> "Cells":
-        """Return it with this known of a tangent."""
+        """Return the law with this memory of a tangent."""
         return dataclasses.replace(self, memory=memory)
 
     def independent(self, tangent: Float[Array, "..."]) -> Tangent:
-        """Return what is known of a tangent of these second moments, independent of the state.
+        """Return the memory of a tangent of these second moments, independent of the state.
 
         Raises
         ------
@@ -137,7 +138,7 @@ class Cells(AbstractLaw):
         return Unknown().through(kernel, activation)
 
     def scaled(self, factor: Float[Array, "..."] | ScalarLike) -> Unknown:  # noqa: ARG002
-        """Return an unknown law: no state."""
+        """Return an unknown law: a multiple of a state is no state."""
         return Unknown()
 
     def second_moments(self, f: Array) -> Float[Array, "sites sites"]:
@@ -153,7 +154,7 @@ class Cells(AbstractLaw):
         return jax.vmap(_nodes)(self.reach)
 
     def kernel(self) -> Kernel:
-        """Return what is known of the state as any signal: means over both halves of it."""
+        """Return the state's kernel as of any signal: means over its two halves."""
         covariance = (self.second_moments(self.cells) + self.hidden) / 2
         mean = jnp.zeros_like(self.reach)
         tangent = None
@@ -174,11 +175,11 @@ class Cells(AbstractLaw):
         Parameters
         ----------
         forget, gate, candidate
-            What is known of the arguments of f, i and g, Gaussian of equal second moments.
+            The kernels of the arguments of f, i and g, Gaussian of equal second moments.
         opened
-            What is known of o.
+            The kernel of o.
         biases
-            What is added to the arguments of f and i.
+            The means of the biases of f and i.
         """
         k = forget.covariance
         root = jnp.sqrt(jnp.diagonal(k))
@@ -332,7 +333,7 @@ def _polynomials(
 
 
 def _to_nodes(values: Float[Array, "*of nodes"]) -> Float[Array, "*of nodes"]:
-    """Return what averages of ℓ_k are where those of Chebyshev's polynomials are the values."""
+    """Return the averages of ℓ_k from those of Chebyshev's polynomials."""
     return jnp.matmul(
         values, jnp.asarray(_TO_NODES, values.dtype), precision=jax.lax.Precision.HIGHEST
     )

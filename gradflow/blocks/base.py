@@ -1,6 +1,8 @@
-"""What a block is: one step up the network, defined once and read twice."""
+"""The definition of a block: one step up the network, defined once and read twice."""
 
 import abc
+import dataclasses
+import itertools
 import math
 from collections.abc import Callable
 from fractions import Fraction
@@ -21,10 +23,10 @@ Multiply = Callable[..., Any]
 
 
 def each_step(key: PRNGKeyArray, multiply: Multiply) -> PRNGKeyArray:
-    """Return the key for what is drawn anew at every time step, as masks and inputs are.
+    """Return the key for numbers that are drawn anew at every time step, as masks and inputs.
 
-    Where layers share their weights they share the key that a block is applied with, and the
-    ``multiply`` that they are given has a ``step``.
+    Layers that share their weights are applied with one key, and with a ``multiply`` whose ``step``
+    is the number of the layer; the key is folded with it. Other layers use the key itself.
     """
     step = getattr(multiply, "step", None)
     return key if step is None else jax.random.fold_in(key, step)
@@ -36,10 +38,10 @@ def add_bias(
     sigma_b: ScalarLike | None,
     multiply: Multiply,
 ) -> Float[Array, "sites n"]:
-    """Return z + b with b ~ N(0, σ_b²), shared by the sites; z itself where there is no σ_b.
+    """Return z + b with b ~ N(0, σ_b²), shared by the sites; z itself where σ_b is None.
 
-    A ``multiply`` that holds a network's parameters has a ``bias``, which is told how b is drawn
-    and says what it is.
+    A ``multiply`` that holds a network's parameters has a method ``bias``, which takes the function
+    that draws b and returns the b that is used.
     """
     if sigma_b is None:
         return signal
@@ -55,8 +57,8 @@ def add_bias(
 class AbstractBlock(eqx.Module):
     """One step up the network, z^{l-1} -> z^l.
 
-    What is not abstract here is answered for a block that has no random matrix and acts on every
-    site by itself.
+    Properties and methods that are not abstract are right for a block without random matrices that
+    acts on every site by itself and hands on as many units as it gets; another one overrides them.
     """
 
     @abc.abstractmethod
@@ -69,13 +71,16 @@ class AbstractBlock(eqx.Module):
         (width, n_in), mean 0 and variance σ_w²/n_in; the sampler that runs the block supplies it.
         All other randomness comes from the key, and is the same when the block is applied again:
         biases from the key itself, by `add_bias`, and what is no parameter from `each_step` of it.
-        Where W is a part of a larger matrix, the rest of which is zero, ``full_input=…`` is what
-        all of it gets: its gradient is δ seenᵀ.
+        Where W is a part of a larger matrix whose other entries are zero, ``full_input=…`` is what
+        the larger matrix multiplies: the gradient ∂C/∂W that is reported is δ full_inputᵀ.
         """
 
     @abc.abstractmethod
     def kernel(self, kernel: Kernel, multiply: Multiply = multiply_kernel) -> Kernel:
-        """Return what is known after the block from what is known before it, at infinite width."""
+        """Map the kernel of the block's signal to that of its output, at infinite width.
+
+        ``multiply(kernel, sigma_w=…, width=…, distribution=…)`` is the kernel of x Wᵀ.
+        """
 
     @property
     @abc.abstractmethod
@@ -83,8 +88,20 @@ class AbstractBlock(eqx.Module):
         """Whether block(a·z) = a·block(z) for every a > 0."""
 
     def homogeneous_if(self, activations: Callable[[Activation], bool]) -> bool:  # noqa: ARG002
-        """Whether it is `homogeneous`, if the activations are that this says yes to."""
+        """Whether it is `homogeneous` if those activations are for which this is true."""
         return self.homogeneous
+
+    @property
+    def parts(self) -> tuple["AbstractBlock", ...]:
+        """The blocks among its fields, in their order."""
+        values = (getattr(self, field.name) for field in dataclasses.fields(self))
+        each = itertools.chain.from_iterable(v if isinstance(v, tuple) else (v,) for v in values)
+        return tuple(part for part in each if isinstance(part, AbstractBlock))
+
+    @property
+    def nested(self) -> tuple["AbstractBlock", ...]:
+        """The block itself, then its parts and theirs, at any depth."""
+        return (self, *(block for part in self.parts for block in part.nested))
 
     @property
     def distributions(self) -> tuple[Distribution, ...]:
@@ -93,31 +110,54 @@ class AbstractBlock(eqx.Module):
 
     @property
     def n_weights(self) -> int:
-        """How many random matrices one application of the block multiplies by."""
+        """The number of random matrices that one application of the block multiplies by."""
         return len(self.distributions)
 
     @property
-    def mixes_sites(self) -> bool:
-        """Whether a site's signal depends on those of other sites, as under BatchNorm."""
+    def is_layer(self) -> bool:
+        """Whether its output is a product with its only random matrix, a layer of weights."""
         return False
 
     @property
+    def rescales_weights(self) -> bool:
+        """Whether it stands for a scale that the weights before it start with, as in LSUV.
+
+        Such a block is no layer to train, and the weights' scale is not that of their law.
+        """
+        return False
+
+    @property
+    def mixes_inputs(self) -> bool:
+        """Whether an input's signal depends on other inputs, as under BatchNorm."""
+        return False
+
+    @property
+    def mixes_sites(self) -> bool:
+        """Whether a site's signal depends on other sites: on other inputs, or other positions."""
+        return self.mixes_inputs
+
+    @property
     def pool_factor(self) -> int:
-        """How many sites it makes one of, as the positions of an input by a mean over them."""
+        """The number of sites that it makes one of, as a mean over an input's positions does."""
         return 1
 
+    @property
+    def width_in(self) -> int | None:
+        """The only number of units that it takes, where its weights do not say it; else None."""
+        return None
+
     def width_after(self, n_in: int) -> int:
-        """Return how many units it hands on when it gets ``n_in``.
+        """Return the number of units that it hands on when it gets ``n_in``.
 
         Raises
         ------
         InputError
-            If it cannot take as many.
+            If it cannot take that number.
         """
         return n_in
 
     def shapes(self, n_in: int) -> tuple[tuple[int, int], ...]:  # noqa: ARG002
-        """Return its random matrices' shapes (n_out, n_in), in their order."""
+        """Return the shapes (n_out, n_in) of its random matrices, in their order."""
         return ()
 
     def divide_widths(self, factor: int | Fraction) -> "AbstractBlock":  # noqa: ARG002
@@ -126,32 +166,32 @@ class AbstractBlock(eqx.Module):
 
 
 class AbstractComposite(AbstractBlock):
-    """A block made of others, its ``parts``, which are applied in this order."""
-
-    @property
-    @abc.abstractmethod
-    def parts(self) -> tuple[AbstractBlock, ...]:
-        """The blocks it is made of."""
+    """A block made of others, its ``parts``, which are applied in their order."""
 
     @property
     def distributions(self) -> tuple[Distribution, ...]:
-        """Those of its parts."""
+        """The laws of its parts' random matrices, in order."""
         return tuple(law for part in self.parts for law in part.distributions)
 
     @property
+    def mixes_inputs(self) -> bool:
+        """Whether one of its parts mixes inputs."""
+        return any(part.mixes_inputs for part in self.parts)
+
+    @property
     def mixes_sites(self) -> bool:
-        """Whether one of its parts does."""
+        """Whether one of its parts mixes sites."""
         return any(part.mixes_sites for part in self.parts)
 
     @property
     def pool_factor(self) -> int:
-        """How many sites its parts together make one of."""
+        """The number of sites that its parts together make one of."""
         return math.prod(part.pool_factor for part in self.parts)
 
     def shapes(self, n_in: int) -> tuple[tuple[int, int], ...]:
-        """Return those of its parts."""
-        found: list[tuple[int, int]] = []
+        """Return the shapes of its parts' random matrices, in order."""
+        shapes: list[tuple[int, int]] = []
         for part in self.parts:
-            found += part.shapes(n_in)
+            shapes += part.shapes(n_in)
             n_in = part.width_after(n_in)
-        return tuple(found)
+        return tuple(shapes)

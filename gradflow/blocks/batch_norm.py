@@ -17,16 +17,16 @@ __all__ = ["BatchNorm"]
 
 
 class _BatchNormalised(AbstractLaw):
-    """The law of γ ẑ: what entered BatchNorm was Gaussian, of this covariance."""
+    """The law of γ ẑ, of a signal z that is Gaussian and has this covariance."""
 
     covariance: Float[Array, "sites sites"]
     tangent: Float[Array, "sites sites"] | None
     gain: ScalarLike
 
     def through(self, kernel: Kernel, activation: Activation) -> Kernel:  # noqa: ARG002
-        """Return what is known of φ(γ ẑ)."""
-        found = _batch.averages(activation, self.covariance, self.tangent, self.gain)
-        return Kernel(*found, Unknown())
+        """Return the kernel of φ(γ ẑ)."""
+        averages = _batch.averages(activation, self.covariance, self.tangent, self.gain)
+        return Kernel(*averages, Unknown())
 
     def scaled(self, factor: Float[Array, "..."] | ScalarLike) -> AbstractLaw:
         """Return the law of a multiple."""
@@ -41,7 +41,7 @@ class BatchNorm(AbstractBlock):
     (Ioffe & Szegedy 2015, arXiv:1502.03167, algorithm 1, in training, without ε.) The batch is all
     inputs that go through the network together. The gradient explodes with depth: at a batch of B,
     χ = (B - 2)/(B - 3) without an activation, and π/(π - 1) for ReLU and B → ∞ (Yang et al. 2019,
-    arXiv:1902.08129). For the theory its signal is Gaussian over units; see `gradflow.batch`. A
+    arXiv:1902.08129). The theory is of a signal that is Gaussian over units (`gaussian._batch`). A
     unit that is the same for all inputs becomes 0.
     """
 
@@ -69,7 +69,7 @@ class BatchNorm(AbstractBlock):
         return jnp.asarray(self.gain, signal.dtype) * math.sqrt(signal.shape[0]) * rows.T
 
     def kernel(self, kernel: Kernel, multiply: Multiply = multiply_kernel) -> Kernel:  # noqa: ARG002
-        """Return what is known of γ ẑ.
+        """Return the kernel of γ ẑ.
 
         Raises
         ------
@@ -89,10 +89,10 @@ class BatchNorm(AbstractBlock):
 
     @property
     def homogeneous(self) -> bool:
-        """It is not: the result has always the same length."""
+        """Whether it is homogeneous: no, the result has always the same length."""
         return False
 
     @property
-    def mixes_sites(self) -> bool:
-        """It does: an input's signal depends on the whole batch."""
+    def mixes_inputs(self) -> bool:
+        """Whether it mixes inputs: yes, an input's signal depends on the whole batch."""
         return True

@@ -32,28 +32,28 @@ class Chain(AbstractComposite):
     def apply(
         self, signal: Float[Array, "sites n_in"], multiply: Multiply, key: PRNGKeyArray
     ) -> Float[Array, "sites_out n_out"]:
-        """Return the signal after all of them, each with a key of its own."""
+        """Return the signal after all parts, each with a key of its own."""
         for number, part in enumerate(self.parts):
             signal = part.apply(signal, multiply, jax.random.fold_in(key, number))
         return signal
 
     def kernel(self, kernel: Kernel, multiply: Multiply = multiply_kernel) -> Kernel:
-        """Return what is known after all of them."""
+        """Map a kernel through all parts."""
         for part in self.parts:
             kernel = part.kernel(kernel, multiply)
         return kernel
 
     @property
     def homogeneous(self) -> bool:
-        """Whether all of them are."""
+        """Whether all parts are."""
         return all(part.homogeneous for part in self.parts)
 
     def homogeneous_if(self, activations: Callable[[Activation], bool]) -> bool:
-        """Whether all of them are."""
+        """Whether all parts are."""
         return all(part.homogeneous_if(activations) for part in self.parts)
 
     def width_after(self, n_in: int) -> int:
-        """Return how many units the last one hands on."""
+        """Return the number of units that the last part hands on."""
         for part in self.parts:
             n_in = part.width_after(n_in)
         return n_in
@@ -64,7 +64,7 @@ class Chain(AbstractComposite):
 
 
 class Residual(AbstractComposite):
-    """z' = z + α f(z), f a branch that ends in as many units as it gets; α is fixed.
+    """z' = z + α f(z), with a branch f that hands on as many units as it gets; α is fixed.
 
     A branch with a random matrix is independent of z, so that second moments add,
     k' = k + α² k_f + α (m m_fᵀ + m_f mᵀ) with means m over units, and χ = 1 + α² χ_f (Yang &
@@ -87,11 +87,6 @@ class Residual(AbstractComposite):
                 "the signal has as many as the signal"
             )
 
-    @property
-    def parts(self) -> tuple[AbstractBlock, ...]:
-        """The branch."""
-        return (self.branch,)
-
     def apply(
         self, signal: Float[Array, "sites n"], multiply: Multiply, key: PRNGKeyArray
     ) -> Float[Array, "sites n"]:
@@ -100,12 +95,12 @@ class Residual(AbstractComposite):
         return signal + jnp.asarray(self.scale, signal.dtype) * branch
 
     def kernel(self, kernel: Kernel, multiply: Multiply = multiply_kernel) -> Kernel:
-        """Return the moments of the sum; what the branch carries of the signal adds to it.
+        """Return the second moments of the sum, with the part of the signal that f(z) carries.
 
         Raises
         ------
         InputError
-            If they correlate in a way that is not known, as z + φ(z + …) would.
+            If signal and branch are correlated in a way that is not known, as z + φ(z + …).
         """
         return kernel.plus(self.branch.kernel(kernel, multiply).scaled(self.scale))
 
@@ -119,7 +114,7 @@ class Residual(AbstractComposite):
         return self.branch.homogeneous_if(activations)
 
     def width_after(self, n_in: int) -> int:
-        """Return as many units as it gets.
+        """Return ``n_in``: the output has as many units as the signal.
 
         Raises
         ------
@@ -135,5 +130,5 @@ class Residual(AbstractComposite):
         return n_in
 
     def divide_widths(self, factor: int | Fraction) -> "Residual":
-        """Return it with the branch's widths divided by ``factor``, α kept."""
+        """Return the block with the branch's widths divided by ``factor``, α kept."""
         return dataclasses.replace(self, branch=self.branch.divide_widths(factor))

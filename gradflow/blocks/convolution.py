@@ -1,9 +1,9 @@
 """Convolutions: sites are positions, and a layer is a gather followed by a random matrix.
 
 Signals have shape (inputs · positions, channels): every position of every input is a site, an
-input's positions one after the other, row by row. `builders.as_sites` makes them of images. What a
-filter sees at a position is put into one vector (`Patches`), so that its weights are one random
-matrix, drawn by the samplers like any other.
+input's positions one after the other, row by row. `builders.as_sites` makes them of images. The
+signals that a filter covers at a position are put into one vector (`Patches`), so that its weights
+are one random matrix, drawn by the samplers like any other.
 """
 
 import functools
@@ -27,7 +27,7 @@ from gradflow.kernels import Gaussian, Kernel, Unknown, multiply_kernel
 
 __all__ = ["Convolution", "Flatten", "GlobalMean", "Patches"]
 
-# What is beyond the edge, as `jax.numpy.pad` calls it.
+# The signal beyond the edge, as `jax.numpy.pad` calls it.
 _PADDINGS = {"circular": "wrap", "zeros": "constant"}
 
 
@@ -38,12 +38,12 @@ def _lengths(lengths: int | Sequence[int]) -> int | tuple[int, ...]:
 
 
 def _count_positions(shape: object) -> int:
-    """Return how many positions there are.
+    """Return the number of positions.
 
     Raises
     ------
     InputError
-        If the shape is not one of lengths.
+        If the shape is no tuple of lengths.
     """
     if not isinstance(shape, tuple) or not shape:
         raise InputError(f"shape is {shape!r}; it is a tuple of lengths, one for each spatial axis")
@@ -51,12 +51,12 @@ def _count_positions(shape: object) -> int:
 
 
 def _count_inputs(sites: int, shape: tuple[int, ...]) -> int:
-    """Return how many inputs these sites are the positions of.
+    """Return the number of inputs whose positions these sites are.
 
     Raises
     ------
     InputError
-        If they are no whole number of inputs.
+        If it is no whole number.
     """
     positions = math.prod(shape)
     if sites % positions:
@@ -68,11 +68,11 @@ def _count_inputs(sites: int, shape: tuple[int, ...]) -> int:
 
 
 class Patches(AbstractBlock):
-    """What a filter sees at each position: the signals of its neighbourhood, as one vector.
+    """The signals that a filter covers at each position, as one vector.
 
     Filter element j stands for the position j - (size - 1)//2 further along (for an even size, as
     'SAME' in XLA and PyTorch), and the units of a patch are (elements, channels), channels fastest.
-    ``padding`` says what is beyond the edge: ``"circular"``, the other end, or ``"zeros"``. A
+    ``padding`` is the signal beyond the edge: ``"circular"``, the other end, or ``"zeros"``. A
     random matrix times it is a convolution (a cross-correlation, as libraries have it), stride 1.
 
     Second moments over the units of a patch are the mean, over the filter's elements d, of those at
@@ -103,7 +103,7 @@ class Patches(AbstractBlock):
 
     @property
     def elements(self) -> int:
-        """How many positions a filter covers."""
+        """The number of positions that a filter covers."""
         return math.prod(self.sizes)
 
     def apply(
@@ -114,28 +114,28 @@ class Patches(AbstractBlock):
     ) -> Float[Array, "sites patch"]:
         """Return each position's neighbourhood, shape (inputs · positions, elements · channels)."""
         sites, channels = signal.shape
-        by_place = signal.reshape(_count_inputs(sites, self.shape), *self.shape, channels)
-        gathered = jnp.stack([*self._shifted(by_place, 1)], axis=-2)
+        by_position = signal.reshape(_count_inputs(sites, self.shape), *self.shape, channels)
+        gathered = jnp.stack([*self._shifted(by_position, 1)], axis=-2)
         return gathered.reshape(sites, self.elements * channels)
 
     def kernel(self, kernel: Kernel, multiply: Multiply = multiply_kernel) -> Kernel:  # noqa: ARG002
-        """Return the means over the filter's elements; not Gaussian, as units are not alike."""
+        """Map second moments to means over the filter's elements; no Gaussian law is known then."""
         if self.elements == 1:
             return kernel
         kernel = kernel.common()
-        by_place = (_count_inputs(len(kernel.mean), self.shape), *self.shape)
+        by_position = (_count_inputs(len(kernel.mean), self.shape), *self.shape)
 
         def pairs(k: Array) -> Array:
-            shifted = self._shifted(k.reshape(by_place + by_place), 1, 1 + len(by_place))
+            shifted = self._shifted(k.reshape(by_position + by_position), 1, 1 + len(by_position))
             return sum(shifted, jnp.zeros((), k.dtype)).reshape(k.shape) / self.elements
 
-        shifted = self._shifted(kernel.mean.reshape(by_place), 1)
+        shifted = self._shifted(kernel.mean.reshape(by_position), 1)
         mean = sum(shifted, jnp.zeros((), kernel.mean.dtype)).reshape(-1) / self.elements
         tangent = None if kernel.tangent is None else pairs(kernel.tangent)
         return kernel.derived(pairs(kernel.covariance), mean, tangent, Unknown())
 
     def _shifted(self, x: Array, *first_axes: int) -> Iterator[Array]:
-        """Yield x as seen by each element; spatial axes begin at each of the first axes."""
+        """Yield x shifted to each filter element; spatial axes begin at each of the first axes."""
         sizes = [1] * x.ndim
         for first in first_axes:
             sizes[first : first + len(self.sizes)] = self.sizes
@@ -149,12 +149,12 @@ class Patches(AbstractBlock):
 
     @property
     def homogeneous(self) -> bool:
-        """It is."""
+        """Whether it is homogeneous: yes, it is linear."""
         return True
 
     @property
     def mixes_sites(self) -> bool:
-        """It does: a patch is of several positions."""
+        """Whether it mixes sites: yes, a patch is of several positions."""
         return True
 
     def width_after(self, n_in: int) -> int:
@@ -195,7 +195,7 @@ class Convolution(AbstractLayer):
 
     @property
     def patches(self) -> Patches:
-        """What gathers the neighbourhoods."""
+        """The gathering of neighbourhoods that its filter multiplies."""
         return Patches(self.shape, self.size, self.padding)
 
     @property
@@ -223,7 +223,7 @@ class Convolution(AbstractLayer):
 
     @property
     def mixes_sites(self) -> bool:
-        """It does; a delta's signals do not, but its weights' gradient does."""
+        """Whether it mixes sites: yes; of a delta, in its weights' gradient alone."""
         return True
 
     def shapes(self, n_in: int) -> tuple[tuple[int, int], ...]:
@@ -232,17 +232,17 @@ class Convolution(AbstractLayer):
 
 
 def _as_if_of(full_input: Array | Kernel, multiply: Multiply) -> Multiply:
-    """Return a ``multiply`` by a part of a filter, whose gradient is that of all of it."""
+    """Return a ``multiply`` by a part of a filter, whose gradient is that of the whole filter."""
 
-    @functools.wraps(multiply)  # it keeps what else a ``multiply`` has: a step, biases
-    def multiply_part(*what: object, **law: object) -> object:
-        return multiply(*what, **law, full_input=full_input)
+    @functools.wraps(multiply)  # with its other attributes: a step, biases
+    def multiply_part(*arguments: object, **law: object) -> object:
+        return multiply(*arguments, **law, full_input=full_input)
 
     return multiply_part
 
 
 class _OverPositions(AbstractBlock):
-    """Makes one site of each input's positions."""
+    """A block that makes one site of each input's positions."""
 
     shape: tuple[int, ...] = eqx.field(static=True, default=(1,), converter=_lengths)
 
@@ -251,12 +251,12 @@ class _OverPositions(AbstractBlock):
 
     @property
     def homogeneous(self) -> bool:
-        """It is."""
+        """Whether it is homogeneous: yes, it is linear."""
         return True
 
     @property
     def mixes_sites(self) -> bool:
-        """It does: it is over an input's positions."""
+        """Whether it mixes sites: yes, all positions of an input."""
         return True
 
     @property
@@ -268,8 +268,8 @@ class _OverPositions(AbstractBlock):
 class GlobalMean(_OverPositions):
     """The mean of each input's signals over its positions: (inputs · positions, c) to (inputs, c).
 
-    Second moments are the mean over all pairs of positions; those of what is random from position
-    to position go down with their number.
+    Second moments are the mean over all pairs of positions: signals that are independent from
+    position to position average out, and second moments go down with the number of positions.
     """
 
     def apply(
@@ -300,8 +300,8 @@ class GlobalMean(_OverPositions):
 class Flatten(_OverPositions):
     """Each input's positions as one vector: (inputs · positions, c) to (inputs, positions · c).
 
-    Second moments are the mean over positions of each with itself; what one position has in common
-    with another is lost to a random matrix.
+    Second moments are the mean over positions of those of each with itself: correlations between
+    positions do not enter a product with a random matrix.
     """
 
     def apply(
@@ -314,14 +314,14 @@ class Flatten(_OverPositions):
         return signal.reshape(_count_inputs(signal.shape[0], self.shape), -1)
 
     def kernel(self, kernel: Kernel, multiply: Multiply = multiply_kernel) -> Kernel:  # noqa: ARG002
-        """Return the means over positions; not Gaussian, as units are not alike."""
+        """Map second moments to means over positions; no Gaussian law is known then."""
         if self.pool_factor == 1:
             return kernel
         inputs, kernel = _count_inputs(len(kernel.mean), self.shape), kernel.common()
 
         def own(k: Array) -> Array:
-            by_place = k.reshape(inputs, self.pool_factor, inputs, self.pool_factor)
-            return jnp.mean(jnp.diagonal(by_place, axis1=1, axis2=3), axis=-1)
+            by_position = k.reshape(inputs, self.pool_factor, inputs, self.pool_factor)
+            return jnp.mean(jnp.diagonal(by_position, axis1=1, axis2=3), axis=-1)
 
         tangent = None if kernel.tangent is None else own(kernel.tangent)
         mean = jnp.mean(kernel.mean.reshape(inputs, -1), axis=1)

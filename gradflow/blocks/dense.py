@@ -34,7 +34,7 @@ class Activate(AbstractBlock):
         return self.activation(signal)
 
     def kernel(self, kernel: Kernel, multiply: Multiply = multiply_kernel) -> Kernel:  # noqa: ARG002
-        """Return E[φ(u) φ(v)]."""
+        """Map second moments to E[φ(u) φ(v)]."""
         return kernel.through(self.activation)
 
     @property
@@ -43,14 +43,15 @@ class Activate(AbstractBlock):
         return self.activation.homogeneous
 
     def homogeneous_if(self, activations: Callable[[Activation], bool]) -> bool:
-        """Whether φ is."""
+        """Whether φ is positively homogeneous, by the function given."""
         return activations(self.activation)
 
 
 class Linear(AbstractBlock):
     """z = W h + b, with Var W = σ_w²/fan_in and b ~ N(0, σ_b²) shared by the sites.
 
-    ``sigma_b=None`` is a layer without biases, which is known when the program is traced.
+    ``sigma_b=None`` is a layer without biases, also for a compiled program; with 0.0 it has biases
+    that start at 0.
     """
 
     units: int = eqx.field(static=True, default=100)
@@ -86,6 +87,11 @@ class Linear(AbstractBlock):
         return self.sigma_b is None
 
     @property
+    def is_layer(self) -> bool:
+        """Whether its output is a product with its only random matrix: always."""
+        return True
+
+    @property
     def distributions(self) -> tuple[Distribution, ...]:
         """The law of W."""
         return (self.distribution,)
@@ -119,8 +125,13 @@ class AbstractLayer(AbstractBlock):
         return self.activation.homogeneous and self.linear.homogeneous
 
     def homogeneous_if(self, activations: Callable[[Activation], bool]) -> bool:
-        """Whether φ is and there is no bias."""
+        """Whether φ is positively homogeneous, by the function given, and there is no bias."""
         return activations(self.activation) and self.linear.homogeneous
+
+    @property
+    def is_layer(self) -> bool:
+        """Whether its output is a product with its only random matrix: always."""
+        return True
 
     @property
     def distributions(self) -> tuple[Distribution, ...]:

@@ -1,4 +1,4 @@
-"""Dropout: units are left out at random."""
+"""Dropout: units are set to 0 at random."""
 
 import jax
 import jax.numpy as jnp
@@ -37,7 +37,7 @@ class Dropout(AbstractBlock):
         multiply: Multiply,
         key: PRNGKeyArray,
     ) -> Float[Array, "sites n"]:
-        """Return the signals with units left out."""
+        """Return the signals with units set to 0."""
         keep_rate = jnp.asarray(self.keep_rate, signal.dtype)
         key = each_step(key, multiply)
         mask = jax.random.uniform(key, signal.shape, signal.dtype) < keep_rate
@@ -56,5 +56,5 @@ class Dropout(AbstractBlock):
 
     @property
     def homogeneous(self) -> bool:
-        """It is."""
+        """Whether it is homogeneous: yes, as masks do not depend on the signal."""
         return True

@@ -22,7 +22,7 @@ _absolute = activations.leaky_relu(-1.0)
 
 
 class Gated(AbstractComposite):
-    """f(h) g(h), unit by unit: a value and its gate.
+    """f(h) g(h), unit by unit: a value and its gate, which both get the layer's signal.
 
     Without arguments it is the gated linear unit (W h) σ(V h) (Dauphin et al. 2017,
     arXiv:1612.08083, eq. 1); with a gate of ``Activate(activations.silu)``, SwiGLU (Shazeer 2020,
@@ -42,11 +42,6 @@ class Gated(AbstractComposite):
                     "block into it"
                 )
 
-    @property
-    def parts(self) -> tuple[AbstractBlock, ...]:
-        """The two, which both get the layer's signal."""
-        return self.value, self.gate
-
     def apply(
         self, signal: Float[Array, "sites n_in"], multiply: Multiply, key: PRNGKeyArray
     ) -> Float[Array, "sites n_out"]:
@@ -58,22 +53,22 @@ class Gated(AbstractComposite):
         return value * gate
 
     def kernel(self, kernel: Kernel, multiply: Multiply = multiply_kernel) -> Kernel:
-        """Return the products of both's second moments."""
+        """Return the products of the second moments of value and gate."""
         value = self.value.kernel(kernel, multiply)
         return value.times(self.gate.kernel(kernel, multiply))
 
     @property
     def homogeneous(self) -> bool:
-        """It is not: twice the signal opens another gate."""
+        """Whether it is homogeneous: no, the gate depends on the signal's length."""
         return False
 
     def width_after(self, n_in: int) -> int:
-        """Return as many units as both hand on.
+        """Return the number of units of value and gate.
 
         Raises
         ------
         InputError
-            If they hand on different numbers.
+            If these numbers differ.
         """
         value, gate = (part.width_after(n_in) for part in self.parts)
         if value != gate:
@@ -83,11 +78,11 @@ class Gated(AbstractComposite):
         return value
 
     def shapes(self, n_in: int) -> tuple[tuple[int, int], ...]:
-        """Return those of the value, then those of the gate."""
+        """Return the shapes of the value's random matrices, then those of the gate."""
         return self.value.shapes(n_in) + self.gate.shapes(n_in)
 
     def divide_widths(self, factor: int | Fraction) -> "Gated":
-        """Return it with the widths of both divided by ``factor``."""
+        """Return the block with the widths of value and gate divided by ``factor``."""
         return Gated(*(part.divide_widths(factor) for part in self.parts))
 
 
@@ -104,7 +99,7 @@ class Maxout(AbstractBlock):
     def apply(
         self, signal: Float[Array, "sites n_in"], multiply: Multiply, key: PRNGKeyArray
     ) -> Float[Array, "sites n_out"]:
-        """Return the larger of two."""
+        """Return max(u, v)."""
         one, other = jax.random.split(key)
         return jnp.maximum(
             self.linear.apply(signal, multiply, one), self.linear.apply(signal, multiply, other)
@@ -127,8 +122,13 @@ class Maxout(AbstractBlock):
         return 2 * self.linear.distributions
 
     @property
+    def mixes_inputs(self) -> bool:
+        """Whether its products mix inputs, as those of `networks.unit_variance` do."""
+        return self.linear.mixes_inputs
+
+    @property
     def mixes_sites(self) -> bool:
-        """Whether its products do, as `networks.unit_variance` makes them."""
+        """Whether its products mix sites."""
         return self.linear.mixes_sites
 
     def width_after(self, n_in: int) -> int:

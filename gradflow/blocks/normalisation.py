@@ -37,7 +37,7 @@ class RMSNorm(AbstractBlock):
 
     @property
     def homogeneous(self) -> bool:
-        """It is not: the result has always the same length."""
+        """Whether it is homogeneous: no, the result has always the same length."""
         return False
 
 
@@ -66,16 +66,16 @@ class LayerNorm(AbstractBlock):
 
     @property
     def homogeneous(self) -> bool:
-        """It is not: the result has always the same length."""
+        """Whether it is homogeneous: no, the result has always the same length."""
         return False
 
 
 class UnitVariance(AbstractBlock):
     """z/s, s² the variance of z over all units and inputs: weights as LSUV starts them.
 
-    (Mishkin & Matas 2016, arXiv:1511.06422, algorithm 1.) Put behind a layer's product, it is what
-    dividing the weights by s, once, makes of the layer: s is one number for each random network,
-    and a constant to gradients, so that χ = 1/s². `simulation.propagation.lsuv` returns the scales.
+    (Mishkin & Matas 2016, arXiv:1511.06422, algorithm 1.) Behind a layer's product it has the
+    effect of dividing the layer's weights by s, once: s is one number for each random network, and
+    a constant to gradients, so that χ = 1/s². `simulation.propagation.lsuv` returns the scales.
     A signal without variance becomes 0.
     """
 
@@ -91,19 +91,24 @@ class UnitVariance(AbstractBlock):
         return jax.lax.stop_gradient(inverse)[:, None] * signal
 
     def kernel(self, kernel: Kernel, multiply: Multiply = multiply_kernel) -> Kernel:  # noqa: ARG002
-        """Return everything divided by the variance over the batch."""
+        """Divide all second moments by the variance over the batch."""
         kernel = kernel.common()
         variance = jnp.mean(jnp.diagonal(kernel.covariance)) - jnp.mean(kernel.mean) ** 2
         return kernel.normalised(variance)
 
     @property
     def homogeneous(self) -> bool:
-        """It is not: the result has always the same variance."""
+        """Whether it is homogeneous: no, the result has always the same variance."""
         return False
 
     @property
-    def mixes_sites(self) -> bool:
-        """It does: one scale for the whole batch."""
+    def rescales_weights(self) -> bool:
+        """Whether it stands for the scale of weights before it: yes."""
+        return True
+
+    @property
+    def mixes_inputs(self) -> bool:
+        """Whether it mixes inputs: yes, there is one scale for the whole batch."""
         return True
 
 

@@ -60,26 +60,26 @@ class Drive(AbstractBlock):
 
     @property
     def homogeneous(self) -> bool:
-        """It is not."""
+        """Whether it is homogeneous: no, the input does not scale with the signal."""
         return False
 
 
 class _GatedStep(AbstractBlock):
-    """A step of gates and a candidate, ``_count`` in all, each a random matrix's: ``_layer``."""
+    """A step of gates and a candidate, ``_count`` in all, each a function of a ``_layer``."""
 
     @property
     @abc.abstractmethod
     def _count(self) -> int:
-        """How many there are."""
+        """The number of gates, with the candidate."""
 
     @property
     @abc.abstractmethod
     def _layer(self) -> Linear:
-        """What makes the argument of each."""
+        """The layer whose output is the argument of each."""
 
     @property
     def homogeneous(self) -> bool:
-        """It is not."""
+        """Whether it is homogeneous: no, gates depend on the signal's length."""
         return False
 
     @property
@@ -88,7 +88,7 @@ class _GatedStep(AbstractBlock):
         return self._layer.distributions * self._count
 
     def divide_widths(self, factor: int | Fraction) -> "_GatedStep":
-        """Return it with its units divided by ``factor``, and its scales kept."""
+        """Return the block with its units divided by ``factor``, and its scales kept."""
         fewer: dict[str, Any] = {"units": self._layer.units // factor}
         return dataclasses.replace(self, **fewer)
 
@@ -98,7 +98,7 @@ class GRU(_GatedStep):
 
     With gates r = σ(W_r h + b_r) and u = σ(W_u h + b_u), σ the logistic. All weights have variance
     σ_w²/fan_in; biases are N(μ, σ_b²), μ_r and μ_u for the gates and 0 for the candidate. An input
-    is one block before: see ``drive``. Its signal is the state h, which is not Gaussian over units.
+    enters through ``drive``. Its signal is the state h, which is not Gaussian over units.
     ``reset_bias=None`` is without W_r, r = 1. A stack of such steps, each with weights of its own,
     is a highway network with the carry gate u, whose bias is best positive (Srivastava, Greff &
     Schmidhuber 2015, arXiv:1505.00387).
@@ -111,8 +111,8 @@ class GRU(_GatedStep):
 
     (Gilboa et al. 2019, arXiv:1901.08987; Chen, Pennington & Schoenholz 2018, arXiv:1806.05394).
     Where all steps share their weights and biases this is not the limit, at any width: a unit's
-    candidate and gates are correlated over time, and so with its state, which they add up in. Of
-    them `theory.mean_field.predict` knows the first step alone, and `theory.shared_weights` all.
+    candidate and gates are correlated over time, and so with its state, in which they add up. Of
+    such a network `theory.mean_field.predict` has the first step, `theory.shared_weights` has all.
     """
 
     units: int = eqx.field(static=True, default=100)
@@ -177,13 +177,18 @@ class GRU(_GatedStep):
             tangent = tangent + own(apart) * update.tangent
         return Kernel(covariance, mean, tangent, Unknown())
 
+    @property
+    def width_in(self) -> int:
+        """The number of units, the width of the state."""
+        return self.units
+
     def width_after(self, n_in: int) -> int:
-        """Return as many units as it gets.
+        """Return the number of units.
 
         Raises
         ------
         InputError
-            If it gets another number than it has.
+            If ``n_in`` is another number.
         """
         if n_in != self.units:
             raise InputError(
@@ -202,19 +207,19 @@ class LSTM(_GatedStep):
 
     With f = σ(W_f h + b_f), i and o alike, σ the logistic, and g = tanh(W_g h + b_g). All weights
     have variance σ_w²/fan_in; biases are N(μ, σ_b²), with a mean μ for each gate and 0 for g. There
-    are no connections from the cells to the gates. An input is one block before: see ``drive``. Its
-    signal is the state, (c, h) side by side, of twice as many units as it has.
+    are no connections from the cells to the gates. An input enters through ``drive``. Its signal is
+    the state, (c, h) side by side, twice as wide as its number of units.
 
     At infinite width, if weights are drawn anew at every step, the gates of a step are independent
-    of a unit's cell and of each other. Second moments do not close: `gradflow.cells` carries the
+    of a unit's cell and of each other. Second moments do not close: `blocks._cells` carries the
     law of the cells over units, and of a tangent with them,
 
         E[h_a' h_b'] = E[o_a o_b] E[tanh(c_a') tanh(c_b')],    ċ' = f ċ + c ḟ + g i̇ + i ġ.
 
     Where all steps share their weights and biases this is not the limit, at any width, as for
-    `GRU`: of them `theory.mean_field.predict` knows the first step alone, and
-    `theory.shared_weights` all. Of a
-    network that mixes inputs' gradients elsewhere (BatchNorm, convolutions) there is no theory.
+    `GRU`: of such a network `theory.mean_field.predict` has the first step, and
+    `theory.shared_weights` all steps. There is no theory of a network that mixes inputs' gradients
+    in another block (BatchNorm, convolutions).
 
     References: Hochreiter & Schmidhuber 1997, Neural Computation 9, 1735; Gers, Schmidhuber &
     Cummins 2000, Neural Computation 12, 2451 (the forget gate); Jozefowicz, Zaremba & Sutskever
@@ -256,7 +261,7 @@ class LSTM(_GatedStep):
         return jnp.concatenate([cell, output * jnp.tanh(cell)], axis=1)
 
     def kernel(self, kernel: Kernel, multiply: Multiply = multiply_kernel) -> Kernel:
-        """Return what is known of the next state, its cells' law with it, and of its tangent.
+        """Return the kernel of the next state, with the law of its cells and of their tangent.
 
         Raises
         ------
@@ -276,13 +281,18 @@ class LSTM(_GatedStep):
         biases = (self.forget_bias, self.input_bias)
         return law.stepped(forget, entry, candidate, opened, biases).kernel()
 
+    @property
+    def width_in(self) -> int:
+        """Twice the number of units, the width of the state."""
+        return 2 * self.units
+
     def width_after(self, n_in: int) -> int:
-        """Return as many units as it gets.
+        """Return twice the number of units, the width of the state.
 
         Raises
         ------
         InputError
-            If it does not get twice as many as it has.
+            If ``n_in`` is another number.
         """
         if n_in != 2 * self.units:
             raise InputError(
@@ -315,5 +325,8 @@ def _gate(bias: ScalarLike) -> Activation:
 
 
 def _like(tangent: Array) -> Callable[[Array], Array]:
-    """Return what makes second moments over pairs of sites as those of a tangent are: or own."""
+    """Return the function from all sites' second moments to those that the tangent has.
+
+    These are all, or each site's with itself.
+    """
     return jnp.diagonal if tangent.ndim == 1 else lambda k: k

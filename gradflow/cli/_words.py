@@ -1,84 +1,27 @@
-"""What the names of results mean, for tables: JSON has the names, a reader gets these words."""
+"""Words for the names of results in tables; JSON and files have the names."""
 
-__all__ = ["WORDS"]
+__all__ = ["words"]
 
-WORDS = {
-    "activation": "activation",
+# Names that the commands add to those of `theory.summary`.
+_WORDS = {
     "sigma_w": "σ_w",
     "sigma_b": "σ_b",
-    "sigma_w2": "σ_w²",
-    "sigma_b2": "σ_b²",
     "weights": "weights",
-    "depth": "layers",
-    "width": "units a layer",
     "layer": "layer",
-    "start": "q of the first layer",
-    "q": "q",
-    # Fixed points and depth scales.
-    "q_star": "q*",
-    "q_star_from_1": "q* that q = 1 goes to",
-    "status": "the length",
-    "phase": "phase",
-    "chi1": "χ₁ = σ_w² E φ'²",
-    "chi_par": "χ∥, slope of the length map",
-    "c_star": "c*, where correlations settle",
-    "chi_c": "slope of the correlation map at c*",
-    "xi_q": "ξ_q of the length (layers)",
-    "xi_c": "ξ_c of correlations (layers)",
-    "xi_grad": "ξ_∇ of gradients (layers)",
-    "stable": "stable",
-    "marginal": "marginal",
-    "half_stable": "half-stable",
     "q_stable": "q* is stable",
-    "q_exponent": "|q - q*| → a/l^p: p",
-    "q_amplitude": "|q - q*| → a/l^p: a",
-    "c_exponent": "1 - c → a/l^p: p",
-    "c_amplitude": "1 - c → a/l^p: a",
-    "q_error": "estimated error of q*",
-    "c_error": "estimated error of c*",
     "exponent": "next power of 1 - c in the correlation map",
     "coefficient": "its coefficient",
     "one_minus_c": "1 - c after l layers",
-    "slope_second_moment": "E φ'²",
-    "slope_fourth_moment": "E φ'⁴",
-    "correlation_map": "next layer's correlation",
-    "correlation_map_slope": "slope of the correlation map",
-    "universality_class": "universality class",
-    "six_xi_c": "trainable depth by correlations, 6 ξ_c (layers)",
-    "six_abs_xi_grad": "trainable depth by gradients, 6 |ξ_∇| (layers)",
-    "representable_depth": "depth where a gradient leaves",
-    # The Jacobian.
-    "mean_squared_singular_value": "mean of s²",
-    "squared_singular_value_variance": "variance of s²",
-    "squared_singular_value_relative_variance": "variance of s² / (mean of s²)²",
     "mean_singular_value": "mean of s",
     "squared_singular_value_moments": "moments of s², first to sixth",
     "squared_singular_value_lower_edge": "least s² of the continuous part",
     "squared_singular_value_upper_edge": "largest s² of the continuous part",
     "singular_value_upper_edge": "largest s of the continuous part",
-    # Layer by layer.
-    "activation_mean": "mean of activations",
-    "activation_second_moment": "second moment of activations",
-    "chi": "χ",
-    "jacobian_norm": "‖J‖²_F/n from layer 1",
-    "log_jacobian_norm": "its natural logarithm",
-    "gain_parallel": "along the input",
-    "gain_orthogonal": "orthogonal to it",
-    "gain_ratio": "ratio",
-    "K": "q",
-    "V4": "n × its variance over networks (V₄)",
-    "G1": "n × shift of its mean (G₁)",
-    "V4_over_K2": "V₄/q²",
-    # Exact laws of a finite width; the gain is that of a tangent u.
-    "q_mean": "mean of q, last layer",
-    "q_variance": "variance of q over networks, last layer",
-    "conditional_variance_variance": "variance over networks of E[q | layers below]",
-    "alive": "share of networks with a live unit in every layer",
-    "gain_mean": "mean of the gain ‖J u‖²",
-    "gain_second_moment": "second moment of the gain",
-    "gain_variance": "variance of the gain",
-    "log_gain_mean": "mean of log gain, of networks that live",
-    "log_gain_variance": "variance of log gain, of networks that live",
-    "log_normal_mean": "mean of log gain, log-normal limit",
-    "log_normal_variance": "variance of log gain, log-normal limit",
 }
+
+
+def words(name: str) -> str:
+    """Return the words for a quantity, by its name in results."""
+    from gradflow.theory import summary  # noqa: PLC0415  (JAX is slow to import)
+
+    return (summary.LABELS | _WORDS)[name]

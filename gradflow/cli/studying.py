@@ -137,8 +137,7 @@ def plan(file: File, as_json: Json = False) -> None:
     from gradflow.studies import _plan, results, study_file  # noqa: PLC0415
 
     described = study_file.load(file)
-    made = _plan.make(described, _plan.programs(described))
-    _plan.check_memory(described, made)
+    made = _plan.first_round(described)
     results.check(described)
     sampling = described.sampling
     rows = [

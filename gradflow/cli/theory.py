@@ -32,7 +32,7 @@ from gradflow.cli._output import (
     table_of_values,
     write_netcdf,
 )
-from gradflow.cli._words import WORDS
+from gradflow.cli._words import words
 from gradflow.errors import InputError
 
 if TYPE_CHECKING:
@@ -67,7 +67,7 @@ def theory(
     depth = described["depth"]
     by_text = _parse_correlations(correlations)
     check_count("width", described["width"])
-    quantities = summary.run(
+    quantities = summary.summarise(
         activations.get(described["activation"]),
         described["sigma_w2"],
         described["sigma_b2"],
@@ -265,9 +265,9 @@ def spectrum(
                 )
                 values["atoms"] = ", ".join(masses) or "none"
             elif isinstance(value, list):
-                values[WORDS[name]] = ", ".join(map(digits, value))
+                values[words(name)] = ", ".join(map(digits, value))
             else:
-                values[WORDS[name]] = digits(value)
+                values[words(name)] = digits(value)
         yield table_of_values(dataset.attrs["title"], values)
 
     show(report, parts, as_json=as_json, folder=folder, written=written)
@@ -519,7 +519,7 @@ def _at_infinity(
 
 
 def _table_of_points(title: str, points: list[dict[str, Any]]) -> Table:
-    rows = [{WORDS[name]: digits(value) for name, value in point.items()} for point in points]
+    rows = [{words(name): digits(value) for name, value in point.items()} for point in points]
     return table(title, rows)
 
 
@@ -531,14 +531,14 @@ def _table_of_quantities(title: str, report: Mapping[str, Any]) -> Table:
                 values[f"depth where a gradient leaves {dtype}"] = digits(depth)
         elif name in _MAPS:
             for correlation, one in value.items():
-                values[f"{WORDS[name]} at c = {correlation}"] = digits(one)
+                values[f"{words(name)} at c = {correlation}"] = digits(one)
         elif name == "jacobian":
             for weights, numbers in value.items():
                 for key, one in numbers.items():
-                    values[f"Jacobian at q*, {weights} weights: {WORDS[key]}"] = digits(one)
+                    values[f"Jacobian at q*, {weights} weights: {words(key)}"] = digits(one)
         elif name == "finite_width":
             for key, one in value.items():
-                values[WORDS[key]] = digits(one)
+                values[words(key)] = digits(one)
         elif name not in ("fixed_points", "layers"):
-            values[WORDS[name]] = digits(value)
+            values[words(name)] = digits(value)
     return table_of_values(title, values)

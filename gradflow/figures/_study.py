@@ -1,4 +1,4 @@
-"""Figures of a study's report on what is made of its statistics: depth scales, and the spread.
+"""Figures of a study's report on quantities derived from its statistics: depth scales, the spread.
 
 Each function returns a figure and its caption, or None where results have nothing to show.
 """
@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator
 
 from gradflow.figures._drawing import COLOURS, ERRORS, MARKERS, POINTS
-from gradflow.theory.fixed_points import DEPTH_SCALES
+from gradflow.theory._depth_scales import DEPTH_SCALES
 
 __all__ = [
     "MOST_Z",
@@ -27,17 +27,17 @@ __all__ = [
     "where",
 ]
 
-# z-scores beyond which maps have the colour of their ends.
+# Larger |z| have the colours of the ends of a map.
 MOST_Z = 6.0
-# Series of one figure; letters an inch of its legend, and those that a name's marker takes.
+# The most series in a figure; letters in an inch of its legend, and in the room of a marker.
 _MOST_SERIES, _LETTERS, _HANDLE = 12, 14, 8
-# A share of points; where no more have a depth scale, as on a critical line, it is not drawn.
+# The share of points above which a depth scale is drawn: on a critical line alone it is not.
 _FEW = 0.2
-# How far a logarithmic axis goes beyond what is measured.
+# The factor by which a logarithmic axis goes beyond the largest measured value.
 _HEADROOM = 3
 _SYMBOLS = {"grad": "|ξ_∇|", "q": "ξ_q", "c": "ξ_c"}
 _OF_SPREAD = ("standard_error", "first_order", "theory")
-# Points that differ in these alone are at different depth/width, and in one series.
+# Points that differ in these fields alone are one series, at several depth/width.
 _SIZES = ("width", "depth", "input_width")
 
 
@@ -53,7 +53,7 @@ def depth_scale_maps(
     x, y
         The axes.
     at
-        Where on the study's other axes that is.
+        Where on the study's other axes the results are, in words.
     """
     scales = _measured(dataset)
     if not scales:
@@ -147,7 +147,7 @@ def depth_scale_lines(dataset: xarray.Dataset, x: str) -> tuple[Figure, str] | N
                 axes.plot(there[x], abs(values), line, color=style["color"], linewidth=1.2)
             bars = ERRORS * error
             axes.errorbar(there[x], abs(measured), bars, label=label, **style, **POINTS)
-        # Theory's is infinite at a critical point, and large at what is rounded to one.
+        # Theory's ξ is infinite at a critical point, and very large next to one.
         largest = float(abs(dataset[f"xi_{scale}"]).max())
         axes.set(yscale="log", xlabel=x, ylabel=f"{_SYMBOLS[scale]}, layers")
         axes.set_ylim(top=min(axes.get_ylim()[1], _HEADROOM * largest))
@@ -161,11 +161,11 @@ def depth_scale_lines(dataset: xarray.Dataset, x: str) -> tuple[Figure, str] | N
 
 
 def _series(dataset: xarray.Dataset, along: Sequence[str]) -> Iterator[tuple[str, xarray.Dataset]]:
-    """Yield the results at the points of all axes but some, and what to call them."""
+    """Yield a label and the results for each combination of the axes that are not in ``along``."""
     axes = [axis for axis in dataset.attrs["axes"].split() if axis not in along]
-    places = itertools.product(*(range(dataset.sizes[axis]) for axis in axes))
-    for place in itertools.islice(places, _MOST_SERIES):
-        here = dict(zip(axes, place, strict=True))
+    indices = itertools.product(*(range(dataset.sizes[axis]) for axis in axes))
+    for index in itertools.islice(indices, _MOST_SERIES):
+        here = dict(zip(axes, index, strict=True))
         yield where(dataset, here), dataset.isel(here)
 
 
@@ -179,7 +179,7 @@ def _style(index: int) -> dict[str, Any]:
 
 
 def spread(dataset: xarray.Dataset) -> tuple[Figure, str] | None:
-    """How far gradients of one law differ, against depth over width (Hanin & Nica 2020).
+    """The spread of gradients over networks, against depth over width (Hanin & Nica 2020).
 
     Parameters
     ----------
@@ -194,9 +194,9 @@ def spread(dataset: xarray.Dataset) -> tuple[Figure, str] | None:
     panels = figure.subplots(1, 3 if known else 1, squeeze=False)[0]
     for index, (label, there) in enumerate(_series(dataset, _SIZES)):
         axes = [axis for axis in there[name].dims if axis != "layer"]
-        places = itertools.product(*(range(there.sizes[axis]) for axis in axes))
-        for number, place in enumerate(places):
-            here = there.isel(dict(zip(axes, place, strict=True)))
+        indices = itertools.product(*(range(there.sizes[axis]) for axis in axes))
+        for number, point in enumerate(indices):
+            here = there.isel(dict(zip(axes, point, strict=True)))
             _spread_of_one(panels, here, _style(index), (number, 1.05 ** (index % 7 - 3)), label)
             label = ""
     labels = {
@@ -221,16 +221,16 @@ def _spread_of_one(
     panels: np.ndarray,
     here: xarray.Dataset,
     style: dict[str, Any],
-    place: tuple[int, float],
+    order: tuple[int, float],
     label: str,
 ) -> None:
     """Draw one point: theory at every layer, measurement at distances 1, 2, 4, … from the top.
 
-    ``place`` is its number in its series, and how far it is moved aside in the last panel.
+    ``order`` is its number in its series, and the factor that moves it aside in the last panel.
     """
-    name, (number, shift) = "gradient_spread", place
+    name, (number, shift) = "gradient_spread", order
     keys = ("depth_over_width", name, *(f"{name}_{k}" for k in _OF_SPREAD))
-    passed = (here["depth_over_width"] > 0).to_numpy()  # the top is none, nor what is above it
+    passed = (here["depth_over_width"] > 0).to_numpy()  # not the top layer, nor NaN above it
     x, y, error, first_order, theory = (here[key].to_numpy()[passed][::-1] for key in keys)
     shown = np.unique(np.append(2 ** np.arange(int(np.log2(x.size)) + 1), x.size)) - 1
     slope = first_order / x
@@ -248,7 +248,7 @@ def _about_spread(dataset: xarray.Dataset, known: bool) -> str:
     counts = dataset.log_gradient_norm_networks
     drawn, living = (float(c.sum()) for c in (counts.max("layer"), counts.min("layer")))
     caption = (
-        "How far networks of one law differ (gradient_spread in the table): the variance over "
+        "How far networks of one point differ (gradient_spread in the table): the variance over "
         "networks of the log of the squared gradient at a layer, beside the top's, against depth "
         "over width, which is the sum of 1/width over the layers it has passed. Points are 1, 2, "
         "4, … layers below the top, with two standard errors (as if the logarithm were normal), "
@@ -261,29 +261,29 @@ def _about_spread(dataset: xarray.Dataset, known: bool) -> str:
         caption += (
             " Lines are theory: exact for linear and ReLU networks, else to first order in "
             "1/width. Divided by the slope of that order, all would be on the diagonal; divided by "
-            "that order, at 1: what is not is of higher order in 1/width, or in depth/width. There "
+            "that order, at 1: the rest is of higher order in 1/width, or in depth/width. There "
             "a line is the exact law where it is known, and series are moved apart a little."
         )
     return caption
 
 
-def where(dataset: xarray.Dataset, place: Mapping[Any, int]) -> str:
-    """Return a place on some axes in words: of each, its value there.
+def where(dataset: xarray.Dataset, index: Mapping[Any, int]) -> str:
+    """Return indices along some axes in words: each axis's name and its value there.
 
-    Of an axis with several fields, it is that of the first field that tells its places apart.
+    An axis with several fields has the name and value of the first field whose values all differ.
     """
-    return ", ".join(f"{k} {_shown(v)}" for k, v in coordinates_at(dataset, place).items())
+    return ", ".join(f"{k} {_shown(v)}" for k, v in coordinates_at(dataset, index).items())
 
 
-def coordinates_at(dataset: xarray.Dataset, place: Mapping[Any, int]) -> dict[str, Any]:
-    """Each axis's coordinate at a place: its name and its value there."""
-    found = {}
-    for axis, index in place.items():
+def coordinates_at(dataset: xarray.Dataset, indices: Mapping[Any, int]) -> dict[str, Any]:
+    """Each axis's coordinate at an index along it: its name and its value there."""
+    coordinates = {}
+    for axis, index in indices.items():
         along = [c for c in dataset.coords.values() if c.dims == (axis,) and c.name != axis]
-        telling = [c for c in along if len(set(c.values.tolist())) == c.size]
-        coordinate = telling[0] if telling else dataset[axis]
-        found[str(coordinate.name)] = coordinate[index].item()
-    return found
+        distinct = [c for c in along if len(set(c.values.tolist())) == c.size]
+        coordinate = distinct[0] if distinct else dataset[axis]
+        coordinates[str(coordinate.name)] = coordinate[index].item()
+    return coordinates
 
 
 def _shown(value: Any) -> str:

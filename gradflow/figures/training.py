@@ -1,4 +1,4 @@
-"""What is recorded of networks in training: the figures of the experiments."""
+"""Networks in training: the figures of the experiments, one each."""
 
 from typing import Any
 
@@ -27,17 +27,17 @@ _MEASURED = "points: mean over networks, ±2 s.e."
 
 
 def learning(dataset: xarray.Dataset) -> Figure:
-    """Gradients before training, and how far layers have moved at several steps, by layer.
+    """Gradients before training and the movement of weights at several steps, by layer.
 
-    Above, root mean square of ∂C/∂z, with theory scaled to what is measured at the top; below,
-    ‖W - W₀‖/‖W₀‖, with theory's speed of hidden layers scaled to the movement of the last of them.
-    Points are means over networks of the logarithm; those that have diverged to what is not finite
-    are left out.
+    Above is the root mean square of ∂C/∂z, with theory scaled to the measurement at the top layer;
+    below is ‖W - W₀‖/‖W₀‖, with theory's update of hidden layers scaled to the movement of the last
+    of them. Points are means over networks of the logarithm, without networks whose numbers are no
+    longer finite.
 
     Parameters
     ----------
     dataset
-        Of the experiment `layers`.
+        The results of the experiment `layers`.
     """
     columns = dataset.sizes["network"]
     figure = Figure(figsize=(2.5 * columns + 0.8, 5.6), layout="constrained")
@@ -83,13 +83,13 @@ def learning(dataset: xarray.Dataset) -> Figure:
 def saturation_in_training(dataset: xarray.Dataset) -> Figure:
     """Mean and spread of activations by layer along training, and errors (2010, figure 2).
 
-    Above, of one network of each depth: the mean of activations over units and inputs, with their
-    standard deviation over units as bars. Below, errors of all of them.
+    Above is the mean of activations over units and inputs in one network of each depth, with their
+    standard deviation over units as bars. Below are the errors of all networks.
 
     Parameters
     ----------
     dataset
-        Of the experiment `saturation`.
+        The results of the experiment `saturation`.
     """
     columns = dataset.sizes["depth"]
     figure = Figure(figsize=(2.7 * columns + 0.8, 5.6), layout="constrained")
@@ -133,7 +133,7 @@ def error_curves(dataset: xarray.Dataset) -> Figure:
     Parameters
     ----------
     dataset
-        Of the experiment `table_1`, or any with ``error`` over (network, seed, step).
+        The results of the experiment `table_1`, or others with ``error`` by network, seed, step.
     """
     figure = Figure(figsize=(6.8, 4.6), layout="constrained")
     axes = figure.add_subplot()
@@ -164,7 +164,7 @@ def weight_gradients_in_training(dataset: xarray.Dataset) -> Figure:
     Parameters
     ----------
     dataset
-        Of the experiment `gradients`.
+        The results of the experiment `gradients`.
     """
     columns = dataset.sizes["network"]
     figure = Figure(figsize=(4.2 * columns + 0.6, 4.0), layout="constrained")
@@ -187,7 +187,7 @@ def percentiles_in_training(dataset: xarray.Dataset) -> Figure:
     Parameters
     ----------
     dataset
-        Of the experiment `percentiles`.
+        The results of the experiment `percentiles`.
     """
     columns = dataset.sizes["network"]
     figure = Figure(figsize=(3.8 * columns + 0.6, 8.6), layout="constrained")
@@ -217,7 +217,7 @@ def percentiles_in_training(dataset: xarray.Dataset) -> Figure:
 
 
 def _legend_below(figure: Figure, axes: Axes) -> None:
-    """Show the legend of these axes below all of them."""
+    """Put the legend of one panel below all panels."""
     handles, labels = axes.get_legend_handles_labels()
     figure.legend(
         handles, labels, loc="outside lower center", ncols=len(labels), frameon=False, fontsize=8
@@ -247,12 +247,12 @@ def trainability_map(dataset: xarray.Dataset) -> Figure:
     Parameters
     ----------
     dataset
-        Of the experiment `trainability`.
+        The results of the experiment `trainability`.
     """
     figure = Figure(figsize=(11.0, 4.4), layout="constrained")
     left, right = figure.subplots(1, 2)
     mean = dataset.accuracy.mean("seed")
-    # Cells from halfway to halfway between the values, the depths' on a logarithmic scale.
+    # The edges of cells are halfway between values; those of depths on a logarithmic scale.
     image = left.pcolormesh(
         _edges(dataset.sigma_w2.values),
         np.exp(_edges(np.log(dataset.depth.values))),
@@ -302,12 +302,12 @@ def trainability_map(dataset: xarray.Dataset) -> Figure:
 
 
 def isometry(dataset: xarray.Dataset) -> Figure:
-    """Singular values at the start, errors along training, and steps of deep linear networks.
+    """Singular values before training, errors along training, and steps of deep linear networks.
 
     Parameters
     ----------
     dataset
-        Of the experiment `isometry`.
+        The results of the experiment `isometry`.
     """
     figure = Figure(figsize=(13.2, 4.2), layout="constrained")
     spectrum, errors, linear = figure.subplots(1, 3)
@@ -349,27 +349,27 @@ def isometry(dataset: xarray.Dataset) -> Figure:
 
 
 def league(dataset: xarray.Dataset) -> Figure:
-    """Test errors of all contenders, the best on top.
+    """Test errors of all remedies at the end of training, the best on top.
 
     Parameters
     ----------
     dataset
-        Of the experiment `league`.
+        The results of the experiment `league`.
     """
     end = 100 * dataset.error.isel(step=-1)
     order = np.argsort(end.mean("seed").values, kind="stable")[::-1]
     figure = Figure(figsize=(7.4, 0.28 * len(order) + 1.6), layout="constrained")
     axes = figure.add_subplot()
     names = []
-    for place, index in enumerate(order):
+    for position, index in enumerate(order):
         one = end.isel(network=index)
         estimate = Estimate.of(one.values[:, None])
-        axes.plot(one.values, [place] * one.size, "|", color="0.6", markersize=7)
+        axes.plot(one.values, [position] * one.size, "|", color="0.6", markersize=7)
         axes.errorbar(
             estimate.value,
-            [place],
+            [position],
             xerr=ERRORS * estimate.standard_error,
-            label="mean over networks, ±2 s.e." if not place else None,
+            label="mean over networks, ±2 s.e." if not position else None,
             **style(0),
             **POINTS,
         )
@@ -390,19 +390,19 @@ def league(dataset: xarray.Dataset) -> Figure:
 
 
 def clipping(dataset: xarray.Dataset) -> Figure:
-    """Errors by learning rate, gradients' norms along training, and the disparity of layers.
+    """Errors by learning rate; norms of gradients, and their ratios between layers, by step.
 
     Parameters
     ----------
     dataset
-        Of the experiment `clipping`.
+        The results of the experiment `clipping`.
     """
     rows = dataset.sizes["network"]
     figure = Figure(figsize=(12.6, 3.6 * rows + 0.4), layout="constrained")
     grid = figure.subplots(rows, 3, squeeze=False)
     for (errors, norms, layers), name in zip(grid, dataset.network.values, strict=True):
         both = [dataset.sel(network=name, clipped=clipped) for clipped in (False, True)]
-        # Where clipping makes the largest difference.
+        # The learning rate at which clipping makes the largest difference.
         means = [one.error.mean("seed") for one in both]
         rate = float((means[0] - means[1]).idxmax())
         for index, (one, label) in enumerate(zip(both, ("not clipped", "clipped"), strict=True)):
@@ -410,10 +410,10 @@ def clipping(dataset: xarray.Dataset) -> Figure:
             curve: dict[str, Any] = {"linestyle": "-", "linewidth": 0.8}
             points(errors, one.learning_rate.values, error.values, label, index, **curve)
             at = one.sel(learning_rate=rate)
-            for axes, what in ((norms, at.clipped_norm), (layers, at.clipped_disparity)):
-                log = np.log10(what.transpose("seed", "step"))
+            for axes, values in ((norms, at.clipped_norm), (layers, at.clipped_disparity)):
+                log = np.log10(values.transpose("seed", "step"))
                 curve |= {"markersize": 3, "elinewidth": 0.6}
-                points(axes, what.step.values, log.values, label, index, **curve)
+                points(axes, values.step.values, log.values, label, index, **curve)
         errors.set(
             xscale="log",
             xlabel="learning rate",
@@ -438,7 +438,7 @@ def clipping(dataset: xarray.Dataset) -> Figure:
 
 
 def _edges(middles: np.ndarray) -> np.ndarray:
-    """Return the edges of cells about these values, halfway between them."""
+    """The edges of cells about these values, halfway between neighbours."""
     if len(middles) == 1:
         return np.array([middles[0] - 0.5, middles[0] + 0.5])
     half = (middles[1:] + middles[:-1]) / 2

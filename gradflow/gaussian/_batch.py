@@ -1,4 +1,4 @@
-"""Averages over a unit's batch after BatchNorm, and what BatchNorm makes of tangents.
+"""Averages over a unit's batch after BatchNorm, and second moments of tangents after it.
 
 A unit's pre-activations z ~ N(0, K) over a batch of B inputs become ẑ = √B v, v = x/r, where
 x = G z with G = I - 11ᵀ/B is z without its mean over the batch, and r = |x|. A tangent u becomes
@@ -41,6 +41,7 @@ from gradflow import gaussian
 from gradflow._arguments import from_seed
 from gradflow.activations import Activation
 from gradflow.errors import InputError
+from gradflow.gaussian._quadrature import dot, panels
 
 __all__ = ["SMALLEST", "averages", "centred", "sphere_averages"]
 
@@ -48,16 +49,16 @@ __all__ = ["SMALLEST", "averages", "centred", "sphere_averages"]
 SMALLEST = 4
 # Steps of the integral over log s, whose trapezoid rule converges exponentially.
 _STEP = 0.3
-# Draws where nothing else is known, half of them: at least so many, and numbers in all.
+# Antithetic pairs drawn for a batch that is not exchangeable: at least so many, and numbers in all.
 _DRAWS, _DRAWN_NUMBERS = 1 << 14, 1 << 20
-_NODES = 16  # a panel
+_NODES = 16  # in a panel
 _Z_MAX = 12.0
 
 Square = Float[Array, "sites sites"]
 
 
 def centred(k: Square) -> Square:
-    """Return G k G: second moments of what is left of signals without their batch's mean."""
+    """G k G: second moments of signals less their mean over the batch."""
     k = k - jnp.mean(k, axis=0, keepdims=True)
     return k - jnp.mean(k, axis=1, keepdims=True)
 
@@ -68,7 +69,7 @@ def averages(
     tangent: Square | None,
     gain: ScalarLike = 1.0,
 ) -> tuple[Square, Float[Array, " sites"], Square | None]:
-    """Return E[φ(γẑ_a) φ(γẑ_b)], E[φ(γẑ_a)] and, of tangents' second moments, T[S]; see the module.
+    """E[φ(γẑ_a) φ(γẑ_b)], E[φ(γẑ_a)] and T[S], the second moments of tangents; see the module.
 
     Parameters
     ----------
@@ -77,7 +78,7 @@ def averages(
     covariance
         K, before BatchNorm.
     tangent
-        S, before BatchNorm, if T[S] is wanted.
+        S, before BatchNorm; without it T[S] is None.
     gain
         γ.
 
@@ -140,8 +141,8 @@ def _homogeneous(
         if moved is None:
             terms = gaussian.kernel(activation, a), mean, jnp.zeros_like(a)
         else:
-            right = _matmul(tangent, a)
-            along = s**2 * _matmul(a, right) - s * (right + right.T)
+            right = dot(tangent, a)
+            along = s**2 * dot(a, right) - s * (right + right.T)
             k, by_k = jax.jvp(lambda a: gaussian.kernel(activation, a), (a,), (along,))
             slopes = gaussian.derivative_kernel(activation, a)
             terms = k, mean, tangent * slopes + by_k + s**2 / 2 * jnp.trace(right) * k
@@ -154,7 +155,7 @@ def _homogeneous(
 
 
 def _radial_nodes(batch: int) -> np.ndarray:
-    """Return y = s tr Σ and weights of ∫ dy, (nodes, 2): y = exp(u - e^{-u}), equal steps of u."""
+    """Nodes y = s tr Σ and weights of ∫ dy, (nodes, 2): y = exp(u - e^{-u}), equal steps of u."""
     # Beyond the largest y, y (1 + 2y/m)^{-m/2} is below rounding; m is the rank of Σ, which may be
     # less than batch - 1.
     rank = min(batch - 1, 8)
@@ -186,7 +187,18 @@ def _exchangeable(
 def sphere_averages(
     activation: Activation, batch: int, gain: ScalarLike = 1.0, dtype: DTypeLike | None = None
 ) -> dict[str, Float[Array, ""]]:
-    """Return averages over an exchangeable batch that BatchNorm has normalised.
+    """Averages over an exchangeable batch that BatchNorm has normalised.
+
+    Parameters
+    ----------
+    activation
+        φ.
+    batch
+        B, the inputs in a batch, at least `SMALLEST`.
+    gain
+        γ.
+    dtype
+        The float type; JAX's default without it.
 
     Returns
     -------
@@ -239,14 +251,8 @@ def sphere_averages(
 
 
 def _panels(edges: Array) -> tuple[Array, Array]:
-    """Return Gauss-Legendre nodes and weights between edges, in any order, along the last axis."""
-    nodes, weights = (jnp.asarray(x, edges.dtype) for x in np.polynomial.legendre.leggauss(_NODES))
-    edges = jnp.sort(jax.lax.stop_gradient(edges), axis=-1)
-    half, middle = (edges[..., 1:] - edges[..., :-1]) / 2, (edges[..., 1:] + edges[..., :-1]) / 2
-    row = (1,) * edges.ndim + (_NODES,)
-    x = middle[..., None] + half[..., None] * nodes.reshape(row)
-    weight = half[..., None] * weights.reshape(row)
-    return x.reshape(*edges.shape[:-1], -1), weight.reshape(*edges.shape[:-1], -1)
+    """Gauss-Legendre nodes and weights between edges, in any order, along the last axis."""
+    return panels(jnp.sort(jax.lax.stop_gradient(edges), axis=-1), _NODES)
 
 
 def _drawn(
@@ -254,15 +260,15 @@ def _drawn(
 ) -> tuple[Square, Array, Square]:
     batch, dtype = sigma.shape[0], sigma.dtype
     scale = jnp.trace(sigma) / (batch - 1)
-    # A mean over the batch that is taken out again, and a hair for inputs that are equal.
-    hair = jnp.finfo(dtype).eps ** 0.75 * jnp.eye(batch, dtype=dtype)
-    factor = jnp.linalg.cholesky(sigma + scale * (1 / batch + hair))
+    # A mean over the batch that is taken out again, and a little for inputs that are equal.
+    small = jnp.finfo(dtype).eps ** 0.75 * jnp.eye(batch, dtype=dtype)
+    factor = jnp.linalg.cholesky(sigma + scale * (1 / batch + small))
     count = max(_DRAWS, _DRAWN_NUMBERS // batch)
     draws = jax.random.normal(from_seed(0), (count, batch), dtype)
-    # With exactly the second moments that they are drawn for.
-    found = jnp.linalg.cholesky(_matmul(draws.T, draws) / count)
-    draws = jax.scipy.linalg.solve_triangular(found, draws.T, lower=True).T
-    half = _matmul(draws, factor.T)
+    # Their second moments are made exactly the identity.
+    own_factor = jnp.linalg.cholesky(dot(draws.T, draws) / count)
+    draws = jax.scipy.linalg.solve_triangular(own_factor, draws.T, lower=True).T
+    half = dot(draws, factor.T)
     half -= jnp.mean(half, axis=1, keepdims=True)
     x = jnp.concatenate([half, -half])
     v = x / jnp.linalg.norm(x, axis=1, keepdims=True)
@@ -271,18 +277,14 @@ def _drawn(
     inverse_square = jnp.sum(whitened**2, axis=0)[:, None] / (batch - 3)
     z = gain * math.sqrt(batch) * v
     value, slope = activation(z), activation.derivative(z)
-    turned = _matmul(v, moved)
+    turned = dot(v, moved)
     along = jnp.sum(turned * v, axis=1, keepdims=True)
 
     def mean_of(left: Array, right: Array) -> Array:
-        return _matmul(left.T, right) / left.shape[0]
+        return dot(left.T, right) / left.shape[0]
 
     weighted = batch * gain**2 * slope * inverse_square
     crossed = mean_of(weighted * v, slope * turned)
     slopes = moved * mean_of(weighted, slope) - crossed - crossed.T
     slopes += mean_of(weighted * along * v, slope * v)
     return mean_of(value, value), jnp.mean(value, axis=0), slopes
-
-
-def _matmul(a: Array, b: Array) -> Array:
-    return jnp.matmul(a, b, precision=jax.lax.Precision.HIGHEST)

@@ -2,22 +2,22 @@
 
 samplers
     How a product with a random matrix is drawn: ``dense``, ``matrix_free``.
-linearisation
-    A block's products with its random matrices, applied to tangents and cotangents.
 propagation
     One random network, forward and backward, and its statistics.
 jacobians
     One network's Jacobian, as an operator and layer by layer.
+partial_norms
+    Norms of the Jacobians between all pairs of layers.
 singular_values
-    All of them, as logarithms, or the first and last few; Lyapunov exponents.
+    All singular values, as logarithms, or the first and last few; Lyapunov exponents.
 monte_carlo
     Many networks: chunks, devices, estimates with standard errors.
 """
 
 from gradflow.simulation import (
     jacobians,
-    linearisation,
     monte_carlo,
+    partial_norms,
     propagation,
     samplers,
     singular_values,
@@ -25,8 +25,8 @@ from gradflow.simulation import (
 
 __all__ = [
     "jacobians",
-    "linearisation",
     "monte_carlo",
+    "partial_norms",
     "propagation",
     "samplers",
     "singular_values",

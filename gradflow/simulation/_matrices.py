@@ -1,36 +1,36 @@
-"""Random matrices that answer W x and Wᵀ y: drawn, or decided only as far as they are asked.
+"""Random matrices that multiply, W x and Wᵀ y: drawn, or decided only as far as they are used.
 
-A matrix has entries of variance 1 and a transpose, ``.T``; ``answer, matrix = matrix.times(x)``
-gives x Wᵀ for rows x, and the matrix that remembers having said so. `Drawn` holds its entries,
-`Redrawn` draws them again for each question. `Gaussian` and `Orthogonal` never have any, and yet
-their answers to *any* sequence of questions, each of which may depend on all answers before it,
-have exactly the joint law of the answers of a drawn W:
-the principle of deferred decisions (Lu 2021, 'Householder Dice', IEEE Trans. Inf. Theory 67(12),
-arXiv:2101.07464; there by reflections, here by the questions and answers themselves).
+A matrix has entries of variance 1 and a transpose, ``.T``; ``product, matrix = matrix.times(x)``
+gives x Wᵀ for rows x, and the matrix that remembers this product. `Drawn` holds its entries,
+`Redrawn` draws them again for each product. `Gaussian` and `Orthogonal` never have any, and yet
+their products with *any* sequence of vectors, each of which may depend on all products before it,
+have exactly the joint law of the products of a drawn W: the principle of deferred decisions (Lu
+2021, 'Householder Dice', IEEE Trans. Inf. Theory 67(12), arXiv:2101.07464; there by reflections,
+here by the vectors and products themselves).
 
-Why it is exact. Only new directions are asked: x is split into its part along earlier questions,
-whose answers are known, and a rest; let a be the rest at length 1.
+Why it is exact. Only new directions matter: x is split into its part along earlier vectors, whose
+products are known, and a rest; let a be the rest at length 1.
 
-*Independent N(0, 1) entries.* Let the columns of Q be the orthonormal questions so far, W Q = G,
-and those of P the questions to the transpose, Wᵀ P = H. Then
+*Independent N(0, 1) entries.* Let the columns of Q be the orthonormal vectors so far, W Q = G,
+and those of P the vectors that the transpose has multiplied, Wᵀ P = H. Then
 
     W = G Qᵀ + P Hᵀ (I - Q Qᵀ) + (I - P Pᵀ) W (I - Q Qᵀ),
 
 where only the last term is not known yet. For fixed Q and P it is independent of G and H, since
-orthogonal combinations of Gaussian entries are. It stays so for questions chosen from the answers:
-one after the other, each is a function of what the deferred term is independent of. A fresh copy W̃
+orthogonal combinations of Gaussian entries are. It stays so for vectors chosen from the products:
+each is a function of vectors and products that the deferred term is independent of. A fresh copy W̃
 of W can therefore take its place there, and for a ⟂ Q
 
     W a = P (Hᵀ a) + (I - P Pᵀ) g,   g = W̃ a ~ N(0, I).
 
-*Haar-orthogonal.* A question a with the answer b = W a is also a question b to the transpose with
-the answer a = Wᵀ b. All that is known is thus W A = B with A and B orthonormal, whichever side was
-asked; and the rest of W is a Haar-orthogonal map from A's complement to B's, since the law does not
-change under rotations of either. So a new a goes to a direction uniform in B's complement,
-b = (I - B Bᵀ) g at length 1. A matrix that is not square is a corner of a square one: questions are
-padded with zeros and answers cut.
+*Haar-orthogonal.* b = W a is also a = Wᵀ b: each product is one of the transpose too. All that is
+known is thus W A = B with A and B orthonormal, whichever side was multiplied; and the rest of W is
+a Haar-orthogonal map from A's complement to B's, since the law does not change under rotations of
+either. So a new a goes to a direction uniform in B's complement, b = (I - B Bᵀ) g at length 1. A
+matrix that is not square is a corner of a square one: vectors are padded with zeros and products
+cut.
 
-k questions take O((n_in + n_out) k²) operations; no question takes n_in n_out.
+k products take O((n_in + n_out) k²) operations; none takes n_in n_out.
 """
 
 import abc
@@ -68,24 +68,24 @@ class Matrix(eqx.Module):
     @property
     @abc.abstractmethod
     def T(self) -> "Matrix":  # noqa: N802
-        """The transpose, which knows what this one knows."""
+        """The transpose, with the same products remembered."""
 
     @abc.abstractmethod
     def times(self, x: Float[Array, "k n_in"]) -> tuple[Float[Array, "k n_out"], "Matrix"]:
-        """Return x Wᵀ, which is W times each row, and the matrix that has answered this.
+        """Return x Wᵀ, which is W times each row, and the matrix that remembers this product.
 
-        Ask what the last answer came with: a matrix without entries is the same one only if it
-        remembers.
+        The next product is that of the matrix which is returned: one without entries is the same
+        matrix only if it remembers.
 
         Raises
         ------
         InputError
-            If it has a fixed number of places for answers and they are used up. Inside a traced
-            program, which cannot raise, the answer is NaN.
+            If it has a fixed number of places for products and they are used up. Inside a traced
+            program, which cannot raise, the product is NaN.
         """
 
     def with_places(self, more: int) -> "Matrix":
-        """Return it with places for as many more questions to each side."""
+        """Return the matrix with places for ``more`` products with it, and with its transpose."""
         places = more * (2 if isinstance(self, Orthogonal) else 1)  # one store for both sides
         return jax.tree.map(
             lambda leaf: leaf.with_places(places) if isinstance(leaf, Rows) else leaf,
@@ -111,13 +111,13 @@ class Drawn(Matrix):
         return multiply(x, self.weights), self
 
 
-# Entries that are drawn at a time on a CPU: what stays in a core's own cache, or, where every entry
-# is used many times, what a matrix product is fast with.
+# Entries that are drawn at a time on a CPU: as many as stay in a core's own cache or, where every
+# entry is used many times, as many as a matrix product is fast with.
 _TILE, LARGE_TILE, _MANY_ROWS = 1 << 16, 1 << 20, 32
 
 
 class Redrawn(Matrix):
-    """Independent N(0, 1) entries, those of `Drawn`, drawn again for each question.
+    """Independent N(0, 1) entries, those of `Drawn`, drawn again for each product.
 
     Drawing an entry takes no longer than fetching it from memory. On a CPU a few rows of it are
     drawn, multiplied and forgotten at a time, so that the matrix is never in memory; an accelerator
@@ -155,7 +155,7 @@ class Redrawn(Matrix):
         return jax.lax.scan(add, jnp.zeros((k, self.n_in), x.dtype), parts)[0], self
 
     def _tiles(self, k: int) -> tuple[int, int]:
-        """Return how many tiles there are, and their rows, an even number; whole without tiles."""
+        """Return the number of tiles and of rows in each, an even number; one tile off CPUs."""
         if jax.default_backend() != "cpu":
             return 1, self.n_out
         size = _TILE if k < _MANY_ROWS else LARGE_TILE
@@ -164,7 +164,7 @@ class Redrawn(Matrix):
 
 
 class Rows(eqx.Module):
-    """Rows that are added to: without end, or, in a loop of a program, up to a number of places.
+    """Rows to which others are added: without end or, in a compiled loop, up to some places.
 
     In blocks, so that more places, where all are used, move nothing in memory.
     """
@@ -186,7 +186,7 @@ class Rows(eqx.Module):
 
     @property
     def places(self) -> int:
-        """How many rows there are, or places for them, in all blocks."""
+        """The number of rows, or of places for them, in all blocks."""
         return sum(block.shape[-2] for block in self.blocks)
 
     def with_places(self, more: int) -> "Rows":
@@ -205,12 +205,12 @@ class Rows(eqx.Module):
         if self.used is None:
             return Rows(jnp.concatenate([self.rows, new]), None)
         places, used = self.rows.shape[0], self.used + new.shape[0]
-        asked = new.shape[0] if is_traced(used) else int(used)
-        if asked > places:
-            before = self.places - places
+        taken = new.shape[0] if is_traced(used) else int(used)
+        if taken > places:
+            needed = self.places - places + taken
             raise InputError(
-                f"places is {self.places}, and {before + asked} questions were asked of one side "
-                "of a matrix; give it at least as many"
+                f"places is {self.places}, and one side of a matrix made {needed} products; give "
+                "it at least as many"
             )
         rows = jax.lax.dynamic_update_slice_in_dim(self.rows, new, self.used, 0)
         return Rows(rows, used, self.earlier)
@@ -228,91 +228,91 @@ class Rows(eqx.Module):
         """Return coefficients of these rows and of those that are put beside them next."""
         if self.used is None:
             return jnp.concatenate([along, new], axis=1)
-        place = self.places - self.rows.shape[0] + self.used
-        return jax.lax.dynamic_update_slice_in_dim(along, new, place, 1)
+        index = self.places - self.rows.shape[0] + self.used
+        return jax.lax.dynamic_update_slice_in_dim(along, new, index, 1)
 
-    def or_nan(self, answer: Array) -> Array:
-        """Return an answer whose question is among these rows; NaN if there was no place for it."""
+    def or_nan(self, product: Array) -> Array:
+        """Return a product with one of these rows; NaN if there was no place for the row."""
         full = False if self.used is None else self.used > self.rows.shape[0]
-        return jnp.where(full, jnp.nan, answer)
+        return jnp.where(full, jnp.nan, product)
 
 
 class Gaussian(Matrix):
-    """Independent N(0, 1) entries, of which only answers are drawn."""
+    """Independent N(0, 1) entries, of which only products are drawn."""
 
     key: PRNGKeyArray
     count: Int[Array, ""]  # of calls, to either side: each has random numbers of its own
-    asked: Rows  # Qᵀ
-    answered: Rows  # Gᵀ
-    asked_back: Rows  # Pᵀ
-    answered_back: Rows  # Hᵀ
+    inputs: Rows  # Qᵀ
+    outputs: Rows  # Gᵀ
+    inputs_back: Rows  # Pᵀ
+    outputs_back: Rows  # Hᵀ
 
     @property
     def T(self) -> "Gaussian":  # noqa: N802
-        """The transpose, which knows what this one knows."""
-        back, forward = (self.asked_back, self.answered_back), (self.asked, self.answered)
+        """The transpose, with the same products remembered."""
+        back, forward = (self.inputs_back, self.outputs_back), (self.inputs, self.outputs)
         return Gaussian(self.key, self.count, *back, *forward)
 
     def times(self, x: Float[Array, "k n_in"]) -> tuple[Float[Array, "k n_out"], "Gaussian"]:
         """Return x Wᵀ, exactly in law."""
-        x = x.astype(self.asked.rows.dtype)
-        new, along = _split(x, self.asked)
+        x = x.astype(self.inputs.rows.dtype)
+        new, along = _split(x, self.inputs)
         key = jax.random.fold_in(self.key, self.count)
-        answers = _normal(key, (x.shape[0], self.answered.rows.shape[1]), x.dtype)
-        for p, h in zip(self.asked_back.blocks, self.answered_back.blocks, strict=True):
-            answers += _matmul(_products(new, h) - _products(answers, p), p)
+        products = _normal(key, (x.shape[0], self.outputs.rows.shape[1]), x.dtype)
+        for p, h in zip(self.inputs_back.blocks, self.outputs_back.blocks, strict=True):
+            products += _matmul(_products(new, h) - _products(products, p), p)
         matrix = Gaussian(
             self.key,
             self.count + 1,
-            self.asked.and_(new),
-            self.answered.and_(answers),
-            self.asked_back,
-            self.answered_back,
+            self.inputs.and_(new),
+            self.outputs.and_(products),
+            self.inputs_back,
+            self.outputs_back,
         )
-        # From the answers with the new ones in their places, which need not be copied then.
-        along = self.answered.with_new(along, _products(x, new))
-        return matrix.asked.or_nan(matrix.answered.combined(along)), matrix
+        # From the products with the new ones in their places, which need not be copied then.
+        along = self.outputs.with_new(along, _products(x, new))
+        return matrix.inputs.or_nan(matrix.outputs.combined(along)), matrix
 
 
 class Orthogonal(Matrix):
-    """Haar-orthogonal, scaled to entries of variance 1; only answers are drawn.
+    """Haar-orthogonal, scaled to entries of variance 1; only products are drawn.
 
     More rows than columns: the columns are orthogonal and of equal length, or else the rows are.
     """
 
     key: PRNGKeyArray
     count: Int[Array, ""]  # of calls, to either side: each has random numbers of its own
-    asked: Rows  # Aᵀ, rows of length max(n_in, n_out)
-    answered: Rows  # Bᵀ
+    inputs: Rows  # Aᵀ, rows of length max(n_in, n_out)
+    outputs: Rows  # Bᵀ
     n_in: int = eqx.field(static=True)
     n_out: int = eqx.field(static=True)
 
     @property
     def T(self) -> "Orthogonal":  # noqa: N802
-        """The transpose, which knows what this one knows."""
-        known = (self.answered, self.asked)
+        """The transpose, with the same products remembered."""
+        known = (self.outputs, self.inputs)
         return Orthogonal(self.key, self.count, *known, self.n_out, self.n_in)
 
     def times(self, x: Float[Array, "k n_in"]) -> tuple[Float[Array, "k n_out"], "Orthogonal"]:
         """Return x Wᵀ, exactly in law."""
         n = max(self.n_in, self.n_out)
-        x = jnp.pad(x.astype(self.asked.rows.dtype), ((0, 0), (0, n - self.n_in)))
-        new, along = _split(x, self.asked)
+        x = jnp.pad(x.astype(self.inputs.rows.dtype), ((0, 0), (0, n - self.n_in)))
+        new, along = _split(x, self.inputs)
         fresh = _normal(jax.random.fold_in(self.key, self.count), x.shape, x.dtype)
-        # What is not new must not take up a direction of the complement, which may have few left.
+        # A vector without a new part must not take up a direction of the complement.
         fresh *= jnp.any(new != 0, axis=1, keepdims=True)
-        answers, _ = _split(fresh, self.answered)
+        products, _ = _split(fresh, self.outputs)
         matrix = Orthogonal(
             self.key,
             self.count + 1,
-            self.asked.and_(new),
-            self.answered.and_(answers),
+            self.inputs.and_(new),
+            self.outputs.and_(products),
             self.n_in,
             self.n_out,
         )
-        along = self.answered.with_new(along, _products(x, new))
-        out = matrix.answered.combined(along)
-        return matrix.asked.or_nan(math.sqrt(n) * out[:, : self.n_out]), matrix
+        along = self.outputs.with_new(along, _products(x, new))
+        out = matrix.outputs.combined(along)
+        return matrix.inputs.or_nan(math.sqrt(n) * out[:, : self.n_out]), matrix
 
 
 def redrawn(
@@ -321,7 +321,7 @@ def redrawn(
     distribution: Distribution,
     dtype: DTypeLike = jnp.float32,
 ) -> Drawn | Redrawn:
-    """Return the matrix that `drawn` draws, for few questions: held only if it must be."""
+    """Return the matrix that `drawn` draws, for few products: held only if it must be."""
     if distribution.iid_gaussian and _threefry.drawn_here(key, dtype):
         return Redrawn(key, *shape)
     return drawn(key, shape, distribution, dtype)
@@ -347,21 +347,21 @@ def deferred(
     *,
     places: tuple[int, int] | None = None,
 ) -> Gaussian | Orthogonal:
-    """Return a random matrix of which nothing is decided yet.
+    """Return a random matrix that is decided only as far as products need it.
 
     Parameters
     ----------
     key
-        Decides, together with the questions, all answers.
+        Decides, together with the vectors, all products.
     shape
         (n_out, n_in).
     distribution
         Of independent Gaussian entries, or Haar-orthogonal.
     dtype
-        Of the answers.
+        Of the products.
     places
-        For how many rows x of W x, and y of Wᵀ y, there is place. Without it there always is, but
-        the arrays grow, as they must not in a `jax.lax.scan` over questions.
+        The number of rows x of W x, and y of Wᵀ y, that there is room for. Without it there is no
+        limit, but the arrays grow, as they must not in a `jax.lax.scan` over products.
 
     Raises
     ------
@@ -397,11 +397,11 @@ def _normal(key: PRNGKeyArray, shape: tuple[int, ...], dtype: DTypeLike) -> Arra
 def orthonormal_rows(
     x: Float[Array, "k n"], known: Float[Array, "others n"] | None = None
 ) -> Float[Array, "k n"]:
-    """Return orthonormal rows that span, with the known ones, what those of x span with them.
+    """Return orthonormal rows with which the known ones span what they span with x.
 
-    A row is 0 where x adds no direction. Kernel-Schmidt, with every row orthogonalised twice, which
+    A row is 0 where x adds no direction. Gram-Schmidt, with every row orthogonalised twice, which
     is enough for full precision (Giraud, Langou & Rozložník 2005). Zero rows for repeated or
-    vanished x keep the answers exact: nothing is asked in a direction that does not exist.
+    vanished x keep the products exact: they add no direction that does not exist.
 
     Parameters
     ----------

@@ -1,8 +1,8 @@
 """How much memory there is, how much a simulation takes, and how to cut it to fit.
 
-What is counted is a bound on the large arrays: the signals that are kept from the way up for the
-way down (all, or those entering every √L-th layer), a layer's working copies, and, for the dense
-sampler, the weights of one layer, where they are not drawn a tile at a time.
+Counted is a bound on the large arrays: the signals that the forward pass keeps for the
+backward pass (all, or those entering every √L-th layer), a layer's working copies, and, for the
+dense sampler, the weights of one layer, where they are not drawn a tile at a time.
 """
 
 import contextlib
@@ -21,7 +21,7 @@ from jax.experimental import multihost_utils
 from gradflow._checks import check_instance, check_number, check_sequence
 from gradflow.errors import InputError
 from gradflow.networks import Network
-from gradflow.simulation import _matrices, propagation
+from gradflow.simulation import _matrices, _passes
 
 __all__ = ["Plan", "available", "bytes_per_network", "checked_devices", "plan"]
 
@@ -33,7 +33,7 @@ _DRAWING_COPIES = 3
 _LINEARISATION = 6
 # The most that is spent on keeping linearisations; beyond, drawing again is faster than fetching.
 _KEEP_BYTES = 1 << 28
-# Floats that one step of the walk touches, for one block of networks: what stays in a core's cache.
+# Floats that one step of the walk touches, for one block of networks: as many as stay in a cache.
 _CACHED_FLOATS = 1 << 15
 _MOST_IN_A_BLOCK = 64
 
@@ -99,26 +99,26 @@ def bytes_per_network(
         network.stages, itertools.pairwise(network.stage_widths), strict=True
     ):
         if stage.tied:
-            # Every matrix itself or all of its answers, and, for the way down, those of each step.
+            # Each matrix itself or all its products; for the backward pass, those of each step.
             each = stage.block.shapes(below)
-            asked = 2 * stage.repeats * sites
+            products = 2 * stage.repeats * sites
             for n, m in each:
-                remembered += 2 * n * m if sampler == "dense" else 2 * asked * (n + m)
+                remembered += 2 * n * m if sampler == "dense" else 2 * products * (n + m)
                 remembered += stage.repeats * sites * (n + sites)
         cut = checkpoint and not stage.tied
-        kept = sum(propagation.kept_signals(stage.repeats)) if cut else stage.repeats
+        kept = sum(_passes.checkpoints(stage.repeats)) if cut else stage.repeats
         signals += width * kept
     return itemsize * (working + remembered + sites * signals * (1 + _LINEARISATION * keep))
 
 
 def checked_devices(devices: Any) -> tuple[jax.Device, ...]:
     """Return JAX's devices as a tuple, or raise `InputError`: there is at least one."""
-    found = check_sequence("devices", devices, "some of jax.devices()")
-    if not found:
+    several = check_sequence("devices", devices, "some of jax.devices()")
+    if not several:
         raise InputError("devices is empty; it takes at least one")
-    for device in found:
+    for device in several:
         check_instance("a device", device, jax.Device, "one of jax.devices()")
-    return found
+    return several
 
 
 def plan(
@@ -132,9 +132,9 @@ def plan(
     devices: Sequence[jax.Device] = (),
     more: int = 0,
 ) -> Plan:
-    """Choose how many networks run at once on each device, and what is kept on the way up.
+    """Choose how many networks run at once on each device, and what the forward pass keeps.
 
-    ``more`` is how many bytes a network takes beside its walk, for what needs all its weights.
+    ``more`` is the number of bytes that a network takes beside its passes, as for its spectrum.
 
     Raises
     ------
@@ -150,10 +150,10 @@ def plan(
     sharing = len(here) if on_cpu else 1
     free = available(here[0]) // sharing if budget is None else budget
     if len(here) < len(devices):
-        # All processes must run one program: what fits where there is least, in MiB for int32.
+        # All processes must run one program: one that fits where memory is least; in MiB, as int32.
         free = int(np.min(multihost_utils.process_allgather(np.int32(free >> 20)))) << 20
     bytes_for = functools.partial(bytes_per_network, network, sites, sampler, itemsize=itemsize)
-    # A program is handed its share of what is free; the rest is for what surrounds it.
+    # A program gets its share of the free memory; the rest is for the process around it.
     checkpoint = bytes_for() > free // 2 and bytes_for(checkpoint=True) < bytes_for()
     small, large = bytes_for(checkpoint=checkpoint) + more, bytes_for(keep=True) + more
     if small > free:
@@ -178,7 +178,7 @@ def plan(
         block = -(-networks // len(devices))
     workers = max(1, min(workers, free // (2 * small), -(-networks // (block * len(devices)))))
     block = max(1, min(block, networks, free // (2 * small * workers)))
-    # Weights are drawn again faster than fetched from memory; directions and answers are not.
+    # Weights are drawn again faster than fetched from memory; directions and products are not.
     keep = (
         not checkpoint and sampler != "dense" and large * block * workers < min(_KEEP_BYTES, free)
     )

@@ -159,8 +159,8 @@ def normal(
     if jax.default_backend() == "cpu":
         drawn = _pairs(-(-size // 2))(words[None], first[None]).reshape(-1)
         return (drawn[:size] if size % 2 else drawn).reshape(shape)
-    place = jax.lax.iota(jnp.uint32, size)
-    return _normals(words, first + (place >> np.uint32(1)), place & np.uint32(1)).reshape(shape)
+    number = jax.lax.iota(jnp.uint32, size)
+    return _normals(words, first + (number >> np.uint32(1)), number & np.uint32(1)).reshape(shape)
 
 
 def drawn_here(key: PRNGKeyArray, dtype: DTypeLike) -> bool:

@@ -4,71 +4,67 @@ Network number i has the key ``fold_in(key, i)``, so that a result depends on th
 many networks there are, and not on how they were cut into chunks or shared among devices. One
 compiled program serves every chunk, and every network of the same structure whatever its σ_w and
 σ_b. A chunk's networks are shared among the devices, of all processes where `jax.distributed` has
-been initialised; nothing goes from one device to another but what each network measured.
+been initialised; only the networks' statistics go from one device to another.
 """
 
-import collections
+import dataclasses
 import functools
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
 import xarray
-from jax.experimental import multihost_utils
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jax.typing import ArrayLike
 from jaxtyping import Array, PRNGKeyArray
 
-from gradflow import _compilation, estimation, statistics
+from gradflow import estimation, statistics
 from gradflow._arguments import as_key
 from gradflow._checks import check_count, check_progress
 from gradflow.errors import InputError
 from gradflow.estimation import Estimate, Histogram
 from gradflow.networks import Network, as_inputs
-from gradflow.simulation import _memory, _threefry, propagation, samplers, singular_values
+from gradflow.simulation import _memory, _programs, propagation, samplers
+from gradflow.simulation._programs import OVERFLOWED, VANISHED, RandomNetworks
 from gradflow.statistics import Statistic, Values, key_of, labelled, layers
 
-__all__ = ["LOG_SINGULAR_VALUES", "OVERFLOWED", "VANISHED", "Laws", "Progress", "Simulation"]
-__all__ += ["compiled", "in_order", "of_one", "own_networks", "simulate"]
+__all__ = ["Progress", "Simulation", "simulate"]
 
 # Called as (networks done, networks in all); the first call, with 0, comes before compilation.
 Progress = Callable[[int, int], None]
 
-# What `compiled` calls those of the end-to-end Jacobian.
-LOG_SINGULAR_VALUES = "log_singular_values"
-# Networks are numbered by an int32, and the last chunk has more than are asked for.
+# Networks are numbered by an int32, and the last chunk has more networks than are wanted.
 _MOST_NETWORKS = 1 << 30
-# How many values one call hands back, at most.
+# The most values that one call returns.
 _CHUNK_VALUES = 1 << 24
-# How many values a layer's histogram is made of, at most; and from how many networks.
+# The most values that a layer's histogram is made of, and the most networks they are from.
 _HISTOGRAM_VALUES = 1 << 18
 _HISTOGRAM_NETWORKS = 64
 
 
 class Simulation(eqx.Module):
-    """What many random networks of one law did.
+    """Statistics of many random networks of one law.
 
     Attributes
     ----------
     estimates
         Each statistic's `Estimate` by its key, every array of shape (layers,).
     histograms
-        ``preactivation``, ``activation`` and ``gradient``, where they were asked for.
+        ``preactivation``, ``activation`` and ``gradient``, if they were wanted.
     samples
-        Per-network values by key or name, shape (networks, layers), where they were asked for.
+        Per-network values by key or name, shape (networks, layers), if they were wanted.
     overflowed, vanished
         Shape (layers,): in how many networks the signal going up was not finite, or nothing but
         zeros (a dead network, or an underflow).
     statistics
-        What was measured.
+        The statistics that were measured.
     network, sites, networks, sampler, reason, dtype, seconds, compile_seconds
-        What was simulated, how, and for how long: the walk itself, and compiling it.
+        The law, the number of sites and of networks, the sampler and why, the float type, and the
+        seconds that drawing and compiling took.
     """
 
     estimates: dict[str, Estimate]
@@ -91,7 +87,7 @@ class Simulation(eqx.Module):
         return self.estimates[key_of(name, self.estimates)]
 
     def __repr__(self) -> str:
-        """Return what was simulated in one line."""
+        """Return a description in one line: networks, widths, inputs, sampler, statistics."""
         few = 8
         network, widths = self.network, "-".join(map(str, self.network.widths))
         if len(network.widths) > few:
@@ -104,21 +100,21 @@ class Simulation(eqx.Module):
 
     def to_xarray(self) -> xarray.Dataset:
         """Return the labelled estimates: mean, standard deviation and error over networks."""
-        found: dict[str, np.ndarray] = {}
+        arrays: dict[str, np.ndarray] = {}
         for statistic in self.statistics:
             name, key = statistic.name, statistic.key
             estimate = self.estimates[key]
-            found[name] = estimate.value
-            found[f"{name}_standard_deviation"] = estimate.standard_deviation
-            found[f"{name}_standard_error"] = estimate.standard_error
-            found[f"{name}_networks"] = estimate.count
+            arrays[name] = estimate.value
+            arrays[f"{name}_standard_deviation"] = estimate.standard_deviation
+            arrays[f"{name}_standard_error"] = estimate.standard_error
+            arrays[f"{name}_networks"] = estimate.count
             if statistic.log:
-                found[key] = estimate.log_value
-                found[f"{key}_standard_error"] = estimate.log_standard_error
-        found |= {"overflowed": self.overflowed, "vanished": self.vanished}
+                arrays[key] = estimate.log_value
+                arrays[f"{key}_standard_error"] = estimate.log_standard_error
+        arrays |= {"overflowed": self.overflowed, "vanished": self.vanished}
         dataset = labelled(
             xarray.Dataset(
-                {name: ("layer", value) for name, value in found.items()},
+                {name: ("layer", value) for name, value in arrays.items()},
                 coords={"layer": layers(self.network.depth)},
             ),
             self.statistics,
@@ -161,7 +157,7 @@ def simulate(
     devices: Sequence[jax.Device] | None = None,
     progress: Progress | None = None,
 ) -> Simulation:
-    """Draw many networks, send the inputs up and gradients down, and average the statistics.
+    """Draw many networks, make a forward and a backward pass, and average the statistics.
 
     Parameters
     ----------
@@ -175,7 +171,7 @@ def simulate(
         How many to draw.
     sampler
         ``"dense"``, ``"matrix_free"``, or ``"auto"``: matrix_free where the law allows it and it
-        is the faster one; the choice and the reason for it are in the result.
+        is the faster one; the choice and its reason are in the result.
     wanted
         The statistics to measure.
     histograms
@@ -183,11 +179,11 @@ def simulate(
     keep_samples
         Also return each network's own values.
     block
-        How many networks one vmap holds; chosen from the device and its free memory without it.
+        How many networks one vmap holds; without it, chosen from the device and its free memory.
     memory_budget
-        Bytes to stay within on each device; its free memory without it.
+        Bytes to stay within on each device; without it, its free memory.
     devices
-        Who shares the networks; all of JAX's devices without it. Where they belong to several
+        The devices that share the networks; without it, all of JAX's. Where they belong to several
         processes, every process calls this with the same arguments, and has the whole result.
     progress
         Called with (networks done, networks in all).
@@ -202,311 +198,138 @@ def simulate(
     if check_count("networks", networks) > _MOST_NETWORKS:
         raise InputError(f"networks is {networks}; it is at most {_MOST_NETWORKS}")
     inputs = as_inputs(inputs, network)
-    sites = inputs.shape[0]
-    sampler, reason = samplers.choose(sampler, network, sites)
+    sampler, reason = samplers.choose(sampler, network, inputs.shape[0])
     key = as_key(key)
     devices = _memory.checked_devices(jax.devices() if devices is None else devices)
     check_progress(progress)
-    itemsize = inputs.dtype.itemsize
+    budget, itemsize = memory_budget, inputs.dtype.itemsize
     plan = _memory.plan(
-        network,
-        sites,
-        sampler,
-        networks,
-        budget=memory_budget,
-        itemsize=itemsize,
-        devices=devices,
+        network, len(inputs), sampler, networks, budget=budget, itemsize=itemsize, devices=devices
     )
-    block = plan.block if block is None else check_count("block", block)
-    wanted = tuple(s for s in statistics.checked(wanted) if s.sites <= sites)
+    if block is not None:
+        plan = dataclasses.replace(plan, block=check_count("block", block))
+    wanted = tuple(s for s in statistics.checked(wanted) if s.sites <= inputs.shape[0])
+    run = _Run(network, inputs, key, networks, sampler, reason, wanted, plan, devices)
+    return run.simulate(histograms, keep_samples, progress)
 
-    begun = time.perf_counter()
-    if progress:
-        progress(0, networks)
-    chunk = _chunk_size(
-        networks, block * len(devices), plan.workers, network.depth * (len(wanted) + 2)
-    )
-    law = of_one(network, inputs, key)
-    run = compiled(
-        law,
-        chunk,
-        devices,
-        networks * samplers.seconds(sampler, network, sites),
-        measured=(*wanted, OVERFLOWED, VANISHED),
-        sampler=sampler,
-        keep=(plan.keep, plan.checkpoint),
-        block=block,
-    )
-    ready = time.perf_counter()
-    of_the_law = np.zeros(chunk, np.int32)
 
-    def call(first: int) -> dict[str, np.ndarray]:
-        return run(law, of_the_law, np.arange(first, first + chunk, dtype=np.int32))
+class _Run(NamedTuple):
+    """The networks to draw, the statistics to measure, and the plan of chunks and blocks."""
 
-    parts: dict[str, list[Estimate]] = {s.key: [] for s in wanted}
-    samples: dict[str, list[np.ndarray]] = {s.key: [] for s in wanted}
-    overflowed, vanished = np.zeros((2, network.depth), np.int64)
-    for done, values in in_order(call, networks, chunk, plan.workers):
-        for statistic in wanted:
-            value = values[statistic.key]
-            parts[statistic.key].append(Estimate.of(value, log=statistic.log))
-            if keep_samples:
-                samples[statistic.key].append(value)
-        overflowed += np.count_nonzero(values[OVERFLOWED.key], axis=0)
-        vanished += np.count_nonzero(values[VANISHED.key], axis=0)
+    network: Network
+    inputs: Array
+    key: PRNGKeyArray
+    networks: int
+    sampler: str
+    reason: str  # for the sampler
+    wanted: tuple[Statistic, ...]
+    plan: _memory.Plan
+    devices: tuple[jax.Device, ...]
+
+    def simulate(
+        self, histograms: bool, keep_samples: bool, progress: Progress | None
+    ) -> Simulation:
+        """Compile a program, run it for each chunk, and average its statistics."""
+        begun = time.perf_counter()
         if progress:
-            progress(done, networks)
-    finished = time.perf_counter()
+            progress(0, self.networks)
+        law, chunk = RandomNetworks.of(self.network, self.inputs, self.key), self._chunk()
+        program = self._compile(law, chunk)
+        ready = time.perf_counter()
+        of_the_law = np.zeros(chunk, np.int32)
 
-    return Simulation(
-        estimates={name: estimation.merge(part) for name, part in parts.items()},
-        histograms=_histograms(network, inputs, key, sampler, networks) if histograms else {},
-        samples={k: np.concatenate(s) for k, s in samples.items()} if keep_samples else {},
-        overflowed=overflowed,
-        vanished=vanished,
-        network=network,
-        statistics=wanted,
-        sites=sites,
-        networks=networks,
-        sampler=sampler,
-        reason=reason,
-        dtype=str(inputs.dtype),
-        seconds=finished - ready,
-        compile_seconds=ready - begun,
-    )
+        def call(first: int) -> dict[str, np.ndarray]:
+            return program(law, of_the_law, np.arange(first, first + chunk, dtype=np.int32))
+
+        parts: dict[str, list[Estimate]] = {s.key: [] for s in self.wanted}
+        samples: dict[str, list[np.ndarray]] = {s.key: [] for s in self.wanted if keep_samples}
+        overflowed, vanished = np.zeros((2, self.network.depth), np.int64)
+        for done, values in _programs.in_order(call, self.networks, chunk, self.plan.workers):
+            for statistic in self.wanted:
+                value = values[statistic.key]
+                parts[statistic.key].append(Estimate.of(value, log=statistic.log))
+                if keep_samples:
+                    samples[statistic.key].append(value)
+            overflowed += np.count_nonzero(values[OVERFLOWED.key], axis=0)
+            vanished += np.count_nonzero(values[VANISHED.key], axis=0)
+            if progress:
+                progress(done, self.networks)
+        finished = time.perf_counter()
+        return Simulation(
+            estimates={name: estimation.merge(part) for name, part in parts.items()},
+            histograms=self._histograms() if histograms else {},
+            samples={name: np.concatenate(each) for name, each in samples.items()},
+            overflowed=overflowed,
+            vanished=vanished,
+            network=self.network,
+            statistics=self.wanted,
+            sites=self.inputs.shape[0],
+            networks=self.networks,
+            sampler=self.sampler,
+            reason=self.reason,
+            dtype=str(self.inputs.dtype),
+            seconds=finished - ready,
+            compile_seconds=ready - begun,
+        )
+
+    def _chunk(self) -> int:
+        values = self.network.depth * (len(self.wanted) + 2)
+        together = self.plan.block * len(self.devices)
+        return _chunk_size(self.networks, together, self.plan.workers, values)
+
+    def _compile(self, law: RandomNetworks, chunk: int) -> Callable:
+        each = samplers.seconds(self.sampler, self.network, self.inputs.shape[0])
+        return _programs.compiled(
+            law,
+            chunk,
+            self.devices,
+            self.networks * each,
+            measured=(*self.wanted, OVERFLOWED, VANISHED),
+            sampler=self.sampler,
+            keep=(self.plan.keep, self.plan.checkpoint),
+            block=self.plan.block,
+        )
+
+    def _histograms(self) -> dict[str, Histogram]:
+        """Histograms from the first networks: as many as give each layer enough values."""
+        sites, widest = self.inputs.shape[0], max(self.network.widths)
+        count = min(
+            self.networks, _HISTOGRAM_NETWORKS, math.ceil(_HISTOGRAM_VALUES / (sites * widest))
+        )
+
+        numbers = self.network.as_arrays(self.inputs.dtype)
+        drawn = jax.device_get(
+            _draw_signals(numbers, self.inputs, self.key, jnp.arange(count), self.sampler)
+        )
+        layers = [
+            (stage, layer)
+            for stage, z in enumerate(drawn.preactivation)
+            for layer in range(z.shape[1])
+        ]
+
+        def every(stages: list[np.ndarray]) -> list[np.ndarray]:
+            return [stages[stage][:, layer] for stage, layer in layers]
+
+        z, log_scale = every(drawn.preactivation), every(drawn.log_scale)
+        delta, log_norm = every(drawn.gradient), every(drawn.log_gradient_norm)
+        # Signals have a scale beside them only where φ is linear for them.
+        h = [np.asarray(self.network.activation(jnp.asarray(value))) for value in z]
+        return {
+            "preactivation": estimation.histogram(z, log_scale),
+            "activation": estimation.histogram(h, log_scale),
+            "gradient": estimation.histogram(delta, log_norm),
+        }
 
 
 def _chunk_size(networks: int, block: int, workers: int, values: int) -> int:
     """Networks a call: whole blocks, evenly shared, several calls a worker so progress shows.
 
-    No more than what a call hands back of them, ``values`` of each, has room for.
+    So many at most that a call returns no more than `_CHUNK_VALUES`, ``values`` of each network.
     """
     blocks = -(-networks // block)
     calls = min(blocks, workers * max(1, min(8, blocks // (2 * workers))))
     most = max(1, _CHUNK_VALUES // (block * values))
     return block * min(most, -(-blocks // calls))
-
-
-# The axis of a mesh of devices.
-_NETWORKS = "networks"
-
-
-def on_devices(mesh: Mesh, spec: PartitionSpec, value: Array | np.ndarray) -> Array:
-    """Return the array on a mesh, which may reach into other processes that have the same one."""
-    if jnp.issubdtype(value.dtype, jax.dtypes.prng_key):
-        words = on_devices(mesh, spec, jax.random.key_data(value))
-        return jax.random.wrap_key_data(words, impl=jax.random.key_impl(value))
-    known = np.asarray(value)
-    sharding = NamedSharding(mesh, spec)
-    return jax.make_array_from_callback(known.shape, sharding, lambda part: known[part])
-
-
-class Laws(eqx.Module):
-    """Laws of random networks of one structure, with the inputs and the key of each.
-
-    Attributes
-    ----------
-    network
-        Its scales are arrays with a leading axis of laws (`Network.as_arrays`).
-    inputs
-        Shape (laws, sites, n_0).
-    key
-        Shape (laws,). Network i of a law has ``fold_in(key, i)``.
-    """
-
-    network: Network
-    inputs: Array | np.ndarray
-    key: Array
-
-
-def of_one(network: Network, inputs: Array, key: PRNGKeyArray) -> Laws:
-    """Return one law, as several are held."""
-    law = Laws(network.as_arrays(inputs.dtype), inputs, key)
-    return jax.tree.map(lambda leaf: leaf[None], law)
-
-
-def compiled(
-    laws: Laws,
-    chunk: int,
-    devices: tuple[jax.Device, ...],
-    seconds: float,
-    *,
-    measured: tuple[Statistic, ...],
-    sampler: str,
-    keep: tuple[bool, bool],
-    block: int,
-    spectrum: bool = False,
-    everywhere: bool = True,
-) -> Callable[[Laws, np.ndarray, np.ndarray], dict[str, np.ndarray]]:
-    """Return the function from laws and a chunk of networks to what those measured.
-
-    It takes as many laws as these and of their structure, and for each of ``chunk`` networks which
-    law it is of, and its number; both are int32. It returns each statistic by its key, shape
-    (chunk, layers).
-
-    Parameters
-    ----------
-    laws
-        The structure, the dtype and how many laws one call knows.
-    chunk
-        How many networks a call draws; a multiple of the number of devices.
-    devices
-        Who shares them.
-    seconds
-        How long all calls will take, on one core.
-    measured, sampler, keep, block
-        What is measured, and how the walk is done: see `memory.Plan`.
-    spectrum
-        Whether `singular_values.end_to_end` of the same networks is returned too, shape (chunk, k),
-        as `LOG_SINGULAR_VALUES`; with the sampler ``"dense"`` and one input.
-    everywhere
-        Whether every process has the values of all networks; else those of `own_networks` alone.
-    """
-    mesh = Mesh(np.array(devices), (_NETWORKS,))
-    whole, each = PartitionSpec(), PartitionSpec(_NETWORKS)
-    put = functools.partial(on_devices, mesh)
-
-    def arguments(laws: Laws, which: np.ndarray, numbers: np.ndarray) -> tuple[Laws, Array, Array]:
-        known = jax.tree.map(functools.partial(put, whole), laws)
-        return known, put(each, which), put(each, numbers)
-
-    nobody = np.zeros(chunk, np.int32)
-    lowered = _run.lower(
-        *arguments(laws, nobody, nobody),
-        sampler=sampler,
-        measured=measured,
-        keep=keep,
-        block=block,
-        spectrum=spectrum,
-        mesh=mesh,
-    )
-    program = lowered.compile(_compilation.options(seconds, computes_twice=True))
-
-    def run(laws: Laws, which: np.ndarray, numbers: np.ndarray) -> dict[str, np.ndarray]:
-        found = program(*arguments(laws, which, numbers))
-        if mesh.is_multi_process and everywhere:
-            found = multihost_utils.process_allgather(found, tiled=True)
-        elif mesh.is_multi_process:
-            found = [_own_part(array, axis) for axis, array in zip((1, 0), found, strict=False)]
-        values, *logs = map(np.asarray, found)
-        named = dict(zip((s.key for s in measured), values, strict=True))
-        return named | dict(zip([LOG_SINGULAR_VALUES], logs, strict=False))
-
-    return run
-
-
-def own_networks(chunk: int, devices: Sequence[jax.Device]) -> np.ndarray:
-    """Return which networks of a chunk the devices of this process draw, in ascending order."""
-    mine = [device.process_index == jax.process_index() for device in devices]
-    return np.flatnonzero(np.repeat(mine, chunk // len(devices)))
-
-
-def _own_part(array: Array, axis: int) -> np.ndarray:
-    """Return what is on this process's devices of an array that is shared along an axis."""
-    parts = sorted(array.addressable_shards, key=lambda part: part.index[axis].start)
-    return np.concatenate([part.data for part in parts], axis=axis)
-
-
-_STATIC = ("sampler", "measured", "keep", "block", "spectrum", "mesh")
-
-
-@functools.partial(jax.jit, static_argnames=_STATIC)
-def _run(
-    laws: Laws,
-    which: Array,
-    numbers: Array,
-    sampler: str,
-    measured: tuple[Statistic, ...],
-    keep: tuple[bool, bool],
-    block: int,
-    mesh: Mesh,
-    spectrum: bool = False,
-) -> tuple[Array, ...]:
-    """One chunk: the statistics of these networks of these laws, (statistics, chunk, layers).
-
-    And, if they are asked for, log singular values, (chunk, k).
-    """
-
-    def on_one_device(laws: Laws, which: Array, numbers: Array) -> tuple[Array, ...]:
-        several = laws.inputs.shape[0] > 1
-
-        def one(which: Array, number: Array) -> tuple[Array, ...]:
-            law = jax.tree.map(lambda leaf: leaf[which if several else 0], laws)
-            # Here, where the key is an argument: of a constant one, JAX 0.12 may compile without
-            # end.
-            key = jax.random.fold_in(_threefry.fused(law.key), number)
-            found = propagation.propagate(
-                law.network,
-                law.inputs,
-                key,
-                sampler=sampler,
-                wanted=measured,
-                keep=keep[0],
-                checkpoint=keep[1],
-            )
-            values = jnp.stack([found[s.key] for s in measured])
-            if not spectrum:
-                return (values,)
-            return values, singular_values.end_to_end(law.network, law.inputs, key)
-
-        values, *logs = (
-            jax.vmap(one)(which, numbers)
-            if len(numbers) == block
-            else jax.lax.map(lambda pair: one(*pair), (which, numbers), batch_size=block)
-        )
-        return values.swapaxes(0, 1), *logs
-
-    if mesh.size == 1:
-        return on_one_device(laws, which, numbers)
-    everywhere, each = PartitionSpec(), PartitionSpec(_NETWORKS)
-    shared = jax.shard_map(
-        on_one_device,
-        mesh=mesh,
-        in_specs=(everywhere, each, each),
-        out_specs=(PartitionSpec(None, _NETWORKS), *[each] * spectrum),
-        check_vma=False,
-    )
-    return shared(laws, which, numbers)
-
-
-# What became of a layer's signal, measured like a statistic but never reported as one.
-OVERFLOWED = Statistic(
-    "overflowed",
-    "signal is not finite",
-    measure=lambda s: ~jnp.all(jnp.isfinite(s.preactivation)),
-    predict=lambda _: jnp.zeros(()),
-)
-VANISHED = Statistic(
-    "vanished",
-    "signal is zero",
-    measure=lambda s: jnp.all(s.preactivation == 0),
-    predict=lambda _: jnp.zeros(()),
-)
-
-
-def in_order(call: Callable, networks: int, chunk: int, workers: int) -> Iterator[tuple[int, Any]]:
-    """Run the chunks, several at a time, and hand on their values in order, on the host.
-
-    ``call`` takes a chunk's first number; all that it returns has an axis of networks in front.
-    """
-    with ThreadPoolExecutor(workers) as pool:
-        waiting: collections.deque[tuple[int, Future]] = collections.deque()
-        starts = iter(range(0, networks, chunk))
-        try:
-            while True:
-                for first in starts:
-                    waiting.append((first, pool.submit(call, first)))
-                    if len(waiting) > workers:
-                        break
-                if not waiting:
-                    return
-                first, future = waiting.popleft()
-                # The last chunk is padded with networks that nobody asked for.
-                count = min(chunk, networks - first)
-                yield first + count, jax.tree.map(lambda v, stop=count: v[:stop], future.result())
-        finally:
-            for _, future in waiting:
-                future.cancel()
 
 
 @functools.partial(jax.jit, static_argnames="sampler")
@@ -518,30 +341,3 @@ def _draw_signals(
         lambda i: propagation.signals(network, inputs, jax.random.fold_in(key, i), sampler=sampler),
         numbers,
     )
-
-
-def _histograms(
-    network: Network, inputs: Array, key: Array, sampler: str, networks: int
-) -> dict[str, Histogram]:
-    """Histograms from the first networks: as many as give each layer enough values."""
-    sites, widest = inputs.shape[0], max(network.widths)
-    count = min(networks, _HISTOGRAM_NETWORKS, math.ceil(_HISTOGRAM_VALUES / (sites * widest)))
-
-    numbers = network.as_arrays(inputs.dtype)
-    drawn = jax.device_get(_draw_signals(numbers, inputs, key, jnp.arange(count), sampler))
-    layers = [
-        (stage, layer) for stage, z in enumerate(drawn.preactivation) for layer in range(z.shape[1])
-    ]
-
-    def every(stages: list[np.ndarray]) -> list[np.ndarray]:
-        return [stages[stage][:, layer] for stage, layer in layers]
-
-    z, log_scale = every(drawn.preactivation), every(drawn.log_scale)
-    delta, log_norm = every(drawn.gradient), every(drawn.log_gradient_norm)
-    # Signals have a scale beside them only where φ is linear for them.
-    h = [np.asarray(network.activation(jnp.asarray(value))) for value in z]
-    return {
-        "preactivation": estimation.histogram(z, log_scale),
-        "activation": estimation.histogram(h, log_scale),
-        "gradient": estimation.histogram(delta, log_norm),
-    }

@@ -4,22 +4,22 @@ A sampler is one function ``multiply(key, x, tap, …)`` that returns x Wᵀ for
 (n_out, n_in), with a rule for pulling a gradient Δ back to Δ W. There are two, and `given`, which
 draws nothing: for networks that have been trained.
 
-`dense` draws every weight. It is what any reader would write, and works for every ensemble.
+`dense` draws every weight. This is how anybody would do it, and it works for every ensemble.
 
 `matrix_free` never draws W, and is *exact* all the same, for independent Gaussian and for
-Haar-orthogonal weights: it asks a matrix that is decided only as far as it is asked (see
-`gradflow.simulation.matrices`), once on the way up and once on the way down. A layer costs
+Haar-orthogonal weights: it multiplies by a matrix that is decided only as far as products need it
+(`gradflow.simulation._matrices`), once in the forward and once in the backward pass. A layer costs
 O(n sites²) instead of O(n²), with the same joint law of all activations and gradients. That law is
 of *one* pull-back of all sites together: the backward rule may be applied once for each application
 of the forward one. A second pull-back through the same weights would have to remember the first
-one's answer, as `gradflow.simulation.jacobians` does, and `gradflow.simulation.propagation` where
-the time steps of a stage share their weights: T steps ask each matrix 2T times, at a cost of
+one's product, as `gradflow.simulation.jacobians` does, and `gradflow.simulation.propagation` where
+the time steps of a stage share their weights: T steps take 2T products of each matrix, at a cost of
 O(n T² sites²) without the weights and of O(n² T sites) with them.
 
 In all, ``tap`` is a (sites, sites) array of zeros whose cotangent is *defined* as
 (Δ Δᵀ) ∘ (x xᵀ): the sum of its entries is ‖Δᵀ x‖_F², the squared norm of ∂C/∂W. That is how a
-weight gradient is measured without the weights. Where W is a part of a larger matrix, the rest of
-which is zero, ``full_input`` is what all of it gets, and takes the place of x in this.
+weight gradient is measured without the weights. Where W is a part of a larger matrix whose other
+entries are zero, ``full_input`` is what the larger matrix multiplies, and it replaces x in this.
 """
 
 import functools
@@ -145,12 +145,12 @@ Sampler = Callable[..., Array]
 SAMPLERS: dict[str, Sampler] = {"dense": dense, "matrix_free": matrix_free}
 
 
-# Nanoseconds on one core of a CPU, measured: for drawing an entry both ways and multiplying one
-# input by it; for what matrix_free does with a unit of each pair of inputs, and of each input.
+# Nanoseconds on one core of a CPU, measured: for drawing an entry in both passes and multiplying
+# one input by it; for a unit in matrix_free's operations, of each pair of inputs and of each input.
 _DRAWN, _MULTIPLIED = 2.5, 0.06
 _PER_PAIR, _PER_INPUT = 0.7, 6.0
 # Of weights that time steps share: for reading an entry at a step, both ways, and multiplying an
-# input by it; and for what matrix_free does with a unit of each pair of questions.
+# input by it; and for the operations of matrix_free on a unit of each pair of products.
 _READ, _READ_BY_INPUT, _PER_REMEMBERED = 2.0, 1.0, 10.0
 
 
@@ -168,12 +168,12 @@ def choose(name: str, network: Network, sites: int = 1) -> tuple[str, str]:
     network
         The law of the network.
     sites
-        How many inputs, or tangents and cotangents, are asked of each matrix.
+        The number of inputs, or of tangents and cotangents, that each matrix multiplies.
 
     Raises
     ------
     InputError
-        If the name is unknown, or ``matrix_free`` is asked for weights that it cannot draw.
+        If the name is unknown, or ``matrix_free`` cannot draw the weights.
     """
     if name == "auto":
         if not network.rotation_invariant:
@@ -199,10 +199,10 @@ def choose(name: str, network: Network, sites: int = 1) -> tuple[str, str]:
 
 
 def seconds(name: str, network: Network, sites: int) -> float:
-    """Return about how long a sampler takes for one network, on one core of a CPU.
+    """Estimate how long a sampler takes for one network, in seconds on one core of a CPU.
 
-    Layers that share their weights put all their questions to the same matrices: ``dense`` draws
-    them once, and ``matrix_free`` compares each question with all before.
+    Layers that share their weights multiply by the same matrices: ``dense`` draws them once, and
+    ``matrix_free`` compares each vector with all before.
     """
     total, first, every = 0.0, 0, network.shapes
     for stage in network.stages:

@@ -9,7 +9,7 @@ Instead, in two steps whose errors are relative to each singular value:
   up is larger than its own scale, whatever the scales of the rows above it.
 * One-sided Jacobi rotations make these rows orthogonal; their lengths are the singular values. A
   rotation of rows of lengths 1 and ρ needs ρ only in terms that stay finite as ρ -> 0, where it
-  becomes a step of Kernel-Schmidt. Its relative error does not depend on how the rows are scaled
+  becomes a step of Gram-Schmidt. Its relative error does not depend on how the rows are scaled
   (Demmel & Veselić 1992, SIAM J. Matrix Anal. Appl. 13, 1204), only on how far from parallel they
   are, which after QR is of order 1.
 
@@ -18,11 +18,7 @@ returned. Singular values that are 0 because units are dead (ReLU) are -inf, and
 remains is eps times the largest condition number of a factor.
 
 The first and last few, of networks too wide for that (`extreme_singular_values`), by Golub-Kahan
-bidiagonalisation: with Jacobian J, from a random v_1,
-
-    J v_k = α_k u_k + β_{k-1} u_{k-1},    Jᵀ u_k = α_k v_k + β_k v_{k+1},
-
-every vector orthogonalised against all before. J is only asked, on either sampler.
+bidiagonalisation, which needs products with J and Jᵀ alone.
 """
 
 import functools
@@ -41,12 +37,13 @@ from gradflow._checks import check_count, check_instance, check_number, is_trace
 from gradflow.errors import InputError
 from gradflow.networks import Network, as_inputs
 from gradflow.norms import unit_rows
-from gradflow.simulation import _memory, jacobians
-from gradflow.simulation._matrices import orthonormal_rows
+from gradflow.simulation import _end_to_end, _lanczos, _memory
+from gradflow.simulation._factors import checked_factors
+from gradflow.simulation._lanczos import ExtremeSingularValues, bidiagonalise
+from gradflow.simulation._linearisation import matrix_sampler
 from gradflow.simulation.jacobians import Jacobian
 
 __all__ = [
-    "Bidiagonal",
     "ExtremeSingularValues",
     "LogSingularValues",
     "bidiagonalise",
@@ -104,14 +101,14 @@ class _Product(NamedTuple):
     def empty(cls, n: int, dtype: jnp.dtype) -> "_Product":
         """Return the product of no matrices, the identity.
 
-        In a basis that is like no other: QR then leaves what is of rank r in its first r rows,
-        also where columns of the first factor are 0.
+        In a random basis: the QR factorisation of a matrix of rank r then has its rank in the first
+        r rows, also where columns of the first factor are 0.
         """
         basis = jax.random.orthogonal(from_seed(0), n, dtype=dtype)
         return cls(basis, basis.T, jnp.zeros(n, dtype), jnp.asarray(n))
 
     def times(self, factor: Float[Array, "m n"]) -> tuple["_Product", Float[Array, " k"]]:
-        """Return factor · self, and the logarithms of the diagonal of what it is upright."""
+        """Return factor · self, and the logarithms of the diagonal of its triangle R."""
         rank = jnp.minimum(jnp.any(factor != 0, 0).sum(), jnp.any(factor != 0, 1).sum())
         basis, triangle = jnp.linalg.qr(_matmul(factor, self.basis))
         log_size = jnp.log(jnp.abs(triangle))
@@ -163,16 +160,16 @@ def log_singular_values(
         If there is no factor, or shapes do not fit.
     """
     runs = _runs(factors)
-    found = _in_float64(_log_singular_values, runs)
-    return found._replace(log=found.log.astype(runs[0].dtype))
+    values = _in_float64(_log_singular_values, runs)
+    return values._replace(log=values.log.astype(runs[0].dtype))
 
 
 def of_jacobian(jacobian: Jacobian) -> LogSingularValues:
     """Return all singular values of a Jacobian with few outputs, or few inputs.
 
     Its rows, or its columns if they are fewer, are made one by one, each beside the logarithm of
-    its length, and turned orthogonal as above. The largest are right to rounding; those that are
-    far below what rows have in common are lost in it. A pure function: jit it, vmap it.
+    its length, and turned orthogonal as above. The largest are right to rounding; those far below
+    a direction that all rows have in common are lost in it. A pure function: jit it, vmap it.
 
     Parameters
     ----------
@@ -180,7 +177,7 @@ def of_jacobian(jacobian: Jacobian) -> LogSingularValues:
         Drawn ``matrix_free`` it needs places for as many cotangents as there are outputs, or for as
         many tangents as there are inputs, whichever are fewer.
     """
-    check_instance("jacobian", jacobian, Jacobian, "what jacobians.draw returns")
+    check_instance("jacobian", jacobian, Jacobian, "a Jacobian, as jacobians.draw returns it")
     n_in, n_out = math.prod(jacobian.tangent_shape), math.prod(jacobian.cotangent_shape)
     basis = jnp.eye(min(n_in, n_out), dtype=jacobian.dtype)
     if n_out <= n_in:
@@ -199,13 +196,18 @@ def end_to_end(
 
     For histograms of many networks: by one SVD of the product, in the inputs' dtype, a hundred
     times as fast as `log_singular_values`. Each s is right to within rounding of the largest.
-    Which of them are 0 is not asked of it: they are as many as units without slope in the layer
-    that has most, and all others are above 0, however small. A pure function: jit it, vmap it.
+    The number of those that are 0 is not taken from the SVD: it is that of the units without slope
+    in the layer that has most, and all others are above 0, however small. A pure function: jit it,
+    vmap it.
 
     Parameters
     ----------
-    network, inputs, key
-        As for `jacobians.end_to_end`.
+    network
+        The law of the network.
+    inputs
+        Shape (1, n_0): one input.
+    key
+        The network's key.
 
     Returns
     -------
@@ -218,11 +220,11 @@ def end_to_end(
     InputError
         If there are several inputs.
     """
-    found = jacobians.end_to_end(network, inputs, key)
-    finite = jnp.all(jnp.isfinite(found.transposed))
-    s = _singular_values()(jnp.where(finite, found.transposed, 0))
-    log = jnp.log(jnp.maximum(s, jnp.finfo(s.dtype).tiny)) + found.log_scale
-    log = jnp.where(jnp.arange(len(s)) < found.alive, log, -jnp.inf)
+    jacobian = _end_to_end.end_to_end(network, inputs, key)
+    finite = jnp.all(jnp.isfinite(jacobian.transposed))
+    s = _singular_values()(jnp.where(finite, jacobian.transposed, 0))
+    log = jnp.log(jnp.maximum(s, jnp.finfo(s.dtype).tiny)) + jacobian.log_scale
+    log = jnp.where(jnp.arange(len(s)) < jacobian.alive, log, -jnp.inf)
     return jnp.where(finite, log, jnp.nan)
 
 
@@ -235,9 +237,9 @@ _SQUARES = 10
 
 
 def seconds(network: Network) -> float:
-    """Return about how long `end_to_end` takes beside a walk, for one network on one core of a CPU.
+    """Estimate the seconds that `end_to_end` takes beside the passes, on one core of a CPU.
 
-    With the factorisations of that walk, up and down, which `samplers.seconds` leaves out: n³.
+    With the factorisations of both passes, which `samplers.seconds` leaves out: n³.
     """
     n = float(network.input_width)
     haar = any(law.haar for stage in network.stages for law in stage.block.distributions)
@@ -291,7 +293,7 @@ def _runs(factors: Any) -> list[Array]:
     """Check the factors, and stack neighbours of one shape, (layers, rows, columns) each."""
     if hasattr(factors, "shape") and len(factors.shape) == 3 and len(factors):
         return [jnp.asarray(as_real("factors", factors))]
-    each = jacobians.checked_factors(factors)
+    each = checked_factors(factors)
     for factor in each:
         as_real("factors", factor)
     return [jnp.stack(list(run)) for _, run in itertools.groupby(each, lambda m: m.shape)]
@@ -396,151 +398,6 @@ def _orthogonalise(rows: Array, log_scale: Array) -> tuple[Array, Array, Array]:
     return log_scale[:k], sweeps, worst
 
 
-class Bidiagonal(NamedTuple):
-    """What k steps of Golub-Kahan know of a Jacobian: J V = U B up to a rest, exp(log_unit) times.
-
-    B is upper bidiagonal, (k, k + 1), with α_1 … α_k on its diagonal and β_1 … β_k beside it. A
-    singular value of B with right vector q is one of J to within α_{k+1} |q_{k+1}|.
-    """
-
-    alpha: Float[Array, " places"]
-    beta: Float[Array, " places"]
-    log_unit: Float[Array, ""]  # natural logarithm of the unit of both; α_1 is 1 in it
-    left: Float[Array, "places m"]  # rows u_1, …, u_{k+1}
-    right: Float[Array, "places n"]  # rows v_1, …, v_{k+1}
-    steps: Int[Array, ""]  # k; there are places for a limited number of them
-    jacobian: Jacobian  # with all that it has answered
-
-    def with_places(self, more: int) -> "Bidiagonal":
-        """Return the same with places for more steps."""
-        alpha, beta = (jnp.pad(values, (0, more)) for values in (self.alpha, self.beta))
-        left, right = (jnp.pad(rows, ((0, more), (0, 0))) for rows in (self.left, self.right))
-        jacobian = self.jacobian.with_places(more)
-        return Bidiagonal(alpha, beta, self.log_unit, left, right, self.steps, jacobian)
-
-
-def bidiagonalise(jacobian: Jacobian, start: Float[Array, " n"], steps: int) -> Bidiagonal:
-    """Bidiagonalise a Jacobian: ``steps`` products with J and Jᵀ each, beside a first with J.
-
-    A pure function: jit it, vmap it over networks. With ``matrix_free`` the law of all that it
-    returns is exact, because the matrices remember. Once all directions are used up, what follows
-    is 0.
-
-    Parameters
-    ----------
-    jacobian
-        With places for steps + 1 tangents and ``steps`` cotangents.
-    start
-        v_1, shape (sites · n_l,), of any length.
-    steps
-        At least 1.
-
-    References
-    ----------
-    Golub & Kahan 1965, SIAM J. Numer. Anal. Ser. B 2, 205; every vector is orthogonalised against
-    all before it.
-    """
-    check_instance("jacobian", jacobian, Jacobian, "what jacobians.draw returns")
-    start, units = jnp.asarray(as_real("start", start)), math.prod(jacobian.tangent_shape)
-    if start.shape != (units,):
-        raise InputError(f"start has shape {start.shape}; it is ({units},) for this Jacobian")
-    steps = check_count("steps", steps)
-    return _advanced(_begun(jacobian, start).with_places(steps), steps)
-
-
-def _begun(jacobian: Jacobian, start: Array) -> Bidiagonal:
-    """Make the first product, J v_1 = α_1 u_1; it has no places for more."""
-    v = unit_rows(start[None].astype(jacobian.dtype))[0]
-    first = jacobian.times(v.reshape(1, *jacobian.tangent_shape))
-    some = jnp.isfinite(first.log_norm)
-    return Bidiagonal(
-        alpha=some.astype(v.dtype),
-        beta=jnp.zeros(1, v.dtype),
-        log_unit=jnp.where(some, first.log_norm, 0)[0],
-        left=first.direction.reshape(1, -1),
-        right=v,
-        steps=jnp.asarray(0),
-        jacobian=first.jacobian,
-    )
-
-
-def _advanced(state: Bidiagonal, steps: int) -> Bidiagonal:
-    """Make ``steps`` steps more."""
-    if state.jacobian.apart:
-        for _ in range(steps):
-            state = _step(state)
-        return state
-    return jax.lax.scan(lambda state, _: (_step(state), None), state, None, length=steps)[0]
-
-
-def _step(state: Bidiagonal) -> Bidiagonal:
-    k, jacobian = state.steps, state.jacobian
-    back = jacobian.transpose_times(state.left[k].reshape(1, *jacobian.cotangent_shape))
-    v, right, beta = _rest(back.direction, back.log_norm - state.log_unit, state.right, k + 1)
-    forth = back.jacobian.times(v.reshape(1, *jacobian.tangent_shape))
-    _, left, alpha = _rest(forth.direction, forth.log_norm - state.log_unit, state.left, k + 1)
-    return Bidiagonal(
-        alpha=state.alpha.at[k + 1].set(alpha),
-        beta=state.beta.at[k].set(beta),
-        log_unit=state.log_unit,
-        left=left,
-        right=right,
-        steps=k + 1,
-        jacobian=forth.jacobian,
-    )
-
-
-@functools.partial(jax.jit, donate_argnames="known")
-def _rest(
-    direction: Array, log_length: Array, known: Array, place: Array
-) -> tuple[Array, Array, Array]:
-    """Put what of a vector is orthogonal to known ones, at length 1, beside them.
-
-    Return it, all of them, and how long it was.
-    """
-    row = jnp.exp(log_length)[:, None] * direction.reshape(1, -1)
-    unit = orthonormal_rows(row, known)
-    length = jnp.sum(unit * row)
-    return unit, jax.lax.dynamic_update_slice_in_dim(known, unit, place, 0), length
-
-
-class ExtremeSingularValues(NamedTuple):
-    """The largest and smallest singular values of a Jacobian, as natural logarithms.
-
-    Attributes
-    ----------
-    log_largest
-        Shape (leading,), descending.
-    log_smallest
-        Shape (trailing,), ascending, of those that are not 0.
-    error_largest, error_smallest
-        Estimated errors of these logarithms: with θ the approximation and r its residual, the
-        smaller of r/θ and, for one at a distance d from the next approximation, r²/(d θ).
-    steps
-        K, of the bidiagonalisation.
-    converged
-        Whether all errors are within the tolerance that was asked for.
-    sampler
-        Which one was used.
-    """
-
-    log_largest: np.ndarray
-    log_smallest: np.ndarray
-    error_largest: np.ndarray
-    error_smallest: np.ndarray
-    steps: int
-    converged: bool
-    sampler: str
-
-
-# Steps between two looks at the errors, and places for steps: as many more each time, or half as
-# many as there are. Empty places take as much time as used ones, and more places new programs.
-_STEPS_AT_ONCE = 8
-_MORE_PLACES = 32
-# Bytes of one layer's answers, beyond which copying them costs more than a program for each layer.
-_WORTH_HOLDING_APART = 1 << 22
-
-
 def extreme_singular_values(
     network: Network,
     inputs: Float[Array, "sites n_0"],
@@ -555,7 +412,7 @@ def extreme_singular_values(
     most_steps: int = 512,
     memory_budget: int | None = None,
 ) -> ExtremeSingularValues:
-    """Find the first and last few singular values of one random network's Jacobian.
+    """Compute the first and last few singular values of one random network's Jacobian.
 
     By Golub-Kahan bidiagonalisation, without forming J; with ``matrix_free`` without any weights,
     in 4 n numbers a layer and step: ten of width 10⁵ and depth 20 take some gigabytes, where the
@@ -564,20 +421,24 @@ def extreme_singular_values(
 
     Parameters
     ----------
-    network, inputs, key
-        The law of the network, where it is linearised, shape (sites, n_0), and what is drawn.
+    network
+        The law of the network.
+    inputs
+        Shape (sites, n_0): where it is linearised, all inputs at once.
+    key
+        The network's key.
     leading, trailing
-        How many of the largest and of the smallest.
+        The numbers of largest and of smallest singular values.
     sampler
         ``"dense"``, ``"matrix_free"``, or ``"auto"``: matrix_free where the law allows it.
     below, above
         The stretch of layers, as for `jacobians.draw`.
     tolerance
-        What the estimated errors of the logarithms should come to.
+        The largest estimated error of a logarithm at which the steps end.
     most_steps
-        Where to end without that.
+        The number of steps at which they end without that.
     memory_budget
-        Bytes to stay within; the device's free memory without it.
+        Bytes to stay within; without it, the device's free memory.
 
     Raises
     ------
@@ -593,102 +454,12 @@ def extreme_singular_values(
     if leading + trailing == 0:
         raise InputError("leading and trailing are 0; at least one is more")
     inputs, key = as_inputs(inputs, network), as_key(key)
-    name = jacobians.chosen_sampler(sampler, network)
-    numbers = network.as_arrays(inputs.dtype)
-    free = _memory.available() if memory_budget is None else memory_budget
-    places = min(most_steps, max(_MORE_PLACES, 2 * (leading + trailing)))
-    needed = _bytes(network, inputs, name, places)
-    if needed > free:
-        raise InputError(
-            f"{places} steps with sampler {name!r} need {needed / 2**30:.3g} GiB and "
-            f"{free / 2**30:.3g} GiB are free; use a smaller width or depth, or fewer most_steps"
-        )
-    widest = max(network.widths)
-    layer_numbers = widest**2 if name == "dense" else 4 * places * inputs.shape[0] * widest
-    apart = layer_numbers * inputs.dtype.itemsize > _WORTH_HOLDING_APART
-    start, with_places, advance = (
-        (_start, Bidiagonal.with_places, _advanced) if apart else _COMPILED
-    )
-    state = start(numbers, inputs, key, name, below, above, places, apart)
-    state, steps = advance(state, min(_STEPS_AT_ONCE, places)), min(_STEPS_AT_ONCE, places)
-    found = _extremes(state, leading, trailing, tolerance, name)
-    while not found.converged and found.steps == steps:
-        if steps == places:
-            more = min(max(_MORE_PLACES, places // 2), most_steps - steps)
-            if not more or _bytes(network, inputs, name, places + more) > free:
-                break
-            state, places = with_places(state, more), places + more
-        more = min(_STEPS_AT_ONCE, places - steps)
-        state, steps = advance(state, more), steps + more
-        found = _extremes(state, leading, trailing, tolerance, name)
-    return found
-
-
-def _bytes(network: Network, inputs: Array, sampler: str, places: int) -> int:
-    """Return a bound on the memory for this many steps, while more places are made."""
-    weights = sum(n * m for n, m in itertools.pairwise(network.widths))
-    answers = 4 * (places + 1) * inputs.shape[0] * sum(network.widths)
-    return 2 * inputs.dtype.itemsize * (weights if sampler == "dense" else answers)
-
-
-def _start(
-    network: Network,
-    inputs: Array,
-    key: Array,
-    sampler: str,
-    below: int,
-    above: int | None,
-    places: int,
-    apart: bool,
-) -> Bidiagonal:
-    jacobian = jacobians.draw(
-        network, inputs, key, sampler=sampler, below=below, above=above, cotangents=0, apart=apart
-    )
-    # The first of the network's keys is that of what starts at its top.
-    start_key = jax.random.split(key, network.depth + 1)[0]
-    start = jax.random.normal(start_key, (math.prod(jacobian.tangent_shape),), inputs.dtype)
-    return _begun(jacobian, start).with_places(places)
-
-
-# As whole programs; layers that are held apart have one each.
-_COMPILED = (
-    jax.jit(_start, static_argnums=(3, 4, 5, 6, 7)),
-    jax.jit(Bidiagonal.with_places, static_argnums=1),
-    jax.jit(_advanced, static_argnums=1, donate_argnums=0),
-)
-
-
-def _extremes(
-    state: Bidiagonal, leading: int, trailing: int, tolerance: float, sampler: str
-) -> ExtremeSingularValues:
-    """Return the singular values of B with their errors, on the host and in float64."""
-    alpha, beta = np.asarray(state.alpha, np.float64), np.asarray(state.beta, np.float64)
-    made, log_unit = int(state.steps), float(state.log_unit)
-    steps = int(np.count_nonzero(alpha[:made]))  # fewer where directions were used up
-    rounding = float(jnp.finfo(state.left.dtype).eps)
-    b = np.zeros((steps, steps + 1))
-    b[np.arange(steps), np.arange(steps)] = alpha[:steps]
-    b[np.arange(steps), np.arange(steps) + 1] = beta[:steps]
-    _, theta, q = np.linalg.svd(b) if steps else (None, np.zeros(0), np.zeros((1, 1)))
-    residual = alpha[steps] * np.abs(q[:steps, -1])
-    distance = np.full(steps, np.inf)
-    if steps > 1:
-        gaps = -np.diff(theta)
-        distance[:-1] = gaps
-        distance[1:] = np.minimum(distance[1:], gaps)
-    with np.errstate(divide="ignore", invalid="ignore"):
-        error = np.minimum(residual, residual**2 / distance)
-        relative = (np.nan_to_num(error, nan=np.inf) + rounding * theta.max(initial=0)) / theta
-        log = np.log(theta) + log_unit
-    last = slice(None, -trailing - 1, -1) if trailing else slice(0, 0)
-    chosen = np.concatenate([relative[:leading], relative[last]])
-    enough = steps >= leading + trailing or steps < made
-    return ExtremeSingularValues(
-        log_largest=log[:leading],
-        log_smallest=log[last],
-        error_largest=relative[:leading],
-        error_smallest=relative[last],
-        steps=steps,
-        converged=bool(enough and np.all(chosen <= tolerance)),
-        sampler=sampler,
+    return _lanczos.extreme(
+        network,
+        inputs,
+        key,
+        _lanczos.Linearised(matrix_sampler(sampler, network).sampler, below, above, apart=False),
+        _lanczos.Wanted(leading, trailing, tolerance),
+        most_steps,
+        _memory.available() if memory_budget is None else memory_budget,
     )

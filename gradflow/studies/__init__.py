@@ -12,7 +12,7 @@ axis         one dimension of the grid: fields of the file that vary along it to
 point        one combination of the axes' values: a law of networks, its inputs and its key
 share        one host's part of the networks of every point; the shares are merged into the whole
 program      one compiled program, and the points whose networks it draws
-round        networks that are drawn before it is asked again whether there are enough
+round        the networks that are drawn between two decisions on how many each point needs
 task         the networks that a round draws with one program
 chunk        a stretch of a task that is drawn, written and, after an interruption, resumed at once;
              or the theory of some of its points
@@ -28,10 +28,11 @@ statistics: `_depth_scales`, `_gradient_spread`, `_spectra`.
 """
 
 from gradflow.studies import execution, report, results, store, study_file
+from gradflow.studies._plan import Share
 from gradflow.studies._study import Study
 from gradflow.studies.execution import merge, run
 from gradflow.studies.store import Store
 from gradflow.studies.study_file import load
 
-__all__ = ["Store", "Study", "execution", "load", "merge", "report", "results"]
+__all__ = ["Share", "Store", "Study", "execution", "load", "merge", "report", "results"]
 __all__ += ["run", "store", "study_file"]

@@ -12,19 +12,19 @@ c* = 1, correlations are products of factors, one a layer, and of the logarithm 
 the ends say all there is to know about its slope. And the standard error of a difference of two
 layers follows from those that a study keeps, while that of a fit would take all covariances.
 
-The top gradient is N(0, I): its length is independent of what it is multiplied by on the way down,
+The top gradient is N(0, I): its length is independent of the factors that multiply it going down,
 so that the variance of the difference is that at m less that at the top. Going up, fluctuations
 carry over with the factors χ∥ and χ_c > 0, and covariances between layers are not negative: leaving
 them out of a difference makes its standard error too large and never too small.
 
-x* is a number only where it is one at any width: c* = 1 where χ₁ <= 1 (equal inputs stay equal),
-and q* = 0. Elsewhere it is x^L, as measured. The layers a and b are chosen by theory's curve x^l
-beside the measured errors, so that no choice is made by what is measured: b is the last layer where
-|x - x*| is five standard errors, and five times as far as the top's is in theory; and a lies
-halfway from the first such layer to it, past the transient. The same estimate from theory's curve
-stands beside the measured one, and the two are compared: that at finite depth it is not yet 1/ξ is
-common to both. Where it is off by more than a fifth in theory, depth or precision does not suffice,
-and there is none.
+For x* theory's number is taken only where it holds at any width: c* = 1 where χ₁ <= 1 (equal
+inputs stay equal), and q* = 0. Elsewhere x^L stands for it, as measured. The layers a and b are
+chosen by theory's curve x^l and the measured errors, and not by the measured values: b is the last
+layer where |x - x*| is at least five standard errors, and five times the top layer's in theory; a
+lies halfway between the first such layer and b, past the transient. The same estimate from theory's
+curve stands beside the measured one, and the two are compared: both differ alike from the
+asymptotic 1/ξ at finite depth. Where theory's own estimate is off by more than a fifth, depth or
+precision does not suffice, and there is no estimate.
 """
 
 import dataclasses
@@ -45,22 +45,23 @@ from gradflow.blocks import Dense
 from gradflow.studies._point import Point
 from gradflow.studies._study import Study
 from gradflow.theory import fixed_points
-from gradflow.theory.fixed_points import DEPTH_SCALES, Analysis
+from gradflow.theory._depth_scales import DEPTH_SCALES
+from gradflow.theory.fixed_points import Analysis
 
 __all__ = ["Curve", "Rate", "add", "decay_rate", "gradient_rate"]
 
-# Layers that a network has at least; networks with fewer have nothing to measure.
+# The least depth of networks whose depth scales are measured.
 _LEAST_DEPTH = 8
-# Standard errors that a distance from the fixed point has at least, and a rate whose ξ is given.
+# The fewest standard errors from 0 of a distance from the fixed point, and of a rate with a ξ.
 _CLEAR, _KNOWN = 5.0, 4.0
-# Steps from a to b at least, and how far from 1/ξ theory's own estimate may be, as a share.
+# The fewest layers from a to b; and the largest relative error of theory's own estimate of 1/ξ.
 _STRETCH, _BIAS = 1, 0.2
 # Rounding of the simulation's float type that a measurement may carry, in units of its epsilon.
 _ROUNDING = 8
-# The skewness of a mean of squared gradients, if they are log-normal, up to which its standard
-# error says how far it is from what it estimates.
+# The largest skewness of a mean of squared gradients, if they are log-normal, whose standard error
+# is trusted.
 _SKEWNESS = 0.5
-# What a point's fixed points take, on one core.
+# Seconds that the fixed points of one point take on one core.
 _SECONDS = 5e-4
 
 
@@ -68,8 +69,8 @@ _SECONDS = 5e-4
 class Curve:
     """A statistic of one point by layer: measured, its standard error, and theory; (layers,).
 
-    ``shift`` is what the width adds to theory, to first order, or NaN; ``rounding`` is the float
-    type's epsilon. Of q and of gradients all are natural logarithms.
+    ``shift`` is the effect of the width on theory, to first order, or NaN; ``rounding`` is the
+    float type's epsilon. Curves of q and of gradients are natural logarithms.
     """
 
     measured: np.ndarray
@@ -80,21 +81,21 @@ class Curve:
 
     @property
     def noise(self) -> np.ndarray:
-        """The standard error, and what rounding adds to it."""
+        """The standard error, with rounding errors added in quadrature."""
         rounding = _ROUNDING * self.rounding * (1 + np.abs(self.theory))
         return np.asarray(np.hypot(self.error, rounding))
 
 
 class Rate(NamedTuple):
-    """1/ξ in 1/layers, or NaN."""
+    """The rate 1/ξ, in 1/layers, with all fields NaN where it is not known."""
 
     value: float = math.nan
     error: float = math.nan  # standard error
     theory: float = math.nan  # the same estimate from theory's curve
     z: float = math.nan
-    shift: float = math.nan  # what the width adds to theory's, to first order
+    shift: float = math.nan  # the effect of the width on theory's, to first order
     shifted_z: float = math.nan
-    first: float = math.nan  # the layers that it is read off, from 1 on
+    first: float = math.nan  # the two layers that it is estimated from, numbered from 1
     last: float = math.nan
 
 
@@ -104,16 +105,16 @@ def gradient_rate(curve: Curve, networks: float | int = math.nan) -> Rate:
     Parameters
     ----------
     curve
-        log of the mean squared gradient; or 2 log ‖∂C/∂z‖ on average, which has another slope: that
-        of the typical network, lower by half the variance of the logarithm.
+        The log of the mean squared gradient; or the mean of 2 log ‖∂C/∂z‖, whose slope is that of
+        the typical network, lower by half the variance of the logarithm.
     networks
-        How many the mean of squares is over; NaN where the logarithm is averaged.
+        The number of networks in the mean of squares; NaN where the logarithm is averaged.
 
     Returns
     -------
     Rate
-        NaN where a few networks are most of the mean of squares, whose standard error then says
-        nothing: where log-normal numbers of that spread had a mean of skewness above 1/2.
+        NaN where a few networks make up most of the mean of squares, whose standard error is then
+        no use: where a mean of log-normal numbers of that spread has a skewness above 1/2.
     """
     top = len(curve.measured) - 1
     middle = top // 2
@@ -134,7 +135,7 @@ def gradient_rate(curve: Curve, networks: float | int = math.nan) -> Rate:
 
 
 def decay_rate(curve: Curve, xi: float, limit: float, *, known: bool, log: bool) -> Rate:
-    """Return the rate at which q or c comes near its fixed point.
+    """Return the rate at which q or c approaches its fixed point.
 
     Parameters
     ----------
@@ -145,7 +146,7 @@ def decay_rate(curve: Curve, xi: float, limit: float, *, known: bool, log: bool)
     limit
         Theory's fixed point, q* or c*.
     known
-        Whether it is that at any width; otherwise the top layer's value stands for it.
+        Whether the fixed point holds at any width; otherwise the top layer's value stands for it.
     log
         Whether the curve is a logarithm.
 
@@ -160,22 +161,22 @@ def decay_rate(curve: Curve, xi: float, limit: float, *, known: bool, log: bool)
     def distances(values: np.ndarray, to: float | None = limit if known else None) -> _Distance:
         return _Distance.of(values, curve.noise, to, log=log)
 
-    by_theory, found = distances(curve.theory), distances(curve.measured)
-    clear = by_theory.own + by_theory.limit < 1 / _CLEAR
-    if not known:  # the top is to be nearer to x* by as much
+    predicted, measured = distances(curve.theory), distances(curve.measured)
+    clear = predicted.own + predicted.limit < 1 / _CLEAR
+    if not known:  # the top must be as many times nearer to x*
         away = distances(curve.theory, limit).log[-1]
-        clear &= by_theory.log > away + math.log(_CLEAR)
+        clear &= predicted.log > away + math.log(_CLEAR)
     stretch = _stretch(clear)
     if stretch is None:
         return Rate()
     a, b = stretch
-    expected = by_theory.slope(a, b)
+    expected = predicted.slope(a, b)
     if not abs(expected * xi - 1) < _BIAS:
         return Rate()
     shifted = distances(curve.theory + curve.shift)
-    z, shifted_z = (found.z(other, a, b) for other in (by_theory, shifted))
-    value, error = found.slope(a, b), found.error(a, b)
-    if np.any(found.sign[[a, b]] != by_theory.sign[[a, b]]):
+    z, shifted_z = (measured.z(other, a, b) for other in (predicted, shifted))
+    value, error = measured.slope(a, b), measured.error(a, b)
+    if np.any(measured.sign[[a, b]] != predicted.sign[[a, b]]):
         value, error = math.nan, math.nan
     shift = shifted.slope(a, b) - expected
     return Rate(value, error, expected, z, shift, shifted_z, a + 1.0, b + 1.0)
@@ -193,7 +194,7 @@ class _Distance(NamedTuple):
     def of(
         cls, values: np.ndarray, noise: np.ndarray, limit: float | None, *, log: bool
     ) -> "_Distance":
-        """Return it of x, or of log x: then in units of x at the top, or, if x* = 0, of 1."""
+        """Return distances from x*; of a curve of log x in units of the top's x, if x* > 0."""
         if log and limit == 0:  # and x may have left the float's range
             return cls(values, np.ones_like(values), noise, np.zeros_like(noise))
         with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
@@ -209,10 +210,10 @@ class _Distance(NamedTuple):
         return float(self.log[a] - self.log[b]) / (b - a)
 
     def z(self, theory: "_Distance", a: int, b: int) -> float:
-        """Return the z of the slope, from distances as shares of theory's.
+        """Return the z of the slope, computed from distances as fractions of theory's.
 
-        They are normal if theory is right, as five standard errors' logarithm is not: that of a
-        distance by chance too small goes far down.
+        Such fractions are normal if theory is right. The logarithm of a distance of about five
+        standard errors is not: it has a long tail towards small distances.
         """
         at_a, at_b = (
             self.sign[n] * theory.sign[n] * np.exp(self.log[n] - theory.log[n]) for n in (a, b)
@@ -231,10 +232,10 @@ class _Distance(NamedTuple):
 
 def _stretch(clear: np.ndarray) -> tuple[int, int] | None:
     """Return the layers a and b: the upper half of the last run of layers that are clear."""
-    places = np.flatnonzero(clear)
-    if not places.size:
+    layers = np.flatnonzero(clear)
+    if not layers.size:
         return None
-    b = int(places[-1])
+    b = int(layers[-1])
     noisy = np.flatnonzero(~clear[:b])
     first = int(noisy[-1]) + 1 if noisy.size else 0
     a = first + (b - first + 1) // 2
@@ -258,24 +259,24 @@ def add(dataset: xarray.Dataset, study: Study) -> xarray.Dataset:
     Parameters
     ----------
     dataset
-        From `results.assemble`.
+        The labelled results, without depth scales; they are added to it.
     study
         Its study.
     """
-    laws = {n: law for n, point in enumerate(study.points()) if (law := _Law.of(point))}
+    uniform = {n: one for n, p in enumerate(study.points()) if (one := _Uniform.of(p))}
     gradients = next((n for n in ("gradient_variance", "log_gradient_norm") if n in dataset), "")
     sources = {"grad": gradients, "q": "q", "c": "correlation"}
     sources = {name: source for name, source in sources.items() if source in dataset}
-    if not laws or not sources:
+    if not uniform or not sources:
         return dataset
-    asymptotic = _asymptotic(laws)
+    asymptotic = _asymptotic(uniform)
     axes = tuple(axis.name for axis in study.axes)
     for name, source in sources.items():
         curves = _Curves(dataset, source, len(study))
         table = np.full((len(study), len(_COLUMNS)), np.nan)
-        for number, law in laws.items():
+        for number, networks in uniform.items():
             known = asymptotic[number]
-            rate = _rate_of(name, curves.of(number, law.depth), known, curves.networks(number))
+            rate = _rate_of(name, curves.of(number, networks.depth), known, curves.networks(number))
             table[number] = (*rate, *_length(rate), float(getattr(known, f"xi_{name}")))
         of = DEPTH_SCALES[name] + (
             ", of the typical network" if source == "log_gradient_norm" else ""
@@ -306,7 +307,7 @@ def _rate_of(name: str, curve: Curve, known: Analysis, networks: float) -> Rate:
 
 
 def _length(rate: Rate) -> tuple[float, float]:
-    """Return ξ and its standard error, to first order; NaN where it may as well be infinite."""
+    """Return ξ and its standard error, to first order; NaN where 1/ξ may as well be 0."""
     if not abs(rate.value) > _KNOWN * rate.error:
         return math.nan, math.nan
     return 1 / rate.value, rate.error / rate.value**2
@@ -334,12 +335,12 @@ class _Curves:
         return Curve(measured, error, theory, shift, self._rounding)
 
     def networks(self, number: int) -> float:
-        """Return how many networks a mean of squares is over; NaN where logarithms are averaged."""
+        """Return the number of networks in a mean of squares; NaN where logarithms are averaged."""
         return float(self._networks[number, 0]) if self._of_a_mean else math.nan
 
 
-class _Law(NamedTuple):
-    """What the theory of fixed points needs to know of a point, and its depth."""
+class _Uniform(NamedTuple):
+    """Fully connected networks of one width: the arguments of `fixed_points.analyse`, and depth."""
 
     activation: Activation
     sigma_w2: float
@@ -348,8 +349,8 @@ class _Law(NamedTuple):
     depth: int
 
     @classmethod
-    def of(cls, point: Point) -> "_Law | None":
-        """Return it of a fully connected network of one width; None of any other."""
+    def of(cls, point: Point) -> "_Uniform | None":
+        """Return a point's networks, or None if they are of another kind or too shallow."""
         network = point.network()
         if network.depth < _LEAST_DEPTH or len(network.stages) != 2:
             return None
@@ -370,22 +371,22 @@ def _square(scale: Any) -> float:
     return 0.0 if scale is None else float(scale) ** 2
 
 
-def _asymptotic(laws: Mapping[int, _Law]) -> dict[int, Analysis]:
+def _asymptotic(points: Mapping[int, _Uniform]) -> dict[int, Analysis]:
     """Return the fixed point of each, in float64; one program for all of an activation."""
     numbers: dict[Activation, list[int]] = {}
-    for number, law in laws.items():
-        numbers.setdefault(law.activation, []).append(number)
-    arguments = [np.array([laws[n][1:4] for n in those]).T for those in numbers.values()]
+    for number, point in points.items():
+        numbers.setdefault(point.activation, []).append(number)
+    arguments = [np.array([points[n][1:4] for n in group]).T for group in numbers.values()]
     programs = [
         Float64Program.of(_analysis(phi), tuple(columns), _SECONDS * len(columns[0]))
         for phi, columns in zip(numbers, arguments, strict=True)
     ]
     with ThreadPoolExecutor(min(os.cpu_count() or 1, 8)) as pool:
-        found = list(pool.map(lambda program, columns: program(*columns), programs, arguments))
+        tables = list(pool.map(lambda program, columns: program(*columns), programs, arguments))
     return {
         number: Analysis(*(values[row] for values in table))
-        for those, table in zip(numbers.values(), found, strict=True)
-        for row, number in enumerate(those)
+        for group, table in zip(numbers.values(), tables, strict=True)
+        for row, number in enumerate(group)
     }
 
 

@@ -1,4 +1,4 @@
-"""Measurements: what was measured in networks of some points, as estimates that can be merged.
+"""Measurements of networks of some points: estimates that can be merged, and their files.
 
 Files have them as arrays by name, in NumPy's npz format.
 """
@@ -33,7 +33,7 @@ def unpacked(content: bytes) -> dict[str, np.ndarray]:
 
 @dataclasses.dataclass(frozen=True)
 class Measurements:
-    """What was measured in networks of some points; every array has a leading axis of points.
+    """Estimates over networks of some points; every array has a leading axis of points.
 
     Attributes
     ----------
@@ -46,8 +46,8 @@ class Measurements:
     histograms
         By statistic, shape (points, layers, bins + 2): networks below, in and above the bins.
     spectra
-        Sums over networks of what `_spectra.counted` has of their singular values, if those are
-        measured.
+        The sums over networks that `_spectra.counted` makes of their singular values; empty if
+        those are not measured.
     """
 
     names: np.ndarray
@@ -98,10 +98,10 @@ class Measurements:
 
 
 def merged(parts: Iterable[Measurements], names: np.ndarray | None = None) -> Measurements | None:
-    """Measurements of networks of one depth, merged in their order; None if there are none.
+    """Merge measurements of networks of one depth, in their order; None if there are none.
 
-    With ``names``, those of these points alone, in this order, and all of them: points that are in
-    no part have a count of 0.
+    With ``names``, the result has these points, in this order; points that are in no part have a
+    count of 0.
     """
     total: dict[str, np.ndarray] = {}
     row_of: dict[int, int] = {}

@@ -1,4 +1,4 @@
-"""The plan of a study: which programs it takes, in which chunks its networks are drawn, how long.
+"""The plan of a study: its programs, the chunks in which its networks are drawn, and the cost.
 
 Points whose networks differ in numbers alone are drawn by one compiled program. In each round a
 program has a task: its networks in a line, those of the first point before those of the second. A
@@ -23,7 +23,7 @@ from gradflow.simulation import _memory, samplers, singular_values
 from gradflow.studies._point import varies_as_number
 from gradflow.studies._study import Study
 
-__all__ = ["WHOLE", "Plan", "Program", "Share", "Task", "check_memory", "make", "programs"]
+__all__ = ["WHOLE", "Plan", "Program", "Share", "Task", "first_round", "make", "programs"]
 __all__ += ["result_parts", "row_bytes"]
 
 # Programs that a study has at most, each of which takes seconds to compile.
@@ -32,7 +32,7 @@ _MOST_PROGRAMS = 10_000
 _CHUNK_SECONDS = 2.0
 # How many cores an accelerator is worth: by its memory's speed, as none has been measured.
 _CORES = 300
-# How many values a chunk hands back to each process, at most.
+# The most values that a chunk returns to each process.
 _CHUNK_VALUES = 1 << 23
 # Bytes of the scales and inputs of the points that one call is given, unless a single point has
 # more, and how many points those are at most.
@@ -189,7 +189,7 @@ class Task:
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """What a round does, and what the study takes.
+    """The tasks of a round, and the time and memory that the study takes.
 
     Attributes
     ----------
@@ -198,7 +198,7 @@ class Plan:
     tasks
         Of this round, one for each program that has something to draw.
     chunk_bytes, available
-        The most memory that simulating takes at a time, and what is free or allowed.
+        The most memory that simulating takes at a time, and the memory that is free or allowed.
     seconds
         Estimated time in all, with all the cores or devices there are.
     output_bytes
@@ -263,6 +263,19 @@ def programs(study: Study) -> tuple[Program, ...]:
     return tuple(listed)
 
 
+def first_round(study: Study, devices: Sequence[jax.Device] = (), share: Share = WHOLE) -> Plan:
+    """Return the plan of a study's first round, or of a share of it, as `make` does.
+
+    Raises
+    ------
+    InputError
+        As `programs` and `make` do, and if the results do not fit into memory.
+    """
+    plan = make(study, programs(study), devices=devices, share=share)
+    _check_results_fit(study, plan)
+    return plan
+
+
 def make(
     study: Study,
     programs: Sequence[Program],
@@ -280,7 +293,7 @@ def make(
     done
         The share's networks that points have already, by name; none without it.
     wanted
-        Networks that points are to have, by name; without it what the study says, or a first round.
+        Networks that points are to have, by name; without it as the study says, or a round.
     devices
         Those that draw the networks; all of JAX's devices without it.
     share
@@ -313,8 +326,8 @@ def make(
         drawn = count > 0
         if not drawn.any():
             continue
-        # Where a point has fewer networks than there are shares, some share draws none of it, and
-        # its theory falls to one that does.
+        # Where a point has fewer networks than there are shares, some shares draw none of it: its
+        # theory falls to a share that does.
         ours = program.numbers % np.minimum(share.parts, np.maximum(goal, 1)) == share.part
         theory = (first == 0) & ours
         points = (program.names[drawn], first[drawn], count[drawn], theory[drawn])
@@ -420,7 +433,7 @@ def _task(
     return task, memory
 
 
-def check_memory(study: Study, plan: Plan) -> None:
+def _check_results_fit(study: Study, plan: Plan) -> None:
     """Raise `InputError` if a part of the results does not fit into memory when it is assembled."""
     free = _memory.available() if study.sampling.memory_gib is None else plan.available
     depth = max(program.network.depth for program in plan.programs)

@@ -1,4 +1,4 @@
-"""A place in a study's grid: settings, and the networks' law, the inputs and the key they mean."""
+"""A point of a study's grid: its settings, and the networks, the inputs and the key they mean."""
 
 import dataclasses
 import functools
@@ -28,25 +28,25 @@ DIGITS_IMAGES, DIGITS_WIDTH = 1797, 64
 
 @dataclasses.dataclass(frozen=True)
 class Point:
-    """One law of networks with its inputs: a place in the grid.
+    """A point of the grid: one law of networks, with its inputs.
 
     Attributes
     ----------
-    place
-        Its index along every axis.
+    index
+        Along every axis.
     settings
-        All that decides it: the network's fields, the inputs' and the seed.
+        The fields that decide it: the network's, the inputs' and the seed.
     networks
-        How many it has; with a target, a round.
+        How many it has; with a target, in a round.
     """
 
-    place: tuple[int, ...]
+    index: tuple[int, ...]
     settings: Mapping[str, Any]
     networks: int
 
     @functools.cached_property
     def name(self) -> int:
-        """A number of 64 bits that is made from the settings."""
+        """A number of 64 bits that identifies the settings: the beginning of their SHA-256."""
         text = _ENCODER.encode(self.settings)
         return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big")
 
@@ -62,7 +62,7 @@ class Point:
 
     @property
     def structure(self) -> tuple[tuple[str, Any], ...]:
-        """What decides which program draws the point's networks: no number that may vary in it."""
+        """The settings that decide which program draws the networks: not the numbers it takes."""
         structure = []
         for field, value in self.settings.items():
             if field == "seed":
@@ -77,8 +77,9 @@ class Point:
     def network(self) -> Network:
         """Return the law of the point's networks.
 
-        Where the settings have a σ_b of 0, biases of 0 are drawn all the same, so that those with
-        others are of the same structure; but not where signals could not be kept at length 1 then.
+        Where the settings have a σ_b of 0, the networks still have biases, of variance 0, so that
+        points with other σ_b have the same program; but not homogeneous networks, whose signals
+        are kept at length 1 and which biases would not let be.
 
         Raises
         ------
@@ -118,7 +119,7 @@ class Point:
 
 @jax.jit
 def keys(words: UInt32[ArrayLike, "points 3"]) -> Key[Array, " points"]:
-    """Return the keys of points from their seeds and the two numbers that each name is."""
+    """Return the keys of points from their `Point.key_words`."""
 
     def one(of: Array) -> PRNGKeyArray:
         key = jax.random.key(of[0], impl=PRNG)
@@ -168,8 +169,8 @@ def _inputs(
 ) -> np.ndarray:
     """A batch of inputs x_a with (1/n_0) x_a·x_b = mean_square · (correlation, or 1 where a = b).
 
-    Made of the cosines of a discrete cosine transform: orthogonal, none sparse, and with a mean of
-    0 over components but the last. Images are `data.resized` to the width.
+    They are combinations of a discrete cosine transform's rows, which are orthogonal, not sparse,
+    and but for the last have mean 0 over components. Images are `data.resized` to the width.
 
     Parameters
     ----------
@@ -192,9 +193,7 @@ def _inputs(
             raise InputError(f"inputs.batch is {batch}; there are {len(images)} digit images")
         return datasets.resized(np.asarray(images[:batch], np.float64), width)
     if batch > width:
-        raise InputError(
-            f"inputs.batch is {batch}; of {width} components there are at most as many"
-        )
+        raise InputError(f"inputs.batch is {batch}; a width of {width} has at most {width} inputs")
     order = np.roll(np.arange(width), -1)[:batch, None]
     rows = np.cos(np.pi * order * (np.arange(width) + 0.5) / width)
     rows *= np.sqrt(np.where(order > 0, 2, 1))

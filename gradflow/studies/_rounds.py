@@ -1,12 +1,12 @@
-"""The rounds of a store: which networks each of them draws, and which chunks are finished.
+"""The rounds of a store: the networks that each of them draws, and the chunks that are finished.
 
     rounds/0000.npz     which networks of which points a round draws, in which chunks, and how many
                         chunks the round before it had; rounds/0000-copy.npz is the same again
     chunks/…            measurements of chunks of networks
-    theory/…            what theory says of the points of a chunk of theory
+    theory/…            theory of the points of a chunk of theory
 
 The chunks of a task are finished in order. Every `_MERGED_FILES` of their files are merged into
-one, and so are those, always the same ones and in the same order: there are few files, and each
+one, and so are the merged files, always the same ones in the same order: files are few, and each
 estimate has the same bits whether or not the study was interrupted.
 
 Each of these files is sealed with the checksum of its round's file. Files that are damaged, missing
@@ -46,7 +46,7 @@ _THEORY_CHUNK = 256
 # How many files are merged into one, unless that had more bytes than this.
 _MERGED_FILES = 32
 _MERGED_BYTES = 1 << 26
-# Parsed rounds that are kept in memory: those of points by the million are large.
+# Parsed rounds that are kept in memory: a round of a million points is large.
 _ROUNDS_IN_MEMORY = 4
 _BY_POINT = ("names", "first", "count", "theory")
 _CHUNK_NAME = re.compile(r"(\d{4,})-(\d{5,})-(\d{10,})-(\d{10,})\.npz", re.ASCII)
@@ -81,7 +81,7 @@ class TheoryChunk(NamedTuple):
         return f"theory {self.task} {self.number}"
 
     def rows(self, task: Task) -> np.ndarray:
-        """Return the rows of its points in the task: those whose theory falls to it."""
+        """Return the rows of its points in the task."""
         first = self.number * _THEORY_CHUNK
         return first + np.flatnonzero(task.theory[first : first + _THEORY_CHUNK])
 
@@ -119,7 +119,17 @@ class _ChunkFile:
 
 @dataclasses.dataclass(frozen=True)
 class _Round:
-    """A round's file: its tasks; what the study asked; the chunks finished before it began."""
+    """The content of a round's file.
+
+    Attributes
+    ----------
+    tasks
+        Its tasks.
+    study
+        The fields of the study that it was begun with, as JSON.
+    before
+        Finished chunks of each task of the round before, at its beginning; None in the first one.
+    """
 
     tasks: tuple[Task, ...]
     study: str
@@ -127,21 +137,21 @@ class _Round:
 
 
 class Rounds:
-    """The rounds in a store's folder; without any until ``checksums`` are given and files scanned.
+    """The rounds in a store's folder; none until `checksums` are set and the files scanned.
 
     Attributes
     ----------
     checksums
         Of the rounds' files, in order.
     complete
-        Whether all that the rounds were to draw was finished once.
+        Whether all of the rounds was finished at some time.
     """
 
     def __init__(self, folder: Path, study: Study, share: Share) -> None:
         self.folder, self.share = folder, share
         self.checksums: list[str] = []
         self.complete = False
-        # What decides which networks are drawn: a round that was begun with less is not resumed.
+        # Decides which networks are drawn: a round of other fields is not to be completed.
         self._asked = json.dumps(study.asked(), sort_keys=True)
         # Whole files: of chunks by round and task, in order; of theory.
         self._files: dict[tuple[int, int], list[_ChunkFile]] = {}
@@ -190,7 +200,7 @@ class Rounds:
             self._write(number, self.content(number))
 
     def read(self, number: int, copied: bool) -> bytes | None:
-        """Return a round's file, or its copy, with its seal; None if it is not what it was."""
+        """Return a round's file, or its copy, with its seal; None if it is damaged or missing."""
         path = self.folder / round_name(number, copied)
         if not path.is_file():
             return None
@@ -198,7 +208,7 @@ class Rounds:
         return content if hashlib.sha256(content).hexdigest() == self.checksums[number] else None
 
     def whole(self, number: int) -> bytes | None:
-        """Return a round's file, or else its copy; None if neither is what it was."""
+        """Return a round's file, or else its copy; None if both are damaged or missing."""
         first = self.read(number, copied=False)
         return self.read(number, copied=True) if first is None else first
 
@@ -259,11 +269,11 @@ class Rounds:
         return [(index in missing, gaps[index]) for index in sorted(gaps)]
 
     def unfinished(self) -> int | None:
-        """Return the first round of which anything is left, for whatever reason."""
+        """Return the number of the first round that has anything left; None if there is none."""
         return next((n for n in range(len(self)) if any(map(any, self.left(n)))), None)
 
     def _gaps(self, number: int, chunks: Mapping[int, int]) -> dict[int, list[tuple[int, int]]]:
-        """Ranges of a round's chunks that are not there, by task, of which it has so many."""
+        """Return the ranges of missing chunks by task, of the number of chunks that each has."""
         gaps_of = {}
         for index, count in chunks.items():
             gaps: list[tuple[int, int]] = []
@@ -412,7 +422,7 @@ class Rounds:
     def scan(self, *, remove: bool = False) -> None:
         """Find all files of chunks and theory, and which of them are whole.
 
-        With ``remove``, those that are not are removed, and so are those that were merged already.
+        With ``remove``, damaged files are removed, and so are files that were merged already.
         """
         before, by_task, theory = self._files, collections.defaultdict(list), set()
         self._damaged = {}
@@ -451,7 +461,7 @@ class Rounds:
         return _sealed.read(path, self.checksums[number], label) is not None
 
     def check(self) -> None:
-        """Raise `Damage` if a file of a round is missing or is not what it was."""
+        """Raise `Damage` if a file of chunks or theory is damaged or missing."""
         for path, remedy in self._damaged.items():
             raise self.damage(path, "is damaged or of another study", remedy)
         for number in range(len(self)):

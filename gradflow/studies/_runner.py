@@ -1,7 +1,7 @@
-"""One task is run: its chunks are drawn and averaged, and its points' theory is worked out.
+"""Running one task: its chunks are drawn and averaged, and the theory of its points is computed.
 
 All processes of `jax.distributed` draw each chunk together. Each averages the networks that its own
-devices drew, and works out the theory of some of the points.
+devices drew, and computes the theory of some of the points.
 """
 
 import dataclasses
@@ -17,8 +17,8 @@ import numpy as np
 
 from gradflow import comparison
 from gradflow.estimation import Estimate
-from gradflow.simulation import monte_carlo
-from gradflow.simulation.monte_carlo import Laws
+from gradflow.simulation import _programs
+from gradflow.simulation._programs import RandomNetworks
 from gradflow.statistics import Statistic
 from gradflow.studies import _spectra
 from gradflow.studies._measurements import Measurements
@@ -31,7 +31,7 @@ __all__ = ["SPECTRUM", "THEORY", "WORKERS", "Chunk", "TaskRunner", "theory"]
 # Chunks at a time: one is drawn while another's values are averaged. And programs that are compiled
 # at a time, each of which uses a core, while the one before draws.
 WORKERS = 2
-# The arrays that theory has for each point; and what comes before the names of `_spectra.theory`.
+# The names of theory's arrays; and the prefix of the names of `_spectra.theory`'s.
 THEORY, SPECTRUM = ("predicted", "shift", "deviation"), "spectrum/"
 
 
@@ -67,7 +67,7 @@ class TaskRunner:
 
     @property
     def _measured(self) -> tuple[Statistic, ...]:
-        return (*self.study.statistics, monte_carlo.OVERFLOWED, monte_carlo.VANISHED)
+        return (*self.study.statistics, _programs.OVERFLOWED, _programs.VANISHED)
 
     @functools.cached_property
     def _numbers(self) -> np.ndarray:
@@ -92,7 +92,7 @@ class TaskRunner:
         return -(-self.task.chunk_size // together) * together
 
     def compile(self) -> None:
-        """Compile what draws the networks, before `run` needs it."""
+        """Compile the program that draws the networks, before `run` needs it."""
         self._compiled  # noqa: B018  (a property that is kept)
 
     def compile_theory(self) -> None:
@@ -101,11 +101,13 @@ class TaskRunner:
             _compile_theory(self.study, point)
 
     @functools.cached_property
-    def _compiled(self) -> Callable[[Laws, np.ndarray, np.ndarray], dict[str, np.ndarray]]:
+    def _compiled(
+        self,
+    ) -> Callable[[RandomNetworks, np.ndarray, np.ndarray], dict[str, np.ndarray]]:
         task = self.task
         with jax.enable_x64(self._x64):
-            return monte_carlo.compiled(
-                self._laws(0),
+            return _programs.compiled(
+                self._networks(0),
                 self._size,
                 tuple(self.devices),
                 task.seconds,
@@ -120,7 +122,7 @@ class TaskRunner:
     @functools.cached_property
     def _own(self) -> np.ndarray:
         """The networks of a call that this process draws: a stretch of them."""
-        return monte_carlo.own_networks(self._size, self.devices)
+        return _programs.own_networks(self._size, self.devices)
 
     def run(self, ranges: Sequence[tuple[int, int]]) -> Iterator[Chunk]:
         """Draw the chunks of some ranges, each [first, end), one after the other."""
@@ -132,7 +134,7 @@ class TaskRunner:
         begun = time.perf_counter()
         for first, end in ranges:
             start, stop = task.span(first, end - 1)
-            drawn = monte_carlo.in_order(
+            drawn = _programs.in_order(
                 lambda done, start=start: self._draw((start + done) // task.chunk_size),
                 stop - start,
                 task.chunk_size,
@@ -154,12 +156,12 @@ class TaskRunner:
         own = [np.arange(n, n + k) for n, k in zip(first, count, strict=True)]
         numbers[:networks] = self.task.share.numbers(np.concatenate(own))
         with jax.enable_x64(self._x64):
-            values = self._compiled(self._laws(int(rows[0])), which, numbers)
+            values = self._compiled(self._networks(int(rows[0])), which, numbers)
         ours = np.searchsorted(self._own, networks)
         return {name: value[:ours] for name, value in values.items()}
 
-    def _laws(self, row: int) -> Laws:
-        """Return the laws of as many points as a chunk may have, from a row of the task on."""
+    def _networks(self, row: int) -> RandomNetworks:
+        """Return the networks of the points from a row of the task on, as many as a call takes."""
         last = len(self.task.names) - 1
         points = self.points([min(row + n, last) for n in range(self.task.points_a_call)])
         dtype = np.dtype(self.study.sampling.dtype)
@@ -167,7 +169,7 @@ class TaskRunner:
         network = jax.tree.map(lambda *leaves: np.array(leaves, dtype), *unnamed)
         inputs = np.stack([point.inputs().astype(dtype) for point in points])
         words = np.array([point.key_words for point in points], np.uint32)
-        return Laws(network, inputs, keys(words))
+        return RandomNetworks(network, inputs, keys(words))
 
     def measurements(self, chunk: int, values: Mapping[str, np.ndarray]) -> Measurements | None:
         """Return the averages of this process's values of a chunk; None if it has none."""
@@ -184,14 +186,14 @@ class TaskRunner:
         estimates, failed = [], []
         for first, last, each in _runs(count):
             part = slice(starts[first], starts[last])
-            # Points of as many networks each at once: (networks, points, statistics, layers).
+            # Points of equally many networks together: (networks, points, statistics, layers).
             by_point = table[part].reshape(last - first, each, *table.shape[1:]).swapaxes(0, 1)
             estimates.append(_estimate(by_point, logs))
             counted = failures[part].reshape(last - first, each, *failures.shape[1:])
             failed.append(np.count_nonzero(counted, axis=1))
         point = np.repeat(np.arange(len(rows)), count)
         bins = self.study.spectrum
-        log_singular_values = values.get(monte_carlo.LOG_SINGULAR_VALUES)
+        log_singular_values = values.get(_programs.LOG_SINGULAR_VALUES)
         return Measurements(
             names=self.task.names[rows],
             estimates=jax.tree.map(lambda *parts: np.concatenate(parts), *estimates),
@@ -209,7 +211,7 @@ class TaskRunner:
     def largest_z(
         self, measurements: Measurements, predicted: Mapping[str, np.ndarray]
     ) -> tuple[float, str]:
-        """Return the largest |z| of points, and the statistic that has it; 0 if theory has none."""
+        """Return the largest |z| of points and its statistic; 0 if there is no theory of them."""
         _, rows, theory_rows = np.intersect1d(
             measurements.names, predicted["names"], return_indices=True
         )

@@ -1,4 +1,4 @@
-"""Files with a checksum of their content and of what they belong to.
+"""Files with a checksum of their content and of the round that they belong to.
 
 Behind its content a sealed file has a SHA-256 of the content and of its label: the round and study
 that it is of, and which part of them. A flipped bit, a missing end and a file of another study are
@@ -118,7 +118,7 @@ def discard(path: Path) -> None:
 
 @contextlib.contextmanager
 def explained(folder: Path) -> Iterator[None]:
-    """Turn errors of the file system into an `InputError` that says what can be done."""
+    """Turn errors of the file system into an `InputError` that names a remedy."""
     try:
         yield
     except OSError as error:

@@ -1,17 +1,17 @@
 """Singular values of the end-to-end Jacobian in a study: counted, and beside theory.
 
-J = D^L W^L … D^1 W^1 (`gradflow.theory.spectrum`; `simulation.singular_values.end_to_end` of the
-networks that everything else is measured of). Of each network the singular values are counted in
-bins, and the counts and their squares added up over networks: what is kept does not grow with
-them, and the standard error is that between networks, whose singular values keep their distance
-from each other. Those that are 0, for want of units with a slope, are counted by themselves; all
-others are above 0, and those below rounding are in the bin that begins at 0.
+J = D^L W^L … D^1 W^1 (`gradflow.theory.spectrum`), of the same networks as all other statistics, by
+`simulation.singular_values.end_to_end`. Each network's singular values are counted in bins, and the
+counts and their squares are summed over networks, so that files do not grow with the number of
+networks. The standard error is that between networks: the singular values of one network repel each
+other and are not independent. Zeros, which units without slope make, are counted apart; all other
+singular values are above 0, and those below rounding are in the bin that begins at 0.
 
 Theory is that of infinite width and of one q in all layers. Where q, by theory, is anywhere more
-than 1 % from its mean over layers, and the law of φ' depends on it, theory is not offered, and NaN.
-Gaussian networks differ from it by O(1/n), and their largest singular value by O(n^(-2/3)). Where
-units without slope make zeros, there are those of the layer that has most of them, O(n^(-1/2)) more
-than theory's atom; they are missing from the bin beside it.
+than 1 % from its mean over layers, and the law of φ' depends on it, there is no theory (NaN).
+Gaussian networks differ from theory by O(1/n), and their largest singular value by O(n^(-2/3)). A
+network has as many zeros as the layer with most units without slope, O(n^(-1/2)) more than theory's
+atom at 0, and as many fewer in the bin beside it.
 """
 
 from collections.abc import Mapping
@@ -21,11 +21,12 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
+from gradflow import spectra
 from gradflow._compilation import Float64Program
 from gradflow.activations import Activation
 from gradflow.networks import Network
 from gradflow.studies._study import HistogramRange
-from gradflow.theory import spectrum
+from gradflow.theory import _spectral_shares, spectrum
 
 __all__ = ["BIN", "COMPARED", "counted", "labelled", "theory", "unknown"]
 
@@ -40,12 +41,11 @@ COMPARED = (
 )
 # By how much q may differ from its mean over layers, relative to it.
 _SETTLED = 0.01
-# Of a network's values that are averaged: relative rounding, in units of the dtype's epsilon, for
-# each layer.
+# Relative rounding of a network's averaged values, in units of the dtype's epsilon, a layer.
 _ROUNDING = 4
-# An atom of theory that is as near to an edge, relative to it, is on either side when measured.
+# Relative distance from an edge within which rounding decides on which side an atom is measured.
 _AT_EDGE = 1e-4
-# Seconds that theory of a point runs for, or so: less than it takes to compile it well.
+# Seconds that the theory of a point runs, about: less than it takes to compile it well.
 _SECONDS = 0.5
 
 # Values of points by name, with their dimensions beyond that of points.
@@ -53,35 +53,31 @@ _Labelled = dict[str, tuple[tuple[str, ...], np.ndarray]]
 
 
 def counted(logs: np.ndarray, point: np.ndarray, bins: HistogramRange) -> dict[str, np.ndarray]:
-    """Return what is kept of networks' singular values; sums, so that it can be added up.
+    """Return the sums over networks, by point, that files have of their singular values.
 
     Parameters
     ----------
     logs
         Natural logarithms, shape (networks, k); a network with a NaN is left out.
     point
-        For each network which of the points it is of, from 0 on, ascending.
+        The index of each network's point, from 0 on, ascending; shape (networks,).
     bins
         The bins.
 
     Returns
     -------
     dict
-        ``networks``, shape (points,); ``counts`` and ``squares`` of them, (points, bins + 3): those
-        that are 0, those below, in and above the bins; ``sums``, ``sums_of_squares`` and ``known``,
-        (points, 3): over networks, and over how many, the mean of s², the variance of s² over that
-        squared, and the largest s.
+        ``networks``, their number, shape (points,); ``counts`` and ``squares``, of the singular
+        values that are 0, below, in and above the bins, (points, bins + 3); ``sums``,
+        ``sums_of_squares`` and ``known``, how many networks they are over, (points, 3): of
+        the mean of s², of the variance of s² over that mean squared, and of the largest s.
     """
     points = int(point[-1]) + 1
     known = ~np.isnan(logs).any(axis=1)
     logs, point = logs[known].astype(np.float64), point[known]
+    counts = spectra.counts_in_bins(logs, bins.edges)
     with np.errstate(over="ignore", under="ignore"):
         s = np.exp(logs)
-    place = 1 + np.searchsorted(bins.edges, s, side="right")
-    place[s == bins.stop] = 1 + bins.bins
-    place[np.isneginf(logs)] = 0
-    each = np.zeros((len(s), bins.bins + 3), np.int64)
-    np.add.at(each, (np.arange(len(s))[:, None], place), 1)
     with np.errstate(all="ignore"):
         mean = np.mean(s**2, axis=1)
         spread = np.mean((s**2 / mean[:, None] - 1) ** 2, axis=1)
@@ -90,14 +86,14 @@ def counted(logs: np.ndarray, point: np.ndarray, bins: HistogramRange) -> dict[s
     values = np.where(finite, values, 0)
 
     def total(terms: np.ndarray) -> np.ndarray:
-        found = np.zeros((points, *terms.shape[1:]), terms.dtype)
-        np.add.at(found, point, terms)
-        return found
+        sums = np.zeros((points, *terms.shape[1:]), terms.dtype)
+        np.add.at(sums, point, terms)
+        return sums
 
     return {
         "networks": total(np.ones(len(s), np.int64)),
-        "counts": total(each),
-        "squares": total(each**2),
+        "counts": total(counts),
+        "squares": total(counts**2),
         "sums": total(values),
         "sums_of_squares": total(values**2),
         "known": total(finite.astype(np.int64)),
@@ -105,12 +101,12 @@ def counted(logs: np.ndarray, point: np.ndarray, bins: HistogramRange) -> dict[s
 
 
 def theory(network: Network, log_q: np.ndarray, bins: HistogramRange) -> dict[str, np.ndarray]:
-    """Return what theory says of a network, in float64; NaN where it is not offered.
+    """Return theory's shares and moments of a network, in float64; NaN where there is none.
 
     Parameters
     ----------
     network
-        Plain, as a study file with a spectrum has them.
+        Fully connected, of one width and without normalisation: others are refused by `parse`.
     log_q
         log q^l at every layer, by theory.
     bins
@@ -119,9 +115,9 @@ def theory(network: Network, log_q: np.ndarray, bins: HistogramRange) -> dict[st
     Returns
     -------
     dict
-        ``shares``, shape (bins + 3,), of all singular values: 0, below, in and above the bins;
-        ``at_edge``, (bins,): 1 where a bin has an atom at an edge; ``values``, (3,), as `counted`
-        has their sums.
+        ``shares``, shape (bins + 3,): of all singular values those that are 0, below, in and above
+        the bins; ``at_edge``, (bins,): 1 where a bin has an atom at an edge; ``values``, (3,): the
+        expected values of the three that `counted` sums.
     """
     block: Any = network.stages[-1].block
     q = _one_q(network.activation, log_q)
@@ -135,7 +131,7 @@ def theory(network: Network, log_q: np.ndarray, bins: HistogramRange) -> dict[st
 
 
 def unknown(bins: HistogramRange) -> dict[str, np.ndarray]:
-    """Return what `theory` does where it is not offered."""
+    """Return the arrays of `theory` where there is none."""
     return {
         "shares": np.full(bins.bins + 3, np.nan),
         "at_edge": np.zeros(bins.bins),
@@ -144,7 +140,7 @@ def unknown(bins: HistogramRange) -> dict[str, np.ndarray]:
 
 
 def _one_q(activation: Activation, log_q: np.ndarray) -> float:
-    """Return the q of all layers, NaN if there is none; any where φ' does not depend on it."""
+    """Return the q of all layers, NaN if they differ; 1 where φ' does not depend on it."""
     if activation.homogeneous:
         return 1.0
     with np.errstate(over="ignore", invalid="ignore"):
@@ -158,67 +154,67 @@ def _theory(
 ) -> tuple[Array, Array, Array]:
     law = spectrum.slope_law(activation, q)
     layers = (sigma_w2, depth, "orthogonal" if orthogonal else "gaussian")
-    found = spectrum.shares(law, *layers, edges=edges)
+    parts = _spectral_shares.shares(law, *layers, edges=edges)
     shares = jnp.concatenate(
-        [jnp.stack([found.zero, found.below]), found.inside, found.above[None]]
+        [jnp.stack([parts.zero, parts.below]), parts.inside, parts.above[None]]
     )
     ends = spectrum.support(law, *layers)
-    places = jnp.sqrt(jnp.where(ends.masses > 0, ends.atoms, 0))
-    near = jnp.abs(places[None, :] - edges[:, None]) <= _AT_EDGE * edges[:, None]
-    near = jnp.any(near & (places > 0)[None, :], axis=1)
-    largest = jnp.fmax(jnp.sqrt(ends.upper), jnp.max(places))
+    atoms = jnp.sqrt(jnp.where(ends.masses > 0, ends.atoms, 0))
+    near = jnp.abs(atoms[None, :] - edges[:, None]) <= _AT_EDGE * edges[:, None]
+    near = jnp.any(near & (atoms > 0)[None, :], axis=1)
+    largest = jnp.fmax(jnp.sqrt(ends.upper), jnp.max(atoms))
     values = jnp.stack([*spectrum.mean_and_variance(law, *layers), largest])
     return shares, (near[1:] | near[:-1]).astype(shares.dtype), values
 
 
 def labelled(
-    found: Mapping[str, np.ndarray],
+    sums: Mapping[str, np.ndarray],
     laws: Mapping[str, np.ndarray],
     bins: HistogramRange,
     depth: int,
     dtype: str,
 ) -> _Labelled:
-    """Return the results of points, each with its dimensions beyond that of points.
+    """Return the variables of the results by name, each with its dimensions beyond the points.
 
     Parameters
     ----------
-    found, laws
-        What `counted` and `theory` say, with an axis of points in front.
+    sums, laws
+        The arrays of `counted`, and of `theory` with an axis of points in front.
     bins
         The bins.
     depth, dtype
-        Of the networks.
+        The number of layers, and the float type that networks are drawn in.
     """
-    networks, counts = found["networks"], found["counts"]
+    networks, counts = sums["networks"], sums["counts"]
     every = counts.sum(axis=1)[:, None]  # singular values, of all networks
-    mean, error = _mean_and_error(counts, found["squares"], networks[:, None])
+    mean, error = spectra.mean_and_error(counts, sums["squares"], networks[:, None])
     with np.errstate(divide="ignore", invalid="ignore"):
         k = every / networks[:, None]
         share, error = mean / k, error / k
-        # One singular value more or less is the least that could have been seen.
+        # No share is known to better than one singular value of all of them.
         z = (share - laws["shares"]) / np.maximum(error, 1 / every)
     inside, width = slice(2, -1), (bins.stop - bins.start) / bins.bins
-    # On which side of an edge rounding puts an atom is not compared.
+    # An atom at an edge is not compared: rounding decides in which bin it is counted.
     bin_z = np.where(laws["at_edge"] == 1, np.nan, z[:, inside])
     density, density_error, theory = (
         part[:, inside] / width for part in (share, error, laws["shares"])
     )
     results: _Labelled = {"singular_value_networks": ((), networks.astype(float))}
     results |= _compared("singular_value_density", (BIN,), density, density_error, theory, bin_z)
-    for place, name in (
+    for column, name in (
         (0, "zero_singular_values"),
         (1, "singular_values_below"),
         (-1, "singular_values_above"),
     ):
-        results |= _compared(name, (), *[p[:, place] for p in (share, error, laws["shares"], z)])
-    values, errors = _mean_and_error(found["sums"], found["sums_of_squares"], found["known"])
+        results |= _compared(name, (), *[p[:, column] for p in (share, error, laws["shares"], z)])
+    values, errors = spectra.mean_and_error(sums["sums"], sums["sums_of_squares"], sums["known"])
     expected = laws["values"]
     rounding = _ROUNDING * depth * float(np.finfo(dtype).eps) * (1 + np.abs(expected))
     z = (values - expected) / np.hypot(errors, rounding)
-    # The largest is below theory's edge by n^(-2/3) of it in every network: no z.
+    # The largest has no z: in every network it is below theory's edge by a share of n^(-2/3).
     z[:, 2] = np.nan
-    for place, name in enumerate((*COMPARED[2:], "largest_singular_value")):
-        results |= _compared(name, (), *[p[:, place] for p in (values, errors, expected, z)])
+    for column, name in enumerate((*COMPARED[2:], "largest_singular_value")):
+        results |= _compared(name, (), *[p[:, column] for p in (values, errors, expected, z)])
     return results
 
 
@@ -232,13 +228,3 @@ def _compared(
 ) -> _Labelled:
     named = {"": value, "_standard_error": error, "_theory": expected, "_z": z}
     return {f"{name}{suffix}": (beyond, array) for suffix, array in named.items()}
-
-
-def _mean_and_error(
-    total: np.ndarray, squares: np.ndarray, count: np.ndarray
-) -> tuple[np.ndarray, np.ndarray]:
-    """Return a mean over networks and its standard error, NaN below two, from sums."""
-    with np.errstate(all="ignore"):
-        mean = total / count
-        variance = np.maximum(squares - total * mean, 0) / np.where(count > 1, count - 1, np.nan)
-        return mean, np.sqrt(variance / count)

@@ -1,4 +1,4 @@
-"""A study is run: theory of its points, then round after round of networks, until it is finished.
+"""Running a study: theory of its points and round after round of networks, until it is finished.
 
 Every process of `jax.distributed` calls `run`. The store is opened by the first one alone, which
 tells the others what to draw; all of them draw each chunk together.
@@ -19,7 +19,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from gradflow.errors import InputError
-from gradflow.simulation import monte_carlo
+from gradflow.simulation import _programs
 from gradflow.studies import _measurements, _plan, _runner, results
 from gradflow.studies._measurements import Measurements
 from gradflow.studies._plan import WHOLE, Program, Share, Task
@@ -32,8 +32,8 @@ from gradflow.studies.store import Store
 __all__ = ["Outcome", "Progress", "merge", "run"]
 
 # With fewer networks no point has met its target: their spread is too often too small by chance.
-# With so many, 95 % intervals cover 94 to 95 % although what was measured decides when to stop;
-# with rounds of 5 and no such rule 92 %, of 2 as few as 90 % (normal values, 20 000 times).
+# With 30, 95 % intervals cover 94 to 95 % although the values decide when to stop; with rounds of 5
+# and no such rule 92 %, with rounds of 2 only 90 % (normal values, 20 000 times).
 _FEWEST = 30
 
 
@@ -119,12 +119,10 @@ def run(
     """
     # Those of a process side by side, so that it draws a stretch of each chunk.
     devices = tuple(sorted(devices or jax.devices(), key=lambda device: device.process_index))
-    programs = _plan.programs(study)
-    first = _plan.make(study, programs, devices=devices, share=share)
-    _plan.check_memory(study, first)
+    programs = _plan.first_round(study, devices, share).programs
     results.check(study)
     store = Store(folder, study, share)
-    runs = _Run(
+    current = _Run(
         study, programs, store, devices, progress or (lambda _: None), stop or (lambda: False)
     )
     with explained(folder), ExitStack() as stack:
@@ -136,12 +134,12 @@ def run(
         _from_first(open_store)
         finished = False
         while not finished:
-            following = runs.next_round()
+            following = current.next_round()
             if following is None:
                 finished = True
             else:
                 try:
-                    runs.draw(following)
+                    current.draw(following)
                 except _Stopped:
                     break
         if jax.process_index() > 0:
@@ -191,7 +189,7 @@ def _of_all(own: Measurements | None) -> Measurements | None:
 def _theory_by_all(runner: TaskRunner, rows: np.ndarray) -> dict[str, np.ndarray]:
     """Return the theory of points in rows of a task, each p-th by one of p processes."""
     processes = jax.process_count()
-    # Each computes as many, the first points once more, so that arrays of one shape are sent.
+    # Each computes the same number, some points twice, so that arrays of one shape are sent.
     own = np.resize(rows, -(-len(rows) // processes) * processes)[jax.process_index() :: processes]
     arrays = _runner.theory(runner.study, runner.points(own))
     if processes == 1:
@@ -311,7 +309,7 @@ class _Run:
         Raises
         ------
         _Stopped
-            If the first process is asked to stop.
+            If ``stop`` is true in the first process.
         """
         tasks = current.tasks
         networks = sum(task.networks for task in tasks)
@@ -323,7 +321,7 @@ class _Run:
                 points_done += done
                 if is_new:
                     self.report(Progress("theory", points_done, points))
-                    self._stop_if_asked()
+                    self._stop_if_requested()
             for chunk in runner.run(ranges):
                 state = Progress("networks", networks_before + chunk.done, networks)
                 total = _of_all(chunk.measurements)
@@ -332,11 +330,11 @@ class _Run:
                     z, name = self._largest_z(runner, current.number, index, total)
                     state = dataclasses.replace(state, largest_z=z, statistic=name)
                 self.report(state)
-                self._stop_if_asked()
+                self._stop_if_requested()
             networks_before += runner.task.networks
 
-    def _stop_if_asked(self) -> None:
-        """Stop all processes if the first one is asked to."""
+    def _stop_if_requested(self) -> None:
+        """Stop all processes if ``stop`` is true in the first one."""
         if _from_first(lambda: b"stop" if self.stop() else b""):
             raise _Stopped
 
@@ -363,7 +361,7 @@ class _Run:
                 waiting[index].compile()
 
         programs = 2 * len(current.left)
-        for done, _ in monte_carlo.in_order(compile_one, programs, 1, _runner.WORKERS):
+        for done, _ in _programs.in_order(compile_one, programs, 1, _runner.WORKERS):
             if done % 2 == 0:
                 yield waiting.pop(done // 2 - 1)
 
@@ -386,7 +384,7 @@ class _Run:
     def _largest_z(
         self, runner: TaskRunner, number: int, index: int, total: Measurements
     ) -> tuple[float, str]:
-        """Return the largest |z| of a chunk, of points whose theory is with its first point's."""
+        """Return the largest |z| of a chunk's points, of which one chunk of theory is looked up."""
         first = int(np.flatnonzero(runner.task.names == total.names[0])[0])
         chunk = TheoryChunk.of_row(number, index, first)
         if not self.store.rounds.has_theory(chunk):

@@ -1,4 +1,4 @@
-"""The report of a study: one page of HTML that needs nothing else, from its labelled results.
+"""The report of a study: one page of HTML without other files, from its labelled results.
 
 Figures are SVG in the page itself; there is no script, and no address that a browser would open.
 Every text that comes from a file is escaped.
@@ -28,22 +28,28 @@ from gradflow.verdict import word
 
 __all__ = ["page"]
 
-# Points that a figure by layer shows; statistics that have one.
+# The most points in a figure by layer; the statistics that have such a figure.
 _SHOWN = len(MARKERS)
 _BY_LAYER = ("q", "correlation", "saturation", "chi", "log_gradient_norm")
 _WORST = 12
-# Points that have a row in the table of gradients, and a label in a figure with a row for each.
+# The most rows in the table of gradients, and labelled rows in a figure with a row for each point.
 _MOST_ROWS, _LABELLED = 400, 40
 _OF_SPECTRA = (
     "Density of all singular values s of J = D^L W^L … D^1 W^1, the Jacobian of the top layer's "
-    "activations by the input; those that are 0, or beyond the axis, are counted and not shown. "
+    "activations by the input; zeros and values beyond the axis are counted and not shown. "
     "Gaussian networks of width n differ from theory by O(1/n); zeros, and with them the bin "
-    "beside, by O(n^(-1/2)): they are those of the layer with most units of slope 0."
+    "beside, by O(n^(-1/2)): a network has as many as the layer with most units of slope 0."
 )
 
 
 def page(dataset: xarray.Dataset) -> str:
-    """Return the report of a study's results, as HTML."""
+    """Return the report of a study's labelled results, as one page of HTML.
+
+    Parameters
+    ----------
+    dataset
+        The results that `results.opened` or `results.assemble` return.
+    """
     title = dataset.attrs["title"] or "A study without a title"
     rows = [results.agreement(dataset, name) for name in results.compared(dataset)]
     parts = [
@@ -141,11 +147,11 @@ def _facts(dataset: xarray.Dataset) -> str:
     return f"<div class=wide><table>{''.join(lines)}</table></div>"
 
 
-def _samplers(those: Sequence[str]) -> str:
-    """Return how networks were drawn: of a few programs also why."""
-    if len(those) <= 2:
-        return "; ".join(those)
-    return ", ".join(dict.fromkeys(sampler.partition(":")[0] for sampler in those))
+def _samplers(reasons: Sequence[str]) -> str:
+    """Return the samplers, each 'name: reason'; of more than two, the names alone."""
+    if len(reasons) <= 2:
+        return "; ".join(reasons)
+    return ", ".join(dict.fromkeys(reason.partition(":")[0] for reason in reasons))
 
 
 def _verdict(rows: Sequence[dict[str, Any]]) -> str:
@@ -171,7 +177,7 @@ def _verdict(rows: Sequence[dict[str, Any]]) -> str:
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]], texts: Sequence[int] = (0,)) -> str:
     def cells(tag: str, row: Sequence[str]) -> str:
-        classes = (" class=text" if place in texts else "" for place in range(len(row)))
+        classes = (" class=text" if column in texts else "" for column in range(len(row)))
         return "".join(f"<{tag}{c}>{_safe(cell)}" for c, cell in zip(classes, row, strict=True))
 
     body = "".join(f"<tr>{cells('td', row)}" for row in rows)
@@ -196,33 +202,35 @@ def _agreement_table(rows: Sequence[dict[str, Any]]) -> str:
 
 
 def _gradient_table(dataset: xarray.Dataset) -> list[str]:
-    """Return what becomes of ‖∂C/∂z‖ at each point of a grid, if there are not too many."""
+    """Return a table of the changes of ‖∂C/∂z‖ at each point of a grid of not too many points."""
     if "log_gradient_norm" not in _names(dataset) or not _axes(dataset):
         return []
-    # Layers first, as all else is by point; those that a point does not have are NaN.
+    # Layers first; layers beyond the depth of a point are NaN.
     norms = [dataset[f"log_gradient_norm{kind}"] for kind in ("", "_theory")]
     measured, predicted = (v.transpose("layer", ...).to_numpy() for v in norms)
     rows = []
-    for place in itertools.islice(np.ndindex(measured.shape[1:]), _MOST_ROWS + 1):
-        at = (slice(None), *place)
+    for index in itertools.islice(np.ndindex(measured.shape[1:]), _MOST_ROWS + 1):
+        at = (slice(None), *index)
         factors = [_change(values[at]) for values in (measured, predicted)]
         change, steps = factors[0]
         axes = [d for d in norms[0].dims if d != "layer"]
-        where = _study.where(dataset, dict(zip(axes, place, strict=True)))
-        said = [f"×{math.exp(c / max(n, 1)):.4g}" if n else "–" for c, n in factors]
-        rows.append((where, *said, f"×{math.exp(change):.3g}" if steps else "–", word(change)))
+        where = _study.where(dataset, dict(zip(axes, index, strict=True)))
+        factors_shown = [f"×{math.exp(c / max(n, 1)):.4g}" if n else "–" for c, n in factors]
+        rows.append(
+            (where, *factors_shown, f"×{math.exp(change):.3g}" if steps else "–", word(change))
+        )
     if len(rows) > _MOST_ROWS:
         return []
     about = (
         "The norm ‖∂C/∂z‖ of the typical network, going down: its factor a layer, and from the top "
-        "layer to layer 1; less than twofold is 'critical' here, and all layers count."
+        "layer to layer 1; here a change of less than twofold over all layers is 'critical'."
     )
-    head = ("where", "a layer, measured", "theory", "over all layers", "it is")
+    head = ("where", "a layer, measured", "theory", "over all layers", "gradients")
     return ["<h2>What becomes of the gradient</h2>", f"<p>{about}</p>", _table(head, rows, (0, 4))]
 
 
 def _change(log_norm: np.ndarray) -> tuple[float, int]:
-    """Return how log ‖∂C/∂z‖ changes from the top layer that there is to the first, and steps."""
+    """Return the change of log ‖∂C/∂z‖ from the top layer to the first, and the layers between."""
     known = log_norm[np.isfinite(log_norm)]
     whole = known.size > 1 and bool(np.isfinite(log_norm[0]))
     return (float(known[0] - known[-1]), known.size - 1) if whole else (math.nan, 0)
@@ -233,25 +241,25 @@ def _percent(share: float) -> str:
 
 
 def _worst_table(dataset: xarray.Dataset) -> str:
-    found = []
+    rows = []
     for name in _names(dataset):
         plain = dataset[f"{name}_z"]
         z = dataset.get(f"{name}_finite_width_z", plain)
         z = z if bool(np.isfinite(z).any()) else plain
         sizes = np.abs(np.nan_to_num(z.to_numpy(), nan=0.0)).ravel()
         for flat in np.argsort(-sizes, kind="stable")[:_WORST]:
-            place = dict(zip(z.dims, np.unravel_index(flat, z.shape), strict=True))
-            there = dataset.isel({k: int(v) for k, v in place.items()})
-            where = _study.where(dataset, {k: int(v) for k, v in place.items()})
+            index = dict(zip(z.dims, map(int, np.unravel_index(flat, z.shape)), strict=True))
+            there = dataset.isel(index)
+            where = _study.where(dataset, index)
             values = (float(there[name]), float(there[f"{name}_theory"]), float(there[f"{name}_z"]))
-            found.append((sizes[flat], name, where, *values, float(z.to_numpy().ravel()[flat])))
-    found.sort(key=lambda row: -row[0])
+            rows.append((sizes[flat], name, where, *values, float(z.to_numpy().ravel()[flat])))
+    rows.sort(key=lambda row: -row[0])
     return (
         "<p>By their distance in standard errors from theory, with the first order in 1/width "
         "where it is known.</p>"
     ) + _table(
         ("statistic", "where", "measured", "theory", "z", "z with the width"),
-        [(name, where, *map(_number, values)) for _, name, where, *values in found[:_WORST]],
+        [(name, where, *map(_number, values)) for _, name, where, *values in rows[:_WORST]],
         texts=(0, 1),
     )
 
@@ -268,7 +276,7 @@ def _reproduction(dataset: xarray.Dataset) -> str:
 
 
 def _figure(figure: Figure, caption: str) -> str:
-    """Return a figure as part of a page: no prolog, no date, and names of its own."""
+    """Return a figure as part of a page: SVG without prolog and date, its identifiers its own."""
     buffer = io.StringIO()
     with matplotlib.rc_context({"svg.hashsalt": caption, "svg.fonttype": "path"}):
         figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
@@ -281,7 +289,7 @@ def _figure(figure: Figure, caption: str) -> str:
 
 
 def _figures(dataset: xarray.Dataset) -> Iterator[tuple[Figure, str]]:
-    # An axis of several fields counts its places: there is nothing to see along these numbers.
+    # An axis of several fields is labelled by numbers that mean nothing.
     plane = [
         axis
         for axis in _axes(dataset)
@@ -312,7 +320,7 @@ def _figures(dataset: xarray.Dataset) -> Iterator[tuple[Figure, str]]:
     yield _distribution(dataset)
 
 
-def _kept(dataset: xarray.Dataset, name: str) -> tuple[xarray.DataArray, ...]:
+def _with_theory(dataset: xarray.Dataset, name: str) -> tuple[xarray.DataArray, ...]:
     """Return a statistic measured, its error and theory, as a logarithm where it has one."""
     key = f"log_{name}" if f"log_{name}" in dataset else name
     return dataset[key], dataset[f"{key}_standard_error"], dataset[f"{key}_theory"]
@@ -324,13 +332,13 @@ def _label(name: str) -> str:
 
 
 def _map(dataset: xarray.Dataset, name: str, x: str, y: str, at: str) -> tuple[Figure, str]:
-    """Draw measurement, theory and z over two axes.
+    """Draw measurement, theory and z over two axes, where they have passed all layers.
 
-    Of gradients at the first layer, which they reach last, and of signals at the top.
+    That is the first layer for gradients, and the top one for signals.
     """
     layer = 0 if name in ("chi", "log_gradient_norm") else -1
     there = dataset.isel(layer=layer)
-    measured, _, predicted = (v.transpose(y, x) for v in _kept(there, name))
+    measured, _, predicted = (v.transpose(y, x) for v in _with_theory(there, name))
     panels = [("measured", measured), ("theory", predicted)]
     panels.append(("z, difference in standard errors", there[f"{name}_z"].transpose(y, x)))
     corrected = f"{name}_finite_width_z"
@@ -360,16 +368,15 @@ def _lines(dataset: xarray.Dataset, name: str) -> tuple[Figure, str]:
     """Draw a statistic by layer at some points: theory as lines, measurement with error bars."""
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.subplots()
-    measured, error, predicted = _kept(dataset, name)
+    measured, error, predicted = _with_theory(dataset, name)
     shape = measured.shape[:-1]
     count = math.prod(shape)
     chosen = np.unique(np.linspace(0, count - 1, min(count, _SHOWN)).round().astype(int))
-    for index, flat in enumerate(chosen):
-        place = dict(zip(measured.dims, np.unravel_index(flat, shape), strict=False))
-        place = {axis: int(number) for axis, number in place.items()}
-        label = _study.where(dataset, place)
-        there = (measured.isel(place), error.isel(place), predicted.isel(place))
-        _points(axes, there, index, label)
+    for number, flat in enumerate(chosen):
+        index = dict(zip(measured.dims, map(int, np.unravel_index(flat, shape)), strict=False))
+        label = _study.where(dataset, index)
+        there = (measured.isel(index), error.isel(index), predicted.isel(index))
+        _points(axes, there, number, label)
     axes.set_xlabel("layer")
     axes.set_ylabel(_label(name))
     if shape:
@@ -383,7 +390,7 @@ def _lines(dataset: xarray.Dataset, name: str) -> tuple[Figure, str]:
 
 def _rows(dataset: xarray.Dataset, name: str) -> tuple[Figure, str]:
     """Draw a statistic at every point of a grid, a row each, by layer: measured, theory and z."""
-    measured, _, predicted = _kept(dataset, name)
+    measured, _, predicted = _with_theory(dataset, name)
     axes_ = [str(axis) for axis in measured.dims if axis != "layer"]
     panels = {"measured": measured, "theory": predicted, "z": dataset[f"{name}_z"]}
     flat = {
@@ -436,18 +443,18 @@ def _points(axes: Axes, values: tuple[xarray.DataArray, ...], index: int, label:
 
 
 def _distribution(dataset: xarray.Dataset) -> tuple[Figure, str]:
-    """Draw how all z are spread, beside a normal distribution's density."""
+    """Draw the distribution of all z, beside a normal distribution's density."""
     figure = Figure(figsize=(7, 3.2), layout="constrained")
     axes = figure.subplots()
     edges = np.linspace(-2 * MOST_Z, 2 * MOST_Z, 61)
     kinds = {"z": "infinite width", "finite_width_z": "with the width's effect"}
     for (suffix, label), colour in zip(kinds.items(), COLOURS, strict=False):
-        those = [
+        by_statistic = [
             dataset[f"{n}_{suffix}"].to_numpy().ravel()
             for n in _names(dataset)
             if f"{n}_{suffix}" in dataset
         ]
-        z = np.concatenate(those) if those else np.zeros(0)
+        z = np.concatenate(by_statistic) if by_statistic else np.zeros(0)
         z = np.clip(z[np.isfinite(z)], edges[0], edges[-1])
         if z.size:
             axes.hist(z, edges.tolist(), density=True, histtype="step", color=colour, label=label)
@@ -456,6 +463,6 @@ def _distribution(dataset: xarray.Dataset) -> tuple[Figure, str]:
     axes.set(xlabel="z", ylabel="density", yscale="log", ylim=(1e-5, 1))
     axes.legend(fontsize=8)
     return figure, (
-        "z of all statistics, points and layers; those beyond the axis are in its end bins. Values "
+        "z of all statistics, points and layers; the end bins have all beyond the axis. Values "
         "of one network are not independent of each other."
     )

@@ -23,14 +23,14 @@ from gradflow.studies._measurements import Measurements
 from gradflow.studies._plan import Program
 from gradflow.studies._runner import SPECTRUM, THEORY
 from gradflow.studies._study import Axis, Study, coordinate_name
-from gradflow.studies.store import RESULTS, Store
-from gradflow.theory.fixed_points import DEPTH_SCALES
+from gradflow.studies.store import Store
+from gradflow.theory._depth_scales import DEPTH_SCALES
 
 __all__ = ["FILE", "LARGE", "agreement", "assemble", "check", "compared", "opened", "theory_of"]
 __all__ += ["write"]
 
 # The name of the file in a store.
-FILE = RESULTS
+FILE = Store.RESULTS
 # Larger |z| are counted as disagreement: 1 in 16 000 by chance.
 LARGE = 4.0
 
@@ -53,7 +53,18 @@ def theory_of(program: Program, store: Store, like: Measurements) -> dict[str, n
 
 
 def assemble(store: Store) -> xarray.Dataset:
-    """Return the results of a store, over axes and layers; NaN where there is nothing yet."""
+    """Return the results of a store, of a finished study or not; NaN where there is nothing yet.
+
+    Returns
+    -------
+    xarray.Dataset
+        Over the study's axes and ``layer``, for each statistic: ``<name>``, its
+        ``_standard_deviation`` over networks, ``_standard_error``, number of ``_networks``,
+        ``_theory``, ``_z``, and where the study asks for them ``_finite_width_shift``,
+        ``_finite_width_z`` and ``_histogram``; ``weight_variance``; ``overflowed``, ``vanished``;
+        depth scales (``rate_…``, ``xi_…``), ``gradient_spread`` and singular values. Its attributes
+        have the study file and all versions.
+    """
     programs = _plan.programs(store.study)
     return _assembled(store.study, programs, store, _attributes(store, programs))
 
@@ -76,8 +87,8 @@ def check(study: Study) -> None:
 def write(store: Store, programs: Sequence[Program]) -> Path:
     """Write the results into the store, as netCDF 3; the file's path.
 
-    Those of a large study are assembled in parts, of which one is in memory at a time; the axis
-    that the parts cut is then the first in the file.
+    The results of a large study are assembled in parts, one in memory at a time; the axis that the
+    parts cut is then the first in the file.
     """
     study = store.study
     along, parts = _plan.result_parts(study, _depth(programs))

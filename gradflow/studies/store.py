@@ -1,16 +1,16 @@
 """The store of a study: a folder that holds what is finished, whatever happens to the process.
 
     study.toml          the study file, as it was given
-    store.json          the same text, whose share it is, what networks were drawn with, and the
+    store.json          the same text, the share, versions that networks were drawn with, and the
                         checksums of rounds and results; store-copy.json is the same again
     rounds/, chunks/, theory/
-                        what was drawn, and what was measured: see `_rounds`
+                        the networks that were drawn, measurements, and theory: see `_rounds`
     results.nc          all of it, labelled, when the study is finished
     log.jsonl           when each chunk was finished, and how long it took; nothing depends on it
     lock                held by the process that writes
 
-Everything that reads a store checks all of it, and damage that resuming the study would mend is
-said so. What the other files cannot be read without, store.json and the rounds, is there twice.
+Whoever reads a store checks all of it first. A damaged file is reported with the command that makes
+it again. store.json and the rounds' files, without which no other can be read, are there twice.
 """
 
 import contextlib
@@ -39,10 +39,7 @@ from gradflow.studies._rounds import FOLDERS, Rounds, TheoryChunk, round_name, u
 from gradflow.studies._sealed import WRITING, Damage, explained
 from gradflow.studies._study import Study, differences
 
-__all__ = ["RESULTS", "Store"]
-
-# The file of the labelled results.
-RESULTS = "results.nc"
+__all__ = ["Store"]
 
 _FORMAT = 4
 _HEADERS = ("store.json", "store-copy.json")
@@ -51,7 +48,7 @@ _BEFORE_HEADER = {"lock", "study.toml", *FOLDERS}
 
 
 class Store:
-    """The folder of one study; in memory alone, and empty, until it is opened.
+    """The folder of one study; an empty store without a folder until it is `locked`.
 
     Attributes
     ----------
@@ -62,6 +59,8 @@ class Store:
     drawn_with
         Versions and machines that the networks were drawn with.
     """
+
+    RESULTS = "results.nc"
 
     def __init__(self, folder: Path, study: Study, share: Share = WHOLE) -> None:
         self.folder, self.study, self.share = folder, study, share
@@ -82,7 +81,7 @@ class Store:
         ------
         InputError
             If the folder cannot be written to, another process writes to it, it holds something
-            else or another share, what the chunks cannot be read without is gone, or the study has
+            else or another share, store.json or a round is gone with its copy, or the study has
             changed by more than new points and more networks.
         """
         with contextlib.ExitStack() as stack:
@@ -199,9 +198,9 @@ class Store:
                     )
         rounds.scan()
         rounds.check()
-        if store._results and _sealed.digest(folder / RESULTS) != store._results:
+        if store._results and _sealed.digest(folder / cls.RESULTS) != store._results:
             raise rounds.damage(
-                folder / RESULTS,
+                folder / cls.RESULTS,
                 "is missing, damaged or of another study",
                 "assembles the results again",
             )
@@ -252,7 +251,7 @@ class Store:
     @property
     def results(self) -> Path | None:
         """The labelled file, if the study is finished."""
-        return self.folder / RESULTS if self._results else None
+        return self.folder / self.RESULTS if self._results else None
 
     def _set_results(self, checksum: str | None) -> None:
         self._results = checksum
@@ -334,12 +333,12 @@ class Store:
             self.rounds.append(tasks)
             self._set_results(None)
             self._write_header()
-            (self.folder / RESULTS).unlink(missing_ok=True)
+            (self.folder / self.RESULTS).unlink(missing_ok=True)
 
     def add(
         self, number: int, task: int, chunk: int, measurements: Measurements, seconds: float
     ) -> None:
-        """Write a chunk of a round's task, which took so many seconds."""
+        """Write a chunk of a round's task; ``seconds`` is the time it took, for the log."""
         with explained(self.folder):
             self.rounds.add(number, task, chunk, measurements)
             self._log(round=number, task=task, chunk=chunk, seconds=round(seconds, 3))
@@ -347,7 +346,7 @@ class Store:
     def add_theory(
         self, chunk: TheoryChunk, arrays: Mapping[str, np.ndarray], seconds: float
     ) -> None:
-        """Write a chunk of theory, which took so many seconds."""
+        """Write a chunk of theory; ``seconds`` is the time it took, for the log."""
         with explained(self.folder):
             self.rounds.add_theory(chunk, arrays)
             taken = round(seconds, 3)
@@ -364,7 +363,7 @@ class Store:
 
     def publish(self, write: Callable[[Path], None]) -> Path:
         """Write the results, by ``write``, whole or not at all; their path."""
-        path = self.folder / RESULTS
+        path = self.folder / self.RESULTS
         with explained(self.folder):
             beside = _sealed.beside(path)
             try:

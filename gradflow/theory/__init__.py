@@ -4,8 +4,6 @@ linear_regime
     Glorot & Bengio 2010, eqs. 2-12: variances for φ(z) = z and any widths.
 mean_field
     The infinite-width law of every statistic, for any activation.
-densities
-    The density of single units' signals: what histograms show.
 finite_width
     What wide layers' limits leave out: exact, at first order in 1/n, and carried means.
 shared_weights
@@ -14,8 +12,8 @@ fixed_points
     Where lengths and correlations settle, and on which depth scales.
 criticality
     The edge of chaos: where gradients neither vanish nor explode.
-spectrum
-    The singular values of the end-to-end Jacobian: moments, edges, density.
+spectrum, spectral_density
+    The singular values of the end-to-end Jacobian: moments and edges; density.
 transformations
     Activations scaled and shifted so that deep networks stay trainable: DKS and TAT.
 architectures
@@ -29,18 +27,18 @@ summary
 from gradflow.theory import (
     architectures,
     criticality,
-    densities,
     finite_width,
     fixed_points,
     linear_regime,
     mean_field,
     prescription,
     shared_weights,
+    spectral_density,
     spectrum,
     summary,
     transformations,
 )
 
-__all__ = ["architectures", "criticality", "densities", "finite_width", "fixed_points"]
+__all__ = ["architectures", "criticality", "finite_width", "fixed_points"]
 __all__ += ["linear_regime", "mean_field", "prescription", "shared_weights", "spectrum"]
-__all__ += ["summary", "transformations"]
+__all__ += ["spectral_density", "summary", "transformations"]

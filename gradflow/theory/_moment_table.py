@@ -1,18 +1,18 @@
-"""E[φ²]/q, E[φ'²] and d/dq E[φ²] of an activation at every length q, and what they tend to.
+"""E[φ²]/q, E[φ'²] and d/dq E[φ²] of an activation at every length q, and their limits.
 
-They are analytic functions of log q in a strip of half-width π/2, whatever φ is, so a table at 16
+They are analytic functions of log q in a strip of half-width π/2, for every φ, so a table at 16
 Chebyshev nodes for each factor of 2 in q has all their digits. It does not depend on σ_w and σ_b.
 
 Near 0 and far out most activations are φ(x) = a± x, with a slope on either side. All three averages
-then tend to (a₊² + a₋²)/2, and the table has how far they are from it: V(q)/q - 1, which decides
-where lengths settle, can be much smaller than what it is the difference of. (SiLU at σ_w² = 2,
-σ_b² = 0.01 has q* = 68889 and χ∥ = 1 - 7e-8.) Beyond the table this distance goes on as a power of
-q.
+then tend to (a₊² + a₋²)/2, and the table has their distance from it: V(q)/q - 1, whose roots are
+the fixed points, can be much smaller than the terms that it is a difference of. (SiLU at σ_w² = 2,
+σ_b² = 0.01 has q* = 68889 and χ∥ = 1 - 7e-8.) Beyond the table this distance is a power of q.
 """
 
 import functools
 import weakref
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -20,35 +20,37 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from gradflow import gaussian
+from gradflow._roots import rounding
 from gradflow.activations import Activation
-from gradflow.roots import rounding
 
-__all__ = ["Averages", "Limit", "Table"]
+__all__ = ["Averages", "Limit", "Table", "averages_at", "over_grid"]
+
+_Pytree = TypeVar("_Pytree")
 
 # Panels of one factor of 2 in q, with Chebyshev nodes; the first one that has a limit at infinity.
 _LOWEST, _HIGHEST, _ORDER = -60, 64, 16
 _UPPER = -_LOWEST
-# Roots are looked for between points this many to a factor of 2 in q. At GELU's half-stable point
+# Roots are bracketed between points, so many to a factor of 2 in q. At GELU's half-stable point
 # V(q)/q - 1 has a root, a minimum of -2e-6 and a maximum of 0 within a quarter of that. Beyond
-# 2^±64 everything is a power of q, and a point each 8 factors of 2 will do.
+# 2^±64 everything is a power of q, and a point each 8 factors of 2 is enough.
 _SCAN, _COARSE = 8, 8
-# Where slopes are looked at, near 0 and far out; no round numbers, which may be periods of φ.
+# Points x at which slopes are taken, near 0 and far out; round ones might be periods of φ.
 _NEAR = (2.13e-20, 3.71e-24, 1.37e-27, 1.91e-30)
 _FAR = (1.137e8, 7.391e9, 5.113e11, 2.731e13)
-# What an average's quadrature may be off by, relative, for a limit to be read off it.
+# The largest relative error of an average from which a limit is read.
 _DIGITS = 1e-9
-# By how much an average may grow within a panel.
+# The largest factor by which an average may grow within a panel.
 _STEEPEST = 2.0**12
-# Panels between those whose averages are looked at for a limit: factors of 4 in q.
+# Panels from one average to the next of those that a limit is read from: factors of 4 in q.
 _APART = 2
 
 
 class Limit(NamedTuple):
-    """What becomes of φ and its averages as q goes to 0, or to infinity.
+    """Limits of φ' and of averages as q goes to 0, or to infinity.
 
     ``above`` and ``below`` are the limits of φ'(x) for x > 0 and x < 0, NaN where there is none;
     the others are those of E[φ'²] and of d/dq E[φ²]: inf where it grows without limit, NaN where it
-    tends to nothing, or not visibly so.
+    has no limit, or none that the averages show.
     """
 
     above: Float[Array, ""]
@@ -75,20 +77,28 @@ class Averages(NamedTuple):
     ratio: Float[Array, ""]
     dphi2: Float[Array, ""]
     gain: Float[Array, ""]
-    sizes: Float[Array, " 3"]  # of what the three distances are sums of, for their rounding
+    sizes: Float[
+        Array, " 3"
+    ]  # sums of the absolute terms of the three distances, for their rounding
 
-    def excess(self, distance: Array, scale: Array) -> Array:
-        """Return σ_w² times an average, less 1: ``scale`` is σ_w², ``distance`` one from above."""
-        return (scale * self.limit - 1) + scale * distance
+    def excess(self, distance: Array, sigma_w2: Array) -> Array:
+        """Return σ_w² times an average, less 1, from the average's distance from its limit."""
+        return (sigma_w2 * self.limit - 1) + sigma_w2 * distance
+
+    def excess_at_limit(self, sigma_w2: Array) -> Array:
+        """Return |σ_w² · limit - 1|, a term of `excess`; 0 or nearly so where that is rounding."""
+        straight = jnp.abs(sigma_w2 * self.limit - 1)
+        noise = rounding(straight.dtype)
+        return jnp.where(straight <= noise, straight / noise, straight)
 
 
 class Table(NamedTuple):
-    """The averages as Chebyshev series in log₂ q, less what they tend to, and their limits."""
+    """The averages as Chebyshev series in log₂ q, less their limits, and the limits."""
 
     coefficients: Float[Array, "panels order 3"]
-    limits: Float[Array, " panels"]  # what the series are the distance from
+    limits: Float[Array, " panels"]  # the series are distances from them
     error: Float[Array, " panels"]  # estimated, of E[φ²]/q
-    powers: Float[Array, "2 3"]  # of q, that the distances go as beyond the two ends
+    powers: Float[Array, "2 3"]  # of q, to which the distances are proportional beyond either end
     square_at_zero: Float[Array, ""]  # φ(0)²
     zero: Limit
     infinity: Limit
@@ -99,15 +109,15 @@ class Table(NamedTuple):
         known, name = _known.setdefault(activation, {}), jnp.dtype(dtype).name
         if name not in known:
             with jax.ensure_compile_time_eval():
-                found = _computed(activation, name)
-            if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(found)):
-                return found
-            known[name] = jax.tree.map(np.asarray, found)
+                table = _computed(activation, name)
+            if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(table)):
+                return table
+            known[name] = jax.tree.map(np.asarray, table)
         return jax.tree.map(jnp.asarray, known[name])
 
     @staticmethod
     def scan(dtype: jnp.dtype) -> Array:
-        """Return log q where signs are looked at, from the table and far beyond."""
+        """Return log q at the points between which roots are bracketed, in the table and beyond."""
         reach = 120 if dtype == jnp.float32 else 1016
         inside = np.arange(_LOWEST * _SCAN, _HIGHEST * _SCAN + 1) / _SCAN
         low = np.arange(-reach, _LOWEST, _COARSE)
@@ -133,7 +143,7 @@ class Table(NamedTuple):
         power = jnp.where(log < _LOWEST, self.powers[0], self.powers[1])
         further = jnp.exp2(power * (log - inside))
         value *= further
-        # The last terms are as large as those left out, which count as rounding does.
+        # The last terms are as large as those left out, which count as rounding errors.
         left_out = jnp.sum(jnp.abs(series[-2:]), axis=0) / rounding(series.dtype)
         sizes = (jnp.sum(jnp.abs(series), axis=0) + 4 * left_out) * further
         return Averages(self.limits[index], value[0], value[1], value[2], sizes)
@@ -151,6 +161,31 @@ class Table(NamedTuple):
         return jnp.where(inside, self.error[index], 0) + share * here.sizes[0]
 
 
+def over_grid(function: Callable[..., _Pytree], *grids: Array) -> _Pytree:
+    """Apply a function of scalars at every point of grids of one shape."""
+    shape = grids[0].shape
+    out = jax.vmap(function)(*(grid.reshape(-1) for grid in grids))
+    return jax.tree.map(lambda leaf: leaf.reshape(shape + leaf.shape[1:]), out)
+
+
+def averages_at(activation: Activation, table: Table, q: Float[Array, ""]) -> Averages:
+    """Return the averages at a length, in closed form where that has more digits than the table.
+
+    A series in log q has an absolute error of rounding, and those of sin and cos fall off like
+    exp(-2q).
+    """
+    near = table.at(q)
+    closed = {
+        "dphi2": lambda: gaussian.moment(activation, "dphi2", q),
+        "x_phi_dphi": lambda: gaussian.moment(activation, "x_phi_dphi", q) / q,
+    }
+    dphi2, gain = (
+        jnp.where(near.limit == 0, form(), value) if name in activation.moments else value
+        for (name, form), value in zip(closed.items(), (near.dphi2, near.gain), strict=True)
+    )
+    return near._replace(dphi2=dphi2, gain=gain)
+
+
 def _limit(slopes: Float[Array, "2 4"], averages: Float[Array, "4 3"], certain: Array) -> Limit:
     """Return the limit from φ' at four points on either side, and averages at four q.
 
@@ -163,13 +198,13 @@ def _limit(slopes: Float[Array, "2 4"], averages: Float[Array, "4 3"], certain: 
     same = away <= noise * (jnp.abs(slopes[:, -1]) + size)
     above, below = jnp.where(same, slopes[:, -1], jnp.nan)
     straight = (above**2 + below**2) / 2
-    found = jnp.stack([_limit_of(averages[:, 1], certain), _limit_of(averages[:, 2], certain)])
-    dphi2, gain = jnp.where(jnp.isnan(straight), found, straight)
+    limits = jnp.stack([_limit_of(averages[:, 1], certain), _limit_of(averages[:, 2], certain)])
+    dphi2, gain = jnp.where(jnp.isnan(straight), limits, straight)
     return Limit(above, below, dphi2, gain)
 
 
 def _limit_of(values: Float[Array, " 4"], certain: Array) -> Array:
-    """Return what four values of a sequence tend to, where that can be seen: see `Limit`."""
+    """Return the limit of a sequence from four values, inf or NaN as in `Limit`."""
     steps = jnp.diff(values)
     size = jnp.max(jnp.abs(values))
     digits = _DIGITS if values.dtype == jnp.float64 else 1e3 * _DIGITS
@@ -212,15 +247,15 @@ def _computed(activation: Activation, dtype: str) -> Table:
     def of_panel(panel: tuple[Array, Array, Array]) -> tuple[Array, Array]:
         return _averages(activation, *panel)
 
-    found, errors = jax.lax.map(of_panel, (q, lines[:, 0], lines[:, 1]))
-    raw, distances = found[..., :3], found[..., 3:]
+    averages, errors = jax.lax.map(of_panel, (q, lines[:, 0], lines[:, 1]))
+    raw, distances = averages[..., :3], averages[..., 3:]
     closed = ("phi2", "dphi2", "x_phi_dphi")
     for column, name in enumerate(closed):
         if name in activation.moments:
             exact = gaussian.moment(activation, name, q)
             raw = raw.at[..., column].set(exact if name == "dphi2" else exact / q)
             errors = errors.at[..., column].set(0)
-    # What grows faster than any power has digits in no panel beyond: it is as good as infinite.
+    # An average that grows faster than any power is as good as infinite from there on.
     ratios = jnp.abs(raw[..., 0])
     growth = jnp.max(ratios, axis=1) / jnp.min(ratios, axis=1)
     lost = ~jnp.all(jnp.isfinite(raw), axis=(1, 2)) | (growth > _STEEPEST)
@@ -232,8 +267,8 @@ def _computed(activation: Activation, dtype: str) -> Table:
     certain |= lost
     last = jnp.sum(jnp.cumsum(~certain[_UPPER:]) == 0) + _UPPER - 1
     zero, infinity = (
-        _limit(slopes, raw[places, middle], sure)
-        for slopes, places, sure in (
+        _limit(slopes, raw[panels, middle], sure)
+        for slopes, panels, sure in (
             (near, np.arange(3, -1, -1) * _APART, jnp.all(certain[: 3 * _APART + 1])),
             (far, last - np.arange(3, -1, -1) * _APART, last >= _UPPER + 3 * _APART),
         )
@@ -251,7 +286,7 @@ def _computed(activation: Activation, dtype: str) -> Table:
     coefficients = jnp.einsum(
         "kj,pjm->pkm", jnp.asarray(to_series, dtype), values, precision="highest"
     )
-    # Series that do not end within the nodes say so themselves.
+    # A series that has not converged shows it in its last coefficients.
     error += jnp.abs(coefficients[:, -2, 0]) + jnp.abs(coefficients[:, -1, 0])
     powers = jnp.stack([_power(values[0], values[1]), _power(values[-2], values[-1])])
     return Table(coefficients, limits, error, powers, origin, zero, infinity)
@@ -290,16 +325,16 @@ def _averages(
             ]
         )
 
-    found, errors = gaussian.expectation_with_error(rows, q, kinks=activation.kinks)
+    averages, errors = gaussian.expectation_with_error(rows, q, kinks=activation.kinks)
     unit = jnp.stack([q, jnp.ones_like(q), q, q, jnp.ones_like(q), q])
-    return (found / unit).T, (errors / unit).T
+    return (averages / unit).T, (errors / unit).T
 
 
 def _power(before: Float[Array, "order 3"], after: Float[Array, "order 3"]) -> Array:
-    """Return the power of q that averages go as between two panels, a factor of 2 apart."""
+    """Return the power of q that averages go as, from two panels a factor of 2 apart."""
     low, high = before[_ORDER // 2], after[_ORDER // 2]
     known = (low * high > 0) & jnp.isfinite(low) & jnp.isfinite(high)
-    found = jnp.log2(jnp.where(known, high / jnp.where(known, low, 1), 1))
-    # Most are multiples of 1/2; what is left is the next term.
-    whole = jnp.round(2 * found) / 2
-    return jax.lax.stop_gradient(jnp.where(jnp.abs(found - whole) < 1e-6, whole, found))
+    power = jnp.log2(jnp.where(known, high / jnp.where(known, low, 1), 1))
+    # Most are multiples of 1/2, but for the next term.
+    whole = jnp.round(2 * power) / 2
+    return jax.lax.stop_gradient(jnp.where(jnp.abs(power - whole) < 1e-6, whole, power))

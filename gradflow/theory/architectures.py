@@ -1,8 +1,8 @@
 """Architectures: depth laws of residual, normalised and dropout networks, without a simulation.
 
-`walk` follows one input through equal blocks of any kind: what residual networks grow to, and what
-each block does to the gradient. `batch_norm_chi` and `dropout` are where deep networks settle;
-`convolution_modes` is how long convolutions keep what differs from position to position.
+`walk` follows one input through equal blocks of any kind: the growth of signals in residual
+networks, and each block's factor of the gradient. `batch_norm_chi` and `dropout` are fixed points;
+`convolution_modes` is the decay of differences between the positions of a convolution.
 
 ==========================  ======================================================================
 form                        block
@@ -18,7 +18,7 @@ W φ(LN(z)) + b              ``Chain((LayerNorm(), Activate(φ), Linear(n, σ_w,
 
 import functools
 import math
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -27,22 +27,22 @@ from jaxtyping import Array, ArrayLike, Float, Int
 
 from gradflow import activations, gaussian
 from gradflow._checks import check_count, check_scale, is_number, is_traced
+from gradflow._roots import Valued, implicit, newton
 from gradflow.activations import Activation
 from gradflow.blocks import AbstractBlock, Patches
 from gradflow.errors import InputError
-from gradflow.gaussian import _batch
+from gradflow.gaussian import _batch, _pairs
 from gradflow.kernels import Kernel
 from gradflow.theory import fixed_points, mean_field
+from gradflow.theory._depth_scales import depth_scale
+from gradflow.theory._moment_table import over_grid
 
 __all__ = ["DropoutAnalysis", "Walk", "batch_norm_chi", "convolution_modes", "critical_dropout"]
 __all__ += ["dropout", "walk"]
 
-# Newton steps within a bracket, which bisection would need for a float64.
-_STEPS = 60
-
 
 class Walk(NamedTuple):
-    """One input's way through equal blocks."""
+    """One input's second moment and gradient factors, after 1 … depth equal blocks."""
 
     q: Float[Array, " blocks"]  # second moment after each block
     chi: Float[Array, " blocks"]  # by which each block multiplies mean squared gradients
@@ -61,9 +61,9 @@ def walk(block: AbstractBlock, q0: ArrayLike, depth: int) -> Walk:
         exp(``log_gradient_gain``) from the output of block l to the input of block 1 where all
         widths are equal.
     q0
-        Second moment of what enters the first block, >= 0.
+        Second moment of the first block's input, >= 0.
     depth
-        How many blocks.
+        The number of blocks.
 
     Raises
     ------
@@ -131,7 +131,7 @@ def batch_norm_chi(activation: Activation | str, size: int | float) -> Float[Arr
     phi = activations.get(activation)
     if is_number(size) and size == math.inf:
         one = jnp.ones(())
-        return gaussian.moment(phi, "dphi2", one) / gaussian.variance(phi, one)
+        return gaussian.moment(phi, "dphi2", one) / gaussian.moment(phi, "variance", one)
     whole = is_number(size) and size == int(size)
     size = check_count("batch", int(size) if whole else size, _batch.SMALLEST)
     m = _batch.sphere_averages(phi, size)
@@ -142,16 +142,16 @@ def convolution_modes(patches: Patches) -> Float[Array, "*shape"]:
     """Return λ(f) = |(1/k) Σ_d exp(2πi f·d)|, by which a filter multiplies each Fourier mode.
 
     A circular convolution averages second moments over the filter's elements d. So where all
-    positions are alike, a small change of them that is a wave over positions with the frequency f
-    is multiplied, in each layer, by λ(f) and by what a dense layer multiplies changes by: χ_c for
-    pairs of positions or inputs, and for gradients χ. λ(0) is 1: what is alike at all positions
-    goes as in a dense layer, with its ξ_c, and all else is lost sooner, on -1/log(χ_c λ(f)) layers
-    (`fixed_points.depth_scale`). A delta's filter, of one element, has λ = 1: nothing is lost.
+    positions have equal moments, a small change that is a wave over positions with the frequency f
+    is multiplied, in each layer, by λ(f) and by a dense layer's factor: χ_c for pairs of positions
+    or inputs, and χ for gradients. λ(0) is 1: a change that is equal at all positions decays as in
+    a dense layer, with its ξ_c, and every other sooner, with a depth scale of
+    -1/log(χ_c λ(f)) layers. A delta's filter, of one element, has λ = 1: nothing is lost.
 
     Parameters
     ----------
     patches
-        What the filter sees, as a `blocks.Convolution` has it.
+        Positions and the filter over them, as in a `blocks.Convolution`.
 
     Returns
     -------
@@ -176,7 +176,7 @@ def convolution_modes(patches: Patches) -> Float[Array, "*shape"]:
 
 
 class DropoutAnalysis(NamedTuple):
-    """Where a signal settles under dropout; NaN where it does not."""
+    """The fixed point that a signal tends to under dropout; NaN where there is none."""
 
     status: Int[Array, "*grid"]  # of the length, a `fixed_points.Status`
     q_star: Float[Array, "*grid"]
@@ -185,7 +185,7 @@ class DropoutAnalysis(NamedTuple):
     chi_c: Float[Array, "*grid"]  # C'(c*) = σ_w² E[φ'(u) φ'(v)]
     xi_c: Float[Array, "*grid"]  # in layers
     trainable_depth: Float[Array, "*grid"]  # 6 ξ_c
-    c_of_one: Float[Array, "*grid"]  # C(1) < 1: how alike two masks leave equal inputs
+    c_of_one: Float[Array, "*grid"]  # C(1) < 1: the correlation of equal inputs under two masks
 
 
 def dropout(
@@ -196,7 +196,7 @@ def dropout(
     keep_rate: ArrayLike,
     start: ArrayLike = 1.0,
 ) -> DropoutAnalysis:
-    """Return where lengths and correlations settle when each unit of φ is kept with probability p.
+    """Return fixed points of lengths and correlations under dropout; units stay with probability p.
 
     q = (σ_w²/p) E[φ²] + σ_b²;  C(c) = (σ_w² E[φ(u) φ(v)] + σ_b²)/q*, masks being independent.
 
@@ -207,7 +207,7 @@ def dropout(
     sigma_w2, sigma_b2, keep_rate
         σ_w², σ_b² and p, 0 < p <= 1, of shapes that broadcast.
     start
-        q of the first layer; where every q is kept (`critical_dropout`), it is q*.
+        q of the first layer; where every q is a fixed point (`critical_dropout`), it is q*.
 
     Raises
     ------
@@ -226,15 +226,13 @@ def dropout(
     grid = jnp.broadcast_arrays(sigma_w2 * jnp.ones_like(length.q_star), sigma_b2, length.q_star)
     settled = jnp.isfinite(length.q_star) & (length.q_star > 0)
     w2, b2, q = (jnp.asarray(x, length.q_star.dtype) for x in grid)
-    c, slope = fixed_points.over_grid(
-        functools.partial(_correlation, phi), w2, b2, jnp.where(settled, q, 1)
-    )
+    c, slope = over_grid(functools.partial(_correlation, phi), w2, b2, jnp.where(settled, q, 1))
     c_of_one = (w2 * gaussian.moment(phi, "phi2", jnp.where(settled, q, 1)) + b2) / q
     # Without dropout C(1) = 1, and the question is another one.
     known = settled & (jnp.broadcast_to(keep_rate, q.shape) < 1)
     c_star = jnp.where(known, c, jnp.where(settled, length.c_star, jnp.nan))
     chi_c = jnp.where(known, slope, jnp.where(settled, length.chi_c, jnp.nan))
-    xi_c = fixed_points.depth_scale(chi_c)
+    xi_c = depth_scale(chi_c)
     return DropoutAnalysis(
         length.status,
         length.q_star,
@@ -254,23 +252,16 @@ def _correlation(phi: Activation, w2: Array, b2: Array, q: Array) -> tuple[Array
     """
     fixed_w2, fixed_b2, fixed_q = jax.lax.stop_gradient((w2, b2, q))
 
-    def excess(c: Array) -> tuple[Array, Array]:
-        value, slope = gaussian.equal_pair(phi, fixed_q, c)
-        return (fixed_w2 * value + fixed_b2) / fixed_q - c, fixed_w2 * slope
+    def excess(c: Array) -> Valued:
+        value, slope = _pairs.equal_pair(phi, fixed_q, c)
+        return (fixed_w2 * value + fixed_b2) / fixed_q - c, fixed_w2 * slope - 1, jnp.ones_like(c)
 
-    def step(_: Any, state: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
-        low, high, c = state
-        value, slope = excess(c)
-        low, high = jnp.where(value > 0, c, low), jnp.where(value > 0, high, c)
-        newton = c - value / (slope - 1)
-        inside = (newton >= low) & (newton < high)
-        return low, high, jnp.where(inside, newton, (low + high) / 2)
+    def equation(theta: tuple[Array, Array, Array], c: Array) -> Array:
+        w2, b2, q = theta
+        return (w2 * gaussian.kernel(phi, _pair(q, c))[0, 1] + b2) / q - c
 
     zero, one = jnp.zeros_like(q), jnp.ones_like(q)
-    _, _, c = jax.lax.fori_loop(0, _STEPS, step, (zero, one, one / 2))
-    # One more step from a constant has the derivatives that the implicit function has.
-    slope = excess(c)[1]
-    c = c - ((w2 * gaussian.kernel(phi, _pair(q, c))[0, 1] + b2) / q - c) / (slope - 1)
+    c = implicit(equation, (w2, b2, q), newton(excess, zero, one, sign=one))
     return c, w2 * gaussian.derivative_kernel(phi, _pair(q, c))[0, 1]
 
 
@@ -279,7 +270,7 @@ def _pair(q: Array, c: Array) -> Float[Array, "2 2"]:
 
 
 def critical_dropout(activation: Activation | str, keep_rate: ArrayLike) -> Float[Array, "..."]:
-    """Return the σ_w² that keeps q under dropout, without biases, if φ is homogeneous: p/E[φ(Z)²].
+    """Return the σ_w² at which q stays as it is under dropout, for a homogeneous φ: p/E[φ(Z)²].
 
     2p for ReLU (Pretorius et al. 2018, arXiv:1811.00293: 2/E[ε²] with a mask ε of E[ε²] = 1/p).
 

@@ -1,9 +1,9 @@
 """Criticality: the weights and biases at which squared gradients neither shrink nor grow, χ₁ = 1.
 
 At a length q, χ₁ = 1 needs σ_w² = 1/E[φ'²], and q stays where it is if σ_b² = q - E[φ²]/E[φ'²].
-So q runs along the critical line, the 'edge of chaos' (Poole et al. 2016, arXiv:1606.05340;
-Schoenholz et al. 2017, arXiv:1611.01232); given σ_b² or σ_w², the critical points are roots in q of
-one function, found as fixed points are.
+So q parametrises the critical line, the 'edge of chaos' (Poole et al. 2016, arXiv:1606.05340;
+Schoenholz et al. 2017, arXiv:1611.01232); given σ_b² or σ_w², the critical points are the roots in
+q of one function.
 
 On the line, correlations approach 1 only algebraically. With δ = 1 - c,
 
@@ -32,32 +32,24 @@ from jaxtyping import Array, ArrayLike, Float, Int
 from gradflow import activations, gaussian
 from gradflow._arguments import as_numbers
 from gradflow._checks import check_scale
+from gradflow._roots import Roots, Valued, implicit, rounding, sign_changes
 from gradflow.activations import Activation
 from gradflow.errors import InputError
-from gradflow.roots import Roots, Valued, implicit, rounding, sign_changes
-from gradflow.theory._moment_table import Averages, Table
-from gradflow.theory.fixed_points import (
-    Analysis,
-    Status,
-    analyse,
-    averages_at,
-    correlation_curvature,
-    depth_scale,
-    over_grid,
-)
+from gradflow.theory._correlations import correlation_curvature
+from gradflow.theory._depth_scales import depth_scale
+from gradflow.theory._moment_table import Averages, Table, averages_at, over_grid
+from gradflow.theory.fixed_points import Analysis, Status, analyse
 
 __all__ = ["CriticalPoints", "HalfStable", "Phase", "UniversalityClass", "critical_at_infinity"]
 __all__ += ["critical_line", "critical_points", "half_stable_points", "phase", "phase_diagram"]
 __all__ += ["universality_class"]
 
 
-# χ₁ is critical within so many units of rounding.
-_ROUNDING = 64
-# A root that rounding may move by more than this share of q is none.
+# A root that rounding may move by more than this fraction of q counts as absent.
 _UNSEEN = 0.01
 # A relative change of E[φ²]/q that is more than rounding.
 _SEEN = 1e-12
-# A length as large as can be: beyond all fixed points but those that a float cannot tell from it.
+# A length beyond all fixed points that a float can resolve.
 _LARGE = 1e30
 
 
@@ -92,13 +84,13 @@ class Phase(enum.IntEnum):
     CRITICAL = 1  # χ₁ = 1
     CHAOTIC = 2  # χ₁ > 1: gradients explode, c* < 1
     DIVERGENT = 3  # q grows without limit, and gradients explode with it: χ₁ → a limit above 1
-    UNKNOWN = 4  # q oscillates, leaves the float's range, or grows with no limit of χ₁ to be seen
+    UNKNOWN = 4  # q oscillates, leaves the float's range, or grows without a known limit of χ₁
 
 
 class UniversalityClass(enum.Enum):
-    """How an activation's signals behave at criticality (Roberts, Yaida & Hanin 2022, ch. 5)."""
+    """The behaviour of signals at criticality (Roberts, Yaida & Hanin 2022, ch. 5)."""
 
-    SCALE_INVARIANT = "scale-invariant"  # every q is kept
+    SCALE_INVARIANT = "scale-invariant"  # every q is a fixed point
     K_STAR_ZERO = "K* = 0"  # q → 0 as 1/l
     HALF_STABLE = "half-stable"  # χ₁ = χ∥ = 1 at a q* > 0 that attracts from one side
     NONE = "none"  # χ₁ = χ∥ = 1 at no q
@@ -148,7 +140,7 @@ def _line(activation: Activation, q: Array) -> CriticalPoints:
 def _points(
     activation: Activation, present: Array, q: Array, sigma_w2: Array, sigma_b2: Array, par: Array
 ) -> CriticalPoints:
-    """Complete the points and blank those that are not present."""
+    """Critical points, NaN where they are not present."""
     curved = jnp.where(q > 0, q, 1)
     exponent, coefficient = correlation_curvature(activation, curved, sigma_w2)
     approach = present & (q > 0)
@@ -182,7 +174,7 @@ def critical_points(
     CriticalPoints
         Those with a q*, and none where rounding would decide it (below 1e-13 or so, other than 0).
         Where every q is critical (ReLU, σ_b² = 0, σ_w² = 2) one point, whose q* is NaN. Where q
-        grows without limit, `critical_at_infinity` has what χ₁ → 1 needs.
+        grows without limit, `critical_at_infinity` has the σ_w² of χ₁ → 1.
 
     Raises
     ------
@@ -206,8 +198,8 @@ def critical_points(
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _critical_points(activation: Activation, given: str, value: Array) -> CriticalPoints:
     table = Table.of(activation, value.dtype)
-    find = _for_sigma_b2 if given == "sigma_b2" else _for_sigma_w2
-    return over_grid(functools.partial(find, activation, table), value)
+    solve = _for_sigma_b2 if given == "sigma_b2" else _for_sigma_w2
+    return over_grid(functools.partial(solve, activation, table), value)
 
 
 def _for_sigma_b2(activation: Activation, table: Table, sigma_b2: Array) -> CriticalPoints:
@@ -219,13 +211,13 @@ def _for_sigma_b2(activation: Activation, table: Table, sigma_b2: Array) -> Crit
         size = (near.sizes[1] + near.sizes[0]) / slope + bias
         return (near.dphi2 - near.ratio) / slope - bias, size
 
-    q, found = _solve(surplus, (table, sigma_b2))
-    at_origin = table.square_at_zero == 0
-    end = (sigma_b2 == 0) & at_origin & ~found.neutral
-    any_q = (sigma_b2 == 0) & found.neutral
-    special = jnp.where(any_q, jnp.nan, 0.0)
-    sigma_w2 = 1 / table.zero.dphi2
-    return _assemble(activation, table, (end | any_q, special, sigma_w2), q, found, sigma_b2)
+    q, roots = _solve(surplus, (table, sigma_b2))
+    origin = _Origin(
+        present=(sigma_b2 == 0) & ((table.square_at_zero == 0) | roots.neutral),
+        any_q=(sigma_b2 == 0) & roots.neutral,
+        sigma_w2=1 / table.zero.dphi2,
+    )
+    return _assemble(activation, table, origin, q, roots, sigma_b2)
 
 
 def _for_sigma_w2(activation: Activation, table: Table, sigma_w2: Array) -> CriticalPoints:
@@ -233,24 +225,32 @@ def _for_sigma_w2(activation: Activation, table: Table, sigma_w2: Array) -> Crit
         """1 - σ_w² E[φ'²]."""
         table, sigma_w2 = theta
         near = table.at(q)
-        straight = jnp.abs(sigma_w2 * near.limit - 1)
-        noise = rounding(q.dtype)
-        straight = jnp.where(straight <= noise, straight / noise, straight)
-        return -near.excess(near.dphi2, sigma_w2), straight + sigma_w2 * near.sizes[1]
+        size = near.excess_at_limit(sigma_w2) + sigma_w2 * near.sizes[1]
+        return -near.excess(near.dphi2, sigma_w2), size
 
-    q, found = _solve(surplus, (table, sigma_w2))
+    q, roots = _solve(surplus, (table, sigma_w2))
     at_end = jnp.abs(sigma_w2 * table.zero.dphi2 - 1) < 8 * jnp.finfo(q.dtype).eps
     at_origin = table.square_at_zero == 0
-    end = at_end & at_origin & ~found.neutral
-    any_q = found.neutral & at_origin
-    special = jnp.where(any_q, jnp.nan, 0.0)
-    return _assemble(activation, table, (end | any_q, special, sigma_w2), q, found, None)
+    origin = _Origin(
+        present=(at_end | roots.neutral) & at_origin,
+        any_q=roots.neutral & at_origin,
+        sigma_w2=sigma_w2,
+    )
+    return _assemble(activation, table, origin, q, roots, None)
+
+
+class _Origin(NamedTuple):
+    """The critical point at q* = 0, the end of the line, or that of every q."""
+
+    present: Array
+    any_q: Array  # whether it is that of every q
+    sigma_w2: Array
 
 
 def _solve(
     surplus: Callable[[Any, Array], tuple[Array, Array]], theta: tuple[Table, Array]
 ) -> tuple[Array, Roots]:
-    """Return the places q, differentiable by θ, where surplus(θ, q) changes sign.
+    """Return the roots q of surplus(θ, q), differentiable by θ.
 
     The surplus is a value and its size. Roots that rounding alone makes count as absent.
     """
@@ -263,43 +263,38 @@ def _solve(
         return value, slope, size
 
     dtype = theta[1].dtype
-    found = sign_changes(valued, Table.scan(dtype))
-    _, slope, size = jax.vmap(valued)(found.place)
-    touching = found.before == found.after
+    roots = sign_changes(valued, Table.scan(dtype))
+    _, slope, size = jax.vmap(valued)(roots.x)
+    touching = roots.before == roots.after
     seen = touching | (rounding(dtype) * size < _UNSEEN * jnp.abs(slope))
-    found = found._replace(before=jnp.where(seen, found.before, 0))
-    place = jnp.where(found.before == 0, 1, jnp.exp(found.place))
-    equation = functools.partial(_value_of, surplus)
-    return jax.vmap(lambda q: implicit(equation, theta, q))(place), found
-
-
-def _value_of(surplus: Callable[[Any, Array], tuple[Array, Array]], theta: Any, q: Array) -> Array:
-    return surplus(theta, q)[0]
+    roots = roots._replace(before=jnp.where(seen, roots.before, 0))
+    q = jnp.where(roots.before == 0, 1, jnp.exp(roots.x))
+    return jax.vmap(lambda q: implicit(lambda t, q: surplus(t, q)[0], theta, q))(q), roots
 
 
 def _assemble(
     activation: Activation,
     table: Table,
-    special: tuple[Array, Array, Array],
+    origin: _Origin,
     q: Array,
-    found: Roots,
+    roots: Roots,
     sigma_b2: Array | None,
 ) -> CriticalPoints:
-    """Put the point at q* = 0, or that of every q, before the others; absent ones last."""
+    """Critical points, that at the origin first, and absent ones last."""
     near = jax.vmap(functools.partial(averages_at, activation, table))(q)
     slope, gain = near.limit + near.dphi2, near.limit + near.gain
     biases = _bias(near, q) if sigma_b2 is None else jnp.full_like(q, sigma_b2)
-    there, special_q, special_w = special
-    present = jnp.append(there, (found.before != 0) & ~found.neutral & (biases >= 0))
+    present = jnp.append(origin.present, (roots.before != 0) & ~roots.neutral & (biases >= 0))
     points = _points(
         activation,
         present,
-        jnp.append(jnp.where(jnp.isnan(special_q), 1, special_q), q),
-        jnp.append(special_w, 1 / slope),
+        jnp.append(jnp.where(origin.any_q, 1.0, 0.0), q),
+        jnp.append(origin.sigma_w2, 1 / slope),
         jnp.append(0, biases),
         jnp.append(1, gain / slope),
     )
-    points = points._replace(q_star=points.q_star.at[0].set(special_q))
+    first = jnp.where(origin.any_q, jnp.nan, 0.0)
+    points = points._replace(q_star=points.q_star.at[0].set(first))
     order = jnp.argsort(~present, stable=True)
     points = jax.tree.map(lambda leaf: leaf[order], points)
     return points._replace(q_star=jnp.where(jnp.sort(~present), jnp.nan, points.q_star))
@@ -328,7 +323,7 @@ def critical_at_infinity(
     sigma_b2
         σ_b², >= 0, of any shape.
     start
-        q of the first layer, > 0; by default, a length as large as can be.
+        q of the first layer, > 0; by default, beyond all fixed points.
 
     Returns
     -------
@@ -355,9 +350,8 @@ def _critical_at_infinity(activation: Activation, sigma_b2: Array, start: Array)
     slope = Table.of(activation, sigma_b2.dtype).infinity.dphi2
     usable = jnp.isfinite(slope) & (slope > 0)
     sigma_w2 = jnp.broadcast_to(1 / jnp.where(usable, slope, 1), sigma_b2.shape)
-    found = analyse(activation, sigma_w2, sigma_b2, start=start)
-    there = usable & (found.status == Status.DIVERGES)
-    return jnp.where(there, sigma_w2, jnp.nan)
+    status = analyse(activation, sigma_w2, sigma_b2, start=start).status
+    return jnp.where(usable & (status == Status.DIVERGES), sigma_w2, jnp.nan)
 
 
 def half_stable_points(activation: Activation, dtype: str = "float") -> HalfStable:
@@ -371,7 +365,12 @@ def half_stable_points(activation: Activation, dtype: str = "float") -> HalfStab
     activation
         φ; static under jit.
     dtype
-        The float type.
+        The float type, by name; ``"float"`` is JAX's default.
+
+    Returns
+    -------
+    HalfStable
+        Up to four points, from the smallest q*.
     """
     activation = activations.get(activation)
     return _half_stable_points(activation, jnp.dtype(dtype).name)
@@ -387,10 +386,10 @@ def _half_stable_points(activation: Activation, dtype: str) -> HalfStable:
         slope = near.limit + near.dphi2
         return (near.gain - near.dphi2) / slope, (near.sizes[2] + near.sizes[1]) / slope
 
-    q, found = _solve(surplus, (table, jnp.zeros((), dtype)))
+    q, roots = _solve(surplus, (table, jnp.zeros((), dtype)))
     near = jax.vmap(table.at)(q)
     slope, sigma_b2 = near.limit + near.dphi2, _bias(near, q)
-    present = (found.before != 0) & ~found.neutral & (sigma_b2 >= 0)
+    present = (roots.before != 0) & ~roots.neutral & (sigma_b2 >= 0)
     order = jnp.argsort(~present, stable=True)
     return HalfStable(
         *(jnp.where(present, value, jnp.nan)[order] for value in (q, 1 / slope, sigma_b2))
@@ -398,13 +397,18 @@ def _half_stable_points(activation: Activation, dtype: str) -> HalfStable:
 
 
 def universality_class(activation: Activation) -> UniversalityClass:
-    """Return the class of an activation at criticality (Roberts, Yaida & Hanin 2022, ch. 5)."""
+    """Return the class of an activation at criticality, computed in float64.
+
+    References
+    ----------
+    Roberts, Yaida & Hanin 2022, 'The Principles of Deep Learning Theory', ch. 5.
+    """
     activation = activations.get(activation)
     with jax.enable_x64(True):
         if activation.homogeneous:
             return UniversalityClass.SCALE_INVARIANT
         origin, slope, gain = _near_zero(activation, jnp.asarray([2.0**-10, 2.0**-4]))
-        # What is linear as far as its kinks (hard_tanh) shows only near them that q decreases.
+        # Where φ is linear up to its kinks (hard_tanh), q decreases visibly only near them.
         nearest = gain[0] if abs(gain[0] / slope - 1) > _SEEN else gain[1]
         if origin == 0 and slope > 0 and nearest < slope:  # q decreases, just above 0
             return UniversalityClass.K_STAR_ZERO
@@ -423,12 +427,11 @@ def _near_zero(activation: Activation, q: Array) -> tuple[Array, Array, Array]:
 
 @jax.jit
 def phase(analysis: Analysis) -> Int[Array, "*grid"]:
-    """Return the `Phase` of each point of an analysis."""
-    noise = jnp.finfo(analysis.chi1.dtype).eps
+    """Return the `Phase` of each point of an analysis, of its shape; χ₁ = 1 is to rounding."""
     return jnp.select(
         [
             jnp.isnan(analysis.chi1),
-            jnp.abs(analysis.chi1 - 1) <= _ROUNDING * noise,
+            jnp.abs(analysis.chi1 - 1) <= rounding(analysis.chi1.dtype),
             analysis.chi1 < 1,
             analysis.status == Status.DIVERGES,
         ],
@@ -460,7 +463,7 @@ def phase_diagram(
     *,
     start: float = 1.0,
 ) -> xarray.Dataset:
-    """Return what `fixed_points.analyse` finds over a grid of σ_w and σ_b, and the critical line.
+    """Return `fixed_points.analyse` over a grid of σ_w and σ_b, and the critical line.
 
     Parameters
     ----------
@@ -476,10 +479,10 @@ def phase_diagram(
     xarray.Dataset
         Over (sigma_b, sigma_w): ``phase`` (a `Phase`), ``status`` (a `fixed_points.Status`),
         ``q_star``, ``chi1``, ``c_star``, ``xi_c``, ``xi_grad`` and the other fields of
-        `fixed_points.Analysis`; where q grows without limit ``chi1`` and ``xi_grad`` are what they
-        tend to. Over (sigma_b, point): ``critical_sigma_w`` and ``critical_q_star``, all critical
-        points of that σ_b, NaN where there are fewer; a q* of inf is where χ₁ tends to 1 as q,
-        from ``start``, grows without limit. Computed in float64 whatever JAX's x64 setting.
+        `fixed_points.Analysis`; where q grows without limit ``chi1`` and ``xi_grad`` are limits.
+        Over (sigma_b, point): ``critical_sigma_w`` and ``critical_q_star``, all critical points of
+        that σ_b, NaN where there are fewer; q* is inf where χ₁ tends to 1 as q, from ``start``,
+        grows without limit. Computed in float64 also where JAX's x64 is off.
 
     Raises
     ------
@@ -498,13 +501,13 @@ def phase_diagram(
             raise InputError(f"{name} has the shape {values.shape}; it is a row of numbers")
     with jax.enable_x64(True):
         columns, rows = (values**2 for values in axes.values())
-        found = analyse(activation, columns[None, :], rows[:, None], start=start)
+        analysis = analyse(activation, columns[None, :], rows[:, None], start=start)
         line = critical_points(activation, sigma_b2=rows)
         ends = np.asarray(critical_at_infinity(activation, rows, start=start))[:, None]
         weights = np.concatenate([np.asarray(line.sigma_w2), ends], axis=1)
         lengths = np.where(np.isnan(ends), np.nan, np.inf)
         lengths = np.concatenate([np.asarray(line.q_star), lengths], axis=1)
-        grid = {"phase": phase(found), **found._asdict()}
+        grid = {"phase": phase(analysis), **analysis._asdict()}
         dims = ("sigma_b", "sigma_w")
         dataset = xarray.Dataset(
             {name: (dims, np.asarray(value)) for name, value in grid.items()}

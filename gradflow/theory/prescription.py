@@ -1,20 +1,21 @@
 """The inverse problem: the weights and biases that keep a given network's signals alive.
 
 `prescribe` takes φ, the widths and a float type, and returns the critical σ_w² and σ_b² (χ₁ = 1),
-the scale of the inputs that starts the length at its fixed point, and what to expect: the factor of
-the gradient a layer and from end to end, depth scales, and how deep a float's range reaches; beside
-it, what Glorot's, He's and LeCun's rules give for the same network. On request φ itself is
-transformed (DKS, TAT) so that the critical weights are those of variance 1/fan_in.
+the scale of the inputs that starts the length at its fixed point, and expectations: the factor of
+the gradient a layer and from end to end, depth scales, and the depth at which gradients leave a
+float's range; beside it, the same for Glorot's, He's and LeCun's rules. Optionally φ itself is
+transformed (DKS, TAT) so that the critical weights have the variance 1/fan_in.
 
-Which critical point, where none is asked for, is a matter of the activation's universality class
-(Roberts, Yaida & Hanin 2022, ch. 5): for a scale-invariant φ, and where K* = 0, that with σ_b = 0;
-a half-stable φ's own point; else a stable one with σ_b = 0.
+By default the activation's universality class (Roberts, Yaida & Hanin 2022, ch. 5) chooses the
+critical point: for a scale-invariant φ, and where K* = 0, that with σ_b = 0; for a half-stable φ
+the half-stable point; otherwise a stable one with σ_b = 0.
 """
 
 import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -27,31 +28,32 @@ from gradflow.activations import Activation
 from gradflow.errors import InputError
 from gradflow.networks import Network
 from gradflow.theory import criticality, fixed_points, mean_field, transformations
+from gradflow.theory._correlations import correlation_fixed_point
+from gradflow.theory._depth_scales import depth_scale
 from gradflow.theory.criticality import UniversalityClass
 from gradflow.theory.fixed_points import Status
 from gradflow.theory.transformations import Transformation
 
-__all__ = ["Expectation", "Prescription", "WidthScaling", "expect", "mu_parametrisation"]
-__all__ += ["prescribe"]
+__all__ = ["Expectation", "Prescription", "WidthScaling", "mu_parametrisation", "prescribe"]
 
-# What else people would use, and are shown what it gives.
+# Variance rules that a prescription is compared with.
 _RULES = ("glorot", "he", "lecun")
 
 
 @dataclass(frozen=True)
 class Expectation:
-    """What becomes of signals and gradients in one network, in theory.
+    """Signals and gradients of one network, in theory, for inputs of unit mean square.
 
     Attributes
     ----------
     name
-        Of the ensemble.
+        The ensemble's name.
     sigma_w2, sigma_b2
-        Of its longest run of equal layers: σ_w²/fan_in is the weights' variance.
+        Those of the longest run of equal layers: σ_w²/fan_in is the weights' variance.
     status
-        Where the length goes, in such layers without end; a `fixed_points.Status`.
+        The fate of the length in infinitely many such layers; a `fixed_points.Status`.
     q_star, chi1, xi_c, xi_grad
-        There; NaN if it does not settle. Depth scales in layers.
+        At the length's fixed point; NaN if there is none. Depth scales in layers.
     gradient_factor
         The factor of the gradient's norm ‖∂C/∂z‖ going down one layer: the geometric mean over
         this network's layers, with their transient.
@@ -62,8 +64,8 @@ class Expectation:
     trainable_depth
         The lesser of 6 ξ_c and 6 |ξ_∇|, in layers (Schoenholz et al. 2017); inf at criticality.
     representable_depth
-        Where a gradient leaves the float type, in layers, at the network's own factor; inf where it
-        is 1, to rounding.
+        The depth, in layers, at which a gradient leaves the float type's range, at the network's
+        own factor; inf where that is 1, to rounding.
     """
 
     name: str
@@ -83,29 +85,30 @@ class Expectation:
 
 @dataclass(frozen=True)
 class Prescription:
-    """What to initialise with, and what to expect of it.
+    """Scales to initialise a network with, and expectations of it.
 
     Attributes
     ----------
     activation
-        φ, transformed if that was asked for.
+        φ, transformed if `prescribe` was given a ``transform``.
     transformation
         The four numbers of the transformation, or None.
     universality_class
-        Of φ, which decides what criticality means for it.
+        Of φ before a transformation.
     sigma_w2, sigma_b2, q_star
         The critical point; q_star is NaN where every length is critical.
     chi_par
-        χ∥ there: below 1 the length is kept stably.
+        χ∥ at q*: below 1 the fixed point of the length is stable.
     weight_sd, bias_sd
         Standard deviation of each layer's weights, (layers,), and of all biases.
     input_scale
-        What to multiply inputs of unit mean square with, so that the first layer has q*; 1 where
-        every length is critical, or q* = 0.
+        The factor for inputs of unit mean square with which the first layer has q*; 1 where every
+        length is critical, or q* = 0.
     expected
-        Of this network.
+        Expectations of this network.
     instead
-        Of the same network with Glorot's, He's and LeCun's weights, no biases, φ as it was.
+        Those of the same network with Glorot's, He's and LeCun's weights, no biases, and φ before a
+        transformation.
     """
 
     activation: Activation
@@ -132,7 +135,7 @@ def prescribe(
     transform: str | None = None,
     target: float | None = None,
 ) -> Prescription:
-    """Return the scales that make a fully connected network critical, and what to expect.
+    """Return the scales that make a fully connected network critical, and expectations of it.
 
     Parameters
     ----------
@@ -141,15 +144,16 @@ def prescribe(
     widths
         (n_0, n_1, …, n_L): the input's width, then every layer's.
     dtype
-        The float type that training runs in, for the depth where gradients leave it.
+        The float type that training runs in, by name.
     sigma_b2, q
-        Ask for the critical point with this σ_b², or with this length q*; at most one of them.
+        σ_b² or q* of the critical point; at most one of them.
     transform
-        ``"dks"`` or ``"tat"``: transform φ for this depth, so that σ_w = 1 and σ_b = 0 keep
-        lengths at 1 and correlations apart. ReLU and its leaky kin take ``"tat"``: their slope.
+        ``"dks"`` or ``"tat"``: transform φ for this depth, so that with σ_w = 1 and σ_b = 0 lengths
+        stay at 1 and correlations below 1. ReLU and leaky ReLUs take ``"tat"``, which sets their
+        slope.
     target
-        The transform's own: ζ > 1 of DKS (1.5), τ > 0 of TAT (0.3), 0 < η < 1 of TAT for ReLU
-        (0.9).
+        The transform's parameter: ζ > 1 of DKS (1.5), τ > 0 of TAT (0.3), 0 < η < 1 of TAT for
+        ReLU (0.9).
 
     Raises
     ------
@@ -169,92 +173,85 @@ def prescribe(
         raise InputError(f"sigma_b2 is {sigma_b2!r} and q is {q!r}; give one of them at most")
     if target is not None and transform is None:
         raise InputError(f"target is {target!r}, and there is no transform that it is for")
+    if transform is not None and (sigma_b2 is not None or q is not None):
+        raise InputError(
+            f"transform is {transform!r}, which sets q* = 1 and sigma_b2 = 0; give neither"
+        )
     with jax.enable_x64(True):
         kind = criticality.universality_class(phi)
-        transformed, transformation = phi, None
         if transform is None:
-            w2, b2, q_star, chi_par = _critical_point(phi, kind, sigma_b2, q)
+            transformed, transformation = phi, None
+            point = _critical_point(phi, kind, sigma_b2, q)
         else:
-            if sigma_b2 is not None or q is not None:
-                raise InputError(
-                    f"transform is {transform!r}, which sets q* = 1 and sigma_b2 = 0; give neither"
-                )
             transformed, transformation = transformations.by_name(transform, phi, depth, target)
-            w2, b2, q_star, chi_par = 1.0, 0.0, 1.0, 1.0
-        scale = 1.0
-        if q_star > 0 and not math.isnan(q_star):
-            scale = math.sqrt((q_star - b2) / w2)
-        critical = builders.mlp(
-            shape, transformed, ensembles.fan_in(math.sqrt(w2)), sigma_b=math.sqrt(b2)
+            point = _Point(1.0, 0.0, 1.0, 1.0)
+        weight_sd, bias_sd = math.sqrt(point.sigma_w2), math.sqrt(point.sigma_b2)
+        q_star = point.q_star if point.q_star > 0 else None  # NaN where every q is critical
+        scale = 1.0 if q_star is None else math.sqrt((q_star - point.sigma_b2) / point.sigma_w2)
+        network = builders.mlp(shape, transformed, ensembles.fan_in(weight_sd), sigma_b=bias_sd)
+        return Prescription(
+            activation=transformed,
+            transformation=transformation,
+            universality_class=kind,
+            **point._asdict(),
+            weight_sd=tuple(math.sqrt(point.sigma_w2 / fan_in) for fan_in in shape[:-1]),
+            bias_sd=bias_sd,
+            input_scale=scale,
+            expected=_expect(network, "critical", dtype, input_scale=scale, q_star=q_star),
+            instead=tuple(_expect(builders.mlp(shape, phi, rule), rule, dtype) for rule in _RULES),
         )
-        kept = q_star if q_star > 0 else None
-        expected = expect(critical, "critical", dtype=dtype, input_scale=scale, kept=kept)
-        instead = tuple(
-            expect(builders.mlp(shape, phi, rule), rule, dtype=dtype) for rule in _RULES
-        )
-    return Prescription(
-        activation=transformed,
-        transformation=transformation,
-        universality_class=kind,
-        sigma_w2=w2,
-        sigma_b2=b2,
-        q_star=q_star,
-        chi_par=chi_par,
-        weight_sd=tuple(math.sqrt(w2 / fan_in) for fan_in in shape[:-1]),
-        bias_sd=math.sqrt(b2),
-        input_scale=scale,
-        expected=expected,
-        instead=instead,
-    )
+
+
+class _Point(NamedTuple):
+    sigma_w2: float
+    sigma_b2: float
+    q_star: float
+    chi_par: float
 
 
 def _critical_point(
     phi: Activation, kind: UniversalityClass, sigma_b2: float | None, q: float | None
-) -> tuple[float, float, float, float]:
-    """Return σ_w², σ_b², q* and χ∥ of the critical point to take."""
+) -> _Point:
+    """Return the critical point with this q* or σ_b², or that of the universality class."""
     if q is not None:
         check_scale("q", q)
-        point = criticality.critical_line(phi, q) if q > 0 else None
-        if point is None or np.isnan(point.sigma_w2[0]):
+        points = criticality.critical_line(phi, q) if q > 0 else None
+        if points is None or np.isnan(points.sigma_w2[0]):
             raise InputError(
                 f"q is {q!r}; activation {phi.name!r} has no critical point there with "
                 "sigma_b2 >= 0; ask for another q > 0"
             )
-        found, place = point, 0
+        index = 0
     elif sigma_b2 is None and kind is UniversalityClass.HALF_STABLE:
         half = criticality.half_stable_points(phi)
-        return float(half.sigma_w2[0]), float(half.sigma_b2[0]), float(half.q_star[0]), 1.0
+        return _Point(float(half.sigma_w2[0]), float(half.sigma_b2[0]), float(half.q_star[0]), 1.0)
     else:
-        wanted = 0.0 if sigma_b2 is None else sigma_b2
-        found = criticality.critical_points(phi, sigma_b2=wanted)
-        there = np.flatnonzero(np.isfinite(found.sigma_w2))
-        if not there.size:
+        bias = 0.0 if sigma_b2 is None else sigma_b2
+        points = criticality.critical_points(phi, sigma_b2=bias)
+        present = np.flatnonzero(np.isfinite(points.sigma_w2))
+        if not present.size:
             raise InputError(
-                f"sigma_b2 is {wanted!r}, with which activation {phi.name!r} has no critical "
+                f"sigma_b2 is {bias!r}, with which activation {phi.name!r} has no critical "
                 "point; ask for another sigma_b2, or for transform 'dks' or 'tat'"
             )
-        # The lowest of the stable ones, if any is.
-        stable = there[np.asarray(found.chi_par)[there] <= 1 + 1e-9]
-        place = int((stable if stable.size else there)[0])
-    sigma_w2, bias, length, chi_par = (
-        float(value[place])
-        for value in (found.sigma_w2, found.sigma_b2, found.q_star, found.chi_par)
-    )
-    return sigma_w2, bias, length, chi_par
+        # The stable point of least q*, if any is stable.
+        stable = present[np.asarray(points.chi_par)[present] <= 1 + 1e-9]
+        index = int((stable if stable.size else present)[0])
+    return _Point(*(float(getattr(points, field)[index]) for field in _Point._fields))
 
 
 @dataclass(frozen=True)
 class WidthScaling:
-    """How one layer's numbers go with its width in μP; factors that do not are left out.
+    """Width-dependent factors of one layer in μP, the maximal-update parametrisation.
 
     Attributes
     ----------
     role
         "input", "hidden" or "output".
     variance
-        Of a weight at the start; biases start at 0.
+        Of a weight at initialisation; biases start at 0.
     sgd_rate, adam_rate
-        What the learning rate is multiplied by.
+        Factors of the learning rate.
     """
 
     role: str
@@ -264,15 +261,20 @@ class WidthScaling:
 
 
 def mu_parametrisation(widths: Sequence[int]) -> tuple[WidthScaling, ...]:
-    """Return each layer's scales under which networks of any width learn features alike.
+    """Return each layer's scales in μP, under which networks of any width learn features alike.
 
-    ``builders.mlp(widths, φ, "lecun", last="mup_output")`` starts like this. Biases of the input
+    ``builders.mlp(widths, φ, "lecun", last="mup_output")`` has these variances. Biases of the input
     and of hidden layers have the input layer's learning rates.
 
     Parameters
     ----------
     widths
         (n_0, n_1, …, n_L): the input's width, then every layer's; L >= 2.
+
+    Returns
+    -------
+    tuple
+        One `WidthScaling` a layer.
 
     Raises
     ------
@@ -297,70 +299,51 @@ def mu_parametrisation(widths: Sequence[int]) -> tuple[WidthScaling, ...]:
     )
 
 
-def expect(
+def _expect(
     network: Network,
-    name: str = "",
+    name: str,
+    dtype: str,
     *,
-    dtype: str = "float32",
     input_scale: float = 1.0,
-    kept: float | None = None,
+    q_star: float | None = None,
 ) -> Expectation:
-    """Return what becomes of a network's signals, for inputs of unit mean square.
+    """Return expectations of a network of `builders.mlp`, for inputs of mean square input_scale².
 
-    Parameters
-    ----------
-    network
-        A fully connected network of the library's `builders.mlp`.
-    name
-        What to call it; the network's own name without it.
-    dtype
-        The float type that gradients are to stay in.
-    input_scale
-        What the inputs are multiplied with.
-    kept
-        The length that the layers keep, if it is known; it is looked for without it. A marginal
-        fixed point, χ∥ = 1, is there or not by a rounding of σ_w.
-
-    Raises
-    ------
-    InputError
-        If ``dtype`` is no float type.
+    Without ``q_star`` the fixed point of the length is solved for. With it, it is taken as known: a
+    marginal fixed point, χ∥ = 1, appears or disappears by a rounding of σ_w.
     """
-    with jax.enable_x64(True):
-        longest = max(network.stages[1:] or network.stages, key=lambda stage: stage.repeats).block
-        w2 = float(longest.sigma_w) ** 2  # type: ignore[attr-defined]
-        b2 = float(longest.sigma_b or 0.0) ** 2  # type: ignore[attr-defined]
-        log_q, log_gradient = _ends(
-            network.as_arrays(jnp.float64), jnp.full((1, 1), input_scale**2)
-        )
-        start = math.exp(float(log_q[0]))
-        phi = network.activation
-        if kept is None:
-            settled = fixed_points.analyse(phi, w2, b2, start=start)
-            status = Status(int(settled.status))
-            q_star, chi1, xi_c = settled.q_star, settled.chi1, settled.xi_c
-        else:
-            status, q_star = Status.CONVERGES, jnp.asarray(kept)
-            chi1 = mean_field.chi(phi, jnp.asarray(kept), w2)
-            xi_c = fixed_points.depth_scale(fixed_points.correlation(phi, kept, w2, b2)[1])
-        xi_grad = fixed_points.depth_scale(jnp.asarray(chi1))
-        trainable = fixed_points.trainable_depth(jnp.minimum(xi_c, jnp.abs(xi_grad)))
-        per_layer = math.exp(float(log_gradient) / max(network.depth - 1, 1))
-        return Expectation(
-            name=name or network.name,
-            sigma_w2=w2,
-            sigma_b2=b2,
-            status=status,
-            q_star=float(q_star),
-            chi1=float(chi1),
-            xi_c=float(xi_c),
-            xi_grad=float(xi_grad),
-            gradient_factor=per_layer,
-            log10_gradient=float(log_gradient) / math.log(10),
-            q_top=math.exp(float(log_q[-1])),
-            trainable_depth=float(trainable),
-            representable_depth=float(fixed_points.representable_depth(per_layer**2, dtype)),
-        )
+    longest = max(network.stages[1:] or network.stages, key=lambda stage: stage.repeats).block
+    w2 = float(longest.sigma_w) ** 2  # type: ignore[attr-defined]
+    b2 = float(longest.sigma_b or 0.0) ** 2  # type: ignore[attr-defined]
+    log_q, log_gradient = _ends(network.as_arrays(jnp.float64), jnp.full((1, 1), input_scale**2))
+    phi = network.activation
+    if q_star is None:
+        analysis = fixed_points.analyse(phi, w2, b2, start=math.exp(float(log_q[0])))
+        status = Status(int(analysis.status))
+        length, chi1, xi_c = analysis.q_star, analysis.chi1, analysis.xi_c
+    else:
+        status, length = Status.CONVERGES, jnp.asarray(q_star)
+        chi1 = mean_field.chi(phi, length, w2)
+        scales = jnp.asarray(w2), jnp.asarray(b2)
+        xi_c = depth_scale(correlation_fixed_point(phi, length, *scales, chi1)[1])
+    xi_grad = depth_scale(jnp.asarray(chi1))
+    trainable = fixed_points.trainable_depth(jnp.minimum(xi_c, jnp.abs(xi_grad)))
+    per_layer = math.exp(float(log_gradient) / max(network.depth - 1, 1))
+    return Expectation(
+        name=name,
+        sigma_w2=w2,
+        sigma_b2=b2,
+        status=status,
+        q_star=float(length),
+        chi1=float(chi1),
+        xi_c=float(xi_c),
+        xi_grad=float(xi_grad),
+        gradient_factor=per_layer,
+        log10_gradient=float(log_gradient) / math.log(10),
+        q_top=math.exp(float(log_q[-1])),
+        trainable_depth=float(trainable),
+        representable_depth=float(fixed_points.representable_depth(per_layer**2, dtype)),
+    )
 
 
 @jax.jit

@@ -80,10 +80,11 @@ def predict_steps(
         raise InputError(f"draws is {draws}; a standard error needs at least 2")
     with jax.enable_x64(True):
         block = dataclasses.replace(block, units=units)
-        width = units * (2 if isinstance(block, LSTM) else 1)
         keys = jax.random.split(jax.random.key(0), draws)
         found = jax.jit(
-            lambda keys: jax.lax.map(lambda key: _population(block, steps, q, width, key), keys)
+            lambda keys: jax.lax.map(
+                lambda key: _population(block, steps, q, block.width_in, key), keys
+            )
         )(keys)
         found = [np.asarray(f) for f in found]
     means = [f.mean(axis=0) for f in found]

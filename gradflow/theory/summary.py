@@ -1,4 +1,4 @@
-"""One point (σ_w², σ_b²): everything that the theory says there, under its field's names."""
+"""All of the theory at one σ_w² and σ_b², as plain numbers by name."""
 
 import functools
 import math
@@ -19,9 +19,59 @@ from gradflow.theory import criticality, fixed_points, mean_field
 from gradflow.theory import spectrum as spectra
 from gradflow.theory.finite_width import exact
 
-__all__ = ["fixed_point", "run"]
+__all__ = ["LABELS", "summarise"]
 
-# Where the length settles nowhere, or everywhere, there is no point to describe but this.
+# The words for each quantity in tables, by its name.
+LABELS = fixed_points.LABELS | {
+    "activation": "activation",
+    "sigma_w2": "σ_w²",
+    "sigma_b2": "σ_b²",
+    "depth": "layers",
+    "width": "units a layer",
+    "start": "q of the first layer",
+    "q": "q",
+    "q_star_from_1": "q* that q = 1 goes to",
+    "phase": "phase",
+    "stable": "stable",
+    "marginal": "marginal",
+    "half_stable": "half-stable",
+    "slope_second_moment": "E φ'²",
+    "slope_fourth_moment": "E φ'⁴",
+    "correlation_map": "next layer's correlation",
+    "correlation_map_slope": "slope of the correlation map",
+    "universality_class": "universality class",
+    "six_xi_c": "trainable depth by correlations, 6 ξ_c (layers)",
+    "six_abs_xi_grad": "trainable depth by gradients, 6 |ξ_∇| (layers)",
+    "representable_depth": "depth where a gradient leaves",
+    "mean_squared_singular_value": "mean of s²",
+    "squared_singular_value_variance": "variance of s²",
+    "squared_singular_value_relative_variance": "variance of s² / (mean of s²)²",
+    "activation_mean": "mean of activations",
+    "activation_second_moment": "second moment of activations",
+    "chi": "χ",
+    "jacobian_norm": "‖J‖²_F/n from layer 1",
+    "log_jacobian_norm": "its natural logarithm",
+    "gain_parallel": "along the input",
+    "gain_orthogonal": "orthogonal to it",
+    "gain_ratio": "ratio",
+    "K": "q",
+    "V4": "n × its variance over networks (V₄)",
+    "G1": "n × shift of its mean (G₁)",
+    "V4_over_K2": "V₄/q²",
+    "q_mean": "mean of q, last layer",
+    "q_variance": "variance of q over networks, last layer",
+    "conditional_variance_variance": "variance over networks of E[q | layers below]",
+    "alive": "share of networks with a live unit in every layer",
+    "gain_mean": "mean of the gain ‖J u‖²",
+    "gain_second_moment": "second moment of the gain",
+    "gain_variance": "variance of the gain",
+    "log_gain_mean": "mean of log gain, of networks that live",
+    "log_gain_variance": "variance of log gain, of networks that live",
+    "log_normal_mean": "mean of log gain, log-normal limit",
+    "log_normal_variance": "variance of log gain, log-normal limit",
+}
+
+# The one entry of `fixed_points` where every length is a fixed point.
 _EVERY_LENGTH: dict[str, Any] = {
     "q_star": math.nan,
     "chi1": 1.0,
@@ -36,7 +86,7 @@ _EVERY_LENGTH: dict[str, Any] = {
 _DTYPES = ("float16", "bfloat16", "float32", "float64")
 
 
-def run(
+def summarise(
     activation: Activation,
     sigma_w2: float,
     sigma_b2: float = 0.0,
@@ -55,17 +105,17 @@ def run(
     start
         q of the first layer, > 0.
     correlations
-        Where the correlation map is wanted, each from -1 to 1.
+        Correlations c at which the correlation map is evaluated, each from -1 to 1.
     depth, width
-        Layers, and units in each.
+        The numbers of layers, and of units in each, both >= 1.
 
     Returns
     -------
     dict
-        Of one point: numbers and names; q*, χ and ξ by the names of `fixed_points.Analysis`.
-        ``fixed_points`` is a list, ``q_star_from_1`` where q = 1 settles.
+        Numbers and names; q*, χ and ξ by the names of `fixed_points.Analysis`. ``fixed_points`` is
+        a list, ``q_star_from_1`` the fixed point that q = 1 tends to.
         ``correlation_map`` and ``correlation_map_slope`` are lists, one number for each of
-        ``correlations``, empty where no length is kept; ``slope_second_moment`` and
+        ``correlations``, empty without a q*; ``slope_second_moment`` and
         ``slope_fourth_moment`` are E φ'² and E φ'⁴ at q*. ``layers`` is a dict of arrays of shape
         (depth,), from the first layer on: q, moments, χ, the Jacobian's norm, gains of tangents
         along the input and orthogonal to it, and the first order in 1/n of the length
@@ -79,36 +129,35 @@ def run(
     """
     activation = activations.get(activation)
     depth, width = check_count("depth", depth), check_count("width", width)
-    what = "correlations, each from -1 to 1"
-    correlations = check_sequence("correlations", correlations, what)
+    correlations = check_sequence("correlations", correlations, "correlations, each from -1 to 1")
     c = np.asarray(as_numbers("correlations", correlations), np.float64)
     if not np.all(np.abs(c) <= 1):
         raise InputError(f"correlations is {list(correlations)}; each is from -1 to 1")
     with jax.enable_x64(True):
         points = fixed_points.length(activation, sigma_w2, sigma_b2)
-        found = fixed_points.analyse(activation, sigma_w2, sigma_b2, start=start)
+        analysis = fixed_points.analyse(activation, sigma_w2, sigma_b2, start=start)
         from_one = fixed_points.analyse(activation, sigma_w2, sigma_b2)
-        values = found._asdict()
+        values = analysis._asdict()
         del values["status"]
-        q = float(found.q_star)
+        q = float(analysis.q_star)
         return {
             "activation": activation.name,
             "sigma_w2": sigma_w2,
             "sigma_b2": sigma_b2,
-            "fixed_points": _fixed_points(points, found.status),
+            "fixed_points": _fixed_points(points, analysis.status),
             "q_star_from_1": math.inf
             if from_one.status == fixed_points.Status.DIVERGES
             else float(from_one.q_star),
             "start": start,
-            "status": fixed_points.Status(int(found.status)).name.lower(),
-            "phase": criticality.Phase(int(criticality.phase(found))).name.lower(),
+            "status": fixed_points.Status(int(analysis.status)).name.lower(),
+            "phase": criticality.Phase(int(criticality.phase(analysis))).name.lower(),
             **{name: float(value) for name, value in values.items()},
-            **_where_it_settles(activation, q, sigma_w2, sigma_b2, c, depth),
+            **_at_fixed_point(activation, q, sigma_w2, sigma_b2, c, depth),
             "universality_class": criticality.universality_class(activation).value,
-            "six_xi_c": float(fixed_points.trainable_depth(found.xi_c)),
-            "six_abs_xi_grad": float(fixed_points.trainable_depth(found.xi_grad)),
+            "six_xi_c": float(fixed_points.trainable_depth(analysis.xi_c)),
+            "six_abs_xi_grad": float(fixed_points.trainable_depth(analysis.xi_grad)),
             "representable_depth": {
-                dtype: float(fixed_points.representable_depth(found.chi1, dtype))
+                dtype: float(fixed_points.representable_depth(analysis.chi1, dtype))
                 for dtype in _DTYPES
             },
             "depth": depth,
@@ -118,14 +167,14 @@ def run(
         }
 
 
-def fixed_point(points: fixed_points.LengthFixedPoints, place: int) -> dict[str, Any]:
-    """Return one of a length map's fixed points, its kind as three booleans."""
-    kind = fixed_points.Stability(int(points.stability[place]))
+def _fixed_point(points: fixed_points.LengthFixedPoints, index: int) -> dict[str, Any]:
+    """Return one of a length map's fixed points, with its stability as three booleans."""
+    kind = fixed_points.Stability(int(points.stability[index]))
     values = points._asdict()
     del values["stability"]
     of = fixed_points.Stability
     return {
-        **{name: float(value[place]) for name, value in values.items()},
+        **{name: float(value[index]) for name, value in values.items()},
         "stable": kind in (of.STABLE, of.MARGINAL, of.HALF_STABLE),
         "marginal": kind in (of.MARGINAL, of.MARGINAL_UNSTABLE),
         "half_stable": kind is of.HALF_STABLE,
@@ -136,14 +185,14 @@ def _fixed_points(points: fixed_points.LengthFixedPoints, status: Array) -> list
     if status == fixed_points.Status.NEUTRAL:
         return [_EVERY_LENGTH]
     kinds = np.asarray(points.stability)
-    there = np.flatnonzero(kinds != fixed_points.Stability.ABSENT)
-    return [fixed_point(points, int(place)) for place in there]
+    present = np.flatnonzero(kinds != fixed_points.Stability.ABSENT)
+    return [_fixed_point(points, int(index)) for index in present]
 
 
-def _where_it_settles(
+def _at_fixed_point(
     activation: Activation, q: float, sigma_w2: float, sigma_b2: float, c: np.ndarray, depth: int
 ) -> dict[str, Any]:
-    """Return what there is at a length that is kept: E φ'² and E φ'⁴, C and C', the Jacobian."""
+    """Return E φ'² and E φ'⁴, C and C', and the Jacobian's moments at q*; empty without it."""
     if not q > 0:
         moments = dict.fromkeys(("slope_second_moment", "slope_fourth_moment"), math.nan)
         return {**moments, "correlation_map": [], "correlation_map_slope": [], "jacobian": {}}
@@ -192,18 +241,18 @@ def _at_length(
 def _layers(
     activation: Activation, start: float, sigma_w2: float, sigma_b2: float, depth: int
 ) -> dict[str, np.ndarray]:
-    found = _profiles(activation, *map(jnp.asarray, (start, sigma_w2, sigma_b2)), depth=depth)
-    way, gains, vertex = jax.tree.map(np.asarray, found)
+    scales = map(jnp.asarray, (start, sigma_w2, sigma_b2))
+    profile, gains, vertex = jax.tree.map(np.asarray, _profiles(activation, *scales, depth=depth))
     if not sigma_w2 * start > sigma_w2 * sigma_b2:  # no input has this q in layer 1
         gains = {name: np.full(depth, math.nan) for name in gains}
     with np.errstate(invalid="ignore", divide="ignore", over="ignore"):
         return {
-            "q": way["q"],
-            "activation_mean": way["activation_mean"],
-            "activation_second_moment": way["activation_second_moment"],
-            "chi": way["chi"],
-            "log_jacobian_norm": way["log_jacobian_norm"],
-            "jacobian_norm": np.exp(way["log_jacobian_norm"]),
+            "q": profile["q"],
+            "activation_mean": profile["activation_mean"],
+            "activation_second_moment": profile["activation_second_moment"],
+            "chi": profile["chi"],
+            "log_jacobian_norm": profile["log_jacobian_norm"],
+            "jacobian_norm": np.exp(profile["log_jacobian_norm"]),
             "gain_parallel": gains["parallel"],
             "gain_orthogonal": gains["orthogonal"],
             "gain_ratio": gains["parallel"] / gains["orthogonal"],
@@ -230,7 +279,7 @@ def _finite_width(
 ) -> dict[str, float]:
     """Return exact moments of the last layer's length, and of the gain ‖J u‖² without biases.
 
-    Moments of the gain's logarithm are those of networks that live (``alive`` is their share).
+    Moments of the gain's logarithm are over networks with a nonzero gain, a fraction ``alive``.
     """
     if not (activation.homogeneous and sigma_w2 > 0):
         return {}
@@ -238,7 +287,7 @@ def _finite_width(
     widths = [width] * (depth + 1)
     law = exact.gain_law(activation, widths, sigma_w2)
     limit = exact.log_normal(activation, widths, sigma_w2)
-    found = {
+    moments = {
         "q_mean": length.mean[-1],
         "q_variance": length.variance_of_q[-1],
         "conditional_variance_variance": length.variance_of_v[-1],
@@ -251,4 +300,4 @@ def _finite_width(
         "log_normal_mean": limit.mean,
         "log_normal_variance": limit.variance,
     }
-    return {name: float(value) for name, value in found.items()}
+    return {name: float(value) for name, value in moments.items()}

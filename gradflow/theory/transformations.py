@@ -18,8 +18,8 @@ C_f = C∘C∘…∘C for ``depth`` equal layers, from degenerating:
     TAT, leaky ReLU     C_f'(1) = 1, C_f(0) = η      by the slope for x < 0
 
 (slopes of a composition multiply; where all are 1, curvatures add). Each method has as many
-conditions as φ̂ has parameters. For another architecture than a chain, find what each layer's C map
-needs, and ask for that with depth 1.
+conditions as φ̂ has parameters. For an architecture that is no chain, derive the conditions on each
+layer's C map, and pass those with depth 1.
 
 References: Martens et al. 2021, arXiv:2110.01765 (DKS); Zhang, Botev & Martens 2022,
 arXiv:2203.08120 (TAT); Brock et al. 2021, arXiv:2101.08692 (`normalising_gain`).
@@ -35,32 +35,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
-from scipy.optimize import brentq
 
 from gradflow import activations, gaussian
 from gradflow._checks import check_count, unknown_name
-from gradflow.activations import Activation, PairMoment
+from gradflow._closed_forms import PairMoment
+from gradflow._roots import bisect
+from gradflow.activations import Activation
 from gradflow.blocks import Dense
 from gradflow.errors import InputError
+from gradflow.gaussian import _quadrature
 from gradflow.networks import Network, Stage
 
-__all__ = [
-    "METHODS",
-    "LocalMaps",
-    "Transformation",
-    "applied",
-    "apply",
-    "by_name",
-    "deep_kernel_shaping",
-    "local_maps",
-    "normalising_gain",
-    "tailored",
-    "tailored_leaky_relu",
-    "tailored_slope",
-]
-
-
-METHODS = ("dks", "tat")
+__all__ = ["LocalMaps", "Transformation", "applied", "apply", "by_name", "deep_kernel_shaping"]
+__all__ += ["local_maps", "normalising_gain", "tailored", "tailored_leaky_relu"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,7 +64,10 @@ class Transformation:
 
 
 class LocalMaps(NamedTuple):
-    """What Q and C are at the ends, for one layer of σ_w = 1 and σ_b = 0; see the module."""
+    """Values and slopes of Q and C at their ends, for one layer of σ_w = 1 and σ_b = 0.
+
+    Each is a scalar; see the module's opening lines.
+    """
 
     q: Float[Array, ""]  # Q(1)
     q_slope: Float[Array, ""]  # Q'(1)
@@ -87,16 +77,16 @@ class LocalMaps(NamedTuple):
 
 
 def local_maps(activation: Activation | str) -> LocalMaps:
-    """Return `LocalMaps` of an activation, transformed or not; in JAX's default float type."""
+    """Return the `LocalMaps` of an activation, in JAX's default float type."""
     m = gaussian.moments(activations.get(activation), 1.0)
     return LocalMaps(m.phi2, m.x_phi_dphi, m.phi**2 / m.phi2, m.dphi2 / m.phi2, m.ddphi2 / m.phi2)
 
 
 def apply(activation: Activation | str, transformation: Transformation) -> Activation:
-    """Return φ̂ as an `Activation`, its kinks where they come to lie.
+    """Return φ̂ as an `Activation`, with its kinks.
 
-    Where nothing is shifted, it keeps φ's closed kernels. In a number format of relative precision
-    ε, φ̂ has an absolute error of about ε · output_scale · |output_shift|.
+    Without shifts, φ̂ has φ's closed kernels. In a number format of relative precision ε, φ̂ has an
+    absolute error of about ε · output_scale · |output_shift|.
 
     Raises
     ------
@@ -138,9 +128,9 @@ def _scaled(form: PairMoment | None, inside: float, outside: float) -> PairMomen
 
 
 def normalising_gain(activation: Activation | str) -> float:
-    """Return γ = 1/√Var φ(z), z ~ N(0, 1): γ·φ keeps a variance of 1.
+    """Return γ = 1/√Var φ(z), z ~ N(0, 1), with which γ·φ has a variance of 1.
 
-    Other gains go by this name: PyTorch's for tanh is 5/3 and for SELU 3/4, where γ is 1.593 and 1.
+    PyTorch's gains are other numbers: 5/3 for tanh and 3/4 for SELU, where γ is 1.593 and 1.
 
     Raises
     ------
@@ -153,7 +143,7 @@ def normalising_gain(activation: Activation | str) -> float:
     """
     phi = activations.get(activation)
     with jax.ensure_compile_time_eval(), jax.enable_x64(True):
-        variance = float(gaussian.variance(phi, 1.0))
+        variance = float(gaussian.moment(phi, "variance", 1.0))
     if not variance > 0:
         raise InputError(f"activation {phi.name!r} has variance {variance!r}; it must be above 0")
     return variance**-0.5
@@ -162,7 +152,7 @@ def normalising_gain(activation: Activation | str) -> float:
 def applied(network: Network, method: str = "tat", target: float | None = None) -> Network:
     """Return a fully connected network with φ transformed for its depth, σ_w = 1, and no biases.
 
-    Weights keep their distribution. Inputs are to have a mean square of 1.
+    Weights keep their distribution. Inputs need a mean square of 1.
 
     Parameters
     ----------
@@ -174,7 +164,7 @@ def applied(network: Network, method: str = "tat", target: float | None = None) 
     Raises
     ------
     InputError
-        If the network is none of these, or there is no such transformation.
+        If the network has other layers, or there is no such transformation.
     """
     first, *rest = ((stage.block, stage.repeats) for stage in network.stages)
     kinds = [b.activation if isinstance(b, Dense) else None for b, _ in (first, *rest)]
@@ -197,17 +187,18 @@ def applied(network: Network, method: str = "tat", target: float | None = None) 
 def by_name(
     method: str, activation: Activation | str, depth: int, target: float | None = None
 ) -> tuple[Activation, Transformation | None]:
-    """Return φ̂ of a method, and its transformation, or None where it is another slope's leaky ReLU.
+    """Return φ̂ of a method, and its transformation; None where φ̂ is another leaky ReLU.
 
     Parameters
     ----------
     method
-        ``"dks"``, `deep_kernel_shaping`, or ``"tat"``, `tailored`; that of ReLU and its leaky kin
+        ``"dks"``, `deep_kernel_shaping`, or ``"tat"``, `tailored`, which for ReLU and leaky ReLUs
         is `tailored_leaky_relu`.
     activation, depth
         φ, and the number of nonlinear layers, one after another.
     target
-        The method's own: ζ > 1 of DKS (1.5), τ > 0 of TAT (0.3), 0 < η < 1 of TAT for ReLU (0.9).
+        The method's parameter: ζ > 1 of DKS (1.5), τ > 0 of TAT (0.3), 0 < η < 1 of TAT for ReLU
+        (0.9).
 
     Raises
     ------
@@ -215,27 +206,21 @@ def by_name(
         If the method is unknown, an argument is out of range, or there is no such transformation.
     """
     phi = activations.get(activation)
-    if method not in METHODS:
-        raise unknown_name("transform", method, METHODS)
+    methods = {"dks": deep_kernel_shaping, "tat": tailored}
+    if method not in methods:
+        raise unknown_name("transform", method, methods)
     given = () if target is None else (target,)
     if method == "tat" and phi.homogeneous:
         return tailored_leaky_relu(depth, *given), None
-    found = {"dks": deep_kernel_shaping, "tat": tailored}[method](phi, depth, *given)
-    return apply(phi, found), found
+    transformation = methods[method](phi, depth, *given)
+    return apply(phi, transformation), transformation
 
 
 # Leaky ReLU ---------------------------------------------------------------------------------------
 
 
 def tailored_leaky_relu(depth: int, eta: float = 0.9) -> Activation:
-    """Return TAT's leaky ReLU, √(2/(1+α²)) · leaky_relu(α), with α = `tailored_slope`."""
-    slope = tailored_slope(depth, eta)
-    scale = math.sqrt(2 / (1 + slope**2))
-    return apply(activations.leaky_relu(slope), Transformation(output_scale=scale))
-
-
-def tailored_slope(depth: int, eta: float = 0.9) -> float:
-    """Return the slope α in [0, 1) for which leaky ReLUs have C_f(0) = η.
+    """Return TAT's leaky ReLU, √(2/(1+α²)) · leaky_relu(α), whose α in [0, 1) gives C_f(0) = η.
 
     Parameters
     ----------
@@ -256,24 +241,32 @@ def tailored_slope(depth: int, eta: float = 0.9) -> float:
     depth = check_count("depth", depth)
     if not 0 < eta < 1:
         raise InputError(f"eta is {eta!r}; it is a correlation in (0, 1)")
-    largest = _leaky_relu_correlation(0.0, depth)
+    with jax.ensure_compile_time_eval(), jax.enable_x64(True):
+        slope, largest = map(float, _leaky_relu_slope(jnp.asarray(eta), depth))
     if eta > largest:
         raise InputError(
             f"eta is {eta!r}; leaky ReLUs of depth {depth} reach at most {largest:.6g}, as ReLUs"
         )
-    eps = float(np.finfo(float).eps)
-    return float(
-        brentq(lambda a: _leaky_relu_correlation(a, depth) - eta, 0, 1, xtol=eps, rtol=4 * eps)
-    )
+    scale = math.sqrt(2 / (1 + slope**2))
+    return apply(activations.leaky_relu(slope), Transformation(output_scale=scale))
 
 
-def _leaky_relu_correlation(slope: float, depth: int) -> float:
-    """C_f(0) of leaky ReLUs; C(c) is Cho & Saul's arc-cosine kernel with c's own part split off."""
-    bend = (1 - slope) ** 2 / (math.pi * (1 + slope**2))
-    c = 0.0
-    for _ in range(depth):
-        c = min(c + bend * (math.sqrt(1 - c**2) - c * math.acos(c)), 1.0)
-    return c
+@jax.jit
+def _leaky_relu_slope(eta: Array, depth: Array) -> tuple[Array, Array]:
+    """Return the slope α in [0, 1] at which C_f(0) = η, and C_f(0) of ReLUs, the largest."""
+
+    def correlation(slope: Array) -> Array:
+        """C_f(0), from Cho & Saul's arc-cosine kernel as C(c) - c, which α scales."""
+        bend = (1 - slope) ** 2 / (math.pi * (1 + slope**2))
+
+        def layer(_: Array, c: Array) -> Array:
+            return jnp.minimum(c + bend * (jnp.sqrt(1 - c**2) - c * jnp.arccos(c)), 1)
+
+        return jax.lax.fori_loop(0, depth, layer, jnp.zeros_like(slope))
+
+    zero = jnp.zeros_like(eta)
+    low, high = bisect(lambda slope: correlation(slope) < eta, zero, zero + 1, steps=60)
+    return (low + high) / 2, correlation(zero)
 
 
 # Any other activation -----------------------------------------------------------------------------
@@ -294,7 +287,7 @@ def _leaky_relu_correlation(slope: float, depth: int) -> float:
 
 
 class _Nonlinearity(NamedTuple):
-    """The averages above, of one (a, b)."""
+    """The averages in the comment above, for one (a, b)."""
 
     m: Array
     s: Array
@@ -306,7 +299,7 @@ class _Nonlinearity(NamedTuple):
 
 
 class _Trial(NamedTuple):
-    """What a method makes of one (a, b)."""
+    """A method's equations at one (a, b), and the output's scale and shift that follow."""
 
     residual: Array  # (2,), zero at a solution; elsewhere of order 1, at any depth
     output_scale: Array
@@ -318,7 +311,7 @@ _Method: TypeAlias = Callable[[_Nonlinearity, Array, Array], _Trial]
 
 def _nonlinearity(activation: Activation, a: Array, b: Array) -> _Nonlinearity:
     average = functools.partial(
-        gaussian.shifted_expectation, mean=b, deviation=a, kinks=activation.kinks
+        _quadrature.shifted_expectation, mean=b, deviation=a, kinks=activation.kinks
     )
     y0 = activation(b)  # so that no large constant is carried along
 
@@ -377,7 +370,7 @@ def deep_kernel_shaping(
     Raises
     ------
     InputError
-        If an argument is out of range, or no solution was found.
+        If an argument is out of range, or no start of the solver converges.
 
     References
     ----------
@@ -391,13 +384,13 @@ def deep_kernel_shaping(
             f"activation {phi.name!r} is homogeneous, so deep kernel shaping's conditions cannot "
             "all be met; use tailored_leaky_relu"
         )
-    found = _solve(_dks, phi, math.expm1(math.log(zeta) / depth), signs=(0.0,))
-    if found is None:
+    solution = _solve(_dks, phi, math.expm1(math.log(zeta) / depth), signs=(0.0,))
+    if solution is None:
         raise InputError(
             f"no transformation of activation {phi.name!r} was found for zeta {zeta!r} at depth "
             f"{depth}; another activation, zeta or depth may have one"
         )
-    return found
+    return solution
 
 
 def tailored(activation: Activation | str, depth: int, tau: float = 0.3) -> Transformation:
@@ -417,7 +410,7 @@ def tailored(activation: Activation | str, depth: int, tau: float = 0.3) -> Tran
     Raises
     ------
     InputError
-        If an argument is out of range, φ' jumps, or no solution was found.
+        If an argument is out of range, φ' jumps, or no start of the solver converges.
 
     References
     ----------
@@ -431,34 +424,34 @@ def tailored(activation: Activation | str, depth: int, tau: float = 0.3) -> Tran
             f"activation {phi.name!r} has a slope that jumps, so its C map has no curvature at 1; "
             "use a smooth activation, or tailored_leaky_relu"
         )
-    found = _solve(_tat, phi, tau / depth, signs=(-1.0, 1.0))
-    if found is None:
+    solution = _solve(_tat, phi, tau / depth, signs=(-1.0, 1.0))
+    if solution is None:
         raise InputError(
             f"no transformation of activation {phi.name!r} was found for tau {tau!r} at depth "
             f"{depth}; another activation, tau or depth may have one"
         )
-    return found
+    return solution
 
 
-_STEPS = 40  # of Newton's method: once near, it converges in five
+_STEPS = 40  # of Newton's method; near a solution five are enough
 _LARGEST = np.array([1.0, 0.5])  # step in log a and in b
 _CONVERGED = 1e-7  # residual, relative to the target; at depth 1e6, rounding alone leaves 1e-8
-_SAME = 1e-6  # of shifts; converged ones are much closer to a solution than that
+_SAME = 1e-6  # shifts nearer than this are one solution
 
 
 def _solve(
     method: _Method, activation: Activation, target: float, signs: tuple[float, ...]
 ) -> Transformation | None:
-    """Return the solution whose input shift is nearest to 0, or None if none was found.
+    """Return the solution whose input shift is nearest to 0, or None if no start converges.
 
-    ``signs`` are those that μ may have.
+    ``signs`` are the possible signs of μ.
     """
     starts = np.array([(*point, sign) for point in _starts(activation, target) for sign in signs])
     with jax.ensure_compile_time_eval(), jax.enable_x64(True):
         x = jnp.asarray(starts)
         ends = _newton(method, activation, jnp.asarray(target), x[:, :2], x[:, 2])
         points, trials = jax.tree.map(np.asarray, ends)
-    # The residual of a start that ran away is NaN, which compares as not converged.
+    # The residual of a start that diverged is NaN, which compares as not converged.
     converged = np.max(np.abs(trials.residual), axis=1) < _CONVERGED
     if not converged.any():
         return None
@@ -477,8 +470,8 @@ def _solve(
 def _starts(activation: Activation, target: float) -> Iterator[tuple[float, float]]:
     """Yield pairs (log a, b) to start from.
 
-    Near linear, C'(1) - 1 and C''(1) are about (a φ''/φ')², which says where a is. In b, solutions
-    are at some point of φ, or within some a of a kink, however small a is.
+    Near linear, C'(1) - 1 and C''(1) are about (a φ''/φ')², from which a is estimated. In b,
+    solutions are at some point of φ, or within some a of a kink, however small a is.
     """
     a = math.sqrt(target)
     near_kinks = (kink + a * np.arange(-9, 10) for kink in activation.kinks)
@@ -495,17 +488,17 @@ def _newton(
     starts: Float[Array, "starts 2"],
     sign: Float[Array, " starts"],
 ) -> tuple[Float[Array, "starts 2"], _Trial]:
-    """Run Newton's method from each start; return where it ends, and the trials there."""
+    """Run Newton's method in (log a, b) from each start; return its ends, and the trials there."""
 
     def trial(point: Array, sign: Array) -> tuple[Array, _Trial]:
-        found = method(_nonlinearity(activation, jnp.exp(point[0]), point[1]), target, sign)
-        return found.residual, found
+        at = method(_nonlinearity(activation, jnp.exp(point[0]), point[1]), target, sign)
+        return at.residual, at
 
     def step(point: Array, _: None, sign: Array) -> tuple[Array, tuple[Array, _Trial]]:
-        jacobian, found = jax.jacfwd(trial, has_aux=True)(point, sign)
-        move = -jnp.linalg.solve(jacobian, found.residual)
+        jacobian, at = jax.jacfwd(trial, has_aux=True)(point, sign)
+        move = -jnp.linalg.solve(jacobian, at.residual)
         move /= jnp.maximum(1, jnp.max(jnp.abs(move) / _LARGEST))
-        return point + move, (point, found)
+        return point + move, (point, at)
 
     def one(start: Array, sign: Array) -> tuple[Array, _Trial]:
         _, visited = jax.lax.scan(functools.partial(step, sign=sign), start, None, length=_STEPS)

@@ -11,7 +11,6 @@ from jax.typing import ArrayLike
 
 from gradflow._arguments import as_numbers, as_real
 from gradflow._checks import check_count, check_scale, check_sequence, shown
-from gradflow.blocks import BatchNorm, UnitVariance
 from gradflow.errors import InputError
 from gradflow.networks import Network, check_network
 from gradflow.training.records import Data
@@ -74,18 +73,13 @@ def checked_laws(laws: tuple[Network, ...]) -> tuple[Network, ...]:
                 f"networks {laws[0].name!r} and {law.name!r} differ in more than numbers (widths, "
                 "depth, activation, blocks, biases); train them in calls of their own"
             )
-    if _has(laws[0], UnitVariance):
+    blocks = [block for stage in laws[0].stages for block in stage.block.nested]
+    if any(block.rescales_weights for block in blocks):
         raise InputError(
             "a UnitVariance block says how LSUV starts weights, and is no layer to train; train a "
             "network without it, with the σ_w of simulation.propagation.lsuv"
         )
     return laws
-
-
-def _has(network: Network, kind: type) -> bool:
-    """Whether there is such a block, wherever it is nested."""
-    blocks = jax.tree.leaves(network.stages, is_leaf=lambda block: isinstance(block, kind))
-    return any(isinstance(block, kind) for block in blocks)
 
 
 def check_singular_values(count: int, network: Network) -> int:
@@ -97,7 +91,7 @@ def check_singular_values(count: int, network: Network) -> int:
             f"singular_values is {count}; the Jacobian of {network.widths[-1]} outputs by "
             f"{positions * network.input_width} inputs has {most}"
         )
-    if count and _has(network, BatchNorm):
+    if count and any(stage.block.mixes_inputs for stage in network.stages):
         raise InputError(
             f"singular_values is {count}, which are of one input's Jacobian, and under BatchNorm a "
             "signal depends on the whole batch; use 0"

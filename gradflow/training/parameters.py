@@ -16,9 +16,14 @@ from gradflow._arguments import as_key
 from gradflow.errors import InputError
 from gradflow.networks import Network, Stage, as_inputs, check_network
 from gradflow.norms import unit_rows
-from gradflow.simulation import _matrices, linearisation, propagation
-from gradflow.simulation.linearisation import LayerKey, LayerWeights
-from gradflow.simulation.propagation import scan_blocks
+from gradflow.simulation import _linearisation, _matrices
+from gradflow.simulation._layers import (
+    LayerKey,
+    LayerWeights,
+    check_weights,
+    layer_keys,
+    scan_blocks,
+)
 
 __all__ = ["Weights", "initial_weights", "outputs"]
 
@@ -64,13 +69,13 @@ def initial_weights(
 
 def _drawn(stage: Stage, signal: Array, key: Array) -> LayerWeights:
     """Return what a block draws, when it is applied to a signal of this shape."""
-    laws, biases = linearisation.laws(stage.block, LayerKey(key), signal)
+    specs, biases = _linearisation.weight_specs(stage.block, LayerKey(key), signal)
 
-    def weights(law: linearisation.Law) -> Array:
-        entries = _matrices.drawn(law.key, law.shape, law.distribution, law.dtype).weights
-        return jnp.asarray(law.sigma_w, law.dtype) / law.shape[1] ** 0.5 * entries
+    def weights(spec: _linearisation.WeightSpec) -> Array:
+        entries = _matrices.drawn(spec.key, spec.shape, spec.distribution, spec.dtype).weights
+        return jnp.asarray(spec.sigma_w, spec.dtype) / spec.shape[1] ** 0.5 * entries
 
-    return LayerWeights(tuple(map(weights, laws)), biases)
+    return LayerWeights(tuple(map(weights, specs)), biases)
 
 
 def outputs(
@@ -96,7 +101,7 @@ def outputs(
         With the key of `propagate` they are the same as there.
     """
     inputs = as_inputs(inputs, network)
-    propagation.check_weights(network, weights)
+    check_weights(network, weights)
     return _walk(network, weights, inputs, key, lambda _: None)[0]
 
 
@@ -118,14 +123,12 @@ def _walk(
     """Return z^L, and by stage what ``look`` makes of each layer's signal."""
     key = as_key(0 if key is None else key)
     keys = jax.random.split(key, network.depth + 1)[1:]
-    signal, looks, first = inputs, [], 0
-    for stage, given in zip(network.stages, weights, strict=True):
-        of_stage = linearisation.stage_keys(stage, keys[first : first + stage.repeats])
+    signal, looks = inputs, []
+    for (stage, of_stage), given in zip(layer_keys(network, keys), weights, strict=True):
         step = functools.partial(_layer, stage, given if stage.tied else None, look)
         each = None if stage.tied else given
         signal, seen = scan_blocks(step, signal, (of_stage, each))
         looks.append(seen)
-        first += stage.repeats
     return signal, looks
 
 
@@ -141,12 +144,12 @@ def _layer(
     assert given is not None
     remaining = iter(given.matrices)
 
-    def answer(_: PRNGKeyArray, x: Array, **law: Any) -> Array:
+    def product(_: PRNGKeyArray, x: Array, **law: Any) -> Array:
         del law
         return _matmul(x, next(remaining).T)
 
-    key = key._replace(given=LayerWeights((), given.biases))
-    signal = linearisation.blockwise(stage.block, key, signal, answer)
+    key = key._replace(weights=LayerWeights((), given.biases))
+    signal = _linearisation.apply_block(stage.block, key, signal, product)
     return signal, look(signal)
 
 

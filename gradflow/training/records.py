@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from gradflow import statistics
+from gradflow._roots import bisect
 from gradflow.networks import Network
 from gradflow.simulation import jacobians, propagation, singular_values
 from gradflow.statistics import Statistic
@@ -43,13 +44,10 @@ def _percentile_98(values: Float[Array, "sites n"]) -> Float[Array, ""]:
     By bisection: to sort them takes a CPU fifty times as long.
     """
 
-    def halve(_: Array, ends: tuple[Array, Array]) -> tuple[Array, Array]:
-        low, high = ends
-        middle = (low + high) / 2
-        enough = jnp.mean((values <= middle).astype(values.dtype)) >= 0.98
-        return jnp.where(enough, low, middle), jnp.where(enough, middle, high)
+    def enough(limit: Array) -> Array:
+        return jnp.mean((values <= limit).astype(values.dtype)) >= 0.98
 
-    return jax.lax.fori_loop(0, 26, halve, (jnp.min(values), jnp.max(values)))[1]
+    return bisect(enough, jnp.min(values), jnp.max(values), steps=26)[1]
 
 
 activation_percentile_98 = Statistic(

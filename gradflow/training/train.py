@@ -31,7 +31,7 @@ from gradflow._arguments import as_key
 from gradflow._checks import check_count, check_instance, check_number, check_progress
 from gradflow.errors import InputError
 from gradflow.networks import Network
-from gradflow.simulation import _memory, monte_carlo
+from gradflow.simulation import _memory, _programs
 from gradflow.simulation.monte_carlo import Progress
 from gradflow.statistics import Statistic
 from gradflow.training import loop, records
@@ -344,7 +344,7 @@ class _Run(NamedTuple):
 
     def on_all(self, value: Any) -> Any:
         """Return what all devices have."""
-        place = functools.partial(monte_carlo.on_devices, self.job.mesh, PartitionSpec())
+        place = functools.partial(_programs.on_devices, self.job.mesh, PartitionSpec())
         return jax.tree.map(place, value)
 
     def part(self, tree: Any, first: int) -> Any:
@@ -354,9 +354,7 @@ class _Run(NamedTuple):
 
     def on_each(self, tree: Any) -> Any:
         """Return what there is of each network, shared among the devices."""
-        place = functools.partial(
-            monte_carlo.on_devices, self.job.mesh, PartitionSpec(loop.NETWORKS)
-        )
+        place = functools.partial(_programs.on_devices, self.job.mesh, PartitionSpec(loop.NETWORKS))
         return jax.tree.map(place, tree)
 
     def lowered(self) -> list[jax.stages.Lowered]:

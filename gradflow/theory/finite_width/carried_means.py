@@ -162,7 +162,8 @@ class _Map(eqx.Module):
     def of(cls, block: AbstractBlock, q: Array, mean: Array) -> "_Map":
         """Return it from the second moment and the mean over units of what the block gets."""
         if isinstance(block, Residual):
-            linear, activate = block.branch.parts  # type: ignore[attr-defined]
+            linear, activate = block.branch.parts
+            assert isinstance(linear, Linear) and isinstance(activate, Activate)  # noqa: PT018
             scale = jnp.asarray(block.scale * jnp.ones_like(q))
             return cls._of_residual(linear, activate.activation, scale, q, mean)
         if isinstance(block, GRU):

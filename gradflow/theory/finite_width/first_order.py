@@ -35,6 +35,7 @@ from gradflow import gaussian, statistics
 from gradflow.activations import Activation
 from gradflow.blocks import Dense
 from gradflow.errors import InputError
+from gradflow.gaussian import _pairs, _quadrature
 from gradflow.networks import Network, check_network
 from gradflow.statistics import BackwardLaw, ForwardLaw
 from gradflow.theory import mean_field
@@ -324,7 +325,7 @@ def _averages(activation: Activation, k: Array) -> _Averages:
     pairs = None
     if 0 < a.size * len(k) <= _MOST_PAIRS:
         of_pairs = (q[:, a], q[:, b], k[:, a, b])
-        pairs = gaussian.pair_expectation(pair_functions, *of_pairs, kinks=kinks)
+        pairs = _pairs.pair_expectation(pair_functions, *of_pairs, kinks=kinks)
         pairs = jnp.moveaxis(pairs, (0, 1), (2, 3))
         if activation.slope_jumps:
             bent = functools.partial(_with_deltas, activation, pair_functions, kinks)
@@ -365,7 +366,7 @@ def _with_deltas(
         rest = jnp.maximum(other - k**2 / q, tiny)
         means = k / q * kink
         averages = jax.vmap(
-            lambda m: gaussian.shifted_expectation(functions, m, jnp.sqrt(rest), kinks=kinks)
+            lambda m: _quadrature.shifted_expectation(functions, m, jnp.sqrt(rest), kinks=kinks)
         )(means)
         here = density(kink, jnp.zeros_like(kink), q)[:, None]
         return here * averages, here * density(kink[None, :], means[:, None], rest)

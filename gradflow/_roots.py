@@ -1,7 +1,10 @@
 """Roots of a function of one variable: all of them over a range, and one within a bracket.
 
-A function returns its value, its slope and its size, the sum of the absolute values of the terms
-that the value is a sum of: what counts as 0 is a value of rounding errors of that.
+Every solver in gradflow for one real unknown is here: `sign_changes` brackets, `newton` polishes,
+`bisect` needs no slope, `implicit` differentiates.
+
+A `Valued` function returns its value, its slope and its size, the sum of the absolute values of the
+terms that the value is a sum of: a value within rounding of its size counts as 0.
 """
 
 import functools
@@ -10,29 +13,29 @@ from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
-__all__ = ["Roots", "Valued", "implicit", "newton", "rounding", "sign_changes"]
+__all__ = ["Roots", "Valued", "bisect", "implicit", "newton", "rounding", "sign_changes"]
 
 # A function's value, slope and size.
 Valued: TypeAlias = tuple[Array, Array, Array]
 
-# As many roots are looked for, and extrema that may hold two.
+# The largest number of roots, and of extrema that may hold two more.
 _ROOTS, _EXTREMA = 4, 2
 
 
 def rounding(dtype: jnp.dtype) -> float:
-    """Return what counts as rounding in a number of order 1."""
+    """Return the relative error of a number after a few dozen roundings."""
     return 64 * float(jnp.finfo(dtype).eps)
 
 
 class Roots(NamedTuple):
-    """Where a function changes sign, ascending, and its signs before and after; 0 if unused.
+    """Roots of a function, ascending, and its signs before and after each; signs 0 if unused.
 
     Where the signs are equal, it touches 0.
     """
 
-    place: Float[Array, " roots"]
+    x: Float[Array, " roots"]
     before: Float[Array, " roots"]
     after: Float[Array, " roots"]
     first: Float[Array, ""]  # its sign at the low end
@@ -50,25 +53,35 @@ def sign_changes(function: Callable[[Array], Valued], points: Float[Array, " poi
     value, slope, size = jax.vmap(function)(points)
     noise = rounding(dtype)
     raw = jnp.where(value < -noise * size, -1.0, jnp.where(value <= noise * size, 0.0, 1.0))
-    raw = jnp.where(jnp.isnan(value), 1, raw).astype(dtype)  # what overflowed is large
+    raw = jnp.where(jnp.isnan(value), 1, raw).astype(dtype)  # an overflow counts as large
     first = raw[jnp.argmax(raw != 0)]
     sign = jnp.where(raw == 0, first, raw)
 
-    crossing = _first_places(sign[:-1] * sign[1:] < 0, _ROOTS)
+    crossing = _first_indices(sign[:-1] * sign[1:] < 0, _ROOTS)
     left, right = points[:-1], points[1:]
     low, high, before, after = (
-        jnp.where(crossing < 0, jnp.asarray(other, dtype), x[crossing])
-        for x, other in ((left, points[-1]), (right, points[-1]), (sign[:-1], 0), (sign[1:], 0))
+        jnp.where(crossing < 0, jnp.asarray(unused, dtype), values[crossing])
+        for values, unused in (
+            (left, points[-1]),
+            (right, points[-1]),
+            (sign[:-1], 0),
+            (sign[1:], 0),
+        )
     )
     # An extremum in between touches 0, or is beyond it and has a root on either side.
     inside = (raw[:-1] * raw[1:] > 0) & (raw[:-1] * slope[:-1] < 0) & (raw[1:] * slope[1:] > 0)
-    place = _first_places(inside, _EXTREMA)
-    start, end, around = left[place], right[place], raw[:-1][place]
-    flat = jax.vmap(functools.partial(_bisect, lambda t: function(t)[1]))(start, end)
+    index = _first_indices(inside, _EXTREMA)
+    start, end, around = left[index], right[index], raw[:-1][index]
+    steps = int(jnp.finfo(dtype).nmant)
+    begin_rising = jnp.sign(slope[:-1][index])
+    bracket = bisect(
+        lambda x: jnp.sign(jax.vmap(function)(x)[1]) != begin_rising, start, end, steps=steps
+    )
+    flat = (bracket[0] + bracket[1]) / 2
     height, _, size = jax.vmap(function)(flat)
     height *= around
     small = noise * size
-    touches, crosses = ((place >= 0) & h for h in (jnp.abs(height) <= small, height < -small))
+    touches, crosses = ((index >= 0) & h for h in (jnp.abs(height) <= small, height < -small))
     lows = [low, jnp.where(touches, flat, start), jnp.where(crosses, flat, points[-1])]
     highs = [high, flat, end]
     befores = [before, jnp.where(touches | crosses, around, 0), jnp.where(crosses, -around, 0)]
@@ -82,28 +95,36 @@ def sign_changes(function: Callable[[Array], Valued], points: Float[Array, " poi
     return Roots(root, before, after, first, sign[-1], jnp.mean(raw == 0) > 0.9)
 
 
-def _first_places(mask: Array, count: int) -> Int[Array, " count"]:
-    """Return the first places where a mask holds, -1 where there are no more."""
-    index, last, places = jnp.arange(mask.size), jnp.asarray(-1), []
+def _first_indices(mask: Array, count: int) -> Int[Array, " count"]:
+    """Return the first indices where a mask holds, -1 where there are no more."""
+    index, last, indices = jnp.arange(mask.size), jnp.asarray(-1), []
     for _ in range(count):
         later = mask & (index > last)
-        found = jnp.any(later)
-        last = jnp.where(found, jnp.argmax(later), mask.size)
-        places.append(jnp.where(found, last, -1))
-    return jnp.stack(places)
+        exists = jnp.any(later)
+        last = jnp.where(exists, jnp.argmax(later), mask.size)
+        indices.append(jnp.where(exists, last, -1))
+    return jnp.stack(indices)
 
 
-def _bisect(function: Callable[[Array], Array], low: Array, high: Array) -> Array:
-    """Return a sign change of a function between two places."""
-    sign = jnp.sign(function(low))
+def bisect(
+    beyond: Callable[[Float[Array, "*n"]], Bool[Array, "*n"]],
+    low: Float[Array, "*n"],
+    high: Float[Array, "*n"],
+    *,
+    steps: int,
+) -> tuple[Float[Array, "*n"], Float[Array, "*n"]]:
+    """Halve a bracket of the change from ``beyond`` false to true, ``steps`` times; elementwise.
+
+    Where the condition changes more than once, that of one of the changes; where it is true or
+    false throughout, the lower or the upper end.
+    """
 
     def halve(_: Array, ends: tuple[Array, Array]) -> tuple[Array, Array]:
         middle = (ends[0] + ends[1]) / 2
-        right = jnp.sign(function(middle)) == sign
-        return jnp.where(right, middle, ends[0]), jnp.where(right, ends[1], middle)
+        past = beyond(middle)
+        return jnp.where(past, ends[0], middle), jnp.where(past, middle, ends[1])
 
-    low, high = jax.lax.fori_loop(0, int(jnp.finfo(low.dtype).nmant), halve, (low, high))
-    return (low + high) / 2
+    return jax.lax.fori_loop(0, steps, halve, (low, high))
 
 
 class _Bracket(NamedTuple):
@@ -121,7 +142,7 @@ def newton(
     sign: Array,
     start: Array | None = None,
 ) -> Array:
-    """Return the sign change of a function between two places, from ``sign`` at the low end.
+    """Return the root of a function in a bracket, whose sign at the low end is ``sign``.
 
     Newton's method, from the middle or from ``start``; where that leaves the bracket, or slows
     down, bisection.
@@ -156,7 +177,7 @@ def newton(
 
 
 def implicit(equation: Callable[[Any, Array], Array], theta: Any, root: Array) -> Array:
-    """Return a root x of equation(θ, x) = 0, with its derivatives by θ."""
+    """Return a root x of equation(θ, x) = 0 as it is, but with its derivatives by θ."""
     return jax.lax.custom_root(
         functools.partial(equation, theta),
         root,

@@ -1,4 +1,4 @@
-"""One point's report, with the numbers of the reference tables."""
+"""The theory's summary at one point, against the numbers of the reference tables."""
 
 import fractions
 
@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from gradflow import activations
-from gradflow.cli import _words
+from gradflow.cli._words import words
 from gradflow.errors import InputError
 from gradflow.theory import summary
 
@@ -65,7 +65,7 @@ def test_layers_are_those_of_tables_6b_10_and_11(load_reference):
             start = inputs.get("q1")
             start = number(start) if start else w2 * number(inputs["x_sq_over_n"]) + b2
             assert max(map(int, layers)) <= depth
-            found = summary.run(
+            found = summary.summarise(
                 activations.get(inputs["activation"]), w2, b2, start=start, depth=depth
             )["layers"]
             for layer, values in layers.items():
@@ -87,7 +87,7 @@ def test_finite_width_is_that_of_table_6a(load_reference):
         network = inputs["network"]
         phi = activations.get("relu" if "relu" in network else "linear")
         w2 = number(inputs.get("sw2", network.split("sw2=")[-1]))
-        found = summary.run(
+        found = summary.summarise(
             phi,
             w2,
             number(inputs.get("sb2", "0")),
@@ -112,7 +112,7 @@ def test_the_jacobian_is_that_of_table_5(load_reference):
             continue  # theirs is at any q
         phi, w2 = activations.get(inputs["activation"]), number(inputs["sw2"])
         depth, q = int(inputs["L"]), number(inputs["q"])
-        found = summary.run(phi, w2, number(inputs["sb2"]), start=q, depth=depth)
+        found = summary.summarise(phi, w2, number(inputs["sb2"]), start=q, depth=depth)
         if found["q_star"] != pytest.approx(q, rel=1e-6):
             continue  # the row's q is no fixed point
         for name, ours in JACOBIAN.items():
@@ -126,21 +126,22 @@ def test_the_jacobian_is_that_of_table_5(load_reference):
 
 
 def test_where_no_input_has_the_first_length_no_direction_is_along_it():
-    found = summary.run(activations.tanh, 1.0, 0.5, start=0.25, depth=3)["layers"]
+    found = summary.summarise(activations.tanh, 1.0, 0.5, start=0.25, depth=3)["layers"]
     assert np.isnan(found["gain_parallel"]).all()
     assert np.isfinite(found["chi"]).all()
 
 
 def test_a_correlation_beyond_1_is_refused():
     with pytest.raises(InputError, match="correlations"):
-        summary.run(activations.tanh, 1.0, correlations=[0.5, 1.5])
+        summary.summarise(activations.tanh, 1.0, correlations=[0.5, 1.5])
 
 
 def test_every_name_that_is_printed_has_words():
-    found = summary.run(activations.relu, 1.5, correlations=[0.5], depth=2, width=20)
+    found = summary.summarise(activations.relu, 1.5, correlations=[0.5], depth=2, width=20)
     names = {*found, *found["layers"], *found["finite_width"], *found["jacobian"]}
     names -= {"fixed_points", "layers", "finite_width", "jacobian"}
     for one in (*found["fixed_points"], *found["jacobian"].values()):
         names |= set(one)
-    assert names - {"gaussian", "orthogonal"} <= set(_words.WORDS)
+    for name in names - {"gaussian", "orthogonal"}:
+        assert words(name)
     assert not {"sw2", "sb2", "mu1", "act_meansq", "E_qhat_L", "Var_sq", "P_alive"} & names

@@ -1,4 +1,4 @@
-"""Densities of single units' signals at infinite width: what a histogram of a layer shows.
+"""Densities of single units' signals at infinite width, for histograms of a layer.
 
 A pre-activation z of an input is N(0, q). A gradient is δ = φ'(z) g with g ~ N(0, s) independent of
 z, as backward weights are as good as independent of forward ones (Schoenholz et al. 2017,
@@ -31,16 +31,16 @@ def predicted(
     backward: list[BackwardLaw],
     histograms: Mapping[str, Histogram],
 ) -> dict[str, Histogram]:
-    """Return the histograms with what theory says of each bin, as their ``theory``.
+    """Return the histograms with predicted densities, (layers, bins), as their ``theory``.
 
-    Every input has its own q; the density is the mean over inputs, of a bin the mean over the bin.
-    It is NaN at layers whose signals are not known to be Gaussian over units, and for gradients
-    that do not go down to z through one activation and one random matrix (`Dense`).
+    Every input has its own q; a prediction is the mean density over inputs and over the bin. NaN at
+    layers whose signals are not known to be Gaussian over units, and for gradients that do not
+    reach z through one activation and one random matrix (`Dense`).
 
     Parameters
     ----------
     network
-        What was simulated.
+        The network that was simulated.
     forward, backward
         Its laws, of `mean_field.laws`.
     histograms
@@ -53,7 +53,7 @@ def predicted(
     above = [s.block for s in network.stages for _ in range(s.repeats)][1:]
     through_one = known & np.array([*(type(block) is Dense for block in above), True])
     sd = np.sqrt(np.diagonal(np.asarray(forward[0].covariance), axis1=1, axis2=2))
-    # Of what is beyond a float's range: z and φ(z) are exp of these times what is computed.
+    # Signals beyond a float's range: z and φ(z) are exp of these logarithms times those computed.
     log_scale = np.asarray(forward[0].log_scale)
     log_growth = np.asarray(gaussian.growth(network.activation, jnp.asarray(log_scale))[0])
     log_gradient = np.asarray(backward[0].log_variance) / 2
@@ -76,15 +76,15 @@ def predicted(
                 scale = np.exp(log_delta - log_unit)
                 yield _of_gaussian(scale * slope / root_mean_square, edges)
 
-    found = {}
+    with_theory = {}
     for signal, histogram in histograms.items():
         theory = np.full_like(histogram.density, np.nan)
         for layer in np.flatnonzero(through_one if signal == "gradient" else known).tolist():
             edges, log_unit = histogram.edges[layer], float(histogram.log_unit[layer])
             each = [*shares(signal, layer, edges, log_unit)]
             theory[layer] = np.mean(each, axis=0) / np.diff(edges)
-        found[signal] = dataclasses.replace(histogram, theory=theory)
-    return found
+        with_theory[signal] = dataclasses.replace(histogram, theory=theory)
+    return with_theory
 
 
 def _quantiles(count: int) -> Values:
@@ -93,8 +93,8 @@ def _quantiles(count: int) -> Values:
 
 
 def _of_gaussian(scale: Values | float, edges: Values) -> Values:
-    """Return the share in each bin of a Gaussian whose standard deviation is any of these."""
-    # What has none is 0, and in the bin that begins there, as NumPy counts.
+    """Return the fraction in each bin of a mixture of Gaussians of these standard deviations."""
+    # A Gaussian without deviation is 0, and in the bin that begins there, as NumPy counts.
     with np.errstate(divide="ignore", invalid="ignore"):
         scale, edges = np.atleast_1d(scale), edges[:, None]
         below = np.where(scale > 0, ndtr(edges / scale), edges > 0)

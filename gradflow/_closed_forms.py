@@ -1,0 +1,133 @@
+"""Gaussian averages of activations in closed form, where they take more than a line.
+
+For x ~ N(0, q), or for (u, v) Gaussian with variances q_u, q_v and covariance k, written so that
+nothing cancels for q from 0 to 1e4. `gradflow.activations` says which activation each is of.
+
+References: Cho & Saul 2009 (arc-cosine kernels of ReLU); Williams 1997, "Computing with infinite
+networks" (erf); Rahimi & Recht 2007 (sin, cos); Tsuchida et al. 2021 (GELU).
+"""
+
+import math
+from collections.abc import Callable
+from typing import TypeAlias
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.scipy.special import erf
+from jaxtyping import Array, Float, ScalarLike
+
+__all__ = ["Moment", "PairMoment", "Values", "angle", "cos2", "cos4", "cos_cos"]
+__all__ += ["erf_derivative_kernel", "erf_kernel", "gelu_derivative_kernel", "gelu_dphi2"]
+__all__ += ["gelu_kernel", "gelu_phi2", "gelu_x_phi_dphi", "gram_determinant", "hard_tanh_inside"]
+__all__ += ["sin2", "sin2_cos2", "sin4", "sin_sin"]
+
+Values: TypeAlias = Float[Array, "..."] | Float[np.ndarray, "..."] | ScalarLike
+Moment: TypeAlias = Callable[[Array], Array | float]
+PairMoment: TypeAlias = Callable[[Array, Array, Array], Array | float]
+
+
+def gram_determinant(q_u: Array, q_v: Array, k: Array) -> Array:
+    """q_u q_v - k², without cancellation where q_u = q_v, and never negative by rounding."""
+    size = jnp.abs(k)
+    value = (q_u - size) * (q_v - size) + size * (q_u + q_v - 2 * size)
+    return jnp.where(value < 0, 0, value)  # jnp.maximum would halve the derivative at 0
+
+
+def angle(q_u: Array, q_v: Array, k: Array) -> Array:
+    """arccos(k/√(q_u q_v)) by arctan2: arccos loses half its digits near 0."""
+    return jnp.arctan2(jnp.sqrt(gram_determinant(q_u, q_v, k)), k)
+
+
+def sin2(q: Array) -> Array:
+    """E sin²x."""
+    return -jnp.expm1(-2 * q) / 2
+
+
+def cos2(q: Array) -> Array:
+    """E cos²x."""
+    return (1 + jnp.exp(-2 * q)) / 2
+
+
+def sin4(q: Array) -> Array:
+    """E sin⁴x = (3 - 4e + e⁴)/8 with e = exp(-2q), factored."""
+    e = jnp.exp(-2 * q)
+    return jnp.expm1(-2 * q) ** 2 * (e**2 + 2 * e + 3) / 8
+
+
+def cos4(q: Array) -> Array:
+    """E cos⁴x."""
+    return (3 + 4 * jnp.exp(-2 * q) + jnp.exp(-8 * q)) / 8
+
+
+def sin2_cos2(q: Array) -> Array:
+    """E sin²x cos²x."""
+    return -jnp.expm1(-8 * q) / 8
+
+
+def sin_sin(q_u: Array, q_v: Array, k: Array) -> Array:
+    """E sin(u) sin(v) = exp(-(q_u + q_v)/2) sinh k, without cancellation and without overflow."""
+    m = (q_u + q_v) / 2
+    near_zero = jnp.exp(-m) * jnp.sinh(jnp.clip(k, -1, 1))
+    return jnp.where(jnp.abs(k) < 1, near_zero, (jnp.exp(k - m) - jnp.exp(-k - m)) / 2)
+
+
+def cos_cos(q_u: Array, q_v: Array, k: Array) -> Array:
+    """E cos(u) cos(v) = exp(-(q_u + q_v)/2) cosh k."""
+    m = (q_u + q_v) / 2
+    return (jnp.exp(k - m) + jnp.exp(-k - m)) / 2
+
+
+def erf_kernel(q_u: Array, q_v: Array, k: Array) -> Array:
+    """E erf(u) erf(v); Williams 1997."""
+    rest = 1 + 2 * (q_u + q_v) + 4 * gram_determinant(q_u, q_v, k)
+    return 2 / math.pi * jnp.arctan2(2 * k, jnp.sqrt(rest))
+
+
+def erf_derivative_kernel(q_u: Array, q_v: Array, k: Array) -> Array:
+    return 4 / math.pi * jax.lax.rsqrt(1 + 2 * (q_u + q_v) + 4 * gram_determinant(q_u, q_v, k))
+
+
+# GELU is x Φ(x). With h = Φ(u)Φ(v), integrating by parts twice,
+#   E[uv h] = k E[h] + (q_u q_v + k²) E[h_uv] + k q_u E[h_uu] + k q_v E[h_vv],
+# and E[h], E[h_uv], E[h_uu] are the orthant probability, the density and a derivative of it at 0
+# of a Gaussian with covariance K + 1. D is its determinant.
+
+
+def _gelu_terms(q_u: Array, q_v: Array, k: Array) -> tuple[Array, Array, Array, Array]:
+    gram = gram_determinant(q_u, q_v, k)
+    d = 1 + q_u + q_v + gram
+    orthant = 1 / 4 + jnp.arctan2(k, jnp.sqrt(d)) / (2 * math.pi)
+    r = 1 / (1 + q_u) + 1 / (1 + q_v)
+    return orthant, d, r, gram + k**2 * r
+
+
+def gelu_kernel(q_u: Array, q_v: Array, k: Array) -> Array:
+    orthant, d, _, rest = _gelu_terms(q_u, q_v, k)
+    return k * orthant + rest * jax.lax.rsqrt(d) / (2 * math.pi)
+
+
+def gelu_derivative_kernel(q_u: Array, q_v: Array, k: Array) -> Array:
+    orthant, d, r, rest = _gelu_terms(q_u, q_v, k)
+    return orthant + k * jax.lax.rsqrt(d) / (2 * math.pi) * (2 * r - 1 + rest / d)
+
+
+def gelu_phi2(q: Array) -> Array:
+    d = jnp.sqrt(1 + 2 * q)
+    return q / 4 + q / (2 * math.pi) * (jnp.arctan(q / d) + 2 * q / ((1 + q) * d))
+
+
+def gelu_dphi2(q: Array) -> Array:
+    d = jnp.sqrt(1 + 2 * q)
+    return 1 / 4 + (jnp.arctan(q / d) + q / (1 + q) * (5 * q + 3) / d**2 / d) / (2 * math.pi)
+
+
+def gelu_x_phi_dphi(q: Array) -> Array:
+    d = jnp.sqrt(1 + 2 * q)
+    rest = q / ((1 + q) * d) * (5 - 2 * q / (1 + q) - 2 * q / d**2)
+    return q / 4 + q / (2 * math.pi) * (jnp.arctan(q / d) + rest)
+
+
+def hard_tanh_inside(q: Array) -> Array:
+    """P(|x| < 1). Below the floor on q it is 1 in float64, and its derivative would be 0·inf."""
+    return erf(jax.lax.rsqrt(2 * jnp.maximum(q, 1 / 1800)))
