@@ -263,7 +263,7 @@ def convolutional(
         What is beyond the edge: ``"circular"``, the other end, or ``"zeros"``.
     delta
         Whether filters are zero but for their centre, which has fan_in c_{l-1} and fan_out c_l;
-        with orthogonal weights it is the delta-orthogonal initialisation.
+        with orthogonal weights, delta-orthogonal (Xiao et al. 2018, arXiv:1806.05393, algorithm 1).
     dense
         The widths of the dense layers after the convolutions; none without it.
     pool
@@ -281,10 +281,6 @@ def convolutional(
         If a length or a width is not a whole number of at least 1, there is no convolution, a
         filter is longer than its axis, σ_b is not a finite number of at least 0, or a name is
         unknown.
-
-    References
-    ----------
-    Xiao et al. 2018, arXiv:1806.05393; algorithm 1 for delta-orthogonal.
     """
     needs = "the input's channels and every layer's"
     channels = _counts("channels", channels, "a number of channels", needs)
