@@ -14,7 +14,8 @@ blocks             layers, each defined once for one random network and for infi
 networks           a random network as data: stages of equal blocks
 builders           networks of the usual architectures: mlp, residual, convolutional, recurrent
 schema             a network as named options: for Python, study files and the command line
-statistics         the quantities of each layer: names, measurement, prediction
+statistics         the quantities of each layer: names, measurement, prediction, correction
+predictions        theory's values of every statistic, and the effect of finite width on them
 float_ranges       the layers in which signals and gradients leave float16, bfloat16, …, float64
 estimation         means, standard errors and histograms over networks
 theory             predictions for wide networks, layer by layer, without sampling

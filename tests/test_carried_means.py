@@ -11,7 +11,7 @@ from gradflow.blocks import GRU, Activate, Chain, Dense, Linear, Residual
 from gradflow.comparison import Status
 from gradflow.errors import InputError
 from gradflow.simulation import monte_carlo
-from gradflow.theory import mean_field
+from gradflow.theory import float64, mean_field
 from gradflow.theory.finite_width import carried_means
 
 DEPTH = 30
@@ -52,8 +52,8 @@ def test_shifts_of_any_activation_and_biases(phi, sigma_w, sigma_b, scale):
     """Null: as above, but for 1/width for each layer, of what is left out; false alarms 3e-4."""
     depth, width = 20, 100
     network = carrying(width, phi, sigma_w, depth, scale, sigma_b)
-    theory = comparison.predict_float64(network, X)["log_gradient_variance"]
-    shift = comparison.correct_float64(network, X).shift["log_gradient_variance"]
+    theory = float64.predict(network, X)["log_gradient_variance"]
+    shift = float64.correct(network, X).shift["log_gradient_variance"]
     found = monte_carlo.simulate(network, X, networks=500)["gradient_variance"]
     at = slice(0, 16, 5)
     others = (depth - np.arange(depth + 1)) / width
@@ -69,8 +69,8 @@ def test_highway_layers_with_relu(sigma_w):
     depth, width = 30, 100
     gru = GRU(width, relu, sigma_w=sigma_w, reset_bias=None, update_bias=1.0)
     network = builders.stack(64, [Linear(width), (gru, depth)], relu)
-    theory = comparison.predict_float64(network, X)["log_gradient_variance"]
-    shift = comparison.correct_float64(network, X).shift["log_gradient_variance"]
+    theory = float64.predict(network, X)["log_gradient_variance"]
+    shift = float64.correct(network, X).shift["log_gradient_variance"]
     found = monte_carlo.simulate(network, X, networks=200)["gradient_variance"]
     at = slice(0, 16, 5)
     others = (depth - np.arange(depth + 1)) / width
@@ -86,8 +86,8 @@ def test_gradients_times_signals_are_conserved():
     a lower bound of all of it, and above the theory of infinite width from some depth on.
     """
     width = 100
-    theory = comparison.predict_float64(carrying(width), X)
-    shift = comparison.correct_float64(carrying(width), X).shift["log_gradient_variance"]
+    theory = float64.predict(carrying(width), X)
+    shift = float64.correct(carrying(width), X).shift["log_gradient_variance"]
     # E (δ·z)² = n q^L at all layers, of which δ has (δ·z)²/(n q^l) along z; per unit, 1/n of it.
     bound = theory["log_q"][-1] - theory["log_q"] - np.log(width)
     total = theory["log_gradient_variance"] + shift
@@ -99,7 +99,7 @@ def test_gradients_times_signals_are_conserved():
 
 def test_a_mean_of_zero_is_not_carried():
     """Of tanh, what is along the signal grows no faster than the rest: nothing is said."""
-    shift = comparison.correct_float64(carrying(1000, tanh, 1.0), X).shift
+    shift = float64.correct(carrying(1000, tanh, 1.0), X).shift
     assert np.isnan(shift["log_gradient_variance"]).all()
 
 

@@ -240,7 +240,7 @@ def _float_ranges(result: Any) -> list[str]:
 
 
 def _table_of_statistics(result: Any) -> Table:
-    from gradflow import statistics  # noqa: PLC0415
+    from gradflow._labels import BY_KEY  # noqa: PLC0415
     from gradflow.comparison import Status  # noqa: PLC0415
 
     words = {
@@ -250,8 +250,8 @@ def _table_of_statistics(result: Any) -> Table:
         Status.DIFFERS: "differs",
     }
     rows: list[dict[str, str] | None] = []
-    for key, contrast in result.contrasts.items():
-        statistic = statistics.named()[key]
+    for key, contrast in result.by_statistic.items():
+        statistic = BY_KEY[key]
         estimate = result.simulation.estimates[key]
         # Where it is kept as a logarithm, so are these: no float may hold the number.
         log = statistic.log
