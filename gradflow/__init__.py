@@ -29,7 +29,7 @@ spectra            singular values of end-to-end Jacobians, theory beside simula
 remedies           a network whose gradients vanish or explode, beside each remedy for it
 experiments        published experiments on training, repeated
 studies            large grids of networks, described by a file
-note               the study of vanishing and exploding gradients that ``gradflow study`` runs
+note               the study of vanishing and exploding gradients that ``gradflow note`` runs
 cli                the command ``gradflow``
 """
 

@@ -6,6 +6,7 @@ A check may stand in a signature, as ``width: Annotated[int, Whole()]``, where `
 """
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
@@ -13,13 +14,16 @@ from typing import Any
 from gradflow._checks import unknown_name
 from gradflow.errors import InputError
 
-__all__ = ["Beside", "Check", "LookedUp", "Number", "OneOf", "Whole", "Wholes", "check_entries"]
+__all__ = ["Beside", "Check", "LookedUp", "Number", "OneOf", "Whole", "Wholes", "Widths"]
+__all__ += ["check_entries"]
 __all__ += ["check_known", "clipped", "finite", "flag", "path_of", "positive", "probability"]
 __all__ += ["scale", "shown", "table", "text"]
 
 # Above what any file can mean, and far below what would fill the memory before it is refused.
 _MOST_UNITS = 10**9
 _LONGEST_LIST = 100_000
+# More changes of width would take minutes to compile.
+_MOST_CHANGES = 1000
 
 Check = Callable[[str, object], Any]
 
@@ -109,6 +113,21 @@ class Wholes:
         if not isinstance(value, list) or not self.least <= len(value) <= _LONGEST_LIST:
             raise InputError(f"{path} is {shown(value)}; it is {self.what}")
         return [Whole()(f"{path}[{number}]", one) for number, one in enumerate(value)]
+
+
+class Widths:
+    """Checks the widths of a network, as a file has them."""
+
+    def __call__(self, path: str, value: object) -> list[int]:
+        """Check them."""
+        widths = Wholes("the input's width and every layer's, as [784, 100]", 2)(path, value)
+        changes = sum(below != above for below, above in itertools.pairwise(widths))
+        if changes > _MOST_CHANGES:
+            raise InputError(
+                f"{path} changes {changes} times; it has at most {_MOST_CHANGES} changes of "
+                "width, each of which is compiled by itself"
+            )
+        return widths
 
 
 @dataclasses.dataclass(frozen=True)

@@ -19,7 +19,7 @@ from gradflow._checks import (
     is_number,
     unknown_name,
 )
-from gradflow._entries import Beside, LookedUp, OneOf, Whole, Wholes
+from gradflow._entries import Beside, LookedUp, OneOf, Whole, Widths
 from gradflow.activations import Activation
 from gradflow.blocks import (
     AbstractBlock,
@@ -68,25 +68,6 @@ POOLS: dict[str, Callable[[tuple[int, ...]], AbstractBlock]] = {
     "flatten": Flatten,
 }
 _NORM_POSITIONS = ("pre", "post")
-# More would take minutes to compile.
-_MOST_CHANGES = 1000
-
-
-@dataclasses.dataclass(frozen=True)
-class _Widths:
-    """Checks the widths of a network, as a file has them."""
-
-    def __call__(self, path: str, value: object) -> list[int]:
-        """Check them."""
-        widths = Wholes("the input's width and every layer's, as [784, 100]", 2)(path, value)
-        changes = sum(below != above for below, above in itertools.pairwise(widths))
-        if changes > _MOST_CHANGES:
-            raise InputError(
-                f"{path} changes {changes} times; it has at most {_MOST_CHANGES} changes of "
-                "width, each of which is compiled by itself"
-            )
-        return widths
-
 
 # Kinds of parameters; the metadata checks what a file or a command says, see `schema`.
 _Count = Annotated[int, Whole()]
@@ -101,7 +82,7 @@ _BranchScale = Annotated[float | int | str, OneOf("scale", SCALES, _entries.scal
 
 
 def mlp(
-    widths: Annotated[Sequence[int], _Widths()],
+    widths: Annotated[Sequence[int], Widths()],
     activation: _Phi = "tanh",
     weights: _Weights = "glorot",
     *,
@@ -119,7 +100,7 @@ def mlp(
     widths
         The input's width n_0, then every layer's: n_0, n_1, …, n_L; L >= 1.
     activation
-        φ, by name. Or an `Activation`, or any elementwise JAX callable.
+        φ, by name; `gradflow list` has all. Or an `Activation`, or any elementwise JAX callable.
     weights
         The ensemble of the weights, by name. Or an `Ensemble`, or any function of
         `jax.nn.initializers`.
@@ -136,6 +117,11 @@ def mlp(
         Dropout: the probability to keep a unit of what W multiplies.
     name
         For tables and files; made of the other arguments without it.
+
+    Returns
+    -------
+    Network
+        With a layer for each width but the first.
 
     Raises
     ------
@@ -197,7 +183,7 @@ def residual(
     scale
         α: a number, depth for 1/√depth, zero for 0 (ReZero, SkipInit), or fixup. The last of them
         is α = 1 where the last of a branch's m weight matrices is 0 and the others are multiplied
-        by depth^(-1/(2m-2)), without biases.
+        by depth^(-1/(2m-2)), without biases (Zhang, Dauphin & Ma 2019, arXiv:1901.09321).
     layers
         The number of a branch's weight matrices, each after an activation: f(z) = W φ(z) + b.
     hidden
@@ -208,15 +194,16 @@ def residual(
     norm, norm_position
         As for `mlp`, but at the branch's start, z + α f(norm(z)), or of the sum, norm(z + α f(z)).
 
+    Returns
+    -------
+    Network
+        With depth + 1 layers: the first, and the blocks.
+
     Raises
     ------
     InputError
         If a number is not in its range, as for `mlp`, α is not a finite number of at least 0, a
         name is unknown, or Fixup is to have biases.
-
-    References
-    ----------
-    Fixup: Zhang, Dauphin & Ma 2019, arXiv:1901.09321, section 3.
     """
     input_width, width = check_count("input_width", input_width), check_count("width", width)
     depth, layers = check_count("depth", depth), check_count("layers", layers)
@@ -276,12 +263,17 @@ def convolutional(
         What is beyond the edge: ``"circular"``, the other end, or ``"zeros"``.
     delta
         Whether filters are zero but for their centre, which has fan_in c_{l-1} and fan_out c_l;
-        with orthogonal weights it is the delta-orthogonal initialisation.
+        with orthogonal weights, delta-orthogonal (Xiao et al. 2018, arXiv:1806.05393, algorithm 1).
     dense
         The widths of the dense layers after the convolutions; none without it.
     pool
         The first dense layer's input, of the convolutions' activations: ``"mean"``, that over
         positions, or ``"flatten"``, all of them.
+
+    Returns
+    -------
+    Network
+        With a layer for each convolution and each dense layer.
 
     Raises
     ------
@@ -289,10 +281,6 @@ def convolutional(
         If a length or a width is not a whole number of at least 1, there is no convolution, a
         filter is longer than its axis, σ_b is not a finite number of at least 0, or a name is
         unknown.
-
-    References
-    ----------
-    Xiao et al. 2018, arXiv:1806.05393; algorithm 1 for delta-orthogonal.
     """
     needs = "the input's channels and every layer's"
     channels = _counts("channels", channels, "a number of channels", needs)
@@ -313,14 +301,25 @@ def convolutional(
         for (first, *pair), equal in itertools.groupby(layers)
     ]
     if dense:
-        pooled = Chain((Activate(phi), POOLS[pool](patches.shape)))
-        fan_in = pooled.width_after(channels[-1])
-        stages.append(Stage(Chain((*pooled.parts, linear(fan_in, dense[0])))))
-    for pair, equal in itertools.groupby(itertools.pairwise(dense)):
-        stages.append(Stage(_as_dense((Activate(phi),), linear(*pair)), len(list(equal))))
+        pooled = (Activate(phi), POOLS[pool](patches.shape))
+        stages += _dense_stages(pooled, channels[-1], dense, linear)
     kind = "delta convolutions" if delta else "convolutions"
     name = name or f"{phi.name}, {ensemble.name}, {kind}"
     return Network(tuple(stages), channels[0], phi, name)
+
+
+def _dense_stages(
+    before: tuple[Activate, AbstractBlock],
+    width: int,
+    dense: Sequence[int],
+    linear: Callable[[int, int], Linear],
+) -> list[Stage]:
+    """Dense layers of these widths on a signal of a width, after an activation and a pooling."""
+    fan_in = Chain(before).width_after(width)
+    stages = [Stage(Chain((*before, linear(fan_in, dense[0]))))]
+    for pair, equal in itertools.groupby(itertools.pairwise(dense)):
+        stages.append(Stage(_as_dense(before[:1], linear(*pair)), len(list(equal))))
+    return stages
 
 
 def _counts(name: str, values: Sequence[int], each: str, needs: str) -> list[int]:
@@ -352,9 +351,17 @@ def _convolution(
 
 
 def as_sites(images: Float[ArrayLike, "inputs *shape channels"]) -> Float[Array, "sites channels"]:
-    """Images, (inputs, …, channels), as the inputs of a convolutional network.
+    """Images as the inputs of a convolutional network.
 
-    Shape (inputs · positions, channels): an input's positions one after the other, row by row.
+    Parameters
+    ----------
+    images
+        Shape (inputs, positions, channels) or (inputs, rows, columns, channels).
+
+    Returns
+    -------
+    array
+        Shape (inputs · positions, channels): an input's positions one after the other, row by row.
 
     Raises
     ------
@@ -407,15 +414,21 @@ def recurrent(
     input_width, width
         n_0, and the number of units n.
     steps
-        How often W acts.
+        The number of steps, at each of which W acts.
     activation, weights, sigma_b
         As for `mlp`; σ_b that of b, which all steps share. U has entries of variance 1/n_0.
     sigma_u, alike
-        Of the input u^t = U' x^t at each step, drawn anew: see `blocks.Drive`; none without it.
+        The standard deviation of the input u^t = U' x^t, which is drawn anew at each step, and its
+        correlation between two inputs of the network, see `blocks.Drive`; without it there is none.
     tied
         Whether all steps have the same W and b; ``False`` makes them layers.
     name
-        What to call it; made from the other arguments without it.
+        For tables and files; made of the other arguments without it.
+
+    Returns
+    -------
+    Network
+        With steps + 1 layers, of which the steps share their weights if ``tied``.
 
     Raises
     ------
@@ -455,7 +468,12 @@ def stack(
     activation
         The φ that activations and saturation are reported for.
     name
-        What to call it.
+        For tables and files.
+
+    Returns
+    -------
+    Network
+        With a layer for each block and each of its repeats.
 
     Raises
     ------

@@ -28,7 +28,16 @@ from gradflow.ensembles import Ensemble
 from gradflow.errors import InputError
 from gradflow.networks import Network
 
-__all__ = ["KINDS", "NONE", "Option", "check_together", "is_idle", "missing", "network"]
+__all__ = [
+    "ALTERNATIVES",
+    "KINDS",
+    "NONE",
+    "Option",
+    "check_together",
+    "is_idle",
+    "missing",
+    "network",
+]
 __all__ += ["options", "read_options"]
 
 # What `kind` may be: by name, the builder of such networks.
@@ -38,7 +47,7 @@ NONE = "none"
 # A builder's parameters that describe no network.
 _NOT_OPTIONS = ("name",)
 # Of each of these, one is given at most: the ways to write one thing, the builders' own first.
-_ALTERNATIVES = (
+ALTERNATIVES = (
     ("weights", "sigma_w", "sigma_w2"),
     ("sigma_b", "sigma_b2"),
     ("width", "widths"),
@@ -183,7 +192,7 @@ def check_together(given: Mapping[str, str], kinds: Collection[str]) -> None:
         The kinds of the networks: several, where ``kind`` is an axis.
     """
     known = options()
-    for names in _ALTERNATIVES:
+    for names in ALTERNATIVES:
         those = [given[name] for name in names if name in given]
         if len(those) > 1:
             raise InputError(f"{those[1]} takes the place of {those[0]}; give one of them")
@@ -215,7 +224,7 @@ def missing(given: Collection[str], kinds: Collection[str]) -> tuple[str, ...]:
         for name in required:
             if name == "input_width":  # as wide as the layers without it
                 continue
-            ways = next((those for those in _ALTERNATIVES if those[0] == name), (name,))
+            ways = next((those for those in ALTERNATIVES if those[0] == name), (name,))
             if not any(way in given for way in ways):
                 return ways
     return ()

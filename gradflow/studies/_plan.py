@@ -23,7 +23,7 @@ from gradflow.simulation import _memory, samplers, singular_values
 from gradflow.studies._point import varies_as_number
 from gradflow.studies._study import Study
 
-__all__ = ["WHOLE", "Plan", "Program", "Share", "Task", "check_memory", "first_round", "make"]
+__all__ = ["WHOLE", "Plan", "Program", "Share", "Task", "first_round", "make"]
 __all__ += ["programs", "result_parts", "row_bytes"]
 
 # Programs that a study has at most, each of which takes seconds to compile.
@@ -272,7 +272,7 @@ def first_round(study: Study, devices: Sequence[jax.Device] = (), share: Share =
         As `programs` and `make` do, and if the results do not fit into memory.
     """
     plan = make(study, programs(study), devices=devices, share=share)
-    check_memory(study, plan)
+    _check_results_fit(study, plan)
     return plan
 
 
@@ -433,7 +433,7 @@ def _task(
     return task, memory
 
 
-def check_memory(study: Study, plan: Plan) -> None:
+def _check_results_fit(study: Study, plan: Plan) -> None:
     """Raise `InputError` if a part of the results does not fit into memory when it is assembled."""
     free = _memory.available() if study.sampling.memory_gib is None else plan.available
     depth = max(program.network.depth for program in plan.programs)
