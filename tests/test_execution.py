@@ -21,7 +21,7 @@ import xarray
 from gradflow import comparison
 from gradflow.errors import InputError
 from gradflow.simulation import _memory, _programs, monte_carlo
-from gradflow.studies import _plan, _rounds, _runner, description, execution, results
+from gradflow.studies import _plan, _rounds, _runner, execution, results, study_file
 from gradflow.studies._measurements import Measurements, merged
 from gradflow.studies._plan import Share
 from gradflow.studies.store import Store
@@ -59,7 +59,7 @@ def _small_chunks(monkeypatch):
 
 
 def run(folder, text=TEXT, **how):
-    return execution.run(description.parse(text), folder, **how)
+    return execution.run(study_file.parse(text), folder, **how)
 
 
 def files(folder):
@@ -84,7 +84,7 @@ def reference(tmp_path_factory):
 
 def test_points_are_those_of_simulate_and_of_theory(reference):
     """Estimates, theory and z, point by point, to the rounding of another order of networks."""
-    study = description.parse(TEXT)
+    study = study_file.parse(TEXT)
     dataset = xarray.load_dataset(reference / "results.nc")
     for number in (0, 3, 5):
         point = study.point(number)
@@ -124,7 +124,7 @@ def test_results_are_labelled_and_say_where_they_are_from(reference):
     counts = first.log_gradient_norm_histogram.sum("log_gradient_norm_bin")
     counts += first.log_gradient_norm_histogram_below + first.log_gradient_norm_histogram_above
     np.testing.assert_array_equal(counts, 20)
-    assert description.parse(dataset.attrs["study"]) == description.parse(TEXT)
+    assert study_file.parse(dataset.attrs["study"]) == study_file.parse(TEXT)
     (drawn,) = json.loads(dataset.attrs["drawn_with"])
     assert drawn["jax"] == jax.__version__
     assert dataset.attrs["dtype"] == "float32"
@@ -386,7 +386,7 @@ def test_intervals_of_points_that_stop_when_a_target_is_met_cover_what_they_say(
 
 
 def test_one_process_at_a_time_and_no_folder_of_something_else(tmp_path):
-    study = description.parse(TEXT)
+    study = study_file.parse(TEXT)
     with (
         Store(tmp_path / "study", study).locked(),
         pytest.raises(InputError, match="another process writes its study"),
@@ -439,7 +439,7 @@ def test_results_that_are_put_together_in_parts_are_the_same(tmp_path, monkeypat
         text = TEXT
     elif axes == "a seed":
         text = text.replace("sigma_b2 = [0.0, 0.1]", "seed = { from = 5, to = 9, points = 5 }")
-    study = description.parse(text)
+    study = study_file.parse(text)
     run(tmp_path / "study", text)
     found = xarray.load_dataset(tmp_path / "study" / results.FILE)
     assert _plan.result_parts(study, 4)[0] == ""
@@ -495,7 +495,7 @@ def test_what_is_merged_is_as_if_it_had_been_estimated_together():
     draw = np.random.default_rng(0)
     values = draw.normal(size=(30, 2, 5))
     values[3, 0, 1] = np.nan
-    study = description.parse(TEXT)
+    study = study_file.parse(TEXT)
     parts = []
     for first, last in ((0, 7), (7, 9), (9, 30)):
         estimate = _runner._estimate(values[first:last, None], np.array([False, True]))

@@ -47,6 +47,7 @@ def values():
         "W": training.initial_weights(net, key),
         "jac": jacobians.draw(net, x, key),
         "phi": activations.tanh,
+        "shapeset": importlib.import_module("gradflow._shapeset"),  # the endless images of `data`
         "xs": np.ones((6, 3), np.float32),
         "labels": np.zeros(6, int),
     }
@@ -406,8 +407,8 @@ CALLS = [
     ("data.from_idx(3,4)", "images is '3', which cannot be read: it is not a path"),
     ('data.shapes("a")', "count is 'a'"),
     ('data.shapes(2,"a")', "key is 'a'"),
-    ('data.shapes("a",2)', "key is 'a'"),
-    ('data.shapes(key,"a")', "count is 'a'"),
+    ('shapeset.draw("a",2)', "key is 'a'"),
+    ('shapeset.draw(key,"a")', "count is 'a'"),
     ('data.resized("a",3)', "inputs is 'a'"),
     ("data.resized(data.digits()[:2],0)", "width is 0"),
     ('data.resized(data.digits()[:2],"a")', "width is 'a'"),

@@ -24,7 +24,7 @@ from gradflow.studies import _spectra
 from gradflow.studies._measurements import Measurements
 from gradflow.studies._plan import Program, Task
 from gradflow.studies._point import Point, keys
-from gradflow.studies.description import HistogramRange, Study
+from gradflow.studies._study import HistogramRange, Study
 from gradflow.theory import float64
 
 __all__ = ["SPECTRUM", "THEORY", "WORKERS", "Chunk", "TaskRunner", "theory"]
