@@ -145,7 +145,7 @@ def test_the_gradient_of_a_batch_is_that_of_autodiff(key):
     """The way down, layer by layer at one common scale, against `jax.vjp` of the whole network."""
     network = builders.mlp([7, 20, 20, 20], "tanh", "he", norm="batch")
     x = jax.random.normal(key, (5, 7))
-    found = propagate(network, x, key, sampler="dense")
+    found = jax.jit(propagate, static_argnames="sampler")(network, x, key, sampler="dense")
     jacobian = jacobians.draw(network, x, key, sampler="dense", below=1)
     top = jax.random.normal(jax.random.split(key, network.depth + 1)[0], (5, 20))
     below = jacobian.transpose_times(top[None])

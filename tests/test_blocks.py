@@ -36,6 +36,7 @@ from gradflow.theory.fixed_points import Status
 # Table 8 has 36 digits; what float64 leaves of them after 100 layers.
 TABLE = 1e-10
 predict = jax.jit(mean_field.predict)
+walk = jax.jit(propagate, static_argnames="sampler")
 
 
 def rows_of(load_reference, kind):
@@ -221,7 +222,7 @@ def test_a_residual_network_that_doubles_leaves_no_float(key):
     """
     network = builders.residual(8, 128, 1500, "relu", "he")
     assert network.homogeneous
-    found = propagate(network, jnp.ones((1, 8)), key, sampler="matrix_free")
+    found = walk(network, jnp.ones((1, 8)), key, sampler="matrix_free")
     predicted = predict(builders.residual(8, 32, 100, "relu", "he"), jnp.ones((1, 1)))
     np.testing.assert_allclose(np.diff(predicted["log_q"]), np.log(2), rtol=1e-4)
     for name in ("log_q", "log_gradient_variance"):
@@ -296,7 +297,7 @@ def test_standardised_weights_do_not_pass_a_mean_on(key):
 @pytest.mark.slow
 def test_a_zero_branch_is_the_identity(key):
     network = builders.residual(8, 20, 5, "tanh", scale="zero")
-    found = propagate(network, jnp.ones((1, 8)), key)
+    found = walk(network, jnp.ones((1, 8)), key)
     np.testing.assert_allclose(found["chi"][:-1], 1, rtol=1e-5)
     np.testing.assert_allclose(predict(network, jnp.ones((1, 1)))["chi"][:-1], 1)
 

@@ -40,7 +40,8 @@ if processes == 1:
     x = np.sin(np.arange(240, dtype=np.float32)).reshape(20, 12)
     wanted = (statistics.q, statistics.weight_gradient_variance)
     laws = [builders.mlp([12, 16, 16, 3], "tanh", ensembles.fan_in(s)) for s in (0.5, 1.5)]
-    how = {"steps": 12, "batch": 4, "seeds": 2, "record": [0, 12], "wanted": wanted}
+    record = training.Recording([0, 12], wanted=wanted)
+    how = {"steps": 12, "batch": 4, "seeds": 2, "record": record}
     result = training.train(laws, x, np.arange(20) % 3, **how)
     found |= {f"training/{name}": value for name, value in result.values.items()}
 np.savez(out, **found)

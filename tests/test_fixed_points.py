@@ -29,6 +29,7 @@ def scales(row):
 class TestTable2:
     """Reference table 2: all fixed points of the length map."""
 
+    @pytest.mark.medium
     def test_fixed_points(self, load_reference):
         checked = 0
         for row in load_reference("t2_fixed_points"):
@@ -119,8 +120,8 @@ class TestStatus:
             ("relu", 2.0, 0.0, Status.NEUTRAL),
             ("relu", 2.0, 0.1, Status.DIVERGES),
             ("gelu", 4.0, 0.0, Status.DIVERGES),
-            ("cos", 30.0, 0.0, Status.CONVERGES),
-            ("cos", 0.0, 0.3, Status.CONVERGES),
+            pytest.param("cos", 30.0, 0.0, Status.CONVERGES, marks=pytest.mark.medium),
+            pytest.param("cos", 0.0, 0.3, Status.CONVERGES, marks=pytest.mark.medium),
             # q* = 2e-20, 2e-48 and 2e13: neither 0 nor infinite.
             ("tanh", 0.5, 1e-20, Status.CONVERGES),
             ("tanh", 0.5, 1e-48, Status.CONVERGES),
@@ -134,6 +135,7 @@ class TestStatus:
         known = status not in (Status.DIVERGES, Status.OUT_OF_RANGE)
         assert np.isfinite(found.q_star) == known
 
+    @pytest.mark.medium
     def test_half_stable_points_are_one_and_not_two_or_none(self):
         """At GELU's, V(q) - q touches 0 from below, with a stable fixed point just before it."""
         sigma_w2, sigma_b2 = 1.983058257437547, 0.17292239075606735  # table 3
@@ -164,11 +166,13 @@ class TestWithoutAFixedPoint:
         ("activation", "sigma_w2", "chi1"),
         [
             ("relu", 3.0, 1.5),
-            ("softplus", 3.0, 1.5),
+            pytest.param("softplus", 3.0, 1.5, marks=pytest.mark.medium),
             ("silu", 4.0, 2.0),
-            (lambda x: x + jnp.sin(x), 3.0, 4.5),  # no slope far out; E[(1 + cos x)²] → 3/2
-            (lambda x: x**2, 3.0, np.inf),
-            (jnp.exp, 3.0, np.inf),
+            pytest.param(
+                lambda x: x + jnp.sin(x), 3.0, 4.5, marks=pytest.mark.medium
+            ),  # no slope far out; E[(1 + cos x)²] → 3/2
+            pytest.param(lambda x: x**2, 3.0, np.inf, marks=pytest.mark.medium),
+            pytest.param(jnp.exp, 3.0, np.inf, marks=pytest.mark.medium),
         ],
         ids=["relu", "softplus", "silu", "x + sin x", "x²", "exp"],
     )
@@ -198,6 +202,7 @@ class TestWithoutAFixedPoint:
             # Corrections are of relative order log(l)/l.
             assert delta * layers**2 == pytest.approx(float(found.c_amplitude), rel=0.15)
 
+    @pytest.mark.medium
     def test_correlations_are_kept_where_both_slopes_are_one(self):
         """Linear networks keep c; c* = 1 was given."""
         for scale in (0.5, 1.0, 1.5):
@@ -217,6 +222,7 @@ def test_a_length_far_out_has_its_digits_and_its_error():
 @pytest.mark.parametrize(
     ("name", "sigma_w2", "sigma_b2", "sign"), [("cos", 1.7272, 30.0, -1), ("sin", 30.7862, 0.0, 1)]
 )
+@pytest.mark.medium
 def test_a_slope_that_falls_off_exponentially_keeps_its_digits(name, sigma_w2, sigma_b2, sign):
     """V'(q*) = ±σ_w² exp(-2q*), down to 1e-27."""
     found = fixed_points.analyse(activations.get(name), sigma_w2, sigma_b2)

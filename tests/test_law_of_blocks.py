@@ -46,13 +46,13 @@ def in_a_network(block):
     return builders.stack(INPUTS, [Linear(width), (layer, 3)])
 
 
-# Those whose fast tests stand for all: a composition, and a block that mixes inputs.
-QUICK = {blocks.Residual, blocks.BatchNorm}
+# Those whose tests stand for all: a composition, and a block that mixes inputs.
+QUICK = {blocks.Residual: (), blocks.BatchNorm: pytest.mark.medium}
 
 
 @pytest.mark.parametrize(
     "block",
-    [pytest.param(b, marks=() if b in QUICK else pytest.mark.slow) for b in blocks.ALL],
+    [pytest.param(b, marks=QUICK.get(b, pytest.mark.slow)) for b in blocks.ALL],
     ids=lambda block: block.__name__,
 )
 def test_every_block(block):

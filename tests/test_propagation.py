@@ -19,6 +19,7 @@ WIDTHS = (6, 10, 10, 10, 4)
 # float32 arithmetic through four layers, done in another order.
 ROUNDING = 2e-4
 predict = jax.jit(mean_field.predict)
+propagate = jax.jit(propagation.propagate, static_argnames=("sampler", "keep", "checkpoint"))
 
 
 def by_hand(network, x, key):
@@ -54,7 +55,7 @@ def case():
 
 
 def test_statistics_are_those_of_plain_reverse_mode(case):
-    found = propagation.propagate(*case, sampler="dense")
+    found = propagate(*case, sampler="dense")
     zs, deltas, by_weights = by_hand(*case)
     for layer, (z, delta, g) in enumerate(zip(zs, deltas, by_weights, strict=True)):
         gram = z @ z.T
@@ -85,8 +86,8 @@ def test_statistics_are_those_of_plain_reverse_mode(case):
 
 @pytest.mark.parametrize("sampler", ["dense", pytest.param("matrix_free", marks=pytest.mark.slow)])
 def test_kept_linearisations_give_the_same_numbers(case, sampler):
-    kept = propagation.propagate(*case, sampler=sampler, keep=True)
-    drawn_again = propagation.propagate(*case, sampler=sampler, keep=False)
+    kept = propagate(*case, sampler=sampler, keep=True)
+    drawn_again = propagate(*case, sampler=sampler, keep=False)
     for name, value in kept.items():
         np.testing.assert_allclose(value, drawn_again[name], rtol=1e-5, atol=1e-6)
 
@@ -101,8 +102,8 @@ def test_checkpoints_give_the_same_numbers(sampler, activation):
     widths = [5, *[12] * 12, *[9] * 5]
     network = builders.mlp(widths, activation, "he")
     case = network, jax.random.normal(jax.random.key(2), (3, 5)), jax.random.key(1)
-    kept = propagation.propagate(*case, sampler=sampler)
-    walked_again = propagation.propagate(*case, sampler=sampler, checkpoint=True)
+    kept = propagate(*case, sampler=sampler)
+    walked_again = propagate(*case, sampler=sampler, checkpoint=True)
     assert set(kept) == set(walked_again)
     for name, value in kept.items():
         assert value.shape == (17,)
@@ -110,7 +111,7 @@ def test_checkpoints_give_the_same_numbers(sampler, activation):
 
 
 def test_signals_are_those_that_the_statistics_measure(case):
-    found = propagation.propagate(*case, sampler="matrix_free")
+    found = propagate(*case, sampler="matrix_free")
     drawn = propagation.signals(*case, sampler="matrix_free")
     z = np.concatenate([np.mean(np.asarray(s) ** 2, axis=(1, 2)) for s in drawn.preactivation])
     np.testing.assert_allclose(np.log(z), found["log_q"], rtol=1e-4, atol=1e-5)
@@ -242,7 +243,7 @@ def test_weights_that_start_at_zero_have_a_gradient_and_pass_none_on(sampler):
     x = jax.random.normal(jax.random.key(2), (1, 20))
     layers = [Linear(30), Dense(units=30), Dense(units=25, sigma_w=0.0)]
     network = builders.stack(20, layers)
-    found = propagation.propagate(network, x, jax.random.key(1), sampler=sampler)
+    found = propagate(network, x, jax.random.key(1), sampler=sampler)
     predicted = predict(network, mean_field.input_gram(x))
     for values in (found, predicted):
         for name in ("gradient_variance", "weight_gradient_variance"):
@@ -321,7 +322,7 @@ def test_signals_beyond_a_float_keep_their_scale_apart(phi, sizes, sampler, key)
     """Where φ is linear on each side, an input's size is a scale, and no more: same weights."""
     network = builders.mlp([8, *[20] * 30], phi, ensembles.fan_in(sizes[0] ** 0.2))
     x = jax.random.normal(key, (2, 8), jnp.float32)
-    one, other = (propagation.propagate(network, size * x, key, sampler=sampler) for size in sizes)
+    one, other = (propagate(network, size * x, key, sampler=sampler) for size in sizes)
     shift = 2 * math.log(sizes[1] / sizes[0])
     assert abs(float(other["log_q"][-1])) > 150, "no float32"
     for name in ("log_q", "log_activation_variance", "log_weight_gradient_variance"):

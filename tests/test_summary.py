@@ -65,9 +65,8 @@ def test_layers_are_those_of_tables_6b_10_and_11(load_reference):
             start = inputs.get("q1")
             start = number(start) if start else w2 * number(inputs["x_sq_over_n"]) + b2
             assert max(map(int, layers)) <= depth
-            found = summary.summarise(
-                activations.get(inputs["activation"]), w2, b2, start=start, depth=depth
-            )["layers"]
+            phi = activations.get(inputs["activation"])
+            found = summary._layers(phi, start, w2, b2, depth)  # alone: the rest takes the time
             for layer, values in layers.items():
                 for name, value in values.items():
                     measured = found[LAYERS.get(name, name)][int(layer) - 1]
@@ -87,14 +86,14 @@ def test_finite_width_is_that_of_table_6a(load_reference):
         network = inputs["network"]
         phi = activations.get("relu" if "relu" in network else "linear")
         w2 = number(inputs.get("sw2", network.split("sw2=")[-1]))
-        found = summary.summarise(
+        found = summary._finite_width(
             phi,
+            number(inputs.get("q1", "1")),
             w2,
             number(inputs.get("sb2", "0")),
-            start=number(inputs.get("q1", "1")),
-            depth=int(inputs.get("L", inputs.get("layers"))),
-            width=int(inputs["n"]),
-        )["finite_width"]
+            int(inputs.get("L", inputs.get("layers"))),
+            int(inputs["n"]),
+        )
         for name, value in values.items():
             if value is not None:
                 wanted = pytest.approx(float(value), rel=1e-8, abs=1e-12)

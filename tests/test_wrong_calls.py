@@ -370,13 +370,19 @@ CALLS = [
     ),
     ("training.train(net,xs,labels,clip=1.0,steps=1,batch=2)", "clip is 1.0"),
     ("training.train(net,xs,labels,record=3,steps=1,batch=2)", "record is 3"),
-    ("training.train(net,xs,labels,monitor=3,steps=1,batch=2)", "monitor is 3"),
+    (
+        "training.train(net,xs,labels,record=training.Recording(monitor=3),steps=1,batch=2)",
+        "monitor is 3",
+    ),
     (
         "training.train(net,xs,labels,validation=xs,steps=1,batch=2)",
         "validation is an array of shape (6, 3) and dtype float32",
     ),
     ('training.train(net,xs,labels,key="a",steps=1,batch=2)', "key is 'a'"),
-    ('training.train(net,xs,labels,wanted="q",steps=1,batch=2)', "wanted is 'q'"),
+    (
+        'training.train(net,xs,labels,record=training.Recording(wanted="q"),steps=1,batch=2)',
+        "wanted is 'q'",
+    ),
     ("training.train(net,xs,labels,state=3,steps=1,batch=2)", "state is 3"),
     ('training.train(net,xs,labels,memory_budget="a",steps=1,batch=2)', "memory_budget is 'a'"),
     ("training.train(net,xs,labels,devices=3,steps=1,batch=2)", "devices is 3"),

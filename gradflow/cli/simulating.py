@@ -330,7 +330,7 @@ def remedies(
         print_json({**report_, "files": [str(path) for path in written]})
         return
     console = make_console()
-    network = found.sick.remedy.network
+    network = found.sick.network
     console.print(_table_of_remedies(f"{network.name}: {shape_label(network.widths)}", outcomes))
     for name, reason in found.not_applicable.items():
         console.print(f"left out  {name}: {reason}")
@@ -347,11 +347,13 @@ def remedies(
 def _outcome_as_json(outcome: Any) -> dict[str, Any]:
     remedy, comparison = outcome.remedy, outcome.comparison
     numbers = {
-        name: value for name, value in vars(outcome).items() if name not in ("remedy", "comparison")
+        name: value
+        for name, value in vars(outcome).items()
+        if name not in ("remedy", "network", "comparison")
     }
     return {
         "remedy": remedy.name,
-        "network": remedy.network.name,
+        "network": outcome.network.name,
         "verdict": comparison.verdict.kind,
         **{
             n: v if math.isfinite(v) else None if math.isnan(v) else str(v)

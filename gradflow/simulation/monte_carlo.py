@@ -189,6 +189,11 @@ def simulate(
     progress
         Called with (networks done, networks in all).
 
+    Returns
+    -------
+    Simulation
+        An `Estimate` of each statistic at each layer, by its name.
+
     Raises
     ------
     InputError

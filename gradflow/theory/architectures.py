@@ -67,6 +67,11 @@ def walk(block: AbstractBlock, q0: ArrayLike, depth: int) -> Walk:
     depth
         The number of blocks.
 
+    Returns
+    -------
+    Walk
+        Each field of shape (depth,).
+
     Raises
     ------
     InputError
@@ -120,6 +125,11 @@ def batch_norm_chi(activation: Activation | str, size: int | float) -> Float[Arr
         φ.
     size
         B, the inputs in a batch, a whole number of at least 4, or ``math.inf``.
+
+    Returns
+    -------
+    Array
+        A scalar, of JAX's default float type.
 
     Raises
     ------
@@ -211,6 +221,11 @@ def dropout(
     start
         q of the first layer; where every q is a fixed point (`critical_dropout`), it is q*.
 
+    Returns
+    -------
+    DropoutAnalysis
+        Of the shape that the arguments broadcast to.
+
     Raises
     ------
     InputError
@@ -274,17 +289,33 @@ def _pair(q: Array, c: Array) -> Float[Array, "2 2"]:
 def critical_dropout(activation: Activation | str, keep_rate: ArrayLike) -> Float[Array, "..."]:
     """Return the σ_w² at which q stays as it is under dropout, for a homogeneous φ: p/E[φ(Z)²].
 
-    2p for ReLU (Pretorius et al. 2018, arXiv:1811.00293: 2/E[ε²] with a mask ε of E[ε²] = 1/p).
+    2p for ReLU (2/E[ε²] with a mask ε of E[ε²] = 1/p).
+
+    Parameters
+    ----------
+    activation
+        φ, positively homogeneous.
+    keep_rate
+        p, 0 < p <= 1, of any shape.
+
+    Returns
+    -------
+    Array
+        σ_w², of the shape of ``keep_rate``.
 
     Raises
     ------
     InputError
         If φ is not positively homogeneous, or ``keep_rate`` is out of range.
+
+    References
+    ----------
+    Pretorius et al. 2018, arXiv:1811.00293.
     """
     phi = activations.get(activation)
     if not phi.homogeneous:
         raise InputError(
-            f"activation is {phi.name!r}; every length is kept only by one with φ(a x) = a φ(x)"
+            f"activation is {phi.name!r}; every length is a fixed point only if φ(a x) = a φ(x)"
         )
     return _checked(keep_rate) / gaussian.moment(phi, "phi2", jnp.ones(()))
 
