@@ -13,7 +13,8 @@ kernels            the state of an infinitely wide layer: second moments of sign
 blocks             layers, each defined once for one random network and for infinite width
 networks           a random network as data: stages of equal blocks
 builders           networks of the usual architectures: mlp, residual, convolutional, recurrent
-statistics         the quantities of each layer: names, measurement, prediction
+statistics         the quantities of each layer: names, measurement, prediction, correction
+predictions        theory's values of every statistic, and the effect of finite width on them
 float_ranges       the layers in which signals and gradients leave float16, bfloat16, …, float64
 estimation         means, standard errors and histograms over networks
 theory             predictions for wide networks, layer by layer, without sampling

@@ -1,9 +1,9 @@
 """Activations: a function φ, where it is not smooth, and its Gaussian averages in closed form.
 
 To add one, assign one `Activation` at module level: `ALL`, `get`, and the shared law tests find it.
-Derivatives are never written here: φ' and φ'' come from JAX. Its errors in floating point
-(1 - tanh² and 1 - sigmoid vanish in the tails) are repaired in the function itself, so that
-simulation and theory differentiate the same function.
+Derivatives are never written here: φ' and φ'' come from JAX. Where JAX loses digits (1 - tanh² and
+1 - sigmoid vanish in the tails) the function itself is written so that it does not: simulation and
+theory differentiate the same function.
 
 Closed forms are optional: for x ~ N(0, q), or for (u, v) Gaussian with variances q_u, q_v and
 covariance k. They are written so that nothing cancels for q from 0 to 1e4; a form that would is

@@ -1,9 +1,10 @@
-"""Kernel: what is known, at infinite width, of the signals of one layer; the state of the theory.
+"""Kernels: second moments of an infinitely wide layer's signals, which theory follows upwards.
 
-Blocks map one `Kernel` to the next. It holds second moments over units of the signals and of a
-*tangent*, a small change of the signals in a generic direction. A block maps the tangent's second
-moments linearly (a dense layer multiplies them by σ_w² E[φ'²]), and the transpose of that map takes
-the gradient's second moments down: χ. So nothing backward is written for a block.
+A block maps the `Kernel` of its input to that of its output. A kernel holds second moments over
+units of the signals and of a *tangent*, a small change of the signals in a generic direction. A
+block maps the tangent's second moments linearly (a dense layer multiplies them by σ_w² E[φ'²]),
+and the transpose of that map takes the gradient's second moments down: χ. So blocks have no
+backward pass of their own.
 
 *Scale and shape are apart.* Signals are exp(``log_scale``) times what the moments describe, so that
 no depth over- or underflows. The scale is 0, and the moments are the signals' own, while second
@@ -30,52 +31,58 @@ from gradflow.activations import Activation
 from gradflow.ensembles import Distribution
 from gradflow.errors import InputError
 
-__all__ = ["AbstractLaw", "Gaussian", "Kernel", "Unknown", "inverse_or_zero", "multiply_kernel"]
+__all__ = [
+    "UnitDistribution",
+    "Gaussian",
+    "Kernel",
+    "Unknown",
+    "inverse_or_zero",
+    "multiply_kernel",
+]
 
 
-class AbstractLaw(eqx.Module):
-    """The joint law of a unit's signals at all sites, beyond their second moments.
+class UnitDistribution(eqx.Module):
+    """The joint distribution of a unit's signals at all sites, beyond their second moments.
 
-    What is not abstract here is answered for a law of signals whose tangents are independent of
-    them, and that no loop carries.
+    The methods that are not abstract are those of signals whose tangents are independent of them.
     """
 
     @abc.abstractmethod
     def through(self, kernel: "Kernel", activation: Activation) -> "Kernel":
-        """Return what is known of φ(z)."""
+        """The kernel of φ(z)."""
 
     @abc.abstractmethod
-    def scaled(self, factor: Float[Array, "..."] | ScalarLike) -> "AbstractLaw":
-        """Return the law of the signals times a factor, a scalar or one for each site."""
+    def scaled(self, factor: Float[Array, "..."] | ScalarLike) -> "UnitDistribution":
+        """The distribution of the signals times a factor, a scalar or one for each site."""
 
-    def initial_carry(self, kernel: "Kernel") -> "AbstractLaw":  # noqa: ARG002
-        """Return the law of these signals as a loop carries it that ends in a law like this."""
+    def initial_carry(self, kernel: "Kernel") -> "UnitDistribution":  # noqa: ARG002
+        """The distribution of a kernel's signals as the carry of a loop that ends in this kind."""
         return Unknown()
 
     @property
     def has_memory(self) -> bool:
-        """Whether it knows more of a tangent than second moments."""
+        """Whether it describes a tangent by more than second moments."""
         return False
 
     @property
     def memory(self) -> Any:
-        """What it knows of a tangent beyond second moments: arrays, sites first; or None."""
+        """Its description of a tangent beyond second moments: arrays, sites first; or None."""
         return None
 
-    def with_memory(self, memory: Any) -> "AbstractLaw":  # noqa: ARG002
-        """Return it with this known of a tangent beyond second moments."""
+    def with_memory(self, memory: Any) -> "UnitDistribution":  # noqa: ARG002
+        """The same distribution with this `memory` of a tangent."""
         return self
 
-    def independent(self, tangent: Float[Array, " sites"]) -> Any:  # noqa: ARG002
-        """Return what it knows of a tangent that is independent of the signals."""
+    def memory_of_independent(self, tangent: Float[Array, " sites"]) -> Any:  # noqa: ARG002
+        """The `memory` of a tangent of these second moments, independent of the signals."""
         return None
 
 
-class Gaussian(AbstractLaw):
+class Gaussian(UnitDistribution):
     """Jointly Gaussian of mean 0, as a product with a random matrix is."""
 
     def through(self, kernel: "Kernel", activation: Activation) -> "Kernel":
-        """Return E[φ(z_a) φ(z_b)] and E[φ(z_a)]; tangents are multiplied by φ'(z)."""
+        """The kernel of φ(z): E[φ(z_a) φ(z_b)] and E[φ(z_a)]; tangents are multiplied by φ'(z)."""
         k, tangent = kernel.covariance, kernel.tangent
         if tangent is not None and tangent.ndim == 2:
             tangent = gaussian.derivative_kernel(activation, k) * tangent
@@ -85,16 +92,16 @@ class Gaussian(AbstractLaw):
         return Kernel(gaussian.kernel(activation, k), mean, tangent, Unknown())
 
     def scaled(self, factor: Float[Array, "..."] | ScalarLike) -> "Gaussian":  # noqa: ARG002
-        """Return a Gaussian law."""
+        """A Gaussian distribution."""
         return self
 
-    def initial_carry(self, kernel: "Kernel") -> AbstractLaw:
-        """Return the signals' law, if it is Gaussian."""
+    def initial_carry(self, kernel: "Kernel") -> UnitDistribution:
+        """Gaussian if the kernel's signals are, else unknown."""
         return self if kernel.gaussian else Unknown()
 
 
-class Unknown(AbstractLaw):
-    """Any other: second moments suffice to multiply, to normalise and to add, but not for a φ."""
+class Unknown(UnitDistribution):
+    """Any other: second moments give those of products, normalised signals and sums, not of φ."""
 
     def through(self, kernel: "Kernel", activation: Activation) -> "Kernel":  # noqa: ARG002
         """Refuse.
@@ -111,7 +118,7 @@ class Unknown(AbstractLaw):
         )
 
     def scaled(self, factor: Float[Array, "..."] | ScalarLike) -> "Unknown":  # noqa: ARG002
-        """Return an unknown law."""
+        """An unknown distribution."""
         return self
 
 
@@ -148,7 +155,7 @@ class _Origin:
 
 
 class _Share(eqx.Module):
-    """A part of a signal: a coefficient for each site, times a signal that has no parts itself."""
+    """A part of a signal: a coefficient for each site, times a signal that is no sum of parts."""
 
     coefficient: Float[Array, " sites"]
     whole: "Kernel"
@@ -166,8 +173,8 @@ class _Share(eqx.Module):
 class Kernel(eqx.Module):
     """Moments over the units of an infinitely wide layer.
 
-    One that is made by its constructor may depend on all signals before it, so that it cannot be
-    added to them; `Kernel.of` is for signals that depend on none.
+    The constructor takes signals that may depend on any signal made before, so that they cannot be
+    added to it; `Kernel.of` is for signals that depend on no other.
 
     Attributes
     ----------
@@ -179,8 +186,8 @@ class Kernel(eqx.Module):
         Second moments of a tangent u that is independent of the units' signals and of mean 0:
         shape (sites,), E[u_a²], where sites do not mix; (sites, sites), E[u_a u_b], where they do;
         None on a walk that needs no gradients.
-    law
-        What else is known of a unit's signals.
+    distribution
+        That of a unit's signals at all sites.
     log_scale, log_tangent_scale
         Shape (sites,): the signals are exp(log_scale) times what ``covariance`` and ``mean`` say,
         and the tangent exp(log_tangent_scale) times what ``tangent`` says.
@@ -189,7 +196,7 @@ class Kernel(eqx.Module):
     covariance: Float[Array, "sites sites"]
     mean: Float[Array, " sites"]
     tangent: Float[Array, "..."] | None
-    law: AbstractLaw
+    distribution: UnitDistribution
     log_scale: Float[Array, " sites"]
     log_tangent_scale: Float[Array, " sites"]
     _shares: tuple[_Share, ...]
@@ -200,14 +207,15 @@ class Kernel(eqx.Module):
         covariance: Float[Array, "sites sites"],
         mean: Float[Array, " sites"],
         tangent: Float[Array, "..."] | None = None,
-        law: AbstractLaw = Gaussian(),  # noqa: B008  (immutable)
+        distribution: UnitDistribution = Gaussian(),  # noqa: B008  (immutable)
         log_scale: Float[Array, " sites"] | None = None,
         log_tangent_scale: Float[Array, " sites"] | None = None,
         *,
         made_of: tuple[tuple[_Share, ...], _Origin] | None = None,
-        **_: Any,  # `dataclasses.replace` hands on what the old moments were made of
+        **_: Any,  # `dataclasses.replace` passes the old moments' parts
     ) -> None:
-        self.covariance, self.mean, self.tangent, self.law = covariance, mean, tangent, law
+        self.covariance, self.mean, self.tangent = covariance, mean, tangent
+        self.distribution = distribution
         nothing = jnp.zeros_like(mean)
         self.log_scale = nothing if log_scale is None else log_scale
         self.log_tangent_scale = nothing if log_tangent_scale is None else log_tangent_scale
@@ -220,62 +228,66 @@ class Kernel(eqx.Module):
         mean: Float[Array, " sites"] | None = None,
         **more: Any,
     ) -> "Kernel":
-        """Return what is known of signals with these moments, Gaussian to a φ that acts on them.
+        """The kernel of Gaussian signals with these moments, which depend on no other signals.
 
-        They depend on no other. ``more`` is what else the constructor takes.
+        ``more`` are further arguments of the constructor, among them another ``distribution``.
         """
         mean = jnp.zeros_like(jnp.diagonal(covariance)) if mean is None else mean
         return cls(covariance, mean, **more, made_of=((), _Origin()))
 
     @property
     def tangents(self) -> tuple[Any, Any]:
-        """All that is known of a tangent: second moments, and what the law remembers, or None."""
-        return self.tangent, self.law.memory
+        """A tangent's second moments, and its memory, `UnitDistribution.memory`."""
+        return self.tangent, self.distribution.memory
 
     def with_tangents(self, tangents: tuple[Any, Any]) -> "Kernel":
-        """Return the input of a block with this known of a tangent, whose scale is 1."""
+        """The signals as a block's input, with these `tangents`, at scale 1."""
         tangent, memory = tangents
         return self._input(
-            tangent=tangent, law=self.law.with_memory(memory), log_tangent_scale=None
+            tangent=tangent,
+            distribution=self.distribution.with_memory(memory),
+            log_tangent_scale=None,
         )
 
     @property
     def gaussian(self) -> bool:
         """Whether the signals are known to be Gaussian over units."""
-        return isinstance(self.law, Gaussian)
+        return isinstance(self.distribution, Gaussian)
 
-    def as_carry(self, ends: AbstractLaw) -> "Kernel":
-        """Return the input of a block, with its law as a loop carries it that ends in ``ends``."""
-        return self.in_range()._input(law=ends.initial_carry(self))
+    def as_carry(self, ends: UnitDistribution) -> "Kernel":
+        """The signals as the input of blocks in a loop that ends in the distribution ``ends``."""
+        return self.in_range()._input(distribution=ends.initial_carry(self))
 
     def derived(
         self,
         covariance: Float[Array, "sites_out sites_out"],
         mean: Float[Array, " sites_out"],
         tangent: Float[Array, "..."] | None,
-        law: AbstractLaw,
+        distribution: UnitDistribution,
     ) -> "Kernel":
-        """Return what is known of a function of these signals, at their scales.
+        """The kernel of a function of these signals with the given moments, at their scales.
 
-        Where the function makes fewer sites of them, their scales must be equal (`common`).
+        Where the function reduces the number of sites, their scales must be equal (`common`).
         """
         scales: tuple[Array, ...] = (self.log_scale, self.log_tangent_scale)
         if len(mean) != len(self.mean):
             scales = tuple(jnp.broadcast_to(scale[0], mean.shape) for scale in scales)
-        return Kernel(covariance, mean, tangent, law, *scales, made_of=((), self._function()))
+        return Kernel(
+            covariance, mean, tangent, distribution, *scales, made_of=((), self._function())
+        )
 
     def through(self, activation: Activation) -> "Kernel":
-        """Return what is known of φ(z).
+        """The kernel of φ(z).
 
         Raises
         ------
         InputError
-            If the signals' law is not known.
+            If the signals' distribution is not known.
         """
         if activation == activations.linear:
             return self
         z = self.in_range()
-        h = z.law.through(z, activation)
+        h = z.distribution.through(z, activation)
         # Averages at q = 0 are those of a q that is next to nothing; a signal of zeros is one.
         blank = (jnp.diagonal(z.covariance) == 0) & (activation(jnp.zeros_like(z.mean)) == 0)
         value, slope, _ = gaussian.growth(activation, z.log_scale)
@@ -286,14 +298,14 @@ class Kernel(eqx.Module):
             jnp.where(blank[:, None] | blank[None], 0, h.covariance),
             jnp.where(blank, 0, h.mean),
             h.tangent,
-            h.law,
+            h.distribution,
             value,
             z.log_tangent_scale + slope,
             made_of=((), self._function()),
         )
 
     def scaled(self, factor: Float[Array, "..."] | ScalarLike) -> "Kernel":
-        """Return what is known of the signals times a factor, a scalar or one for each site."""
+        """The kernel of the signals times a factor, a scalar or one for each site."""
         within, log = _split(jnp.asarray(factor * jnp.ones_like(self.mean)))
         tangent = self.tangent
         if tangent is not None:
@@ -305,19 +317,19 @@ class Kernel(eqx.Module):
             self.covariance * jnp.outer(within, within),
             self.mean * within,
             tangent,
-            self.law.scaled(factor),
+            self.distribution.scaled(factor),
             self.log_scale + log,
             self.log_tangent_scale + log,
             made_of=(shares, _Origin()),
         )
 
     def centred(self) -> "Kernel":
-        """Return what is known of z - E[z], the mean taken over units."""
+        """The kernel of z - E[z], the mean taken over units."""
         covariance = self.covariance - jnp.outer(self.mean, self.mean)
         return self._sum_of(self._as_shares(), covariance, jnp.zeros_like(self.mean))
 
     def normalised(self, variance: Float[Array, "*sites"]) -> "Kernel":
-        """Return what is known of the signals divided by a standard deviation: 0 where that is 0.
+        """The kernel of the signals divided by a standard deviation; 0 where that is 0.
 
         ``variance`` is at the scale of ``covariance``: of each site, or of all of them, whose
         scales must then be equal (`common`).
@@ -325,7 +337,7 @@ class Kernel(eqx.Module):
         return self.scaled(inverse_or_zero(jnp.sqrt(variance))).relative_to(self)
 
     def relative_to(self, other: "Kernel") -> "Kernel":
-        """Return what is known of these signals, and their tangent, over the other's scale."""
+        """The kernel of these signals and their tangent divided by the other kernel's scale."""
         over = jnp.exp(-other.log_scale)
         return self._sum_of(
             tuple(_Share(share.coefficient * over, share.whole) for share in self._as_shares()),
@@ -336,7 +348,7 @@ class Kernel(eqx.Module):
         )
 
     def shifted(self, variance: Float[Array, "sites sites"] | ScalarLike) -> "Kernel":
-        """Return what is known of z + b, b ~ N(0, variance) for each unit, apart from all else.
+        """The kernel of z + b, b ~ N(0, variance) for each unit, independent of all other signals.
 
         The variance is one number for a b that the sites share, or the covariance over sites.
         """
@@ -349,20 +361,20 @@ class Kernel(eqx.Module):
         self,
         covariance: Float[Array, "sites sites"],
         tangent: Float[Array, "..."] | None,
-        law: AbstractLaw,
+        distribution: UnitDistribution,
     ) -> "Kernel":
-        """Return what is known of z + n, n of mean 0 and uncorrelated with all, at z's scales."""
+        """The kernel of z + n, n of mean 0 and uncorrelated with all others, at z's scales."""
         noise = Kernel.of(
             covariance,
             tangent=tangent,
-            law=law,
+            distribution=distribution,
             log_scale=self.log_scale,
             log_tangent_scale=self.log_tangent_scale,
         )
         return self.plus(noise)
 
     def plus(self, other: "Kernel") -> "Kernel":
-        """Return what is known of the sum with other signals.
+        """The kernel of the sum with other signals.
 
         Raises
         ------
@@ -398,19 +410,19 @@ class Kernel(eqx.Module):
             if serial in total:
                 coefficient = coefficient + total[serial].coefficient
             total[serial] = _Share(coefficient, share.whole)
-        law = Gaussian() if self.gaussian and other.gaussian else Unknown()
+        distribution = Gaussian() if self.gaussian and other.gaussian else Unknown()
         return Kernel(
             one.covariance + two.covariance + cross + cross.T,
             one.mean + two.mean,
             tangent,
-            law,
+            distribution,
             scale,
             tangent_scale,
             made_of=(tuple(total.values()), _Origin()),
         )
 
     def times(self, other: "Kernel") -> "Kernel":
-        """Return what is known of the product, unit by unit, with signals independent of these.
+        """The kernel of the product, unit by unit, with signals independent of these.
 
         Raises
         ------
@@ -454,12 +466,12 @@ class Kernel(eqx.Module):
         return any(s.is_part(o) or s.correlates(o) for s, o in pairs)
 
     def renewed(self) -> "Kernel":
-        """Return what is known of signals of the same law that are independent of these."""
+        """The kernel of signals of the same distribution that are independent of these."""
         return self._input()
 
     def in_range(self) -> "Kernel":
-        """Return the same, with the least scales that bring q into the range of averages."""
-        if not isinstance(self.law, Gaussian | Unknown):
+        """The same signals, with the least scales that bring q into the range of averages."""
+        if not isinstance(self.distribution, Gaussian | Unknown):
             return self
         q = jnp.diagonal(self.covariance)
         log_q = jnp.log(jnp.where(q > 0, q, 1)) + 2 * self.log_scale
@@ -468,7 +480,7 @@ class Kernel(eqx.Module):
         return self._at(jnp.where(q > 0, beyond / 2, 0), self.log_tangent_scale)
 
     def common(self) -> "Kernel":
-        """Return the same with one scale for all sites, the largest of those that are not 0."""
+        """The same signals with one scale for all sites, the largest of signals that are not 0."""
         largest = jnp.max(self._log_scale_or_none)
         scale = jnp.where(jnp.isneginf(largest), 0, largest)
         tangent_scale = jnp.max(self.log_tangent_scale)
@@ -476,12 +488,12 @@ class Kernel(eqx.Module):
         return self._at(scale * ones, tangent_scale * ones)
 
     def plain(self) -> "Kernel":
-        """Return the same at scale 1, for what is computed from moments alone."""
+        """The same signals at scale 1, for computations from moments alone."""
         nothing = jnp.zeros_like(self.mean)
         return self._at(nothing, nothing)
 
     def _at(self, scale: Array, tangent_scale: Array) -> "Kernel":
-        """Return the same at other scales."""
+        """The same signals at other scales."""
         by, by_tangent = jnp.exp(self.log_scale - scale), self.log_tangent_scale - tangent_scale
         tangent = self.tangent
         if tangent is not None:
@@ -504,7 +516,7 @@ class Kernel(eqx.Module):
         return self._shares or (_Share(jnp.ones_like(self.mean), self),)
 
     def _function(self, *others: "Kernel") -> _Origin:
-        """Return the origin of what is a function of these signals, but not a linear one."""
+        """The origin of a function of these signals that is not linear."""
         origins = [s.whole._origin for kernel in (self, *others) for s in kernel._as_shares()]
         made_of = frozenset[int]().union(*(o.made_of | {o.serial} for o in origins))
         return _Origin(made_of, known=all(o.known for o in origins))
@@ -512,20 +524,20 @@ class Kernel(eqx.Module):
     def _sum_of(
         self, shares: tuple[_Share, ...], covariance: Array, mean: Array, **other: Any
     ) -> "Kernel":
-        """Return these shares' sum, whose moments are given, and which is else as this."""
+        """The sum of these shares, whose moments are given; it has this kernel's other fields."""
         return Kernel(
             covariance,
             mean,
             other.get("tangent", self.tangent),
-            self.law,
+            self.distribution,
             other.get("log_scale", self.log_scale),
             other.get("log_tangent_scale", self.log_tangent_scale),
             made_of=(shares, _Origin()),
         )
 
     def _input(self, **other: Any) -> "Kernel":
-        """Return the signals as a block's input: what they are made of is no matter any more."""
-        fields = ("tangent", "law", "log_scale", "log_tangent_scale")
+        """The signals as a block's input: as signals that depend on no other."""
+        fields = ("tangent", "distribution", "log_scale", "log_tangent_scale")
         more = {name: getattr(self, name) for name in fields} | other
         return Kernel.of(self.covariance, self.mean, **more)
 
@@ -533,12 +545,12 @@ class Kernel(eqx.Module):
 def _each_pair(
     rows: Float[Array, " sites"], columns: Float[Array, " sites"], like: Float[Array, "..."]
 ) -> Float[Array, "..."]:
-    """Return the products for each site with itself, or for all pairs, as ``like`` is."""
+    """The products for each site with itself, or for all pairs: of the shape of ``like``."""
     return rows * columns if like.ndim == 1 else jnp.outer(rows, columns)
 
 
 def _split(factor: Float[Array, "..."]) -> tuple[Float[Array, "..."], Float[Array, "..."]]:
-    """Return a factor whose square is in a float's range, and the logarithm of the rest."""
+    """A factor whose square is in a float's range, and the logarithm of the rest."""
     low, high = gaussian.log_limits(factor.dtype)
     size = jnp.abs(factor)
     log = jnp.log(jnp.where(size > 0, size, 1))
@@ -555,16 +567,16 @@ def multiply_kernel(
     full_input: Kernel | None = None,
     **_: object,
 ) -> Kernel:
-    """Return what is known of W x: second moments σ_w² E[x_a x_b], and a Gaussian law.
+    """The kernel of W x: second moments σ_w² E[x_a x_b], Gaussian over units.
 
-    Weights whose rows sum to 0 see what differs from the mean over units alone.
+    Weights whose rows sum to 0 take x less its mean over units.
 
     ``tap`` is a zero, or one for each site, to differentiate by: the second moment, times fan_in,
     of a small random change of W. A gradient of W x with second moments Λ then has the cotangent
     Σ_ab Λ_ab E[x_a x_b], the variance of a component of ∂C/∂W (Glorot & Bengio 2010, eqs. 3 and 7),
-    as in a simulation (`simulation.samplers`). Where W is a part of a larger matrix, all of it gets
-    ``full_input``. It is at the scale of x: the tap is of exp(2 x.log_scale - 2
-    out.log_tangent_scale).
+    as in a simulation (`simulation.samplers`). Where W is a part of a larger matrix,
+    ``full_input`` is the input of all of it. The tap is in units of
+    exp(2 x.log_scale - 2 out.log_tangent_scale), ``out`` being the result.
     """
     passed = kernel.centred() if distribution.centred else kernel
     within, log = _split(jnp.asarray(sigma_w, kernel.mean.dtype))
@@ -585,5 +597,5 @@ def multiply_kernel(
 
 
 def inverse_or_zero(x: Float[Array, "..."]) -> Float[Array, "..."]:
-    """Return 1/x, and 0 where x = 0: a signal without variance stays 0 when it is normalised."""
+    """1/x, and 0 where x = 0: a signal without variance stays 0 when it is normalised."""
     return jnp.where(x > 0, 1 / jnp.where(x > 0, x, 1), 0)

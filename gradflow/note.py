@@ -30,20 +30,20 @@ from gradflow.activations import Activation
 from gradflow.comparison import (
     Comparison,
     compare_results,
-    explained,
-    log_chi_beyond,
+    explain_differences,
     with_densities,
 )
 from gradflow.errors import InputError
 from gradflow.estimation import Estimate
+from gradflow.predictions import Corrections, Prediction
 from gradflow.simulation.monte_carlo import Simulation, simulate
-from gradflow.statistics import Prediction, Statistic
+from gradflow.statistics import Statistic
 from gradflow.statistics import chi as chi_statistic
 from gradflow.studies import _plan, description, results
 from gradflow.studies._plan import Program
 from gradflow.studies._point import Point
 from gradflow.studies.store import Store
-from gradflow.theory import mean_field
+from gradflow.theory import float64, mean_field
 from gradflow.theory.finite_width import first_order
 
 __all__ = ["FILE", "Claim", "Findings", "Setting", "WidthSweep", "critical_width", "findings"]
@@ -282,16 +282,16 @@ def _comparison(known: _Known) -> tuple[Setting, Comparison]:
     of_this_width = None
     if first_order.covers(simulation.network):
         shift, deviation = (known.by_key(known.theory[name]) for name in ("shift", "deviation"))
-        of_this_width = first_order.Corrections(shift, deviation)
+        of_this_width = Corrections(shift, deviation)
     compared = compare_results(
         theory,
         simulation,
         corrections=of_this_width,
-        log_chi_beyond=log_chi_beyond(simulation.network, theory),
+        asymptotic_log_chi=float64.asymptotic_log_chi(simulation.network, theory),
     )
     inputs = point.inputs().astype(known.dtype)
     setting = Setting(point.settings["activation"], point.settings["weights"])
-    return setting, explained(compared, inputs, key=point.key)
+    return setting, explain_differences(compared, inputs, key=point.key)
 
 
 def _paper_networks(key: jax.Array) -> dict[str, Simulation]:

@@ -25,8 +25,8 @@ from gradflow.comparison import Comparison, compare
 from gradflow.ensembles import Ensemble
 from gradflow.errors import InputError
 from gradflow.networks import Network
+from gradflow.predictions import Prediction
 from gradflow.simulation import jacobians, singular_values
-from gradflow.statistics import Prediction
 from gradflow.theory import prescription, transformations
 
 __all__ = ["Outcome", "Remedies", "Remedy", "proposals", "run"]

@@ -23,17 +23,16 @@ from jaxtyping import Array, PRNGKeyArray
 from gradflow import statistics
 from gradflow.blocks import AbstractBlock
 from gradflow.networks import Network, Stage
+from gradflow.predictions import Prediction
 from gradflow.simulation.monte_carlo import Simulation
-from gradflow.statistics import Prediction
+from gradflow.theory import float64
 
-__all__ = ["Verdict", "hidden_layers", "judge", "layers_ahead", "log_gradient_norms"]
+__all__ = ["Verdict", "hidden_layers", "judge", "log_gradient_norms"]
 __all__ += ["log_relative_weight_gradients", "word"]
 
-# χ is looked at this many times the depth further up, because χ may tend to 1 only as 1 - a/l ...
-_LOOK_AHEAD = 64
-_MOST_LAYERS_AHEAD = 20_000
-# ... and the network is critical when there, l layers up, |log χ| l is below this: a/l is (a is 1
-# or 2 for smooth activations), while any other limit of χ makes it grow with l.
+# χ may tend to 1 only as 1 - a/l, so that it is evaluated far above the top, l layers up
+# (`float64.layers_ahead`). The network is critical if |log χ| l is below this there: it is a where
+# χ tends to 1 (1 or 2 for smooth activations), and grows with l where χ has any other limit.
 _CRITICAL = 4.0
 # Where layers are of different laws, there is no further up; then it is critical if the gradient's
 # norm changes by less than this factor from end to end. A measured change must differ from theory's
@@ -98,11 +97,6 @@ class Verdict:
     def __repr__(self) -> str:
         """Return the sentence."""
         return self.sentence
-
-
-def layers_ahead(depth: int) -> int:
-    """Return how many layers further up a network's χ is looked at."""
-    return min(_LOOK_AHEAD * depth, _MOST_LAYERS_AHEAD)
 
 
 def hidden_layers(network: Network) -> int:
@@ -214,14 +208,14 @@ class _Changes:
 _NO_CHANGE = _Changes(math.nan, math.nan)
 
 
-def judge(theory: Prediction, simulation: Simulation, log_chi_beyond: float | None) -> Verdict:
+def judge(theory: Prediction, simulation: Simulation, asymptotic_log_chi: float | None) -> Verdict:
     """Return the verdict on a network, from theory and simulation.
 
     Parameters
     ----------
     theory, simulation
         Of one network; both have ``log_gradient_norm``.
-    log_chi_beyond
+    asymptotic_log_chi
         log χ far above the top, without a change of width, or None: the top hidden layers' then.
     """
     network, sites = simulation.network, simulation.sites
@@ -237,7 +231,7 @@ def judge(theory: Prediction, simulation: Simulation, log_chi_beyond: float | No
     weights, of_inputs = _of_weights(theory, simulation, top)
 
     dead = _dead(simulation)
-    kind, notes = _kind(network, change, log_chi_beyond, predicted[:top])
+    kind, notes = _kind(network, change, asymptotic_log_chi, predicted[:top])
     parts = [_said_of_hidden(kind, change, top, network.depth, output), *notes]
     if not math.isnan(output.measured) and abs(output.measured) > _NOTABLE:
         here, there = output.a_layer(1)
@@ -281,7 +275,7 @@ def judge(theory: Prediction, simulation: Simulation, log_chi_beyond: float | No
 
 
 def _kind(
-    network: Network, change: _Changes, log_chi_beyond: float | None, predicted: np.ndarray
+    network: Network, change: _Changes, asymptotic_log_chi: float | None, predicted: np.ndarray
 ) -> tuple[str, list[str]]:
     """Return the word for the hidden layers, and what is to be said of it."""
     if network.depth == 1:
@@ -290,8 +284,8 @@ def _kind(
         if math.isnan(change.measured):
             return "undefined", []
         return word(change.measured), []
-    log_chi, depth = log_chi_beyond, network.depth
-    layers_up = depth + layers_ahead(depth)
+    log_chi, depth = asymptotic_log_chi, network.depth
+    layers_up = depth + float64.layers_ahead(depth)
     if log_chi is None and len(predicted) > 1:
         log_chi, layers_up = 2 * float(predicted[-2] - predicted[-1]), depth
     kind, notes = word(change.theory), []

@@ -9,13 +9,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gradflow import activations, builders, comparison, statistics
+from gradflow import activations, builders, statistics
 from gradflow.blocks import Activate, BatchNorm, Chain, Linear
 from gradflow.errors import InputError
 from gradflow.gaussian import _batch
 from gradflow.simulation import jacobians, monte_carlo
 from gradflow.simulation.propagation import propagate
-from gradflow.theory import architectures, mean_field
+from gradflow.theory import architectures, float64, mean_field
 
 TABLE = 1e-10
 predict = jax.jit(mean_field.predict)
@@ -167,7 +167,7 @@ def test_theory_meets_simulation():
     network = builders.mlp([50, *[400] * 4], "relu", "he", norm="batch")
     wanted = (statistics.q, statistics.gradient_variance)
     simulated = monte_carlo.simulate(network, x, networks=400, key=2, wanted=wanted)
-    theory = comparison.predict_float64(network, x)
+    theory = float64.predict(network, x)
     assert theory["log_gradient_variance"][0] > 0.5
     for key, estimate in simulated.estimates.items():
         rest = np.abs(estimate.log_value - np.asarray(theory[key]))

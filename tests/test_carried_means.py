@@ -11,7 +11,7 @@ from gradflow.blocks import GRU, Activate, Chain, Dense, Linear, Residual
 from gradflow.comparison import Status
 from gradflow.errors import InputError
 from gradflow.simulation import monte_carlo
-from gradflow.theory import mean_field
+from gradflow.theory import float64, mean_field
 from gradflow.theory.finite_width import carried_means
 
 DEPTH = 30
@@ -48,8 +48,8 @@ def explained_by_the_shift(network, number):
 
     To 4 standard errors, and 1/width for each layer above, of what is left out.
     """
-    theory = comparison.predict_float64(network, X)["log_gradient_variance"]
-    shift = comparison.correct_float64(network, X).shift["log_gradient_variance"]
+    theory = float64.predict(network, X)["log_gradient_variance"]
+    shift = float64.correct(network, X).shift["log_gradient_variance"]
     found = monte_carlo.simulate(network, X, networks=number)["gradient_variance"]
     others = np.arange(network.depth)[::-1] / network.widths[-1]
     allowed = 4 * found.log_standard_error + others
@@ -83,8 +83,8 @@ def test_gradients_times_signals_are_conserved():
     a lower bound of all of it, and above the theory of infinite width from some depth on.
     """
     width = 100
-    theory = comparison.predict_float64(carrying(width), X)
-    shift = comparison.correct_float64(carrying(width), X).shift["log_gradient_variance"]
+    theory = float64.predict(carrying(width), X)
+    shift = float64.correct(carrying(width), X).shift["log_gradient_variance"]
     # E (δ·z)² = n q^L at all layers, of which δ has (δ·z)²/(n q^l) along z; per unit, 1/n of it.
     bound = theory["log_q"][-1] - theory["log_q"] - np.log(width)
     total = theory["log_gradient_variance"] + shift
@@ -96,7 +96,7 @@ def test_gradients_times_signals_are_conserved():
 
 def test_a_mean_of_zero_is_not_carried():
     """Of tanh, what is along the signal grows no faster than the rest: nothing is said."""
-    shift = comparison.correct_float64(carrying(1000, tanh, 1.0), X).shift
+    shift = float64.correct(carrying(1000, tanh, 1.0), X).shift
     assert np.isnan(shift["log_gradient_variance"]).all()
 
 

@@ -39,7 +39,9 @@ def with_independent_tangent(gram):
     """The state with a tangent of second moments 1 that is independent of it."""
     one = jnp.ones_like(gram.mean)
     law = Cells.of(gram)
-    return dataclasses.replace(gram, tangent=one, law=law.with_memory(law.independent(one)))
+    return dataclasses.replace(
+        gram, tangent=one, distribution=law.with_memory(law.memory_of_independent(one))
+    )
 
 
 @jax.jit
@@ -83,11 +85,13 @@ def test_second_moments_of_cells_are_exact():
         for before, after in itertools.pairwise(states):
             cells, tangent = exact_step(block, before)
             scale = jnp.sqrt(jnp.outer(jnp.diagonal(cells), jnp.diagonal(cells)))
-            found = after.law.second_moments(after.law.cells)
+            found = after.distribution.second_moments(after.distribution.cells)
             assert jnp.max(jnp.abs(found - cells) / scale) < INTERPOLATED, name
-            moved = jnp.sum(after.law.memory.cells, axis=1)
+            moved = jnp.sum(after.distribution.memory.cells, axis=1)
             assert jnp.max(jnp.abs(moved / tangent - 1)) < INTERPOLATED, name
-        other = step(dataclasses.replace(block, forget_bias=block.forget_bias - 0.1), before).law
+        other = step(
+            dataclasses.replace(block, forget_bias=block.forget_bias - 0.1), before
+        ).distribution
         assert jnp.max(jnp.abs(other.second_moments(other.cells) / cells - 1)) > INTERPOLATED
 
 

@@ -11,7 +11,7 @@ from gradflow import blocks, builders, comparison, ensembles, networks, statisti
 from gradflow.comparison import Status
 from gradflow.errors import InputError
 from gradflow.simulation import monte_carlo
-from gradflow.theory import mean_field
+from gradflow.theory import float64, mean_field
 
 X = np.asarray(jax.random.normal(jax.random.key(4), (2, 60), np.float32))
 
@@ -32,7 +32,7 @@ def test_theory_is_what_simulation_tends_to_for_every_ensemble(ensemble):
 def test_a_wrong_theory_is_found_and_not_called_finite_width():
     """Negative control: χ too large by a hundredth, at every layer."""
     network = builders.mlp([60, *[WIDTH] * DEPTH], "tanh", ensembles.fan_in(1.3))
-    theory = comparison.predict_float64(network, X)
+    theory = float64.predict(network, X)
     simulation = monte_carlo.simulate(network, X, networks=8000, key=3)
     narrow = networks.divide_widths(network, 4)
     narrower = monte_carlo.simulate(narrow, X, networks=8000, key=4)
@@ -45,7 +45,7 @@ def test_a_wrong_theory_is_found_and_not_called_finite_width():
                 narrower,
                 dataclasses.replace(
                     wrong,
-                    values=comparison.predict_float64(narrow, X).values | {"chi": wrong["chi"]},
+                    values=float64.predict(narrow, X).values | {"chi": wrong["chi"]},
                 ),
             )
         ],
@@ -132,7 +132,7 @@ def test_one_layer_has_no_factor_and_one_network_no_z_score():
 
 def test_theory_beside_a_simulation_is_float64_in_its_own_unit():
     """Not a float32 that overflows, or is 0, where the log does not."""
-    theory = comparison.predict_float64(builders.mlp([60, *[50] * 60], "logistic", "glorot"), X)
+    theory = float64.predict(builders.mlp([60, *[50] * 60], "logistic", "glorot"), X)
     truth = np.exp(theory["log_gradient_variance"])
     assert theory["gradient_variance"].dtype == np.float64
     assert 0 < theory["gradient_variance"][0] < 1e-60
@@ -140,7 +140,7 @@ def test_theory_beside_a_simulation_is_float64_in_its_own_unit():
 
 
 def test_depths_that_differ_are_refused():
-    theory = comparison.predict_float64(builders.mlp([60, 20, 20]), X)
+    theory = float64.predict(builders.mlp([60, 20, 20]), X)
     simulation = monte_carlo.simulate(builders.mlp([60, 20]), X, networks=2)
     with pytest.raises(InputError, match="theory has 2 layers and simulation has 1"):
         comparison.compare_results(theory, simulation)
@@ -174,11 +174,11 @@ def test_a_plain_initialiser_is_simulated_at_other_widths_too():
 
     network = builders.mlp([60, 8, 8], "tanh", normal)
     x = jnp.asarray(X, jnp.float32)
-    theory = comparison.predict_float64(network, X)
+    theory = float64.predict(network, X)
     simulation = monte_carlo.simulate(network, x, networks=20)
     # A theory that is wrong by a factor, so that the width must explain it, and cannot.
     wrong = dataclasses.replace(theory, values={**theory.values, "log_q": theory["log_q"] + 3})
-    found = comparison.explained(comparison.compare_results(wrong, simulation), X, key=1)
+    found = comparison.explain_differences(comparison.compare_results(wrong, simulation), X, key=1)
     assert found.narrower
     assert found.count(Status.DIFFERS)
 
@@ -199,8 +199,8 @@ def test_a_statistic_of_ones_own_needs_no_prediction_and_has_labels():
     dataset = simulation.to_xarray()
     assert dataset.largest.attrs["long_name"] == "largest |z|"
     np.testing.assert_array_equal(dataset.largest, simulation["largest"].value)
-    found = comparison.compare_results(comparison.predict_float64(network, X), simulation)
-    assert "largest" not in found.contrasts
+    found = comparison.compare_results(float64.predict(network, X), simulation)
+    assert "largest" not in found.by_statistic
     assert "largest" in found.to_xarray()
 
 

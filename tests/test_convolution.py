@@ -345,9 +345,9 @@ def test_theory_meets_simulation(make):
     x = np.random.default_rng(0).normal(size=(2 * positions, 2)).astype(np.float32)
     found = comparison.compare(network, x, key=3, networks=300)
     assert not found.count(Status.DIFFERS), found.agreement
-    chi = found.contrasts["chi"].z
+    chi = found.by_statistic["chi"].z
     assert np.isfinite(chi[:-1]).all()  # also where positions are merged
-    assert np.isfinite(found.contrasts["log_gradient_norm"].z).all()
+    assert np.isfinite(found.by_statistic["log_gradient_norm"].z).all()
 
 
 @pytest.mark.medium

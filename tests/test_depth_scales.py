@@ -7,9 +7,10 @@ import pytest
 import scipy.stats
 import xarray
 
-from gradflow import builders, comparison, ensembles
+from gradflow import builders, ensembles
 from gradflow.studies import description, execution
 from gradflow.studies._depth_scales import Curve, decay_rate, gradient_rate
+from gradflow.theory import float64
 from gradflow.theory._depth_scales import DEPTH_SCALES
 
 # Of tanh at σ_b² = 0.05: σ_w², whether c* is 1, ξ_c, and a depth that shows it.
@@ -37,7 +38,7 @@ def curves():
     for sigma_w2, _, _, depth in KNOWN:
         weights = ensembles.fan_in(math.sqrt(sigma_w2))
         network = builders.mlp([2, *[4] * (2 * depth)], "tanh", weights, sigma_b=math.sqrt(0.05))
-        found[sigma_w2] = comparison.predict_float64(network, ALIKE).values
+        found[sigma_w2] = float64.predict(network, ALIKE).values
     return found
 
 

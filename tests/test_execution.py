@@ -23,6 +23,7 @@ from gradflow.studies import _plan, _runner, description, execution, results
 from gradflow.studies._measurements import Measurements, merged
 from gradflow.studies._plan import Share
 from gradflow.studies.store import Store
+from gradflow.theory import float64
 
 TEXT = """
 title = "a small study"
@@ -76,13 +77,11 @@ def test_points_are_those_of_simulate_and_of_theory(reference):
         point = study.point(number)
         inputs = point.inputs().astype(np.float32)
         found = monte_carlo.simulate(point.network(), inputs, key=point.key, networks=20)
-        compared = comparison.compare_results(
-            comparison.predict_float64(point.network(), inputs), found
-        )
+        compared = comparison.compare_results(float64.predict(point.network(), inputs), found)
         here = dataset.isel(sigma_w2=point.index[0], sigma_b2=point.index[1])
         for statistic in study.statistics:
             name, estimate = statistic.name, found.estimates[statistic.key]
-            contrast = compared.contrasts[statistic.key]
+            contrast = compared.by_statistic[statistic.key]
             for ours, theirs in (
                 (here[name], estimate.value),
                 (here[f"{name}_standard_error"], estimate.standard_error),
@@ -91,7 +90,7 @@ def test_points_are_those_of_simulate_and_of_theory(reference):
             ):
                 np.testing.assert_allclose(ours, theirs, rtol=2e-4, atol=1e-5, err_msg=name)
             np.testing.assert_allclose(here[f"{name}_z"], contrast.z, rtol=0.02, atol=0.02)
-        correction = comparison.correct_float64(point.network(), point.inputs())
+        correction = float64.correct(point.network(), point.inputs())
         np.testing.assert_allclose(
             here.chi_finite_width_shift, correction.shift["chi"], rtol=1e-9, atol=1e-12
         )

@@ -5,9 +5,10 @@ import pytest
 import scipy.stats
 import xarray
 
-from gradflow import builders, comparison
+from gradflow import builders
 from gradflow.estimation import Estimate
 from gradflow.studies import _gradient_spread, description, execution
+from gradflow.theory import float64
 
 SLOPES = {"linear": 2.0, "relu": 5.0}  # Hanin & Nica 2020
 
@@ -17,7 +18,7 @@ SLOPES = {"linear": 2.0, "relu": 5.0}  # Hanin & Nica 2020
 def test_theory_is_the_exact_law_of_the_gain_and_its_log_normal_limit(name, widths):
     """Of the layers that a gradient passes, down to each layer; beside what is to first order."""
     network = builders.mlp(widths, name, "he")
-    corrections = comparison.correct_float64(network, np.ones((1, widths[0])))
+    corrections = float64.correct(network, np.ones((1, widths[0])))
     deviation = corrections.standard_deviation["log_gradient_norm"][None]
     log_norm = Estimate.of(np.random.default_rng(0).standard_normal((9, 1, network.depth)))
     found = _gradient_spread.spread(network, 1, log_norm, deviation)

@@ -26,7 +26,7 @@ from gradflow.blocks import (
 from gradflow.comparison import Status
 from gradflow.errors import InputError
 from gradflow.kernels import Kernel
-from gradflow.theory import mean_field
+from gradflow.theory import float64, mean_field
 
 HE = 2**0.5
 INPUTS = np.random.default_rng(0).standard_normal((2, 64)).astype(np.float32)
@@ -34,7 +34,7 @@ INPUTS = np.random.default_rng(0).standard_normal((2, 64)).astype(np.float32)
 
 def predict(layers, phi, inputs=INPUTS):
     network = builders.stack(inputs.shape[1], layers, phi)
-    found = comparison.predict_float64(network, inputs)
+    found = float64.predict(network, inputs)
     return {key: np.asarray(value) for key, value in found.values.items()}
 
 

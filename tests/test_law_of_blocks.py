@@ -34,7 +34,7 @@ def differences(network, sites, number=NETWORKS):
     x = np.random.default_rng(0).normal(size=(sites, INPUTS)).astype(np.float32)
     x[1] = 0.6 * x[0] + 0.8 * x[1]
     found = comparison.compare(network, x, key=3, networks=number)
-    assert np.isfinite(found.contrasts["log_gradient_norm"].z).all()
+    assert np.isfinite(found.by_statistic["log_gradient_norm"].z).all()
     return found.count(Status.DIFFERS), found.agreement
 
 

@@ -13,7 +13,7 @@ from gradflow import activations, builders, comparison, ensembles, gaussian, net
 from gradflow.blocks import Dense, Linear, Residual
 from gradflow.errors import InputError
 from gradflow.simulation import _threefry, monte_carlo, propagation
-from gradflow.theory import mean_field
+from gradflow.theory import float64, mean_field
 
 WIDTHS = (6, 10, 10, 10, 4)
 # float32 arithmetic through four layers, done in another order.
@@ -358,9 +358,7 @@ def test_a_quantity_that_is_not_there_is_a_sentence(kind, key):
         "predict": lambda: mean_field.predict(network, x @ x.T / 4),
         "simulate": lambda: simulated,
         "samples": lambda: simulated.samples,
-        "compare": lambda: comparison.compare_results(
-            comparison.predict_float64(network, x), simulated
-        ),
+        "compare": lambda: comparison.compare_results(float64.predict(network, x), simulated),
     }[kind]()
     with pytest.raises(InputError, match=r"^unknown quantity 'ch' \(did you mean 'chi'\?\)"):
         found["ch"]

@@ -25,6 +25,7 @@ from gradflow.comparison import Status
 from gradflow.errors import InputError
 from gradflow.networks import Stage
 from gradflow.simulation import _memory, _threefry, jacobians, monte_carlo, propagation, samplers
+from gradflow.theory import float64
 
 # float32 arithmetic through a dozen steps, done in another order.
 ROUNDING = 5e-4
@@ -206,7 +207,7 @@ def test_200_steps_meet_the_theory_or_differ_as_steps_squared_over_width():
     off, errors = {}, {}
     for width, number, tied in ((1000, 40, True), (250, 160, True), (1000, 40, False)):
         network = driven(width, tied=tied)
-        theory = comparison.predict_float64(network, np.asarray(x))
+        theory = float64.predict(network, np.asarray(x))
         found = monte_carlo.simulate(network, x, key=1, networks=number, wanted=WANTED)
         norm, at = found["log_gradient_norm"], LONG - (200 if width == 1000 else 100)
         off[width, tied] = norm.value[at] - theory["log_gradient_norm"][at]
@@ -233,8 +234,8 @@ def test_samplers_are_chosen_by_their_cost():
 
 def test_corrections_are_not_those_of_shared_weights():
     network = driven(100, 5)
-    assert comparison.correct_float64(network, np.ones((1, 50))) is None
-    assert comparison.correct_float64(builders.recurrent(5, 9, 3, tied=False), np.ones((1, 5)))
+    assert float64.correct(network, np.ones((1, 50))) is None
+    assert float64.correct(builders.recurrent(5, 9, 3, tied=False), np.ones((1, 5)))
 
 
 def test_the_squares_of_the_steps_weight_gradients_add():
@@ -244,7 +245,7 @@ def test_the_squares_of_the_steps_weight_gradients_add():
     networks, 4.5 standard errors (1e-5). One step's alone would be 30 % or more off.
     """
     network, x = builders.recurrent(5, 400, 4, "tanh"), jnp.ones((1, 5))
-    steps = comparison.predict_float64(network, x)["weight_gradient_variance"][1:]
+    steps = float64.predict(network, x)["weight_gradient_variance"][1:]
 
     @jax.jit
     def mean_square(key):
@@ -296,11 +297,11 @@ def test_shared_weights_beside_a_path_for_the_signal_have_no_theory(block, width
     def predict(block, steps, tied):
         stage = Stage(block, steps, tied=tied)
         network = builders.stack(INPUT, [Linear(width), stage, Linear(9)])
-        return comparison.predict_float64(network, x)
+        return float64.predict(network, x)
 
     shared, anew = predict(block, 3, True), predict(block, 3, False)
-    assert "shared weights" in shared.missing
-    assert anew.missing is None
+    assert "shared weights" in shared.why_missing
+    assert anew.why_missing is None
     np.testing.assert_array_equal(np.isnan(shared["log_q"]), [False, False, True, True, True])
     np.testing.assert_allclose(shared["log_q"][:2], anew["log_q"][:2])
     below = np.isnan(shared["log_gradient_norm"])
@@ -310,10 +311,10 @@ def test_shared_weights_beside_a_path_for_the_signal_have_no_theory(block, width
     assert np.isnan(shared["log_weight_gradient_variance"][:4]).all()
     assert not np.isnan(anew["log_gradient_norm"]).any()
     once = predict(block, 1, True)
-    assert once.missing is None
+    assert once.why_missing is None
     assert not np.isnan(once["log_gradient_norm"]).any()
     plain = predict(Chain((LayerNorm(), Dense(units=width), Drive(0.3))), 3, True)
-    assert plain.missing is None
+    assert plain.why_missing is None
     assert not np.isnan(plain["log_gradient_norm"]).any()
 
 
@@ -321,7 +322,7 @@ def test_what_is_missing_is_said():
     found = comparison.compare(gated(3, True), np.ones((1, 50), np.float32), networks=10)
     assert "through 3 steps of GRU with shared weights" in found.agreement
     assert (found["log_gradient_norm"].status[:3] == Status.NOT_COMPARED).all()
-    beyond = comparison.log_chi_beyond(found.simulation.network, found.theory)
+    beyond = float64.asymptotic_log_chi(found.simulation.network, found.theory)
     assert np.isnan(beyond)
 
 
@@ -423,7 +424,7 @@ def test_lstm_meets_its_theory_and_shared_weights_would_not(forget_bias):
     off = []
     for width in (200, 800):
         network = lstm(width, 10, True, forget_bias=forget_bias)
-        theory = comparison.predict_float64(lstm(width, 10, False, forget_bias=forget_bias), x[:1])
+        theory = float64.predict(lstm(width, 10, False, forget_bias=forget_bias), x[:1])
         q = monte_carlo.simulate(network, x[:1], key=5, networks=100, wanted=WANTED)["q"]
         off.append((q.log_value[-1] - theory["log_q"][-1], q.log_standard_error[-1]))
     (narrow, _), (wide, wide_error) = off

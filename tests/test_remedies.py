@@ -7,7 +7,7 @@ import pytest
 
 from gradflow import builders, figures, remedies
 from gradflow.errors import InputError
-from gradflow.statistics import Prediction
+from gradflow.predictions import Prediction
 
 
 @pytest.mark.slow

@@ -5,11 +5,12 @@ import dataclasses
 import numpy as np
 import pytest
 
-from gradflow import builders, comparison, ensembles
+from gradflow import builders, ensembles
 from gradflow.blocks import GRU, LSTM, Dense, Drive, Linear
 from gradflow.errors import InputError
 from gradflow.networks import Stage
 from gradflow.simulation import monte_carlo
+from gradflow.theory import float64
 from gradflow.theory.shared_weights import predict_steps
 
 X, STEPS = np.ones((1, 10), np.float32), 10
@@ -38,7 +39,7 @@ def test_shared_weights_meet_their_theory_and_that_of_weights_drawn_anew_is_off(
     """
     theory = predict_steps(block, STEPS, 1.0, units=2000)
     found = monte_carlo.simulate(network(block, STEPS, True), X, networks=40)
-    anew = comparison.predict_float64(network(block, STEPS, False), X)
+    anew = float64.predict(network(block, STEPS, False), X)
     off, wrong = [], []
     for name, at in (("q", -1), ("gradient_variance", 0)):
         predicted = getattr(theory, f"log_{name}")[at]

@@ -14,7 +14,7 @@ import pytest
 from gradflow import activations, builders, comparison, ensembles, gaussian, statistics
 from gradflow.comparison import Status
 from gradflow.simulation import monte_carlo
-from gradflow.theory import fixed_points, mean_field
+from gradflow.theory import fixed_points, float64, mean_field
 from gradflow.theory.finite_width import first_order
 
 WIDTH, DEPTH, NETWORKS, INPUTS = 300, 5, 2000, 60
@@ -83,7 +83,7 @@ def test_theory_meets_simulation(activation, phase):
         if c != 0.5:
             np.testing.assert_allclose(theory["correlation"], c, atol=1e-8)
     assert not confronted.count(Status.DIFFERS), confronted.agreement
-    for key, contrast in confronted.contrasts.items():
+    for key, contrast in confronted.by_statistic.items():
         measured, predicted = contrast.deviation, contrast.theory_deviation
         usable = np.isfinite(predicted) & np.isfinite(measured) & (measured > 0)
         if key == "saturation":
@@ -115,11 +115,11 @@ def test_corrections_term_by_term(activation, sigma_w2, sigma_b):
     )
     simulated = monte_carlo.simulate(network, x, networks=40_000, key=7)
     found = comparison.compare_results(
-        comparison.predict_float64(network, x),
+        float64.predict(network, x),
         simulated,
-        corrections=comparison.correct_float64(network, x),
+        corrections=float64.correct(network, x),
     )
-    for key, contrast in found.contrasts.items():
+    for key, contrast in found.by_statistic.items():
         rest = np.abs(contrast.measured - contrast.theory - contrast.shift)
         allowed = 4.5 * contrast.standard_error + 0.1 * np.abs(contrast.shift) + 1e-6
         bad = rest[np.isfinite(contrast.z)] > allowed[np.isfinite(contrast.z)]
@@ -144,8 +144,8 @@ def test_what_is_left_shrinks_as_one_over_width_squared():
         network = builders.mlp([INPUTS, *[width] * 8], "tanh", ensembles.fan_in(1.2), sigma_b=0.3)
         simulated = monte_carlo.simulate(network, x, networks=20_000, key=6, wanted=wanted)
         estimate = simulated.estimates["log_gradient_norm"]
-        theory = comparison.predict_float64(network, x)["log_gradient_norm"]
-        correction = comparison.correct_float64(network, x)
+        theory = float64.predict(network, x)["log_gradient_norm"]
+        correction = float64.correct(network, x)
         before.append(estimate.value[0] - theory[0])
         left.append(before[-1] - correction.shift["log_gradient_norm"][0])
     assert before[0] < -0.25
@@ -159,7 +159,7 @@ def test_corrections_of_relu_are_the_exact_laws():
     width, depth = 1000, 6
     network = builders.mlp([INPUTS, *[width] * depth], "relu", "he")
     x = np.ones((1, INPUTS))
-    found = comparison.correct_float64(network, x)
+    found = float64.correct(network, x)
     steps = np.arange(depth - 1, -1, -1)
     np.testing.assert_allclose(found.shift["log_gradient_variance"], 0, atol=1e-12)
     exact = np.sqrt((1 + 5 / width) ** steps * (1 + 2 / width) - 1)
@@ -174,6 +174,6 @@ def test_corrections_of_relu_are_the_exact_laws():
 
 def test_corrections_are_refused_where_they_are_not_known():
     network = builders.mlp([INPUTS, 30, 30], "tanh", "standard")
-    assert comparison.correct_float64(network, np.ones((1, INPUTS))) is None
+    assert float64.correct(network, np.ones((1, INPUTS))) is None
     with pytest.raises(Exception, match="independent Gaussian weights"):
         first_order.correct(network, mean_field.input_gram(np.ones((1, INPUTS))))

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from gradflow import blocks, builders, comparison, statistics, verdict
+from gradflow._labels import BY_KEY
 from gradflow.comparison import Status
 from gradflow.simulation import monte_carlo
 
@@ -132,7 +133,7 @@ def of_values(network, theory, measured, *, sites=1, error=0.01, networks_=100, 
         overflowed=zeros,
         vanished=zeros,
         network=network,
-        statistics=(statistics.named()[key],),
+        statistics=(BY_KEY[key],),
         sites=sites,
         networks=networks_,
         sampler="dense",
@@ -141,7 +142,7 @@ def of_values(network, theory, measured, *, sites=1, error=0.01, networks_=100, 
         seconds=0.0,
         compile_seconds=0.0,
     )
-    return statistics.Prediction({key: np.asarray(theory, float)}), dataclasses.replace(
+    return predictions.Prediction({key: np.asarray(theory, float)}), dataclasses.replace(
         simulation, **changed
     )
 
@@ -206,7 +207,7 @@ def test_where_most_networks_are_dead_that_is_the_verdict(n, depth):
     assert repr(found).startswith("dead: ")
     html = found._repr_html_()
     assert html.startswith("<p><b>dead: ")
-    assert html.count("<tr>") == 1 + 3 * len(found.contrasts)
+    assert html.count("<tr>") == 1 + 3 * len(found.by_statistic)
     assert len(repr(found)) < 2000
 
 
@@ -238,7 +239,7 @@ def test_activations_whose_moments_diverge_do_not_vanish(phi):
 def test_what_is_rounding_is_no_difference():
     network = builders.mlp([8, *[20] * 3], "linear", "lecun")
     found = comparison.compare(network, np.ones((1, 8), np.float32), networks=50, explain=False)
-    for contrast in found.contrasts.values():
+    for contrast in found.by_statistic.values():
         relative = np.abs(contrast.relative_difference[np.isfinite(contrast.relative_difference)])
         assert not np.any((relative > 0) & (relative < 1e-7))
         assert not np.any((contrast.shift != 0) & (np.abs(contrast.shift) < 1e-13))

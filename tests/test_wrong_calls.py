@@ -13,9 +13,10 @@ import numpy as np
 import pytest
 
 import gradflow
-from gradflow import activations, builders, comparison, training
+from gradflow import activations, builders, training
 from gradflow.errors import InputError
 from gradflow.simulation import jacobians, monte_carlo
+from gradflow.theory import float64
 
 # By the last part of their names; where two share it, the one with the shorter name.
 MODULES = {
@@ -42,7 +43,7 @@ def values():
         "key": key,
         "sim": sim,
         "ds": sim.to_xarray(),
-        "theory": comparison.predict_float64(net, x),
+        "theory": float64.predict(net, x),
         "W": training.initial_weights(net, key),
         "jac": jacobians.draw(net, x, key),
         "phi": activations.tanh,
@@ -183,14 +184,14 @@ CALLS = [
     ("comparison.compare_results(3,sim)", "theory is 3"),
     ("comparison.compare_results(theory,3)", "simulation is 3"),
     ("comparison.compare_results(sim,theory)", "theory is "),
-    ("comparison.predict_float64(net,x*1j)", "inputs has dtype complex64"),
-    ("comparison.predict_float64(3,x)", "network is 3"),
-    ("comparison.predict_float64(net,np.ones((1,5)))", "inputs has shape (1, 5)"),
-    ('comparison.correct_float64(net,"a")', "inputs is 'a'"),
-    ("comparison.theory_float64(net,None)", "inputs is None"),
-    ("comparison.explained(3,x,key=key)", "comparison is 3"),
-    ("comparison.log_chi_beyond(net,3)", "theory is 3"),
-    ("comparison.compile_theory(3,x)", "network is 3"),
+    ("float64.predict(net,x*1j)", "inputs has dtype complex64"),
+    ("float64.predict(3,x)", "network is 3"),
+    ("float64.predict(net,np.ones((1,5)))", "inputs has shape (1, 5)"),
+    ('float64.correct(net,"a")', "inputs is 'a'"),
+    ("float64.predict_and_correct(net,None)", "inputs is None"),
+    ("comparison.explain_differences(3,x,key=key)", "comparison is 3"),
+    ("float64.asymptotic_log_chi(net,3)", "theory is 3"),
+    ("float64.compile_programs(3,x)", "network is 3"),
     ("mean_field.predict(net,np.ones((2,3)))", "gram has shape (2, 3)"),
     ("mean_field.predict(net,np.ones(3))", "gram has shape (3,)"),
     ("mean_field.predict(3,np.eye(2))", "network is 3"),

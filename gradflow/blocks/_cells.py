@@ -37,7 +37,7 @@ from jaxtyping import Array, Float, ScalarLike
 
 from gradflow.activations import Activation, logistic
 from gradflow.errors import InputError
-from gradflow.kernels import AbstractLaw, Kernel, Unknown, inverse_or_zero
+from gradflow.kernels import Kernel, UnitDistribution, Unknown, inverse_or_zero
 
 __all__ = ["Cells", "Tangent"]
 
@@ -61,7 +61,7 @@ class Tangent(NamedTuple):
     hidden: Float[Array, " sites"]
 
 
-class Cells(AbstractLaw):
+class Cells(UnitDistribution):
     """The law of an LSTM's state: half of the units are cells c, the others h = o tanh(c).
 
     Attributes
@@ -93,7 +93,7 @@ class Cells(AbstractLaw):
         InputError
             If they are neither.
         """
-        law = kernel.law
+        law = kernel.distribution
         if not isinstance(law, Cells):
             if not kernel.gaussian:
                 raise InputError(
@@ -103,7 +103,7 @@ class Cells(AbstractLaw):
             law = _gaussian_cells(kernel.covariance)
         if kernel.tangent is None or law.memory is not None:
             return law
-        return law.with_memory(law.independent(kernel.tangent))
+        return law.with_memory(law.memory_of_independent(kernel.tangent))
 
     def initial_carry(self, kernel: Kernel) -> "Cells":
         """Return the law of a state."""
@@ -118,7 +118,7 @@ class Cells(AbstractLaw):
         """Return the law with this memory of a tangent."""
         return dataclasses.replace(self, memory=memory)
 
-    def independent(self, tangent: Float[Array, "..."]) -> Tangent:
+    def memory_of_independent(self, tangent: Float[Array, "..."]) -> Tangent:
         """Return the memory of a tangent of these second moments, independent of the state.
 
         Raises

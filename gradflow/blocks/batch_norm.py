@@ -10,13 +10,13 @@ from gradflow.activations import Activation
 from gradflow.blocks.base import AbstractBlock, Multiply
 from gradflow.errors import InputError
 from gradflow.gaussian import _batch
-from gradflow.kernels import AbstractLaw, Kernel, Unknown, multiply_kernel
+from gradflow.kernels import Kernel, UnitDistribution, Unknown, multiply_kernel
 from gradflow.norms import unit_rows
 
 __all__ = ["BatchNorm"]
 
 
-class _BatchNormalised(AbstractLaw):
+class _BatchNormalised(UnitDistribution):
     """The law of γ ẑ, of a signal z that is Gaussian and has this covariance."""
 
     covariance: Float[Array, "sites sites"]
@@ -28,7 +28,7 @@ class _BatchNormalised(AbstractLaw):
         averages = _batch.averages(activation, self.covariance, self.tangent, self.gain)
         return Kernel(*averages, Unknown())
 
-    def scaled(self, factor: Float[Array, "..."] | ScalarLike) -> AbstractLaw:
+    def scaled(self, factor: Float[Array, "..."] | ScalarLike) -> UnitDistribution:
         """Return the law of a multiple."""
         if jnp.ndim(factor):
             return Unknown()

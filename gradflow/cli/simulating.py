@@ -13,6 +13,7 @@ from rich.table import Table
 
 from gradflow import builders
 from gradflow._checks import check_count
+from gradflow._labels import BY_KEY
 from gradflow.cli import studying
 from gradflow.cli._shared import (
     Depth,
@@ -413,7 +414,6 @@ def _said_of_ranges(result: Any) -> list[str]:
 
 
 def _table_of_one(result: Any) -> Table:
-    from gradflow import statistics  # noqa: PLC0415
     from gradflow.comparison import Status  # noqa: PLC0415
 
     network = result.simulation.network
@@ -434,11 +434,11 @@ def _table_of_one(result: Any) -> Table:
         Status.FINITE_WIDTH: "finite width",
         Status.DIFFERS: "differs",
     }
-    for key, contrast in result.contrasts.items():
-        name, logarithmic = statistics.named()[key].name, statistics.named()[key].logarithmic
+    for key, contrast in result.by_statistic.items():
+        name, logarithmic = BY_KEY[key].name, BY_KEY[key].logarithmic
         estimate = result.simulation.estimates[key]
         # Where it is kept as a logarithm, so are these: no float may hold the number.
-        kept_as_log = statistics.named()[key].log
+        kept_as_log = BY_KEY[key].log
         for layer in _first_middle_last(len(contrast.theory)):
             if math.isnan(estimate.value[layer]):  # the top layer's χ
                 continue

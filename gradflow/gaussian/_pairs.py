@@ -110,7 +110,7 @@ def equal_pair(
     if not is_traced(c) and not abs(float(c)) <= 1:
         raise InputError(f"c is {float(c):g}; a correlation is from -1 to 1")
     q, k = q[None], (q * c)[None]
-    value, _, _, slope = _pairs_and_slopes(activation, 0, q, q, k)
+    value, _, _, slope = _averages_and_slopes(activation, 0, q, q, k)
     return value[0], slope[0]
 
 
@@ -179,7 +179,7 @@ def _kernel(activation: Activation, order: int, k: Array) -> Array:
     if not a.size:
         return jnp.diag(diagonal)
     # An input and its replica have one average, that of the diagonal, to the last digit.
-    values = _pairs(activation, order, q[a], q[b], k[a, b])
+    values = _averages(activation, order, q[a], q[b], k[a, b])
     values = jnp.where(_coincident(q[a], q[b], k[a, b]), diagonal[a], values)
     return jnp.diag(diagonal).at[a, b].set(values).at[b, a].set(values)
 
@@ -197,7 +197,7 @@ def _kernel_jvp(activation, order, primals, tangents):  # type: ignore[no-untype
     by_q = jnp.zeros_like(k)  # by_q[a, b] = ∂k'_ab/∂k_aa
     a, b = np.triu_indices(k.shape[0], 1)
     if a.size:
-        apart = _pairs_and_slopes(activation, order, q[a], q[b], k[a, b])
+        apart = _averages_and_slopes(activation, order, q[a], q[b], k[a, b])
         # An input and its replica have the derivatives of the diagonal: by_qa + by_qb + by_kab is
         # that of a diagonal entry.
         by_own = (along_diagonal - across) / 2
@@ -230,7 +230,7 @@ def _diagonal(activation: Activation, order: int, q: Array) -> tuple[Array, Arra
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def _pairs(activation: Activation, order: int, q_u: Array, q_v: Array, k: Array) -> Array:
+def _averages(activation: Activation, order: int, q_u: Array, q_v: Array, k: Array) -> Array:
     """E[φ⁽ⁿ⁾(u) φ⁽ⁿ⁾(v)] of many pairs; all arguments (pairs,)."""
     closed = _closed_kernel(activation, order)
     if closed is not None:
@@ -250,19 +250,19 @@ def _closed_kernel(activation: Activation, order: int) -> PairMoment | None:
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1))
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def _pairs_and_slopes(
+def _averages_and_slopes(
     activation: Activation, order: int, q_u: Array, q_v: Array, k: Array
 ) -> tuple[Array, Array, Array, Array]:
-    """`_pairs` and its derivatives by q_u, q_v and k, each of shape (pairs,)."""
+    """`_averages` and its derivatives by q_u, q_v and k, each of shape (pairs,)."""
     closed = _closed_kernel(activation, order)
     if closed is not None and not activation.slope_jumps:
         slopes = jax.grad(lambda *pair: jnp.asarray(closed(*pair), k.dtype), (0, 1, 2))
         by_qu, by_qv, by_k = jax.vmap(slopes)(q_u, q_v, k)
-        by_k = _pairs(activation, 1, q_u, q_v, k) if order == 0 else by_k
-        return _pairs(activation, order, q_u, q_v, k), by_qu, by_qv, by_k
+        by_k = _averages(activation, 1, q_u, q_v, k) if order == 0 else by_k
+        return _averages(activation, order, q_u, q_v, k), by_qu, by_qv, by_k
     if activation.homogeneous and order == 0:  # x φ'(x) = φ(x)
-        by_k = _pairs(activation, 1, q_u, q_v, k)
-        value = u_side = v_side = _pairs(activation, 0, q_u, q_v, k)
+        by_k = _averages(activation, 1, q_u, q_v, k)
+        value = u_side = v_side = _averages(activation, 0, q_u, q_v, k)
     else:
         f = functools.partial(_DERIVATIVES[order], activation)
         df = functools.partial(_DERIVATIVES[order + 1], activation)
@@ -280,8 +280,8 @@ def _pairs_and_slopes(
     return value, by_qu, by_qv, by_k
 
 
-@_pairs_and_slopes.defjvp
-def _pairs_and_slopes_jvp(activation, *_):  # type: ignore[no-untyped-def]
+@_averages_and_slopes.defjvp
+def _averages_and_slopes_jvp(activation, *_):  # type: ignore[no-untyped-def]
     # The quadrature's nodes follow its arguments, so differentiating it would be silently wrong.
     raise InputError(
         f"a kernel of {activation.name} is differentiated twice; differentiate derivative_kernel"

@@ -20,6 +20,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, PRNGKeyArray
 
+from gradflow._labels import Values
 from gradflow.blocks import AbstractBlock
 from gradflow.errors import InputError
 from gradflow.networks import Network, Stage
@@ -35,7 +36,7 @@ from gradflow.simulation._layers import (
 from gradflow.simulation._linearisation import MatrixSampler, Point
 from gradflow.simulation._matrices import Drawn, Matrix
 from gradflow.simulation.samplers import SAMPLERS, Sampler
-from gradflow.statistics import BackwardSample, ForwardSample, Statistic, Values
+from gradflow.statistics import BackwardSample, ForwardSample, Statistic
 
 __all__ = ["Given", "Keep", "Passes", "checkpoints", "run"]
 

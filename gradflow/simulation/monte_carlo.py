@@ -25,12 +25,13 @@ from jaxtyping import Array, PRNGKeyArray
 from gradflow import estimation, statistics
 from gradflow._arguments import as_key
 from gradflow._checks import check_count, check_progress
+from gradflow._labels import Values, checked, key_of, labelled, layers
 from gradflow.errors import InputError
 from gradflow.estimation import Estimate, Histogram
 from gradflow.networks import Network, as_inputs
 from gradflow.simulation import _memory, _programs, propagation, samplers
 from gradflow.simulation._programs import OVERFLOWED, VANISHED, RandomNetworks
-from gradflow.statistics import Statistic, Values, key_of, labelled, layers
+from gradflow.statistics import Statistic
 
 __all__ = ["Progress", "Simulation", "simulate"]
 
@@ -188,6 +189,11 @@ def simulate(
     progress
         Called with (networks done, networks in all).
 
+    Returns
+    -------
+    Simulation
+        An `Estimate` of each statistic at each layer, by its name.
+
     Raises
     ------
     InputError
@@ -208,7 +214,7 @@ def simulate(
     )
     if block is not None:
         plan = dataclasses.replace(plan, block=check_count("block", block))
-    wanted = tuple(s for s in statistics.checked(wanted) if s.sites <= inputs.shape[0])
+    wanted = tuple(s for s in checked(wanted) if s.sites <= inputs.shape[0])
     run = _Run(network, inputs, key, networks, sampler, reason, wanted, plan, devices)
     return run.simulate(histograms, keep_samples, progress)
 

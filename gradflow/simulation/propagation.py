@@ -18,13 +18,14 @@ from jaxtyping import Array, Float, PRNGKeyArray
 from gradflow import statistics
 from gradflow._arguments import as_key
 from gradflow._checks import is_traced
+from gradflow._labels import Values, checked
 from gradflow.blocks import AbstractBlock
 from gradflow.errors import InputError
 from gradflow.networks import Network, as_inputs, check_lsuv
 from gradflow.simulation import _passes, samplers
 from gradflow.simulation._layers import LayerKey, LayerWeights, layer_keys, scan_blocks
 from gradflow.simulation.samplers import SAMPLERS
-from gradflow.statistics import Statistic, Values
+from gradflow.statistics import Statistic
 
 __all__ = ["Signals", "lsuv", "propagate", "signals"]
 
@@ -109,7 +110,7 @@ def propagate(
         the cotangent is.
     """
     inputs, key = as_inputs(inputs, network), as_key(key)
-    wanted = [s for s in statistics.checked(wanted) if s.sites <= inputs.shape[0]]
+    wanted = [s for s in checked(wanted) if s.sites <= inputs.shape[0]]
     if cotangent is not None and not callable(cotangent):
         raise InputError(f"cotangent is {cotangent!r}; it is a function from z^L to ∂C/∂z^L")
     kept = _passes.Keep(linearisations=keep, signals=not checkpoint)

@@ -440,6 +440,11 @@ def extreme_singular_values(
     memory_budget
         Bytes to stay within; without it, the device's free memory.
 
+    Returns
+    -------
+    ExtremeSingularValues
+        Natural logarithms, (leading,) and (trailing,), with their errors.
+
     Raises
     ------
     InputError

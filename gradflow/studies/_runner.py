@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from gradflow import comparison
+from gradflow._differences import differences
 from gradflow.estimation import Estimate
 from gradflow.simulation import _programs
 from gradflow.simulation._programs import RandomNetworks
@@ -25,6 +25,7 @@ from gradflow.studies._measurements import Measurements
 from gradflow.studies._plan import Program, Task
 from gradflow.studies._point import Point, keys
 from gradflow.studies.description import HistogramRange, Study
+from gradflow.theory import float64
 
 __all__ = ["SPECTRUM", "THEORY", "WORKERS", "Chunk", "TaskRunner", "theory"]
 
@@ -220,7 +221,7 @@ class TaskRunner:
         largest = {}
         for index, statistic in enumerate(self.study.statistics):
             estimate = jax.tree.map(lambda leaf: leaf[rows], measurements.statistic(index))
-            _, _, z = comparison.differences(
+            _, _, z = differences(
                 statistic,
                 predicted["predicted"][theory_rows, index],
                 estimate,
@@ -281,7 +282,7 @@ def theory(study: Study, points: Sequence[Point]) -> dict[str, np.ndarray]:
 
     def of(point: Point) -> dict[str, np.ndarray]:
         network, inputs = point.network(), point.inputs()
-        prediction, corrections = comparison.theory_float64(
+        prediction, corrections = float64.predict_and_correct(
             network, inputs, finite_width=study.finite_width
         )
         each = [prediction.values]
@@ -305,4 +306,4 @@ def theory(study: Study, points: Sequence[Point]) -> dict[str, np.ndarray]:
 
 def _compile_theory(study: Study, point: Point) -> None:
     """Compile the theory of points of this one's program, if it is not compiled yet."""
-    comparison.compile_theory(point.network(), point.inputs(), finite_width=study.finite_width)
+    float64.compile_programs(point.network(), point.inputs(), finite_width=study.finite_width)

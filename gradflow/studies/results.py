@@ -12,7 +12,9 @@ import jax
 import numpy as np
 import xarray
 
-from gradflow import _files, comparison, statistics
+from gradflow import _files
+from gradflow._differences import differences
+from gradflow._labels import labelled, layers
 from gradflow.errors import InputError
 from gradflow.estimation import Estimate
 from gradflow.figures._study import coordinates_at
@@ -155,15 +157,13 @@ def _assembled(
     for name, label in _gradient_spread.LABELS.items():
         if name in dataset:
             dataset[name].attrs["long_name"] = label
-    labelled = statistics.labelled(dataset).assign_attrs(
-        {"networks": float(networks)} | dict(attributes)
-    )
-    return _depth_scales.add(labelled, study) if study.depth_scales else labelled
+    dataset = labelled(dataset).assign_attrs({"networks": float(networks)} | dict(attributes))
+    return _depth_scales.add(dataset, study) if study.depth_scales else dataset
 
 
 def _coordinates(study: Study, depth: int) -> dict[str, Any]:
     """Return the values along all dimensions, by their names."""
-    coordinates: dict[str, Any] = {"layer": statistics.layers(depth)}
+    coordinates: dict[str, Any] = {"layer": layers(depth)}
     for axis in study.axes:
         if len(axis.values) > 1:
             coordinates[axis.name] = _labels(axis)
@@ -365,7 +365,7 @@ class _Table:
         name, dtype = statistic.name, self.study.sampling.dtype
         predicted, shift, deviation = (theory[kind] for kind in THEORY)
         samples = estimate.count * program.units
-        measured, error, z = comparison.differences(statistic, predicted, estimate, samples, dtype)
+        measured, error, z = differences(statistic, predicted, estimate, samples, dtype)
         self.put(name, program, estimate.value)
         self.put(f"{name}_standard_deviation", program, estimate.standard_deviation)
         self.put(f"{name}_standard_error", program, estimate.standard_error)
@@ -380,9 +380,7 @@ class _Table:
             self.put(f"{name}_theory", program, predicted)
         self.put(f"{name}_z", program, z)
         if self.study.finite_width:
-            _, _, corrected = comparison.differences(
-                statistic, predicted + shift, estimate, samples, dtype
-            )
+            _, _, corrected = differences(statistic, predicted + shift, estimate, samples, dtype)
             self.put(f"{name}_finite_width_shift", program, shift)
             self.put(f"{name}_finite_width_z", program, corrected)
             with np.errstate(over="ignore"):

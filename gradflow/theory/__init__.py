@@ -3,7 +3,9 @@
 linear_regime
     Glorot & Bengio 2010, eqs. 2-12: variances for φ(z) = z and any widths.
 mean_field
-    The infinite-width law of every statistic, for any activation.
+    The infinite-width limit of every statistic, for any activation.
+float64
+    Theory in float64 of a network and its inputs, whatever JAX's x64 setting.
 finite_width
     What wide layers' limits leave out: exact, at first order in 1/n, and carried means.
 shared_weights
@@ -29,6 +31,7 @@ from gradflow.theory import (
     criticality,
     finite_width,
     fixed_points,
+    float64,
     linear_regime,
     mean_field,
     prescription,
@@ -39,6 +42,6 @@ from gradflow.theory import (
     transformations,
 )
 
-__all__ = ["architectures", "criticality", "finite_width", "fixed_points"]
+__all__ = ["architectures", "criticality", "finite_width", "fixed_points", "float64"]
 __all__ += ["linear_regime", "mean_field", "prescription", "shared_weights", "spectrum"]
 __all__ += ["spectral_density", "summary", "transformations"]

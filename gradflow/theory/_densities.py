@@ -16,7 +16,7 @@ from gradflow import gaussian
 from gradflow.blocks import Dense
 from gradflow.estimation import Histogram, Values
 from gradflow.networks import Network
-from gradflow.statistics import BackwardLaw, ForwardLaw
+from gradflow.statistics import BackwardLimit, ForwardLimit
 
 __all__ = ["predicted"]
 
@@ -27,8 +27,8 @@ _COUNTED, _AVERAGED = 1 << 16, 1 << 11
 
 def predicted(
     network: Network,
-    forward: list[ForwardLaw],
-    backward: list[BackwardLaw],
+    forward: list[ForwardLimit],
+    backward: list[BackwardLimit],
     histograms: Mapping[str, Histogram],
 ) -> dict[str, Histogram]:
     """Return the histograms with predicted densities, (layers, bins), as their ``theory``.

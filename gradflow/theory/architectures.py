@@ -33,8 +33,10 @@ from gradflow.blocks import AbstractBlock, Patches
 from gradflow.errors import InputError
 from gradflow.gaussian import _batch, _pairs
 from gradflow.kernels import Kernel
-from gradflow.theory import fixed_points, mean_field
+from gradflow.theory import fixed_points
+from gradflow.theory._backward import log_gain
 from gradflow.theory._depth_scales import depth_scale
+from gradflow.theory._loops import scan_layers
 from gradflow.theory._moment_table import over_grid
 
 __all__ = ["DropoutAnalysis", "Walk", "batch_norm_chi", "convolution_modes", "critical_dropout"]
@@ -65,6 +67,11 @@ def walk(block: AbstractBlock, q0: ArrayLike, depth: int) -> Walk:
     depth
         The number of blocks.
 
+    Returns
+    -------
+    Walk
+        Each field of shape (depth,).
+
     Raises
     ------
     InputError
@@ -83,7 +90,7 @@ def walk(block: AbstractBlock, q0: ArrayLike, depth: int) -> Walk:
     check_scale("q0", q0)
     depth = check_count("depth", depth)
     begin = Kernel.of(jnp.asarray(q0, jnp.result_type(q0, 0.0))[None, None])
-    ends = jax.eval_shape(block.kernel, begin).law
+    ends = jax.eval_shape(block.kernel, begin).distribution
     if ends.has_memory:
         raise InputError(
             "block hands on an LSTM's state, whose gradient has no factor of one block; use "
@@ -92,12 +99,12 @@ def walk(block: AbstractBlock, q0: ArrayLike, depth: int) -> Walk:
 
     def step(state: Kernel, _: None) -> tuple[Kernel, tuple[Array, Array]]:
         after = block.kernel(state)
-        after = after.as_carry(state.law if depth > 1 else after.law)
+        after = after.as_carry(state.distribution if depth > 1 else after.distribution)
         q = after.covariance[0, 0] * jnp.exp(2 * after.log_scale[0])
-        return after, (q, mean_field.log_gain(block, state)[0])
+        return after, (q, log_gain(block, state)[0])
 
-    begin = begin.as_carry(ends if depth > 1 else begin.law)
-    _, (q, log_chi) = mean_field.scan_layers(step, begin, None, length=depth)
+    begin = begin.as_carry(ends if depth > 1 else begin.distribution)
+    _, (q, log_chi) = scan_layers(step, begin, None, length=depth)
     return Walk(q, jnp.exp(log_chi), jnp.cumsum(log_chi))
 
 
@@ -118,6 +125,11 @@ def batch_norm_chi(activation: Activation | str, size: int | float) -> Float[Arr
         φ.
     size
         B, the inputs in a batch, a whole number of at least 4, or ``math.inf``.
+
+    Returns
+    -------
+    Array
+        A scalar, of JAX's default float type.
 
     Raises
     ------
@@ -209,6 +221,11 @@ def dropout(
     start
         q of the first layer; where every q is a fixed point (`critical_dropout`), it is q*.
 
+    Returns
+    -------
+    DropoutAnalysis
+        Of the shape that the arguments broadcast to.
+
     Raises
     ------
     InputError
@@ -272,17 +289,33 @@ def _pair(q: Array, c: Array) -> Float[Array, "2 2"]:
 def critical_dropout(activation: Activation | str, keep_rate: ArrayLike) -> Float[Array, "..."]:
     """Return the σ_w² at which q stays as it is under dropout, for a homogeneous φ: p/E[φ(Z)²].
 
-    2p for ReLU (Pretorius et al. 2018, arXiv:1811.00293: 2/E[ε²] with a mask ε of E[ε²] = 1/p).
+    2p for ReLU (2/E[ε²] with a mask ε of E[ε²] = 1/p).
+
+    Parameters
+    ----------
+    activation
+        φ, positively homogeneous.
+    keep_rate
+        p, 0 < p <= 1, of any shape.
+
+    Returns
+    -------
+    Array
+        σ_w², of the shape of ``keep_rate``.
 
     Raises
     ------
     InputError
         If φ is not positively homogeneous, or ``keep_rate`` is out of range.
+
+    References
+    ----------
+    Pretorius et al. 2018, arXiv:1811.00293.
     """
     phi = activations.get(activation)
     if not phi.homogeneous:
         raise InputError(
-            f"activation is {phi.name!r}; every length is kept only by one with φ(a x) = a φ(x)"
+            f"activation is {phi.name!r}; every length is a fixed point only if φ(a x) = a φ(x)"
         )
     return _checked(keep_rate) / gaussian.moment(phi, "phi2", jnp.ones(()))
 

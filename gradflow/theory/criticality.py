@@ -371,6 +371,11 @@ def half_stable_points(activation: Activation, dtype: str = "float") -> HalfStab
     -------
     HalfStable
         Up to four points, from the smallest q*.
+
+    Raises
+    ------
+    InputError
+        If there is no such activation.
     """
     activation = activations.get(activation)
     return _half_stable_points(activation, jnp.dtype(dtype).name)
@@ -398,6 +403,21 @@ def _half_stable_points(activation: Activation, dtype: str) -> HalfStable:
 
 def universality_class(activation: Activation) -> UniversalityClass:
     """Return the class of an activation at criticality, computed in float64.
+
+    Parameters
+    ----------
+    activation
+        φ.
+
+    Returns
+    -------
+    UniversalityClass
+        ``NONE`` where χ₁ = χ∥ = 1 at no q.
+
+    Raises
+    ------
+    InputError
+        If there is no such activation.
 
     References
     ----------
@@ -427,7 +447,18 @@ def _near_zero(activation: Activation, q: Array) -> tuple[Array, Array, Array]:
 
 @jax.jit
 def phase(analysis: Analysis) -> Int[Array, "*grid"]:
-    """Return the `Phase` of each point of an analysis, of its shape; χ₁ = 1 is to rounding."""
+    """Return the `Phase` of each point of an analysis.
+
+    Parameters
+    ----------
+    analysis
+        Of `fixed_points.analyse`.
+
+    Returns
+    -------
+    Array
+        Of the analysis's shape, int8; ``CRITICAL`` where χ₁ is 1 to rounding.
+    """
     return jnp.select(
         [
             jnp.isnan(analysis.chi1),

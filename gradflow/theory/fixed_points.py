@@ -132,9 +132,26 @@ LABELS = {
 
 
 def trainable_depth(xi: Float[Array, "..."]) -> Float[Array, "..."]:
-    """Return 6 |ξ|, the depth in layers up to which networks train, for ξ_c and for ξ_∇.
+    """Return 6 |ξ|, the depth up to which networks train: a rule of thumb, not a law.
 
-    Source: Schoenholz et al. 2017 (arXiv:1611.01232), section 5: a rule of thumb, not a law.
+    Parameters
+    ----------
+    xi
+        ξ_c or ξ_∇, in layers, of any shape.
+
+    Returns
+    -------
+    Array
+        In layers, of the shape of ``xi``.
+
+    Raises
+    ------
+    InputError
+        If ``xi`` is not of numbers.
+
+    References
+    ----------
+    Schoenholz et al. 2017, arXiv:1611.01232, section 5.
     """
     return 6 * jnp.abs(jnp.asarray(as_numbers("xi", xi, float)))
 

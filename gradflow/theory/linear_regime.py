@@ -23,7 +23,7 @@ from gradflow import ensembles
 from gradflow._checks import check_count, check_sequence
 from gradflow.ensembles import Ensemble
 from gradflow.errors import InputError
-from gradflow.statistics import Prediction
+from gradflow.predictions import Prediction
 
 __all__ = ["predict", "variances", "weight_variances"]
 

@@ -155,6 +155,11 @@ def prescribe(
         The transform's parameter: ζ > 1 of DKS (1.5), τ > 0 of TAT (0.3), 0 < η < 1 of TAT for
         ReLU (0.9).
 
+    Returns
+    -------
+    Prescription
+        Computed in float64.
+
     Raises
     ------
     InputError

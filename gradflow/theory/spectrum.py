@@ -221,6 +221,11 @@ def mean_singular_value(
     law, sigma_w2, depth, weights
         As for `mean_and_variance`.
 
+    Returns
+    -------
+    Array
+        A scalar.
+
     Raises
     ------
     InputError
@@ -273,6 +278,11 @@ def support(law: SlopeLaw, sigma_w2: ArrayLike, depth: int, weights: str = "gaus
     ----------
     law, sigma_w2, depth, weights
         As for `mean_and_variance`.
+
+    Returns
+    -------
+    Support
+        λ, not s; edges are scalars.
 
     Raises
     ------

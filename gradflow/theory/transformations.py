@@ -77,7 +77,23 @@ class LocalMaps(NamedTuple):
 
 
 def local_maps(activation: Activation | str) -> LocalMaps:
-    """Return the `LocalMaps` of an activation, in JAX's default float type."""
+    """Return the `LocalMaps` of an activation, transformed or not.
+
+    Parameters
+    ----------
+    activation
+        φ, by name or as an `Activation`.
+
+    Returns
+    -------
+    LocalMaps
+        Scalars of JAX's default float type.
+
+    Raises
+    ------
+    InputError
+        If there is no such activation.
+    """
     m = gaussian.moments(activations.get(activation), 1.0)
     return LocalMaps(m.phi2, m.x_phi_dphi, m.phi**2 / m.phi2, m.dphi2 / m.phi2, m.ddphi2 / m.phi2)
 
@@ -87,6 +103,18 @@ def apply(activation: Activation | str, transformation: Transformation) -> Activ
 
     Without shifts, φ̂ has φ's closed kernels. In a number format of relative precision ε, φ̂ has an
     absolute error of about ε · output_scale · |output_shift|.
+
+    Parameters
+    ----------
+    activation
+        φ, by name or as an `Activation`.
+    transformation
+        The four numbers of φ̂.
+
+    Returns
+    -------
+    Activation
+        Equal arguments give one object.
 
     Raises
     ------
@@ -132,6 +160,16 @@ def normalising_gain(activation: Activation | str) -> float:
 
     PyTorch's gains are other numbers: 5/3 for tanh and 3/4 for SELU, where γ is 1.593 and 1.
 
+    Parameters
+    ----------
+    activation
+        φ, by name or as an `Activation`.
+
+    Returns
+    -------
+    float
+        γ, computed in float64.
+
     Raises
     ------
     InputError
@@ -160,6 +198,11 @@ def applied(network: Network, method: str = "tat", target: float | None = None) 
         Of `builders.mlp`, without normalisation and dropout: `Dense` layers of one φ.
     method, target
         As for `by_name`.
+
+    Returns
+    -------
+    Network
+        Of the same widths and depth.
 
     Raises
     ------
@@ -200,6 +243,11 @@ def by_name(
         The method's parameter: ζ > 1 of DKS (1.5), τ > 0 of TAT (0.3), 0 < η < 1 of TAT for ReLU
         (0.9).
 
+    Returns
+    -------
+    activation, transformation
+        φ̂, and its four numbers.
+
     Raises
     ------
     InputError
@@ -228,6 +276,11 @@ def tailored_leaky_relu(depth: int, eta: float = 0.9) -> Activation:
         The number of nonlinear layers, one after another.
     eta
         The correlation, in (0, 1), at which inputs that were uncorrelated leave the network.
+
+    Returns
+    -------
+    Activation
+        Positively homogeneous, with its closed kernels.
 
     Raises
     ------
@@ -367,6 +420,11 @@ def deep_kernel_shaping(
     zeta
         ζ > 1, the slope of the network's C map at 1. Only a linear network has 1.
 
+    Returns
+    -------
+    Transformation
+        For `apply`; computed in float64.
+
     Raises
     ------
     InputError
@@ -406,6 +464,11 @@ def tailored(activation: Activation | str, depth: int, tau: float = 0.3) -> Tran
         The number of nonlinear layers, one after another.
     tau
         τ > 0, the curvature of the network's C map at 1.
+
+    Returns
+    -------
+    Transformation
+        For `apply`; computed in float64.
 
     Raises
     ------

@@ -13,9 +13,9 @@ from jaxtyping import Array, Float
 
 from gradflow import statistics
 from gradflow._compilation import Float64Program
+from gradflow._labels import Values, key_of, labelled, layers
 from gradflow.errors import InputError
 from gradflow.networks import Network
-from gradflow.statistics import Values
 from gradflow.theory import mean_field
 from gradflow.training import parameters, records
 from gradflow.training.loop import State
@@ -84,7 +84,7 @@ class Training(eqx.Module):
 
     def __getitem__(self, name: str) -> np.ndarray:
         """Return what was recorded by its key or, in its own unit, by its name."""
-        key = statistics.key_of(name, self.values.keys())
+        key = key_of(name, self.values.keys())
         value = self.values[key]
         return value if key == name else np.exp(value.astype(np.float64))
 
@@ -200,14 +200,14 @@ class Training(eqx.Module):
                 "learning_rate": self.learning_rates,
                 "seed": np.arange(self.seeds),
                 "step": self.steps,
-                "layer": statistics.layers(self.networks[0].depth),
+                "layer": layers(self.networks[0].depth),
             },
         )
         labels = {s.key: s.label for s in records.RECORDED if not s.log} | records.LABELS
         for name, label in labels.items():
             if name in dataset:
                 dataset[name].attrs["long_name"] = label
-        return statistics.labelled(dataset).assign_attrs(
+        return labelled(dataset).assign_attrs(
             widths=list(self.networks[0].widths),
             batch=self.batch,
             samples=self.samples,

@@ -25,10 +25,11 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jax.typing import ArrayLike
 from jaxtyping import PRNGKeyArray
 
-from gradflow import _compilation, statistics
+from gradflow import _compilation
 from gradflow import networks as nets
 from gradflow._arguments import as_key
 from gradflow._checks import check_count, check_instance, check_number, check_progress
+from gradflow._labels import checked
 from gradflow.errors import InputError
 from gradflow.networks import Network
 from gradflow.simulation import _memory, _programs
@@ -209,7 +210,7 @@ def train(
         rates.astype(dtype)[grid[:, 1]],
         grid[:, 2].astype(np.int32),
     )
-    wanted = tuple(s for s in statistics.checked(wanted) if s.sites <= len(seen.labels))
+    wanted = tuple(s for s in checked(wanted) if s.sites <= len(seen.labels))
 
     count = len(grid)
     weights = sum(n * m for layer in laws[0].shapes for n, m in layer)

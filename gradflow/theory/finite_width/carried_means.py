@@ -42,13 +42,13 @@ from gradflow.activations import Activation
 from gradflow.blocks import GRU, AbstractBlock, Activate, Chain, Linear, Residual
 from gradflow.errors import InputError
 from gradflow.networks import Network
-from gradflow.statistics import BackwardLaw, ForwardLaw
-from gradflow.theory import mean_field
-from gradflow.theory.finite_width.first_order import Corrections
+from gradflow.predictions import Corrections
+from gradflow.statistics import BackwardLimit, ForwardLimit
+from gradflow.theory._limits import limits
 
-__all__ = ["correct", "correct_from", "covers"]
+__all__ = ["correct", "correct_limits", "covers"]
 
-TERM = "the gradient's part along the mean over units, which grows as the signal does"
+_EFFECT = "the gradient's part along the mean over units, which grows as the signal does"
 
 _XI, _CHANCES = np.polynomial.hermite_e.hermegauss(100)
 _CHANCES = _CHANCES / _CHANCES.sum()
@@ -100,38 +100,38 @@ def correct(network: Network, gram: Float[ArrayLike, "sites sites"]) -> Correcti
             f"network is {network.name!r}; what carried means do is known for residual blocks past "
             "Linear and Activate, highway layers and Linear layers, of independent Gaussian weights"
         )
-    return correct_from(network, *mean_field.laws(network, gram))
+    return correct_limits(network, *limits(network, gram))
 
 
-def correct_from(
-    network: Network, forward: Sequence[ForwardLaw], backward: Sequence[BackwardLaw]
+def correct_limits(
+    network: Network, forward: Sequence[ForwardLimit], backward: Sequence[BackwardLimit]
 ) -> Corrections:
-    """Return what `correct` does, from what `mean_field.laws` returns."""
-    (up,), (down,) = forward, backward  # no layer merges sites
-    q = jnp.diagonal(up.covariance, axis1=1, axis2=2)
-    q = jnp.where(up.log_scale == 0, q, jnp.nan)
+    """What `correct` computes, from the network's infinite-width limits, `_limits.limits`."""
+    (signals,), (gradients,) = forward, backward  # no layer merges sites
+    q = jnp.diagonal(signals.covariance, axis1=1, axis2=2)
+    q = jnp.where(signals.log_scale == 0, q, jnp.nan)
     widths = jnp.asarray(np.array(network.widths[1:], float), q.dtype)
     maps, last = [], 0
     for stage in network.stages[1:]:
         at = slice(last, last + stage.repeats)
         of_layers = jax.vmap(jax.vmap(_Map.of, (None, 0, 0)), (None, 0, 0))
-        maps.append(of_layers(stage.block, q[at], up.mean[at]))
+        maps.append(of_layers(stage.block, q[at], signals.mean[at]))
         last += stage.repeats
     steps = jax.tree.map(lambda *x: jnp.concatenate(x), *maps)
-    ends = _symmetric(q, up.mean, jnp.ones_like(q))
+    ends = _symmetric(q, signals.mean, jnp.ones_like(q))
     weighted = jnp.concatenate([ends[:1], steps.seen])
     exceeds, exceeds_weights = _walk(steps, ends, weighted, widths)
 
     typical = _mean_log(exceeds)
-    change = _log_mean(down.log_variance + _log1p(exceeds)) - _log_mean(down.log_variance)
-    change_weights = _log_mean(down.log_variance + _log1p(exceeds_weights))
-    change_weights -= _log_mean(down.log_variance)
+    change = _log_mean(gradients.log_variance + _log1p(exceeds)) - _log_mean(gradients.log_variance)
+    change_weights = _log_mean(gradients.log_variance + _log1p(exceeds_weights))
+    change_weights -= _log_mean(gradients.log_variance)
 
     def change_of_both(xi: Array) -> Array:
         return (1 + exceeds[:-1] * xi**2) / (1 + exceeds[1:] * xi**2)
 
     factor = _mean(change_of_both, q.dtype)
-    chi = jnp.exp(down.log_ratio[:-1]) * (factor - 1)
+    chi = jnp.exp(gradients.log_ratio[:-1]) * (factor - 1)
     undefined = jnp.full(network.depth, jnp.nan, q.dtype)
     shift = {
         "chi": jnp.append(jnp.mean(chi, axis=1), jnp.nan),
@@ -145,7 +145,7 @@ def correct_from(
     shift = {key: jnp.where(large, value, jnp.nan) for key, value in shift.items()}
     keys = [s.key for s in statistics.ALL if s.sites <= q.shape[1]]
     return Corrections(
-        {key: shift.get(key, undefined) for key in keys}, dict.fromkeys(keys, undefined), TERM
+        {key: shift.get(key, undefined) for key in keys}, dict.fromkeys(keys, undefined), _EFFECT
     )
 
 

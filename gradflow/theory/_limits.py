@@ -1,0 +1,178 @@
+"""The infinite-width limits of all layers: the forward pass, and with `_backward` both."""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, ArrayLike, Float
+
+from gradflow import statistics
+from gradflow._arguments import as_real
+from gradflow._checks import is_traced
+from gradflow.blocks import GRU, LSTM, AbstractBlock
+from gradflow.errors import InputError
+from gradflow.kernels import Kernel
+from gradflow.networks import Network, Stage, check_network
+from gradflow.predictions import Prediction
+from gradflow.statistics import BackwardLimit, ForwardLimit
+from gradflow.theory._backward import backward_limits
+from gradflow.theory._loops import joined, map_layers, scan_layers
+
+__all__ = ["has_correlated_steps", "limits", "prediction", "through_blocks"]
+
+# Of inputs' products, relative, in units of their dtype's epsilon.
+_ROUNDING = 1 << 10
+
+
+def limits(
+    network: Network,
+    gram: Float[ArrayLike, "sites sites"],
+    mean: Float[ArrayLike, " sites"] | None = None,
+) -> tuple[list[ForwardLimit], list[BackwardLimit]]:
+    """The infinite-width limits of all layers' signals and gradients.
+
+    One for every run of layers with equally many sites: one, unless a layer merges positions. The
+    arguments are those of `mean_field.predict`.
+
+    Raises
+    ------
+    InputError
+        As `mean_field.predict` does.
+    """
+    begin = Kernel.of(*_checked_gram(network, gram, mean))
+    entering, leaving, forward, why_missing = _forward(network, begin)
+    backward = backward_limits(network, entering, leaving)
+    return forward, [dataclasses.replace(limit, why_missing=why_missing) for limit in backward]
+
+
+def prediction(forward: Sequence[ForwardLimit], backward: Sequence[BackwardLimit]) -> Prediction:
+    """Every statistic's value at every layer, from the `limits`."""
+    sites = forward[0].mean.shape[-1]
+    wanted = [(s, s.predict) for s in statistics.ALL if s.predict and s.sites <= sites]
+    return Prediction(
+        {
+            s.key: jnp.concatenate(
+                [map_layers(predict, run) for run in (backward if s.backward else forward)]
+            )
+            for s, predict in wanted
+        },
+        why_missing=backward[0].why_missing,
+    )
+
+
+def _checked_gram(network: Network, gram: Any, mean: Any) -> tuple[Array, Array | None]:
+    """The inputs' Gram matrix and means as arrays, or raise `InputError`."""
+    check_network(network)
+    matrix = as_real("gram", gram, whole=float)
+    if matrix.ndim != 2 or matrix.shape[0] != matrix.shape[1]:
+        raise InputError(
+            f"gram has shape {matrix.shape}; it is (inputs, inputs), as "
+            "mean_field.input_gram(inputs) returns it"
+        )
+    gram = jnp.asarray(matrix)
+    if not is_traced(gram):
+        known = np.asarray(gram, np.float64)
+        size, rounding = np.diagonal(known), _ROUNDING * float(jnp.finfo(gram.dtype).eps)
+        most = np.sqrt(np.abs(np.outer(size, size))) * (1 + rounding)
+        if not (np.all(size >= 0) and np.all(np.abs(known) <= most)):
+            raise InputError(
+                "gram is no matrix of inputs' products: some |x_a · x_b| is above |x_a| |x_b|; it "
+                "is what mean_field.input_gram(inputs) returns"
+            )
+        if np.any(np.abs(known - known.T) > rounding * most):
+            raise InputError(
+                "gram is not symmetric; it is what mean_field.input_gram(inputs) returns"
+            )
+    if mean is None:
+        return gram, None
+    means = jnp.asarray(as_real("mean", mean), gram.dtype)
+    if means.shape != gram.shape[:1]:
+        raise InputError(f"mean has shape {means.shape}; it is ({len(gram)},), one for each input")
+    return gram, means
+
+
+def _forward(
+    network: Network, state: Kernel
+) -> tuple[list[Kernel], list[Kernel], list[ForwardLimit], str | None]:
+    """The kernels that enter each stage's blocks and the one that leaves it; every layer's limit.
+
+    Limits are by runs of equally many sites. The last result says why some layers have none.
+    """
+    why_missing = None
+    entering: list[Kernel] = []
+    leaving: list[Kernel] = []
+    runs: list[ForwardLimit] = []
+
+    def limit(kernels: Kernel, gaussian: bool) -> ForwardLimit:
+        known = jnp.full(len(kernels.mean), gaussian)
+        return ForwardLimit(
+            kernels.covariance, kernels.mean, kernels.log_scale, known, network.activation
+        )
+
+    for stage in network.stages:
+        correlated = has_correlated_steps(stage, state)
+        state, stage_entering = through_blocks(stage.block, state, stage.repeats)
+        outputs = jax.tree.map(lambda x: x[1:], stage_entering)
+        if correlated:
+            why_missing = why_missing or _why_missing(stage)
+            first = jax.tree.map(lambda x: x[:1], outputs)
+            state, stage_entering, rest = (
+                jax.tree.map(lambda x: jnp.full_like(x, jnp.nan), kernels)
+                for kernels in (state, stage_entering, jax.tree.map(lambda x: x[1:], outputs))
+            )
+            outputs = jax.tree.map(lambda *v: jnp.concatenate(v), first, rest)
+        entering.append(stage_entering)
+        leaving.append(state)
+        known = state.gaussian
+        if stage.repeats > 1:
+            runs.append(limit(outputs, known))
+        runs.append(limit(jax.tree.map(lambda x: x[None], state), known))
+    return entering, leaving, joined(runs), why_missing
+
+
+def has_correlated_steps(stage: Stage, state: Kernel) -> bool:
+    """Whether steps share their weights, and a unit's signal goes on to the next beside them.
+
+    What the weights add to the unit is then correlated over the steps, and so with its signal.
+    """
+    if not stage.tied or stage.repeats < 2 or not stage.block.n_weights:
+        return False
+    depends: list[bool] = []
+
+    def step(state: Kernel) -> Array:
+        state = state.renewed()
+        after = stage.block.kernel(state)
+        depends.append(after.may_depend_on(state))
+        return after.mean
+
+    jax.eval_shape(step, state)
+    return depends[0]
+
+
+def _why_missing(stage: Stage) -> str:
+    name = type(stage.block).__name__
+    sentence = (
+        f"no theory goes step by step through {stage.repeats} steps of {name} with shared weights: "
+        "what drives a unit is correlated over the steps and with the signal that it carries on"
+    )
+    known = isinstance(stage.block, GRU | LSTM)
+    return sentence + ("; see theory.shared_weights.predict_steps" if known else "")
+
+
+def through_blocks(block: AbstractBlock, state: Kernel, repeats: int) -> tuple[Kernel, Kernel]:
+    """The kernel that leaves equal blocks, and those that enter each of them, all in one."""
+    # A loop's carry has one structure: at its start nothing more is known than at its end.
+    distribution = (
+        jax.eval_shape(block.kernel, state).distribution if repeats > 1 else state.distribution
+    )
+    state = state.as_carry(distribution)
+    distribution = state.distribution
+
+    def step(state: Kernel, _: None) -> tuple[Kernel, Kernel]:
+        after = block.kernel(state)
+        return after.as_carry(distribution if repeats > 1 else after.distribution), state
+
+    return scan_layers(step, state, None, length=repeats)
