@@ -21,6 +21,7 @@ def number(text):
     return float(Fraction(text))
 
 
+@pytest.mark.medium
 def test_exact_gains_are_those_of_the_table(load_reference):
     rows = [r for r in load_reference("t6a_finite_width_exact") if "sb2" not in r["inputs"]]
     assert len(rows) == 18
