@@ -115,7 +115,7 @@ def scaling(kind, folder):
 
 def costs(kind, folder):
     """Return the mean seconds of each step of a chunk, and what it weighs."""
-    from gradflow.studies import _runner, description, execution, store
+    from gradflow.studies import _runner, execution, store, study_file
 
     spent = collections.defaultdict(list)
 
@@ -146,7 +146,7 @@ def costs(kind, folder):
     try:
         for owner, name, new in patched:
             setattr(owner, name, new)
-        study = description.parse(TEXT.format(**kind))
+        study = study_file.parse(TEXT.format(**kind))
         execution.run(study, folder / "costs")
     finally:
         for (owner, name, _), old in zip(patched, before, strict=True):

@@ -13,6 +13,7 @@ kernels            the state of an infinitely wide layer: second moments of sign
 blocks             layers, each defined once for one random network and for infinite width
 networks           a random network as data: stages of equal blocks
 builders           networks of the usual architectures: mlp, residual, convolutional, recurrent
+schema             a network as named options: for Python, study files and the command line
 statistics         the quantities of each layer: names, measurement, prediction, correction
 predictions        theory's values of every statistic, and the effect of finite width on them
 float_ranges       the layers in which signals and gradients leave float16, bfloat16, …, float64
@@ -28,7 +29,7 @@ spectra            singular values of end-to-end Jacobians, theory beside simula
 remedies           a network whose gradients vanish or explode, beside each remedy for it
 experiments        published experiments on training, repeated
 studies            large grids of networks, described by a file
-note               the study of vanishing and exploding gradients that ``gradflow study`` runs
+note               the study of vanishing and exploding gradients that ``gradflow note`` runs
 cli                the command ``gradflow``
 """
 
@@ -60,6 +61,7 @@ if TYPE_CHECKING:
     from gradflow.theory.criticality import critical_points as critical_points
     from gradflow.theory.criticality import phase_diagram as phase_diagram
     from gradflow.theory.fixed_points import analyse as analyse
+    from gradflow.theory.float64 import predict as predict
     from gradflow.theory.prescription import prescribe as prescribe
     from gradflow.training.train import train as train
 
@@ -84,6 +86,7 @@ _MODULES = {
     "log_singular_values": "simulation.singular_values",
     "mlp": "builders",
     "phase_diagram": "theory.criticality",
+    "predict": "theory.float64",
     "prescribe": "theory.prescription",
     "propagate": "simulation.propagation",
     "recurrent": "builders",

@@ -4,12 +4,12 @@ import dataclasses
 import itertools
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Annotated, Any
 
 import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Float
 
-from gradflow import activations, ensembles
+from gradflow import _entries, activations, ensembles
 from gradflow._arguments import as_real
 from gradflow._checks import (
     check_count,
@@ -19,6 +19,7 @@ from gradflow._checks import (
     is_number,
     unknown_name,
 )
+from gradflow._entries import Beside, LookedUp, OneOf, Whole, Widths
 from gradflow.activations import Activation
 from gradflow.blocks import (
     AbstractBlock,
@@ -68,40 +69,59 @@ POOLS: dict[str, Callable[[tuple[int, ...]], AbstractBlock]] = {
 }
 _NORM_POSITIONS = ("pre", "post")
 
+# Kinds of parameters; the metadata checks what a file or a command says, see `schema`.
+_Count = Annotated[int, Whole()]
+_Depth = Annotated[int, Whole(100_000)]
+_Phi = Annotated[Activation | str | Callable[..., Array], LookedUp(activations.get)]
+_Weights = Annotated[Ensemble | str | Callable[..., Array], LookedUp(ensembles.get)]
+_Deviation = Annotated[float | int, _entries.scale]
+_Norm = Annotated[str, OneOf("norm", tuple(NORMS))]
+_NormPosition = Annotated[str, OneOf("norm_position", _NORM_POSITIONS), Beside("norm")]
+_KeepRate = Annotated[float | int, _entries.probability]
+_BranchScale = Annotated[float | int | str, OneOf("scale", SCALES, _entries.scale)]
+
 
 def mlp(
-    widths: Sequence[int],
-    activation: Activation | str | Callable[..., Array] = "tanh",
-    weights: Ensemble | str | Callable[..., Array] = "glorot",
+    widths: Annotated[Sequence[int], Widths()],
+    activation: _Phi = "tanh",
+    weights: _Weights = "glorot",
     *,
-    last: Ensemble | str | Callable[..., Array] | None = None,
-    sigma_b: float | int | None = None,
-    norm: str | None = None,
-    norm_position: str = "pre",
-    keep_rate: float | int | None = None,
+    last: _Weights | None = None,
+    sigma_b: _Deviation | None = None,
+    norm: _Norm | None = None,
+    norm_position: _NormPosition = "pre",
+    keep_rate: _KeepRate | None = None,
     name: str | None = None,
 ) -> Network:
-    """Return a fully connected network: z^1 = W^1 x + b^1, z^l = W^l φ(z^{l-1}) + b^l.
+    """A fully connected network: z^1 = W^1 x + b^1, z^l = W^l φ(z^{l-1}) + b^l.
 
     Parameters
     ----------
     widths
-        (n_0, n_1, …, n_L): the input's width, then every layer's; L >= 1.
+        The input's width n_0, then every layer's: n_0, n_1, …, n_L; L >= 1.
     activation
-        φ, by name, as an `Activation`, or any elementwise JAX callable.
+        φ, by name; `gradflow list` has all. Or an `Activation`, or any elementwise JAX callable.
     weights
-        The ensemble, by name, as an `Ensemble`, or any `jax.nn.initializers` function.
+        The ensemble of the weights, by name. Or an `Ensemble`, or any function of
+        `jax.nn.initializers`.
     last
-        That of the top layer, where it is another: ``"mup_output"`` for μP.
+        The ensemble of the top layer's weights, where it is another one, as mup_output for μP.
     sigma_b
-        σ_b, the standard deviation of the biases (in the units of z); none without it.
-    norm, norm_position
-        A normalisation, ``"layer"``, ``"rms"`` or ``"batch"``, before the activation (``"pre"``,
-        W φ(norm(z)) + b) or after it (``"post"``, W norm(φ(z)) + b); none without it.
+        σ_b, the standard deviation of the biases, in the units of z; without it there are none.
+    norm
+        A normalisation of every layer's input: layer, rms or batch.
+    norm_position
+        Whether it stands before the activation, pre, W φ(norm(z)) + b, or after it, post,
+        W norm(φ(z)) + b.
     keep_rate
-        Dropout: the probability to keep a unit of what W multiplies; none without it.
+        Dropout: the probability to keep a unit of what W multiplies.
     name
-        What to call it; made from the other arguments without it.
+        For tables and files; made of the other arguments without it.
+
+    Returns
+    -------
+    Network
+        With a layer for each width but the first.
 
     Raises
     ------
@@ -132,82 +152,68 @@ def mlp(
     kind = _kind(norm, norm_position, keep_rate)
     if last is not None:
         kind = f", last layer {top.name}{kind}"
-    return Network(
-        stages=stages,
-        input_width=widths[0],
-        activation=phi,
-        name=name or f"{phi.name}, {ensemble.name}{kind}",
-    )
+    return Network(stages, widths[0], phi, name or f"{phi.name}, {ensemble.name}{kind}")
 
 
 def residual(
-    input_width: int,
-    width: int,
-    depth: int,
-    activation: Activation | str | Callable[..., Array] = "tanh",
-    weights: Ensemble | str | Callable[..., Array] = "glorot",
+    input_width: _Count,
+    width: _Count,
+    depth: _Depth,
+    activation: _Phi = "tanh",
+    weights: _Weights = "glorot",
     *,
-    scale: float | int | str = 1.0,
-    layers: int = 1,
-    hidden: int | None = None,
+    scale: _BranchScale = 1.0,
+    layers: Annotated[int, Whole(100)] = 1,
+    hidden: _Count | None = None,
     weights_first: bool = False,
-    sigma_b: float | int | None = None,
-    norm: str | None = None,
-    norm_position: str = "pre",
-    keep_rate: float | int | None = None,
+    sigma_b: _Deviation | None = None,
+    norm: _Norm | None = None,
+    norm_position: _NormPosition = "pre",
+    keep_rate: _KeepRate | None = None,
     name: str | None = None,
 ) -> Network:
-    """Return a residual network: z^1 = W x + b, then ``depth`` times z^{l+1} = z^l + α f(z^l).
+    """A residual network: z^1 = W x + b, then ``depth`` times z^{l+1} = z^l + α f(z^l).
 
     Parameters
     ----------
     input_width, width, depth
-        The input's width, that of the stream z, and how many blocks there are.
-    activation, weights, sigma_b
-        As for `mlp`, of every layer.
+        The input's width, that of the stream z, and the number of blocks.
+    activation, weights, sigma_b, keep_rate, name
+        As for `mlp`, of every layer; dropout in the branches alone.
     scale
-        α: a number, ``"depth"`` for 1/√depth, or ``"zero"`` for 0 (ReZero, SkipInit: branches start
-        without effect). ``"fixup"`` is α = 1 where the last of a branch's m random matrices is 0
-        and the others are multiplied by depth^(-1/(2m-2)) (Zhang, Dauphin & Ma 2019,
-        arXiv:1901.09321, section 3; its biases start at 0, as does its classifier, which is none of
-        these layers).
+        α: a number, depth for 1/√depth, zero for 0 (ReZero, SkipInit), or fixup. The last of them
+        is α = 1 where the last of a branch's m weight matrices is 0 and the others are multiplied
+        by depth^(-1/(2m-2)), without biases (Zhang, Dauphin & Ma 2019, arXiv:1901.09321).
     layers
-        How many random matrices a branch has, each after an activation: f(z) = W φ(z) + b for one.
+        The number of a branch's weight matrices, each after an activation: f(z) = W φ(z) + b.
     hidden
         The width between a branch's layers; that of the stream without it.
     weights_first
-        Whether a branch begins with one more random matrix, as a transformer's does:
-        f(z) = V φ(W z + b) + a for ``layers=1`` ('full residual', Yang & Schoenholz 2017).
+        Whether a branch begins with one more weight matrix, as a transformer's. For ``layers=1``,
+        f(z) = V φ(W z + b) + a ('full residual', Yang & Schoenholz 2017).
     norm, norm_position
-        A normalisation at the branch's start (``"pre"``, z + α f(norm(z))) or of the sum
-        (``"post"``, norm(z + α f(z))): ``"layer"``, ``"rms"`` or
-        ``"batch"``; none without it.
-    keep_rate
-        Dropout in the branch: the probability to keep a unit after each activation.
-    name
-        What to call it; made from the other arguments without it.
+        As for `mlp`, but at the branch's start, z + α f(norm(z)), or of the sum, norm(z + α f(z)).
+
+    Returns
+    -------
+    Network
+        With depth + 1 layers: the first, and the blocks.
 
     Raises
     ------
     InputError
-        If a width or a count is not a whole number of at least 1, α or σ_b is not a finite number
-        of at least 0, ``keep_rate`` is not above 0 and at most 1, a name is unknown, or Fixup is to
-        have biases.
+        If a number is not in its range, as for `mlp`, α is not a finite number of at least 0, a
+        name is unknown, or Fixup is to have biases.
     """
     input_width, width = check_count("input_width", input_width), check_count("width", width)
     depth, layers = check_count("depth", depth), check_count("layers", layers)
     hidden = width if hidden is None else check_count("hidden", hidden)
     phi, ensemble = activations.get(activation), ensembles.get(weights)
-    linear = _linear(ensemble, sigma_b)
-    alpha = _scale(scale, depth)
-    if scale == "fixup" and sigma_b:
-        raise InputError(f"sigma_b is {sigma_b!r}; the biases of scale 'fixup' start at 0")
-    normalisation = _normalisation(norm, norm_position)
+    linear, normalisation = _linear(ensemble, sigma_b), _normalisation(norm, norm_position)
+    alpha = _scale(scale, depth, sigma_b)
     ends = [width, *[hidden] * (layers - 1 + weights_first), width]
     gains = _fixup_gains(len(ends) - 1, depth) if scale == "fixup" else [1.0] * (len(ends) - 1)
-    parts: list[AbstractBlock] = []
-    if norm_position == "pre":
-        parts += normalisation
+    parts: list[AbstractBlock] = list(normalisation if norm_position == "pre" else ())
     for number, (fan_in, fan_out) in enumerate(itertools.pairwise(ends)):
         activates = number > 0 or not weights_first
         before = _before_weights(phi, None, "pre", keep_rate) if activates else ()
@@ -217,32 +223,28 @@ def residual(
     block: AbstractBlock = Residual(_chain(parts), alpha)
     if norm_position == "post":
         block = _chain([block, *normalisation])
-    return Network(
-        stages=(Stage(linear(input_width, width)), Stage(block, depth)),
-        input_width=input_width,
-        activation=phi,
-        name=name
-        or f"{phi.name}, {ensemble.name}, residual{_kind(norm, norm_position, keep_rate)}",
-    )
+    kind = f"residual{_kind(norm, norm_position, keep_rate)}"
+    stages = (Stage(linear(input_width, width)), Stage(block, depth))
+    return Network(stages, input_width, phi, name or f"{phi.name}, {ensemble.name}, {kind}")
 
 
 def convolutional(
     shape: Sequence[int],
     channels: Sequence[int],
-    activation: Activation | str | Callable[..., Array] = "tanh",
-    weights: Ensemble | str | Callable[..., Array] = "glorot",
+    activation: _Phi = "tanh",
+    weights: _Weights = "glorot",
     *,
     size: int | Sequence[int] = 3,
     padding: str = "circular",
     delta: bool = False,
-    sigma_b: float | int | None = None,
+    sigma_b: _Deviation | None = None,
     dense: Sequence[int] = (),
-    pool: str = "mean",
+    pool: Annotated[str, OneOf("pool", tuple(POOLS))] = "mean",
     name: str | None = None,
 ) -> Network:
-    """Return convolutions, z^1 = W^1 * x + b^1, z^l = W^l * φ(z^{l-1}) + b^l, then dense layers.
+    """Convolutions, z^1 = W^1 * x + b^1, z^l = W^l * φ(z^{l-1}) + b^l, then dense layers.
 
-    Its inputs are those of `as_sites`: every position of every input is a site.
+    Inputs are those of `as_sites`: every position of every input is a site.
 
     Parameters
     ----------
@@ -251,7 +253,7 @@ def convolutional(
         columns).
     channels
         (c_0, c_1, …): the input's, then every convolution's, at least one.
-    activation, sigma_b
+    activation, sigma_b, name
         As for `mlp`.
     weights
         As for `mlp`; a filter of k elements has fan_in k c_{l-1} and fan_out k c_l.
@@ -261,34 +263,28 @@ def convolutional(
         What is beyond the edge: ``"circular"``, the other end, or ``"zeros"``.
     delta
         Whether filters are zero but for their centre, which has fan_in c_{l-1} and fan_out c_l;
-        with orthogonal weights it is the delta-orthogonal initialisation.
+        with orthogonal weights, delta-orthogonal (Xiao et al. 2018, arXiv:1806.05393, algorithm 1).
     dense
         The widths of the dense layers after the convolutions; none without it.
     pool
-        What the first of them gets of the convolutions' activations: ``"mean"``, that over
+        The first dense layer's input, of the convolutions' activations: ``"mean"``, that over
         positions, or ``"flatten"``, all of them.
-    name
-        What to call it; made from the other arguments without it.
+
+    Returns
+    -------
+    Network
+        With a layer for each convolution and each dense layer.
 
     Raises
     ------
     InputError
         If a length or a width is not a whole number of at least 1, there is no convolution, a
-        filter is longer than what it is for, σ_b is not a finite number of at least 0, or a name
-        is unknown.
-
-    References
-    ----------
-    Xiao et al. 2018, arXiv:1806.05393; algorithm 1 for delta-orthogonal.
+        filter is longer than its axis, σ_b is not a finite number of at least 0, or a name is
+        unknown.
     """
-    channels = [
-        check_count("a number of channels", count)
-        for count in check_sequence("channels", channels, "the input's channels and every layer's")
-    ]
-    dense = [
-        check_count("a width in dense", width)
-        for width in check_sequence("dense", dense, "the widths of the dense layers on top")
-    ]
+    needs = "the input's channels and every layer's"
+    channels = _counts("channels", channels, "a number of channels", needs)
+    dense = _counts("dense", dense, "a width in dense", "the widths of the dense layers on top")
     if len(channels) < 2:
         raise InputError(
             f"channels is {tuple(channels)!r}; it has the input's and those of one layer at least"
@@ -298,15 +294,52 @@ def convolutional(
     phi, ensemble = activations.get(activation), ensembles.get(weights)
     linear = _linear(ensemble, sigma_b)
     patches = Patches(_tuple(shape), _tuple(size), padding)
+    convolution = _convolution(patches, linear, delta)
+    layers = [(n == 0, *pair) for n, pair in enumerate(itertools.pairwise(channels))]
+    stages = [
+        Stage(convolution(activations.linear if first else phi, *pair), len(list(equal)))
+        for (first, *pair), equal in itertools.groupby(layers)
+    ]
+    if dense:
+        pooled = (Activate(phi), POOLS[pool](patches.shape))
+        stages += _dense_stages(pooled, channels[-1], dense, linear)
+    kind = "delta convolutions" if delta else "convolutions"
+    name = name or f"{phi.name}, {ensemble.name}, {kind}"
+    return Network(tuple(stages), channels[0], phi, name)
+
+
+def _dense_stages(
+    before: tuple[Activate, AbstractBlock],
+    width: int,
+    dense: Sequence[int],
+    linear: Callable[[int, int], Linear],
+) -> list[Stage]:
+    """Dense layers of these widths on a signal of a width, after an activation and a pooling."""
+    fan_in = Chain(before).width_after(width)
+    stages = [Stage(Chain((*before, linear(fan_in, dense[0]))))]
+    for pair, equal in itertools.groupby(itertools.pairwise(dense)):
+        stages.append(Stage(_as_dense(before[:1], linear(*pair)), len(list(equal))))
+    return stages
+
+
+def _counts(name: str, values: Sequence[int], each: str, needs: str) -> list[int]:
+    """Check a sequence of whole numbers of at least 1."""
+    return [check_count(each, value) for value in check_sequence(name, values, needs)]
+
+
+def _convolution(
+    patches: Patches, linear: Callable[[int, int], Linear], delta: bool
+) -> Callable[[Activation, int, int], Convolution]:
+    """Return a function (φ, channels in, channels out) that makes a convolution."""
     each = 1 if delta else patches.elements
 
-    def convolution(phi: Activation, fan_in: int, fan_out: int) -> AbstractBlock:
+    def make(phi: Activation, fan_in: int, fan_out: int) -> Convolution:
         scaled = linear(each * fan_in, each * fan_out)
         return Convolution(
             phi,
             patches.shape,
             patches.size,
-            padding,
+            patches.padding,
             fan_out,
             scaled.sigma_w,
             scaled.sigma_b,
@@ -314,30 +347,21 @@ def convolutional(
             delta,
         )
 
-    layers = [(n == 0, *pair) for n, pair in enumerate(itertools.pairwise(channels))]
-    stages = [
-        Stage(convolution(activations.linear if first else phi, *pair), len(list(equal)))
-        for (first, *pair), equal in itertools.groupby(layers)
-    ]
-    if dense:
-        pooled = Chain((Activate(phi), POOLS[pool](patches.shape)))
-        fan_in = pooled.width_after(channels[-1])
-        stages.append(Stage(Chain((*pooled.parts, linear(fan_in, dense[0])))))
-    for pair, equal in itertools.groupby(itertools.pairwise(dense)):
-        stages.append(Stage(_as_dense((Activate(phi),), linear(*pair)), len(list(equal))))
-    kind = "delta convolutions" if delta else "convolutions"
-    return Network(
-        stages=tuple(stages),
-        input_width=channels[0],
-        activation=phi,
-        name=name or f"{phi.name}, {ensemble.name}, {kind}",
-    )
+    return make
 
 
 def as_sites(images: Float[ArrayLike, "inputs *shape channels"]) -> Float[Array, "sites channels"]:
-    """Return images, (inputs, …, channels), as the inputs of a convolutional network.
+    """Images as the inputs of a convolutional network.
 
-    Shape (inputs · positions, channels): an input's positions one after the other, row by row.
+    Parameters
+    ----------
+    images
+        Shape (inputs, positions, channels) or (inputs, rows, columns, channels).
+
+    Returns
+    -------
+    array
+        Shape (inputs · positions, channels): an input's positions one after the other, row by row.
 
     Raises
     ------
@@ -357,16 +381,16 @@ def recurrent(
     input_width: int,
     width: int,
     steps: int,
-    activation: Activation | str | Callable[..., Array] = "tanh",
-    weights: Ensemble | str | Callable[..., Array] = "glorot",
+    activation: _Phi = "tanh",
+    weights: _Weights = "glorot",
     *,
-    sigma_b: float | int | None = None,
+    sigma_b: _Deviation | None = None,
     sigma_u: float | int | None = None,
     alike: float | int = 1.0,
     tied: bool = True,
     name: str | None = None,
 ) -> Network:
-    """Return a recurrent network: z^0 = U x, then ``steps`` times z^t = W φ(z^{t-1}) + b + u^t.
+    """A recurrent network: z^0 = U x, then ``steps`` times z^t = W φ(z^{t-1}) + b + u^t.
 
     Layer 1 is z^0, and layer t + 1 is time t; gradients go down as in backpropagation through time
     (Hochreiter 1991; Bengio, Simard & Frasconi 1994). At every layer the gradient is with respect
@@ -390,15 +414,21 @@ def recurrent(
     input_width, width
         n_0, and the number of units n.
     steps
-        How often W acts.
+        The number of steps, at each of which W acts.
     activation, weights, sigma_b
         As for `mlp`; σ_b that of b, which all steps share. U has entries of variance 1/n_0.
     sigma_u, alike
-        Of the input u^t = U' x^t at each step, drawn anew: see `blocks.Drive`; none without it.
+        The standard deviation of the input u^t = U' x^t, which is drawn anew at each step, and its
+        correlation between two inputs of the network, see `blocks.Drive`; without it there is none.
     tied
         Whether all steps have the same W and b; ``False`` makes them layers.
     name
-        What to call it; made from the other arguments without it.
+        For tables and files; made of the other arguments without it.
+
+    Returns
+    -------
+    Network
+        With steps + 1 layers, of which the steps share their weights if ``tied``.
 
     Raises
     ------
@@ -423,11 +453,11 @@ def recurrent(
 def stack(
     input_width: int,
     blocks: Sequence[AbstractBlock | tuple[AbstractBlock, int] | Stage],
-    activation: Activation | str | Callable[..., Array] = "tanh",
+    activation: _Phi = "tanh",
     *,
     name: str = "network",
 ) -> Network:
-    """Return a network of any blocks, each one layer, of pairs (block, how many times), or stages.
+    """A network of any blocks, each one layer, of pairs (block, how many times), or stages.
 
     Parameters
     ----------
@@ -438,7 +468,12 @@ def stack(
     activation
         The φ that activations and saturation are reported for.
     name
-        What to call it.
+        For tables and files.
+
+    Returns
+    -------
+    Network
+        With a layer for each block and each of its repeats.
 
     Raises
     ------
@@ -482,7 +517,7 @@ def _check_block(block: AbstractBlock) -> None:
 
 
 def _linear(ensemble: Ensemble, sigma_b: float | None) -> Callable[[int, int], Linear]:
-    """Return what makes a layer of weights and biases from (fan_in, fan_out)."""
+    """Return a function (fan_in, fan_out) that makes a layer of weights and biases."""
     if sigma_b is not None:
         check_number("sigma_b", sigma_b)
 
@@ -496,7 +531,7 @@ def _linear(ensemble: Ensemble, sigma_b: float | None) -> Callable[[int, int], L
 def _before_weights(
     phi: Activation, norm: str | None, norm_position: str, keep_rate: float | None
 ) -> tuple[AbstractBlock, ...]:
-    """Return what a signal passes before weights: activation, normalisation, dropout."""
+    """The blocks that a signal passes before weights: activation, normalisation, dropout."""
     normalisation = _normalisation(norm, norm_position)
     activate = (Activate(phi),)
     ordered = (*normalisation, *activate) if norm_position == "pre" else (*activate, *normalisation)
@@ -514,7 +549,7 @@ def _normalisation(norm: str | None, norm_position: str) -> tuple[AbstractBlock,
 
 
 def _as_dense(before: tuple[AbstractBlock, ...], linear: Linear) -> AbstractBlock:
-    """Return one block of these; `Dense` if there is an activation only."""
+    """Blocks and weights as one block; `Dense` if there is an activation only."""
     phi = activations.linear
     if len(before) == 1 and isinstance(before[0], Activate):
         phi, before = before[0].activation, ()
@@ -527,7 +562,10 @@ def _chain(parts: Sequence[AbstractBlock]) -> AbstractBlock:
     return parts[0] if len(parts) == 1 else Chain(tuple(parts))
 
 
-def _scale(scale: float | str, depth: int) -> float:
+def _scale(scale: float | str, depth: int, sigma_b: float | None) -> float:
+    """α as a number; a ``sigma_b`` is refused beside Fixup."""
+    if scale == "fixup" and sigma_b:
+        raise InputError(f"sigma_b is {sigma_b!r}; the biases of scale 'fixup' start at 0")
     if isinstance(scale, str):
         if scale not in SCALES:
             raise unknown_name("scale", scale, SCALES)
@@ -541,7 +579,7 @@ def _scale(scale: float | str, depth: int) -> float:
 
 
 def _fixup_gains(layers: int, depth: int) -> list[float]:
-    """Return what Fixup multiplies each of a branch's random matrices by."""
+    """Fixup's factor of each of a branch's weight matrices."""
     inner = depth ** (-1 / (2 * layers - 2)) if layers > 1 else 1.0
     return [*[inner] * (layers - 1), 0.0]
 

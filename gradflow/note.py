@@ -1,4 +1,4 @@
-"""The main job: what a study note says of vanishing and exploding gradients, against what is found.
+"""The main job: the claims of a study note on vanishing and exploding gradients, put to the test.
 
 The note says that with the logistic sigmoid and N(0, 1) weights the variance grows from layer to
 layer until the top layers saturate, that the logistic's mean of 0.5 makes it worse, and that a
@@ -8,7 +8,7 @@ real images (handwritten digits) and to the theory, beside the settings that are
 The networks are those of a study file, `FILE`, which `execution.run` draws like any other:
 
     execution.run(note.study(), folder)
-    found = note.findings(folder)
+    findings = note.findings(folder)
 """
 
 import dataclasses
@@ -39,9 +39,10 @@ from gradflow.predictions import Corrections, Prediction
 from gradflow.simulation.monte_carlo import Simulation, simulate
 from gradflow.statistics import Statistic
 from gradflow.statistics import chi as chi_statistic
-from gradflow.studies import _plan, description, results
+from gradflow.studies import _plan, results, study_file
 from gradflow.studies._plan import Program
 from gradflow.studies._point import Point
+from gradflow.studies._study import Study
 from gradflow.studies.store import Store
 from gradflow.theory import float64, mean_field
 from gradflow.theory.finite_width import first_order
@@ -51,7 +52,7 @@ __all__ += ["study"]
 
 # The study file; `scripts/paper.toml` is the same.
 FILE = Path(__file__).with_name("note.toml")
-# What the note calls the weights.
+# The note's names of the weights.
 _NOTES = {
     "unscaled": "N(0,1)",
     "standard": "standard (uniform)",
@@ -64,19 +65,19 @@ _NOTES = {
 
 @dataclasses.dataclass(frozen=True)
 class Setting:
-    """One family of networks that the study looks at."""
+    """One family of networks of the study."""
 
     activation: str
     weights: str
 
     @property
     def note(self) -> str:
-        """What the note calls its weights."""
+        """The note's name of its weights."""
         return _NOTES[self.weights]
 
     @property
     def name(self) -> str:
-        """What tables and files call it."""
+        """The setting's name in tables and files."""
         return f"{self.activation}, {self.note}"
 
 
@@ -93,7 +94,7 @@ _ITERATIONS = 200
 
 @dataclasses.dataclass(frozen=True)
 class Claim:
-    """A proposition of the note, what was found, and whether it holds."""
+    """A proposition of the note, whether it holds, and the numbers that say so."""
 
     claim: str
     verdict: str
@@ -124,7 +125,7 @@ class WidthSweep:
 
 @dataclasses.dataclass(frozen=True)
 class Findings:
-    """All that was found.
+    """The results of the study.
 
     Attributes
     ----------
@@ -152,8 +153,8 @@ def study(
     networks_gaussian: int = 1000,
     networks_uniform: int = 50,
     seed: int = 0,
-) -> description.Study:
-    """Return the study of `FILE` with other numbers in it, also in its text.
+) -> Study:
+    """The study of `FILE` with other numbers in it, also in its text.
 
     Parameters
     ----------
@@ -177,7 +178,7 @@ def study(
     text = FILE.read_text(encoding="utf-8")
     counts = [
         networks_gaussian if point.network().iid_gaussian else networks_uniform
-        for point in description.parse(text).points()
+        for point in study_file.parse(text).points()
     ]
     for field, value in {
         "width": width,
@@ -187,11 +188,11 @@ def study(
         "seed": seed,
     }.items():
         text = re.sub(rf"(?m)^{field} = (\d+|\[.*\])", f"{field} = {value}", text)
-    return description.parse(text)
+    return study_file.parse(text)
 
 
 def findings(folder: Path) -> Findings:
-    """Hold the note's claims against what a finished run of `study` has in its folder.
+    """Test the note's claims on the results of a finished run of `study`.
 
     The sweep over width and the paper's own networks are drawn here, each time the same ones.
 
@@ -215,7 +216,7 @@ def findings(folder: Path) -> Findings:
 
 @dataclasses.dataclass(frozen=True)
 class _Known:
-    """What the store has of a point; arrays of shape (statistics, layers)."""
+    """A point's measurements and theory in the store; arrays of shape (statistics, layers)."""
 
     point: Point
     statistics: tuple[Statistic, ...]
@@ -226,17 +227,17 @@ class _Known:
     dtype: str
 
     def by_key(self, values: np.ndarray) -> dict[str, jax.Array | np.ndarray]:
-        """Return a row of the values for each statistic."""
+        """The rows of an array, each by the key of its statistic."""
         return dict(zip((s.key for s in self.statistics), values, strict=True))
 
     def simulation(self) -> Simulation:
-        """Return the networks as `simulate` has them; how long they took is not known."""
+        """The measurements as those of `simulate`, without the seconds that they took."""
         overflowed, vanished = self.failures
         counts = self.estimates.count + self.estimates.excluded
         return Simulation(
             estimates={
-                s.key: jax.tree.map(lambda leaf, place=place: leaf[place], self.estimates)
-                for place, s in enumerate(self.statistics)
+                s.key: jax.tree.map(lambda leaf, row=row: leaf[row], self.estimates)
+                for row, s in enumerate(self.statistics)
             },
             histograms={},
             samples={},
@@ -255,15 +256,15 @@ class _Known:
 
 
 def _known(store: Store) -> dict[int, _Known]:
-    """Return what the store has, by the point's number."""
-    study, found = store.study, {}
+    """The measurements and theory of all points in the store, by the points' numbers."""
+    study, known = store.study, {}
     for program in _plan.programs(study):
         total = store.rounds.measurements(program.names)
         if total is None:
             continue
         theory = results.theory_of(program, store, total)
         for row, number in enumerate(program.numbers.tolist()):
-            found[number] = _Known(
+            known[number] = _Known(
                 point=study.point(number),
                 statistics=tuple(study.statistics),
                 estimates=jax.tree.map(lambda leaf, row=row: leaf[row], total.estimates),
@@ -272,11 +273,11 @@ def _known(store: Store) -> dict[int, _Known]:
                 program=program,
                 dtype=study.sampling.dtype,
             )
-    return found
+    return known
 
 
 def _comparison(known: _Known) -> tuple[Setting, Comparison]:
-    """Return a setting, and theory beside simulation as `comparison.compare` has it."""
+    """A setting, and its comparison as of `comparison.compare`."""
     point, simulation = known.point, known.simulation()
     theory = Prediction(known.by_key(known.theory["predicted"]))
     of_this_width = None
@@ -314,7 +315,7 @@ def _paper_networks(key: jax.Array) -> dict[str, Simulation]:
 
 
 def critical_width(activation: Activation) -> float:
-    """Return the width at which un-scaled N(0, 1) weights make χ = 1 at the fixed point q*.
+    """The width at which un-scaled N(0, 1) weights make χ = 1 at the fixed point q*.
 
     Width is σ_w² = n Var W here, and continuous. Solved in float64 to 1e-12.
 
@@ -336,7 +337,7 @@ def _chi_at_fixed_point(activation: Activation, sigma_w2: np.ndarray) -> np.ndar
 
 
 def _at_fixed_point(activation: Activation, sigma_w2: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return the q that the length map tends to, and χ there."""
+    """The q that the length map tends to, and χ there."""
     with jax.enable_x64(True):
         q, chi = _iterated(activation, jnp.asarray(sigma_w2, jnp.float64))
         return np.asarray(q), np.asarray(chi)
@@ -396,32 +397,23 @@ def _sweep(comparisons: dict[Setting, Comparison], narrower: dict[int, Estimate]
 
 
 def _claims(comparisons: dict[Setting, Comparison], sweep: WidthSweep) -> tuple[Claim, ...]:
-    """Hold each of the note's propositions against the numbers that were found."""
+    """Each of the note's propositions beside the numbers of theory and simulation."""
     by_name = {setting.name: comparison for setting, comparison in comparisons.items()}
-    unscaled, glorot = by_name["logistic, N(0,1)"], by_name["logistic, Glorot"]
-    tanh, tanh_glorot = by_name["tanh, N(0,1)"], by_name["tanh, Glorot (uniform)"]
+    return (
+        *_claims_on_signals(by_name, sweep),
+        *_claims_on_gradients(by_name, sweep),
+        _claim_on_speeds(by_name),
+    )
 
-    def value(comparison: Comparison, name: str, layer: int) -> float:
-        return float(comparison.simulation[name].value[layer])
 
-    def fixed_point_chi(name: str) -> float:
-        return float(np.asarray(by_name[name].theory["chi"])[-2])
-
-    width = unscaled.simulation.network.widths[1]
+def _claims_on_signals(by_name: dict[str, Comparison], sweep: WidthSweep) -> tuple[Claim, ...]:
+    unscaled, tanh = by_name["logistic, N(0,1)"], by_name["tanh, N(0,1)"]
     input_square = float(np.mean(data.digits()[:2] ** 2))
-    variance = [value(unscaled, "preactivation_variance", i) for i in (0, 1, -1)]
-    outputs = [value(unscaled, "activation_variance", i) for i in (0, -1)]
-    saturated = [100 * value(unscaled, "saturation", i) for i in (0, -1)]
+    variance = [_value(unscaled, "preactivation_variance", i) for i in (0, 1, -1)]
+    outputs = [_value(unscaled, "activation_variance", i) for i in (0, -1)]
+    saturated = [100 * _value(unscaled, "saturation", i) for i in (0, -1)]
     grows = variance[1] > variance[0]
-    chi_unscaled = math.sqrt(float(np.asarray(unscaled.theory["chi"])[-2]))
-    speeds = {name: _speed_spread(c) for name, c in by_name.items()}
-    slowest = max(speeds, key=lambda name: speeds[name])
-    weight_spread = _speed_spread(tanh_glorot)
-    with_correlation = [value(c, "correlation", -1) for c in (unscaled, tanh)]
-    (critical_q,), _ = _at_fixed_point(activations.logistic, np.array([sweep.critical_width]))
-    # n Var W of the paper's standard weights is 1/3.
-    _, (standard_chi,) = _at_fixed_point(activations.logistic, np.array([1 / 3]))
-    weights_vanish = by_name["tanh, standard (uniform)"]
+    with_correlation = [_value(c, "correlation", -1) for c in (unscaled, tanh)]
     centred = critical_sigma_w2_of_centred_logistic()
     return (
         Claim(
@@ -448,12 +440,23 @@ def _claims(comparisons: dict[Setting, Comparison], sweep: WidthSweep) -> tuple[
             f"explodes faster: ×{tanh.verdict.factor:.3g} a layer against "
             f"×{unscaled.verdict.factor:.3g}",
         ),
+    )
+
+
+def _claims_on_gradients(by_name: dict[str, Comparison], sweep: WidthSweep) -> tuple[Claim, ...]:
+    unscaled, glorot = by_name["logistic, N(0,1)"], by_name["logistic, Glorot"]
+    tanh = by_name["tanh, N(0,1)"]
+    width = unscaled.simulation.network.widths[1]
+    (critical_q,), _ = _at_fixed_point(activations.logistic, np.array([sweep.critical_width]))
+    # n Var W of the paper's standard weights is 1/3.
+    _, (standard_chi,) = _at_fixed_point(activations.logistic, np.array([1 / 3]))
+    return (
         Claim(
             "A saturated unit's derivative is close to 0, so nothing is left for the lower layers",
             _nothing_left(unscaled),
             f"at width {width} few units are left unsaturated, but each passes its gradient "
             f"through weights of size 1: ×{unscaled.verdict.factor:.3g} a layer "
-            f"(√χ = {chi_unscaled:.3g} at the fixed point); χ crosses 1 at width "
+            f"(√χ = {_chi_root(unscaled):.3g} at the fixed point); χ crosses 1 at width "
             f"{sweep.critical_width:.1f} (q* = {critical_q:.2f}): narrower N(0,1) networks vanish "
             "slightly, wider ones explode",
         ),
@@ -461,7 +464,7 @@ def _claims(comparisons: dict[Setting, Comparison], sweep: WidthSweep) -> tuple[
             "Vanishing: the lower layers hardly change",
             "true, for scaled weights" if glorot.verdict.kind == "vanishing" else "not found",
             f"logistic with Glorot weights: ×{glorot.verdict.factor:.3g} a layer (theory "
-            f"√χ = {math.sqrt(fixed_point_chi('logistic, Glorot')):.3g}); with the "
+            f"√χ = {_chi_root(glorot):.3g}); with the "
             f"paper's standard U[±1/√n] theory says ×{math.sqrt(standard_chi):.3g}",
         ),
         Claim(
@@ -470,20 +473,37 @@ def _claims(comparisons: dict[Setting, Comparison], sweep: WidthSweep) -> tuple[
             f"tanh with N(0,1) weights: ×{tanh.verdict.factor:.3g} a layer (theory "
             f"×{tanh.verdict.factor_theory:.3g})",
         ),
-        Claim(
-            "Layers learn at widely different speeds",
-            "true of some settings, not of zero-mean activations with scaled weights",
-            f"largest over smallest r.m.s. of ∂C/∂W relative to the weights' own, over layers 2 to "
-            f"last: {speeds[slowest]:.2g} ({slowest}), {weight_spread:.2f} (tanh, Glorot uniform: "
-            f"eq. 14, weight gradients alike in all layers), {_speed_spread(weights_vanish):.2g} "
-            f"(tanh, standard: alike too, and all vanish, to {_weight_gradient(weights_vanish):.0e}"
-            " of the top's ∂C/∂z: the ratio of layers detects nothing)",
-        ),
     )
 
 
+def _claim_on_speeds(by_name: dict[str, Comparison]) -> Claim:
+    speeds = {name: _speed_spread(c) for name, c in by_name.items()}
+    slowest = max(speeds, key=lambda name: speeds[name])
+    weight_spread = _speed_spread(by_name["tanh, Glorot (uniform)"])
+    weights_vanish = by_name["tanh, standard (uniform)"]
+    return Claim(
+        "Layers learn at widely different speeds",
+        "true of some settings, not of zero-mean activations with scaled weights",
+        f"largest over smallest r.m.s. of ∂C/∂W relative to the weights' own, over layers 2 to "
+        f"last: {speeds[slowest]:.2g} ({slowest}), {weight_spread:.2f} (tanh, Glorot uniform: "
+        f"eq. 14, weight gradients alike in all layers), {_speed_spread(weights_vanish):.2g} "
+        f"(tanh, standard: alike too, and all vanish, to {_weight_gradient(weights_vanish):.0e}"
+        " of the top's ∂C/∂z: the ratio of layers detects nothing)",
+    )
+
+
+def _value(comparison: Comparison, name: str, layer: int) -> float:
+    """The measured value of a statistic at a layer."""
+    return float(comparison.simulation[name].value[layer])
+
+
+def _chi_root(comparison: Comparison) -> float:
+    """The theory's factor of the gradient's norm a layer, √χ, at the highest layer that has one."""
+    return math.sqrt(float(np.asarray(comparison.theory["chi"])[-2]))
+
+
 def critical_sigma_w2_of_centred_logistic() -> float:
-    """Return the critical n Var W of φ(z) = σ(z) - 1/2: q* is 0, so it is 1/φ'(0)² = 16."""
+    """The critical n Var W of φ(z) = σ(z) - 1/2: q* is 0, so it is 1/φ'(0)² = 16."""
     return float(1 / activations.logistic.derivative(jnp.zeros(())) ** 2)
 
 

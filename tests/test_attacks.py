@@ -3,7 +3,6 @@
 GRADFLOW_TEST_ATTACKS=all tries every damage to every file of a store, in some minutes.
 """
 
-import dataclasses
 import os
 import re
 import shutil
@@ -17,8 +16,8 @@ from attacks import stores, study_files
 
 from gradflow import cli
 from gradflow.errors import InputError
-from gradflow.simulation import _memory, _programs
-from gradflow.studies import _plan, _rounds, description, execution, results
+from gradflow.simulation import _programs
+from gradflow.studies import _plan, execution, results, study_file
 from gradflow.studies._plan import Share
 from gradflow.studies.store import Store
 
@@ -45,19 +44,7 @@ EVERY = os.environ.get("GRADFLOW_TEST_ATTACKS") == "all"
 
 
 @pytest.fixture(scope="module", autouse=True)
-def _small_chunks():
-    """So that a small study has some, and merges them."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(_plan, "_CHUNK_SECONDS", 0.0)
-        patch.setattr(_plan, "_CHUNK_VALUES", 1)
-        patch.setattr(_rounds, "_MERGED_FILES", 3)
-        real = _memory.plan
-        patch.setattr(_memory, "plan", lambda *a, **k: dataclasses.replace(real(*a, **k), block=8))
-        _remember_what_is_drawn(patch)
-        yield
-
-
-def _remember_what_is_drawn(patch):
+def _remember_what_is_drawn(small_chunks):  # noqa: ARG001
     """Let chunks that were drawn before have what they had, so that they take no time."""
     real, values = _programs.compiled, {}
 
@@ -76,11 +63,13 @@ def _remember_what_is_drawn(patch):
 
         return call
 
-    patch.setattr(_programs, "compiled", compiled)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(_programs, "compiled", compiled)
+        yield
 
 
 def run(folder, text=LARGER, **how):
-    return execution.run(description.parse(text), folder, **how)
+    return execution.run(study_file.parse(text), folder, **how)
 
 
 @pytest.fixture(scope="module")
@@ -246,7 +235,7 @@ def test_a_study_file_that_is_changed_in_the_store_is_another_study(whole, tmp_p
     with pytest.raises(InputError, match="study.toml' is not the file that the study was last run"):
         Store.of(folder)
     with pytest.raises(InputError, match="base.depth was 4, is 5"):
-        execution.run(description.load(path), folder)
+        execution.run(study_file.load(path), folder)
 
 
 def test_shares_that_are_damaged_are_not_merged(other, tmp_path):
@@ -318,10 +307,10 @@ def test_a_folder_that_is_removed_while_a_study_runs_is_a_sentence(tmp_path):
 
 
 def test_networks_of_studies_do_not_depend_on_jaxs_default_cipher():
-    point = description.parse(TEXT).point(0)
+    point = study_file.parse(TEXT).point(0)
     words = np.asarray(jax.random.key_data(point.key))
     with jax.default_prng_impl("rbg"):
-        key = description.parse(TEXT).point(0).key
+        key = study_file.parse(TEXT).point(0).key
         assert str(jax.random.key_impl(key)) == "threefry2x32"
         np.testing.assert_array_equal(jax.random.key_data(key), words)
 
@@ -337,7 +326,7 @@ def test_a_mutated_study_file_means_something_or_is_one_sentence():
     for seed in range(count):
         text = study_files.mutated(FILE, seed)
         try:
-            study = description.parse(text)
+            study = study_file.parse(text)
             if len(study) < 1000:
                 _plan.programs(study)
         except InputError as error:
@@ -371,7 +360,7 @@ def test_a_mutated_study_file_means_something_or_is_one_sentence():
 )
 def test_what_would_take_hours_to_plan_is_refused_at_once(text, message):
     with pytest.raises(InputError, match=message):
-        _plan.programs(description.parse(text))
+        _plan.programs(study_file.parse(text))
 
 
 def test_a_correlation_is_an_axis_beside_the_statistic_of_its_name(tmp_path):

@@ -13,6 +13,7 @@ from rich.table import Table
 from typer.testing import CliRunner
 
 from gradflow import cli, experiments, remedies
+from gradflow.cli import _options, _output
 
 COMMANDS = [c.name or c.callback.__name__ for c in cli.app.registered_commands]
 SMALL = ["--width", "20", "--depth", "4", "--networks", "8"]
@@ -257,8 +258,8 @@ def test_help_is_there_with_examples(command, here):
         (["compare", "--depth", "10000000000"], "depth is 10000000000; it is a whole number of at"),
         (["prescribe", "--depth", "1000000000"], "depth is 1000000000, which needs"),
         (["prescribe", "--widths", "9,9999999999"], "widths is '9,9999999999'; it is the input's"),
-        (["study", "--networks", "1"], "networks is 1; it is a whole number of at least 2"),
-        (["study", "--uniform-networks", "0"], "uniform_networks is 0"),
+        (["note", "--networks", "1"], "networks is 1; it is a whole number of at least 2"),
+        (["note", "--uniform-networks", "0"], "uniform_networks is 0"),
         (["compare", "--networks", "0"], "networks is 0"),
         (["compare", "--inputs", "5000"], "there are 1797 digit images"),
         (["compare", "--sigma-w", "nan"], "sigma_w is nan; it is a finite number above 0"),
@@ -272,7 +273,7 @@ def test_help_is_there_with_examples(command, here):
         (["prescribe", "--target", "1"], "target is 1.0, which means nothing without --transform"),
         (["spectrum", "--width", "9"], "width is 9, which means nothing without --simulate"),
         (["spectrum", "--q", "1", "--sigma-b2", "1"], "q is 1.0 and sigma_b2 is 1.0; the first"),
-        (["study", "a/b.toml", "--depth", "3"], "depth is 3 and file is 'a/b.toml'; the first"),
+        (["study", "a/b.toml", "--depth", "3"], "No such option: --depth"),
         (["study", "a.toml", "--process", "3"], "process is 3, which means nothing without --coo"),
         (
             ["study", "a.toml", "--coordinator", "h:1", "--distributed"],
@@ -286,7 +287,7 @@ def test_help_is_there_with_examples(command, here):
         (["compare", "--distribution", ""], "unknown distribution ''"),
         (["remedies", "--sigma-b", "1e300"], "sigma_b is 1e+300; it is at most 1e+150"),
         (["compare", "--out", ""], "out is ''; it is the name of a folder, new or not"),
-        (["study", "--out", " "], "out is ' '; it is the name of a folder"),
+        (["note", "--out", " "], "out is ' '; it is the name of a folder"),
         (["compare", "--out", "x" * 300], "which cannot be written to (file name too long)"),
         (["compare", "--activation", "a\x1b[31m\n\0b"], r"unknown activation 'a\x1b[31m\n\x00b'"),
         (["compare", "--weights", "x" * 100_000], "[9"),
@@ -297,7 +298,7 @@ def test_help_is_there_with_examples(command, here):
         (["compare", "--out", "/proc/nowhere"], "out is '/proc/nowhere'"),
         (["compare", "--widht", "3"], "--widht"),
         (["compare", "--width", "wide"], "wide"),
-        (["study", "--depth", "1"], "depth is 1; it is a whole number of at least 3"),
+        (["note", "--depth", "1"], "depth is 1; it is a whole number of at least 3"),
         (["theory", "--sigma-w2", "-1"], "sigma_w2 is -1.0; it is a finite number, 0 or more"),
         (["theory", "--sigma-b2", "nan"], "sigma_b2 is nan"),
         (["theory", "--correlations", "0.5,-1.5"], "correlations is '0.5,-1.5'; it is numbers"),
@@ -346,7 +347,13 @@ def test_help_is_there_with_examples(command, here):
         (["train", "--networks", "0"], "networks is 0"),
         (["train", "--width", "1000000"], "GiB in training"),
         (["study", "none.toml"], "none.toml"),
-        (["study", "none.toml", "--width", "3"], "give one of them"),
+        (["study", "--share", "1/2"], "--share goes with a study file"),
+        (["compare", "--kind", "resnet"], "unknown kind 'resnet'"),
+        (["compare", "--scale", "0.5"], "scale is of networks of kind 'residual'; leave it out"),
+        (["compare", "--norm-position", "post"], "norm_position goes with norm, and there is none"),
+        (["compare", "--sigma-w2", "-1"], "sigma_w2 is -1.0; it is a finite number above 0"),
+        (["compare", "--kind", "residual", "--scale", "deep"], "unknown scale 'deep'"),
+        (["compare", "--kind", "residual", "--widths", "9,9"], "widths is of networks of kind"),
         (["plan", "none.toml"], "no such file"),
         (["show", "nowhere"], "'nowhere', which holds no study"),
         (["report", "nowhere"], "'nowhere', which holds no study"),
@@ -419,7 +426,7 @@ def test_a_narrow_terminal_cuts_no_number(columns, monkeypatch):
     monkeypatch.setattr(terminal, "isatty", lambda: True, raising=False)
     table = Table("quantity", "value")
     table.add_row("a", "0.12345678901234567890")
-    cli._shared.make_console().print(table)
+    _output.make_console().print(table)
     assert "0.12345678901234567890" in terminal.getvalue()
 
 
@@ -433,7 +440,7 @@ def folder_of(arguments, monkeypatch):
     def stop(folder):
         raise Reached(folder)
 
-    for module in (cli._shared, cli.training):
+    for module in (_options, cli.training):
         monkeypatch.setattr(module, "writable_folder", stop)
     monkeypatch.setattr(sys, "argv", ["gradflow", *arguments])
     with pytest.raises(Reached) as reached:
@@ -573,14 +580,14 @@ def test_remedies_prints_a_table_and_a_figure(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_study_answers_the_note(tmp_path, here):
-    command = ["study", "--width", "60", "--depth", "6"]
+def test_note_answers_the_note(tmp_path, here):
+    command = ["note", "--width", "60", "--depth", "6"]
     command += ["--networks", "60", "--uniform-networks", "10"]
     done = here(*command)
     assert done.returncode == 0, done.stderr
     for word in ("logistic, N(0,1)", "selu, LeCun", "the note says", "critical at width 103.01"):
         assert word in done.stdout
-    results = tmp_path / "results" / "study"
+    results = tmp_path / "results" / "note"
     assert len(list(results.glob("*.nc"))) == 12
     assert len(list(results.glob("*.png"))) == 6
     found = json.loads((results / "study.json").read_text())
@@ -592,14 +599,14 @@ def test_study_answers_the_note(tmp_path, here):
     assert (again.returncode, again.stdout) == (0, done.stdout), again.stderr
     assert json.loads((results / "study.json").read_text()) == found
     assert "networks" not in again.stderr
-    shown = here("show", "results/study", "--json")
+    shown = here("show", "results/note", "--json")
     assert json.loads(shown.stdout)["networks"] == 9 * 60 + 2 * 10
-    assert here("report", "results/study").returncode == 0
+    assert here("report", "results/note").returncode == 0
     more = here(*command, "--uniform-networks", "15", "--json")
     assert json.loads(more.stdout)["settings"]["tanh, Glorot (uniform)"]["networks"] == 15
 
     # Anything else is not the same study: nothing is overwritten.
-    other = here("study", "--depth", "5")
+    other = here("note", "--depth", "5")
     assert other.returncode == 2
     assert "base.depth was 6, is 5; " in other.stderr
     assert other.stderr.endswith("for anything else give another --out\n")

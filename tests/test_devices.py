@@ -77,7 +77,11 @@ def alone(tmp_path_factory):
 
 
 @pytest.mark.parametrize(
-    ("devices", "processes"), [(3, 1), pytest.param(2, 2, marks=pytest.mark.slow)]
+    ("devices", "processes"),
+    [
+        pytest.param(3, 1, marks=pytest.mark.medium),
+        pytest.param(2, 2, marks=pytest.mark.slow),
+    ],
 )
 def test_devices_and_processes_change_nothing_but_the_rounding(tmp_path, alone, devices, processes):
     for found in results(tmp_path, devices, processes):

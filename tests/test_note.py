@@ -5,7 +5,7 @@ import pytest
 
 from gradflow import activations, comparison, note
 from gradflow.errors import InputError
-from gradflow.studies import description, execution
+from gradflow.studies import execution, study_file
 
 
 def test_unscaled_logistic_networks_are_critical_at_width_103():
@@ -32,7 +32,7 @@ def test_chi_of_unscaled_networks_is_that_of_the_notes_table(name, width, chi):
 def test_the_study_is_that_of_its_file_with_other_numbers():
     assert note.study().text == note.FILE.read_text(encoding="utf-8")
     study = note.study(width=20, depth=4, networks_gaussian=7, networks_uniform=3, seed=5)
-    assert study == description.parse(study.text)
+    assert study == study_file.parse(study.text)
     points = list(study.points())
     assert [p.networks for p in points] == [7, 7, 7, 3, 3, 7, 7, 7, 7, 7, 7]
     assert [p.network().widths for p in points] == [(20,) * 5] * 11

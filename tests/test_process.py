@@ -76,7 +76,7 @@ def test_settings_that_jax_does_not_know_are_one_sentence(setting):
 def test_a_program_that_heeds_no_signal_is_ended():
     """As a compiler; one that has a handler which does nothing is the same to Python."""
     code = (
-        "import os, signal, threading, time; from gradflow.cli import process\n"
+        "import os, signal, threading, time; from gradflow.cli import _process as process\n"
         "process.GRACE = 0.2\n"
         "signal.signal(signal.SIGINT, lambda *_: None)\n"
         "with process.ended_soon():\n"
@@ -91,7 +91,7 @@ def test_a_program_that_heeds_no_signal_is_ended():
 
 def test_a_process_that_is_not_interrupted_goes_on_after_it():
     code = (
-        "import time; from gradflow.cli import process\n"
+        "import time; from gradflow.cli import _process as process\n"
         "process.GRACE = 0.1\n"
         "with process.ended_soon(): pass\n"
         "time.sleep(0.5); raise SystemExit(7)\n"

@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 from gradflow import cli
 from gradflow.errors import InputError
 from gradflow.figures import _study as figure
-from gradflow.studies import description, execution, report, results
+from gradflow.studies import execution, report, results, study_file
 
 EVIL = '<script>alert("1")</script> & <img src=x>'
 TEXT = f"""
@@ -131,7 +131,7 @@ measure = ["q", "gradient_variance", "log_gradient_norm"]
 def deep(tmp_path_factory):
     """Results of networks that are deep enough to have depth scales."""
     folder = tmp_path_factory.mktemp("deep")
-    written = execution.run(description.parse(DEEP), folder / "out").results
+    written = execution.run(study_file.parse(DEEP), folder / "out").results
     return xarray.load_dataset(written)
 
 

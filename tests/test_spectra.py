@@ -12,10 +12,13 @@ import xarray
 from gradflow import training
 from gradflow.errors import InputError
 from gradflow.simulation import _memory, _programs, propagation, singular_values
-from gradflow.studies import _plan, _rounds, _spectra, description, execution
+from gradflow.studies import _plan, _rounds, _spectra, execution, study_file
 from gradflow.studies._point import Point
+from gradflow.studies._study import HistogramRange
 from gradflow.theory import _spectral_shares, spectrum
 
+end_to_end = jax.jit(singular_values.end_to_end)
+propagate = jax.jit(propagation.propagate)  # with the dense sampler
 TEXT = """
 [network]
 activation = "tanh"
@@ -85,13 +88,13 @@ def changed(*pairs):
 )
 def test_a_spectrum_is_of_plain_networks_and_others_are_refused_in_a_sentence(text, message):
     with pytest.raises(InputError, match=rf"^{message}"):
-        description.parse(text)
+        study_file.parse(text)
 
 
 def test_plain_networks_are_not_refused_and_what_they_take_is_known():
-    with_spectrum = description.parse(TEXT)
-    without = description.parse(TEXT[: TEXT.index("[spectrum]")])
-    assert with_spectrum.spectrum == description.HistogramRange(0.0, 2.0, 8)
+    with_spectrum = study_file.parse(TEXT)
+    without = study_file.parse(TEXT[: TEXT.index("[spectrum]")])
+    assert with_spectrum.spectrum == HistogramRange(0.0, 2.0, 8)
     assert "spectrum" not in without.fixed()  # stores of before are still those of their files
     (program, other), (plain, _) = (_plan.programs(s) for s in (with_spectrum, without))
     assert program.sampler == other.sampler == "dense"
@@ -102,11 +105,11 @@ def test_plain_networks_are_not_refused_and_what_they_take_is_known():
     for more in ("data = 'digits'", "mean_square = 0.5"):
         width = 64 if "data" in more else 12
         text = changed(("width = 12", f"width = {width}"), ("[sampl", f"[inputs]\n{more}\n[sampl"))
-        assert description.parse(text).spectrum
+        assert study_file.parse(text).spectrum
 
 
 def run(folder, text=TEXT, **how):
-    return execution.run(description.parse(text), folder, **how)
+    return execution.run(study_file.parse(text), folder, **how)
 
 
 def whole_jacobian(network, x, key):
@@ -130,18 +133,19 @@ def whole_jacobian(network, x, key):
 @pytest.mark.parametrize("weights", ["gaussian", "orthogonal"])
 def test_singular_values_are_those_of_the_network_that_is_propagated(activation, weights):
     text = changed(('"tanh"', f'"{activation}"'), ('"gaussian", "orthogonal"', f'"{weights}"'))
-    point = description.parse(text).point(0)
+    point = study_file.parse(text).point(0)
     network, x = point.network(), jnp.asarray(point.inputs(), jnp.float32)
+    single = network.as_arrays(np.float32)
     for number in range(5):
         key = jax.random.fold_in(point.key, number)
         jacobian, z = whole_jacobian(network, x, key)
-        found = np.exp(np.asarray(singular_values.end_to_end(network, x, key), float))
+        found = np.exp(np.asarray(end_to_end(single, x, key), float))
         expected = np.linalg.svd(jacobian, compute_uv=False)
         np.testing.assert_allclose(found, expected, atol=3e-6 * expected[0])
         # Those of ReLU that are 0 are 0, and counted by the layer with fewest units that are on.
         alive = int((network.activation.derivative(z) != 0).sum(axis=1).min())
         assert np.count_nonzero(found) == alive
-        drawn = propagation.propagate(network, x, key, sampler="dense")
+        drawn = propagate(single, x, key)
         np.testing.assert_allclose(np.exp(drawn["log_q"]), (z**2).mean(axis=1), rtol=1e-5)
 
 
@@ -149,20 +153,20 @@ def test_signals_and_jacobians_leave_a_floats_range_and_their_slopes_do_not():
     """ReLU, 400 layers of σ_w² = 0.5: signals of 1e-120, and singular values of which log s is."""
     text = changed(('"tanh"', '"relu"'), ("1.5", "0.5"), ("depth = 3", "depth = 400"))
     text = text.replace("width = 12", "width = 40").replace("sigma_b2 = 0.1\n", "")
-    point = description.parse(text).point(1)
+    point = study_file.parse(text).point(1)
     key = jax.random.fold_in(point.key, 0)
     network, x = point.network(), jnp.asarray(point.inputs(), jnp.float32)
-    found = np.asarray(jax.jit(singular_values.end_to_end)(network.as_arrays(np.float32), x, key))
+    found = np.asarray(end_to_end(network.as_arrays(np.float32), x, key))
     scaled = point.settings | {"sigma_w2": 2.0}
     usual = Point(point.index, scaled, point.networks).network()
-    expected = np.asarray(jax.jit(singular_values.end_to_end)(usual.as_arrays(np.float32), x, key))
+    expected = np.asarray(end_to_end(usual.as_arrays(np.float32), x, key))
     assert np.isfinite(expected[0])
     np.testing.assert_allclose(found[0], expected[0] - 400 * np.log(2), rtol=1e-4)
     assert np.isneginf(found).sum() == np.isneginf(expected).sum() > 0
 
 
 def test_networks_without_a_finite_jacobian_are_left_out_and_zeros_are_in_no_bin():
-    bins = description.HistogramRange(0.0, 1.0, 4)
+    bins = HistogramRange(0.0, 1.0, 4)
     logs = np.log([[0.1, 0.3, 1.0, 2.0], [0.1, 0.1, 0.1, 0.1]])
     logs = np.vstack([logs, [np.nan] * 4, [-1e4, -np.inf, -np.inf, 0.5]])
     found = _spectra.counted(logs, np.array([0, 0, 0, 1]), bins)
@@ -208,7 +212,7 @@ def test_interrupted_it_ends_in_the_same_bits_and_other_chunks_change_the_roundi
             scale = 1e-5 * float(np.abs(other[name]).max())
             np.testing.assert_allclose(one[name], other[name], rtol=1e-4, atol=scale, err_msg=name)
     # Points are those of the networks, drawn one by one.
-    point = description.parse(TEXT).point(0)
+    point = study_file.parse(TEXT).point(0)
     keys = [jax.random.fold_in(point.key, n) for n in range(20)]
     network, x = point.network(), jnp.asarray(point.inputs(), jnp.float32)
     s = np.exp([singular_values.end_to_end(network, x, key) for key in keys])
@@ -285,12 +289,12 @@ def test_linear_networks_have_the_spectrum_of_the_theory(tmp_path):
 
 
 def test_theory_is_offered_where_q_stays_put_and_zeros_are_an_atom():
-    bins = description.HistogramRange(0.0, 2.0, 8)
+    bins = HistogramRange(0.0, 2.0, 8)
     for text, known in (
         (TEXT, False),  # q goes from 1.6 to 0.6
         (changed(('"tanh"', '"relu"')), True),  # whose slopes do not depend on q
     ):
-        network = description.parse(text).point(0).network()
+        network = study_file.parse(text).point(0).network()
         log_q = np.log([1.6, 1.0, 0.7])
         law = _spectra.theory(network, log_q, bins)
         assert np.isfinite(law["shares"]).all() == known
@@ -310,7 +314,7 @@ def test_an_atom_at_an_edge_is_not_compared(tmp_path):
 
 
 def test_the_program_returns_them_beside_the_statistics():
-    point = description.parse(TEXT).point(1)
+    point = study_file.parse(TEXT).point(1)
     x = jnp.asarray(point.inputs(), jnp.float32)
     laws = _programs.RandomNetworks.of(point.network(), x, point.key)
     how = {"measured": (_programs.VANISHED,), "sampler": "dense", "keep": (False, False)}

@@ -34,6 +34,7 @@ CASES = {
 }
 # Products are of scaled entries here, and scaled products there; float32, through few layers.
 ROUNDING = 2e-5
+propagate = jax.jit(propagation.propagate, static_argnames=("checkpoint", "keep"))
 
 
 def inputs_of(network, sites=4):
@@ -51,8 +52,8 @@ def test_given_weights_give_the_statistics_of_the_network_they_were_drawn_for(na
     network, key = CASES[name], jax.random.key(5)
     x = inputs_of(network)
     weights = training.initial_weights(network, key)
-    drawn = propagation.propagate(network, x, key)
-    assert_same(propagation.propagate(network, x, key, weights=weights), drawn)
+    drawn = propagate(network, x, key)
+    assert_same(propagate(network, x, key, weights=weights), drawn)
 
 
 @pytest.mark.parametrize("delta", [False, True])
@@ -62,8 +63,8 @@ def test_filters_are_parameters_too(delta):
     key, x = jax.random.key(5), jax.random.normal(jax.random.key(1), (8, 2), jnp.float32)
     weights = training.initial_weights(network, key)
     assert weights[1].matrices[0].shape == ((3, 3, 3) if delta else (3, 3, 9))
-    drawn = propagation.propagate(network, x, key)
-    assert_same(propagation.propagate(network, x, key, weights=weights), drawn)
+    drawn = propagate(network, x, key)
+    assert_same(propagate(network, x, key, weights=weights), drawn)
     assert training.outputs(network, weights, x, key).shape == (2, 5)
 
 
@@ -71,9 +72,9 @@ def test_checkpoints_and_kept_linearisations_know_given_weights():
     network, key = CASES["mlp"], jax.random.key(5)
     deep = builders.mlp((6, *[8] * 12), "tanh", "glorot", sigma_b=0.2)
     x, weights = inputs_of(network), training.initial_weights(deep, key)
-    expected = propagation.propagate(deep, x, key, weights=weights)
+    expected = propagate(deep, x, key, weights=weights)
     for how in ({"checkpoint": True}, {"keep": True}):
-        assert_same(propagation.propagate(deep, x, key, weights=weights, **how), expected)
+        assert_same(propagate(deep, x, key, weights=weights, **how), expected)
 
 
 def test_other_weights_give_other_statistics():
@@ -81,8 +82,8 @@ def test_other_weights_give_other_statistics():
     network, key = CASES["mlp"], jax.random.key(5)
     x = inputs_of(network)
     other = training.initial_weights(network, jax.random.key(6))
-    drawn = propagation.propagate(network, x, key)
-    found = propagation.propagate(network, x, key, weights=other)
+    drawn = propagate(network, x, key)
+    found = propagate(network, x, key, weights=other)
     assert not np.allclose(found["log_q"], drawn["log_q"], rtol=0.01)
 
 
@@ -133,9 +134,7 @@ def test_gradients_are_those_of_a_plain_network():
     def at_the_top(logits):
         return jax.nn.softmax(logits) - jax.nn.one_hot(labels, 4, dtype=logits.dtype)
 
-    measured = propagation.propagate(
-        network, x, jax.random.key(0), weights=weights, cotangent=at_the_top
-    )
+    measured = propagate(network, x, jax.random.key(0), weights=weights, cotangent=at_the_top)
     square = [float(jnp.mean(w**2)) for w, _ in expected]
     np.testing.assert_allclose(np.exp(measured["log_weight_gradient_variance"]), square, 1e-4)
 

@@ -7,11 +7,12 @@ from typing import Annotated, NoReturn
 import typer
 
 import gradflow
-from gradflow.cli import _process, simulating, studying, theory, training
-from gradflow.cli._shared import Json, app, print_json
+from gradflow.cli import _process, comparing, noting, studying, theory, training
+from gradflow.cli._options import Json, app
+from gradflow.cli._output import print_json
 from gradflow.errors import InputError, printable
 
-__all__ = ["app", "main", "process", "simulating", "studying", "theory", "training"]
+__all__ = ["app", "comparing", "main", "noting", "studying", "theory", "training"]
 
 _OUT_OF_MEMORY = "out of memory; use fewer inputs, a smaller width or depth, or sampler matrix_free"
 _NOT_KNOWN_TO_JAX = ("Unable to initialize backend", "for environment", "for JAX flag")

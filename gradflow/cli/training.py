@@ -13,19 +13,16 @@ from rich import box
 from rich.table import Table
 from typer.core import TyperCommand
 
-from gradflow.cli._process import say
-from gradflow.cli._shared import (
+from gradflow.cli._options import (
     Json,
     Out,
     app,
     given_folder,
-    make_console,
     options_name,
-    print_json,
-    show_progress,
     writable_folder,
-    write_netcdf,
 )
+from gradflow.cli._output import make_console, print_json, show_progress, write_netcdf
+from gradflow.cli._process import say
 from gradflow.errors import InputError
 
 if TYPE_CHECKING:

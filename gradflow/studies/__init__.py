@@ -1,6 +1,6 @@
 """Studies: random networks over a grid that a file describes, in any number, beside theory.
 
-    study = description.load(Path("study.toml"))
+    study = study_file.load(Path("study.toml"))
     outcome = execution.run(study, folder)          # `gradflow study FILE --out FOLDER`
     with results.opened(outcome.results) as dataset:
         page = report.page(dataset)
@@ -20,28 +20,19 @@ measurements what was measured in networks of some points, as estimates that can
 store        the folder with all that is finished
 results      the labelled file that is made of the measurements and of theory at the end
 
-Public: `description` (the study file), `execution` (run, merge), `store` (the folder to read),
-`results` and `report`. Private: what its entries and points mean (`entries`, `_point`); which
+Public: `study_file` (reads a study), `execution` (run, merge), `store` (the folder to read),
+`results` and `report`. Private: a study and its points as data (`_study`, `_point`); which
 programs draw it in which chunks (`_plan`); drawing one task (`_runner`); the files of rounds and
 chunks and their checksums (`_rounds`, `_measurements`, `_sealed`); and what is derived from
 statistics: `_depth_scales`, `_gradient_spread`, `_spectra`.
 """
 
-from gradflow.studies import description, execution, report, results, store
+from gradflow.studies import execution, report, results, store, study_file
 from gradflow.studies._plan import Share
-from gradflow.studies.description import Study, load
+from gradflow.studies._study import Study
 from gradflow.studies.execution import merge, run
 from gradflow.studies.store import Store
+from gradflow.studies.study_file import load
 
-__all__ = [
-    "Share",
-    "Store",
-    "Study",
-    "description",
-    "execution",
-    "load",
-    "merge",
-    "report",
-    "results",
-]
-__all__ += ["run", "store"]
+__all__ = ["Share", "Store", "Study", "execution", "load", "merge", "report", "results"]
+__all__ += ["run", "store", "study_file"]

@@ -43,7 +43,7 @@ from gradflow._compilation import Float64Program
 from gradflow.activations import Activation
 from gradflow.blocks import Dense
 from gradflow.studies._point import Point
-from gradflow.studies.description import Study
+from gradflow.studies._study import Study
 from gradflow.theory import fixed_points
 from gradflow.theory._depth_scales import DEPTH_SCALES
 from gradflow.theory.fixed_points import Analysis

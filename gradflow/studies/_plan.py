@@ -20,11 +20,11 @@ import numpy as np
 from gradflow.errors import InputError
 from gradflow.networks import Network
 from gradflow.simulation import _memory, samplers, singular_values
-from gradflow.studies.description import Study
-from gradflow.studies.entries import SCALES
+from gradflow.studies._point import varies_as_number
+from gradflow.studies._study import Study
 
-__all__ = ["WHOLE", "Plan", "Program", "Share", "Task", "first_round", "make", "programs"]
-__all__ += ["result_parts", "row_bytes"]
+__all__ = ["WHOLE", "Plan", "Program", "Share", "Task", "first_round", "make"]
+__all__ += ["programs", "result_parts", "row_bytes"]
 
 # Programs that a study has at most, each of which takes seconds to compile.
 _MOST_PROGRAMS = 10_000
@@ -353,7 +353,7 @@ def result_parts(study: Study, depth: int) -> tuple[str, list[Study]]:
         for index, axis in enumerate(study.axes)
         for field, values in list(axis.values.items())[: len(axis.values) == 1]
         # Integers that fit into a file are kept as they are, in all parts alike.
-        if field in (*SCALES, "seed") and max(values) < 1 << 31
+        if (field == "seed" or varies_as_number(field)) and max(values) < 1 << 31
     ]
     size = len(study) * row_bytes(study, depth)
     if size <= _PART_BYTES or not numbers:

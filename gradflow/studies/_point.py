@@ -4,22 +4,23 @@ import dataclasses
 import functools
 import hashlib
 import json
-import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Annotated, Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, ArrayLike, Key, PRNGKeyArray, UInt32
 
-from gradflow import builders, ensembles, networks
+from gradflow import networks, schema
 from gradflow._arguments import PRNG
+from gradflow._entries import Number, OneOf, Whole, scale, shown
 from gradflow.errors import InputError
 from gradflow.networks import Network
-from gradflow.studies.entries import MLP_ONLY, NO_NORM, NUMBERS, RESIDUAL_ONLY, shown
+from gradflow.schema import NONE, Option
 
-__all__ = ["DIGITS_IMAGES", "DIGITS_WIDTH", "Point", "keys", "resolved"]
+__all__ = ["DIGITS_IMAGES", "DIGITS_WIDTH", "INPUTS", "Point", "keys", "resolved"]
+__all__ += ["varies_as_number"]
 
 # Of scikit-learn's images of digits: how many there are, and the pixels of each.
 DIGITS_IMAGES, DIGITS_WIDTH = 1797, 64
@@ -64,12 +65,13 @@ class Point:
         """The settings that decide which program draws the networks: not the numbers it takes."""
         structure = []
         for field, value in self.settings.items():
-            if field in NUMBERS and not isinstance(value, str):
+            if field == "seed":
+                continue
+            if _option(field).value_type is float and not isinstance(value, str):
                 value = bool(value)
             elif field == "widths":
                 value = tuple(value)
-            if field != "seed":
-                structure.append((field, value))
+            structure.append((field, value))
         return tuple(structure)
 
     def network(self) -> Network:
@@ -86,7 +88,7 @@ class Point:
         """
         try:
             batch, width = self.settings["batch"], _input_width(self.settings)
-            if "data" in self.settings:
+            if self.settings.get("data", NONE) != NONE:
                 if width < DIGITS_WIDTH:
                     self.inputs()  # of few pixels there may be nothing but zeros
             elif batch > width:
@@ -94,7 +96,11 @@ class Point:
                     f"inputs.batch is {batch}, and the input's width {width}; there are at most as "
                     "many inputs as it has components"
                 )
-            network = _network(self.settings)
+            options = schema.options()
+            described = {field: v for field, v in self.settings.items() if field in options}
+            if "widths" not in described:
+                described["input_width"] = width
+            network = schema.network(described)
         except InputError as error:
             raise InputError(f"the point {self.description}: {error}") from error
         biased = "sigma_b" in self.settings or "sigma_b2" in self.settings
@@ -102,7 +108,8 @@ class Point:
 
     def inputs(self) -> np.ndarray:
         """Return the inputs, shape (batch, n_0), in float64."""
-        return _inputs(self.settings, _input_width(self.settings))
+        own = {field: value for field, value in self.settings.items() if field in INPUTS}
+        return _inputs(_input_width(self.settings), **own)
 
     @property
     def description(self) -> str:
@@ -122,81 +129,82 @@ def keys(words: UInt32[ArrayLike, "points 3"]) -> Key[Array, " points"]:
 
 
 _ENCODER = json.JSONEncoder(sort_keys=True)
-# The values of fields that are not given.
-_DEFAULTS: dict[str, Any] = {
-    "kind": "mlp",
-    "norm": NO_NORM,
-    "batch": 1,
-    "mean_square": 1.0,
-    "correlation": 0.0,
-}
 
 
 def resolved(fields: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the settings of a point from its fields, without those that have no effect on it."""
+    """The settings of a point, with no field that makes no difference to it."""
     settings = {**_DEFAULTS, **fields}
-    idle: list[str] = list(MLP_ONLY if settings["kind"] == "residual" else RESIDUAL_ONLY)
-    if settings["norm"] == NO_NORM:
-        idle.append("norm_position")
-    if "data" in settings:
+    idle = [field for field in settings if schema.is_idle(field, settings)]
+    if settings.get("data", NONE) != NONE:
         idle += ["mean_square", "correlation"]
     if settings["batch"] == 1:
         idle.append("correlation")
     return {field: value for field, value in settings.items() if field not in idle}
 
 
-def _network(settings: Mapping[str, Any]) -> Network:
-    given = settings.get
-    if "sigma_w2" in settings or "sigma_w" in settings:
-        ensemble = ensembles.fan_in(settings.get("sigma_w") or math.sqrt(settings["sigma_w2"]))
-    else:
-        ensemble = ensembles.get(settings["weights"])
-    if "distribution" in settings:
-        ensemble = ensemble.drawn_from(settings["distribution"])
-    sigma_b = math.sqrt(settings["sigma_b2"]) if "sigma_b2" in settings else given("sigma_b")
-    common = {
-        "sigma_b": sigma_b,
-        "norm": None if settings["norm"] == NO_NORM else settings["norm"],
-        "norm_position": given("norm_position", "pre"),
-        "keep_rate": given("keep_rate"),
-    }
-    activation, n = settings["activation"], _input_width(settings)
-    if settings["kind"] == "residual":
-        own = {field: settings[field] for field in RESIDUAL_ONLY if field in settings}
-        width, depth = settings["width"], settings["depth"]
-        return builders.residual(n, width, depth, activation, ensemble, **common, **own)
-    widths = given("widths") or [n, *[settings["width"]] * settings["depth"]]
-    return builders.mlp(widths, activation, ensemble, last=given("last"), **common)
+def _option(field: str) -> Option:
+    return INPUTS[field] if field in INPUTS else schema.options()[field]
+
+
+def varies_as_number(field: str) -> bool:
+    """Whether a field's values are numbers alone that vary within one compiled program."""
+    option = _option(field)
+    return option.value_type is float and not option.or_names
 
 
 def _input_width(settings: Mapping[str, Any]) -> int:
     if "widths" in settings:
         return int(settings["widths"][0])
-    own = DIGITS_WIDTH if "data" in settings else settings["width"]
+    own = settings["width"] if settings.get("data", NONE) == NONE else DIGITS_WIDTH
     return int(settings.get("input_width", own))
 
 
-def _inputs(settings: Mapping[str, Any], width: int) -> np.ndarray:
-    """Return inputs x_a of (1/n_0) x_a·x_b = mean_square · (correlation, or 1 where a = b).
+def _inputs(
+    width: int,
+    *,
+    batch: Annotated[int, Whole(10_000)] = 1,
+    mean_square: Annotated[float, scale] = 1.0,
+    correlation: Annotated[float, Number("a number from -1 to 1", lambda v: -1 <= v <= 1)] = 0.0,
+    data: Annotated[str, OneOf("data", ("digits",))] | None = None,
+) -> np.ndarray:
+    """A batch of inputs x_a with (1/n_0) x_a·x_b = mean_square · (correlation, or 1 where a = b).
 
     They are combinations of a discrete cosine transform's rows, which are orthogonal, not sparse,
     and but for the last have mean 0 over components. Images are `data.resized` to the width.
-    """
-    batch = settings["batch"]
-    if "data" in settings:
-        from gradflow import data  # noqa: PLC0415  (scikit-learn is slow to import)
 
-        images = data.digits()
+    Parameters
+    ----------
+    width
+        n_0, the number of components.
+    batch
+        The number of inputs that go through each network.
+    mean_square
+        The mean square of an input's components.
+    correlation
+        The correlation of each two inputs.
+    data
+        Real inputs in the place of these: digits, scikit-learn's images.
+    """
+    if data not in (None, NONE):
+        from gradflow import data as datasets  # noqa: PLC0415  (scikit-learn is slow to import)
+
+        images = datasets.digits()
         if batch > len(images):
             raise InputError(f"inputs.batch is {batch}; there are {len(images)} digit images")
-        return data.resized(np.asarray(images[:batch], np.float64), width)
+        return datasets.resized(np.asarray(images[:batch], np.float64), width)
     if batch > width:
         raise InputError(f"inputs.batch is {batch}; a width of {width} has at most {width} inputs")
-    correlation = settings.get("correlation", 0.0)
     order = np.roll(np.arange(width), -1)[:batch, None]
     rows = np.cos(np.pi * order * (np.arange(width) + 0.5) / width)
     rows *= np.sqrt(np.where(order > 0, 2, 1))
     # The symmetric root of the matrix of correlations, whose eigenvalues are two.
     alike, apart = np.sqrt(max(1 + (batch - 1) * correlation, 0)), np.sqrt(1 - correlation)
     root = apart * np.eye(batch) + (alike - apart) / batch
-    return np.asarray(np.sqrt(settings["mean_square"]) * root @ rows)
+    return np.asarray(np.sqrt(mean_square) * root @ rows)
+
+
+# What stands in [inputs], by name.
+INPUTS = {name: o for name, o in schema.read_options(_inputs).items() if name != "width"}
+# The fields that each point has, given or not: its name depends on them.
+_DEFAULTS: dict[str, Any] = {"kind": "mlp", "norm": NONE, "batch": 1}
+_DEFAULTS |= {"mean_square": 1.0, "correlation": 0.0}

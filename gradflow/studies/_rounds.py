@@ -34,7 +34,7 @@ from gradflow.studies import _sealed
 from gradflow.studies._measurements import Measurements, merged, packed, unpacked
 from gradflow.studies._plan import WHOLE, Share, Task
 from gradflow.studies._sealed import Damage
-from gradflow.studies.description import Study
+from gradflow.studies._study import Study
 
 __all__ = ["FOLDERS", "Left", "Rounds", "TheoryChunk", "round_name", "tasks_of", "theory_chunks"]
 __all__ += ["undisturbed"]

@@ -25,7 +25,7 @@ from gradflow import spectra
 from gradflow._compilation import Float64Program
 from gradflow.activations import Activation
 from gradflow.networks import Network
-from gradflow.studies.description import HistogramRange
+from gradflow.studies._study import HistogramRange
 from gradflow.theory import _spectral_shares, spectrum
 
 __all__ = ["BIN", "COMPARED", "counted", "labelled", "theory", "unknown"]

@@ -20,13 +20,13 @@ from jax.experimental import multihost_utils
 
 from gradflow.errors import InputError
 from gradflow.simulation import _programs
-from gradflow.studies import _measurements, _plan, _runner, description, results
+from gradflow.studies import _measurements, _plan, _runner, results
 from gradflow.studies._measurements import Measurements
 from gradflow.studies._plan import WHOLE, Program, Share, Task
 from gradflow.studies._rounds import Left, TheoryChunk, tasks_of, theory_chunks
 from gradflow.studies._runner import TaskRunner
 from gradflow.studies._sealed import explained
-from gradflow.studies.description import Study
+from gradflow.studies._study import Study, differences
 from gradflow.studies.store import Store
 
 __all__ = ["Outcome", "Progress", "merge", "run"]
@@ -99,7 +99,7 @@ def run(
     Parameters
     ----------
     study
-        The study, as `description.load` reads it from a file.
+        The study, as `study_file.load` reads it from a file.
     folder
         The store; new, or that of the same study, which is then resumed.
     devices
@@ -433,7 +433,7 @@ def _check_shares(stores: Sequence[Store]) -> None:
                 f"folder {str(store.folder)!r} holds a whole study and no share of one; it takes "
                 "the --out of `gradflow study FILE --share 1/2` and the like"
             )
-        changed = description.differences(
+        changed = differences(
             {**first.study.asked(), "shares": first.share.parts},
             {**store.study.asked(), "shares": store.share.parts},
         )

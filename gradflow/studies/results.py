@@ -20,11 +20,11 @@ from gradflow.estimation import Estimate
 from gradflow.figures._study import coordinates_at
 from gradflow.networks import Network
 from gradflow.statistics import Statistic
-from gradflow.studies import _depth_scales, _gradient_spread, _plan, _spectra, entries
+from gradflow.studies import _depth_scales, _gradient_spread, _plan, _spectra
 from gradflow.studies._measurements import Measurements
 from gradflow.studies._plan import Program
 from gradflow.studies._runner import SPECTRUM, THEORY
-from gradflow.studies.description import Axis, Study
+from gradflow.studies._study import Axis, Study, coordinate_name
 from gradflow.studies.store import Store
 from gradflow.theory._depth_scales import DEPTH_SCALES
 
@@ -168,7 +168,7 @@ def _coordinates(study: Study, depth: int) -> dict[str, Any]:
         if len(axis.values) > 1:
             coordinates[axis.name] = _labels(axis)
         for field, values in axis.values.items():
-            coordinates[entries.label(field)] = (axis.name, _coordinate(values))
+            coordinates[coordinate_name(field)] = (axis.name, _coordinate(values))
     bins = {f"{name}_bin": histogram for name, histogram in study.histograms.items()}
     if study.spectrum is not None:
         bins[_spectra.BIN] = study.spectrum

@@ -32,12 +32,12 @@ import numpy as np
 import gradflow
 from gradflow._arguments import PRNG
 from gradflow.errors import InputError
-from gradflow.studies import _sealed, description
+from gradflow.studies import _sealed, study_file
 from gradflow.studies._measurements import Measurements
 from gradflow.studies._plan import WHOLE, Share, Task
 from gradflow.studies._rounds import FOLDERS, Rounds, TheoryChunk, round_name, undisturbed
 from gradflow.studies._sealed import WRITING, Damage, explained
-from gradflow.studies.description import Study
+from gradflow.studies._study import Study, differences
 
 __all__ = ["Store"]
 
@@ -126,7 +126,7 @@ class Store:
         header = self._header_that_fits()
         if header is not None:
             self._take(header)
-            self._check_change(description.parse(header["text"]), Share(*header["share"]))
+            self._check_change(study_file.parse(header["text"]), Share(*header["share"]))
             if header["text"] != self.study.text:
                 self._set_results(None)
         self.rounds.rewrite()
@@ -169,7 +169,7 @@ class Store:
         header = first or copy
         if header is None:
             raise _header_is_gone(folder)
-        store = cls(folder, description.parse(header["text"]), Share(*header["share"]))
+        store = cls(folder, study_file.parse(header["text"]), Share(*header["share"]))
         rounds = store.rounds
         for name, content in zip(_HEADERS, (first, copy), strict=True):
             if content is None:
@@ -308,11 +308,11 @@ class Store:
         new = self.study
         if old.text == new.text:
             return
-        changed = description.differences(old.fixed(), new.fixed())
+        changed = differences(old.fixed(), new.fixed())
         if not changed:
             lost = {point.name for point in old.points()} - {point.name for point in new.points()}
             if lost:
-                changed = description.differences(
+                changed = differences(
                     {"base": old.base, "axes": old.named_axes()},
                     {"base": new.base, "axes": new.named_axes()},
                 )
