@@ -61,6 +61,7 @@ if TYPE_CHECKING:
     from gradflow.theory.criticality import critical_points as critical_points
     from gradflow.theory.criticality import phase_diagram as phase_diagram
     from gradflow.theory.fixed_points import analyse as analyse
+    from gradflow.theory.float64 import predict as predict
     from gradflow.theory.prescription import prescribe as prescribe
     from gradflow.training.train import train as train
 
@@ -85,6 +86,7 @@ _MODULES = {
     "log_singular_values": "simulation.singular_values",
     "mlp": "builders",
     "phase_diagram": "theory.criticality",
+    "predict": "theory.float64",
     "prescribe": "theory.prescription",
     "propagate": "simulation.propagation",
     "recurrent": "builders",

@@ -11,6 +11,7 @@ import gradflow
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+CONTRIBUTING = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
 PROGRAMS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 
 
@@ -100,3 +101,25 @@ def test_python_examples_use_public_names_alone(code):
 )
 def test_a_private_name_is_found(code):
     assert not all(map(is_public, names_used(code)))
+
+
+# Each example of CONTRIBUTING.md, and the file that is named before it.
+ADDITIONS = re.findall(r"`(gradflow/\S+\.py)`:\n\n((?: {4}.*\n)+)", CONTRIBUTING)
+
+
+@pytest.mark.parametrize(("file", "example"), ADDITIONS)
+def test_examples_of_additions_are_lines_of_their_files_in_order(file, example):
+    lines = (ROOT / file).read_text(encoding="utf-8").splitlines()
+    assert follow(example, lines)
+    assert not follow(example, lines[::-1] if len(example.splitlines()) > 1 else [])
+
+
+def follow(example, lines):
+    """Whether the lines of an example but `...` are among these lines, in order."""
+    remaining = iter(lines)
+    wanted = [line[4:] for line in example.splitlines() if line.strip() != "..."]
+    return all(line in remaining for line in wanted)
+
+
+def test_every_addition_has_an_example():
+    assert len(re.findall(r"^\*\*An? ", CONTRIBUTING, re.MULTILINE)) == len(ADDITIONS)

@@ -10,23 +10,23 @@ remedy
     Remedies beside the network that they are meant to mend.
 phases
     Where gradients vanish and where they explode: over (σ_w, σ_b), and over the width.
-singular_values
+jacobian
     Spectra of end-to-end Jacobians.
 training
     Networks in training: the experiments' figures.
 """
 
-from gradflow.figures import by_layer, phases, remedy, singular_values, training
+from gradflow.figures import by_layer, jacobian, phases, remedy, training
 from gradflow.figures._drawing import Figure, save
 from gradflow.figures.by_layer import *
+from gradflow.figures.jacobian import *
 from gradflow.figures.phases import *
 from gradflow.figures.remedy import *
-from gradflow.figures.singular_values import *
 from gradflow.figures.training import *
 
 __all__ = ["OF_COMPARISONS", "Figure", "save"]
 __all__ += [*by_layer.__all__, *phases.__all__, *remedy.__all__]
-__all__ += [*singular_values.__all__, *training.__all__]
+__all__ += [*jacobian.__all__, *training.__all__]
 
 # The figures that any comparison has, by name.
 OF_COMPARISONS = {name: getattr(by_layer, name) for name in by_layer.__all__}

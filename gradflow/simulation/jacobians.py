@@ -334,11 +334,12 @@ def layer_jacobians(
         raise InputError(
             f"x has shape {x.shape}; it is ({network.input_width},), one input of this network"
         )
-    if network.mixes_sites:
+    nested = (block for stage in network.stages for block in stage.block.nested)
+    mixing = [type(block).__name__ for block in nested if block.mixes_sites]
+    if mixing:
         raise InputError(
-            "layer_jacobians is of one input alone, and this network's BatchNorm, UnitVariance or "
-            "convolution makes its signal depend on others; use jacobians.draw, which takes all "
-            "sites at once"
+            f"layer_jacobians is of one input alone, and {mixing[-1]} in this network makes its "
+            "signal depend on others; use jacobians.draw, which takes all sites at once"
         )
     jacobian = draw(network, x[None], key, sampler="dense", tangents=0, cotangents=0)
     factors: list[Array] = []

@@ -23,8 +23,8 @@ from gradflow.simulation import _memory, samplers, singular_values
 from gradflow.studies._point import varies_as_number
 from gradflow.studies._study import Study
 
-__all__ = ["WHOLE", "Plan", "Program", "Share", "Task", "first_round", "make", "programs"]
-__all__ += ["result_parts", "row_bytes"]
+__all__ = ["WHOLE", "Plan", "Program", "Share", "Task", "first_round", "make"]
+__all__ += ["programs", "result_parts", "row_bytes"]
 
 # Programs that a study has at most, each of which takes seconds to compile.
 _MOST_PROGRAMS = 10_000
