@@ -90,9 +90,9 @@ def pytorch(widths, batch, steps, count, threads):
 
 
 def contenders():
-    """Return by name what runs (widths, batch, steps, networks), and how many networks it runs."""
+    """Functions of (widths, batch, steps, networks) by name that train so many networks."""
     rows = {
-        "gradflow": lambda *size: gradflow(*size, record=[size[2]], wanted=()),
+        "gradflow": lambda *size: gradflow(*size, record=training.Recording([size[2]], wanted=())),
         RECORDING: gradflow,
     }
     if importlib.util.find_spec("torch"):
@@ -110,7 +110,7 @@ def contenders():
 
 
 def compare(size, steps, count, repeats):
-    """Return each contender's shortest time of several in turn."""
+    """Each contender's shortest time of several in turn."""
     depth, width, batch = map(int, size.split("x"))
     widths = (64, *[width] * depth, 10)
     rows = {}
@@ -126,14 +126,14 @@ def compare(size, steps, count, repeats):
             known = rows.setdefault(name, row | {"all": []})
             known["all"].append(row["microseconds_a_step"])
             known["microseconds_a_step"] = min(known["all"])
-    found = {"steps": steps, "networks": count, "rows": rows}
+    report = {"steps": steps, "networks": count, "rows": rows}
     plain = rows["gradflow"]["microseconds_a_step"]
     # Of runs that followed each other, so that what disturbs one disturbs the other.
     pairs = zip(rows[RECORDING]["all"], rows["gradflow"]["all"], strict=True)
-    found["recording"] = float(np.median([slow / fast for slow, fast in pairs])) - 1
+    report["recording"] = float(np.median([slow / fast for slow, fast in pairs])) - 1
     if PEER in rows:
-        found["times_pytorch"] = rows[PEER]["microseconds_a_step"] / plain
-    return found
+        report["times_pytorch"] = rows[PEER]["microseconds_a_step"] / plain
+    return report
 
 
 def main(arguments=None):
@@ -147,24 +147,28 @@ def main(arguments=None):
     parser.add_argument("--networks", type=int)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--json", action="store_true")
-    given = parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
     sizes = {}
-    for size in given.size or SIZES:
+    for size in options.size or SIZES:
         steps, count = SIZES.get(size, (1000, 8))
-        sizes[size] = compare(size, given.steps or steps, given.networks or count, given.repeats)
-        if not given.json:
+        sizes[size] = compare(
+            size, options.steps or steps, options.networks or count, options.repeats
+        )
+        if not options.json:
             print(_line(size, sizes[size]), flush=True)
     report = {"device": jax.devices()[0].device_kind, "cores": os.cpu_count(), "sizes": sizes}
-    if given.json:
+    if options.json:
         print(json.dumps(report, indent=1))
     return report
 
 
-def _line(size, found):
-    rows = found["rows"]
+def _line(size, report):
+    rows = report["rows"]
     text = f"{size:<10}{rows['gradflow']['microseconds_a_step']:>9.1f} µs a step and network"
     if PEER in rows:
-        text += f", PyTorch {rows[PEER]['microseconds_a_step']:.0f}: {found['times_pytorch']:.1f} x"
+        text += (
+            f", PyTorch {rows[PEER]['microseconds_a_step']:.0f}: {report['times_pytorch']:.1f} x"
+        )
     else:
         text += ", PyTorch is not installed"
     return f"{text}; recording costs {100 * found['recording']:.0f} %"

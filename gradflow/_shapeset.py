@@ -5,7 +5,7 @@ ellipse, with any stretch, shear, rotation, position and grey; its class is whic
 it is a pure JAX function of a key: `jit` it, `vmap` it, draw each training step's batch anew; two
 CPU cores draw some 60 000 images a second.
 
-What a picture is made of (`Scene`) is drawn first; what it looks like (`render`) follows from that.
+The objects of an image (`Scene`) are drawn at random; `render` makes its pixels of them.
 
 References: Glorot & Bengio 2010, section 2.1; the ranges, the order of the classes and the rule
 about overlap are those of its authors' generator, github.com/glorotxa/Shapeset. Here angles and
@@ -45,8 +45,8 @@ _SMALLEST, _LARGEST = 0.2 * SIZE, 0.8 * SIZE  # an object's size along each axis
 _MARGIN = 1.0  # pixels between an object and the border
 _GREYS = 0.45  # greys are 0 to 0.45 or 0.55 to 1, before they are scaled to [-1, 1]
 
-# The three kinds as regular polygons around 0: an ellipse has 20 corners, and to be of one shape
-# the others have theirs several times.
+# The three kinds as regular polygons around 0: an ellipse has 20 corners, and the others repeat
+# theirs so that all arrays have one shape.
 _SIDES = np.array([3, 4, 20])
 _TURN = 2 * np.pi * (np.arange(20) % _SIDES[:, None]) / _SIDES[:, None] - np.pi / 2
 
@@ -63,7 +63,7 @@ _AREAS = (_SIDES * np.sin(2 * np.pi / _SIDES) / 8).astype(np.float32)
 
 
 class Scene(NamedTuple):
-    """What is in an image. The second object is painted over the first, if it is there.
+    """The objects of an image. The second object, if there is one, is painted over the first.
 
     Attributes
     ----------
@@ -98,7 +98,7 @@ class Scene(NamedTuple):
 
 
 def scene(key: PRNGKeyArray) -> Scene:
-    """Draw what is in an image."""
+    """Draw the objects of an image."""
     keys = jax.random.split(key, 5)
     light, two = _uniform(keys[0], 2) < 0.5
     # All objects have greys of the one range, the background of the other.
@@ -133,7 +133,7 @@ def scene(key: PRNGKeyArray) -> Scene:
 
 
 def _placed(key: PRNGKeyArray, kind: Array, angles: Array) -> tuple[Array, Array]:
-    """Return an object's map and centre, with its size and position drawn."""
+    """An object's map and centre, with random size and position."""
     size, position = _uniform(key, 2, 2)
     size = _SMALLEST + (_LARGEST - _SMALLEST) * jnp.stack([size.max(), size.min()])
     shear, turn = angles
@@ -146,11 +146,11 @@ def _placed(key: PRNGKeyArray, kind: Array, angles: Array) -> tuple[Array, Array
 
 
 def _overlap(kinds: Array, old: tuple[Array, Array], new: tuple[Array, Array]) -> Array:
-    """Return about how much of the old object a new one hides, or less than 0 if nothing.
+    """Roughly the share of the old object that a new one hides; less than 0 if it hides nothing.
 
-    d is the distance of their centres, `reach` how far both extend along that line. If reach > d
-    they overlap by 1 - 2^{-(reach - d)/d} of the new one, about; by as much times the ratio of
-    their areas of the old.
+    d is the distance of their centres, `reach` the sum of their extents along that line. If
+    reach > d they overlap by about 1 - 2^{-(reach - d)/d} of the new object, which is as much times
+    the ratio of their areas of the old one.
     """
     (old_map, old_centre), (new_map, new_centre) = old, new
     line = new_centre - old_centre
@@ -163,7 +163,7 @@ def _overlap(kinds: Array, old: tuple[Array, Array], new: tuple[Array, Array]) -
 
 
 def render(scene: Scene) -> Float32[Array, "32 32"]:
-    """Return the image, [row, column], in [-1, 1]."""
+    """The image, [row, column], in [-1, 1]."""
     first, second = jax.vmap(_inside)(scene.kinds, scene.maps, scene.centres)
     image = jnp.where(first, scene.greys[0], scene.background)
     return jnp.where(second & scene.both, scene.greys[1], image)
@@ -238,5 +238,5 @@ def _determinant(map_: Array) -> Array:
 
 
 def _times(matrix: Array, columns: Array) -> Array:
-    """Return the product of (n, 2) and (2, m), in float32 wherever it runs."""
+    """The product of (n, 2) and (2, m), in float32 on any device."""
     return matrix[:, :1] * columns[:1] + matrix[:, 1:] * columns[1:]

@@ -42,7 +42,7 @@ from gradflow.float_ranges import FloatRange, float_ranges
 from gradflow.networks import Network, as_inputs, divide_widths
 from gradflow.predictions import Corrections, Prediction
 from gradflow.simulation.monte_carlo import Progress, Simulation, simulate
-from gradflow.theory import float64, mean_field
+from gradflow.theory import _programs, float64, mean_field
 from gradflow.verdict import Verdict, judge
 
 __all__ = ["Comparison", "StatisticComparison", "Status", "Verdict", "compare"]
@@ -417,8 +417,8 @@ def compare(
     key = as_key(key)
     checked = as_inputs(inputs, network)
     # Beside the simulation: both spend most of their time in the compiler, on one core each.
-    predict = float64.prepare(network, inputs, finite_width=explain)
-    log_chi = float64.prepare_asymptotic_log_chi(network)
+    predict = _programs.prepare(network, inputs, finite_width=explain)
+    log_chi = _programs.prepare_asymptotic_log_chi(network)
 
     def predict_all() -> tuple[Prediction, Corrections | None, float]:
         theory, corrections = predict()

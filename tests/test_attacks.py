@@ -3,7 +3,6 @@
 GRADFLOW_TEST_ATTACKS=all tries every damage to every file of a store, in some minutes.
 """
 
-import dataclasses
 import os
 import re
 import shutil
@@ -17,8 +16,8 @@ from attacks import stores, study_files
 
 from gradflow import cli
 from gradflow.errors import InputError
-from gradflow.simulation import _memory, _programs
-from gradflow.studies import _plan, _rounds, execution, results, study_file
+from gradflow.simulation import _programs
+from gradflow.studies import _plan, execution, results, study_file
 from gradflow.studies._plan import Share
 from gradflow.studies.store import Store
 
@@ -45,19 +44,7 @@ EVERY = os.environ.get("GRADFLOW_TEST_ATTACKS") == "all"
 
 
 @pytest.fixture(scope="module", autouse=True)
-def _small_chunks():
-    """So that a small study has some, and merges them."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(_plan, "_CHUNK_SECONDS", 0.0)
-        patch.setattr(_plan, "_CHUNK_VALUES", 1)
-        patch.setattr(_rounds, "_MERGED_FILES", 3)
-        real = _memory.plan
-        patch.setattr(_memory, "plan", lambda *a, **k: dataclasses.replace(real(*a, **k), block=8))
-        _remember_what_is_drawn(patch)
-        yield
-
-
-def _remember_what_is_drawn(patch):
+def _remember_what_is_drawn(small_chunks):  # noqa: ARG001
     """Let chunks that were drawn before have what they had, so that they take no time."""
     real, values = _programs.compiled, {}
 
@@ -76,7 +63,9 @@ def _remember_what_is_drawn(patch):
 
         return call
 
-    patch.setattr(_programs, "compiled", compiled)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(_programs, "compiled", compiled)
+        yield
 
 
 def run(folder, text=LARGER, **how):

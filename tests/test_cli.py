@@ -564,7 +564,7 @@ def test_remedies_prints_a_table_and_a_figure(tmp_path, monkeypatch):
     def few(*arguments, **options):
         found, missing = every(*arguments, **options)
         shown = ("as it is", "LayerNorm before φ")
-        return [remedy for remedy in found if remedy.name in shown], missing
+        return [(remedy, n) for remedy, n in found if remedy.name in shown], missing
 
     every = remedies.proposals
     monkeypatch.setattr(remedies, "proposals", few)

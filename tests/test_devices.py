@@ -40,7 +40,8 @@ if processes == 1:
     x = np.sin(np.arange(240, dtype=np.float32)).reshape(20, 12)
     wanted = (statistics.q, statistics.weight_gradient_variance)
     laws = [builders.mlp([12, 16, 16, 3], "tanh", ensembles.fan_in(s)) for s in (0.5, 1.5)]
-    how = {"steps": 12, "batch": 4, "seeds": 2, "record": [0, 12], "wanted": wanted}
+    record = training.Recording([0, 12], wanted=wanted)
+    how = {"steps": 12, "batch": 4, "seeds": 2, "record": record}
     result = training.train(laws, x, np.arange(20) % 3, **how)
     found |= {f"training/{name}": value for name, value in result.values.items()}
 np.savez(out, **found)
@@ -76,7 +77,11 @@ def alone(tmp_path_factory):
 
 
 @pytest.mark.parametrize(
-    ("devices", "processes"), [(3, 1), pytest.param(2, 2, marks=pytest.mark.slow)]
+    ("devices", "processes"),
+    [
+        pytest.param(3, 1, marks=pytest.mark.medium),
+        pytest.param(2, 2, marks=pytest.mark.slow),
+    ],
 )
 def test_devices_and_processes_change_nothing_but_the_rounding(tmp_path, alone, devices, processes):
     for found in results(tmp_path, devices, processes):

@@ -1,6 +1,5 @@
 """Experiments on training: each runs, and what it says is what its numbers say."""
 
-import os
 from pathlib import Path
 
 import jax
@@ -12,25 +11,30 @@ from matplotlib.container import ErrorbarContainer
 from gradflow import data, experiments
 from gradflow.errors import InputError
 
-# Sizes that take seconds. All have two networks.
+# Sizes that take seconds, of the options that an experiment has.
 TINY = {
-    "layers": {"depth": 2, "steps": 20, "activation": "logistic", "weights": "glorot"},
-    "saturation": {"depths": (1, 2), "steps": 40},
-    "percentiles": {"depth": 2, "steps": 20, "data": "digits"},
-    "gradients": {"depth": 2, "steps": 20, "data": "digits"},
-    "table-1": {"depth": 1, "steps": 20, "data": "digits", "learning_rates": (0.1, 0.3)},
-    "isometry": {"depth": 3, "steps": 4, "depths": (1, 2), "linear_steps": 3, "batch": 16},
-    "league": {"depth": 2, "steps": 6, "learning_rates": (0.1, 0.3)},
-    "methods": {"depth": 2, "steps": 6, "learning_rates": (0.1, 0.3)},
-    "clipping": {"depth": 2, "times": 2, "steps": 10, "learning_rates": (0.1, 0.3)},
-    "trainability": {"depths": (2, 4), "steps": 4, "sigma_w2": (1.0, 1.76), "batch": 16},
+    "data": "digits",
+    "width": 8,
+    "depth": 2,
+    "depths": (1, 2),
+    "steps": 20,
+    "batch": 16,
+    "networks": 2,
+    "seed": 1,
+    "activation": "tanh",
+    "weights": "glorot",
 }
 # Figures of these have no points in their maps.
 MAPS = {"trainability"}
 
 
-TINY["league"]["contenders"] = ("ReLU, He", "ReLU, He, ReZero")
-TINY["methods"]["methods"] = ("adam", "sgd, clipped, norm:0.1")
+def tiny(option, name):
+    """A value that takes seconds: of several the first and the last, of numbers a small one."""
+    if name in TINY:
+        return TINY[name]
+    if option.several:
+        return (option.default[0], option.default[-1])
+    return min(option.default, 3) if option.type is int else option.default
 
 
 # Most take some seconds to compile.
@@ -44,13 +48,8 @@ TINY["methods"]["methods"] = ("adam", "sgd, clipped, norm:0.1")
 def ran(request):
     experiment = experiments.get(request.param)
     calls = []
-    dataset = experiment.run(
-        width=8,
-        networks=2,
-        seed=1,
-        progress=lambda *given: calls.append(given),
-        **TINY[experiment.name],
-    )
+    options = {name: tiny(option, name) for name, option in experiment.options.items()}
+    dataset = experiment.run(progress=lambda *given: calls.append(given), **options)
     return experiment, dataset, calls
 
 
@@ -78,17 +77,27 @@ def test_a_dataset_has_labels_a_table_findings_and_a_figure(ran, tmp_path):
     assert any(a.get_ylabel() for a in figure.axes)
 
 
-def test_every_experiment_says_what_it_shows_and_has_a_script():
-    folder = Path(__file__).parents[1] / "scripts" / "experiments"
-    assert {path.name for path in folder.iterdir()} == set(experiments.ALL) == set(TINY)
+def test_every_experiment_is_found_and_says_what_it_shows():
+    folder = Path(experiments.__file__).parent
+    public = {file.stem for file in folder.glob("[!_]*.py")} - {"recipe"}
+    assert {name.replace("-", "_") for name in experiments.ALL} == public
     for name, experiment in experiments.ALL.items():
         assert experiment.name == name
         assert 20 < len(experiment.summary) < 100
-        script = folder / name
-        assert os.access(script, os.X_OK)
-        assert f"gradflow train {name} " in script.read_text(encoding="utf-8")
+        assert all(len(option.help) > 5 for option in experiment.options.values())
     with pytest.raises(InputError, match="did you mean 'layers'"):
         experiments.get("layer")
+
+
+def test_options_that_an_experiment_does_not_take_are_refused():
+    for options, sentence in (
+        ({"depth": 3}, "'saturation' has no use for depth; it takes data, width, depths, steps"),
+        ({"learning_rate": (0.1, 0.2)}, "'saturation' takes one learning_rate"),
+        ({"depths": (1, 0)}, "depth is 0"),
+        ({"steps": 0}, "steps is 0"),
+    ):
+        with pytest.raises(InputError, match=sentence):
+            experiments.get("saturation").run(**options)
 
 
 # What findings say, of numbers made up.

@@ -21,6 +21,7 @@ def number(text):
     return float(Fraction(text))
 
 
+@pytest.mark.medium
 def test_exact_gains_are_those_of_the_table(load_reference):
     rows = [r for r in load_reference("t6a_finite_width_exact") if "sb2" not in r["inputs"]]
     assert len(rows) == 18
@@ -28,7 +29,7 @@ def test_exact_gains_are_those_of_the_table(load_reference):
         given = row["inputs"]
         name, sigma_w2 = given["network"].split()[0], number(given["network"].split("sw2=")[1])
         widths = given.get("widths") or [given["n"]] * (given["L"] + 1)
-        law = exact.gain_law(name, widths, sigma_w2)
+        law = exact.gain_moments(name, widths, sigma_w2)
         limit = exact.log_normal(name, widths, sigma_w2)
         names = {
             "P_alive": law.alive,
@@ -212,14 +213,14 @@ def test_gains_have_the_kurtosis_term_too():
     """Plain moments are those of the lengths, of equal widths; there is no law of the logarithm."""
     n, depth, w2 = 6, 4, 1.3
     options = {"kurtosis": -1.2, "input_fourth": 0.4}
-    gain = exact.gain_law("relu", [n] * (depth + 1), w2, **options)
+    gain = exact.gain_moments("relu", [n] * (depth + 1), w2, **options)
     # v of a layer above is σ_w²/n times ‖h‖², and so has its moments.
     length = exact.forward_moments("relu", w2, w2, width=n, depth=depth + 1, **options)
     mean, second = length.mean[-1], length.variance_of_v[-1] + length.mean[-1] ** 2
     np.testing.assert_allclose(gain.mean * w2, mean, rtol=1e-12)
     np.testing.assert_allclose(gain.second_moment * w2**2, second, rtol=1e-12)
     assert np.isnan(gain.mean_of_log)
-    gaussian = exact.gain_law("relu", [n] * (depth + 1), w2, input_fourth=0.4)
+    gaussian = exact.gain_moments("relu", [n] * (depth + 1), w2, input_fourth=0.4)
     assert np.isfinite(gaussian.mean_of_log)
 
 
@@ -253,17 +254,17 @@ def test_the_kurtosis_of_distributions_is_that_of_what_they_draw(name, key):
 
 
 def test_deep_networks_leave_the_range_of_a_float_in_logarithms_alone():
-    found = exact.gain_law("relu", [16] * 3001, 4.0)
+    found = exact.gain_moments("relu", [16] * 3001, 4.0)
     np.testing.assert_allclose(found.log_mean, 3000 * math.log(2), rtol=1e-12)
     assert np.isinf(found.mean)
     assert 0 < found.alive < 1
     # A linear network of one unit: log χ²_1 has variance π²/2.
-    one = exact.gain_law("linear", [1, 1], 1.0)
+    one = exact.gain_moments("linear", [1, 1], 1.0)
     np.testing.assert_allclose(one.variance_of_log, math.pi**2 / 2, rtol=1e-12)
 
 
 def test_a_leaky_slope_has_plain_moments_alone():
-    found = exact.gain_law(activations.leaky_relu(0.5), [8, 8], 1.6)
+    found = exact.gain_moments(activations.leaky_relu(0.5), [8, 8], 1.6)
     np.testing.assert_allclose(found.mean, 1, rtol=1e-12)
     assert np.isnan(found.mean_of_log)
     assert found.alive == 1
@@ -273,12 +274,12 @@ def test_a_leaky_slope_has_plain_moments_alone():
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: exact.gain_law("tanh", [4, 4]), "activation is 'tanh'"),
-        (lambda: exact.gain_law("relu", [4]), "at least one layer"),
-        (lambda: exact.gain_law("relu", [4, 0]), "width is 0"),
-        (lambda: exact.gain_law("relu", [4, 4], -1.0), "sigma_w2 is -1.0"),
-        (lambda: exact.gain_law("relu", [4, 4], kurtosis=-2.5), "kurtosis is -2.5"),
-        (lambda: exact.gain_law("relu", [4, 4], input_fourth=0.1), "input_fourth is 0.1"),
+        (lambda: exact.gain_moments("tanh", [4, 4]), "activation is 'tanh'"),
+        (lambda: exact.gain_moments("relu", [4]), "at least one layer"),
+        (lambda: exact.gain_moments("relu", [4, 0]), "width is 0"),
+        (lambda: exact.gain_moments("relu", [4, 4], -1.0), "sigma_w2 is -1.0"),
+        (lambda: exact.gain_moments("relu", [4, 4], kurtosis=-2.5), "kurtosis is -2.5"),
+        (lambda: exact.gain_moments("relu", [4, 4], input_fourth=0.1), "input_fourth is 0.1"),
         (lambda: exact.vertex("tanh", 1.0, 1.0, depth=0), "depth is 0"),
         (lambda: exact.vertex("tanh", -1.0, 1.0, depth=2), "q1 is -1.0"),
         (

@@ -28,7 +28,7 @@ def test_theory_is_the_exact_law_of_the_gain_and_its_log_normal_limit(name, widt
         downwards = hidden[layer:][::-1]
         variance = beta = 0.0
         if len(downwards) > 1:
-            variance = exact.gain_law(name, downwards).variance_of_log
+            variance = exact.gain_moments(name, downwards).variance_of_log
             beta = exact.log_normal(name, downwards).variance
         assert found["gradient_spread_theory"][0, layer] == pytest.approx(float(variance), rel=1e-5)
         assert found["gradient_spread_first_order"][0, layer] == pytest.approx(

@@ -24,9 +24,11 @@ def network(block, steps, tied, start=1.0):
 @pytest.mark.parametrize(
     "block",
     [
-        GRU(400, sigma_w=1.2, sigma_b=0.5, update_bias=1.0),
+        pytest.param(GRU(400, sigma_w=1.2, sigma_b=0.5, update_bias=1.0), marks=pytest.mark.medium),
         pytest.param(GRU(400, sigma_w=1.2, sigma_b=0.5, reset_bias=None), marks=pytest.mark.slow),
-        LSTM(400, 1.2, 0.5, forget_bias=0.0, drive=Drive(0.5)),
+        pytest.param(
+            LSTM(400, 1.2, 0.5, forget_bias=0.0, drive=Drive(0.5)), marks=pytest.mark.medium
+        ),
         pytest.param(LSTM(400, 1.2, 0.5, forget_bias=1.0), marks=pytest.mark.slow),
     ],
     ids=["GRU", "highway", "LSTM, forget bias 0", "LSTM, forget bias 1"],

@@ -17,6 +17,8 @@ from gradflow.studies._point import Point
 from gradflow.studies._study import HistogramRange
 from gradflow.theory import _spectral_shares, spectrum
 
+end_to_end = jax.jit(singular_values.end_to_end)
+propagate = jax.jit(propagation.propagate)  # with the dense sampler
 TEXT = """
 [network]
 activation = "tanh"
@@ -133,16 +135,17 @@ def test_singular_values_are_those_of_the_network_that_is_propagated(activation,
     text = changed(('"tanh"', f'"{activation}"'), ('"gaussian", "orthogonal"', f'"{weights}"'))
     point = study_file.parse(text).point(0)
     network, x = point.network(), jnp.asarray(point.inputs(), jnp.float32)
+    single = network.as_arrays(np.float32)
     for number in range(5):
         key = jax.random.fold_in(point.key, number)
         jacobian, z = whole_jacobian(network, x, key)
-        found = np.exp(np.asarray(singular_values.end_to_end(network, x, key), float))
+        found = np.exp(np.asarray(end_to_end(single, x, key), float))
         expected = np.linalg.svd(jacobian, compute_uv=False)
         np.testing.assert_allclose(found, expected, atol=3e-6 * expected[0])
         # Those of ReLU that are 0 are 0, and counted by the layer with fewest units that are on.
         alive = int((network.activation.derivative(z) != 0).sum(axis=1).min())
         assert np.count_nonzero(found) == alive
-        drawn = propagation.propagate(network, x, key, sampler="dense")
+        drawn = propagate(single, x, key)
         np.testing.assert_allclose(np.exp(drawn["log_q"]), (z**2).mean(axis=1), rtol=1e-5)
 
 
@@ -153,10 +156,10 @@ def test_signals_and_jacobians_leave_a_floats_range_and_their_slopes_do_not():
     point = study_file.parse(text).point(1)
     key = jax.random.fold_in(point.key, 0)
     network, x = point.network(), jnp.asarray(point.inputs(), jnp.float32)
-    found = np.asarray(jax.jit(singular_values.end_to_end)(network.as_arrays(np.float32), x, key))
+    found = np.asarray(end_to_end(network.as_arrays(np.float32), x, key))
     scaled = point.settings | {"sigma_w2": 2.0}
     usual = Point(point.index, scaled, point.networks).network()
-    expected = np.asarray(jax.jit(singular_values.end_to_end)(usual.as_arrays(np.float32), x, key))
+    expected = np.asarray(end_to_end(usual.as_arrays(np.float32), x, key))
     assert np.isfinite(expected[0])
     np.testing.assert_allclose(found[0], expected[0] - 400 * np.log(2), rtol=1e-4)
     assert np.isneginf(found).sum() == np.isneginf(expected).sum() > 0

@@ -16,6 +16,7 @@ from gradflow import builders, data, ensembles, networks, statistics, training
 from gradflow.blocks import GRU, Chain, Convolution, Dense, Flatten, Linear, Maxout
 from gradflow.errors import InputError
 from gradflow.simulation import monte_carlo, propagation
+from gradflow.training import Recording
 
 ORTHOGONAL = ensembles.fan_in(1.1, "orthogonal")
 CASES = {
@@ -33,6 +34,7 @@ CASES = {
 }
 # Products are of scaled entries here, and scaled products there; float32, through few layers.
 ROUNDING = 2e-5
+propagate = jax.jit(propagation.propagate, static_argnames=("checkpoint", "keep"))
 
 
 def inputs_of(network, sites=4):
@@ -50,8 +52,8 @@ def test_given_weights_give_the_statistics_of_the_network_they_were_drawn_for(na
     network, key = CASES[name], jax.random.key(5)
     x = inputs_of(network)
     weights = training.initial_weights(network, key)
-    drawn = propagation.propagate(network, x, key)
-    assert_same(propagation.propagate(network, x, key, weights=weights), drawn)
+    drawn = propagate(network, x, key)
+    assert_same(propagate(network, x, key, weights=weights), drawn)
 
 
 @pytest.mark.parametrize("delta", [False, True])
@@ -61,8 +63,8 @@ def test_filters_are_parameters_too(delta):
     key, x = jax.random.key(5), jax.random.normal(jax.random.key(1), (8, 2), jnp.float32)
     weights = training.initial_weights(network, key)
     assert weights[1].matrices[0].shape == ((3, 3, 3) if delta else (3, 3, 9))
-    drawn = propagation.propagate(network, x, key)
-    assert_same(propagation.propagate(network, x, key, weights=weights), drawn)
+    drawn = propagate(network, x, key)
+    assert_same(propagate(network, x, key, weights=weights), drawn)
     assert training.outputs(network, weights, x, key).shape == (2, 5)
 
 
@@ -70,9 +72,9 @@ def test_checkpoints_and_kept_linearisations_know_given_weights():
     network, key = CASES["mlp"], jax.random.key(5)
     deep = builders.mlp((6, *[8] * 12), "tanh", "glorot", sigma_b=0.2)
     x, weights = inputs_of(network), training.initial_weights(deep, key)
-    expected = propagation.propagate(deep, x, key, weights=weights)
+    expected = propagate(deep, x, key, weights=weights)
     for how in ({"checkpoint": True}, {"keep": True}):
-        assert_same(propagation.propagate(deep, x, key, weights=weights, **how), expected)
+        assert_same(propagate(deep, x, key, weights=weights, **how), expected)
 
 
 def test_other_weights_give_other_statistics():
@@ -80,8 +82,8 @@ def test_other_weights_give_other_statistics():
     network, key = CASES["mlp"], jax.random.key(5)
     x = inputs_of(network)
     other = training.initial_weights(network, jax.random.key(6))
-    drawn = propagation.propagate(network, x, key)
-    found = propagation.propagate(network, x, key, weights=other)
+    drawn = propagate(network, x, key)
+    found = propagate(network, x, key, weights=other)
     assert not np.allclose(found["log_q"], drawn["log_q"], rtol=0.01)
 
 
@@ -132,9 +134,7 @@ def test_gradients_are_those_of_a_plain_network():
     def at_the_top(logits):
         return jax.nn.softmax(logits) - jax.nn.one_hot(labels, 4, dtype=logits.dtype)
 
-    measured = propagation.propagate(
-        network, x, jax.random.key(0), weights=weights, cotangent=at_the_top
-    )
+    measured = propagate(network, x, jax.random.key(0), weights=weights, cotangent=at_the_top)
     square = [float(jnp.mean(w**2)) for w, _ in expected]
     np.testing.assert_allclose(np.exp(measured["log_weight_gradient_variance"]), square, 1e-4)
 
@@ -181,9 +181,7 @@ def trained():
         network,
         x,
         y,
-        record=[0, 2, 6],
-        histograms=12,
-        singular_values=3,
+        record=Recording([0, 2, 6], histograms=12, singular_values=3),
         keep_state=True,
         **how,
     )
@@ -298,7 +296,14 @@ def test_every_epoch_has_every_sample_once():
     network, n = builders.mlp((9, 4), "linear", "lecun"), 9
     x, y = np.eye(n, dtype=np.float32), np.arange(n) % 4
     result = training.train(
-        network, x, y, steps=2 * n, batch=1, biases=False, keep_state=True, wanted=(), record=[18]
+        network,
+        x,
+        y,
+        steps=2 * n,
+        batch=1,
+        biases=False,
+        keep_state=True,
+        record=Recording([18], wanted=()),
     )
     w = np.asarray(result.state.start[0].matrices[0][0, 0])
     for _ in range(2):
@@ -310,7 +315,7 @@ def test_every_epoch_has_every_sample_once():
 def grid():
     x, y = data_of()
     laws = [builders.mlp(WIDTHS, "tanh", ensembles.fan_in(s), sigma_b=0.1) for s in (0.5, 2.0)]
-    how = {"steps": 20, "batch": 8, "seeds": 2, "wanted": FEW, "record": [0, 20]}
+    how = {"steps": 20, "batch": 8, "seeds": 2, "record": Recording([0, 20], wanted=FEW)}
     result = training.train(laws, x, y, learning_rate=[0.1, 0.4], **how)
     return result, laws, x, y, how
 
@@ -342,17 +347,21 @@ def test_training_goes_on_from_a_state_as_if_it_had_not_stopped():
     def optimiser(rate):
         return optax.adam(optax.exponential_decay(rate, 10, 0.5))
 
-    how = {"batch": 7, "seeds": 2, "learning_rate": 0.01, "wanted": (), "optimiser": optimiser}
-    whole = training.train(network, x, y, steps=13, record=[13], **how)
-    half = training.train(network, x, y, steps=8, record=[8], keep_state=True, **how)
-    rest = training.train(network, x, y, steps=13, record=[13], state=half.state, **how)
+    how = {"batch": 7, "seeds": 2, "learning_rate": 0.01, "optimiser": optimiser}
+    whole = training.train(network, x, y, steps=13, record=Recording([13], wanted=()), **how)
+    half = training.train(
+        network, x, y, steps=8, record=Recording([8], wanted=()), keep_state=True, **how
+    )
+    rest = training.train(
+        network, x, y, steps=13, record=Recording([13], wanted=()), state=half.state, **how
+    )
     for key, value in whole.values.items():
         np.testing.assert_allclose(rest[key], value, 1e-4, 1e-6, err_msg=key)
 
 
 def test_what_diverges_is_recorded_and_told_by_movement_and_loss_too():
     x, y = data_of()
-    how = {"steps": 60, "batch": 8, "wanted": (), "record": [0, 30, 60]}
+    how = {"steps": 60, "batch": 8, "record": Recording([0, 30, 60], wanted=())}
     broken = training.train(
         builders.mlp((6, 20, 20, 3), "relu", "he"), x, y, learning_rate=[0.01, 1e4], **how
     )
@@ -385,7 +394,7 @@ def test_the_layer_where_numbers_leave_the_floats_range_is_found(network, layer)
     x, y = data_of()
     x = x.astype(np.float32)
     result = training.train(
-        network, x, y, steps=3, batch=SAMPLES, seeds=2, wanted=(), record=[3], block=2
+        network, x, y, steps=3, batch=SAMPLES, seeds=2, record=Recording([3], wanted=()), block=2
     )
     np.testing.assert_array_equal(result.nonfinite_layer[0, 0], layer)
     np.testing.assert_array_equal(result.first_nonfinite[0, 0], 0 if layer == 3 else 1)
@@ -408,8 +417,7 @@ def clipped():
         seeds=2,
         clip=optax.adaptive_grad_clip(CLIP),
         validation=(more + 0.1, labels),
-        wanted=(),
-        record=[0, 3],
+        record=Recording([0, 3], wanted=()),
         keep_state=True,
     )
     return result, networks.with_biases(network), x, y, (more + 0.1, labels)
@@ -481,8 +489,7 @@ def test_a_schedule_is_one_of_steps():
         steps=20,
         batch=8,
         optimiser=lambda rate: optax.sgd(optax.piecewise_constant_schedule(rate, {6: 0.0})),
-        wanted=(),
-        record=[5, 6, 20],
+        record=Recording([5, 6, 20], wanted=()),
     )
     ratio, movement = result["update_ratio"][0, 0, 0], result["movement"][0, 0, 0]
     assert np.all(ratio[0] > 0)
@@ -493,7 +500,13 @@ def test_a_schedule_is_one_of_steps():
 
 def test_noise_in_gradients_is_each_networks_own_and_the_same_again():
     network, (x, y) = builders.mlp((6, 40, 3), "tanh", "glorot"), data_of()
-    how = {"steps": 1, "batch": 8, "learning_rate": 1e-3, "seeds": 2, "wanted": (), "record": [1]}
+    how = {
+        "steps": 1,
+        "batch": 8,
+        "learning_rate": 1e-3,
+        "seeds": 2,
+        "record": Recording([1], wanted=()),
+    }
     optimiser = training.with_noise(optax.sgd, 1e4)
 
     def noise(**other):
@@ -549,11 +562,12 @@ RUN = """
 import os, signal
 import numpy as np
 import optax
-from gradflow import networks, training
-from gradflow.training import grid
+from gradflow import builders, training
+from gradflow.training import Recording, _execution
 
-HOW = {"steps": 30, "batch": 8, "learning_rate": [0.1, 0.2], "seeds": 2, "wanted": ()}
-HOW |= {"optimiser": training.with_noise(optax.adam, 0.1), "record": [0, *range(3, 30, 4), 30]}
+HOW = {"steps": 30, "batch": 8, "learning_rate": [0.1, 0.2], "seeds": 2}
+HOW |= {"record": Recording([0, *range(3, 30, 4), 30], wanted=())}
+HOW |= {"optimiser": training.with_noise(optax.adam, 0.1)}
 
 def run(save, after=None, stop=None, **other):
     seen = []
@@ -601,7 +615,7 @@ def test_an_interrupted_run_goes_on_as_if_it_had_not_stopped(tmp_path, uninterru
     assert seen == [0, 60, 120]
     (folder,) = tmp_path.iterdir()
     assert again.saved == folder
-    run["run"](tmp_path, steps=7, record=[7])
+    run["run"](tmp_path, steps=7, record=Recording([7], wanted=()))
     assert len(list(tmp_path.iterdir())) == 2
     (broken, *_) = folder.glob("*.npz")
     for path, content in ((broken, b"half a file"), (broken, b""), (folder / "plan.json", b"[1]")):
@@ -612,7 +626,7 @@ def test_an_interrupted_run_goes_on_as_if_it_had_not_stopped(tmp_path, uninterru
 
 @pytest.mark.slow
 def test_a_killed_process_loses_little(tmp_path, uninterrupted):
-    program = f"{RUN}\ngrid._SAVE_SECONDS, grid._SAVE_SHARE = 0.0, np.inf\n"
+    program = f"{RUN}\n_execution._SAVE_SECONDS, _execution._SAVE_SHARE = 0.0, np.inf\n"
     program += f"run({str(tmp_path)!r}, 60, lambda: os.kill(os.getpid(), signal.SIGKILL))"
     x64 = str(int(jax.config.jax_enable_x64))
     killed = subprocess.run(
@@ -645,7 +659,11 @@ def test_digits_are_learnt():
 
     network = builders.mlp((64, 30, 10), "tanh", "glorot")
     result = training.train(
-        network, data.digits(), load_digits().target, steps=400, record=[0, 400], wanted=()
+        network,
+        data.digits(),
+        load_digits().target,
+        steps=400,
+        record=Recording([0, 400], wanted=()),
     )
     assert result["error"][0, 0, 0, 0] > 0.7  # ten classes
     assert result["error"][0, 0, 0, 1] < 0.15
@@ -667,12 +685,14 @@ BAD = {
     "learning_rate is 0.0; it is a finite number above 0": {"learning_rate": 0},
     "batch is 41, and there are 40 samples; use at most as many": {"batch": SAMPLES + 1},
     "steps is 0; it is a whole number of at least 1": {"steps": 0},
-    r"record is \[11\]; it is some of the steps 0 to 10": {"record": [11]},
+    r"record is \[11\]; it is some of the steps 0 to 10": {"record": Recording([11])},
     "needs .* GiB in training and .* are free": {"memory_budget": 100},
     "networks is empty": {"networks": []},
-    "singular_values is 4; the Jacobian of 3 outputs by 6 inputs has 3": {"singular_values": 4},
+    "singular_values is 4; the Jacobian of 3 outputs by 6 inputs has 3": {
+        "record": Recording(singular_values=4)
+    },
     "singular_values is 1, .* under BatchNorm a signal depends on the whole batch": {
-        "singular_values": 1,
+        "record": Recording(singular_values=1),
         "networks": builders.mlp(WIDTHS, "tanh", "he", norm="batch"),
     },
     "differ in more than numbers": {
@@ -682,7 +702,9 @@ BAD = {
         "networks": networks.unit_variance(builders.mlp(WIDTHS, "tanh", "he"))
     },
     "validation's labels has 5": {"validation": (np.zeros((1, 6)), np.full(1, 5))},
-    r"monitor's inputs has shape \(1, 2\)": {"monitor": (np.zeros((1, 2)), np.zeros(1, int))},
+    r"monitor's inputs has shape \(1, 2\)": {
+        "record": Recording(monitor=(np.zeros((1, 2)), np.zeros(1, int)))
+    },
 }
 
 

@@ -10,6 +10,7 @@ import pytest
 from gradflow import blocks, builders, comparison, statistics, verdict
 from gradflow._labels import BY_KEY
 from gradflow.comparison import Status
+from gradflow.predictions import Prediction
 from gradflow.simulation import monte_carlo
 
 
@@ -142,9 +143,7 @@ def of_values(network, theory, measured, *, sites=1, error=0.01, networks_=100, 
         seconds=0.0,
         compile_seconds=0.0,
     )
-    return predictions.Prediction({key: np.asarray(theory, float)}), dataclasses.replace(
-        simulation, **changed
-    )
+    return Prediction({key: np.asarray(theory, float)}), dataclasses.replace(simulation, **changed)
 
 
 NET = builders.mlp([20, *[20] * 5], "tanh", "lecun")

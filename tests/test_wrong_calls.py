@@ -16,7 +16,7 @@ import gradflow
 from gradflow import activations, builders, training
 from gradflow.errors import InputError
 from gradflow.simulation import jacobians, monte_carlo
-from gradflow.theory import float64
+from gradflow.theory import _programs, float64
 
 # By the last part of their names; where two share it, the one with the shorter name.
 MODULES = {
@@ -43,6 +43,7 @@ def values():
         "key": key,
         "sim": sim,
         "ds": sim.to_xarray(),
+        "theory_programs": _programs,
         "theory": float64.predict(net, x),
         "W": training.initial_weights(net, key),
         "jac": jacobians.draw(net, x, key),
@@ -192,7 +193,7 @@ CALLS = [
     ("float64.predict_and_correct(net,None)", "inputs is None"),
     ("comparison.explain_differences(3,x,key=key)", "comparison is 3"),
     ("float64.asymptotic_log_chi(net,3)", "theory is 3"),
-    ("float64.compile_programs(3,x)", "network is 3"),
+    ("theory_programs.compile_programs(3,x)", "network is 3"),
     ("mean_field.predict(net,np.ones((2,3)))", "gram has shape (2, 3)"),
     ("mean_field.predict(net,np.ones(3))", "gram has shape (3,)"),
     ("mean_field.predict(3,np.eye(2))", "network is 3"),
@@ -263,9 +264,9 @@ CALLS = [
     ("criticality.phase_diagram(3,[1.],[0.])", "activation is 3"),
     ("criticality.phase_diagram(phi,[],[])", "sigma_w has the shape (0,)"),
     ("criticality.phase_diagram(phi,np.ones((2,2)),[0.])", "sigma_w has the shape (2, 2)"),
-    ('exact.gain_law("tanh",[3,4])', "activation is 'tanh'"),
-    ('exact.gain_law("relu","ab")', "widths is 'ab'"),
-    ('exact.gain_law("relu",[3,4],"a")', "sigma_w2 is 'a'"),
+    ('exact.gain_moments("tanh",[3,4])', "activation is 'tanh'"),
+    ('exact.gain_moments("relu","ab")', "widths is 'ab'"),
+    ('exact.gain_moments("relu",[3,4],"a")', "sigma_w2 is 'a'"),
     ("exact.log_normal(3,[3,4])", "activation is 3"),
     ('exact.forward_moments("relu","a",1.0,width=3,depth=2)', "q1 is 'a'"),
     ('exact.forward_moments("relu",1.0,1.0,width="a",depth=2)', "width is 'a'"),
@@ -370,13 +371,19 @@ CALLS = [
     ),
     ("training.train(net,xs,labels,clip=1.0,steps=1,batch=2)", "clip is 1.0"),
     ("training.train(net,xs,labels,record=3,steps=1,batch=2)", "record is 3"),
-    ("training.train(net,xs,labels,monitor=3,steps=1,batch=2)", "monitor is 3"),
+    (
+        "training.train(net,xs,labels,record=training.Recording(monitor=3),steps=1,batch=2)",
+        "monitor is 3",
+    ),
     (
         "training.train(net,xs,labels,validation=xs,steps=1,batch=2)",
         "validation is an array of shape (6, 3) and dtype float32",
     ),
     ('training.train(net,xs,labels,key="a",steps=1,batch=2)', "key is 'a'"),
-    ('training.train(net,xs,labels,wanted="q",steps=1,batch=2)', "wanted is 'q'"),
+    (
+        'training.train(net,xs,labels,record=training.Recording(wanted="q"),steps=1,batch=2)',
+        "wanted is 'q'",
+    ),
     ("training.train(net,xs,labels,state=3,steps=1,batch=2)", "state is 3"),
     ('training.train(net,xs,labels,memory_budget="a",steps=1,batch=2)', "memory_budget is 'a'"),
     ("training.train(net,xs,labels,devices=3,steps=1,batch=2)", "devices is 3"),

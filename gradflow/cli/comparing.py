@@ -163,7 +163,7 @@ def remedies(
     written.append(write_json(summary, folder / "remedies.json"))
 
     def parts() -> Iterator[Table | str]:
-        network = ranked.sick.remedy.network
+        network = ranked.sick.network
         yield _table_of_remedies(f"{network.name}: {shape_label(network.widths)}", outcomes)
         for name, reason in ranked.not_applicable.items():
             yield f"left out  {name}: {reason}"
@@ -181,11 +181,13 @@ def remedies(
 def _outcome_as_json(outcome: Any) -> dict[str, Any]:
     remedy, comparison = outcome.remedy, outcome.comparison
     numbers = {
-        name: value for name, value in vars(outcome).items() if name not in ("remedy", "comparison")
+        name: value
+        for name, value in vars(outcome).items()
+        if name not in ("remedy", "network", "comparison")
     }
     return {
         "remedy": remedy.name,
-        "network": remedy.network.name,
+        "network": outcome.network.name,
         "verdict": comparison.verdict.kind,
         **{
             n: v if math.isfinite(v) else None if math.isnan(v) else str(v)

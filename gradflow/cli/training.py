@@ -1,21 +1,21 @@
 """The command that trains networks: one experiment of `experiments`, by its name."""
 
 import contextlib
+import functools
+import inspect
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich import box
 from rich.table import Table
 from typer.core import TyperCommand
 
-from gradflow._checks import check_count
 from gradflow.cli._options import (
     Json,
     Out,
-    Seed,
     app,
     given_folder,
     options_name,
@@ -25,9 +25,25 @@ from gradflow.cli._output import make_console, print_json, show_progress, write_
 from gradflow.cli._process import say
 from gradflow.errors import InputError
 
+if TYPE_CHECKING:
+    from gradflow.experiments import Experiment
+    from gradflow.experiments.recipe import Option
+
 
 class _WithExperiments(TyperCommand):
-    """Lists the experiments in its help: JAX, which they import, is slow to import."""
+    """The command with the options of all experiments, in ``context.obj`` by name, and their list.
+
+    They are read when the command is used: experiments import JAX, which is slow to import.
+    """
+
+    def get_params(self, ctx: Any) -> list[Any]:
+        own = super().get_params(ctx)
+        first = [one for one in own if one.name == "experiment"]
+        return first + _parameters() + [one for one in own if one.name != "experiment"]
+
+    def invoke(self, ctx: Any) -> Any:
+        ctx.obj = {one.name: ctx.params.pop(one.name) for one in _parameters()}
+        return super().invoke(ctx)
 
     def format_help(self, ctx: Any, formatter: Any) -> None:
         from gradflow import experiments  # noqa: PLC0415
@@ -37,13 +53,44 @@ class _WithExperiments(TyperCommand):
         super().format_help(ctx, formatter)
 
 
-def _numbers(name: str, text: str, kind: type[int] | type[float]) -> list[Any]:
-    """Return the numbers of 1,2,4."""
-    try:
-        return [kind(part) for part in text.split(",")]
-    except ValueError:
-        what = "whole numbers" if kind is int else "numbers"
-        raise InputError(f"{name} is {text!r}; it is {what}, several with commas between") from None
+@functools.cache
+def _parameters() -> list[Any]:
+    """The command line's options of all experiments together."""
+    from gradflow import experiments  # noqa: PLC0415
+
+    options: dict[str, list[Option]] = {}
+    for experiment in experiments.ALL.values():
+        for name, option in experiment.options.items():
+            options.setdefault(name, []).append(option)
+    parameters = [_parameter(name, alike) for name, alike in options.items()]
+
+    def command(**_: Any) -> None: ...
+
+    command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    command.__annotations__ = {one.name: one.annotation for one in parameters}
+    holder = typer.Typer(add_completion=False)
+    holder.command()(command)
+    return [one for one in typer.main.get_command(holder).params if one.name in options]
+
+
+def _parameter(name: str, options: "list[Option]") -> inspect.Parameter:
+    """One option of several experiments, as an argument that typer makes an option of.
+
+    Several numbers are a text with commas between; several names are given one by one.
+    """
+    several, kind = any(option.several for option in options), options[0].type
+    annotation: Any = kind | None
+    if several:
+        annotation = list[str] | None if kind is str else str | None
+    metavar = None if kind is not str and not several else "NAME" if kind is str else "NUMBER,…"
+    limits: dict[str, Any] = {"min": -(2**63), "max": 2**63 - 1} if name == "seed" else {}
+    option = typer.Option(help=options[0].help, metavar=metavar, **limits)
+    return inspect.Parameter(
+        name,
+        inspect.Parameter.KEYWORD_ONLY,
+        default=None,
+        annotation=Annotated[annotation, option],
+    )
 
 
 @app.command(
@@ -60,47 +107,6 @@ def _numbers(name: str, text: str, kind: type[int] | type[float]) -> list[Any]:
 def train(
     context: typer.Context,
     experiment: Annotated[str, typer.Argument(help="Which one; they are listed below.")] = "layers",
-    activation: Annotated[
-        str | None, typer.Option(help="φ, by name, in place of the experiment's.", metavar="NAME")
-    ] = None,
-    weights: Annotated[
-        str | None, typer.Option(help="The weights' ensemble, by name.", metavar="NAME")
-    ] = None,
-    width: Annotated[int | None, typer.Option(help="Units a hidden layer.")] = None,
-    depth: Annotated[int | None, typer.Option(help="Hidden layers.")] = None,
-    depths: Annotated[
-        str | None, typer.Option(help="Several depths, as 1,2,4.", metavar="N,N,…")
-    ] = None,
-    data: Annotated[
-        str | None, typer.Option(help="digits, mnist, shapeset, or a path to .npz.")
-    ] = None,
-    images: Annotated[int | None, typer.Option(help="How many of Shapeset to draw.")] = None,
-    times: Annotated[int | None, typer.Option(help="Steps of the recurrent network.")] = None,
-    learning_rate: Annotated[
-        str | None,
-        typer.Option(
-            help="Of the optimiser; of several, with commas between, the best on validation data "
-            "is reported.",
-            metavar="RATE,…",
-        ),
-    ] = None,
-    optimiser: Annotated[str | None, typer.Option(help="sgd, momentum, adam, …")] = None,
-    clip: Annotated[
-        str | None,
-        typer.Option(help="Gradient clipping, as global-norm:1.", metavar="NAME:NUMBER"),
-    ] = None,
-    steps: Annotated[int | None, typer.Option(help="How many updates.")] = None,
-    batch: Annotated[int | None, typer.Option(help="Images an update.")] = None,
-    noise: Annotated[
-        float | None, typer.Option(help="Variance of noise in gradients at first; it decays.")
-    ] = None,
-    threshold: Annotated[
-        float | None, typer.Option(help="The norm that gradients are clipped to.")
-    ] = None,
-    networks: Annotated[
-        int | None, typer.Option(help="How many random networks of each kind.")
-    ] = None,
-    seed: Seed = 0,
     out: Out = None,
     as_json: Json = False,
 ) -> None:
@@ -108,7 +114,7 @@ def train(
 
     Sizes are the experiment's own without options: the least that shows its effect in about a
     minute or two. Options that an experiment has no use for are refused.
-    A run that is interrupted goes on where it was when the same command is given again.
+    A run that is interrupted resumes where it was when the same command is given again.
     """
     from gradflow import (
         experiments,  # noqa: PLC0415
@@ -116,39 +122,13 @@ def train(
     )
 
     chosen = experiments.get(experiment)
-    ours = ("experiment", "out", "as_json")
-    given = {n: v for n, v in context.params.items() if v is not None and n not in ours}
-    if "learning_rate" in given:
-        rates = _numbers("learning_rate", given.pop("learning_rate"), float)
-        several = "learning_rates" in chosen.options
-        if not several and len(rates) > 1:
-            raise InputError(
-                f"experiment {experiment!r} takes one learning_rate, and {rates} are given"
-            )
-        given |= {"learning_rates": rates} if several else {"learning_rate": rates[0]}
-    for name in given:
-        if name not in chosen.options:
-            known = ", ".join(
-                _flag(one.removesuffix("s") if one == "learning_rates" else one)
-                for one in chosen.options
-                if one in context.params or one == "learning_rates"
-            )
-            raise InputError(
-                f"experiment {experiment!r} has no use for {_flag(name)}; it takes {known}"
-            )
-    for name, value in given.items():
-        if isinstance(value, int) and name != "seed":
-            check_count(name, value)
-    if "depths" in given:
-        given["depths"] = [
-            check_count("depth", depth) for depth in _numbers("depths", given["depths"], int)
-        ]
-    others = {n: v for n, v in given.items() if _as_default(v) != _as_default(chosen.options[n])}
+    options = _options(chosen, context.obj)
+    others = {n: v for n, v in options.items() if v != chosen.options[n].default}
     label = options_name([chosen.name], others)
     folder = writable_folder(given_folder(out, Path("results") / "train" / label))
     unfinished = folder / f"unfinished-{chosen.name}"
     with _resumable(folder), show_progress("updates") as report:
-        dataset = chosen.run(**given, save=unfinished, progress=report)
+        dataset = chosen.run(**options, save=unfinished, progress=report)
     written = [
         write_netcdf(dataset, folder / f"{chosen.name}.nc"),
         figures.save(chosen.figure(dataset), folder / f"{chosen.name}.png"),
@@ -176,23 +156,39 @@ def train(
     console.print(f"written   to {folder}: {', '.join(path.name for path in written)}")
 
 
+def _options(experiment: "Experiment", written: Mapping[str, Any]) -> dict[str, Any]:
+    """The options on the command line as values that the experiment takes."""
+    options = {}
+    for name, value in written.items():
+        if value is None or value in ((), []):
+            continue
+        option = experiment.options.get(name)
+        if isinstance(value, str) and option is not None and option.type is not str:
+            value = _numbers(name, value, option.type)
+            if not option.several and len(value) == 1:
+                (value,) = value
+        options[name] = tuple(value) if isinstance(value, list | tuple) else value
+    experiment.check(options, lambda name: f"--{name.replace('_', '-')}")
+    return options
+
+
+def _numbers(name: str, text: str, kind: type) -> tuple[Any, ...]:
+    """The numbers of 1,2,4."""
+    try:
+        return tuple(kind(part) for part in text.split(","))
+    except ValueError:
+        what = "whole numbers" if kind is int else "numbers"
+        raise InputError(f"{name} is {text!r}; it is {what}, several with commas between") from None
+
+
 @contextlib.contextmanager
 def _resumable(folder: Path) -> Iterator[None]:
     """Say what to do after an interruption."""
     try:
         yield
     except KeyboardInterrupt:
-        say(f"gradflow: saved in {folder}; the same command goes on from there")
+        say(f"gradflow: saved in {folder}; the same command resumes from there")
         raise
-
-
-def _flag(name: str) -> str:
-    return f"--{name.replace('_', '-')}"
-
-
-def _as_default(value: Any) -> Any:
-    """Return an option as an experiment's defaults are written: several values are a tuple."""
-    return tuple(value) if isinstance(value, list) else value
 
 
 def _printed(title: str, rows: list[dict[str, Any]]) -> Table:

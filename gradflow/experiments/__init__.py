@@ -1,43 +1,30 @@
 """Experiments on training: the paper's, and those of what came after it.
 
-Each is a module with a function that trains, and says what it found in a table, in sentences and in
-a figure; `base` says what one is. To add one, write such a module and name it in `ALL`.
+Each is a module of this package that has an `EXPERIMENT`; `recipe` says what one is. To add one,
+write such a module: `ALL` and the command line find it.
 """
 
+import importlib
+import pkgutil
+
 from gradflow._checks import unknown_name
-from gradflow.experiments import (
-    base,
-    clipping,
-    gradients,
-    isometry,
-    layers,
-    league,
-    methods,
-    percentiles,
-    saturation,
-    table_1,
-    trainability,
-)
+from gradflow.experiments.recipe import Experiment, Recipe
 
-__all__ = ["ALL", "base", "get"]
+__all__ = ["ALL", "Experiment", "Recipe", "get"]
 
-_MODULES = (
-    layers,
-    saturation,
-    percentiles,
-    gradients,
-    table_1,
-    trainability,
-    isometry,
-    league,
-    methods,
-    clipping,
-)
-ALL = {module.EXPERIMENT.name: module.EXPERIMENT for module in _MODULES}
+_MODULES = [
+    importlib.import_module(f"{__name__}.{module.name}")
+    for module in pkgutil.iter_modules(__path__)
+]
+ALL: dict[str, Experiment] = {
+    module.EXPERIMENT.name: module.EXPERIMENT
+    for module in _MODULES
+    if hasattr(module, "EXPERIMENT")
+}
 
 
-def get(name: str) -> base.Experiment:
-    """Return the experiment of this name.
+def get(name: str) -> Experiment:
+    """The experiment of this name.
 
     Raises
     ------

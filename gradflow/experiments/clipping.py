@@ -6,9 +6,7 @@ It leaves as it was how much larger the gradient of one layer is than that of an
 explode with depth, steps that were small already become smaller.
 """
 
-from collections.abc import Sequence
-from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import optax
@@ -17,61 +15,28 @@ import xarray
 from gradflow import activations, builders, training
 from gradflow._checks import check_count, check_scale
 from gradflow.blocks import Dense, Linear
-from gradflow.data import Dataset
-from gradflow.experiments import base
-from gradflow.experiments.base import Experiment, Progress, Table
+from gradflow.experiments import _wording
+from gradflow.experiments.recipe import Experiment, Recipe, Table
 from gradflow.figures import clipping as figure
 from gradflow.networks import Network, Stage
-from gradflow.training import Training
-
-__all__ = ["EXPERIMENT", "run"]
+from gradflow.training import Recording, Training
 
 _RECORDS = 100
-RECURRENT, DEEP = "recurrent", "tanh, N(0,1)"
+_RECURRENT, _DEEP = "recurrent", "tanh, N(0,1)"
 # A step whose gradient is so many times as long as the typical one.
 _SPIKE = 10.0
 
 
-def run(
+def _train(
+    recipe: Recipe,
     *,
-    data: Dataset | str = "digits",
-    width: int = 64,
-    times: int = 20,
-    depth: int = 10,
-    threshold: float = 1.0,
-    steps: int = 1000,
-    batch: int = 20,
-    learning_rates: Sequence[float] = (0.01, 0.03, 0.1, 0.3, 1.0),
-    networks: int = 4,
-    seed: int = 0,
-    save: Path | None = None,
-    progress: Progress | None = None,
+    times: Annotated[int, "Time steps of the recurrent network."] = 20,
+    threshold: Annotated[float, "The norm that no gradient is to exceed."] = 1.0,
 ) -> xarray.Dataset:
     """Clip gradients by their global norm: of a recurrent network, and of an exploding deep one.
 
-    Parameters
-    ----------
-    data
-        A dataset or its name; standardised by pixel.
-    width
-        Units a hidden layer.
-    times, depth
-        Time steps of the recurrent network, tanh with weights of variance 1/width; hidden layers of
-        the deep one, tanh with N(0, 1) weights.
-    threshold
-        The norm that no gradient is to exceed.
-    steps, batch
-        Of gradient descent.
-    learning_rates
-        Those to try; each has the one that is best on validation data.
-    networks
-        How many random networks of each kind.
-    seed
-        Of everything that is random.
-    save
-        A folder for what it takes to go on after an interruption; not saved without it.
-    progress
-        Called with (kind, updates done, updates in all).
+    The recurrent network is tanh with weights of variance 1/width; the deep one, of the recipe's
+    depth, tanh with N(0, 1) weights. Data are standardised by pixel.
 
     Returns
     -------
@@ -82,64 +47,63 @@ def run(
         clipping, ``clipped_norm`` and ``clipped_disparity``.
     """
     check_scale("threshold", threshold, positive=True)
-    check_count("networks", networks)
-    parts = base.divided(data, seed).standardised()
-    widths = base.shape(parts, width, depth)
-    laws = {
-        RECURRENT: _recurrent(widths, check_count("times", times)),
-        DEEP: builders.mlp(widths, "tanh", "unscaled"),
+    check_count("networks", recipe.networks)
+    parts = recipe.split().standardised()
+    widths = recipe.widths(parts)
+    networks = {
+        _RECURRENT: _recurrent(widths, check_count("times", times)),
+        _DEEP: builders.mlp(widths, "tanh", "unscaled"),
     }
-    seen, held_out = parts.test, parts.validation
-    found, seconds = [], 0.0
-    for name, law in laws.items():
+    described, seconds = [], 0.0
+    for name, network in networks.items():
         for clipped in (False, True):
             result = training.train(
-                law,
+                network,
                 parts.train.inputs,
                 parts.train.labels,
-                monitor=(seen.inputs, seen.labels),
-                validation=(held_out.inputs, held_out.labels),
-                seeds=networks,
-                key=seed,
-                progress=base.named(progress, f"{name}, clipped" if clipped else name),
-                steps=steps,
-                batch=batch,
-                learning_rate=learning_rates,
+                steps=recipe.steps,
+                batch=recipe.batch,
+                learning_rate=recipe.learning_rates,
+                seeds=recipe.networks,
+                key=recipe.seed,
                 clip=optax.clip_by_global_norm(threshold) if clipped else None,
-                record=base.recorded_steps(steps, _RECORDS),
-                wanted=(),
-                save=save,
+                validation=(parts.validation.inputs, parts.validation.labels),
+                record=Recording(
+                    recipe.even_steps(_RECORDS), (parts.test.inputs, parts.test.labels), ()
+                ),
+                save=recipe.save,
+                progress=recipe.progress_of(f"{name}, clipped" if clipped else name),
             )
-            one = _described(result, law)
-            found.append(one.expand_dims(network=[name], clipped=[clipped]))
+            one = _described(result, network)
+            described.append(one.expand_dims(network=[name], clipped=[clipped]))
             seconds += result.seconds
-    together: Any = xarray.combine_by_coords(found)
+    together: Any = xarray.combine_by_coords(described)
     return together.assign_attrs(
         threshold=threshold,
         times=times,
-        depth=depth,
-        width=width,
+        depth=recipe.depth,
+        width=recipe.width,
         classes=parts.train.classes,
-        batch=batch,
-        steps=steps,
-        seed=seed,
+        batch=recipe.batch,
+        steps=recipe.steps,
+        seed=recipe.seed,
         seconds=seconds,
     )
 
 
 def _recurrent(widths: tuple[int, ...], times: int) -> Network:
-    """Return z^0 = U x, so many times z^t = W φ(z^{t-1}), and logits V φ(z^times)."""
+    """The network z^0 = U x, z^t = W φ(z^{t-1}) for t = 1…times, with logits V φ(z^times)."""
     width = widths[1]
     step = Dense(activations.tanh, width)
     return builders.stack(
         widths[0],
         [Linear(width), Stage(step, times, tied=True), Dense(activations.tanh, widths[-1])],
-        name=RECURRENT,
+        name=_RECURRENT,
     )
 
 
 def _described(result: Training, law: Network) -> xarray.Dataset:
-    """Return what is looked at, over (learning_rate, seed) or (learning_rate, seed, step)."""
+    """Errors over (learning_rate, seed), and gradient norms over (learning_rate, seed, step)."""
     # Layers of one stage that share their weights have one gradient: it counts once.
     firsts: list[int] = []
     layer = 0
@@ -172,8 +136,8 @@ def _described(result: Training, law: Network) -> xarray.Dataset:
     )
 
 
-def table(dataset: xarray.Dataset) -> Table:
-    """Return errors by learning rate, with clipping and without."""
+def _table(dataset: xarray.Dataset) -> Table:
+    """Errors by learning rate, with clipping and without."""
     rows = []
     for name in dataset.network.values:
         for clipped in (False, True):
@@ -189,7 +153,7 @@ def table(dataset: xarray.Dataset) -> Table:
             rows.append(row)
     attrs = dataset.attrs
     return Table(
-        f"{attrs['times']} time steps, and {attrs['depth']} {base.recipe(dataset)}, clipped to "
+        f"{attrs['times']} time steps, and {attrs['depth']} {_wording.sizes(dataset)}, clipped to "
         f"a norm of {attrs['threshold']:g}",
         rows,
         (
@@ -199,44 +163,51 @@ def table(dataset: xarray.Dataset) -> Table:
     )
 
 
-def findings(dataset: xarray.Dataset) -> list[str]:
-    """Return what clipping changes, and what it does not."""
-    found = []
+def _findings(dataset: xarray.Dataset) -> list[str]:
+    """The effect of clipping on errors, on the largest gradients, and on differences of layers."""
+    sentences = []
     for name in dataset.network.values:
         both = [dataset.sel(network=name, clipped=clipped) for clipped in (False, True)]
-        free, held = both
+        free, clipped = both
         mean = [one.error.mean("seed") for one in both]
         helped = mean[0] - mean[1]
         rate = float(helped.idxmax())
         verb = "helps most" if float(helped.max()) > 0 else "helps nowhere, and does least harm"
         best = [100 * float(m.sel(learning_rate=_best(d))) for m, d in zip(mean, both, strict=True)]
-        found.append(
+        sentences.append(
             f"{name}: clipping {verb} at a learning rate of {rate:g}, from an error of "
-            f"{base.percent(free.error.sel(learning_rate=rate))} to "
-            f"{base.percent(held.error.sel(learning_rate=rate))}; at the best rate of each it is "
-            f"{best[0]:.1f} % ({_best(free):g}) and {best[1]:.1f} % ({_best(held):g})"
+            f"{_wording.percent(free.error.sel(learning_rate=rate))} to "
+            f"{_wording.percent(clipped.error.sel(learning_rate=rate))}; at the best rate of each "
+            f"it is {best[0]:.1f} % ({_best(free):g}) and {best[1]:.1f} % ({_best(clipped):g})"
         )
         norm = free.gradient_norm.sel(learning_rate=rate)
         typical = norm.median("step")
         largest = float((norm / typical).max())
-        changed = float((held.gradient_norm > dataset.attrs["threshold"]).mean())
+        changed = float((clipped.gradient_norm > dataset.attrs["threshold"]).mean())
         spikes = float((norm > _SPIKE * typical).mean())
-        found.append(
+        sentences.append(
             f"{name}: without clipping, at that rate, {100 * spikes:.1f} % of gradients are more "
             f"than {_SPIKE:g} times the typical one, the largest {largest:.3g}"
             f" times; with it, {100 * changed:.0f} % of steps are clipped"
         )
-        found.append(
+        sentences.append(
             f"{name}: the largest gradient of a hidden layer is "
-            f"{float(held.disparity.median()):.3g} times the smallest before clipping, and "
-            f"{float(held.clipped_disparity.median()):.3g} times after it (median)"
+            f"{float(clipped.disparity.median()):.3g} times the smallest before clipping, and "
+            f"{float(clipped.clipped_disparity.median()):.3g} times after it (median)"
         )
-    return found
+    return sentences
 
 
 def _best(one: xarray.Dataset) -> float:
-    """Return the learning rate that is best on validation data."""
+    """The learning rate that is best on validation data."""
     return float(one.validation_error.mean("seed").idxmin())
 
 
-EXPERIMENT = Experiment("clipping", run, table, findings, figure)
+EXPERIMENT = Experiment(
+    "clipping",
+    Recipe(width=64, depth=10, steps=1000, batch=20, learning_rate=(0.01, 0.03, 0.1, 0.3, 1.0)),
+    _train,
+    _table,
+    _findings,
+    figure,
+)

@@ -12,9 +12,7 @@ References: Saxe, McClelland & Ganguli 2014 (arXiv:1312.6120); Pennington, Schoe
 """
 
 import functools
-from collections.abc import Sequence
-from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import jax
 import jax.numpy as jnp
@@ -25,69 +23,38 @@ import xarray
 from gradflow import builders, ensembles, training
 from gradflow._arguments import from_seed
 from gradflow._checks import check_count
-from gradflow.data import Dataset, Split
-from gradflow.experiments import base
-from gradflow.experiments.base import Experiment, Progress, Table
+from gradflow.data import Split
+from gradflow.experiments import _wording
+from gradflow.experiments.recipe import Experiment, Recipe, Table
 from gradflow.figures import isometry as figure
 from gradflow.networks import Network
 from gradflow.simulation import jacobians, singular_values
 from gradflow.theory import mean_field
-
-__all__ = ["EXPERIMENT", "run"]
+from gradflow.training import Recording
 
 _LAWS = ("orthogonal", "gaussian")
 _RECORDS = 25
-# Of the way from the first loss to the least of all that a linear network is to go.
+# The goal of linear networks: so much of the way from guessing to the least loss of all.
 _CLOSED = 0.9
 _LINEAR_RATES = (0.01, 0.03, 0.1, 0.3)
-# Images that their loss is measured on at every step.
-_SEEN = 100
-# What is left of the inputs for linear networks: as many directions, whitened.
+# Images on which the loss of linear networks is measured at every step.
+_MONITORED = 100
+# Principal components of the inputs that linear networks get, whitened.
 _DIRECTIONS = 32
 
 
-def run(
+def _train(
+    recipe: Recipe,
     *,
-    activation: str = "tanh",
-    data: Dataset | str = "digits",
-    width: int = 64,
-    depth: int = 100,
-    sigma_w2: float = 1.05,
-    sigma_b2: float = 1e-5,
-    steps: int = 500,
-    batch: int = 64,
-    learning_rate: float = 0.01,
-    depths: Sequence[int] = (2, 10, 50),
-    linear_steps: int = 150,
-    networks: int = 4,
-    seed: int = 0,
-    save: Path | None = None,
-    progress: Progress | None = None,
+    activation: Annotated[str, "φ, by name."] = "tanh",
+    sigma_w2: Annotated[float, "Weights' variance times their fan-in."] = 1.05,
+    sigma_b2: Annotated[float, "The biases' variance."] = 1e-5,
+    linear_steps: Annotated[int, "Updates of linear networks, of several depths."] = 150,
 ) -> xarray.Dataset:
     """Compare orthogonal with Gaussian weights: deep tanh (Pennington 2017) and linear (Saxe 2014).
 
-    Parameters
-    ----------
-    activation
-        φ of the first networks, by name.
-    data
-        A dataset or its name; standardised by pixel, and whitened for linear networks.
-    width, depth
-        Units a hidden layer, and hidden layers.
-    sigma_w2, sigma_b2
-        Weights' variance times their fan-in, and the biases' variance, of the first networks.
-    steps, batch, learning_rate
-        Of gradient descent.
-    depths, linear_steps
-        Hidden layers of linear networks, and how many updates those get, each at its best rate.
-    networks
-        How many random networks of each kind.
-    seed
-        Of everything that is random.
-    save
-        A folder for what it takes to go on after an interruption; not saved without it.
-    progress
-        Called with (kind, updates done, updates in all).
+    Data are standardised by pixel, and whitened for linear networks, which have the recipe's
+    several depths, each at its best learning rate.
 
     Returns
     -------
@@ -97,10 +64,10 @@ def run(
         networks ``steps_to_close`` over (network, depth, seed), NaN where the gap is not closed,
         and ``linear_rate`` over (network, depth).
     """
-    whole = base.divided(data, seed)
+    whole = recipe.split()
     parts = whole.standardised()
-    widths = base.shape(parts, width, depth)
-    laws = {
+    widths = recipe.widths(parts)
+    networks = {
         name: builders.mlp(
             widths,
             activation,
@@ -110,42 +77,31 @@ def run(
         )
         for name in _LAWS
     }
-    found = base.train_each(
-        laws,
-        parts,
-        networks=networks,
-        seed=seed,
-        save=save,
-        progress=progress,
-        steps=steps,
-        batch=batch,
-        learning_rates=[learning_rate],
-        record=base.recorded_steps(steps, _RECORDS),
-        wanted=(),
-    )
+    record = Recording(recipe.even_steps(_RECORDS), wanted=())
+    dataset = recipe.train(networks, parts, record=record)
     x = jnp.asarray(parts.train.inputs[0])
-    keys = jax.vmap(functools.partial(jax.random.fold_in, from_seed(seed)))(jnp.arange(networks))
-    spectra = {name: np.asarray(_log_singular_values(law, x, keys)) for name, law in laws.items()}
-    theory = {name: _theory(law, x) for name, law in laws.items()}
-    found["log_singular_value"] = (
+    keys = jax.vmap(functools.partial(jax.random.fold_in, from_seed(recipe.seed)))(
+        jnp.arange(recipe.networks)
+    )
+    dataset["log_singular_value"] = (
         ("network", "seed", "k"),
-        np.stack([spectra[name] for name in _LAWS]),
+        np.stack([_log_singular_values(network, x, keys) for network in networks.values()]),
         {"long_name": "natural logarithm of the k-th largest singular value of ∂z^L/∂z^1"},
     )
-    found["log_singular_value_theory"] = (
+    dataset["log_singular_value_theory"] = (
         ("network", "k"),
-        np.stack([theory[name] for name in _LAWS]),
+        np.stack([_theory(network, x) for network in networks.values()]),
     )
-    found["k"] = np.arange(1, found.sizes["k"] + 1)
-    linear = _linear(whole, width, depths, linear_steps, batch, networks, seed, save, progress)
-    return found.merge(linear, combine_attrs="drop_conflicts").assign_attrs(
-        activation=activation, sigma_w2=sigma_w2, sigma_b2=sigma_b2, depth=depth
+    dataset["k"] = np.arange(1, dataset.sizes["k"] + 1)
+    linear = _linear(recipe, whole, check_count("linear_steps", linear_steps))
+    return dataset.merge(linear, combine_attrs="drop_conflicts").assign_attrs(
+        activation=activation, sigma_w2=sigma_w2, sigma_b2=sigma_b2, depth=recipe.depth
     )
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def _log_singular_values(network: Network, x: jax.Array, keys: jax.Array) -> jax.Array:
-    """Return those of the hidden layers' Jacobian, without the first and last change of width."""
+    """Logarithms of the singular values of the Jacobian of the hidden layers after the first."""
 
     def one(key: jax.Array) -> jax.Array:
         factors = jacobians.layer_jacobians(network, x, key)[1:-1]
@@ -155,7 +111,7 @@ def _log_singular_values(network: Network, x: jax.Array, keys: jax.Array) -> jax
 
 
 def _theory(network: Network, x: jax.Array) -> np.ndarray:
-    """Return the logarithms that the singular values tend to, where units are nearly linear."""
+    """The limits of the singular values' logarithms, where units are nearly linear."""
     chi = mean_field.predict(network, mean_field.input_gram(x[None]))["chi"]
     width = network.widths[1]
     total = float(np.log(np.asarray(chi, np.float64)[:-2]).sum())
@@ -167,45 +123,33 @@ def _theory(network: Network, x: jax.Array) -> np.ndarray:
 
 
 def _whitened(parts: Split) -> tuple[np.ndarray, np.ndarray]:
-    """Return the training set's leading principal components, each of variance 1, and labels."""
+    """The training set's leading principal components, each of variance 1, and labels."""
     x = parts.train.inputs.astype(np.float64)
     left, _, _ = np.linalg.svd(x - x.mean(axis=0), full_matrices=False)
     components = min(_DIRECTIONS, np.linalg.matrix_rank(x - x.mean(axis=0)))
     return (left[:, :components] * len(x) ** 0.5).astype(np.float32), parts.train.labels
 
 
-def _linear(
-    parts: Split,
-    width: int,
-    depths: Sequence[int],
-    steps: int,
-    batch: int,
-    networks: int,
-    seed: int,
-    save: Path | None,
-    progress: Progress | None,
-) -> xarray.Dataset:
-    """Return how many steps deep linear networks take, at the rate that is best for each."""
+def _linear(recipe: Recipe, parts: Split, steps: int) -> xarray.Dataset:
+    """The steps that deep linear networks take to close the gap, each at its best learning rate."""
     x, labels = _whitened(parts)
-    check_count("linear_steps", steps)
+    depths = list(recipe.depths or ())
     losses = []
     for name in _LAWS:
         for depth in depths:
-            widths = (x.shape[1], *[width] * check_count("depths", depth), parts.train.classes)
+            widths = (x.shape[1], *[recipe.width] * depth, parts.train.classes)
             result = training.train(
                 builders.mlp(widths, "linear", ensembles.fan_in(1.0, name)),
                 x,
                 labels,
                 steps=steps,
-                batch=batch,
+                batch=recipe.batch,
                 learning_rate=_LINEAR_RATES,
-                seeds=networks,
-                key=seed,
-                record=range(steps + 1),
-                monitor=(x[:_SEEN], labels[:_SEEN]),
-                wanted=(),
-                save=save,
-                progress=base.named(progress, f"linear, {name}, depth {depth}"),
+                seeds=recipe.networks,
+                key=recipe.seed,
+                record=Recording(range(steps + 1), (x[:_MONITORED], labels[:_MONITORED]), ()),
+                save=recipe.save,
+                progress=recipe.progress_of(f"linear, {name}, depth {depth}"),
             )
             losses.append(result["loss"][0])
     shape = (len(_LAWS), len(depths), *losses[0].shape)
@@ -227,27 +171,26 @@ def _linear(
         },
         coords={
             "network": list(_LAWS),
-            "depth": list(depths),
-            "seed": np.arange(networks),
+            "depth": depths,
+            "seed": np.arange(recipe.networks),
         },
         attrs={"linear_steps": steps},
     )
 
 
 def _median(dataset: xarray.Dataset) -> xarray.DataArray:
-    """Return the typical network's median singular value."""
+    """The median singular value, geometric mean over networks."""
     return np.exp(dataset.log_singular_value.median("k").mean("seed"))
 
 
-def table(dataset: xarray.Dataset) -> Table:
-    """Return error and singular values, and the steps of linear networks by depth."""
+def _table(dataset: xarray.Dataset) -> Table:
+    """Error and singular values, and the steps of linear networks by depth."""
     rows = []
     log = dataset.log_singular_value
     for name in dataset.network.values:
         one = dataset.sel(network=name)
-        end = 100 * one.error.isel(step=-1)
-        row: dict[str, Any] = {"network": str(name), "error, %": float(end.mean())}
-        row |= {"least": float(end.min()), "most": float(end.max())}
+        row: dict[str, Any] = {"network": str(name)}
+        row |= _wording.error_columns(one.error.isel(step=-1))
         spectrum = log.sel(network=name).mean("seed")
         for what, value in (("largest", spectrum[0]), ("least", spectrum[-1])):
             row[f"singular value, {what}"] = float(np.exp(value))
@@ -258,7 +201,7 @@ def table(dataset: xarray.Dataset) -> Table:
         rows.append(row)
     attrs = dataset.attrs
     return Table(
-        f"{attrs['depth']} {base.recipe(dataset)}, {attrs['activation']}, σ_w² = "
+        f"{attrs['depth']} {_wording.sizes(dataset)}, {attrs['activation']}, σ_w² = "
         f"{attrs['sigma_w2']:g}",
         rows,
         (
@@ -269,13 +212,13 @@ def table(dataset: xarray.Dataset) -> Table:
     )
 
 
-def findings(dataset: xarray.Dataset) -> list[str]:
-    """Return what orthogonal weights change."""
+def _findings(dataset: xarray.Dataset) -> list[str]:
+    """Errors and singular values of each kind, and the steps of linear networks."""
     end = dataset.error.isel(step=-1)
     median = _median(dataset)
     steps = dataset.attrs["steps"]
-    found = [
-        f"{name}: error {base.percent(end.sel(network=name))} after {steps} steps; "
+    sentences = [
+        f"{name}: error {_wording.percent(end.sel(network=name))} after {steps} steps; "
         f"median singular value {float(median.sel(network=name)):.2g} at the start (theory "
         f"{float(np.exp(dataset.log_singular_value_theory.sel(network=name).median())):.2g})"
         for name in dataset.network.values
@@ -297,8 +240,15 @@ def findings(dataset: xarray.Dataset) -> list[str]:
                 f"not by all networks in {dataset.attrs['linear_steps']} steps at depth "
                 + ", ".join(missing)
             )
-        found.append(sentence)
-    return found
+        sentences.append(sentence)
+    return sentences
 
 
-EXPERIMENT = Experiment("isometry", run, table, findings, figure)
+EXPERIMENT = Experiment(
+    "isometry",
+    Recipe(width=64, depth=100, depths=(2, 10, 50), steps=500, batch=64, learning_rate=0.01),
+    _train,
+    _table,
+    _findings,
+    figure,
+)

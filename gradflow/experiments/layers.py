@@ -1,4 +1,4 @@
-"""The study note's story in training: which layers of which networks learn.
+"""The study note's story in training: which layers learn, in which networks.
 
 Of a step of gradient descent, theory gives the relative size in every layer. With
 ∂C/∂W^l = δ^l (h^{l-1})ᵀ of one input, and ‖W^l‖² = n_l σ_l²,
@@ -10,23 +10,19 @@ their gradients are alike, by the same factor in every layer as long as all inpu
 """
 
 import math
-from collections.abc import Sequence
-from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import xarray
 
 from gradflow import builders, ensembles, training
-from gradflow.data import Dataset
-from gradflow.experiments import base
-from gradflow.experiments.base import Experiment, Progress, Table
+from gradflow.experiments import _wording
+from gradflow.experiments.recipe import Experiment, Recipe, Table
 from gradflow.figures import learning
-
-__all__ = ["EXPERIMENT", "OF_THE_NOTE", "run"]
+from gradflow.training import Recording
 
 # The note's networks.
-OF_THE_NOTE = (
+_OF_THE_NOTE = (
     ("logistic", "unscaled"),
     ("logistic", "glorot"),
     ("logistic", "standard"),
@@ -36,59 +32,25 @@ OF_THE_NOTE = (
 )
 # Steps to record, ever further apart.
 _RECORDS = 25
-# How near a movement is to be to theory to be called predicted.
+# The largest factor between a movement and theory that counts as agreement.
 _NEAR = 3.0
-# A change of a float32 by less than this, relative to it, is rounded away or up.
+# A relative change of a float32 by less than this is lost to rounding.
 _ROUNDING = 2.0**-24
 
 
-def run(
+def _train(
+    recipe: Recipe,
     *,
-    activation: str | None = None,
-    weights: str | None = None,
-    data: Dataset | str = "digits",
-    width: int = 100,
-    depth: int = 10,
-    steps: int = 5000,
-    batch: int = 10,
-    learning_rates: Sequence[float] = (0.1,),
-    optimiser: str = "sgd",
-    clip: str | None = None,
-    noise: float = 0.0,
-    networks: int = 4,
-    seed: int = 0,
-    save: Path | None = None,
-    progress: Progress | None = None,
+    activation: Annotated[str | None, "φ, by name."] = None,
+    weights: Annotated[str | None, "The weights' ensemble, by name."] = None,
+    optimiser: Annotated[str, "The optimiser: sgd, momentum, adam, …"] = "sgd",
+    clip: Annotated[str | None, "Gradient clipping and its threshold, as global-norm:1."] = None,
+    noise: Annotated[float, "Variance of noise in gradients at first; it decays."] = 0.0,
 ) -> xarray.Dataset:
     """Show how far each layer of the study note's networks moves, beside its gradient by theory.
 
-    Parameters
-    ----------
-    activation, weights
-        Of one kind of networks, by name; those of the note without them.
-    data
-        A dataset or its name; standardised by pixel.
-    width, depth
-        Units a hidden layer, and hidden layers.
-    steps, batch
-        How many updates, each of so many images.
-    learning_rates
-        Those to try; each kind has the one that is best on validation data.
-    optimiser
-        One of `training.OPTIMISERS`.
-    clip
-        How gradients are clipped, as ``global-norm:1``: one of `training.CLIPPINGS` and a
-        threshold; not at all without it.
-    noise
-        Variance of noise in gradients at first; it decays.
-    networks
-        How many random networks of each kind.
-    seed
-        Of everything that is random.
-    save
-        A folder for what it takes to go on after an interruption; not saved without it.
-    progress
-        Called with (kind, updates done, updates in all).
+    Data are standardised by pixel. With an activation or weights there is one kind of networks, in
+    place of the note's. Optimisers are `training.OPTIMISERS`, clippings `training.CLIPPINGS`.
 
     Returns
     -------
@@ -99,49 +61,43 @@ def run(
     rule = training.optimiser(optimiser)
     if noise:
         rule = training.with_noise(rule, noise)
-    held = None if clip is None else training.clipping(clip)
-    parts = base.divided(data, seed).standardised()
-    widths = base.shape(parts, width, depth)
-    chosen: tuple[tuple[str, str], ...] = OF_THE_NOTE
+    clipping = None if clip is None else training.clipping(clip)
+    parts = recipe.split().standardised()
+    widths = recipe.widths(parts)
+    kinds: tuple[tuple[str, str], ...] = _OF_THE_NOTE
     if activation is not None or weights is not None:
-        chosen = ((activation or "tanh", weights or "glorot"),)
-    laws = [builders.mlp(widths, *kind) for kind in chosen]
-    found = base.train_each(
+        kinds = ((activation or "tanh", weights or "glorot"),)
+    laws = [builders.mlp(widths, *kind) for kind in kinds]
+    dataset = recipe.train(
         {law.name: law for law in laws},
         parts,
-        networks=networks,
-        seed=seed,
-        save=save,
-        progress=progress,
-        steps=steps,
-        batch=batch,
-        learning_rates=learning_rates,
-        record=base.spread_steps(steps, _RECORDS),
+        record=Recording(recipe.spreading_steps(_RECORDS)),
         optimiser=rule,
-        clip=held,
+        clip=clipping,
     )
     sigma = np.array(
         [
             [ensembles.get(weights).sigma_w(n, m) for n, m in zip(widths, widths[1:], strict=False)]
-            for _, weights in chosen
+            for _, weights in kinds
         ]
     )
-    log_square = found.log_gradient_variance_theory + found.log_q_theory
+    log_square = dataset.log_gradient_variance_theory + dataset.log_q_theory
     log_square = log_square + np.log(widths[:-1]) - 4 * np.log(sigma)
-    found["speed_theory"] = np.exp((log_square - log_square.sel(layer=depth)) / 2).assign_attrs(
+    of_last = log_square.sel(layer=recipe.depth)
+    dataset["speed_theory"] = np.exp((log_square - of_last) / 2).assign_attrs(
         long_name="‖ΔW‖/‖W‖ of a step by theory, relative to the last hidden layer's"
     )
-    return found.assign_attrs(optimiser=optimiser, clip=clip or "none", noise=noise)
+    return dataset.assign_attrs(optimiser=optimiser, clip=clip or "none", noise=noise)
 
 
-def table(dataset: xarray.Dataset) -> Table:
-    """Return, for each kind of networks, its gradient, its layers' movement, and its error."""
+def _table(dataset: xarray.Dataset) -> Table:
+    """The gradient, the movement of layers, and the error of each kind of networks."""
     hidden = dataset.sizes["layer"] - 1
     rows = []
     for name in dataset.network.values:
         one = dataset.sel(network=name)
         end = one.isel(step=-1)
-        moved = base.geometric_mean(end.movement)
+        moved = _wording.geometric_mean(end.movement)
         row: dict[str, Any] = {"network": str(name), "rate": float(one.learning_rate)}
         log_start = one.log_gradient_variance.isel(step=0).mean("seed")
         for column, v in (
@@ -152,16 +108,11 @@ def table(dataset: xarray.Dataset) -> Table:
             row[column] = math.exp((v[0] - v[-2]) / 2)
         for layer in sorted({1, (hidden + 1) // 2, hidden, hidden + 1}):
             row[f"moved, layer {layer}"] = float(moved.sel(layer=layer))
-        for column, value in (
-            ("error, %", end.error.mean()),
-            ("least", end.error.min()),
-            ("most", end.error.max()),
-        ):
-            row[column] = 100 * float(value)
+        row |= _wording.error_columns(end.error)
         row["diverged"] = int((one.diverged >= 0).sum())
         rows.append(row)
     return Table(
-        f"{hidden} {base.recipe(dataset)}, {_steps_in_words(dataset.attrs)}",
+        f"{hidden} {_wording.sizes(dataset)}, {_steps_in_words(dataset.attrs)}",
         rows,
         (
             "gradient  r.m.s. ∂C/∂z of layer 1 over that of the last hidden layer, before training",
@@ -180,35 +131,35 @@ def _steps_in_words(attrs: dict[Any, Any]) -> str:
     )
 
 
-def findings(dataset: xarray.Dataset) -> list[str]:
-    """Return what each kind of networks does, and how near theory at step 0 is to it."""
+def _findings(dataset: xarray.Dataset) -> list[str]:
+    """The movement of layers of each kind of networks, and its distance from theory at step 0."""
     hidden = dataset.sizes["layer"] - 1
-    found = []
+    sentences = []
     for name in dataset.network.values:
         one = dataset.sel(network=name)
         end = one.isel(step=-1)
         diverged = int((one.diverged >= 0).sum())
-        moved = base.geometric_mean(end.movement).sel(layer=slice(1, hidden))
+        moved = _wording.geometric_mean(end.movement).sel(layer=slice(1, hidden))
         low, high = int(moved.idxmin()), int(moved.idxmax())
-        found.append(
+        sentences.append(
             f"{name}: of the hidden layers, layer {low} moves least, {float(moved.min()):.2g} of "
             f"its norm, and layer {high} most, {float(moved.max()):.2g}; error "
-            f"{base.percent(end.error)}"
+            f"{_wording.percent(end.error)}"
             + (f"; {diverged} of {one.sizes['seed']} networks diverge" if diverged else "")
         )
         plain = dataset.attrs["optimiser"] == "sgd" and dataset.attrs["clip"] == "none"
         if plain and np.isfinite(one.speed_theory).all():
-            found.append(_beside_theory(str(name), one))
-    return found
+            sentences.append(_beside_theory(str(name), one))
+    return sentences
 
 
 def _beside_theory(name: str, one: xarray.Dataset) -> str:
-    """Return how near the layers' first update and last movement are to theory."""
+    """The distance of the layers' first update and last movement from theory."""
     hidden = slice(1, one.sizes["layer"] - 1)
     theory = one.speed_theory.sel(layer=hidden)
     ratios = []
     for what in (one.update_ratio.isel(step=0), one.movement.isel(step=-1)):
-        mean = base.geometric_mean(what).sel(layer=hidden)
+        mean = _wording.geometric_mean(what).sel(layer=hidden)
         ratios.append(mean / mean.isel(layer=-1) / theory)
     first, last = ratios
     away = float(np.exp(np.abs(np.log(first)).max()))
@@ -217,19 +168,26 @@ def _beside_theory(name: str, one: xarray.Dataset) -> str:
     sentence = (
         f"{name}: the first update's relative size, layer by layer against the last hidden "
         f"layer's, is within a factor {away:.2g} of theory; the movement at the end is within a "
-        f"factor {_NEAR:g} of it in {base.ranges(near)}"
+        f"factor {_NEAR:g} of it in {_wording.ranges(near)}"
     )
     if beyond.size:
         factors = ", ".join(f"{float(last.sel(layer=layer)):.2g}" for layer in beyond)
-        sentence += f" and not in {base.ranges(beyond)} (×{factors})"
-    update = base.geometric_mean(one.update_ratio.isel(step=0))
+        sentence += f" and not in {_wording.ranges(beyond)} (×{factors})"
+    update = _wording.geometric_mean(one.update_ratio.isel(step=0))
     rounded = update.layer.values[(update < _ROUNDING).values]
     if rounded.size:
         sentence += (
-            f"; in {base.ranges(rounded)} an update is less than float32 resolves, "
+            f"; in {_wording.ranges(rounded)} an update is less than float32 resolves, "
             "so that its weights move by rounding or not at all"
         )
     return sentence
 
 
-EXPERIMENT = Experiment("layers", run, table, findings, learning)
+EXPERIMENT = Experiment(
+    "layers",
+    Recipe(width=100, depth=10, steps=5000, batch=10, learning_rate=(0.1,)),
+    _train,
+    _table,
+    _findings,
+    learning,
+)

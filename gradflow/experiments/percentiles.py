@@ -4,19 +4,17 @@ Of activations between -1 and 1, the 98th percentile says whether units saturate
 deviation whether all do.
 """
 
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import xarray
 
 from gradflow import statistics, training
-from gradflow.data import Dataset
-from gradflow.experiments import base, kinds
-from gradflow.experiments.base import Experiment, Progress, Table
+from gradflow.experiments import _glorot_2010, _wording
+from gradflow.experiments._glorot_2010 import networks_and_data
+from gradflow.experiments.recipe import Experiment, Recipe, Table
 from gradflow.figures import percentiles_in_training
-
-__all__ = ["EXPERIMENT", "run"]
+from gradflow.training import Recording
 
 _KINDS = ("tanh", "softsign", "tanh N")
 _RECORDS = 40
@@ -26,40 +24,8 @@ _BINS = 50
 _SATURATED = 0.95
 
 
-def run(
-    *,
-    data: Dataset | str = "shapeset",
-    images: int = kinds.IMAGES,
-    width: int = 200,
-    depth: int = 5,
-    steps: int = 10_000,
-    batch: int = 10,
-    learning_rate: float = 0.03,
-    networks: int = 4,
-    seed: int = 0,
-    save: Path | None = None,
-    progress: Progress | None = None,
-) -> xarray.Dataset:
+def _train(recipe: Recipe) -> xarray.Dataset:
     """Show which layers of tanh and softsign saturate in training: figures 3, 4 and 10 of 2010.
-
-    Parameters
-    ----------
-    data
-        A dataset or its name; its values are scaled to -1 to 1.
-    images
-        How many images of Shapeset to draw, training, validation and test set together.
-    width, depth
-        Units a hidden layer, and hidden layers.
-    steps, batch, learning_rate
-        Of gradient descent.
-    networks
-        How many random networks of each kind.
-    seed
-        Of everything that is random.
-    save
-        A folder for what it takes to go on after an interruption; not saved without it.
-    progress
-        Called with (kind, updates done, updates in all).
 
     Returns
     -------
@@ -67,44 +33,33 @@ def run(
         ``activation_percentile_98``, ``activation_variance`` and ``saturation``, over (network,
         seed, step, layer); ``activation_histogram`` at the end, over (network, seed, layer, bin).
     """
-    parts = kinds.divided(data, images, seed)
-    found = base.train_each(
-        kinds.laws(_KINDS, parts, width, depth),
-        parts,
-        networks=networks,
-        seed=seed,
-        save=save,
-        progress=progress,
-        steps=steps,
-        batch=batch,
-        learning_rates=[learning_rate],
-        record=base.recorded_steps(steps, _RECORDS),
-        wanted=(
-            training.activation_percentile_98,
-            statistics.activation_variance,
-            statistics.saturation,
-        ),
-        histograms=_BINS,
+    networks, parts = networks_and_data(recipe, _KINDS)
+    wanted = (
+        training.activation_percentile_98,
+        statistics.activation_variance,
+        statistics.saturation,
     )
-    histogram = found.activation_histogram.isel(step=-1, drop=True)
-    found = found.drop_vars(["activation_histogram", "activation_low", "activation_high"])
-    found["activation_histogram"] = histogram
-    found["bin"] = (np.arange(_BINS) + 0.5) * (2 / _BINS) - 1
-    return found
+    record = Recording(recipe.even_steps(_RECORDS), wanted=wanted, histograms=_BINS)
+    dataset = recipe.train(networks, parts, record=record)
+    histogram = dataset.activation_histogram.isel(step=-1, drop=True)
+    dataset = dataset.drop_vars(["activation_histogram", "activation_low", "activation_high"])
+    dataset["activation_histogram"] = histogram
+    dataset["bin"] = (np.arange(_BINS) + 0.5) * (2 / _BINS) - 1
+    return dataset
 
 
 def _saturated(dataset: xarray.Dataset) -> xarray.DataArray:
-    """Return the first recorded step at which a hidden layer saturates, or NaN.
+    """The first recorded step at which a hidden layer saturates, or NaN.
 
-    That is, its 98th percentile comes to 0.95, on average over networks.
+    A layer saturates when its 98th percentile comes to 0.95, on average over networks.
     """
     top = dataset.activation_percentile_98.sel(layer=slice(1, dataset.sizes["layer"] - 1))
     mean = top.mean("seed")
     return mean.step.where(mean >= _SATURATED).min("step")
 
 
-def table(dataset: xarray.Dataset) -> Table:
-    """Return percentile and standard deviation of each hidden layer at the start and at the end."""
+def _table(dataset: xarray.Dataset) -> Table:
+    """Percentile and standard deviation of each hidden layer at the start and at the end."""
     rows = []
     when = _saturated(dataset)
     hidden = when.layer.values
@@ -112,13 +67,14 @@ def table(dataset: xarray.Dataset) -> Table:
         for layer in hidden:
             one = dataset.sel(network=name, layer=layer).mean("seed")
             row: dict[str, Any] = {"network": str(name), "layer": int(layer)}
-            for place, at in (("start", one.isel(step=0)), ("end", one.isel(step=-1))):
-                row[f"98th percentile, {place}"] = float(at.activation_percentile_98)
-                row[f"s.d., {place}"] = float(np.sqrt(at.activation_variance))
+            for time, at in (("start", one.isel(step=0)), ("end", one.isel(step=-1))):
+                row[f"98th percentile, {time}"] = float(at.activation_percentile_98)
+                row[f"s.d., {time}"] = float(np.sqrt(at.activation_variance))
             row["saturates, at step"] = float(when.sel(network=name, layer=layer))
             rows.append(row)
     return Table(
-        f"{len(hidden)} {base.recipe(dataset)}, learning rate {float(dataset.learning_rate[0]):g}",
+        f"{len(hidden)} {_wording.sizes(dataset)}, learning rate "
+        f"{float(dataset.learning_rate[0]):g}",
         rows,
         (
             f"saturates when the 98th percentile comes to {_SATURATED:g}",
@@ -127,9 +83,9 @@ def table(dataset: xarray.Dataset) -> Table:
     )
 
 
-def findings(dataset: xarray.Dataset) -> list[str]:
-    """Return in which order layers saturate, and how far apart they are at the end."""
-    found = []
+def _findings(dataset: xarray.Dataset) -> list[str]:
+    """The order in which layers saturate, and their percentiles at the end."""
+    sentences = []
     when = _saturated(dataset)
     for name in dataset.network.values:
         one = when.sel(network=name)
@@ -142,11 +98,18 @@ def findings(dataset: xarray.Dataset) -> list[str]:
             first = f"layers saturate (98th percentile {_SATURATED:g}) in the order {steps}"
         else:
             first = f"no layer saturates (98th percentile {_SATURATED:g})"
-        found.append(
+        sentences.append(
             f"{name}: {first}; at the end 98th percentiles are from {float(end.min()):.2f} "
             f"(layer {int(end.idxmin())}) to {float(end.max()):.2f} (layer {int(end.idxmax())})"
         )
-    return found
+    return sentences
 
 
-EXPERIMENT = Experiment("percentiles", run, table, findings, percentiles_in_training)
+EXPERIMENT = Experiment(
+    "percentiles",
+    _glorot_2010.RECIPE,
+    _train,
+    _table,
+    _findings,
+    percentiles_in_training,
+)

@@ -5,60 +5,29 @@ output's biases learn the classes' frequencies at once, and the quickest way for
 output to do no harm is an activation of 0: the layer's saturated side, where little gradient goes.
 """
 
-from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import xarray
 
 from gradflow import builders, statistics
-from gradflow.data import Dataset
-from gradflow.experiments import base
-from gradflow.experiments.base import Experiment, Progress, Table
+from gradflow.experiments import _wording
+from gradflow.experiments.recipe import Experiment, Recipe, Table
 from gradflow.figures import saturation_in_training
-
-__all__ = ["EXPERIMENT", "run"]
+from gradflow.training import Recording
 
 _RECORDS = 80
-# An error that a network has learnt something at, of ten classes.
+# An error of ten classes below which a network has learnt something.
 _LEARNT = 0.5
-# A mean activation of logistic units that are saturated: half of what the paper's figure shows for
-# a hidden layer that is not.
+# The mean activation below which logistic units are saturated: half of the least that the paper's
+# figure shows for a hidden layer that is not saturated.
 _SATURATED = 0.05
 
 
-def run(
-    *,
-    data: Dataset | str = "digits",
-    width: int = 100,
-    depths: Sequence[int] = (1, 2, 3, 4, 5, 6),
-    steps: int = 20_000,
-    batch: int = 10,
-    learning_rate: float = 1.0,
-    networks: int = 4,
-    seed: int = 0,
-    save: Path | None = None,
-    progress: Progress | None = None,
-) -> xarray.Dataset:
+def _train(recipe: Recipe) -> xarray.Dataset:
     """Show the top layer of logistic networks saturate in training, and escape: figure 2 of 2010.
 
-    Parameters
-    ----------
-    data
-        A dataset or its name; its values are scaled to 0 to 1.
-    width, depths
-        Units a hidden layer, and how many hidden layers: weights are U[±1/√n].
-    steps, batch, learning_rate
-        Of gradient descent.
-    networks
-        How many random networks of each depth.
-    seed
-        Of everything that is random.
-    save
-        A folder for what it takes to go on after an interruption; not saved without it.
-    progress
-        Called with (depth, updates done, updates in all).
+    Weights are U[±1/√n]; the data's values are scaled to between 0 and 1.
 
     Returns
     -------
@@ -67,37 +36,26 @@ def run(
         (depth, seed, step); and ``steps_to_half``, over (depth, seed): the first recorded step
         with an error below 50 %, NaN where there is none.
     """
-    parts = base.divided(data, seed).rescaled()
-    found = base.train_each(
-        {
-            depth: builders.mlp(base.shape(parts, width, depth), "logistic", "standard")
-            for depth in depths
-        },
-        parts,
-        along="depth",
-        networks=networks,
-        seed=seed,
-        save=save,
-        progress=progress,
-        steps=steps,
-        batch=batch,
-        learning_rates=[learning_rate],
-        record=base.recorded_steps(steps, _RECORDS),
-        wanted=(statistics.activation_mean, statistics.activation_variance, statistics.saturation),
-    )
-    learnt = found.error < _LEARNT
-    first = found.step.where(learnt).min("step")
-    found["steps_to_half"] = first.assign_attrs(long_name="first step with an error below 50 %")
-    return found
+    parts = recipe.split().rescaled()
+    networks = {
+        depth: builders.mlp(recipe.widths(parts, depth), "logistic", "standard")
+        for depth in recipe.depths or ()
+    }
+    wanted = (statistics.activation_mean, statistics.activation_variance, statistics.saturation)
+    record = Recording(recipe.even_steps(_RECORDS), wanted=wanted)
+    dataset = recipe.train(networks, parts, record=record, along="depth")
+    first = dataset.step.where(dataset.error < _LEARNT).min("step")
+    dataset["steps_to_half"] = first.assign_attrs(long_name="first step with an error below 50 %")
+    return dataset
 
 
 def _top(dataset: xarray.Dataset, depth: int) -> xarray.DataArray:
-    """Return the mean activation of the top hidden layer."""
+    """The mean activation of the top hidden layer."""
     return dataset.activation_mean.sel(depth=depth, layer=depth)
 
 
-def table(dataset: xarray.Dataset) -> Table:
-    """Return, for each depth, when the top layer saturates and when the network learns."""
+def _table(dataset: xarray.Dataset) -> Table:
+    """The steps at which the top layer saturates and the network learns, by depth."""
     rows = []
     for depth in dataset.depth.values.tolist():
         one, top = dataset.sel(depth=depth), _top(dataset, depth)
@@ -114,15 +72,15 @@ def table(dataset: xarray.Dataset) -> Table:
         row["error at the end, %"] = 100 * float(one.error.isel(step=-1).mean())
         rows.append(row)
     return Table(
-        f"logistic, U[±1/√n], {base.recipe(dataset)}",
+        f"logistic, U[±1/√n], {_wording.sizes(dataset)}",
         rows,
         ("top mean  mean activation of the top hidden layer; its least, and when, on average",),
     )
 
 
-def findings(dataset: xarray.Dataset) -> list[str]:
-    """Return, for each depth, whether the top layer saturates, and whether it escapes."""
-    found = []
+def _findings(dataset: xarray.Dataset) -> list[str]:
+    """Whether the top layer saturates, and whether it escapes, by depth."""
+    sentences = []
     for depth in dataset.depth.values.tolist():
         one, top = dataset.sel(depth=depth), _top(dataset, depth)
         least = float(top.min("step").mean())
@@ -142,8 +100,15 @@ def findings(dataset: xarray.Dataset) -> list[str]:
             )
         else:
             sentence += f"no network comes below an error of 50 % in {dataset.attrs['steps']} steps"
-        found.append(sentence)
-    return found
+        sentences.append(sentence)
+    return sentences
 
 
-EXPERIMENT = Experiment("saturation", run, table, findings, saturation_in_training)
+EXPERIMENT = Experiment(
+    "saturation",
+    Recipe(width=100, depths=(1, 2, 3, 4, 5, 6), steps=20_000, batch=10, learning_rate=1.0),
+    _train,
+    _table,
+    _findings,
+    saturation_in_training,
+)

@@ -1,12 +1,11 @@
 """Schoenholz et al. 2017 (arXiv:1611.01232): networks train up to a depth of about 6 ξ_c.
 
-ξ_c is the depth scale on which two inputs' correlation comes to its limit: after several of them
-what comes through tells no inputs apart. It is infinite on the critical line, where χ₁ = 1.
+ξ_c is the depth scale on which two inputs' correlation comes to its limit: after several ξ_c the
+signals of different inputs are alike. On the critical line, where χ₁ = 1, ξ_c is infinite.
 """
 
 from collections.abc import Sequence
-from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import jax
 import numpy as np
@@ -14,59 +13,30 @@ import xarray
 
 from gradflow import activations, builders, ensembles, training
 from gradflow._checks import check_count
-from gradflow.data import Dataset
-from gradflow.experiments import base
-from gradflow.experiments.base import Experiment, Progress, Table
+from gradflow.activations import Activation
+from gradflow.experiments import _wording
+from gradflow.experiments.recipe import Experiment, Recipe, Table
 from gradflow.figures import trainability_map
 from gradflow.theory import criticality, fixed_points
+from gradflow.training import Recording
 
-__all__ = ["EXPERIMENT", "run"]
-
-SIGMA_W2 = (1.0, 1.25, 1.5, 1.76, 2.0, 2.5, 3.0, 4.0)
+_SIGMA_W2 = (1.0, 1.25, 1.5, 1.76, 2.0, 2.5, 3.0, 4.0)
 # Networks train up to so many ξ_c (Schoenholz et al. 2017, section 5).
 _RULE = 6.0
-# Of the curve of ξ_c.
+# Points of the curve of ξ_c.
 _POINTS = 201
 
 
-def run(
+def _train(
+    recipe: Recipe,
     *,
-    activation: str = "tanh",
-    data: Dataset | str = "digits",
-    width: int = 100,
-    depths: Sequence[int] = (5, 10, 20, 40, 80),
-    sigma_w2: Sequence[float] = SIGMA_W2,
-    sigma_b2: float = 0.05,
-    steps: int = 200,
-    batch: int = 64,
-    learning_rate: float = 0.01,
-    networks: int = 4,
-    seed: int = 0,
-    save: Path | None = None,
-    progress: Progress | None = None,
+    activation: Annotated[str, "φ, by name."] = "tanh",
+    sigma_w2: Annotated[Sequence[float], "Weights' variance times their fan-in."] = _SIGMA_W2,
+    sigma_b2: Annotated[float, "The biases' variance."] = 0.05,
 ) -> xarray.Dataset:
     """Map how deep networks train over σ_w², beside 6 ξ_c by theory (Schoenholz et al. 2017).
 
-    Parameters
-    ----------
-    activation
-        φ, by name.
-    data
-        A dataset or its name; its values are scaled to -1/2 to 1/2.
-    width, depths
-        Units a hidden layer, and how many hidden layers.
-    sigma_w2, sigma_b2
-        Weights' variances times their fan-in, and the biases' variance.
-    steps, batch, learning_rate
-        Of gradient descent.
-    networks
-        How many random networks of each depth and σ_w².
-    seed
-        Of everything that is random.
-    save
-        A folder for what it takes to go on after an interruption; not saved without it.
-    progress
-        Called with (depth, updates done, updates in all).
+    The data's values are scaled to between -1/2 and 1/2.
 
     Returns
     -------
@@ -74,13 +44,12 @@ def run(
         ``accuracy`` over (depth, sigma_w2, seed); ``xi_c`` and ``xi_grad`` in layers at these σ_w²,
         and ``xi_c_curve`` over (curve_sigma_w2,); attribute ``critical_sigma_w2``.
     """
-    check_count("networks", networks)
-    parts = base.divided(data, seed).rescaled(-0.5, 0.5)
-    phi = activations.get(activation)
-    seen = parts.test
+    check_count("networks", recipe.networks)
+    parts = recipe.split().rescaled(-0.5, 0.5)
+    phi, depths = activations.get(activation), list(recipe.depths or ())
     accuracy, seconds = [], 0.0
     for depth in depths:
-        widths = base.shape(parts, width, depth)
+        widths = recipe.widths(parts, depth)
         result = training.train(
             [
                 builders.mlp(widths, phi, ensembles.fan_in(value**0.5), sigma_b=sigma_b2**0.5)
@@ -88,19 +57,36 @@ def run(
             ],
             parts.train.inputs,
             parts.train.labels,
-            monitor=(seen.inputs, seen.labels),
-            learning_rate=learning_rate,
-            seeds=networks,
-            key=seed,
-            steps=steps,
-            batch=batch,
-            record=[steps],
-            wanted=(),
-            save=save,
-            progress=base.named(progress, f"depth {depth}"),
+            steps=recipe.steps,
+            batch=recipe.batch,
+            learning_rate=recipe.learning_rates,
+            seeds=recipe.networks,
+            key=recipe.seed,
+            record=Recording([recipe.steps], (parts.test.inputs, parts.test.labels), ()),
+            save=recipe.save,
+            progress=recipe.progress_of(f"depth {depth}"),
         )
         accuracy.append(1 - result["error"][:, 0, :, -1])
         seconds += result.seconds
+    return xarray.Dataset(
+        {"accuracy": (("depth", "sigma_w2", "seed"), np.stack(accuracy))},
+        coords={"depth": depths, "seed": np.arange(recipe.networks)},
+        attrs={
+            "activation": phi.name,
+            "sigma_b2": sigma_b2,
+            "learning_rate": recipe.learning_rates[0],
+            "width": recipe.width,
+            "classes": parts.train.classes,
+            "batch": recipe.batch,
+            "steps": recipe.steps,
+            "seed": recipe.seed,
+            "seconds": seconds,
+        },
+    ).merge(_theory(phi, sigma_w2, sigma_b2), combine_attrs="no_conflicts")
+
+
+def _theory(phi: Activation, sigma_w2: Sequence[float], sigma_b2: float) -> xarray.Dataset:
+    """Depth scales at these σ_w², a curve of ξ_c over them, and the critical points."""
     curve = np.linspace(min(sigma_w2), max(sigma_w2), _POINTS)
     with jax.enable_x64(True):
         scales = fixed_points.analyse(phi, np.asarray(sigma_w2, float), sigma_b2)
@@ -108,34 +94,17 @@ def run(
         critical = np.asarray(criticality.critical_points(phi, sigma_b2=sigma_b2).sigma_w2)
     return xarray.Dataset(
         {
-            "accuracy": (("depth", "sigma_w2", "seed"), np.stack(accuracy)),
             "xi_c": ("sigma_w2", np.asarray(scales.xi_c)),
             "xi_grad": ("sigma_w2", np.asarray(scales.xi_grad)),
             "xi_c_curve": ("curve_sigma_w2", np.asarray(along.xi_c)),
         },
-        coords={
-            "depth": list(depths),
-            "sigma_w2": list(sigma_w2),
-            "seed": np.arange(networks),
-            "curve_sigma_w2": curve,
-        },
-        attrs={
-            "activation": phi.name,
-            "sigma_b2": sigma_b2,
-            "critical_sigma_w2": critical[np.isfinite(critical)],
-            "learning_rate": learning_rate,
-            "width": width,
-            "classes": parts.train.classes,
-            "batch": batch,
-            "steps": steps,
-            "seed": seed,
-            "seconds": seconds,
-        },
+        coords={"sigma_w2": list(sigma_w2), "curve_sigma_w2": curve},
+        attrs={"critical_sigma_w2": critical[np.isfinite(critical)]},
     )
 
 
-def trained_depths(dataset: xarray.Dataset) -> xarray.DataArray:
-    """Return, by σ_w², the depth at which accuracy is halfway between the best and guessing.
+def _trained_depths(dataset: xarray.Dataset) -> xarray.DataArray:
+    """The depth at which accuracy is halfway between the best and guessing, by σ_w².
 
     Where accuracy, on average over networks, falls below halfway for good; interpolated between
     depths on a logarithmic scale. 0 where even the least depth is below, inf where all are above.
@@ -144,23 +113,23 @@ def trained_depths(dataset: xarray.Dataset) -> xarray.DataArray:
     guessing = 1 / dataset.attrs["classes"]
     half = (float(mean.max()) + guessing) / 2
     depth = np.log(dataset.depth.values)
-    found = []
+    depths = []
     for column in mean.transpose("sigma_w2", "depth").values:
         (above,) = np.nonzero(column >= half)
         if not above.size:
-            found.append(0.0)
+            depths.append(0.0)
         elif above[-1] == len(depth) - 1:
-            found.append(np.inf)
+            depths.append(np.inf)
         else:
             i = above[-1]
             part = (column[i] - half) / (column[i] - column[i + 1])
-            found.append(float(np.exp(depth[i] + part * (depth[i + 1] - depth[i]))))
-    return xarray.DataArray(found, {"sigma_w2": dataset.sigma_w2}, name="trained_depth")
+            depths.append(float(np.exp(depth[i] + part * (depth[i + 1] - depth[i]))))
+    return xarray.DataArray(depths, {"sigma_w2": dataset.sigma_w2}, name="trained_depth")
 
 
-def table(dataset: xarray.Dataset) -> Table:
-    """Return accuracy by σ_w² and depth, and the trained depth in units of ξ_c."""
-    limits = trained_depths(dataset)
+def _table(dataset: xarray.Dataset) -> Table:
+    """Accuracy by σ_w² and depth, and the depth that trains in units of ξ_c."""
+    limits = _trained_depths(dataset)
     rows = []
     for value in dataset.sigma_w2.values:
         one = dataset.sel(sigma_w2=value)
@@ -173,7 +142,7 @@ def table(dataset: xarray.Dataset) -> Table:
         rows.append(row)
     return Table(
         f"{dataset.attrs['activation']}, σ_b² = {dataset.attrs['sigma_b2']:g}, "
-        f"{base.recipe(dataset)}, learning rate {dataset.attrs['learning_rate']:g}",
+        f"{_wording.sizes(dataset)}, learning rate {dataset.attrs['learning_rate']:g}",
         rows,
         (
             "ξ_c       theory's depth scale of correlations, in layers",
@@ -183,22 +152,22 @@ def table(dataset: xarray.Dataset) -> Table:
     )
 
 
-def findings(dataset: xarray.Dataset) -> list[str]:
-    """Return where the ridge is beside the critical line, and depths beside ξ_c."""
+def _findings(dataset: xarray.Dataset) -> list[str]:
+    """The best σ_w² beside the critical line, and the depths that train beside ξ_c."""
     deepest = dataset.accuracy.sel(depth=dataset.depth.max()).mean("seed")
     best = float(deepest.idxmax())
     critical = np.atleast_1d(dataset.attrs["critical_sigma_w2"])
     line = ", ".join(f"{value:.3g}" for value in critical) or "nowhere"
-    found = [
+    sentences = [
         f"of the deepest networks ({int(dataset.depth.max())} layers) those at σ_w² = {best:g} "
         f"train best, to an accuracy of {float(deepest.max()):.2f}; theory's critical line is at "
         f"{line}"
     ]
-    limits = trained_depths(dataset)
+    limits = _trained_depths(dataset)
     within = _RULE * dataset.xi_c <= float(dataset.depth.max())
     ratio = (limits / dataset.xi_c).where(within & np.isfinite(limits) & (limits > 0), drop=True)
     if ratio.size:
-        found.append(
+        sentences.append(
             f"accuracy falls to halfway at {float(ratio.min()):.1f} to {float(ratio.max()):.1f} "
             f"ξ_c, median {float(ratio.median()):.1f}, where {_RULE:g} ξ_c is within these depths "
             f"(σ_w² = {_listed(ratio.sigma_w2)})"
@@ -207,15 +176,22 @@ def findings(dataset: xarray.Dataset) -> list[str]:
     if beyond.size:
         reached = float(beyond.min())
         depths = f"{reached:.0f} layers" if np.isfinite(reached) else "all these depths"
-        found.append(
+        sentences.append(
             f"where {_RULE:g} ξ_c is beyond them (σ_w² = {_listed(beyond.sigma_w2)}) networks "
             f"train at least to {depths}"
         )
-    return found
+    return sentences
 
 
 def _listed(values: xarray.DataArray) -> str:
     return ", ".join(f"{value:g}" for value in values.values)
 
 
-EXPERIMENT = Experiment("trainability", run, table, findings, trainability_map)
+EXPERIMENT = Experiment(
+    "trainability",
+    Recipe(width=100, depths=(5, 10, 20, 40, 80), steps=200, batch=64, learning_rate=0.01),
+    _train,
+    _table,
+    _findings,
+    trainability_map,
+)

@@ -82,13 +82,13 @@ def _passed(by_layer: np.ndarray) -> np.ndarray:
 
 
 def _exact(network: Network, sites: int) -> np.ndarray:
-    """Return the variance by `exact.gain_law`, shape (layers,); NaN where there is no exact law."""
+    """Return the variance by `exact.gain_moments`, (layers,); NaN where there is no exact law."""
     widths = np.array(network.widths[1:])
     if sites > 1 or not (first_order.covers(network) and network.homogeneous):
         return np.full(widths.shape, np.nan)
     with jax.enable_x64(True):
         law = {
-            int(n): exact.gain_law(network.activation, (int(n), int(n))).variance_of_log
+            int(n): exact.gain_moments(network.activation, (int(n), int(n))).variance_of_log
             for n in np.unique(widths)
         }
     return _passed(np.array([float(law[int(n)]) for n in widths]))

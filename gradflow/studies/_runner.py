@@ -25,6 +25,7 @@ from gradflow.studies._measurements import Measurements
 from gradflow.studies._plan import Program, Task
 from gradflow.studies._point import Point, keys
 from gradflow.studies._study import HistogramRange, Study
+from gradflow.theory import _programs as theory_programs
 from gradflow.theory import float64
 
 __all__ = ["SPECTRUM", "THEORY", "WORKERS", "Chunk", "TaskRunner", "theory"]
@@ -306,4 +307,6 @@ def theory(study: Study, points: Sequence[Point]) -> dict[str, np.ndarray]:
 
 def _compile_theory(study: Study, point: Point) -> None:
     """Compile the theory of points of this one's program, if it is not compiled yet."""
-    float64.compile_programs(point.network(), point.inputs(), finite_width=study.finite_width)
+    theory_programs.compile_programs(
+        point.network(), point.inputs(), finite_width=study.finite_width
+    )

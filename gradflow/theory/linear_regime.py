@@ -29,7 +29,7 @@ __all__ = ["predict", "variances", "weight_variances"]
 
 
 def weight_variances(widths: Sequence[int], weights: Ensemble | str) -> np.ndarray:
-    """Return Var W^l for l = 1…L, shape (layers,), for widths (n_0, …, n_L).
+    """Var W^l for l = 1…L, shape (layers,), for widths (n_0, …, n_L).
 
     Raises
     ------
@@ -50,7 +50,7 @@ def variances(
     top_variance: ArrayLike = 1.0,
     slope: ArrayLike = 1.0,
 ) -> Prediction:
-    """Return the variances of a linear network, forward and backward (eqs. 5-7).
+    """The variances of a linear network, forward and backward (eqs. 5-7).
 
     A pure function of its numbers (jit, vmap and grad through it); ``widths`` is static.
 
@@ -104,7 +104,7 @@ def variances(
 
 
 def predict(widths: Sequence[int], weights: Ensemble | str) -> Prediction:
-    """Return the paper's variances (φ' ≈ 1, unit input and top) for an ensemble and any widths.
+    """The paper's variances (φ' ≈ 1, unit input and top) for an ensemble and any widths.
 
     Raises
     ------

@@ -1,4 +1,4 @@
-"""Mean-field theory: the infinite-width law of every statistic, layer by layer.
+"""Mean-field theory: the infinite-width limit of every statistic, layer by layer.
 
 Forward, the second moments K of the pre-activations follow the blocks' kernel maps,
 K^l = σ_w² E[φ(u) φ(v)] + σ_b² for a dense layer (Poole et al. 2016, arXiv:1606.05340). Backward,
@@ -54,7 +54,7 @@ _SETTLED_AFTER = 300
 
 
 def input_gram(inputs: Num[ArrayLike, "sites n_in"]) -> Float[Array, "sites sites"]:
-    """Return (1/n_0) x_a · x_b, all that the theory needs to know of its inputs.
+    """The inputs' Gram matrix (1/n_0) x_a · x_b, on which the theory depends.
 
     Parameters
     ----------
@@ -76,7 +76,7 @@ def input_gram(inputs: Num[ArrayLike, "sites n_in"]) -> Float[Array, "sites site
         if not (np.isfinite(square).all() and square[np.asarray(x).any(axis=1)].all()):
             raise InputError(
                 f"inputs has a row whose mean square is beyond {gram.dtype}'s range; scale them, "
-                "turn JAX's x64 mode on, or use float64.predict"
+                "turn JAX's x64 mode on, or use theory.float64.predict"
             )
     return gram
 
@@ -87,7 +87,7 @@ def length_map(
     sigma_w2: ArrayLike,
     sigma_b2: ArrayLike = 0.0,
 ) -> Float[Array, ""]:
-    """Return V(q) = σ_w² E[φ(√q Z)²] + σ_b², the next layer's q (Poole et al. 2016, eq. 3)."""
+    """V(q) = σ_w² E[φ(√q Z)²] + σ_b², the next layer's q (Poole et al. 2016, eq. 3)."""
     activation = activations.get(activation)
     check_scale("sigma_w2", sigma_w2)
     check_scale("sigma_b2", sigma_b2)
@@ -95,7 +95,7 @@ def length_map(
 
 
 def chi(activation: Activation, q: Float[Array, ""], sigma_w2: ArrayLike) -> Float[Array, ""]:
-    """Return χ(q) = σ_w² E[φ'(√q Z)²] (Schoenholz et al. 2017, eq. 7); χ₁ at q = q*."""
+    """χ(q) = σ_w² E[φ'(√q Z)²] (Schoenholz et al. 2017, eq. 7); χ₁ at q = q*."""
     activation = activations.get(activation)
     check_scale("sigma_w2", sigma_w2)
     return jnp.asarray(sigma_w2 * gaussian.moment(activation, "dphi2", q))
@@ -107,7 +107,7 @@ def correlation_map(
     sigma_w2: ArrayLike,
     sigma_b2: ArrayLike = 0.0,
 ) -> Float[Array, "sites sites"]:
-    """Return σ_w² E[φ(u_a) φ(u_b)] + σ_b² for every pair (Poole et al. 2016, eq. 5)."""
+    """σ_w² E[φ(u_a) φ(u_b)] + σ_b² for every pair (Poole et al. 2016, eq. 5)."""
     activation = activations.get(activation)
     check_scale("sigma_w2", sigma_w2)
     check_scale("sigma_b2", sigma_b2)
@@ -122,7 +122,18 @@ def profile(
     *,
     depth: int,
 ) -> dict[str, Float[Array, " layers"]]:
-    """Return one input's way through ``depth`` layers of equal width, from a given q of layer 1.
+    """One input's signals through ``depth`` layers of equal width, from a given q of layer 1.
+
+    Parameters
+    ----------
+    activation
+        φ.
+    q1
+        Second moment of the pre-activations of layer 1, >= 0.
+    sigma_w2, sigma_b2
+        σ_w² and σ_b², >= 0.
+    depth
+        L >= 1.
 
     Returns
     -------
@@ -142,8 +153,8 @@ def profile(
     def step(z: Kernel, _: None) -> tuple[Kernel, tuple[Array, ...]]:
         h, after = z.through(activation).plain(), block.kernel(z)
         log_q = jnp.log(jnp.diagonal(z.covariance)) + 2 * z.log_scale
-        found = log_q, h.mean, jnp.diagonal(h.covariance), log_gain(block, z)
-        return after.as_carry(z.distribution), tuple(x[0] for x in found)
+        values = log_q, h.mean, jnp.diagonal(h.covariance), log_gain(block, z)
+        return after.as_carry(z.distribution), tuple(x[0] for x in values)
 
     q1 = jnp.asarray(q1, jnp.result_type(q1, block.sigma_w, 0.0))
     begin = Kernel.of(q1[None, None])
@@ -168,7 +179,7 @@ def direction_gains(
     *,
     depth: int,
 ) -> dict[str, Float[Array, " layers"]]:
-    """Return how the Jacobian scales a tangent along the input, and one orthogonal to it.
+    """Squared gains of the Jacobian for a tangent along the input, and for one orthogonal to it.
 
     A tangent along x is no generic direction: it stays correlated with the signal, and a saturating
     φ shrinks it much more (tanh at q = 1: by 0.23 in one layer, squared, beside a random one). A
@@ -225,7 +236,7 @@ def predict(
     gram: Float[ArrayLike, "sites sites"],
     mean: Float[ArrayLike, " sites"] | None = None,
 ) -> Prediction:
-    """Return every statistic's infinite-width value at every layer.
+    """Every statistic's infinite-width value at every layer.
 
     A pure function: jit it, vmap it over the network's σ_w and σ_b, differentiate it. It follows
     the dtype of ``gram``.
@@ -245,11 +256,11 @@ def predict(
     -------
     Prediction
         Each statistic of `gradflow.statistics`, shape (layers,). ``chi`` is NaN at the top layer,
-        which has none above it. ``correlation`` needs two inputs. Where a layer hands on signals
-        that are not Gaussian over units, statistics of φ of them are NaN. Where steps that share
+        which has none above it. ``correlation`` needs two inputs. Where a layer's signals
+        are not Gaussian over units, statistics of φ of them are NaN. Where steps that share
         their weights carry a unit's signal on beside them (GRU, LSTM, Residual), nothing is known
         step by step of the signals after the first and of the gradients below the last: NaN, and
-        ``missing`` says why. `theory.shared_weights` has the theory of a GRU or LSTM.
+        ``why_missing`` says why. `theory.shared_weights` has the theory of a GRU or LSTM.
 
     Raises
     ------
@@ -264,7 +275,7 @@ def predict(
 
 
 def at_widths(prediction: Prediction, network: Network, other: Network) -> Prediction:
-    """Return what `predict` gives for a network that differs in its widths alone.
+    """The result of `predict` for a network that differs in its widths alone.
 
     Scales and inputs being equal, so is everything going up; going down, g^l is proportional to
     n_L/n_l, and nothing needs to be computed again.
@@ -291,7 +302,7 @@ def at_widths(prediction: Prediction, network: Network, other: Network) -> Predi
 
 
 def asymptotic_log_chi(network: Network, log_q: Float[Array, ""], beyond: int) -> Float[Array, ""]:
-    """Return log χ where one input would be after ``beyond`` more layers of the longest stage.
+    """Log χ where one input would be after ``beyond`` more layers of the longest stage.
 
     Parameters
     ----------

@@ -8,7 +8,7 @@ another one, of covariance σ_w² E[a_s a_t], independent of the first. So units
 one, each with its series, and averages over them give the next step's covariance: a network of so
 many units without any weights, and without the effects of its width (dynamic mean-field theory).
 
-Averages are over a finite number of units, and have a standard error that is told. Networks of n
+Averages are over a finite number of units, and have a standard error beside them. Networks of n
 units differ by a share of about steps²/n, and their typical gradient is below the mean square: by
 0.2 to 0.5 in log ‖δ‖ for PyTorch's LSTM of 128 units after 50 steps.
 
@@ -34,7 +34,7 @@ __all__ = ["Steps", "predict_steps"]
 
 
 class Steps(NamedTuple):
-    """What is known after each number of steps, 0 … T; natural logarithms, (T + 1,), and errors.
+    """Second moments after each number of steps, 0 … T: natural logarithms, (T + 1,), and errors.
 
     ``log_q`` is of the second moment of the state, ``log_gradient_variance`` of that of the
     gradient by it, relative to the last state's.
@@ -49,12 +49,12 @@ class Steps(NamedTuple):
 def predict_steps(
     block: AbstractBlock, steps: int, q: float = 0.0, *, units: int = 4000, draws: int = 8
 ) -> Steps:
-    """Return the second moments of states and gradients over time, of one input.
+    """The second moments of states and gradients over time, of one input.
 
     Parameters
     ----------
     block
-        The `GRU` or `LSTM` that is applied again and again; its own number of units is no matter.
+        The `GRU` or `LSTM` that is applied again and again; its own number of units does not count.
     steps
         T, how often.
     q
@@ -65,7 +65,12 @@ def predict_steps(
     Raises
     ------
     InputError
-        If the block is another one, its weights' rows sum to 0, or a number is out of its range.
+        If the block is of another kind, its weights' rows sum to 0, or a number is out of range.
+
+    Returns
+    -------
+    Steps
+        Each array of shape (steps + 1,).
     """
     if not isinstance(block, GRU | LSTM):
         raise InputError(f"block is a {type(block).__name__}; it is a GRU or an LSTM")
@@ -81,23 +86,29 @@ def predict_steps(
     with jax.enable_x64(True):
         block = dataclasses.replace(block, units=units)
         keys = jax.random.split(jax.random.key(0), draws)
-        found = jax.jit(
+        populations = jax.jit(
             lambda keys: jax.lax.map(
                 lambda key: _population(block, steps, q, block.width_in, key), keys
             )
         )(keys)
-        found = [np.asarray(f) for f in found]
-    means = [f.mean(axis=0) for f in found]
+        moments = [np.asarray(population) for population in populations]
+    means = [moment.mean(axis=0) for moment in moments]
     with np.errstate(divide="ignore", invalid="ignore"):
-        errors = [f.std(axis=0, ddof=1) / draws**0.5 / m for f, m in zip(found, means, strict=True)]
+        errors = [
+            moment.std(axis=0, ddof=1) / draws**0.5 / mean
+            for moment, mean in zip(moments, means, strict=True)
+        ]
         return Steps(*(np.log(m) for m in means), *errors)
 
 
 class _Process(NamedTuple):
-    """A Gaussian process over time for each unit: what it is the product with, and its factor."""
+    """The products of a random matrix with vectors, over time: a Gaussian process for each unit.
+
+    ``given`` are the vectors so far and ``factor`` the Cholesky factor of the products' covariance.
+    """
 
     given: Array  # (steps, units)
-    factor: Array  # (steps, steps), lower triangular; 1 on the diagonal of what is to come
+    factor: Array  # (steps, steps), lower triangular; 1 on the diagonal of steps to come
     noise: Array  # (steps, units)
 
     @classmethod
@@ -106,9 +117,9 @@ class _Process(NamedTuple):
         return cls(jnp.zeros_like(noise), jnp.eye(steps), noise)
 
     def product(self, x: Array, step: Array, variance: Array) -> tuple["_Process", Array]:
-        """Return the process with one more step, and W x."""
+        """The process with one more step, and W x."""
         given = self.given.at[step].set(x)
-        row = variance * jnp.mean(given * x[None], axis=1)  # 0 for what is to come
+        row = variance * jnp.mean(given * x[None], axis=1)  # 0 for steps to come
         own, row = row[step], row.at[step].set(0)
         past = jax.scipy.linalg.solve_triangular(self.factor, row, lower=True)
         new = past.at[step].set(jnp.sqrt(jnp.maximum(own - jnp.dot(past, past), 0)))
@@ -118,16 +129,16 @@ class _Process(NamedTuple):
 
 
 class _Multiply:
-    """Hands out given products, or draws them, and keeps what it was asked for."""
+    """A block's products with random matrices, given or drawn; their inputs are recorded."""
 
     def __init__(self, step: Array, products: Sequence[Array] | None, processes: list) -> None:
         self.step, self.products, self.processes = step, products, processes
-        self.asked: list[Array] = []
+        self.inputs: list[Array] = []
         self.drawn: list[Array] = []
 
     def __call__(self, key: Any, x: Array, *, sigma_w: Any, **_: Any) -> Array:  # noqa: ARG002
-        number = len(self.asked)
-        self.asked.append(x[0])
+        number = len(self.inputs)
+        self.inputs.append(x[0])
         if self.products is not None:
             return self.products[number][None]
         process, product = self.processes[number].product(
@@ -141,7 +152,7 @@ class _Multiply:
 def _population(
     block: GRU | LSTM, steps: int, q: float, width: int, key: PRNGKeyArray
 ) -> tuple[Array, Array]:
-    """Return second moments of states and gradients, (steps + 1,), by one draw of the units."""
+    """Second moments of states and gradients, (steps + 1,), by one draw of the units."""
     state_key, top_key, key, *keys = jax.random.split(key, 3 + 2 * block.n_weights)
     up_keys, down_keys = keys[: block.n_weights], keys[block.n_weights :]
     numbers = jnp.arange(steps)
@@ -161,21 +172,21 @@ def _population(
 
         def forward(state: Array, products: list) -> tuple[Array, list]:
             multiply = _Multiply(step, products, [])
-            return block.apply(state[None], multiply, key)[0], multiply.asked
+            return block.apply(state[None], multiply, key)[0], multiply.inputs
 
-        (_, asked), pull = jax.vjp(forward, state, products)
-        by_asked, processes = [jnp.zeros_like(x) for x in asked], list(processes)
+        (_, inputs), pull = jax.vjp(forward, state, products)
+        by_inputs, processes = [jnp.zeros_like(x) for x in inputs], list(processes)
         variance = jnp.square(jnp.asarray(block.sigma_w, state.dtype))
         for number in reversed(range(block.n_weights)):
-            by_product = pull((gradient, by_asked))[1][number]
-            processes[number], by_asked[number] = processes[number].product(
+            by_product = pull((gradient, by_inputs))[1][number]
+            processes[number], by_inputs[number] = processes[number].product(
                 by_product, steps - 1 - step, variance
             )
-        below = pull((gradient, by_asked))[0]
+        below = pull((gradient, by_inputs))[0]
         return (below, processes), jnp.mean(below**2)
 
     top = jax.random.normal(top_key, (width,))
     processes = [_Process.initial_carry(k, steps, block.units) for k in down_keys]
-    _, found = jax.lax.scan(down, (top, processes), (numbers, states, products), reverse=True)
+    _, gradients = jax.lax.scan(down, (top, processes), (numbers, states, products), reverse=True)
     lengths = jnp.append(jnp.mean(states**2, axis=1), jnp.mean(last**2))
-    return lengths, jnp.append(found, 1.0)
+    return lengths, jnp.append(gradients, 1.0)

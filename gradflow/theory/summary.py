@@ -285,7 +285,7 @@ def _finite_width(
         return {}
     length = exact.forward_moments(activation, start, sigma_w2, sigma_b2, width=width, depth=depth)
     widths = [width] * (depth + 1)
-    law = exact.gain_law(activation, widths, sigma_w2)
+    law = exact.gain_moments(activation, widths, sigma_w2)
     limit = exact.log_normal(activation, widths, sigma_w2)
     moments = {
         "q_mean": length.mean[-1],

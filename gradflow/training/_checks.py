@@ -1,5 +1,6 @@
-"""What may be trained, on which data, recorded when: or one sentence that says what is wrong."""
+"""Checks of the arguments of `train`: an error says in one sentence what is wrong."""
 
+import dataclasses
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -9,18 +10,21 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
-from gradflow._arguments import as_numbers, as_real
-from gradflow._checks import check_count, check_scale, check_sequence, shown
+from gradflow import networks as nets
+from gradflow._arguments import as_key, as_numbers, as_real
+from gradflow._checks import check_count, check_instance, check_scale, check_sequence, shown
+from gradflow._labels import checked
 from gradflow.errors import InputError
 from gradflow.networks import Network, check_network
-from gradflow.training.records import Data
+from gradflow.training._loop import Settings, Shared, State
+from gradflow.training._records import Data, Recording
 
-__all__ = ["check_singular_values", "checked_data", "checked_laws", "checked_networks"]
-__all__ += ["checked_optimiser", "checked_rates", "pair", "record_steps"]
+# The paper monitors so many inputs (Glorot & Bengio 2010, section 3).
+_MONITORED = 300
 
 
-def checked_networks(networks: Any) -> tuple[Network, ...]:
-    """Return one network or several as a tuple."""
+def checked_networks(networks: Any, biases: bool) -> tuple[Network, ...]:
+    """One network or several that one program trains, all with biases if ``biases``."""
     laws = (
         (networks,)
         if isinstance(networks, Network)
@@ -28,11 +32,20 @@ def checked_networks(networks: Any) -> tuple[Network, ...]:
     )
     for law in laws:
         check_network(law)
+    if biases:
+        laws = tuple(map(nets.with_biases, laws))
+    _check_alike(laws)
+    blocks = [block for stage in laws[0].stages for block in stage.block.nested]
+    if any(block.rescales_weights for block in blocks):
+        raise InputError(
+            "a UnitVariance block says how LSUV starts weights, and is no layer to train; train a "
+            "network without it, with the σ_w of simulation.propagation.lsuv"
+        )
     return laws
 
 
 def checked_rates(learning_rate: Any) -> np.ndarray:
-    """Return one learning rate or several as an array of float64."""
+    """One learning rate or several as an array of float64."""
     rates = np.atleast_1d(np.asarray(as_real("learning_rate", learning_rate, float), np.float64))
     if rates.ndim != 1:
         raise InputError(f"learning_rate has shape {rates.shape}; it is one number or several")
@@ -40,8 +53,8 @@ def checked_rates(learning_rate: Any) -> np.ndarray:
     return rates
 
 
-def checked_optimiser(optimiser: Any, clip: Any) -> None:
-    """Raise `InputError` unless these are what optax calls optimisers and transformations."""
+def _check_optimiser(optimiser: Any, clip: Any) -> None:
+    """Check that these make an optax optimiser, and are an optax transformation or None."""
     words = "optimiser is {}; it is a function from a learning rate to an optax optimiser, as {}"
     if not callable(optimiser):
         raise InputError(words.format(shown(optimiser), "optax.adam"))
@@ -55,15 +68,8 @@ def checked_optimiser(optimiser: Any, clip: Any) -> None:
         )
 
 
-def pair(name: str, value: Any) -> tuple[Any, Any]:
-    """Return data as (inputs, labels)."""
-    if not isinstance(value, tuple | list) or len(value) != 2:
-        raise InputError(f"{name} is {shown(value)}; it is a pair (inputs, labels)")
-    return value[0], value[1]
-
-
-def checked_laws(laws: tuple[Network, ...]) -> tuple[Network, ...]:
-    """Return networks that one program trains."""
+def _check_alike(laws: tuple[Network, ...]) -> None:
+    """Check that networks differ in numbers alone."""
     if not laws:
         raise InputError("networks is empty; it takes at least one")
     kinds = [jax.tree.structure(law.as_arrays(jnp.float32)) for law in laws]
@@ -73,17 +79,10 @@ def checked_laws(laws: tuple[Network, ...]) -> tuple[Network, ...]:
                 f"networks {laws[0].name!r} and {law.name!r} differ in more than numbers (widths, "
                 "depth, activation, blocks, biases); train them in calls of their own"
             )
-    blocks = [block for stage in laws[0].stages for block in stage.block.nested]
-    if any(block.rescales_weights for block in blocks):
-        raise InputError(
-            "a UnitVariance block says how LSUV starts weights, and is no layer to train; train a "
-            "network without it, with the σ_w of simulation.propagation.lsuv"
-        )
-    return laws
 
 
-def check_singular_values(count: int, network: Network) -> int:
-    """Return how many singular values of an input's Jacobian to record, if it has as many."""
+def _checked_singular_values(count: int, network: Network) -> int:
+    """The number of singular values to record, if an input's Jacobian has as many."""
     positions = math.prod(stage.block.pool_factor for stage in network.stages)
     most = min(positions * network.input_width, network.widths[-1])
     if check_count("singular_values", count, 0) > most:
@@ -99,27 +98,61 @@ def check_singular_values(count: int, network: Network) -> int:
     return count
 
 
-def checked_data(whose: str, inputs: ArrayLike, labels: ArrayLike, network: Network) -> Data:
-    """Return samples that fit the network; ``whose`` they are goes before their name."""
-    found, classes = np.asarray(as_numbers(f"{whose}inputs", inputs)), np.asarray(labels)
+def checked_shared(
+    network: Network, key: Any, data: tuple[Any, Any], monitor: Any, validation: Any
+) -> Shared:
+    """The key, the data to train on, and those to measure on: some of the former without them."""
+    train = _checked_samples("", data[0], data[1], network)
+    if monitor is None:
+        samples = len(train.labels)
+        chosen = np.arange(min(_MONITORED, samples)) * samples // min(_MONITORED, samples)
+        measured = Data(train.inputs[chosen], train.labels[chosen])
+    else:
+        measured = _checked_pair("monitor", monitor, network)
+    held_out = None if validation is None else _checked_pair("validation", validation, network)
+    return Shared(as_key(key), train, measured, held_out)
+
+
+def _checked_pair(name: str, value: Any, network: Network) -> Data:
+    """A pair (inputs, labels) as samples that fit the network."""
+    if not isinstance(value, tuple | list) or len(value) != 2:
+        raise InputError(f"{name} is {shown(value)}; it is a pair (inputs, labels)")
+    return _checked_samples(f"{name}'s ", value[0], value[1], network)
+
+
+def checked_settings(
+    optimiser: Any, clip: Any, batch: int, record: Recording, shared: Shared
+) -> Settings:
+    """The static arguments of training, before networks are grouped."""
+    _check_optimiser(optimiser, clip)
+    samples, batch = len(shared.data.labels), check_count("batch", batch)
+    if batch > samples:
+        raise InputError(f"batch is {batch}, and there are {samples} samples; use at most as many")
+    wanted = tuple(s for s in record.wanted if s.sites <= len(shared.monitor.labels))
+    return Settings(optimiser, clip, batch, wanted, record.histograms, record.singular_values)
+
+
+def _checked_samples(whose: str, inputs: ArrayLike, labels: ArrayLike, network: Network) -> Data:
+    """Samples that fit the network; in messages ``whose`` stands before their name."""
+    x, classes = np.asarray(as_numbers(f"{whose}inputs", inputs)), np.asarray(labels)
     positions = math.prod(stage.block.pool_factor for stage in network.stages)
     width, units = network.input_width, network.widths[-1]
-    if found.ndim != 2 or not len(found) or found.shape[1] != positions * width:
+    if x.ndim != 2 or not len(x) or x.shape[1] != positions * width:
         of_positions = f" ({positions} positions of {width})" if positions > 1 else ""
         raise InputError(
-            f"{whose}inputs has shape {found.shape}; it is (samples, {positions * width})"
+            f"{whose}inputs has shape {x.shape}; it is (samples, {positions * width})"
             f"{of_positions} for this network, with at least one sample"
         )
-    if not np.all(np.isfinite(found)):
-        bad = np.argwhere(~np.isfinite(found))[0]
+    if not np.all(np.isfinite(x)):
+        bad = np.argwhere(~np.isfinite(x))[0]
         raise InputError(
-            f"{whose}inputs[{bad[0]}, {bad[1]}] is {found[tuple(bad)]}; every value must be a "
+            f"{whose}inputs[{bad[0]}, {bad[1]}] is {x[tuple(bad)]}; every value must be a "
             "finite number"
         )
-    if classes.shape != found.shape[:1] or not np.issubdtype(classes.dtype, np.integer):
+    if classes.shape != x.shape[:1] or not np.issubdtype(classes.dtype, np.integer):
         raise InputError(
             f"{whose}labels is of {classes.dtype} and shape {classes.shape}; it is a whole number "
-            f"for each of {len(found)} samples"
+            f"for each of {len(x)} samples"
         )
     outside = classes[(classes < 0) | (classes >= units)]
     if outside.size:
@@ -128,26 +161,47 @@ def checked_data(whose: str, inputs: ArrayLike, labels: ArrayLike, network: Netw
             f"labels are from 0 to {units - 1}"
         )
     if positions > 1:
-        found = found.reshape(len(found), positions, width)
-    return Data(jnp.asarray(found), jnp.asarray(classes, jnp.int32))
+        x = x.reshape(len(x), positions, width)
+    return Data(jnp.asarray(x), jnp.asarray(classes, jnp.int32))
 
 
-# Of a run's time, the share that recording takes, where the steps to record are not given; and how
-# many of them there are then.
+# Where the steps to record are not given: recording's share of a run's time, and the least and the
+# largest number of steps.
 _SHARE = 0.12
 _FEWEST, _MOST = 3, 25
 
 
-def record_steps(record: Sequence[int] | None, begin: int, steps: int, cost: float) -> np.ndarray:
-    """Return the steps to record, after those that were taken; one costs ``cost`` steps."""
+def checked_steps(
+    record: Sequence[int] | None, state: State | None, steps: int, batch: int, shared: Shared
+) -> np.ndarray:
+    """The steps to record, from those of the state to the last one."""
+    steps = check_count("steps", steps)
+    if state is not None:
+        check_instance("state", state, State, "the state of a Training with keep_state=True")
+    begin = 0 if state is None else int(state.step[0])
     if record is None:
+        validated = 0 if shared.validation is None else len(shared.validation.labels)
+        # In steps, about the time that recording everything once takes; measured on a CPU.
+        cost = 10 + (2.2 * len(shared.monitor.labels) + 0.5 * validated) / batch
         count = min(max(int(_SHARE * steps / cost), _FEWEST), _MOST)
-        known = np.unique(np.round(np.geomspace(1, steps + 1, count)).astype(np.int32) - 1)
-        return known[known >= begin]
-    asked = check_sequence("record", record, "the steps to record")
-    times = np.unique([check_count("record", step, 0) for step in asked]).astype(np.int32)
+        times = np.unique(np.round(np.geomspace(1, steps + 1, count)).astype(np.int32) - 1)
+        return times[times >= begin]
+    listed = check_sequence("record", record, "the steps to record")
+    times = np.unique([check_count("record", step, 0) for step in listed]).astype(np.int32)
     if not times.size or times[0] < begin or times[-1] != steps:
         raise InputError(
             f"record is {record!r}; it is some of the steps {begin} to {steps}, the last among them"
         )
     return times
+
+
+def checked_recording(record: Recording | None, network: Network) -> Recording:
+    """What to record of this network; the default where nothing is given."""
+    record = Recording() if record is None else record
+    check_instance("record", record, Recording, "a training.Recording")
+    return dataclasses.replace(
+        record,
+        wanted=checked(record.wanted),
+        histograms=check_count("histograms", record.histograms, 0),
+        singular_values=_checked_singular_values(record.singular_values, network),
+    )

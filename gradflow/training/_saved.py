@@ -1,7 +1,7 @@
-"""Networks in training on disk: what it takes to go on with a run that was interrupted.
+"""Networks in training on disk, so that a run that was interrupted can be resumed.
 
-Each chunk of networks has a file of its own, with their state and what was recorded. Files are
-replaced whole, so that a process may be killed at any time.
+Each chunk of networks has a file of its own, with its state and records. Files are replaced whole,
+so that a process may be killed at any time.
 """
 
 import hashlib
@@ -21,7 +21,7 @@ __all__ = ["Saved", "identity"]
 
 
 def identity(programs: Sequence[str], values: Any) -> str:
-    """Return a name for what is computed by these programs' texts from these arrays."""
+    """A name for the results of these programs, by their texts, on these arrays."""
     digest = hashlib.sha256()
     for text in programs:
         digest.update(text.encode())
@@ -33,7 +33,7 @@ def identity(programs: Sequence[str], values: Any) -> str:
 
 
 class Saved:
-    """The folder of one run, named by its `identity`, in the folder that it was asked for in."""
+    """The folder of one run, named by its `identity`, in the folder that the caller names."""
 
     def __init__(self, folder: str | Path, name: str) -> None:
         if not isinstance(folder, str | os.PathLike):
@@ -41,19 +41,19 @@ class Saved:
         self.folder = writable_folder(Path(folder) / name, "save")
 
     def plan(self, plan: Sequence[int]) -> list[int]:
-        """Return how the networks were grouped when the run began: so it must go on."""
+        """The grouping of networks that the run began with, and keeps: at first ``plan``."""
         path = self.folder / "plan.json"
         if not os.path.lexists(path):
             with complete(path) as beside:
                 beside.write_text(json.dumps(list(plan)), encoding="utf-8")
         try:
-            found = json.loads(path.read_text(encoding="utf-8"))
+            saved = json.loads(path.read_text(encoding="utf-8"))
         except (OSError, ValueError, RecursionError) as error:
             raise self._damaged(path) from error
-        whole = isinstance(found, list) and len(found) == len(plan)
-        if not whole or not all(type(n) is int and n > 0 for n in found):
+        whole = isinstance(saved, list) and len(saved) == len(plan)
+        if not whole or not all(type(n) is int and n > 0 for n in saved):
             raise self._damaged(path)
-        return found
+        return saved
 
     def _damaged(self, path: Path) -> InputError:
         return InputError(
@@ -62,26 +62,26 @@ class Saved:
         )
 
     def write(self, first: int, state: Sequence[np.ndarray], records: dict[str, Any]) -> None:
-        """Save the leaves of a chunk's state, and what was recorded of it."""
+        """Save the leaves of a chunk's state, and its records."""
         named: dict[str, Any] = {f"state/{number}": leaf for number, leaf in enumerate(state)}
         named |= {f"records/{name}": value for name, value in records.items()}
         with complete(self._path(first)) as beside, beside.open("wb") as file:
             np.savez(file, **named)
 
     def read(self, first: int) -> tuple[list[np.ndarray], dict[str, np.ndarray]] | None:
-        """Return what `write` was given last, or None if that is nothing."""
+        """The state and records that were written last; None if there are none."""
         path = self._path(first)
         if not os.path.lexists(path):
             return None
         try:
             with np.load(path, allow_pickle=False) as file:
-                found = dict(file)
-            count = sum(key.startswith("state/") for key in found)
-            leaves = [found[f"state/{n}"] for n in range(count)]
+                arrays = dict(file)
+            count = sum(key.startswith("state/") for key in arrays)
+            leaves = [arrays[f"state/{n}"] for n in range(count)]
         except Exception as error:  # there is hardly one that a damaged file cannot cause
             raise self._damaged(path) from error
-        names = (key.partition("/") for key in found)
-        return leaves, {n: found[f"records/{n}"] for kind, _, n in names if kind == "records"}
+        names = (key.partition("/") for key in arrays)
+        return leaves, {n: arrays[f"records/{n}"] for kind, _, n in names if kind == "records"}
 
     def _path(self, first: int) -> Path:
         return self.folder / f"networks-{first}.npz"

@@ -17,11 +17,11 @@ from gradflow._arguments import from_seed
 from gradflow._checks import check_scale, unknown_name
 from gradflow.errors import InputError
 
-__all__ = ["CLIPPINGS", "OPTIMISERS", "clip_by_norm", "clipping", "optimiser", "with_noise"]
+__all__ = ["CLIPPINGS", "OPTIMISERS", "clipping", "optimiser", "with_noise"]
 
-Optimiser = Callable[[Any], optax.GradientTransformation]
+_Optimiser = Callable[[Any], optax.GradientTransformation]
 
-OPTIMISERS: dict[str, Optimiser] = {
+OPTIMISERS: dict[str, _Optimiser] = {
     "sgd": optax.sgd,
     "momentum": functools.partial(optax.sgd, momentum=0.9),
     "nesterov": functools.partial(optax.sgd, momentum=0.9, nesterov=True),
@@ -33,7 +33,7 @@ OPTIMISERS: dict[str, Optimiser] = {
 }
 
 
-def clip_by_norm(threshold: float) -> optax.GradientTransformation:
+def _clip_by_norm(threshold: float) -> optax.GradientTransformation:
     """Scale each tensor's gradient down to this norm, if it is above it."""
 
     def clipped(gradient: Array) -> Array:
@@ -47,14 +47,14 @@ def clip_by_norm(threshold: float) -> optax.GradientTransformation:
 # (Pascanu et al. 2013), and each unit's by the norm of its weights (Brock et al. 2021).
 CLIPPINGS: dict[str, Callable[[float], optax.GradientTransformation]] = {
     "value": optax.clip,
-    "norm": clip_by_norm,
+    "norm": _clip_by_norm,
     "global-norm": optax.clip_by_global_norm,
     "adaptive": optax.adaptive_grad_clip,
 }
 
 
-def optimiser(name: str) -> Optimiser:
-    """Return the optimiser of this name, a function of the learning rate.
+def optimiser(name: str) -> _Optimiser:
+    """The optimiser of this name, a function of the learning rate.
 
     Raises
     ------
@@ -67,7 +67,7 @@ def optimiser(name: str) -> Optimiser:
 
 
 def clipping(text: str) -> optax.GradientTransformation:
-    """Return the clipping that is written so: ``value:1.0``, ``global-norm:1``, ``adaptive:0.01``.
+    """The clipping of this name and threshold: ``value:1.0``, ``global-norm:1``, ``adaptive:0.01``.
 
     Raises
     ------
@@ -89,10 +89,10 @@ def clipping(text: str) -> optax.GradientTransformation:
     return CLIPPINGS[name](number)
 
 
-def with_noise(optimiser: Optimiser, variance: float, decay: float = 0.55) -> Optimiser:
-    """Return the optimiser with N(0, variance/(1 + t)^decay) added to each gradient first.
+def with_noise(optimiser: _Optimiser, variance: float, decay: float = 0.55) -> _Optimiser:
+    """The optimiser with noise N(0, variance/(1 + t)^decay) added to gradients first, at step t.
 
-    Each network draws its own.
+    Each network draws its own noise.
 
     References
     ----------
@@ -107,7 +107,7 @@ def with_noise(optimiser: Optimiser, variance: float, decay: float = 0.55) -> Op
     check_scale("decay", decay)
 
     def noisy(rate: Any) -> optax.GradientTransformation:
-        # A key is made here and not before: it starts JAX, which importing does not.
+        # The key is made here and not before: making one starts JAX, which importing must not.
         return optax.chain(optax.add_noise(variance, decay, from_seed(0)), optimiser(rate))
 
     return noisy

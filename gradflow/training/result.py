@@ -1,4 +1,4 @@
-"""What became of networks in training: recorded along the way, labelled, theory beside it."""
+"""The result of training: what was recorded along the way, labelled, with theory beside it."""
 
 import dataclasses
 import math
@@ -17,9 +17,10 @@ from gradflow._labels import Values, key_of, labelled, layers
 from gradflow.errors import InputError
 from gradflow.networks import Network
 from gradflow.theory import mean_field
-from gradflow.training import parameters, records
-from gradflow.training.loop import State
-from gradflow.training.parameters import Weights
+from gradflow.training import _parameters, _records
+from gradflow.training._execution import Grid, Trained
+from gradflow.training._loop import Settings, Shared, State
+from gradflow.training._parameters import Weights
 
 __all__ = ["Training"]
 
@@ -30,7 +31,7 @@ _SECONDS_A_LAYER = 0.05
 
 
 class Training(eqx.Module):
-    """What became of networks in training.
+    """The result of training many networks.
 
     Attributes
     ----------
@@ -44,27 +45,27 @@ class Training(eqx.Module):
         ``update_ratio``, ``log_batch_gradient_norm`` and, where gradients are clipped,
         ``log_clipped_gradient_norm``; and ``movement``, since the start.
 
-        *Histograms*, where they were asked for: ``activation_histogram`` (…, layers, bins), the
+        *Histograms*, where requested: ``activation_histogram`` (…, layers, bins), the
         density of activations in equal bins between ``activation_low`` and ``activation_high``.
 
-        *Of networks*: ``log_singular_values`` (…, k), where they were asked for; ``loss`` and
+        *Of networks*: ``log_singular_values`` (…, k), where requested; ``loss`` and
         ``error`` on the monitored inputs, ``validation_loss`` and ``validation_error`` where there
         were data for it.
     steps
         The recorded ones; 0 is before the first.
     first_nonfinite, nonfinite_layer
         Shape (networks, learning_rates, seeds): the first step whose batch had a cost that is not
-        finite, and the layer, from 1, where that came from: the lowest whose signal left the
-        float's range on its way up or, if weights were not finite, the highest whose gradient had
-        left it on its way down in the step before. -1 where there is none.
+        finite, and the layer, from 1, of its origin: the lowest whose signal left the float's range
+        in the forward pass or, if weights were not finite, the highest whose gradient left it in
+        the backward pass of the step before. -1 where there is none.
     networks, learning_rates, seeds
         The grid.
     batch, samples, monitored, classes
-        How many inputs a step, in all, and monitored; how many classes.
+        Numbers of inputs, each step, in all, and monitored; number of classes.
     state
-        The networks after the last step, flattened to one axis; None unless it was asked for.
+        The networks after the last step, flattened to one axis; None unless requested.
     saved
-        The folder where the run was saved, if it was; whoever has no more use for it removes it.
+        The folder where the run was saved, if it was; it stays until somebody removes it.
     """
 
     values: dict[str, np.ndarray] = eqx.field(converter=Values)
@@ -82,14 +83,43 @@ class Training(eqx.Module):
     seconds: float = eqx.field(static=True)
     compile_seconds: float = eqx.field(static=True)
 
+    @classmethod
+    def of(
+        cls,
+        grid: Grid,
+        shared: Shared,
+        settings: Settings,
+        steps: np.ndarray,
+        trained: Trained,
+        keep_state: bool,
+    ) -> "Training":
+        """The result of training a grid of networks, with axes of its laws, rates and seeds."""
+        last = trained.state
+        return cls(
+            values={k: v.reshape(*grid.shape, *v.shape[1:]) for k, v in trained.values.items()},
+            steps=steps,
+            first_nonfinite=np.asarray(last.first_nonfinite).reshape(grid.shape),
+            nonfinite_layer=np.asarray(last.nonfinite_layer).reshape(grid.shape),
+            networks=grid.laws,
+            learning_rates=grid.rates,
+            monitor=np.asarray(shared.monitor.inputs),
+            state=last if keep_state else None,
+            saved=trained.saved,
+            seeds=grid.seeds,
+            batch=settings.batch,
+            samples=len(shared.data.labels),
+            seconds=trained.seconds,
+            compile_seconds=trained.compile_seconds,
+        )
+
     def __getitem__(self, name: str) -> np.ndarray:
-        """Return what was recorded by its key or, in its own unit, by its name."""
+        """A record by its key or, in its own unit, by its name."""
         key = key_of(name, self.values.keys())
         value = self.values[key]
         return value if key == name else np.exp(value.astype(np.float64))
 
     def weights(self, network: int = 0, learning_rate: int = 0, seed: int = 0) -> Weights:
-        """Return the weights after the last step of one network, by its place in the grid.
+        """The weights of one network of the grid after the last step.
 
         Raises
         ------
@@ -99,15 +129,16 @@ class Training(eqx.Module):
         if self.state is None:
             raise InputError("weights were not kept; train with keep_state=True")
         at = np.ravel_multi_index((network, learning_rate, seed), self.first_nonfinite.shape)
-        found = jax.tree.map(lambda m: m[at], self.state.weights)
-        return parameters.together(self.networks[network], found)
+        weights = jax.tree.map(lambda m: m[at], self.state.weights)
+        return _parameters.together(self.networks[network], weights)
 
     @property
     def diverged(self) -> np.ndarray:
         """The first recorded step at which a network has diverged; -1 where it has not.
 
-        That is: its loss is not finite, or some layer has moved 10 times its norm and the loss is
-        above that of guessing, log(classes). Bounded units keep a network that explodes finite.
+        A network has diverged when its loss is not finite, or when some layer has moved 10 times
+        its norm and the loss is above that of guessing, log(classes): with bounded units an
+        exploding network stays finite. Shape (networks, learning_rates, seeds).
         """
         classes = self.networks[0].widths[-1]
         loss = self.values["loss"]
@@ -129,11 +160,11 @@ class Training(eqx.Module):
             return ratio.max(axis=-1) / ratio.min(axis=-1)
 
     def best_rate(self) -> np.ndarray:
-        """Return the index of the best learning rate of each network, shape (networks,).
+        """The index of the best learning rate of each network, shape (networks,).
 
-        That is the one with the least validation error at the last recorded step, on average over
-        seeds, and of equal ones that with the least validation loss. In a network that has met what
-        is not finite every class is wrong.
+        The best one has the least validation error at the last recorded step, on average over
+        seeds, and of equal errors the least validation loss. A network with numbers that are not
+        finite counts as wrong on every sample.
 
         Raises
         ------
@@ -153,34 +184,35 @@ class Training(eqx.Module):
         return np.lexsort((loss.mean(axis=-1), error.mean(axis=-1)), axis=-1)[:, 0]
 
     def theory(self, network: int = 0) -> dict[str, np.ndarray]:
-        """Return what theory says of one of the networks at step 0, by key, float64, (layers,).
+        """Theory's predictions for one of the networks at step 0, by key, float64, (layers,).
 
-        Of the mean over monitored inputs. A gradient's size is the cost's, and theory says how it
-        changes from layer to layer: it has the measured mean at the top. What depends on pairs of
-        inputs is NaN, and everything is where a network's signals do, as under BatchNorm.
+        They are of the mean over monitored inputs. Theory gives the ratio of gradients from layer
+        to layer; at the top they have the measured mean, which depends on the cost. Quantities of
+        pairs of inputs are NaN, and all are NaN where signals depend on other inputs, as under
+        BatchNorm.
         """
-        found = _predicted(self.networks[network], self.monitor)
+        predicted = _predicted(self.networks[network], self.monitor)
         at_start = {
             key: np.mean(self.values[key][network, :, :, 0, -1], dtype=np.float64)
             for key in ("log_gradient_variance", "log_gradient_norm")
             if key in self.values
         }
         for key, top in at_start.items():
-            found[key] = found[key] - found[key][-1] + top
-        return found
+            predicted[key] = predicted[key] - predicted[key][-1] + top
+        return predicted
 
     def to_xarray(self) -> xarray.Dataset:
-        """Return what was recorded, labelled, and theory at step 0 as ``<name>_theory``."""
+        """All records, labelled, and theory at step 0 as ``<name>_theory``."""
         of_networks = ("network", "learning_rate", "seed")
-        known = {s.key: s for s in records.RECORDED}
-        found: dict[str, Any] = {}
+        known = {s.key: s for s in _records.RECORDED}
+        variables: dict[str, Any] = {}
         for key, value in self.values.items():
-            dims = (*of_networks, "step", *records.axes(key))
-            found[key] = (dims, value)
+            dims = (*of_networks, "step", *_records.axes(key))
+            variables[key] = (dims, value)
             if key in known and known[key].log:
                 with np.errstate(over="ignore"):
-                    found[known[key].name] = (dims, np.exp(value.astype(np.float64)))
-        found |= {
+                    variables[known[key].name] = (dims, np.exp(value.astype(np.float64)))
+        variables |= {
             "first_nonfinite": (of_networks, self.first_nonfinite),
             "nonfinite_layer": (of_networks, self.nonfinite_layer),
             "diverged": (of_networks, self.diverged),
@@ -189,12 +221,12 @@ class Training(eqx.Module):
         theories = [self.theory(number) for number in range(len(self.networks))]
         for key in theories[0].keys() & self.values.keys():
             value = np.stack([theory[key] for theory in theories])
-            found[f"{key}_theory"] = (("network", "layer"), value)
+            variables[f"{key}_theory"] = (("network", "layer"), value)
             if known[key].log:
                 with np.errstate(over="ignore"):
-                    found[f"{known[key].name}_theory"] = (("network", "layer"), np.exp(value))
+                    variables[f"{known[key].name}_theory"] = (("network", "layer"), np.exp(value))
         dataset = xarray.Dataset(
-            found,
+            variables,
             coords={
                 "network": [network.name for network in self.networks],
                 "learning_rate": self.learning_rates,
@@ -203,7 +235,7 @@ class Training(eqx.Module):
                 "layer": layers(self.networks[0].depth),
             },
         )
-        labels = {s.key: s.label for s in records.RECORDED if not s.log} | records.LABELS
+        labels = {s.key: s.label for s in _records.RECORDED if not s.log} | _records.LABELS
         for name, label in labels.items():
             if name in dataset:
                 dataset[name].attrs["long_name"] = label
@@ -220,26 +252,26 @@ class Training(eqx.Module):
 
 
 def _predicted(network: Network, monitor: np.ndarray) -> dict[str, np.ndarray]:
-    """Return theory's mean over inputs, each by itself, in float64."""
+    """Theory's mean over inputs, each by itself, in float64."""
     known = {s.key: s for s in statistics.ALL}
     if network.mixes_sites:
         return {key: np.full(network.depth, np.nan) for key in known}
     unnamed = dataclasses.replace(network, name="")
     q = np.mean(np.square(monitor.astype(np.float64)), axis=1)
     arguments = (unnamed, q)
-    found = Float64Program.of(_of_each, arguments, _SECONDS_A_LAYER * network.depth)(*arguments)
+    of_each = Float64Program.of(_of_each, arguments, _SECONDS_A_LAYER * network.depth)(*arguments)
     pairs = ("correlation", "log_weight_gradient_variance")
     values = {}
     for key in known:
-        if key in pairs or key not in found:
+        if key in pairs or key not in of_each:
             values[key] = np.full(network.depth, np.nan)
         elif known[key].log:
-            values[key] = np.logaddexp.reduce(found[key], axis=0) - math.log(len(q))
+            values[key] = np.logaddexp.reduce(of_each[key], axis=0) - math.log(len(q))
         else:
-            values[key] = found[key].mean(axis=0)
+            values[key] = of_each[key].mean(axis=0)
     return values
 
 
 def _of_each(network: Network, q: Float[Array, " sites"]) -> dict[str, Any]:
-    """Return what theory predicts for inputs of these mean squares, each by itself."""
+    """Theory's predictions for inputs of these mean squares, each by itself."""
     return jax.vmap(lambda q: mean_field.predict(network, q.reshape(1, 1)).values)(q)

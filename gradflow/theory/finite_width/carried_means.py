@@ -73,14 +73,14 @@ def covers(network: Network) -> bool:
 
 
 def correct(network: Network, gram: Float[ArrayLike, "sites sites"]) -> Corrections:
-    """Return the shift of every gradient statistic's mean by what is carried along.
+    """The shift of every gradient statistic's mean by the part along the mean over units.
 
     Parameters
     ----------
     network
-        One that `covers` says yes to.
+        One that `covers`.
     gram
-        As for `mean_field.predict`.
+        Shape (sites, sites), (1/n_0) x_a · x_b; see `mean_field.input_gram`.
 
     Returns
     -------
@@ -119,7 +119,7 @@ def correct_limits(
         last += stage.repeats
     steps = jax.tree.map(lambda *x: jnp.concatenate(x), *maps)
     ends = _symmetric(q, signals.mean, jnp.ones_like(q))
-    weighted = jnp.concatenate([ends[:1], steps.seen])
+    weighted = jnp.concatenate([ends[:1], steps.weighted])
     exceeds, exceeds_weights = _walk(steps, ends, weighted, widths)
 
     typical = _mean_log(exceeds)
@@ -150,17 +150,17 @@ def correct_limits(
 
 
 class _Map(eqx.Module):
-    """What one block does to t and S, and the moments of (z', 1) where φ'² is large: for ∂C/∂W."""
+    """A block's maps of t and S; ``weighted`` are moments of (z', 1) weighted by φ'², for ∂C/∂W."""
 
     gain: Array  # T
     bend: Array  # Q, (2, 2)
     turn: Array  # J
     noise: Array  # N, times n
-    seen: Array
+    weighted: Array
 
     @classmethod
     def of(cls, block: AbstractBlock, q: Array, mean: Array) -> "_Map":
-        """Return it from the second moment and the mean over units of what the block gets."""
+        """The map of a block whose input has this second moment and this mean over units."""
         if isinstance(block, Residual):
             linear, activate = block.branch.parts
             assert isinstance(linear, Linear) and isinstance(activate, Activate)  # noqa: PT018
@@ -200,7 +200,7 @@ class _Map(eqx.Module):
 
     @classmethod
     def _of_highway(cls, block: GRU, q: Array, mean: Array) -> "_Map":
-        """Return it of z' = g z + (1 - g) φ(a): u' = g u + (1 - g) φ' ȧ + g' (z - φ) ȧ_g.
+        """The map of z' = g z + (1 - g) φ(a): u' = g u + (1 - g) φ' ȧ + g' (z - φ) ȧ_g.
 
         Third and fourth moments of z, which the noise alone takes, are those of a Gaussian z.
         """
@@ -218,11 +218,11 @@ class _Map(eqx.Module):
             both = [d**2 * g, d**2 * f, (d * g) ** 2, d**2 * g * f, (d * f) ** 2]
             return jnp.stack([*plain, *kept, *slopes, *both])
 
-        found = iter(gaussian.expectation(gates, q_a))
-        g, g2, gf, f2, g3, g2f, g4, g3f, g2f2 = (next(found) for _ in range(9))
-        f2g, f3, f3g, f4 = (next(found) for _ in range(4))
-        d_a, g_d_a, f_d_a, d2, d2_a2 = (next(found) for _ in range(5))
-        d2_g, d2_f, d2_g2, d2_gf, d2_f2 = (next(found) for _ in range(5))
+        averages = iter(gaussian.expectation(gates, q_a))
+        g, g2, gf, f2, g3, g2f, g4, g3f, g2f2 = (next(averages) for _ in range(9))
+        f2g, f3, f3g, f4 = (next(averages) for _ in range(4))
+        d_a, g_d_a, f_d_a, d2, d2_a2 = (next(averages) for _ in range(5))
+        d2_g, d2_f, d2_g2, d2_gf, d2_f2 = (next(averages) for _ in range(5))
         m, k = h.h, h.h2
         apart = q - 2 * mean * m + k  # E[(z - φ)²]
         spread = q - mean**2
@@ -294,20 +294,20 @@ def _candidate(phi: Activation, q_a: Array) -> _Candidate:
 
 
 def _scales(linear: Linear, q: Array) -> tuple[Array, Array]:
-    """Return σ_w², and the second moment of W z + b."""
+    """σ_w², and the second moment of W z + b."""
     s2 = jnp.asarray(jnp.square(linear.sigma_w) * jnp.ones_like(q))
     return s2, s2 * q + (0 if linear.sigma_b is None else jnp.square(linear.sigma_b))
 
 
 def _walk(steps: _Map, ends: Array, weighted: Array, widths: Array) -> tuple[Array, Array]:
-    """Return by what shares ‖δ‖² and ‖∂C/∂W‖² of all layers exceed infinite width's.
+    """The shares by which ‖δ‖² and ‖∂C/∂W‖² of all layers exceed those at infinite width.
 
     Parameters
     ----------
     steps
         (layers - 1, sites, …), of the blocks above each layer but the last.
     ends, weighted
-        (layers, sites, 2, 2): G, and what it is for the gradient of the weights below the layer.
+        (layers, sites, 2, 2): G, and its counterpart for the gradient of the weights below.
     widths
         (layers,).
     """
@@ -321,8 +321,8 @@ def _walk(steps: _Map, ends: Array, weighted: Array, widths: Array) -> tuple[Arr
         return (more, after / gain), (more, after / gain)
 
     top = jnp.zeros_like(ends[0, :, 0, 0]), jnp.zeros_like(ends[0])
-    _, found = jax.lax.scan(down, top, (steps, widths[1:]), reverse=True)
-    more, sigma = (jnp.concatenate([f, t[None]]) for f, t in zip(found, top, strict=True))
+    _, below = jax.lax.scan(down, top, (steps, widths[1:]), reverse=True)
+    more, sigma = (jnp.concatenate([f, t[None]]) for f, t in zip(below, top, strict=True))
     of_signals, of_weights = (
         more + jnp.sum(sigma * g, (2, 3)) / widths[:, None] for g in (ends, weighted)
     )
@@ -340,13 +340,13 @@ def _carries(block: AbstractBlock) -> bool:
 
 
 def _mean_log(exceeds: Array) -> Array:
-    """Return E log(1 + e ξ²), and log(1 + e) where e < 0."""
+    """E log(1 + e ξ²), and log(1 + e) where e < 0."""
     mean = _mean(lambda xi: jnp.log1p(jnp.maximum(exceeds, 0) * xi**2), exceeds.dtype)
     return jnp.where(exceeds < 0, _log1p(exceeds), mean)
 
 
 def _mean(f: Callable[[Array], Array], dtype: jnp.dtype) -> Array:
-    """Return E f(ξ), ξ ~ N(0, 1)."""
+    """E f(ξ), ξ ~ N(0, 1)."""
     values = jax.vmap(f)(jnp.asarray(_XI, dtype))
     return jnp.tensordot(jnp.asarray(_CHANCES, dtype), values, 1)
 

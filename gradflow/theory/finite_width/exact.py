@@ -36,15 +36,22 @@ from gradflow._checks import check_count, check_scale, check_sequence, is_traced
 from gradflow.activations import Activation
 from gradflow.errors import InputError
 
-__all__ = ["ForwardMoments", "GainLaw", "LogNormal", "Vertex", "forward_moments", "gain_law"]
+__all__ = [
+    "ForwardMoments",
+    "GainMoments",
+    "LogNormal",
+    "Vertex",
+    "forward_moments",
+    "gain_moments",
+]
 __all__ += ["log_normal", "vertex"]
 
 _Three: TypeAlias = tuple[Array, Array, Array]
 _Four: TypeAlias = tuple[Array, Array, Array, Array]
 
 
-class GainLaw(NamedTuple):
-    """The exact law of ‖h^L‖²/‖x‖² = ‖J u‖², over random networks.
+class GainMoments(NamedTuple):
+    """Exact moments of the gain ‖h^L‖²/‖x‖² = ‖J u‖², over random networks.
 
     The plain moments count networks whose units are all dead as 0; those of the logarithm are given
     that some unit lives in every layer. Plain moments may leave the float's range: their logarithms
@@ -85,17 +92,17 @@ class Vertex(NamedTuple):
 
 
 def _check_widths(widths: Sequence[int]) -> tuple[int, ...]:
-    found = tuple(
+    checked = tuple(
         check_count("width", width)
         for width in check_sequence("widths", widths, "the input's width and every layer's")
     )
-    if len(found) < 2:
-        raise InputError(f"widths is {found!r}; it needs an input and at least one layer")
-    return found
+    if len(checked) < 2:
+        raise InputError(f"widths is {checked!r}; it needs an input and at least one layer")
+    return checked
 
 
 def _homogeneous(activation: Activation | str) -> tuple[Activation, Array, Array]:
-    """Return φ, E[φ(g)²] and E[φ(g)⁴]."""
+    """φ, E[φ(g)²] and E[φ(g)⁴]."""
     phi = activations.get(activation)
     if not phi.homogeneous:
         raise InputError(
@@ -106,15 +113,15 @@ def _homogeneous(activation: Activation | str) -> tuple[Activation, Array, Array
     return phi, gaussian.moment(phi, "phi2", one), gaussian.moment(phi, "phi4", one)
 
 
-def gain_law(
+def gain_moments(
     activation: Activation | str,
     widths: Sequence[int],
     sigma_w2: ArrayLike = 1.0,
     *,
     kurtosis: ArrayLike = 0.0,
     input_fourth: ArrayLike | None = None,
-) -> GainLaw:
-    """Return the exact law of the squared gain of a network without biases.
+) -> GainMoments:
+    """Exact moments of the squared gain of a network without biases.
 
     Parameters
     ----------
@@ -134,7 +141,7 @@ def gain_law(
 
     Returns
     -------
-    GainLaw
+    GainMoments
         Each a scalar. Where κ is not 0, plain moments alone: the others are NaN.
 
     Raises
@@ -169,7 +176,7 @@ def gain_law(
         alive, mean, variance = (
             total + count * one for total, one in zip((alive, mean, variance), logs, strict=True)
         )
-    return GainLaw(
+    return GainMoments(
         mean=jnp.exp(log_means),
         second_moment=jnp.exp(2 * log_means + log_excess),
         variance=jnp.exp(2 * log_means) * jnp.expm1(log_excess),
@@ -184,7 +191,7 @@ def gain_law(
 def _fourth_cumulant(
     kurtosis: ArrayLike, input_fourth: ArrayLike | None, inputs: int, least: float
 ) -> tuple[Array, Array]:
-    """Return κ and Σ u_i⁴ of the input, checked; by default, that of equal entries."""
+    """κ and Σ u_i⁴ of the input, checked; by default, that of equal entries."""
     fourth = 1 / inputs if input_fourth is None else input_fourth
     for name, value, low, high in (
         ("kurtosis", kurtosis, -2.0, np.inf),  # that of ±1 with equal probability is the least
@@ -205,7 +212,7 @@ def _log_scale(sigma_w2: ArrayLike) -> Array:
 
 
 def _log_of_chi_squared(phi: Activation, n: int) -> tuple[Array, Array, Array]:
-    """Return log P(alive), and mean and variance, given that, of log Σ φ(g_i)² over n units."""
+    """Log P(alive), and mean and variance, given that, of log Σ φ(g_i)² over n units."""
     sides = np.array([float(phi(jnp.asarray(x))) for x in (1.0, -1.0)]) ** 2
     if np.ptp(sides) == 0:  # linear
         half = jnp.asarray(n / 2.0)
@@ -227,14 +234,14 @@ def _log_of_chi_squared(phi: Activation, n: int) -> tuple[Array, Array, Array]:
 def log_normal(
     activation: Activation | str, widths: Sequence[int], sigma_w2: ArrayLike = 1.0
 ) -> LogNormal:
-    """Return the log-normal limit of `gain_law`: log m - β/2 and β = Σ_l c/n_l.
+    """The log-normal limit of `gain_moments`: log m - β/2 and β = Σ_l c/n_l.
 
     m is the mean gain and c = E φ⁴/(E φ²)² - 1: 2 for linear networks, 5 for ReLU.
 
     Parameters
     ----------
     activation, widths, sigma_w2
-        As for `gain_law`.
+        As for `gain_moments`.
 
     Raises
     ------
@@ -264,7 +271,7 @@ def forward_moments(
     kurtosis: ArrayLike = 0.0,
     input_fourth: ArrayLike | None = None,
 ) -> ForwardMoments:
-    """Return exact means and variances of the length of one input, biases or not.
+    """Exact means and variances of the length of one input, biases or not.
 
     Parameters
     ----------
@@ -277,7 +284,7 @@ def forward_moments(
     width, depth
         Units a layer, and layers.
     kurtosis, input_fourth
-        As for `gain_law`; biases are Gaussian. The default input is as wide as a layer.
+        As for `gain_moments`; biases are Gaussian. The default input is as wide as a layer.
 
     Raises
     ------
@@ -315,7 +322,7 @@ def vertex(
     kurtosis: ArrayLike = 0.0,
     input_fourth: ArrayLike = 1.0,
 ) -> Vertex:
-    """Return the length's infinite-width value, variance and shift to first order in 1/n.
+    """The length's infinite-width value, variance and shift to first order in 1/n.
 
     Parameters
     ----------
@@ -328,7 +335,7 @@ def vertex(
     depth
         L >= 1: layers of equal width.
     kurtosis
-        κ, the weights' excess kurtosis: see `gain_law`. It moves means to first order, and V4 not.
+        κ, the weights' excess kurtosis: see `gain_moments`. It moves means to first order, not V4.
     input_fourth
         n Σ u_i⁴ of the input u of length 1, which is to be of order 1: 1 where all n_0 = n entries
         are of one size, 3 for Gaussian ones. (Of a sparse one units are not Gaussian at any width.)
@@ -376,8 +383,8 @@ def vertex(
 
     of_input = kurtosis * (q1 - b2) ** 2 * jnp.asarray(input_fourth, q1.dtype)
     start = (q1, jnp.zeros_like(q1), jnp.zeros_like(q1), of_input)
-    _, found = jax.lax.scan(step, start, None, length=depth)
-    return Vertex(*found)
+    _, layers = jax.lax.scan(step, start, None, length=depth)
+    return Vertex(*layers)
 
 
 def _scalars(**values: ArrayLike) -> list[Array]:

@@ -25,8 +25,6 @@ from gradflow.simulation._layers import (
     scan_blocks,
 )
 
-__all__ = ["Weights", "initial_weights", "outputs"]
-
 _matmul = functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
 
 # By stage, each array with an axis of layers in front, unless the stage's layers share theirs.
@@ -56,19 +54,19 @@ def initial_weights(
         raise InputError(f"dtype is {dtype!r}; it is a float type")
     keys = jax.random.split(as_key(key), network.depth + 1)[1:]
     sites = 2 * math.prod(stage.block.pool_factor for stage in network.stages)
-    found, first = [], 0
+    weights, first = [], 0
     for stage, n_in in zip(network.stages, network.stage_widths[:-1], strict=True):
         draw = functools.partial(_drawn, stage, jnp.zeros((sites, n_in), dtype))
         of_stage = keys[first : first + stage.repeats]
         # One layer after another, so that a deep stage takes no longer to compile.
-        found.append(draw(of_stage[0]) if stage.tied else jax.lax.map(draw, of_stage))
+        weights.append(draw(of_stage[0]) if stage.tied else jax.lax.map(draw, of_stage))
         first += stage.repeats
         sites //= stage.block.pool_factor
-    return tuple(found)
+    return tuple(weights)
 
 
 def _drawn(stage: Stage, signal: Array, key: Array) -> LayerWeights:
-    """Return what a block draws, when it is applied to a signal of this shape."""
+    """The weights that a block draws when it is applied to a signal of this shape."""
     specs, biases = _linearisation.weight_specs(stage.block, LayerKey(key), signal)
 
     def weights(spec: _linearisation.WeightSpec) -> Array:
@@ -84,21 +82,31 @@ def outputs(
     inputs: Float[Array, "sites n_in"],
     key: PRNGKeyArray | int | None = None,
 ) -> Float[Array, "sites_out n_out"]:
-    """Return z^L of the network with these weights: with softmax, its logits.
+    """The pre-activations z^L of the network with these weights; before softmax, its logits.
 
     A pure function: jit it, vmap it, differentiate it.
 
     Parameters
     ----------
     network
-        Its structure; the scales of its law have no say.
+        The structure; the scales of its weights' laws are not used.
     weights
-        Those of `initial_weights`, or trained.
+        Of `initial_weights`, or trained.
     inputs
         Shape (sites, n_0).
     key
-        For what is random and no parameter: masks of dropout, the inputs of a recurrent network.
-        With the key of `propagate` they are the same as there.
+        Of random numbers other than weights: masks of dropout, the inputs of a recurrent network.
+        They are those that `propagate` draws from the same key.
+
+    Returns
+    -------
+    Array
+        Shape (sites after pooling, n_L).
+
+    Raises
+    ------
+    InputError
+        If weights or inputs do not fit the network.
     """
     inputs = as_inputs(inputs, network)
     check_weights(network, weights)
@@ -108,9 +116,9 @@ def outputs(
 def finite_layers(
     network: Network, weights: Weights, inputs: Float[Array, "sites n_in"], key: PRNGKeyArray
 ) -> Bool[Array, " layers"]:
-    """Return whether the pre-activations of `outputs` are finite, at each layer."""
-    looks = _walk(network, weights, inputs, key, lambda signal: jnp.all(jnp.isfinite(signal)))[1]
-    return jnp.concatenate(looks)
+    """Whether the pre-activations of `outputs` are finite, at each layer."""
+    _, finite = _walk(network, weights, inputs, key, lambda signal: jnp.all(jnp.isfinite(signal)))
+    return jnp.concatenate(finite)
 
 
 def _walk(
@@ -118,51 +126,50 @@ def _walk(
     weights: Weights,
     inputs: Array,
     key: PRNGKeyArray | int | None,
-    look: Callable,
+    measure: Callable,
 ) -> tuple[Array, list[Any]]:
-    """Return z^L, and by stage what ``look`` makes of each layer's signal."""
+    """The pre-activations z^L, and by stage ``measure`` of each layer's signal."""
     key = as_key(0 if key is None else key)
     keys = jax.random.split(key, network.depth + 1)[1:]
-    signal, looks = inputs, []
-    for (stage, of_stage), given in zip(layer_keys(network, keys), weights, strict=True):
-        step = functools.partial(_layer, stage, given if stage.tied else None, look)
-        each = None if stage.tied else given
-        signal, seen = scan_blocks(step, signal, (of_stage, each))
-        looks.append(seen)
-    return signal, looks
+    signal, measured = inputs, []
+    for (stage, of_stage), own in zip(layer_keys(network, keys), weights, strict=True):
+        step = functools.partial(_layer, stage, own if stage.tied else None, measure)
+        signal, of_layers = scan_blocks(step, signal, (of_stage, None if stage.tied else own))
+        measured.append(of_layers)
+    return signal, measured
 
 
 def _layer(
     stage: Stage,
     shared: LayerWeights | None,
-    look: Callable,
+    measure: Callable,
     signal: Array,
     parts: tuple[LayerKey, LayerWeights | None],
 ) -> tuple[Array, Any]:
     key, own = parts
-    given = shared if own is None else own
-    assert given is not None
-    remaining = iter(given.matrices)
+    weights = shared if own is None else own
+    assert weights is not None
+    remaining = iter(weights.matrices)
 
     def product(_: PRNGKeyArray, x: Array, **law: Any) -> Array:
         del law
         return _matmul(x, next(remaining).T)
 
-    key = key._replace(weights=LayerWeights((), given.biases))
+    key = key._replace(weights=LayerWeights((), weights.biases))
     signal = _linearisation.apply_block(stage.block, key, signal, product)
-    return signal, look(signal)
+    return signal, measure(signal)
 
 
 def log_norms(network: Network, weights: Weights) -> Float[Array, " layers"]:
-    """Return log ‖W‖_F of each layer, all of its matrices together; biases are apart."""
-    found, dtype = [], jax.tree.leaves(weights)[0].dtype
-    for stage, given in zip(network.stages, weights, strict=True):
-        rows = [m[None] if stage.tied else m for m in given.matrices]
+    """The logarithm of ‖W‖_F of each layer, all of its matrices together, without biases."""
+    norms, dtype = [], jax.tree.leaves(weights)[0].dtype
+    for stage, own in zip(network.stages, weights, strict=True):
+        rows = [m[None] if stage.tied else m for m in own.matrices]
         logs = [unit_rows(m.reshape(len(m), -1))[1] for m in rows]
         none = jnp.full(stage.repeats, -jnp.inf, dtype)
         log = jax.nn.logsumexp(2 * jnp.stack(logs), axis=0) / 2 if logs else none
-        found.append(jnp.broadcast_to(log, (stage.repeats,)))
-    return jnp.concatenate(found)
+        norms.append(jnp.broadcast_to(log, (stage.repeats,)))
+    return jnp.concatenate(norms)
 
 
 def _few(stage: Stage) -> bool:
@@ -170,7 +177,7 @@ def _few(stage: Stage) -> bool:
 
 
 def lean(network: Network) -> Network:
-    """Return the network with stages of few layers as so many stages of one."""
+    """The same network, with each stage of few layers as so many stages of one layer."""
     each = [
         stage.repeats * [Stage(stage.block)] if _few(stage) else [stage] for stage in network.stages
     ]
@@ -178,17 +185,17 @@ def lean(network: Network) -> Network:
 
 
 def apart(network: Network, weights: Weights) -> Weights:
-    """Return a network's weights as those of its `lean` one."""
-    found: list[LayerWeights] = []
-    for stage, given in zip(network.stages, weights, strict=True):
+    """The weights of a network as those of its `lean` one."""
+    lean_weights: list[LayerWeights] = []
+    for stage, own in zip(network.stages, weights, strict=True):
         for layer in range(stage.repeats) if _few(stage) else [slice(None)]:
             at = slice(layer, layer + 1) if isinstance(layer, int) else layer
-            found.append(given if stage.tied else jax.tree.map(lambda m, at=at: m[at], given))
-    return tuple(found)
+            lean_weights.append(own if stage.tied else jax.tree.map(lambda m, at=at: m[at], own))
+    return tuple(lean_weights)
 
 
 def together(network: Network, weights: Weights) -> Weights:
-    """Return the weights of a `lean` network as the network's own."""
+    """The weights of a `lean` network as those of the network that it was made from."""
     rest = iter(weights)
     return tuple(
         jax.tree.map(lambda *m: jnp.concatenate(m), *itertools.islice(rest, stage.repeats))
@@ -199,32 +206,32 @@ def together(network: Network, weights: Weights) -> Weights:
 
 
 def as_tensors(network: Network, weights: Weights) -> list[LayerWeights]:
-    """Return them as others hold theirs: for each layer, matrices (n_in, n_out), biases (n_out,).
+    """The weights in the usual layout: for each layer, matrices (n_in, n_out), biases (n_out,).
 
-    What an optimiser that knows of tensors and of units takes for one.
+    An optax transformation that works by tensors or by units (output columns) expects this layout.
     """
     layers: list[LayerWeights] = []
-    for stage, given in zip(network.stages, weights, strict=True):
+    for stage, own in zip(network.stages, weights, strict=True):
         if stage.tied:
-            given = jax.tree.map(lambda m: m[None], given)
+            own = jax.tree.map(lambda m: m[None], own)
         for layer in range(1 if stage.tied else stage.repeats):
             layers.append(
                 LayerWeights(
-                    tuple(m[layer].T for m in given.matrices),
-                    tuple(b[layer, 0] for b in given.biases),
+                    tuple(m[layer].T for m in own.matrices),
+                    tuple(b[layer, 0] for b in own.biases),
                 )
             )
     return layers
 
 
 def from_tensors(network: Network, layers: list[LayerWeights]) -> Weights:
-    """Return what `as_tensors` was given."""
+    """The weights that `as_tensors` gave these layers for."""
     rest = iter(layers)
-    found = []
+    weights = []
     for stage in network.stages:
         each = [
             LayerWeights(tuple(m.T for m in one.matrices), tuple(b[None] for b in one.biases))
             for one in itertools.islice(rest, 1 if stage.tied else stage.repeats)
         ]
-        found.append(each[0] if stage.tied else jax.tree.map(lambda *m: jnp.stack(m), *each))
-    return tuple(found)
+        weights.append(each[0] if stage.tied else jax.tree.map(lambda *m: jnp.stack(m), *each))
+    return tuple(weights)
