@@ -31,14 +31,8 @@ from gradflow.activations import Activation
 from gradflow.ensembles import Distribution
 from gradflow.errors import InputError
 
-__all__ = [
-    "UnitDistribution",
-    "Gaussian",
-    "Kernel",
-    "Unknown",
-    "inverse_or_zero",
-    "multiply_kernel",
-]
+__all__ = ["Gaussian", "Kernel", "UnitDistribution", "Unknown", "inverse_or_zero"]
+__all__ += ["multiply_kernel"]
 
 
 class UnitDistribution(eqx.Module):
