@@ -44,7 +44,7 @@ def long_functions(sources):
 
 @functools.cache
 def face():
-    """The public face: functions of `gradflow.__all__`, and commands, whose arguments are options."""
+    """The public face: functions in `gradflow.__all__`, and commands, of many options."""
     from gradflow import cli
 
     functions = [getattr(gradflow, name) for name in gradflow.__all__]
