@@ -590,5 +590,5 @@ def _kind(norm: str | None, norm_position: str, keep_rate: float | None) -> str:
 
 
 def _tuple(lengths: Any) -> Any:
-    # What is no sequence is told of by the block that gets it.
+    # The block that gets it refuses what is no sequence.
     return tuple(lengths) if isinstance(lengths, Sequence) else lengths

@@ -3,8 +3,7 @@
 A block maps the `Kernel` of its input to that of its output. A kernel holds second moments over
 units of the signals and of a *tangent*, a small change of the signals in a generic direction. A
 block maps the tangent's second moments linearly (a dense layer multiplies them by σ_w² E[φ'²]),
-and the transpose of that map takes the gradient's second moments down: χ. So blocks have no
-backward pass of their own.
+and its transpose takes the gradient's second moments down: χ. So no block has a backward pass.
 
 *Scale and shape are apart.* Signals are exp(``log_scale``) times what the moments describe, so that
 no depth over- or underflows. The scale is 0, and the moments are the signals' own, while second
@@ -31,14 +30,8 @@ from gradflow.activations import Activation
 from gradflow.ensembles import Distribution
 from gradflow.errors import InputError
 
-__all__ = [
-    "UnitDistribution",
-    "Gaussian",
-    "Kernel",
-    "Unknown",
-    "inverse_or_zero",
-    "multiply_kernel",
-]
+__all__ = ["Gaussian", "Kernel", "UnitDistribution", "Unknown", "inverse_or_zero"]
+__all__ += ["multiply_kernel"]
 
 
 class UnitDistribution(eqx.Module):
@@ -354,8 +347,8 @@ class Kernel(eqx.Module):
         """
         tangent = None if self.tangent is None else jnp.zeros_like(self.tangent)
         covariance = jnp.asarray(variance * jnp.ones_like(self.covariance))
-        tangents = {"tangent": tangent, "log_tangent_scale": self.log_tangent_scale}
-        return self.plus(Kernel.of(covariance, **tangents))
+        scale = self.log_tangent_scale
+        return self.plus(Kernel.of(covariance, tangent=tangent, log_tangent_scale=scale))
 
     def with_noise(
         self,

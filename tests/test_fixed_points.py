@@ -441,9 +441,11 @@ class TestBadInput:
 @pytest.mark.parametrize("above", [0, 1, 3, 20])
 def test_the_correlation_of_a_critical_network_is_1_to_rounding(above):
     # q and σ_w² of tanh with σ_b² = 0.05 and χ₁ = 1, moved by as many units in the last place.
-    q = 0.5700478816407633 * (1 + above * 2.3e-16)
-    sigma_w2 = 1.7609546396067386
+    q = jnp.asarray(0.5700478816407633 * (1 + above * 2.3e-16))
+    sigma_w2, sigma_b2 = jnp.asarray(1.7609546396067386), jnp.asarray(0.05)
     chi1 = mean_field.chi(activations.tanh, q, sigma_w2)
-    c_star, chi_c = _correlations.correlation_fixed_point(activations.tanh, q, sigma_w2, 0.05, chi1)
+    c_star, chi_c = _correlations.correlation_fixed_point(
+        activations.tanh, q, sigma_w2, sigma_b2, chi1
+    )
     np.testing.assert_allclose(c_star, 1, rtol=3e-14)
     assert jnp.isinf(_depth_scales.depth_scale(chi_c))

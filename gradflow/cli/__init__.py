@@ -1,4 +1,8 @@
-"""The command line: a thin face on `comparison`, `studies`, `theory` and `figures`."""
+"""The command line: one file a family of commands, on the modules of the same subjects.
+
+Options that describe a network are those of `schema` (`_options`); tables, sentences and JSON are
+made in one place (`_output`).
+"""
 
 import signal
 import sys
@@ -43,11 +47,11 @@ def list_names(as_json: Json = False) -> None:
 def main() -> None:
     """Run the command line: exit code 0, 2 for bad input, 130 when interrupted."""
     _process.prepare()
-    with _process.ended_soon() as said:
+    with _process.ended_soon() as last_message:
         code = _run()
         if code == 130:
             _process.say(_process.INTERRUPTED)
-            said.set()
+            last_message.set()
         sys.exit(code)
 
 
@@ -59,8 +63,8 @@ def _run() -> int:
     except InputError as error:
         _fail(str(error))
     except typer.TyperException as error:
-        said = " ".join(error.format_message().split())
-        _fail(printable(f"{said} (given: {' '.join(sys.argv[1:])})"))
+        reason = " ".join(error.format_message().split())
+        _fail(printable(f"{reason} (given: {' '.join(sys.argv[1:])})"))
     except (KeyboardInterrupt, typer.Abort):
         return 130
     except MemoryError:

@@ -48,7 +48,7 @@ Seed = Annotated[
 def described_by(*, every: bool = False, **defaults: Any) -> type[TyperCommand]:
     """Make the class of a command with options that describe a network.
 
-    They are made when the command is asked for: `gradflow.schema` imports JAX, which is slow.
+    They are made when the command is used: `gradflow.schema` imports JAX, which is slow.
 
     Parameters
     ----------

@@ -145,8 +145,8 @@ def percent(share: float) -> str:
 
 def finite_or_text(value: Any) -> float | str | None:
     """A number for JSON; 'inf' or '-inf' where it diverges, None where there is none."""
-    found = float(value)
-    return None if math.isnan(found) else found if math.isfinite(found) else str(found)
+    plain = float(value)
+    return None if math.isnan(plain) else plain if math.isfinite(plain) else str(plain)
 
 
 def write_netcdf(dataset: xarray.Dataset, path: Path) -> Path:

@@ -69,7 +69,7 @@ def discard_output() -> None:
 
 @contextmanager
 def ended_soon() -> Iterator[threading.Event]:
-    """End the process when a signal asked it to, at the latest some seconds later.
+    """End the process at the latest some seconds after a signal that stops it.
 
     Python tells a program of a signal between two of its own steps, and compiling is one that may
     take half a minute; at its end it waits for threads, which may compile too. Files are written
@@ -78,11 +78,11 @@ def ended_soon() -> Iterator[threading.Event]:
     Yields
     ------
     threading.Event
-        To be set when all is said: the process need not wait any longer.
+        To be set after the last message: the process then ends at once.
     """
-    said = threading.Event()
+    last_message = threading.Event()
     if threading.current_thread() is not threading.main_thread():
-        yield said
+        yield last_message
         return
     reading, writing = os.pipe()
     os.set_blocking(writing, False)
@@ -91,7 +91,7 @@ def ended_soon() -> Iterator[threading.Event]:
         while (number := os.read(reading, 1)) and number[0] not in _TO_STOP:
             pass
         if number:
-            if not said.wait(GRACE):
+            if not last_message.wait(GRACE):
                 say(INTERRUPTED)
             os._exit(130)
         os.close(reading)
@@ -99,17 +99,17 @@ def ended_soon() -> Iterator[threading.Event]:
     threading.Thread(target=watch, daemon=True).start()
     before = signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
     try:
-        yield said
+        yield last_message
     finally:
         signal.set_wakeup_fd(before)
-        os.close(writing)  # and a watch that was not asked for ends
+        os.close(writing)  # which ends the watching thread
 
 
 def _keep_compiled() -> None:
     """Let JAX keep what it compiled between commands: compiling is most of a command's time.
 
-    Where the user has not said where, by JAX's own environment variable. Programs are for one kind
-    of processor; a home folder may be shared by several.
+    In a folder of gradflow's own, without JAX's environment variable for it. Programs are for one
+    kind of processor; a home folder may be shared by several.
     """
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         try:
@@ -152,7 +152,7 @@ def _mend(folder: Path) -> None:
 
 
 def _processor() -> str:
-    """Return what tells this machine's processor from others that programs may not run on."""
+    """The kind of this machine's processor: programs may not run on another kind."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:  # not Linux

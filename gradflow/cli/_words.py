@@ -21,7 +21,7 @@ _WORDS = {
 
 
 def words(name: str) -> str:
-    """Return the words for a quantity, by its name in results."""
+    """The words for a quantity, by its name in results."""
     from gradflow.theory import summary  # noqa: PLC0415  (JAX is slow to import)
 
     return (summary.LABELS | _WORDS)[name]

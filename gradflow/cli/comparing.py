@@ -294,7 +294,7 @@ def _relative(contrast: Any, layer: int, logarithmic: bool) -> float:
 
 
 def first_middle_last(depth: int) -> list[int]:
-    """The places of the first, the middle and the last of so many layers."""
+    """The indices of the first, the middle and the last of so many layers."""
     return sorted({0, (depth - 1) // 2, depth - 1})
 
 

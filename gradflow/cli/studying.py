@@ -115,16 +115,16 @@ def _part(text: str) -> Any:
     from gradflow.studies._plan import Share  # noqa: PLC0415
     from gradflow.studies._study import MOST_NETWORKS  # noqa: PLC0415
 
-    place, slash, parts = text.partition("/")
+    number, slash, parts = text.partition("/")
     # No share is of more networks than there are numbers for.
     most = len(str(MOST_NETWORKS))
-    known = slash and all(p.isdecimal() and len(p) <= most for p in (place, parts))
-    if not (known and 1 <= int(place) <= int(parts) <= MOST_NETWORKS):
+    known = slash and all(p.isdecimal() and len(p) <= most for p in (number, parts))
+    if not (known and 1 <= int(number) <= int(parts) <= MOST_NETWORKS):
         raise InputError(
             f"share is {text[:60]!r}; it is which part of how many, from 1/1 on, as 2/8 for the "
             "second of eight"
         )
-    return Share(int(place) - 1, int(parts))
+    return Share(int(number) - 1, int(parts))
 
 
 @app.command(

@@ -232,8 +232,10 @@ class Experiment:
             if name not in ("save", "progress") and getattr(self.recipe, name) is not None
         }
         hints = typing.get_type_hints(self.train, include_extras=True)
-        defaults = getattr(self.train, "__kwdefaults__", None) or {}
-        return shared | {name: _option(hints[name], value) for name, value in defaults.items()}
+        own = inspect.signature(self.train).parameters.values()  # of wrapped functions too
+        return shared | {
+            p.name: _option(hints[p.name], p.default) for p in own if p.kind is p.KEYWORD_ONLY
+        }
 
     def run(
         self,

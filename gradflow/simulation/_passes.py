@@ -35,7 +35,7 @@ from gradflow.simulation._layers import (
 )
 from gradflow.simulation._linearisation import MatrixSampler, Point
 from gradflow.simulation._matrices import Drawn, Matrix
-from gradflow.simulation.samplers import SAMPLERS, Sampler
+from gradflow.simulation.samplers import SAMPLERS
 from gradflow.statistics import BackwardSample, ForwardSample, Statistic
 
 __all__ = ["Given", "Keep", "Passes", "checkpoints", "run"]
@@ -313,7 +313,7 @@ class _OwnWeights(NamedTuple):
     """A layer with weights of its own, which the sampler draws."""
 
     block: AbstractBlock
-    sampler: Sampler
+    sampler: Callable[..., Array]
     mixes: bool
     keep: bool
 
@@ -366,7 +366,7 @@ class _SharedWeights(NamedTuple):
 
 def _pull_back(
     block: AbstractBlock,
-    sampler: Sampler,
+    sampler: Callable[..., Array],
     mixes: bool,
     key: LayerKey,
     signal: Float[Array, "sites n_in"],

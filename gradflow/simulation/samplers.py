@@ -78,7 +78,7 @@ def matrix_free(
     return _scaled(matrix, sigma_w, x, tap, full_input)
 
 
-def given(weights: Sequence[Float[Array, "n_out n_in"]]) -> "Sampler":
+def given(weights: Sequence[Float[Array, "n_out n_in"]]) -> Callable[..., Array]:
     """Return the sampler whose products are with these matrices, one after the other."""
     remaining = iter(weights)
 
@@ -140,9 +140,7 @@ def _scaled(
     return _tapped(scale * _product(matrix, x), x if full_input is None else full_input, tap)
 
 
-Sampler = Callable[..., Array]
-
-SAMPLERS: dict[str, Sampler] = {"dense": dense, "matrix_free": matrix_free}
+SAMPLERS: dict[str, Callable[..., Array]] = {"dense": dense, "matrix_free": matrix_free}
 
 
 # Nanoseconds on one core of a CPU, measured: for drawing an entry in both passes and multiplying

@@ -47,13 +47,11 @@ __all__ = [
     "ExtremeSingularValues",
     "LogSingularValues",
     "bidiagonalise",
-    "bytes_needed",
     "end_to_end",
     "extreme_singular_values",
     "log_singular_values",
     "lyapunov_exponents",
     "of_jacobian",
-    "seconds",
 ]
 
 _matmul = functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
@@ -226,31 +224,6 @@ def end_to_end(
     log = jnp.log(jnp.maximum(s, jnp.finfo(s.dtype).tiny)) + jacobian.log_scale
     log = jnp.where(jnp.arange(len(s)) < jacobian.alive, log, -jnp.inf)
     return jnp.where(finite, log, jnp.nan)
-
-
-# Nanoseconds on one core of a CPU, measured: of an SVD, for n³; of a layer, for each entry of its
-# weights, and for each of its multiplications with the product; and, where weights are orthogonal,
-# for each in their QR factorisation.
-_PER_CUBE, _PER_ENTRY, _PER_PRODUCT, _FACTORISED = 0.5, 5.0, 0.01, 0.1
-# Arrays of n² numbers that are alive at once: weights while they are drawn, products, the SVD's.
-_SQUARES = 10
-
-
-def seconds(network: Network) -> float:
-    """Estimate the seconds that `end_to_end` takes beside the passes, on one core of a CPU.
-
-    With the factorisations of both passes, which `samplers.seconds` leaves out: n³.
-    """
-    n = float(network.input_width)
-    haar = any(law.haar for stage in network.stages for law in stage.block.distributions)
-    entries = sum(math.prod(shape) for layer in network.shapes for shape in layer)
-    each = _PER_ENTRY + (_PER_PRODUCT + 3 * _FACTORISED * haar) * n
-    return 1e-9 * (_PER_CUBE * n**3 + each * entries)
-
-
-def bytes_needed(network: Network, itemsize: int) -> int:
-    """Return a bound on the memory that `end_to_end` takes for one network."""
-    return itemsize * _SQUARES * max(network.widths) ** 2
 
 
 def _singular_values() -> Callable[[Array], Array]:

@@ -19,7 +19,7 @@ import numpy as np
 
 from gradflow.errors import InputError
 from gradflow.networks import Network
-from gradflow.simulation import _memory, samplers, singular_values
+from gradflow.simulation import _end_to_end, _memory, samplers
 from gradflow.studies._point import varies_as_number
 from gradflow.studies._study import Study
 
@@ -94,7 +94,7 @@ class Program:
         """Estimated time of one network on one core."""
         walk = samplers.seconds(self.sampler, self.network, self.sites)
         walk += _STATISTIC_SECONDS * self.statistics * float(self.units.sum())
-        return walk + (singular_values.seconds(self.network) if self.spectrum else 0.0)
+        return walk + (_end_to_end.seconds(self.network) if self.spectrum else 0.0)
 
 
 class Share(NamedTuple):
@@ -397,7 +397,7 @@ def _task(
         budget=None if budget is None else int(budget * 2**30),
         itemsize=itemsize,
         devices=devices,
-        more=singular_values.bytes_needed(program.network, itemsize) if program.spectrum else 0,
+        more=_end_to_end.bytes_needed(program.network, itemsize) if program.spectrum else 0,
     )
     values = program.network.depth * (len(study.statistics) + 2)
     values += program.network.input_width * program.spectrum

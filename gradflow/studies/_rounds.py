@@ -152,7 +152,7 @@ class Rounds:
         self.checksums: list[str] = []
         self.complete = False
         # Decides which networks are drawn: a round of other fields is not to be completed.
-        self._asked = json.dumps(study.asked(), sort_keys=True)
+        self._asked = json.dumps(study.identity(), sort_keys=True)
         # Whole files: of chunks by round and task, in order; of theory.
         self._files: dict[tuple[int, int], list[_ChunkFile]] = {}
         self._theory: set[TheoryChunk] = set()

@@ -52,7 +52,7 @@ class Axis:
         return len(next(iter(self.values.values())))
 
     def part(self, start: int, stop: int) -> "Axis":
-        """Return a stretch of it."""
+        """The axis from one of its values to another."""
         values = {field: those[start:stop] for field, those in self.values.items()}
         return Axis(values, self.networks and self.networks[start:stop])
 
@@ -139,35 +139,35 @@ class Study:
         return math.prod(self.shape)
 
     def point(self, number: int) -> Point:
-        """Return a point by its number, from 0 on; the last axis is the fastest."""
+        """A point by its number, from 0 on; the last axis is the fastest."""
         return self._point(tuple(int(index) for index in np.unravel_index(number, self.shape)))
 
-    def _point(self, place: tuple[int, ...]) -> Point:
+    def _point(self, index: tuple[int, ...]) -> Point:
         varied = {
-            field: values[index]
-            for axis, index in zip(self.axes, place, strict=True)
+            field: values[at]
+            for axis, at in zip(self.axes, index, strict=True)
             for field, values in axis.values.items()
         }
         along = [
-            axis.networks[index]
-            for axis, index in zip(self.axes, place, strict=True)
+            axis.networks[at]
+            for axis, at in zip(self.axes, index, strict=True)
             if axis.networks is not None
         ]
         count = along[0] if along else self.sampling.networks
-        return Point(place, _point.resolved({**self.base, **varied}), count)
+        return Point(index, _point.resolved({**self.base, **varied}), count)
 
     def points(self) -> Iterator[Point]:
         """Yield all points in order."""
         return map(self._point, itertools.product(*map(range, self.shape)))
 
     def part(self, axis: int, start: int, stop: int) -> "Study":
-        """Return the study of a stretch of one axis."""
+        """The study of a part of one axis."""
         axes = list(self.axes)
         axes[axis] = axes[axis].part(start, stop)
         return dataclasses.replace(self, axes=tuple(axes))
 
-    def asked(self) -> dict[str, Any]:
-        """Return all that decides which networks are drawn and what is measured, by its name."""
+    def identity(self) -> dict[str, Any]:
+        """All that decides which networks are drawn and what is measured, by name."""
         return {
             "base": dict(self.base),
             "axes": self.named_axes(),
@@ -177,7 +177,7 @@ class Study:
         }
 
     def named_axes(self) -> dict[str, Any]:
-        """Return the fields of every axis, by its number."""
+        """The fields of every axis, by its number."""
         return {
             str(number): {field: list(values) for field, values in axis.values.items()}
             | ({} if axis.networks is None else {"networks": list(axis.networks)})
@@ -185,7 +185,7 @@ class Study:
         }
 
     def fixed(self) -> dict[str, Any]:
-        """Return what may not change while a study grows: all but points, networks and words."""
+        """All that stays while a study grows: not its points, networks, title and question."""
         sampling = dataclasses.asdict(self.sampling)
         for free in (
             ("networks", "most", "memory_gib", "seed")
@@ -197,18 +197,18 @@ class Study:
             )
         ):
             del sampling[free]
-        found: dict[str, Any] = {
+        fixed: dict[str, Any] = {
             "statistics": {"measure": [s.name for s in self.statistics]},
             "histograms": {k: dataclasses.asdict(h) for k, h in self.histograms.items()},
             "sampling": sampling,
             "theory": {"finite_width": self.finite_width},
         }
-        # Without it what it was before there were any.
-        return found | ({"spectrum": dataclasses.asdict(self.spectrum)} if self.spectrum else {})
+        # Without a spectrum, as in the stores of studies before there was one.
+        return fixed | ({"spectrum": dataclasses.asdict(self.spectrum)} if self.spectrum else {})
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
-    """Return what differs between two nested mappings, each as 'path was …, is …'."""
+    """The differences of two nested mappings, each as 'path was …, is …'."""
     before, after = _flat(old), _flat(new)
     return [
         f"{path} was {shown(before.get(path, 'absent'))}, is {shown(after.get(path, 'absent'))}"
@@ -218,8 +218,8 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
 
 
 def _flat(tree: Mapping[str, Any], above: str = "") -> dict[str, Any]:
-    found: dict[str, Any] = {}
+    flat: dict[str, Any] = {}
     for key, value in tree.items():
         path = f"{above}.{key}" if above else key
-        found |= _flat(value, path) if isinstance(value, Mapping) else {path: value}
-    return found
+        flat |= _flat(value, path) if isinstance(value, Mapping) else {path: value}
+    return flat

@@ -434,8 +434,8 @@ def _check_shares(stores: Sequence[Store]) -> None:
                 "the --out of `gradflow study FILE --share 1/2` and the like"
             )
         changed = differences(
-            {**first.study.asked(), "shares": first.share.parts},
-            {**store.study.asked(), "shares": store.share.parts},
+            {**first.study.identity(), "shares": first.share.parts},
+            {**store.study.identity(), "shares": store.share.parts},
         )
         if changed:
             raise InputError(

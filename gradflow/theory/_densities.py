@@ -42,7 +42,7 @@ def predicted(
     network
         The network that was simulated.
     forward, backward
-        Its laws, of `mean_field.laws`.
+        Its infinite-width limits, of `_limits.limits`.
     histograms
         Of ``preactivation``, ``activation`` and ``gradient``, as in a `Simulation`.
     """

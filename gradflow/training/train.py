@@ -74,6 +74,11 @@ def train(
     block, memory_budget, devices
         Networks in one vmap, bytes of each device, and the devices: without them all that is there.
 
+    Returns
+    -------
+    Training
+        The records, with axes (networks, learning rates, seeds, steps) in front.
+
     Raises
     ------
     InputError
