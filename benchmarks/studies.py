@@ -44,7 +44,7 @@ COMMAND = "import os; os.sched_setaffinity(0, {cores}); from gradflow.cli import
 
 def rate(folders):
     """Return the networks a second of stores that were written side by side."""
-    from gradflow.studies.store import Store
+    from gradflow.studies._store import Store
 
     total = 0.0
     for folder in folders:
@@ -115,7 +115,7 @@ def scaling(kind, folder):
 
 def costs(kind, folder):
     """Return the mean seconds of each step of a chunk, and what it weighs."""
-    from gradflow.studies import _runner, execution, store, study_file
+    from gradflow.studies import _execution, _runner, _store, _study_file
 
     spent = collections.defaultdict(list)
 
@@ -139,19 +139,19 @@ def costs(kind, folder):
             "measurements",
             timed("average on the host", _runner.TaskRunner.measurements),
         ),
-        (store.Store, "add", timed("write and merge", store.Store.add)),
+        (_store.Store, "add", timed("write and merge", _store.Store.add)),
         (_runner, "theory", timed("theory of all points", _runner.theory)),
     ]
     before = [getattr(owner, name) for owner, name, _ in patched]
     try:
         for owner, name, new in patched:
             setattr(owner, name, new)
-        study = study_file.parse(TEXT.format(**kind))
-        execution.run(study, folder / "costs")
+        study = _study_file.parse(TEXT.format(**kind))
+        _execution.run(study, folder / "costs")
     finally:
         for (owner, name, _), old in zip(patched, before, strict=True):
             setattr(owner, name, old)
-    task = store.Store.of(folder / "costs").rounds.tasks(0)[0]
+    task = _store.Store.of(folder / "costs").rounds.tasks(0)[0]
     found = {"networks a chunk": task.chunk_size, "chunks": task.chunks}
     return found | {name: sum(values) / len(values) for name, values in spent.items()}
 

@@ -5,7 +5,6 @@ networks at once answers, and the two answers are compared. The names that most 
 here (`gradflow.__all__`), and each subject is a module, which imports only from those above it:
 
 errors             errors that bad input raises, of one sentence each
-norms              norms of vectors as logarithms, beyond the range of any float
 activations        activation functions: φ, its kinks, closed forms of its Gaussian means
 gaussian           expectations under a Gaussian, in one and two dimensions
 ensembles          laws of random weights: a distribution times a variance rule
@@ -13,10 +12,8 @@ kernels            the state of an infinitely wide layer: second moments of sign
 blocks             layers, each defined once for one random network and for infinite width
 networks           a random network as data: stages of equal blocks
 builders           networks of the usual architectures: mlp, residual, convolutional, recurrent
-schema             a network as named options: for Python, study files and the command line
 statistics         the quantities of each layer: names, measurement, prediction, correction
 predictions        theory's values of every statistic, and the effect of finite width on them
-float_ranges       the layers in which signals and gradients leave float16, bfloat16, …, float64
 estimation         means, standard errors and histograms over networks
 theory             predictions for wide networks, layer by layer, without sampling
 simulation         the same statistics, measured in many random networks at once
@@ -29,7 +26,6 @@ spectra            singular values of end-to-end Jacobians, theory beside simula
 remedies           a network whose gradients vanish or explode, beside each remedy for it
 experiments        published experiments on training, repeated
 studies            large grids of networks, described by a file
-note               the study of vanishing and exploding gradients that ``gradflow note`` runs
 cli                the command ``gradflow``
 """
 

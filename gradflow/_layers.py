@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float
 
+from gradflow._norms import unit_rows
 from gradflow.activations import Activation
-from gradflow.norms import unit_rows
 
 __all__ = ["BackwardLimit", "BackwardSample", "ForwardLimit", "ForwardSample", "exp"]
 

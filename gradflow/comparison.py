@@ -36,10 +36,11 @@ from gradflow._differences import (
     shrinks_with_the_width,
     significance_threshold,
 )
+from gradflow._float_ranges import FloatRange, float_ranges
+from gradflow._inputs import as_inputs
 from gradflow._labels import BY_KEY, key_of, labelled, with_names
 from gradflow.errors import InputError
-from gradflow.float_ranges import FloatRange, float_ranges
-from gradflow.networks import Network, as_inputs, divide_widths
+from gradflow.networks import Network, divide_widths
 from gradflow.predictions import Corrections, Prediction
 from gradflow.simulation.monte_carlo import Progress, Simulation, simulate
 from gradflow.theory import _programs, float64, mean_field

@@ -8,7 +8,6 @@ depth. Layers whose shape differs, as in Glorot & Bengio's 1024-1000-…-9, are 
 
 import dataclasses
 import itertools
-import math
 from fractions import Fraction
 from numbers import Rational
 from typing import Any
@@ -16,11 +15,8 @@ from typing import Any
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.typing import DTypeLike
-from jaxtyping import Array
 
-from gradflow._arguments import all_finite, as_real
 from gradflow._checks import check_instance, is_traced
 from gradflow.activations import Activation
 from gradflow.blocks import (
@@ -30,8 +26,7 @@ from gradflow.blocks import (
 )
 from gradflow.errors import InputError
 
-__all__ = ["Network", "Stage", "as_inputs", "check_network", "checked_inputs", "divide_widths"]
-__all__ += ["unit_variance", "with_biases"]
+__all__ = ["Network", "Stage", "check_network", "divide_widths", "unit_variance", "with_biases"]
 
 
 class Stage(eqx.Module):
@@ -184,69 +179,6 @@ class Network(eqx.Module):
         return jax.tree.map(lambda leaf: jnp.asarray(leaf, dtype), unnamed)
 
 
-def check_network(network: Any) -> None:
-    """Raise `InputError` unless it is a network."""
-    check_instance(
-        "network", network, Network, "a Network, as builders.mlp([64, 100, 10]) makes one"
-    )
-
-
-def checked_inputs(inputs: Any, network: Any) -> Array | np.ndarray:
-    """Return a batch of a network's inputs as an array of floats, shape (sites, n_0).
-
-    Integers become float32, whatever their size; floats stay what they are.
-
-    Raises
-    ------
-    InputError
-        If the network is none, or inputs are not of this shape, not real or not finite.
-    """
-    check_network(network)
-    array = as_real("inputs", inputs)
-    if array.ndim != 2 or array.shape[1] != network.input_width:
-        raise InputError(
-            f"inputs has shape {array.shape}; it is (inputs, {network.input_width}) for this "
-            "network"
-        )
-    positions = math.prod(stage.block.pool_factor for stage in network.stages)
-    if len(array) % positions:
-        raise InputError(
-            f"inputs has {len(array)} rows; for this network each input is {positions} of them, "
-            "its positions one after the other (builders.as_sites)"
-        )
-    return array
-
-
-def as_inputs(inputs: Any, network: Any) -> Array:
-    """Return `checked_inputs` as JAX holds them.
-
-    Raises
-    ------
-    InputError
-        As `checked_inputs`, or if they are beyond the range of JAX's float type, or below it.
-    """
-    array = checked_inputs(inputs, network)
-    with np.errstate(over="ignore"):  # the next line looks for it
-        converted = jnp.asarray(array)
-    dtype = converted.dtype
-    if not all_finite(converted):
-        raise InputError(
-            f"inputs has values beyond {dtype}'s range; turn JAX's x64 mode on, or scale them"
-        )
-    if is_traced(converted):
-        return converted
-    # Below its smallest normal number a float has few digits, and XLA takes it for 0.
-    least = float(jnp.finfo(dtype).smallest_normal / jnp.finfo(dtype).eps)
-    size = np.max(np.abs(np.asarray(array)), axis=None if network.mixes_sites else 1)
-    faint = np.atleast_1d(size)[(size > 0) & (size < least)]
-    if faint.size:
-        raise InputError(
-            f"inputs has one whose largest value is {faint.min():.3g}, of which {dtype} does not "
-            f"hold all digits; it is 0 or at least {least:.1g}: scale it"
-        )
-    return converted
-
-
 def with_biases(network: Network) -> Network:
     """Return the network with biases that start at 0 in each layer without biases: for training."""
     check_network(network)
@@ -324,3 +256,10 @@ def divide_widths(network: Network, factor: int | Fraction) -> Network:
         for stage in network.stages
     )
     return dataclasses.replace(network, stages=stages)
+
+
+def check_network(network: Any) -> None:
+    """Raise `InputError` unless it is a network."""
+    check_instance(
+        "network", network, Network, "a Network, as builders.mlp([64, 100, 10]) makes one"
+    )

@@ -27,8 +27,7 @@ from gradflow.predictions import Prediction
 from gradflow.simulation.monte_carlo import Simulation
 from gradflow.theory import _programs
 
-__all__ = ["Verdict", "hidden_layers", "judge", "log_gradient_norms"]
-__all__ += ["log_relative_weight_gradients", "word"]
+__all__ = ["Verdict", "judge", "word"]
 
 # χ may tend to 1 only as 1 - a/l, so that it is evaluated far above the top, l layers up
 # (`layers_ahead`). The network is critical if |log χ| l is below this there: it is a where
@@ -99,7 +98,7 @@ class Verdict:
         return self.sentence
 
 
-def hidden_layers(network: Network) -> int:
+def _hidden_layers(network: Network) -> int:
     """The number of layers that the verdict is about: all, or all but an output layer that differs.
 
     The output layer differs where its block is of another kind, or has other scales, than that of
@@ -122,7 +121,7 @@ def _alike_stages(one: Stage, other: Stage) -> bool:
     return alike and all(np.allclose(a, b, 1e-12, 0) for a, b in zip(*scales, strict=True))
 
 
-def log_gradient_norms(
+def _log_gradient_norms(
     network: Network, values: dict[str, Array | np.ndarray], sites: int
 ) -> np.ndarray:
     """Log ‖∂C/∂z^l‖ of an input, (layers,), over all its positions.
@@ -133,7 +132,7 @@ def log_gradient_norms(
     return np.asarray(values["log_gradient_norm"], np.float64) + positions - positions[-1]
 
 
-def log_relative_weight_gradients(
+def _log_relative_weight_gradients(
     network: Network, log_variance: np.ndarray, sites: int
 ) -> np.ndarray:
     """Log (‖∂C/∂W^l‖ / ‖W^l‖), all matrices of a layer together.
@@ -218,10 +217,10 @@ def judge(theory: Prediction, simulation: Simulation, asymptotic_log_chi: float 
         log χ far above the top, without a change of width, or None: the top hidden layers' then.
     """
     network, sites = simulation.network, simulation.sites
-    top = hidden_layers(network)
+    top = _hidden_layers(network)
     norm = simulation.estimates["log_gradient_norm"]
-    predicted = log_gradient_norms(network, theory.values, sites)
-    measured = log_gradient_norms(network, {"log_gradient_norm": norm.value}, sites)
+    predicted = _log_gradient_norms(network, theory.values, sites)
+    measured = _log_gradient_norms(network, {"log_gradient_norm": norm.value}, sites)
     change = _Changes.between(0, top - 1, measured, predicted)
     change = dataclasses.replace(change, error=float(norm.standard_error[0]))
     output = _NO_CHANGE
@@ -306,7 +305,7 @@ def _kind(
 
 def _alike(network: Network) -> bool:
     """Whether most hidden layers that the gradient passes are of one law."""
-    count = hidden_layers(network)
+    count = _hidden_layers(network)
     stages = network.stages[1:] or network.stages
     if count < network.depth:
         stages = stages[:-1]
@@ -343,7 +342,7 @@ def _of_weights(theory: Prediction, simulation: Simulation, top: int) -> tuple[_
     if key not in simulation.estimates or key not in theory.values or network.depth < 2:
         return _NO_CHANGE, _NO_CHANGE
     measured, predicted = (
-        log_relative_weight_gradients(network, np.asarray(log), simulation.sites)
+        _log_relative_weight_gradients(network, np.asarray(log), simulation.sites)
         for log in (simulation.estimates[key].log_value, theory.values[key])
     )
     hidden = _Changes.between(1, top - 1, measured, predicted) if top > 2 else _NO_CHANGE

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gradflow import _arguments, builders, networks
+from gradflow import _arguments, _inputs, builders
 from gradflow.errors import InputError
 
 NETWORK = builders.mlp([2, 3])
@@ -87,7 +87,7 @@ def test_jaxs_default_kind_of_key_has_no_say():
 def test_integers_become_floats_before_they_are_multiplied_or_wrap(dtype):
     whole = np.array([[255, 3], [1 << 40, 7]]) if dtype == "int64" else np.array([[200, 3], [1, 7]])
     whole = whole.astype(dtype)
-    found = networks.as_inputs(whole, NETWORK)
+    found = _inputs.as_inputs(whole, NETWORK)
     assert found.dtype == jnp.float32
     np.testing.assert_array_equal(np.asarray(found), whole.astype(np.float32))
 
@@ -112,15 +112,15 @@ def test_integers_become_floats_before_they_are_multiplied_or_wrap(dtype):
 )
 def test_what_is_no_batch_of_inputs_is_refused(inputs, sentence):
     with pytest.raises(InputError, match=f"^inputs .*{sentence}"):
-        networks.as_inputs(inputs, NETWORK)
+        _inputs.as_inputs(inputs, NETWORK)
 
 
 def test_inputs_beyond_the_float_that_jax_holds_are_refused():
     with jax.enable_x64(False), pytest.raises(InputError, match="beyond float32's range"):
-        networks.as_inputs(np.full((1, 2), 1e300), NETWORK)
+        _inputs.as_inputs(np.full((1, 2), 1e300), NETWORK)
 
 
 def test_shapes_and_dtypes_are_checked_in_a_traced_program_and_values_are_not():
-    jax.jit(lambda x: networks.as_inputs(x, NETWORK))(jnp.full((1, 2), jnp.nan))
+    jax.jit(lambda x: _inputs.as_inputs(x, NETWORK))(jnp.full((1, 2), jnp.nan))
     with pytest.raises(InputError, match="has shape"):
-        jax.jit(lambda x: networks.as_inputs(x, NETWORK))(jnp.ones((1, 3)))
+        jax.jit(lambda x: _inputs.as_inputs(x, NETWORK))(jnp.ones((1, 3)))

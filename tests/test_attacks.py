@@ -17,9 +17,9 @@ from attacks import stores, study_files
 from gradflow import cli
 from gradflow.errors import InputError
 from gradflow.simulation import _programs
-from gradflow.studies import _plan, execution, results, study_file
+from gradflow.studies import _execution, _plan, _results, _study_file
 from gradflow.studies._plan import Share
-from gradflow.studies.store import Store
+from gradflow.studies._store import Store
 
 TEXT = """
 title = "a small study"
@@ -69,7 +69,7 @@ def _remember_what_is_drawn(small_chunks):  # noqa: ARG001
 
 
 def run(folder, text=LARGER, **how):
-    return execution.run(study_file.parse(text), folder, **how)
+    return _execution.run(_study_file.parse(text), folder, **how)
 
 
 @pytest.fixture(scope="module")
@@ -187,7 +187,7 @@ def test_an_interrupted_store_that_is_damaged_ends_in_the_same_bits(whole, other
 
 def same(one, other):
     """Whether two stores have the same results but for the rounding of other rounds."""
-    ours, theirs = (xarray.load_dataset(folder / results.FILE) for folder in (one, other))
+    ours, theirs = (xarray.load_dataset(folder / _results.FILE) for folder in (one, other))
     for name in ("q", "q_networks", "log_q_theory", "gradient_norm_networks"):
         if name in ours:
             np.testing.assert_allclose(ours[name], theirs[name], rtol=1e-5, err_msg=name)
@@ -235,7 +235,7 @@ def test_a_study_file_that_is_changed_in_the_store_is_another_study(whole, tmp_p
     with pytest.raises(InputError, match="study.toml' is not the file that the study was last run"):
         Store.of(folder)
     with pytest.raises(InputError, match="base.depth was 4, is 5"):
-        execution.run(study_file.load(path), folder)
+        _execution.run(_study_file.load(path), folder)
 
 
 def test_shares_that_are_damaged_are_not_merged(other, tmp_path):
@@ -247,10 +247,10 @@ def test_shares_that_are_damaged_are_not_merged(other, tmp_path):
         if attack.file == "log.jsonl" or not attack.put_to(folder, other):
             continue
         with pytest.raises(InputError, match="damaged") as caught:
-            execution.merge([folders[0], folder], tmp_path / "merged")
+            _execution.merge([folders[0], folder], tmp_path / "merged")
         assert str(caught.value).count("\n") == 0
         assert not (tmp_path / "merged").exists()
-    execution.merge(folders, tmp_path / "merged")
+    _execution.merge(folders, tmp_path / "merged")
 
 
 def test_a_share_of_fewer_networks_than_shares_is_finished_and_merges(tmp_path):
@@ -261,11 +261,11 @@ def test_a_share_of_fewer_networks_than_shares_is_finished_and_merges(tmp_path):
         outcome = run(folder, text, share=Share(place, 3))
         assert (outcome.finished, outcome.networks) == (True, 2 * (place < 2))
         assert not any(read_in_all_ways(folder, tmp_path)[0][name] for name in ("show", "export"))
-    empty = xarray.load_dataset(folders[2] / results.FILE)
+    empty = xarray.load_dataset(folders[2] / _results.FILE)
     assert empty.attrs["networks"] == 0
     assert not empty.q_networks.any()
     assert np.isnan(empty.q).all()
-    execution.merge(folders, tmp_path / "merged")
+    _execution.merge(folders, tmp_path / "merged")
     run(tmp_path / "whole", text)
     same(tmp_path / "merged", tmp_path / "whole")
 
@@ -275,7 +275,7 @@ def test_a_running_study_can_be_read(tmp_path):
     folder, before = tmp_path / "study", [(None, 0)]
 
     def networks_in(reader):
-        found = results.assemble(reader)
+        found = _results.assemble(reader)
         assert found.attrs["networks"] == found.q_networks.isel(layer=0).sum()
         return found.attrs["networks"]
 
@@ -307,10 +307,10 @@ def test_a_folder_that_is_removed_while_a_study_runs_is_a_sentence(tmp_path):
 
 
 def test_networks_of_studies_do_not_depend_on_jaxs_default_cipher():
-    point = study_file.parse(TEXT).point(0)
+    point = _study_file.parse(TEXT).point(0)
     words = np.asarray(jax.random.key_data(point.key))
     with jax.default_prng_impl("rbg"):
-        key = study_file.parse(TEXT).point(0).key
+        key = _study_file.parse(TEXT).point(0).key
         assert str(jax.random.key_impl(key)) == "threefry2x32"
         np.testing.assert_array_equal(jax.random.key_data(key), words)
 
@@ -326,7 +326,7 @@ def test_a_mutated_study_file_means_something_or_is_one_sentence():
     for seed in range(count):
         text = study_files.mutated(FILE, seed)
         try:
-            study = study_file.parse(text)
+            study = _study_file.parse(text)
             if len(study) < 1000:
                 _plan.programs(study)
         except InputError as error:
@@ -360,7 +360,7 @@ def test_a_mutated_study_file_means_something_or_is_one_sentence():
 )
 def test_what_would_take_hours_to_plan_is_refused_at_once(text, message):
     with pytest.raises(InputError, match=message):
-        _plan.programs(study_file.parse(text))
+        _plan.programs(_study_file.parse(text))
 
 
 def test_a_correlation_is_an_axis_beside_the_statistic_of_its_name(tmp_path):
@@ -370,7 +370,7 @@ def test_a_correlation_is_an_axis_beside_the_statistic_of_its_name(tmp_path):
     )
     text = text.replace('"log_gradient_norm"', '"correlation"').replace("= 28", "= 8")
     assert run(tmp_path / "study", text).finished
-    found = xarray.load_dataset(tmp_path / "study" / results.FILE)
+    found = xarray.load_dataset(tmp_path / "study" / _results.FILE)
     assert found.correlation.dims == ("input_correlation", "layer")
     np.testing.assert_array_equal(found.input_correlation, [0, 0.5])
     said, _ = read_in_all_ways(tmp_path / "study", tmp_path)

@@ -12,7 +12,7 @@ from gradflow.comparison import Status
 from gradflow.errors import InputError
 from gradflow.simulation import monte_carlo
 from gradflow.theory import float64, mean_field
-from gradflow.theory.finite_width import carried_means
+from gradflow.theory.finite_width import _carried_means
 
 DEPTH = 30
 X = np.random.default_rng(0).standard_normal((1, 64)).astype(np.float32)
@@ -101,22 +101,22 @@ def test_a_mean_of_zero_is_not_carried():
 
 
 def test_only_what_is_known_is_covered():
-    assert carried_means.covers(carrying(10))
+    assert _carried_means.covers(carrying(10))
     for blocks in (
         [Linear(10), (Dense(relu, 10), 3)],
         [Linear(10), (Residual(Dense(relu, 10)), 3)],
         [Linear(10), networks.Stage(Residual(Chain((Linear(10), Activate(relu)))), 3, tied=True)],
     ):
         network = builders.stack(64, blocks, "relu")
-        assert not carried_means.covers(network)
+        assert not _carried_means.covers(network)
         with pytest.raises(InputError, match="known for residual blocks past"):
-            carried_means.correct(network, mean_field.input_gram(jnp.asarray(X)))
+            _carried_means.correct(network, mean_field.input_gram(jnp.asarray(X)))
 
 
 @pytest.mark.medium
 def test_corrections_are_a_pure_function():
     gram = mean_field.input_gram(jnp.asarray(X, float))
     network = carrying(50, depth=3)
-    plain = carried_means.correct(network, gram).shift["log_gradient_norm"]
-    compiled = jax.jit(carried_means.correct)(network, gram).shift["log_gradient_norm"]
+    plain = _carried_means.correct(network, gram).shift["log_gradient_norm"]
+    compiled = jax.jit(_carried_means.correct)(network, gram).shift["log_gradient_norm"]
     np.testing.assert_allclose(plain, compiled, rtol=1e-5, atol=1e-6)

@@ -8,7 +8,7 @@ import scipy.stats
 import xarray
 
 from gradflow import builders, ensembles
-from gradflow.studies import execution, study_file
+from gradflow.studies import _execution, _study_file
 from gradflow.studies._depth_scales import Curve, decay_rate, gradient_rate
 from gradflow.theory import float64
 from gradflow.theory._depth_scales import DEPTH_SCALES
@@ -119,7 +119,7 @@ measure = ["q", "correlation", "gradient_variance"]
 def repeated(tmp_path_factory):
     """Forty studies of the same three laws, each of 50 networks."""
     folder = tmp_path_factory.mktemp("repeated")
-    written = execution.run(study_file.parse(STUDY), folder / "study").results
+    written = _execution.run(_study_file.parse(STUDY), folder / "study").results
     return xarray.load_dataset(written)
 
 
@@ -179,13 +179,13 @@ def test_what_has_no_fixed_points_has_no_depth_scales(tmp_path):
     [statistics]
     measure = ["gradient_variance"]
     """
-    written = execution.run(study_file.parse(text), tmp_path / "study").results
+    written = _execution.run(_study_file.parse(text), tmp_path / "study").results
     found = xarray.load_dataset(written)
     assert np.isfinite(found.rate_grad).to_numpy().tolist() == [[False, False], [True, False]]
     assert float(found.xi_grad_theory[1, 0]) == pytest.approx(1 / math.log(2))
     unasked = text + "\n[theory]\ndepth_scales = false"
-    written = execution.run(study_file.parse(unasked), tmp_path / "study").results
+    written = _execution.run(_study_file.parse(unasked), tmp_path / "study").results
     assert "rate_grad" not in xarray.load_dataset(written)
     other = text.replace('"none", "layer"', '"none"').replace("[5, 9]", "[5]")
-    written = execution.run(study_file.parse(other), tmp_path / "shallow").results
+    written = _execution.run(_study_file.parse(other), tmp_path / "shallow").results
     assert "rate_grad" not in xarray.load_dataset(written)

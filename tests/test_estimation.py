@@ -6,12 +6,12 @@ import scipy.special
 import scipy.stats
 import xarray
 
-from gradflow import builders, estimation
+from gradflow import _estimates, builders
 from gradflow.errors import InputError
 from gradflow.estimation import Estimate
 from gradflow.simulation import monte_carlo
 from gradflow.statistics import log_gradient_norm, q
-from gradflow.studies import execution, study_file
+from gradflow.studies import _execution, _study_file
 
 # Merging reorders float64 sums.
 REORDERED = 1e-12
@@ -35,7 +35,7 @@ def test_mean_and_standard_error_are_the_textbook_ones():
 def test_merged_parts_are_the_whole(log):
     v = values() * 300  # as logarithms, spread over hundreds of orders of magnitude
     whole = Estimate.of(v, log=log)
-    parts = estimation.merge([Estimate.of(p, log=log) for p in np.split(v, [7, 8, 30])])
+    parts = _estimates.merge([Estimate.of(p, log=log) for p in np.split(v, [7, 8, 30])])
     np.testing.assert_array_equal(parts.count, whole.count)
     if log:
         np.testing.assert_allclose(parts.log_value, whole.log_value, rtol=REORDERED)
@@ -67,7 +67,7 @@ def test_a_quantity_of_zero_counts_and_a_value_that_is_not_finite_does_not():
 def test_a_part_with_nothing_in_it_changes_nothing():
     empty, full = Estimate.of(np.full((3, 1), np.nan)), Estimate.of(np.array([[1.0], [2.0]]))
     for order in ([empty, full], [full, empty]):
-        merged = estimation.merge(order)
+        merged = _estimates.merge(order)
         assert (merged.value[0], merged.count[0], merged.excluded[0]) == (1.5, 2, 3)
 
 
@@ -84,7 +84,7 @@ def test_histograms_hold_every_unit_and_integrate_to_one():
     rng = np.random.default_rng(0)
     signal = [rng.normal(size=(5, 2, 300)) for _ in range(3)]
     logs = [np.full((5, 2), s) for s in (0.0, -400.0, 900.0)]
-    found = estimation.histogram(signal, logs)
+    found = _estimates.histogram(signal, logs)
     area = (found.density * np.diff(found.edges)).sum(axis=1)
     np.testing.assert_allclose(area, 1)
     np.testing.assert_allclose(found.log_unit, [0, -400, 900])
@@ -157,7 +157,7 @@ def test_intervals_of_points_that_stop_at_a_target_cover_what_they_say(tmp_path)
         [theory]
         finite_width = false
     """
-    outcome = execution.run(study_file.parse(text), tmp_path / "study")
+    outcome = _execution.run(_study_file.parse(text), tmp_path / "study")
     assert outcome.rounds > 8
     found = xarray.load_dataset(outcome.results).isel(layer=0)
     assert found.q_networks.min() == 30

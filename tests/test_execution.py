@@ -19,10 +19,10 @@ import xarray
 from gradflow import comparison
 from gradflow.errors import InputError
 from gradflow.simulation import _programs, monte_carlo
-from gradflow.studies import _plan, _runner, execution, results, study_file
+from gradflow.studies import _execution, _plan, _results, _runner, _study_file
 from gradflow.studies._measurements import Measurements, merged
 from gradflow.studies._plan import Share
-from gradflow.studies.store import Store
+from gradflow.studies._store import Store
 from gradflow.theory import float64
 
 TEXT = """
@@ -48,7 +48,7 @@ pytestmark = pytest.mark.usefixtures("small_chunks")
 
 
 def run(folder, text=TEXT, **how):
-    return execution.run(study_file.parse(text), folder, **how)
+    return _execution.run(_study_file.parse(text), folder, **how)
 
 
 def files(folder):
@@ -71,7 +71,7 @@ def reference(tmp_path_factory, small_chunks):  # noqa: ARG001
 
 def test_points_are_those_of_simulate_and_of_theory(reference):
     """Estimates, theory and z, point by point, to the rounding of another order of networks."""
-    study = study_file.parse(TEXT)
+    study = _study_file.parse(TEXT)
     dataset = xarray.load_dataset(reference / "results.nc")
     for number in (0, 3, 5):
         point = study.point(number)
@@ -111,7 +111,7 @@ def test_results_are_labelled_and_say_where_they_are_from(reference):
     counts = first.log_gradient_norm_histogram.sum("log_gradient_norm_bin")
     counts += first.log_gradient_norm_histogram_below + first.log_gradient_norm_histogram_above
     np.testing.assert_array_equal(counts, 20)
-    assert study_file.parse(dataset.attrs["study"]) == study_file.parse(TEXT)
+    assert _study_file.parse(dataset.attrs["study"]) == _study_file.parse(TEXT)
     (drawn,) = json.loads(dataset.attrs["drawn_with"])
     assert drawn["jax"] == jax.__version__
     assert dataset.attrs["dtype"] == "float32"
@@ -341,7 +341,7 @@ def test_a_target_is_met_in_rounds_that_an_interruption_does_not_change(tmp_path
 
 
 def test_one_process_at_a_time_and_no_folder_of_something_else(tmp_path):
-    study = study_file.parse(TEXT)
+    study = _study_file.parse(TEXT)
     with (
         Store(tmp_path / "study", study).locked(),
         pytest.raises(InputError, match="another process writes its study"),
@@ -370,13 +370,13 @@ def test_shares_of_hosts_that_do_not_meet_are_merged_to_the_whole(reference, tmp
         outcome = run(folder, share=Share(place, 3))
         assert (outcome.finished, outcome.networks) == (True, 6 * Share(place, 3).size(20))
     # Each has the theory of its own points alone.
-    known = [xarray.load_dataset(folder / results.FILE).q_theory[..., 0] for folder in folders]
+    known = [xarray.load_dataset(folder / _results.FILE).q_theory[..., 0] for folder in folders]
     np.testing.assert_array_equal(sum(np.isfinite(one).astype(int) for one in known), 1)
 
-    written = execution.merge(folders[::-1], tmp_path / "whole")
-    assert written == tmp_path / "whole" / results.FILE
+    written = _execution.merge(folders[::-1], tmp_path / "whole")
+    assert written == tmp_path / "whole" / _results.FILE
     same(tmp_path / "whole", reference)
-    execution.merge(folders, tmp_path / "again")
+    _execution.merge(folders, tmp_path / "again")
     assert files(tmp_path / "again") == files(tmp_path / "whole")
 
     text = TEXT.replace("networks = 20", "networks = 25").replace("2.0]", "2.0, 3.0]")
@@ -396,17 +396,17 @@ def test_results_that_are_put_together_in_parts_are_the_same(tmp_path, monkeypat
         text = TEXT
     elif axes == "a seed":
         text = text.replace("sigma_b2 = [0.0, 0.1]", "seed = { from = 5, to = 9, points = 5 }")
-    study = study_file.parse(text)
+    study = _study_file.parse(text)
     run(tmp_path / "study", text)
-    found = xarray.load_dataset(tmp_path / "study" / results.FILE)
+    found = xarray.load_dataset(tmp_path / "study" / _results.FILE)
     assert _plan.result_parts(study, 4)[0] == ""
 
     monkeypatch.setattr(_plan, "_PART_BYTES", 1)
     along, parts = _plan.result_parts(study, 4)
     assert (along, len(parts)) == (("seed", 5) if axes == "a seed" else ("sigma_w2", 3))
     with Store(tmp_path / "study", study).locked() as store:
-        results.write(store, _plan.programs(study))
-    again = xarray.load_dataset(tmp_path / "study" / results.FILE)
+        _results.write(store, _plan.programs(study))
+    again = xarray.load_dataset(tmp_path / "study" / _results.FILE)
     assert again.q.dims[0] == along
     xarray.testing.assert_equal(again.transpose(*found.q.dims, ...), found)
     assert again.attrs == found.attrs
@@ -417,7 +417,7 @@ def test_results_that_are_put_together_in_parts_are_the_same(tmp_path, monkeypat
 def test_seeds_of_32_bits_are_coordinates(tmp_path):
     axis = "seed = [0, 4_000_000_000]"
     run(tmp_path / "study", TEXT.replace("sigma_b2 = [0.0, 0.1]", axis))
-    found = xarray.load_dataset(tmp_path / "study" / results.FILE)
+    found = xarray.load_dataset(tmp_path / "study" / _results.FILE)
     assert found.seed.values.tolist() == [0, 4_000_000_000]
 
 
@@ -428,23 +428,23 @@ def test_what_is_no_set_of_shares_is_not_merged(reference, tmp_path):
     run(second, share=Share(1, 2), stop=lambda: True)
     out = tmp_path / "whole"
     with pytest.raises(InputError, match=r"second' is not finished: .* --share 2/2` resumes it"):
-        execution.merge([first, second], out)
+        _execution.merge([first, second], out)
     with pytest.raises(InputError, match="of 2 shares 2 is missing"):
-        execution.merge([first], out)
+        _execution.merge([first], out)
     with pytest.raises(InputError, match="both hold share 1/2; each goes in once"):
-        execution.merge([first, first], out)
+        _execution.merge([first, first], out)
     with pytest.raises(InputError, match="holds a whole study and no share"):
-        execution.merge([reference], out)
+        _execution.merge([reference], out)
     other = tmp_path / "other"
     run(other, TEXT.replace("width = 12", "width = 13"), share=Share(1, 2), stop=lambda: True)
     with pytest.raises(InputError, match=r"of another study than .*base.width was 12, is 13"):
-        execution.merge([first, other], out)
+        _execution.merge([first, other], out)
     assert not out.exists()
     with pytest.raises(InputError, match="holds share 1/2; give --share 1/2, or another folder"):
         run(first, share=Share(1, 2))
     run(second, share=Share(1, 2))
     with pytest.raises(InputError, match="first', which holds something; give a new folder"):
-        execution.merge([first, second], first)
+        _execution.merge([first, second], first)
     with pytest.raises(InputError, match=r"share is 1/2, and the study has a sampling.target"):
         run(tmp_path / "target", TARGET, share=Share(0, 2))
 
@@ -453,7 +453,7 @@ def test_what_is_merged_is_as_if_it_had_been_estimated_together():
     draw = np.random.default_rng(0)
     values = draw.normal(size=(30, 2, 5))
     values[3, 0, 1] = np.nan
-    study = study_file.parse(TEXT)
+    study = _study_file.parse(TEXT)
     parts = []
     for first, last in ((0, 7), (7, 9), (9, 30)):
         estimate = _runner._estimate(values[first:last, None], np.array([False, True]))

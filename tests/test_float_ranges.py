@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from gradflow import builders, comparison
-from gradflow.float_ranges import DTYPES, NOWHERE, UNKNOWN, FloatRange, float_ranges, sentence
+from gradflow._float_ranges import DTYPES, NOWHERE, UNKNOWN, FloatRange, float_ranges, sentence
 
 WIDTH = 256
 TYPES = {name: getattr(ml_dtypes, name, None) or getattr(np, name) for name in DTYPES[:3]}

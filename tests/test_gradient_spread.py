@@ -7,7 +7,7 @@ import xarray
 
 from gradflow import builders
 from gradflow.estimation import Estimate
-from gradflow.studies import _gradient_spread, execution, study_file
+from gradflow.studies import _execution, _gradient_spread, _study_file
 from gradflow.theory import float64
 from gradflow.theory.finite_width import exact
 
@@ -61,7 +61,7 @@ def test_networks_differ_by_depth_over_width(tmp_path):
     [statistics]
     measure = ["log_gradient_norm"]
     """
-    written = execution.run(study_file.parse(text), tmp_path / "study").results
+    written = _execution.run(_study_file.parse(text), tmp_path / "study").results
     found = xarray.load_dataset(written).isel(layer=slice(None, -1))
     assert found.gradient_spread_z.shape == (3, 2, 7)
     limit = scipy.stats.norm.isf(1e-3 / (2 * found.gradient_spread_z.size))

@@ -10,8 +10,8 @@ import pytest
 from laws import smallest_p_value
 
 from gradflow import ensembles
+from gradflow._norms import unit_rows
 from gradflow.errors import InputError
-from gradflow.norms import unit_rows
 from gradflow.simulation import _matrices
 
 # Two-sample tests with 20 000 matrices a side. Null: one law of all answers. The false-alarm rate

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gradflow.norms import unit_rows
+from gradflow._norms import unit_rows
 
 
 @pytest.mark.parametrize("scale", [1e-37, 1e-25, 1.0, 1e25, 1e38])

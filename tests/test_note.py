@@ -3,18 +3,18 @@
 import numpy as np
 import pytest
 
-from gradflow import activations, comparison, note
+from gradflow import _note, activations, comparison
 from gradflow.errors import InputError
-from gradflow.studies import execution, study_file
+from gradflow.studies import _execution, _study_file
 
 
 def test_unscaled_logistic_networks_are_critical_at_width_103():
     # PITFALLS of quadrature: Gauss-Hermite with 64 nodes sees no critical width at all.
-    assert note.critical_width(activations.logistic) == pytest.approx(103.0076, abs=1e-4)
+    assert _note.critical_width(activations.logistic) == pytest.approx(103.0076, abs=1e-4)
 
 
 def test_the_logistics_mean_moves_the_critical_variance_from_16_to_103():
-    assert note.critical_sigma_w2_of_centred_logistic() == pytest.approx(16)
+    assert _note.critical_sigma_w2_of_centred_logistic() == pytest.approx(16)
 
 
 # As the table prints them, so that half a unit of the last digit is the tolerance.
@@ -24,15 +24,15 @@ def test_the_logistics_mean_moves_the_critical_variance_from_16_to_103():
     + [("tanh", 100, "5.5"), ("tanh", 300, "9.4"), ("tanh", 1000, "17")],
 )
 def test_chi_of_unscaled_networks_is_that_of_the_notes_table(name, width, chi):
-    found = note._chi_at_fixed_point(activations.get(name), np.array([float(width)]))
+    found = _note._chi_at_fixed_point(activations.get(name), np.array([float(width)]))
     digits = len(chi.partition(".")[2])
     assert found[0] == pytest.approx(float(chi), abs=0.5 * 10**-digits)
 
 
 def test_the_study_is_that_of_its_file_with_other_numbers():
-    assert note.study().text == note.FILE.read_text(encoding="utf-8")
-    study = note.study(width=20, depth=4, networks_gaussian=7, networks_uniform=3, seed=5)
-    assert study == study_file.parse(study.text)
+    assert _note.study().text == _note.FILE.read_text(encoding="utf-8")
+    study = _note.study(width=20, depth=4, networks_gaussian=7, networks_uniform=3, seed=5)
+    assert study == _study_file.parse(study.text)
     points = list(study.points())
     assert [p.networks for p in points] == [7, 7, 7, 3, 3, 7, 7, 7, 7, 7, 7]
     assert [p.network().widths for p in points] == [(20,) * 5] * 11
@@ -42,19 +42,19 @@ def test_the_study_is_that_of_its_file_with_other_numbers():
 
 def test_bad_input_is_refused_before_anything_runs():
     with pytest.raises(InputError, match="depth is 2; it is a whole number of at least 3"):
-        note.study(depth=2)
+        _note.study(depth=2)
     with pytest.raises(InputError, match="networks_uniform is 1"):
-        note.study(networks_uniform=1)
+        _note.study(networks_uniform=1)
     with pytest.raises(InputError, match="seed is -1; it is a whole number from 0"):
-        note.study(seed=-1)
+        _note.study(seed=-1)
 
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     """A small one that has been run, its file and its folder."""
     folder = tmp_path_factory.mktemp("note") / "study"
-    study = note.study(width=30, depth=3, networks_gaussian=40, networks_uniform=10)
-    assert execution.run(study, folder).networks == 9 * 40 + 2 * 10
+    study = _note.study(width=30, depth=3, networks_gaussian=40, networks_uniform=10)
+    assert _execution.run(study, folder).networks == 9 * 40 + 2 * 10
     return study, folder
 
 
@@ -62,7 +62,7 @@ def finished(tmp_path_factory):
 def test_comparisons_are_those_of_confront_with_the_points_key(finished):
     """To the rounding of another order of networks, for Gaussian weights and for others."""
     study, folder = finished
-    found = note.findings(folder).comparisons
+    found = _note.findings(folder).comparisons
     assert [setting.name for setting in found][::5] == [
         "logistic, N(0,1)",
         "tanh, Glorot",
@@ -93,6 +93,6 @@ def test_comparisons_are_those_of_confront_with_the_points_key(finished):
 @pytest.mark.slow
 def test_what_was_found_is_found_again(finished):
     _, folder = finished
-    first, second = (note.findings(folder) for _ in range(2))
+    first, second = (_note.findings(folder) for _ in range(2))
     assert first.claims == second.claims
     assert len(first.claims) == 7

@@ -24,7 +24,7 @@ from gradflow.blocks import (
 from gradflow.comparison import Status
 from gradflow.errors import InputError
 from gradflow.networks import Stage
-from gradflow.simulation import _memory, _threefry, jacobians, monte_carlo, propagation, samplers
+from gradflow.simulation import _memory, _samplers, _threefry, jacobians, monte_carlo, propagation
 from gradflow.theory import float64
 
 # float32 arithmetic through a dozen steps, done in another order.
@@ -223,9 +223,9 @@ def test_200_steps_meet_the_theory_or_differ_as_steps_squared_over_width():
 
 
 def test_samplers_are_chosen_by_their_cost():
-    assert samplers.choose("auto", driven(4000, 50))[0] == "matrix_free"
-    assert samplers.choose("auto", driven(256))[0] == "dense"
-    assert samplers.choose("auto", driven(1000), sites=4)[0] == "dense"
+    assert _samplers.choose("auto", driven(4000, 50))[0] == "matrix_free"
+    assert _samplers.choose("auto", driven(256))[0] == "dense"
+    assert _samplers.choose("auto", driven(1000), sites=4)[0] == "dense"
     # The weights are held, or all answers are.
     assert _memory.bytes_per_network(driven(1000), 1, "dense") > 4 * 1000**2
     long, short = (_memory.bytes_per_network(driven(1000, t), 1, "matrix_free") for t in (200, 100))
@@ -444,7 +444,9 @@ def test_lstm_meets_its_theory_and_shared_weights_would_not(forget_bias):
             "repeated 2 times, takes 4 units",
         ),
         (
-            lambda: samplers.choose("matrix_free", builders.recurrent(4, 4, 2, "tanh", "standard")),
+            lambda: _samplers.choose(
+                "matrix_free", builders.recurrent(4, 4, 2, "tanh", "standard")
+            ),
             "'matrix_free' cannot draw 'uniform'",
         ),
         (

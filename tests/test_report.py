@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 from gradflow import cli
 from gradflow.errors import InputError
 from gradflow.figures import _study as figure
-from gradflow.studies import execution, report, results, study_file
+from gradflow.studies import _execution, _results, _study_file, report
 
 EVIL = '<script>alert("1")</script> & <img src=x>'
 TEXT = f"""
@@ -131,7 +131,7 @@ measure = ["q", "gradient_variance", "log_gradient_norm"]
 def deep(tmp_path_factory):
     """Results of networks that are deep enough to have depth scales."""
     folder = tmp_path_factory.mktemp("deep")
-    written = execution.run(study_file.parse(DEEP), folder / "out").results
+    written = _execution.run(_study_file.parse(DEEP), folder / "out").results
     return xarray.load_dataset(written)
 
 
@@ -145,7 +145,7 @@ def test_depth_scales_are_maps_over_a_plane_and_a_row_of_the_table(deep):
     (caption,) = (c for c in figures_of(page) if "Depth scales" in c)
     assert "|ξ_∇| of gradients" in caption
     assert "over sigma_w2 and sigma_b2." in caption
-    row = results.agreement(deep, "rate_grad")
+    row = _results.agreement(deep, "rate_grad")
     assert row["values"] == 16
     assert row["within"] == 1
     assert f"<td class=text>rate_grad<td>16<td>100 %<td>100 %<td>{row['largest_z']:.4g}" in page
@@ -165,7 +165,7 @@ def test_places_on_an_axis_of_several_fields_are_told_by_the_first_that_tells(de
     )
     assert figure.where(dataset, {"a_b": 2, "sigma_b2": 1}) == "b 3, sigma_b2 0.1"
     assert figure.where(dataset.drop_vars("b"), {"a_b": 2}) == "a_b 2"
-    assert results.agreement(dataset, "q")["where"].keys() == {"b", "sigma_b2", "layer"}
+    assert _results.agreement(dataset, "q")["where"].keys() == {"b", "sigma_b2", "layer"}
 
 
 @pytest.mark.usefixtures("unchecked")
@@ -198,7 +198,7 @@ def test_shares_are_merged_on_the_command_line(study, tmp_path, monkeypatch):
         assert "120 networks" in said
     said = invoke("merge", tmp_path / "2", tmp_path / "1", "--out", tmp_path / "whole")
     assert "240 networks" in said
-    found, whole = (xarray.load_dataset(p / results.FILE) for p in (tmp_path / "whole", study[0]))
+    found, whole = (xarray.load_dataset(p / _results.FILE) for p in (tmp_path / "whole", study[0]))
     np.testing.assert_allclose(found.q, whole.q, rtol=1e-5)
     wrong = [
         (("study", file, "--share", "3/2"), "share is '3/2'; it is which part of how many"),

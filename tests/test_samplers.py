@@ -10,7 +10,7 @@ from laws import smallest_p_value
 
 from gradflow import builders, ensembles
 from gradflow.errors import InputError
-from gradflow.simulation import monte_carlo, propagation, samplers
+from gradflow.simulation import _samplers, monte_carlo, propagation
 
 # Two-sample Kolmogorov-Smirnov tests with 20 000 networks a side. Null: one law. The false-alarm
 # rate is for all the tests of one case together (Bonferroni), at fixed keys.
@@ -84,7 +84,7 @@ forgetful_product.defvjp(
 
 
 def test_the_law_test_finds_a_sampler_that_forgets(monkeypatch):
-    monkeypatch.setitem(samplers.SAMPLERS, "forgetful", forgetful)
+    monkeypatch.setitem(_samplers.SAMPLERS, "forgetful", forgetful)
     network = builders.mlp(SQUARE, "tanh", ensembles.fan_in(1.7))
     x = inputs_of(1, SQUARE[0])
     drawn = features(network, x, "dense", key=1)
@@ -99,7 +99,7 @@ def test_taps_sum_to_the_squared_norm_of_the_weight_gradient(sites, sigma_w):
     x, delta = inputs_of(sites, 5), inputs_of(sites, 7)
     law = {"sigma_w": sigma_w, "width": 7, "distribution": ensembles.gaussian}
     truth = np.sum((np.asarray(delta).T @ np.asarray(x)) ** 2)
-    for sampler in samplers.SAMPLERS.values():
+    for sampler in _samplers.SAMPLERS.values():
         out, pull = jax.vjp(
             functools.partial(sampler, jax.random.key(0), **law),
             x,
@@ -113,7 +113,7 @@ def test_taps_sum_to_the_squared_norm_of_the_weight_gradient(sites, sigma_w):
 def test_dense_pulls_back_through_the_weights_it_drew():
     x, delta = inputs_of(2, 5), inputs_of(2, 7)
     multiply = functools.partial(
-        samplers.dense,
+        _samplers.dense,
         jax.random.key(3),
         sigma_w=1.0,
         width=7,
@@ -131,7 +131,7 @@ def test_matrix_free_answers_are_those_of_one_matrix():
     """Δ·(W x) computed on the way up equals (Δ W)·x on the way down, for the same W."""
     x, delta = inputs_of(3, 11), inputs_of(3, 6)
     multiply = functools.partial(
-        samplers.matrix_free,
+        _samplers.matrix_free,
         jax.random.key(3),
         sigma_w=1.0,
         width=6,
@@ -143,7 +143,7 @@ def test_matrix_free_answers_are_those_of_one_matrix():
 
 def test_repeated_inputs_get_one_answer():
     x = jnp.concatenate([inputs_of(1, 8)] * 2)
-    out = samplers.matrix_free(
+    out = _samplers.matrix_free(
         jax.random.key(0),
         x,
         jnp.zeros((2, 2), x.dtype),
@@ -157,27 +157,27 @@ def test_repeated_inputs_get_one_answer():
 def test_matrix_free_refuses_weights_that_are_not_gaussian():
     network = builders.mlp((4, 4), "tanh", "standard")
     with pytest.raises(InputError, match="'matrix_free' cannot draw 'uniform'"):
-        samplers.choose("matrix_free", network)
+        _samplers.choose("matrix_free", network)
     with pytest.raises(InputError, match="'matrix_free' cannot draw 'uniform'"):
         propagation.propagate(network, jnp.ones((1, 4)), jax.random.key(0), sampler="matrix_free")
-    assert samplers.choose("auto", network)[0] == "dense"
-    assert samplers.choose("auto", builders.mlp((4, 4)))[0] == "matrix_free"
+    assert _samplers.choose("auto", network)[0] == "dense"
+    assert _samplers.choose("auto", builders.mlp((4, 4)))[0] == "matrix_free"
 
 
 def test_many_inputs_are_faster_with_weights():
     network = builders.mlp([512] * 4)
     for sites, expected in [(1, "matrix_free"), (16, "matrix_free"), (256, "dense")]:
-        chosen, why = samplers.choose("auto", network, sites)
+        chosen, why = _samplers.choose("auto", network, sites)
         assert chosen == expected
         assert "of the operations" in why
     orthogonal = builders.mlp([512] * 4, "tanh", ensembles.glorot.drawn_from("orthogonal"))
-    assert samplers.choose("auto", orthogonal, 256)[0] == "matrix_free"
+    assert _samplers.choose("auto", orthogonal, 256)[0] == "matrix_free"
     x = jax.random.normal(jax.random.key(0), (40, 64))
     result = monte_carlo.simulate(builders.mlp([64, 64]), x, networks=2)
-    assert (result.sampler, result.reason) == samplers.choose("auto", builders.mlp([64, 64]), 40)
+    assert (result.sampler, result.reason) == _samplers.choose("auto", builders.mlp([64, 64]), 40)
     assert result.sampler == "dense"
 
 
 def test_an_unknown_sampler_is_refused_with_the_nearest_name():
     with pytest.raises(InputError, match="did you mean 'matrix_free'"):
-        samplers.choose("matrixfree", builders.mlp((4, 4)))
+        _samplers.choose("matrixfree", builders.mlp((4, 4)))

@@ -6,11 +6,11 @@ from typing import Annotated
 
 import pytest
 
-from gradflow import builders, cli, comparison, schema
+from gradflow import _schema, builders, cli, comparison
 from gradflow._entries import Number
 from gradflow.errors import InputError
 from gradflow.networks import Network
-from gradflow.studies import study_file
+from gradflow.studies import _study_file
 
 SHAPE = {"width": 20, "depth": 4}
 
@@ -45,7 +45,7 @@ def damped(
 
 @pytest.fixture
 def with_damped(monkeypatch):
-    monkeypatch.setitem(schema.KINDS, "residual", damped)
+    monkeypatch.setitem(_schema.KINDS, "residual", damped)
 
 
 @pytest.mark.parametrize(
@@ -65,9 +65,9 @@ def with_damped(monkeypatch):
     ],
 )
 def test_a_description_makes_the_network_of_its_builder(description, network):
-    assert schema.network(description).name == network.name
-    assert schema.network(description).widths == network.widths
-    assert schema.network(description).stages == network.stages
+    assert _schema.network(description).name == network.name
+    assert _schema.network(description).widths == network.widths
+    assert _schema.network(description).stages == network.stages
 
 
 @pytest.mark.parametrize(
@@ -86,11 +86,11 @@ def test_a_description_makes_the_network_of_its_builder(description, network):
 )
 def test_what_is_wrong_is_one_sentence(description, message):
     with pytest.raises(InputError, match=message):
-        schema.network(description)
+        _schema.network(description)
 
 
 def test_every_option_has_a_sentence_of_help_and_a_check():
-    for option in schema.options().values():
+    for option in _schema.options().values():
         assert option.help[0].isprintable(), option.name
         assert "As for" not in option.help, option.name
         assert callable(option.check)
@@ -113,18 +113,18 @@ networks = 2
 
 @pytest.mark.usefixtures("with_damped")
 def test_a_builders_parameter_is_an_entry_and_an_axis_of_a_study_file():
-    study = study_file.parse(FILE)
+    study = _study_file.parse(FILE)
     names = [point.network().name for point in study.points()]
     assert names == [f"damped by {damping}, flat" for damping in ("0", "0.5", "1")]
     # A number varies within one program, but for 0 beside others.
     structures = [point.structure for point in study.points()]
     assert structures[1] == structures[2]
     with pytest.raises(InputError, match="network.flat is 1; it is true or false"):
-        study_file.parse(FILE.replace("true", "1"))
+        _study_file.parse(FILE.replace("true", "1"))
     with pytest.raises(InputError, match=r"axes\[0\].damping.to is 2.0; it is a number from 0 to"):
-        study_file.parse(FILE.replace("to = 1.0", "to = 2.0"))
+        _study_file.parse(FILE.replace("to = 1.0", "to = 2.0"))
     with pytest.raises(InputError, match="network.scale: unknown entry 'scale'"):
-        study_file.parse(FILE.replace("flat = true", "scale = 1.0"))
+        _study_file.parse(FILE.replace("flat = true", "scale = 1.0"))
 
 
 @pytest.mark.usefixtures("with_damped", "unchecked")

@@ -12,7 +12,7 @@ import xarray
 from gradflow import training
 from gradflow.errors import InputError
 from gradflow.simulation import _memory, _programs, propagation, singular_values
-from gradflow.studies import _plan, _rounds, _spectra, execution, study_file
+from gradflow.studies import _execution, _plan, _rounds, _spectra, _study_file
 from gradflow.studies._point import Point
 from gradflow.studies._study import HistogramRange
 from gradflow.theory import _spectral_shares, spectrum
@@ -88,12 +88,12 @@ def changed(*pairs):
 )
 def test_a_spectrum_is_of_plain_networks_and_others_are_refused_in_a_sentence(text, message):
     with pytest.raises(InputError, match=rf"^{message}"):
-        study_file.parse(text)
+        _study_file.parse(text)
 
 
 def test_plain_networks_are_not_refused_and_what_they_take_is_known():
-    with_spectrum = study_file.parse(TEXT)
-    without = study_file.parse(TEXT[: TEXT.index("[spectrum]")])
+    with_spectrum = _study_file.parse(TEXT)
+    without = _study_file.parse(TEXT[: TEXT.index("[spectrum]")])
     assert with_spectrum.spectrum == HistogramRange(0.0, 2.0, 8)
     assert "spectrum" not in without.fixed()  # stores of before are still those of their files
     (program, other), (plain, _) = (_plan.programs(s) for s in (with_spectrum, without))
@@ -105,11 +105,11 @@ def test_plain_networks_are_not_refused_and_what_they_take_is_known():
     for more in ("data = 'digits'", "mean_square = 0.5"):
         width = 64 if "data" in more else 12
         text = changed(("width = 12", f"width = {width}"), ("[sampl", f"[inputs]\n{more}\n[sampl"))
-        assert study_file.parse(text).spectrum
+        assert _study_file.parse(text).spectrum
 
 
 def run(folder, text=TEXT, **how):
-    return execution.run(study_file.parse(text), folder, **how)
+    return _execution.run(_study_file.parse(text), folder, **how)
 
 
 def whole_jacobian(network, x, key):
@@ -133,7 +133,7 @@ def whole_jacobian(network, x, key):
 @pytest.mark.parametrize("weights", ["gaussian", "orthogonal"])
 def test_singular_values_are_those_of_the_network_that_is_propagated(activation, weights):
     text = changed(('"tanh"', f'"{activation}"'), ('"gaussian", "orthogonal"', f'"{weights}"'))
-    point = study_file.parse(text).point(0)
+    point = _study_file.parse(text).point(0)
     network, x = point.network(), jnp.asarray(point.inputs(), jnp.float32)
     single = network.as_arrays(np.float32)
     for number in range(5):
@@ -153,7 +153,7 @@ def test_signals_and_jacobians_leave_a_floats_range_and_their_slopes_do_not():
     """ReLU, 400 layers of σ_w² = 0.5: signals of 1e-120, and singular values of which log s is."""
     text = changed(('"tanh"', '"relu"'), ("1.5", "0.5"), ("depth = 3", "depth = 400"))
     text = text.replace("width = 12", "width = 40").replace("sigma_b2 = 0.1\n", "")
-    point = study_file.parse(text).point(1)
+    point = _study_file.parse(text).point(1)
     key = jax.random.fold_in(point.key, 0)
     network, x = point.network(), jnp.asarray(point.inputs(), jnp.float32)
     found = np.asarray(end_to_end(network.as_arrays(np.float32), x, key))
@@ -212,7 +212,7 @@ def test_interrupted_it_ends_in_the_same_bits_and_other_chunks_change_the_roundi
             scale = 1e-5 * float(np.abs(other[name]).max())
             np.testing.assert_allclose(one[name], other[name], rtol=1e-4, atol=scale, err_msg=name)
     # Points are those of the networks, drawn one by one.
-    point = study_file.parse(TEXT).point(0)
+    point = _study_file.parse(TEXT).point(0)
     keys = [jax.random.fold_in(point.key, n) for n in range(20)]
     network, x = point.network(), jnp.asarray(point.inputs(), jnp.float32)
     s = np.exp([singular_values.end_to_end(network, x, key) for key in keys])
@@ -294,7 +294,7 @@ def test_theory_is_offered_where_q_stays_put_and_zeros_are_an_atom():
         (TEXT, False),  # q goes from 1.6 to 0.6
         (changed(('"tanh"', '"relu"')), True),  # whose slopes do not depend on q
     ):
-        network = study_file.parse(text).point(0).network()
+        network = _study_file.parse(text).point(0).network()
         log_q = np.log([1.6, 1.0, 0.7])
         law = _spectra.theory(network, log_q, bins)
         assert np.isfinite(law["shares"]).all() == known
@@ -314,7 +314,7 @@ def test_an_atom_at_an_edge_is_not_compared(tmp_path):
 
 
 def test_the_program_returns_them_beside_the_statistics():
-    point = study_file.parse(TEXT).point(1)
+    point = _study_file.parse(TEXT).point(1)
     x = jnp.asarray(point.inputs(), jnp.float32)
     laws = _programs.RandomNetworks.of(point.network(), x, point.key)
     how = {"measured": (_programs.VANISHED,), "sampler": "dense", "keep": (False, False)}

@@ -9,7 +9,7 @@ import pytest
 
 from gradflow import cli, data
 from gradflow.errors import InputError
-from gradflow.studies import _plan, study_file
+from gradflow.studies import _plan, _study_file
 
 GOOD = """
 title = "Order and chaos"
@@ -62,7 +62,7 @@ ALONG = GOOD.replace("networks = 50\n", "").replace(
 
 
 def test_a_grid_is_the_product_of_its_axes():
-    study = study_file.parse(GOOD)
+    study = _study_file.parse(GOOD)
     assert study.shape == (3, 2)
     points = list(study.points())
     assert [p.index for p in points] == [(i, j) for i in range(3) for j in range(2)]
@@ -79,18 +79,18 @@ def test_a_grid_is_the_product_of_its_axes():
 def test_numbers_alone_make_no_new_program():
     """σ_b = 0 beside others, and a range of widths: one program, and three."""
     plain = GOOD.replace('["none", "layer"]', '["none", "none"]')
-    assert len(_plan.programs(study_file.parse(plain))) == 1
+    assert len(_plan.programs(_study_file.parse(plain))) == 1
     wider = GOOD.replace("width = 30\n", "").replace(
         "[inputs]", "[[axes]]\nwidth = [10, 20, 30]\n[inputs]"
     )
-    assert len(_plan.programs(study_file.parse(wider))) == 6
+    assert len(_plan.programs(_study_file.parse(wider))) == 6
 
 
 def test_inputs_have_the_correlation_and_the_length_that_are_asked_for():
     for batch, correlation, length in ((2, 0.5, 1.0), (3, -0.5, 2.0), (4, 1.0, 0.3)):
         text = GOOD.replace("batch = 2", f"batch = {batch}\nmean_square = {length}")
         text = text.replace("correlation = 0.5", f"correlation = {correlation}")
-        x = study_file.parse(text).point(0).inputs()
+        x = _study_file.parse(text).point(0).inputs()
         gram = np.where(np.eye(batch) == 1, 1.0, correlation) * length
         np.testing.assert_allclose(x @ x.T / 30, gram, atol=1e-12)
         assert np.abs(x).min() < np.abs(x).max() < 10 * length**0.5  # none sparse
@@ -98,19 +98,19 @@ def test_inputs_have_the_correlation_and_the_length_that_are_asked_for():
 
 def test_a_point_is_known_by_its_settings_alone():
     """Whatever other points there are, and however its settings are written."""
-    names = {p.settings["sigma_w2"]: p.name for p in study_file.parse(GOOD).points()}
+    names = {p.settings["sigma_w2"]: p.name for p in _study_file.parse(GOOD).points()}
     finer = GOOD.replace("points = 3", "points = 5").replace(
         "correlation = 0.5", "correlation = 5e-1"
     )
-    again = {p.settings["sigma_w2"]: p.name for p in study_file.parse(finer).points()}
+    again = {p.settings["sigma_w2"]: p.name for p in _study_file.parse(finer).points()}
     assert all(again[value] == name for value, name in names.items())
-    other = study_file.parse(GOOD.replace("seed = 7", "seed = 8")).point(0)
+    other = _study_file.parse(GOOD.replace("seed = 7", "seed = 8")).point(0)
     assert other.name not in names.values()
-    assert other.key != study_file.parse(GOOD).point(0).key
+    assert other.key != _study_file.parse(GOOD).point(0).key
 
 
 def test_a_residual_network_with_data_and_a_target():
-    study = study_file.parse(RESIDUAL.replace("input_width = 8\n", ""))
+    study = _study_file.parse(RESIDUAL.replace("input_width = 8\n", ""))
     network = study.point(3).network()
     assert network.widths == (64, *[20] * 6)
     assert network.stages[1].block.scale == pytest.approx(5**-0.5)
@@ -122,17 +122,17 @@ def test_a_residual_network_with_data_and_a_target():
 def test_images_are_resized_to_the_inputs_width():
     for width in (8, 64, 100):
         text = RESIDUAL.replace("input_width = 8", f"input_width = {width}")
-        point = study_file.parse(text.replace('"digits"', '"digits"\nbatch = 2')).point(0)
+        point = _study_file.parse(text.replace('"digits"', '"digits"\nbatch = 2')).point(0)
         assert point.network().input_width == width
         expected = data.resized(data.digits()[:2].astype(np.float64), width)
         np.testing.assert_array_equal(point.inputs(), expected)
     with pytest.raises(InputError, match="the point .*: width is 1; .* nothing but zeros"):
-        _plan.programs(study_file.parse(RESIDUAL.replace("input_width = 8", "input_width = 1")))
+        _plan.programs(_study_file.parse(RESIDUAL.replace("input_width = 8", "input_width = 1")))
 
 
 def test_networks_along_an_axis_are_how_many_points_have_and_nothing_else():
     """The points are those of the study without, and the plan has each one's own number."""
-    study, plain = study_file.parse(ALONG), study_file.parse(GOOD)
+    study, plain = _study_file.parse(ALONG), _study_file.parse(GOOD)
     assert [p.networks for p in study.points()] == [50, 20] * 3
     assert [p.name for p in study.points()] == [p.name for p in plain.points()]
     assert [axis.name for axis in study.axes] == [axis.name for axis in plain.axes]
@@ -152,7 +152,7 @@ def test_a_point_that_is_there_twice_has_the_most_networks_that_are_asked():
         '[[axes]]\nnorm = ["none", "none"]\nnorm_position = ["pre", "post"]\n'
         "networks = [30, 40]\n[inputs]",
     )
-    (group,) = _plan.programs(study_file.parse(text))
+    (group,) = _plan.programs(_study_file.parse(text))
     assert group.networks.tolist() == [40] * 6
 
 
@@ -267,10 +267,10 @@ def changed(old, new):
 )
 def test_what_is_wrong_is_said_with_its_path(text, message):
     if message is None:
-        study_file.parse(text)
+        _study_file.parse(text)
         return
     with pytest.raises(InputError, match=message) as error:
-        study_file.parse(text)
+        _study_file.parse(text)
     assert len(str(error.value).splitlines()) == 1
     assert len(str(error.value)) < 800
 
@@ -323,7 +323,7 @@ def mutated(text, draw):
 
 def valid(text):
     try:
-        study = study_file.parse(text)
+        study = _study_file.parse(text)
         _plan.make(study, _plan.programs(study))
     except InputError:
         return False
@@ -365,4 +365,4 @@ def test_a_file_that_is_none_is_refused(tmp_path, content, message):
     if content is not None:
         file.write_bytes(content)
     with pytest.raises(InputError, match=message):
-        study_file.load(file)
+        _study_file.load(file)

@@ -88,7 +88,7 @@ def test_factors_are_those_of_norms_that_numpy_finds(widths, name, phi, weights,
     x = np.random.default_rng(0).standard_normal(widths[0]).astype(np.float32)
     found = comparison.compare(network, x[None], networks=400, explain=False).verdict
     (norms, relative), errors = numpy_gradients(widths, rule(widths), *phi, x, 400)
-    top = verdict.hidden_layers(network) - 1  # numbered from 0
+    top = verdict._hidden_layers(network) - 1  # numbered from 0
     pairs = [(found.factor, norms[0] - norms[top], top)]
     pairs.append((found.input_factor, relative[0] - relative[1], 1))
     if top < len(widths) - 2:
@@ -108,15 +108,15 @@ def test_factors_are_those_of_norms_that_numpy_finds(widths, name, phi, weights,
 
 
 def test_the_output_layer_is_apart_where_its_law_is_another():
-    assert verdict.hidden_layers(builders.mlp([50, 40, 40, 40, 3], "relu", "he")) == 4
-    assert verdict.hidden_layers(builders.mlp([50, 40, 40, 40, 3], "tanh", "glorot")) == 3
-    assert verdict.hidden_layers(builders.mlp([50, 40, 40, 40], "tanh", "lecun")) == 3
-    assert verdict.hidden_layers(builders.mlp([50, 40, 3], "tanh", "glorot")) == 2
+    assert verdict._hidden_layers(builders.mlp([50, 40, 40, 40, 3], "relu", "he")) == 4
+    assert verdict._hidden_layers(builders.mlp([50, 40, 40, 40, 3], "tanh", "glorot")) == 3
+    assert verdict._hidden_layers(builders.mlp([50, 40, 40, 40], "tanh", "lecun")) == 3
+    assert verdict._hidden_layers(builders.mlp([50, 40, 3], "tanh", "glorot")) == 2
     mup = builders.mlp([50, 40, 40, 40, 3], "relu", "he", last="mup_output")
-    assert verdict.hidden_layers(mup) == 3
+    assert verdict._hidden_layers(mup) == 3
     residual = blocks.Residual(blocks.Dense(units=40))
     head = builders.stack(50, [blocks.Linear(40), (residual, 5), blocks.Linear(3)], "tanh")
-    assert verdict.hidden_layers(head) == 6
+    assert verdict._hidden_layers(head) == 6
 
 
 def of_values(network, theory, measured, *, sites=1, error=0.01, networks_=100, **changed):
@@ -187,7 +187,7 @@ def test_norms_are_over_all_positions_of_an_input():
     """A mean over 16 positions gives each 1/16 of the gradient, and all of them 1/4."""
     network = builders.convolutional((4, 4), [1, 8, 8], "linear", "lecun", dense=[3])
     values = {"log_gradient_norm": np.array([-math.log(16), -math.log(16), 0.0])}
-    norms = verdict.log_gradient_norms(network, values, sites=16)
+    norms = verdict._log_gradient_norms(network, values, sites=16)
     np.testing.assert_allclose(norms, [-math.log(4), -math.log(4), 0], atol=1e-12)
 
 

@@ -6,12 +6,12 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray, ScalarLike
 
 from gradflow import activations
+from gradflow._norms import unit_rows
 from gradflow.activations import Activation
 from gradflow.blocks.base import AbstractBlock, Multiply
 from gradflow.errors import InputError
 from gradflow.gaussian import _batch
 from gradflow.kernels import Kernel, UnitDistribution, Unknown, multiply_kernel
-from gradflow.norms import unit_rows
 
 __all__ = ["BatchNorm"]
 

@@ -6,9 +6,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray, ScalarLike
 
+from gradflow._norms import unit_rows
 from gradflow.blocks.base import AbstractBlock, Multiply
 from gradflow.kernels import Kernel, multiply_kernel
-from gradflow.norms import unit_rows
 
 __all__ = ["LayerNorm", "RMSNorm", "UnitVariance"]
 

@@ -11,19 +11,26 @@ from typing import Annotated, NoReturn
 import typer
 
 import gradflow
-from gradflow.cli import _process, comparing, noting, studying, theory, training
+from gradflow.cli import (  # each adds its commands
+    _comparing,  # noqa: F401
+    _noting,  # noqa: F401
+    _process,
+    _studying,  # noqa: F401
+    _theory,  # noqa: F401
+    _training,  # noqa: F401
+)
 from gradflow.cli._options import Json, app
 from gradflow.cli._output import print_json
 from gradflow.errors import InputError, printable
 
-__all__ = ["app", "comparing", "main", "noting", "studying", "theory", "training"]
+__all__ = ["app", "main"]
 
 _OUT_OF_MEMORY = "out of memory; use fewer inputs, a smaller width or depth, or sampler matrix_free"
 _NOT_KNOWN_TO_JAX = ("Unable to initialize backend", "for environment", "for JAX flag")
 
 
 @app.command(name="list")
-def list_names(as_json: Json = False) -> None:
+def _list_names(as_json: Json = False) -> None:
     """Every activation, weight ensemble and statistic, by name."""
     from gradflow import activations, ensembles, statistics  # noqa: PLC0415
 

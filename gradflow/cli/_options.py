@@ -61,10 +61,10 @@ def described_by(*, every: bool = False, **defaults: Any) -> type[TyperCommand]:
     class Command(TyperCommand):
         @functools.cached_property
         def _described(self) -> list[Any]:
-            from gradflow import schema  # noqa: PLC0415  (JAX is slow to import)
+            from gradflow import _schema  # noqa: PLC0415  (JAX is slow to import)
 
-            names = dict.fromkeys((*defaults, *(schema.options() if every else ())))
-            options = [schema.options()[name] for name in names]
+            names = dict.fromkeys((*defaults, *(_schema.options() if every else ())))
+            options = [_schema.options()[name] for name in names]
             return _as_parameters({o: defaults.get(o.name) for o in options})
 
         def get_params(self, ctx: Any) -> list[Any]:
@@ -129,15 +129,15 @@ def network_options(context: typer.Context) -> dict[str, Any]:
     InputError
         If two ways are given.
     """
-    from gradflow import schema  # noqa: PLC0415  (JAX is slow to import)
+    from gradflow import _schema  # noqa: PLC0415  (JAX is slow to import)
 
-    options = schema.options()
+    options = _schema.options()
     values = {
         name: _parsed(options[name], value)
         for name, value in context.params.items()
         if name in options and value is not None and value is not False
     }
-    for ways in schema.ALTERNATIVES:
+    for ways in _schema.ALTERNATIVES:
         given = [way for way in ways if is_given(context, way)]
         if len(given) > 1:
             check_instead(context, given[-1], given[0])

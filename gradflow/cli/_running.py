@@ -29,11 +29,11 @@ def run(study: Any, folder: Path, share: Any = None) -> int:
     """
     import jax  # noqa: PLC0415
 
-    from gradflow.studies import execution  # noqa: PLC0415
+    from gradflow.studies import _execution  # noqa: PLC0415
     from gradflow.studies._plan import WHOLE  # noqa: PLC0415
 
     with _interruptible() as stop, _progress() as report:
-        outcome = execution.run(study, folder, share=share or WHOLE, progress=report, stop=stop)
+        outcome = _execution.run(study, folder, share=share or WHOLE, progress=report, stop=stop)
     if jax.process_index() == 0 and not outcome.finished:
         say(f"gradflow: {str(folder)!r} holds {outcome.networks} networks")
         raise typer.Exit(130)

@@ -8,7 +8,7 @@ import importlib
 import pkgutil
 
 from gradflow._checks import unknown_name
-from gradflow.experiments.recipe import Experiment, Recipe
+from gradflow.experiments._recipe import Experiment, Recipe
 
 __all__ = ["ALL", "Experiment", "Recipe", "get"]
 

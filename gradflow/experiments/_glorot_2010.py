@@ -7,7 +7,7 @@ from typing import Any
 
 from gradflow import builders
 from gradflow.data import Split
-from gradflow.experiments.recipe import Recipe
+from gradflow.experiments._recipe import Recipe
 from gradflow.networks import Network
 
 KINDS = {

@@ -16,7 +16,7 @@ from gradflow import activations, builders, training
 from gradflow._checks import check_count, check_scale
 from gradflow.blocks import Dense, Linear
 from gradflow.experiments import _wording
-from gradflow.experiments.recipe import Experiment, Recipe, Table
+from gradflow.experiments._recipe import Experiment, Recipe, Table
 from gradflow.figures import clipping as figure
 from gradflow.networks import Network, Stage
 from gradflow.training import Recording, Training

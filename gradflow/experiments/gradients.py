@@ -12,7 +12,7 @@ import xarray
 from gradflow import statistics
 from gradflow.experiments import _glorot_2010, _wording
 from gradflow.experiments._glorot_2010 import networks_and_data
-from gradflow.experiments.recipe import Experiment, Recipe, Table
+from gradflow.experiments._recipe import Experiment, Recipe, Table
 from gradflow.figures import weight_gradients_in_training
 from gradflow.training import Recording
 

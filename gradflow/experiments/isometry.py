@@ -25,7 +25,7 @@ from gradflow._arguments import from_seed
 from gradflow._checks import check_count
 from gradflow.data import Split
 from gradflow.experiments import _wording
-from gradflow.experiments.recipe import Experiment, Recipe, Table
+from gradflow.experiments._recipe import Experiment, Recipe, Table
 from gradflow.figures import isometry as figure
 from gradflow.networks import Network
 from gradflow.simulation import jacobians, singular_values

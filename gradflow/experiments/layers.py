@@ -17,7 +17,7 @@ import xarray
 
 from gradflow import builders, ensembles, training
 from gradflow.experiments import _wording
-from gradflow.experiments.recipe import Experiment, Recipe, Table
+from gradflow.experiments._recipe import Experiment, Recipe, Table
 from gradflow.figures import learning
 from gradflow.training import Recording
 

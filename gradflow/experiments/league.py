@@ -14,7 +14,7 @@ from gradflow._checks import unknown_name
 from gradflow.data import Split
 from gradflow.ensembles import Ensemble
 from gradflow.experiments import _wording
-from gradflow.experiments.recipe import Experiment, Recipe, Table
+from gradflow.experiments._recipe import Experiment, Recipe, Table
 from gradflow.figures import league as figure
 from gradflow.networks import Network
 from gradflow.remedies import Remedy, SickNetwork

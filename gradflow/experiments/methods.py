@@ -12,7 +12,7 @@ import xarray
 from gradflow import builders, training
 from gradflow._checks import unknown_name
 from gradflow.experiments import league
-from gradflow.experiments.recipe import Experiment, Recipe
+from gradflow.experiments._recipe import Experiment, Recipe
 from gradflow.figures import league as figure
 from gradflow.training import Recording
 

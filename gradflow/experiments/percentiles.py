@@ -12,7 +12,7 @@ import xarray
 from gradflow import statistics, training
 from gradflow.experiments import _glorot_2010, _wording
 from gradflow.experiments._glorot_2010 import networks_and_data
-from gradflow.experiments.recipe import Experiment, Recipe, Table
+from gradflow.experiments._recipe import Experiment, Recipe, Table
 from gradflow.figures import percentiles_in_training
 from gradflow.training import Recording
 

@@ -12,7 +12,7 @@ import xarray
 
 from gradflow import builders, statistics
 from gradflow.experiments import _wording
-from gradflow.experiments.recipe import Experiment, Recipe, Table
+from gradflow.experiments._recipe import Experiment, Recipe, Table
 from gradflow.figures import saturation_in_training
 from gradflow.training import Recording
 

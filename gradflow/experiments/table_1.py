@@ -11,7 +11,7 @@ import xarray
 
 from gradflow.experiments import _glorot_2010, _wording
 from gradflow.experiments._glorot_2010 import networks_and_data
-from gradflow.experiments.recipe import Experiment, Recipe, Table
+from gradflow.experiments._recipe import Experiment, Recipe, Table
 from gradflow.figures import error_curves
 from gradflow.training import Recording
 

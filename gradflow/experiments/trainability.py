@@ -15,7 +15,7 @@ from gradflow import activations, builders, ensembles, training
 from gradflow._checks import check_count
 from gradflow.activations import Activation
 from gradflow.experiments import _wording
-from gradflow.experiments.recipe import Experiment, Recipe, Table
+from gradflow.experiments._recipe import Experiment, Recipe, Table
 from gradflow.figures import trainability_map
 from gradflow.theory import criticality, fixed_points
 from gradflow.training import Recording

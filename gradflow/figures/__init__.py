@@ -16,17 +16,17 @@ training
     Networks in training: the experiments' figures.
 """
 
-from gradflow.figures import by_layer, jacobian, phases, remedy, training
+from gradflow.figures import _training, by_layer, jacobian, phases, remedy
 from gradflow.figures._drawing import Figure, save
+from gradflow.figures._training import *
 from gradflow.figures.by_layer import *
 from gradflow.figures.jacobian import *
 from gradflow.figures.phases import *
 from gradflow.figures.remedy import *
-from gradflow.figures.training import *
 
 __all__ = ["OF_COMPARISONS", "Figure", "save"]
 __all__ += [*by_layer.__all__, *phases.__all__, *remedy.__all__]
-__all__ += [*jacobian.__all__, *training.__all__]
+__all__ += [*jacobian.__all__, *_training.__all__]
 
 # The figures that any comparison has, by name.
 OF_COMPARISONS = {name: getattr(by_layer, name) for name in by_layer.__all__}

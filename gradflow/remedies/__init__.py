@@ -24,7 +24,7 @@ from gradflow.ensembles import Ensemble
 from gradflow.errors import InputError
 from gradflow.networks import Network
 from gradflow.predictions import Prediction
-from gradflow.remedies.table import ALL, AS_IT_IS, Remedy, SickNetwork
+from gradflow.remedies._table import ALL, AS_IT_IS, Remedy, SickNetwork
 from gradflow.simulation import jacobians, singular_values
 
 __all__ = ["ALL", "Outcome", "Remedies", "Remedy", "SickNetwork", "proposals", "run"]

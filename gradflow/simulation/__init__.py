@@ -1,7 +1,5 @@
 """Simulation: the same statistics, measured in many random networks at once.
 
-samplers
-    How a product with a random matrix is drawn: ``dense``, ``matrix_free``.
 propagation
     One random network, forward and backward, and its statistics.
 jacobians
@@ -19,7 +17,6 @@ from gradflow.simulation import (
     monte_carlo,
     partial_norms,
     propagation,
-    samplers,
     singular_values,
 )
 
@@ -28,6 +25,5 @@ __all__ = [
     "monte_carlo",
     "partial_norms",
     "propagation",
-    "samplers",
     "singular_values",
 ]

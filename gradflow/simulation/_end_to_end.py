@@ -9,10 +9,11 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from gradflow._arguments import as_key
+from gradflow._inputs import as_inputs
+from gradflow._norms import unit_rows
 from gradflow.blocks import AbstractBlock
 from gradflow.errors import InputError
-from gradflow.networks import Network, as_inputs
-from gradflow.norms import unit_rows
+from gradflow.networks import Network
 from gradflow.simulation import _linearisation
 from gradflow.simulation._layers import LayerKey, layer_keys, scan_blocks
 from gradflow.simulation._linearisation import MatrixSampler

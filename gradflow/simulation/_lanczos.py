@@ -19,9 +19,9 @@ from jaxtyping import Array, Float, Int
 
 from gradflow._arguments import as_real
 from gradflow._checks import check_count, check_instance
+from gradflow._norms import unit_rows
 from gradflow.errors import InputError
 from gradflow.networks import Network
-from gradflow.norms import unit_rows
 from gradflow.simulation import jacobians
 from gradflow.simulation._matrices import orthonormal_rows
 from gradflow.simulation.jacobians import Jacobian

@@ -19,7 +19,7 @@ from gradflow.blocks import AbstractBlock
 from gradflow.ensembles import Distribution
 from gradflow.errors import InputError
 from gradflow.networks import Network
-from gradflow.simulation import _matrices, samplers
+from gradflow.simulation import _matrices, _samplers
 from gradflow.simulation._layers import LayerKey
 from gradflow.simulation._matrices import Drawn, Matrix
 
@@ -119,13 +119,13 @@ def matrix_sampler(
         If it is ``matrix_free``, and layers share their weights.
     """
     if not network.tied:
-        return MatrixSampler(samplers.choose(sampler, network)[0], places)
+        return MatrixSampler(_samplers.choose(sampler, network)[0], places)
     if sampler == "matrix_free":
         raise InputError(
             f"sampler is 'matrix_free', and the time steps of {network.name!r} share their "
             "weights; a Jacobian of such a network takes sampler 'dense' or 'auto'"
         )
-    name = samplers.choose("dense" if sampler == "auto" else sampler, network)[0]
+    name = _samplers.choose("dense" if sampler == "auto" else sampler, network)[0]
     return MatrixSampler(name, places)
 
 

@@ -45,9 +45,9 @@ from jax.typing import ArrayLike, DTypeLike
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from gradflow._checks import is_traced
+from gradflow._norms import unit_rows
 from gradflow.ensembles import Distribution
 from gradflow.errors import InputError
-from gradflow.norms import unit_rows
 from gradflow.simulation import _threefry
 
 __all__ = ["LARGE_TILE", "Drawn", "Gaussian", "Matrix", "Orthogonal", "Redrawn"]

@@ -21,11 +21,11 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from gradflow._labels import Values
+from gradflow._norms import unit_rows
 from gradflow.blocks import AbstractBlock
 from gradflow.errors import InputError
 from gradflow.networks import Network, Stage
-from gradflow.norms import unit_rows
-from gradflow.simulation import _linearisation, _scales, samplers
+from gradflow.simulation import _linearisation, _samplers, _scales
 from gradflow.simulation._layers import (
     LayerKey,
     LayerWeights,
@@ -35,7 +35,7 @@ from gradflow.simulation._layers import (
 )
 from gradflow.simulation._linearisation import MatrixSampler, Point
 from gradflow.simulation._matrices import Drawn, Matrix
-from gradflow.simulation.samplers import SAMPLERS
+from gradflow.simulation._samplers import SAMPLERS
 from gradflow.statistics import BackwardSample, ForwardSample, Statistic
 
 __all__ = ["Given", "Keep", "Passes", "checkpoints", "run"]
@@ -83,7 +83,7 @@ def run(
     if given.weights is not None:
         check_weights(network, given.weights)
     else:
-        sampler = samplers.choose(sampler, network, len(inputs))[0]
+        sampler = _samplers.choose(sampler, network, len(inputs))[0]
     forward = [s for s in wanted if not s.backward]
     backward = [s for s in wanted if s.backward]
     keys = jax.random.split(key, network.depth + 1)
@@ -381,7 +381,7 @@ def _pull_back(
 
     def apply(signal: Array, taps: Array) -> Array:
         remaining = iter(taps)
-        times = sampler if key.weights is None else samplers.given(key.weights.matrices)
+        times = sampler if key.weights is None else _samplers.given(key.weights.matrices)
 
         def product(weights_key: PRNGKeyArray, x: Array, **law: Any) -> Array:
             tap = jnp.broadcast_to(next(remaining), (x.shape[0], x.shape[0]))

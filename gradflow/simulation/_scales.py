@@ -7,8 +7,8 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
+from gradflow._norms import unit_rows
 from gradflow.networks import Network
-from gradflow.norms import unit_rows
 
 __all__ = [
     "add",

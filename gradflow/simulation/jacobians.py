@@ -22,9 +22,10 @@ from jaxtyping import Array, Float, PRNGKeyArray
 from gradflow import _compilation
 from gradflow._arguments import as_key, as_numbers, as_real
 from gradflow._checks import check_count, check_instance
+from gradflow._inputs import as_inputs
 from gradflow.blocks import AbstractBlock
 from gradflow.errors import InputError
-from gradflow.networks import Network, Stage, as_inputs, check_network
+from gradflow.networks import Network, Stage, check_network
 from gradflow.simulation import _linearisation
 from gradflow.simulation._layers import (
     LayerKey,

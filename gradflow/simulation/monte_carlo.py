@@ -22,14 +22,15 @@ import xarray
 from jax.typing import ArrayLike
 from jaxtyping import Array, PRNGKeyArray
 
-from gradflow import estimation, statistics
+from gradflow import _estimates, statistics
 from gradflow._arguments import as_key
 from gradflow._checks import check_count, check_progress
+from gradflow._inputs import as_inputs
 from gradflow._labels import Values, checked, key_of, labelled, layers
 from gradflow.errors import InputError
 from gradflow.estimation import Estimate, Histogram
-from gradflow.networks import Network, as_inputs
-from gradflow.simulation import _memory, _programs, propagation, samplers
+from gradflow.networks import Network
+from gradflow.simulation import _memory, _programs, _samplers, propagation
 from gradflow.simulation._programs import OVERFLOWED, VANISHED, RandomNetworks
 from gradflow.statistics import Statistic
 
@@ -204,7 +205,7 @@ def simulate(
     if check_count("networks", networks) > _MOST_NETWORKS:
         raise InputError(f"networks is {networks}; it is at most {_MOST_NETWORKS}")
     inputs = as_inputs(inputs, network)
-    sampler, reason = samplers.choose(sampler, network, inputs.shape[0])
+    sampler, reason = _samplers.choose(sampler, network, inputs.shape[0])
     key = as_key(key)
     devices = _memory.checked_devices(jax.devices() if devices is None else devices)
     check_progress(progress)
@@ -262,7 +263,7 @@ class _Run(NamedTuple):
                 progress(done, self.networks)
         finished = time.perf_counter()
         return Simulation(
-            estimates={name: estimation.merge(part) for name, part in parts.items()},
+            estimates={name: _estimates.merge(part) for name, part in parts.items()},
             histograms=self._histograms() if histograms else {},
             samples={name: np.concatenate(each) for name, each in samples.items()},
             overflowed=overflowed,
@@ -284,7 +285,7 @@ class _Run(NamedTuple):
         return _chunk_size(self.networks, together, self.plan.workers, values)
 
     def _compile(self, law: RandomNetworks, chunk: int) -> Callable:
-        each = samplers.seconds(self.sampler, self.network, self.inputs.shape[0])
+        each = _samplers.seconds(self.sampler, self.network, self.inputs.shape[0])
         return _programs.compiled(
             law,
             chunk,
@@ -321,9 +322,9 @@ class _Run(NamedTuple):
         # Signals have a scale beside them only where φ is linear for them.
         h = [np.asarray(self.network.activation(jnp.asarray(value))) for value in z]
         return {
-            "preactivation": estimation.histogram(z, log_scale),
-            "activation": estimation.histogram(h, log_scale),
-            "gradient": estimation.histogram(delta, log_norm),
+            "preactivation": _estimates.histogram(z, log_scale),
+            "activation": _estimates.histogram(h, log_scale),
+            "gradient": _estimates.histogram(delta, log_norm),
         }
 
 

@@ -10,10 +10,11 @@ from jaxtyping import Array, Float, PRNGKeyArray
 
 from gradflow._arguments import as_key
 from gradflow._checks import check_count
+from gradflow._inputs import as_inputs
+from gradflow._norms import unit_rows
 from gradflow.blocks import AbstractBlock
 from gradflow.errors import InputError
-from gradflow.networks import Network, as_inputs
-from gradflow.norms import unit_rows
+from gradflow.networks import Network
 from gradflow.simulation import _linearisation
 from gradflow.simulation._factors import checked_factors
 from gradflow.simulation._layers import layer_keys, scan_blocks

@@ -18,13 +18,14 @@ from jaxtyping import Array, Float, PRNGKeyArray
 from gradflow import statistics
 from gradflow._arguments import as_key
 from gradflow._checks import is_traced
+from gradflow._inputs import as_inputs
 from gradflow._labels import Values, checked
 from gradflow.blocks import AbstractBlock
 from gradflow.errors import InputError
-from gradflow.networks import Network, as_inputs, check_lsuv
-from gradflow.simulation import _passes, samplers
+from gradflow.networks import Network, check_lsuv
+from gradflow.simulation import _passes, _samplers
 from gradflow.simulation._layers import LayerKey, LayerWeights, layer_keys, scan_blocks
-from gradflow.simulation.samplers import SAMPLERS
+from gradflow.simulation._samplers import SAMPLERS
 from gradflow.statistics import Statistic
 
 __all__ = ["Signals", "lsuv", "propagate", "signals"]
@@ -170,7 +171,7 @@ def lsuv(
     """
     inputs, key = as_inputs(inputs, network), as_key(key)
     check_lsuv(network)
-    multiply_by_one = SAMPLERS[samplers.choose(sampler, network, len(inputs))[0]]
+    multiply_by_one = SAMPLERS[_samplers.choose(sampler, network, len(inputs))[0]]
     tap = jnp.zeros((inputs.shape[0],) * 2, inputs.dtype)
 
     def layer(

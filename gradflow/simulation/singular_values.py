@@ -34,9 +34,10 @@ from jaxtyping import Array, ArrayLike, Float, Int, PRNGKeyArray
 
 from gradflow._arguments import as_key, as_real, from_seed
 from gradflow._checks import check_count, check_instance, check_number, is_traced
+from gradflow._inputs import as_inputs
+from gradflow._norms import unit_rows
 from gradflow.errors import InputError
-from gradflow.networks import Network, as_inputs
-from gradflow.norms import unit_rows
+from gradflow.networks import Network
 from gradflow.simulation import _end_to_end, _lanczos, _memory
 from gradflow.simulation._factors import checked_factors
 from gradflow.simulation._lanczos import ExtremeSingularValues, bidiagonalise

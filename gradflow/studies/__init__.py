@@ -1,9 +1,9 @@
 """Studies: random networks over a grid that a file describes, in any number, beside theory.
 
-    study = study_file.load(Path("study.toml"))
-    outcome = execution.run(study, folder)          # `gradflow study FILE --out FOLDER`
-    with results.opened(outcome.results) as dataset:
-        page = report.page(dataset)
+    study = studies.load(Path("study.toml"))
+    outcome = studies.run(study, folder)            # `gradflow study FILE --out FOLDER`
+    with studies.open_results(outcome.results) as dataset:
+        page = studies.report.page(dataset)
 
 Words that have one meaning throughout:
 
@@ -20,19 +20,21 @@ measurements what was measured in networks of some points, as estimates that can
 store        the folder with all that is finished
 results      the labelled file that is made of the measurements and of theory at the end
 
-Public: `study_file` (reads a study), `execution` (run, merge), `store` (the folder to read),
-`results` and `report`. Private: a study and its points as data (`_study`, `_point`); which
-programs draw it in which chunks (`_plan`); drawing one task (`_runner`); the files of rounds and
-chunks and their checksums (`_rounds`, `_measurements`, `_sealed`); and what is derived from
-statistics: `_depth_scales`, `_gradient_spread`, `_spectra`.
+Private: running and merging (`_execution`); the folder (`_store`); the labelled results
+(`_results`); a study and its points as data (`_study`, `_point`); study files
+(`_study_file`); which programs draw it in which
+chunks (`_plan`); drawing one task (`_runner`); the files of rounds and chunks and their checksums
+(`_rounds`, `_measurements`, `_sealed`); and what is derived from statistics: `_depth_scales`,
+`_gradient_spread`, `_spectra`.
 """
 
-from gradflow.studies import execution, report, results, store, study_file
+from gradflow.studies import report
+from gradflow.studies._execution import merge, run
 from gradflow.studies._plan import Share
+from gradflow.studies._results import open_results
+from gradflow.studies._store import Store
 from gradflow.studies._study import Study
-from gradflow.studies.execution import merge, run
-from gradflow.studies.store import Store
-from gradflow.studies.study_file import load
+from gradflow.studies._study_file import load, parse
 
-__all__ = ["Share", "Store", "Study", "execution", "load", "merge", "report", "results"]
-__all__ += ["run", "store", "study_file"]
+__all__ = ["Share", "Store", "Study", "load", "merge", "open_results", "parse"]
+__all__ += ["report", "run"]

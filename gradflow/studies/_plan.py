@@ -19,7 +19,7 @@ import numpy as np
 
 from gradflow.errors import InputError
 from gradflow.networks import Network
-from gradflow.simulation import _end_to_end, _memory, samplers
+from gradflow.simulation import _end_to_end, _memory, _samplers
 from gradflow.studies._point import varies_as_number
 from gradflow.studies._study import Study
 
@@ -92,7 +92,7 @@ class Program:
     @functools.cached_property
     def seconds(self) -> float:
         """Estimated time of one network on one core."""
-        walk = samplers.seconds(self.sampler, self.network, self.sites)
+        walk = _samplers.seconds(self.sampler, self.network, self.sites)
         walk += _STATISTIC_SECONDS * self.statistics * float(self.units.sum())
         return walk + (_end_to_end.seconds(self.network) if self.spectrum else 0.0)
 
@@ -252,7 +252,7 @@ def programs(study: Study) -> tuple[Program, ...]:
         network, sites, points = first[key], key[1], sorted(unordered)
         sampler, reason = "dense", "singular values take all weights"
         if not measured:
-            sampler, reason = samplers.choose(study.sampling.sampler, network, sites)
+            sampler, reason = _samplers.choose(study.sampling.sampler, network, sites)
         numbers = np.array([number for number, _ in points], np.int64)
         names = np.array([name for _, name in points], np.uint64)
         count = np.array([networks[name] for _, name in points], np.int64)

@@ -12,12 +12,12 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, ArrayLike, Key, PRNGKeyArray, UInt32
 
-from gradflow import networks, schema
+from gradflow import _schema, networks
 from gradflow._arguments import PRNG
 from gradflow._entries import Number, OneOf, Whole, scale, shown
+from gradflow._schema import NONE, Option
 from gradflow.errors import InputError
 from gradflow.networks import Network
-from gradflow.schema import NONE, Option
 
 __all__ = ["DIGITS_IMAGES", "DIGITS_WIDTH", "INPUTS", "Point", "keys", "resolved"]
 __all__ += ["varies_as_number"]
@@ -96,11 +96,11 @@ class Point:
                     f"inputs.batch is {batch}, and the input's width {width}; there are at most as "
                     "many inputs as it has components"
                 )
-            options = schema.options()
+            options = _schema.options()
             described = {field: v for field, v in self.settings.items() if field in options}
             if "widths" not in described:
                 described["input_width"] = width
-            network = schema.network(described)
+            network = _schema.network(described)
         except InputError as error:
             raise InputError(f"the point {self.description}: {error}") from error
         biased = "sigma_b" in self.settings or "sigma_b2" in self.settings
@@ -134,7 +134,7 @@ _ENCODER = json.JSONEncoder(sort_keys=True)
 def resolved(fields: Mapping[str, Any]) -> dict[str, Any]:
     """The settings of a point, with no field that makes no difference to it."""
     settings = {**_DEFAULTS, **fields}
-    idle = [field for field in settings if schema.is_idle(field, settings)]
+    idle = [field for field in settings if _schema.is_idle(field, settings)]
     if settings.get("data", NONE) != NONE:
         idle += ["mean_square", "correlation"]
     if settings["batch"] == 1:
@@ -143,7 +143,7 @@ def resolved(fields: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _option(field: str) -> Option:
-    return INPUTS[field] if field in INPUTS else schema.options()[field]
+    return INPUTS[field] if field in INPUTS else _schema.options()[field]
 
 
 def varies_as_number(field: str) -> bool:
@@ -204,7 +204,7 @@ def _inputs(
 
 
 # What stands in [inputs], by name.
-INPUTS = {name: o for name, o in schema.read_options(_inputs).items() if name != "width"}
+INPUTS = {name: o for name, o in _schema.read_options(_inputs).items() if name != "width"}
 # The fields that each point has, given or not: its name depends on them.
 _DEFAULTS: dict[str, Any] = {"kind": "mlp", "norm": NONE, "batch": 1}
 _DEFAULTS |= {"mean_square": 1.0, "correlation": 0.0}

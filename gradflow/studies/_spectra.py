@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from gradflow import spectra
+from gradflow import _bins
 from gradflow._compilation import Float64Program
 from gradflow.activations import Activation
 from gradflow.networks import Network
@@ -75,7 +75,7 @@ def counted(logs: np.ndarray, point: np.ndarray, bins: HistogramRange) -> dict[s
     points = int(point[-1]) + 1
     known = ~np.isnan(logs).any(axis=1)
     logs, point = logs[known].astype(np.float64), point[known]
-    counts = spectra.counts_in_bins(logs, bins.edges)
+    counts = _bins.counts_in_bins(logs, bins.edges)
     with np.errstate(over="ignore", under="ignore"):
         s = np.exp(logs)
     with np.errstate(all="ignore"):
@@ -187,7 +187,7 @@ def labelled(
     """
     networks, counts = sums["networks"], sums["counts"]
     every = counts.sum(axis=1)[:, None]  # singular values, of all networks
-    mean, error = spectra.mean_and_error(counts, sums["squares"], networks[:, None])
+    mean, error = _bins.mean_and_error(counts, sums["squares"], networks[:, None])
     with np.errstate(divide="ignore", invalid="ignore"):
         k = every / networks[:, None]
         share, error = mean / k, error / k
@@ -207,7 +207,7 @@ def labelled(
         (-1, "singular_values_above"),
     ):
         results |= _compared(name, (), *[p[:, column] for p in (share, error, laws["shares"], z)])
-    values, errors = spectra.mean_and_error(sums["sums"], sums["sums_of_squares"], sums["known"])
+    values, errors = _bins.mean_and_error(sums["sums"], sums["sums_of_squares"], sums["known"])
     expected = laws["values"]
     rounding = _ROUNDING * depth * float(np.finfo(dtype).eps) * (1 + np.abs(expected))
     z = (values - expected) / np.hypot(errors, rounding)

@@ -23,7 +23,7 @@ from gradflow import figures, statistics
 from gradflow.figures import _study
 from gradflow.figures._drawing import COLOURS, MARKERS
 from gradflow.figures._study import MOST_Z
-from gradflow.studies import results
+from gradflow.studies import _results
 from gradflow.verdict import word
 
 __all__ = ["page"]
@@ -48,10 +48,10 @@ def page(dataset: xarray.Dataset) -> str:
     Parameters
     ----------
     dataset
-        The results that `results.opened` or `results.assemble` return.
+        The results that `results.open_results` or `results.assemble` return.
     """
     title = dataset.attrs["title"] or "A study without a title"
-    rows = [results.agreement(dataset, name) for name in results.compared(dataset)]
+    rows = [_results.agreement(dataset, name) for name in _results.compared(dataset)]
     parts = [
         f"<h1>{_safe(title)}</h1>",
         f"<p class=question>{_safe(dataset.attrs['question'])}</p>",
@@ -160,9 +160,9 @@ def _verdict(rows: Sequence[dict[str, Any]]) -> str:
         return "Nothing is compared: there is no standard error, or no theory."
     within = sum(row["within"] * row["values"] for row in rows if row["values"]) / total
     # Of values that theory is right about, Student's t aside.
-    expected = 1 - 2 * scipy.stats.norm.sf(results.LARGE)
+    expected = 1 - 2 * scipy.stats.norm.sf(_results.LARGE)
     sentence = (
-        f"{100 * within:.4g} % of {total} values are within {results.LARGE:g} standard errors of "
+        f"{100 * within:.4g} % of {total} values are within {_results.LARGE:g} standard errors of "
         f"the theory of infinite width ({100 * expected:.4g} % would be where theory is exact)"
     )
     known = [row for row in rows if not math.isnan(row["within_finite_width"])]
@@ -185,7 +185,7 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[str]], texts: Sequence[i
 
 
 def _agreement_table(rows: Sequence[dict[str, Any]]) -> str:
-    head = ("statistic", "values", f"|z| < {results.LARGE:g}", "with the width's effect")
+    head = ("statistic", "values", f"|z| < {_results.LARGE:g}", "with the width's effect")
     return _table(
         (*head, "largest |z|"),
         [

@@ -14,11 +14,12 @@ from jax.typing import ArrayLike
 
 from gradflow._compilation import Float64Program
 from gradflow._first_order import FiniteLayers
-from gradflow.networks import Network, checked_inputs
+from gradflow._inputs import checked_inputs
+from gradflow.networks import Network
 from gradflow.predictions import Corrections, Prediction
 from gradflow.theory import mean_field
 from gradflow.theory._limits import limits, prediction
-from gradflow.theory.finite_width import carried_means, first_order
+from gradflow.theory.finite_width import _carried_means, first_order
 from gradflow.theory.finite_width._layers import finite_layers
 
 __all__ = ["arguments_of", "compile_programs", "layers_ahead", "prepare"]
@@ -105,7 +106,7 @@ def _programs(
     The first then also returns the second one's argument.
     """
     arguments = (network, gram, mean)
-    if finite_width and carried_means.covers(network):
+    if finite_width and _carried_means.covers(network):
         return [program(_predict_and_correct_carried_means, *arguments)]
     if not (finite_width and first_order.covers(network)):
         return [program(mean_field.predict, *arguments)]
@@ -125,7 +126,7 @@ def _predict_and_correct_carried_means(
     network: Network, gram: ArrayLike, mean: ArrayLike
 ) -> tuple[Prediction, Corrections]:
     both = limits(network, gram, mean)
-    return prediction(*both), carried_means.correct_limits(network, *both)
+    return prediction(*both), _carried_means.correct_limits(network, *both)
 
 
 def program(

@@ -14,7 +14,7 @@ from gradflow.predictions import Corrections, Prediction
 from gradflow.theory import _densities, mean_field
 from gradflow.theory._limits import limits
 from gradflow.theory._programs import arguments_of, prepare, prepare_asymptotic_log_chi, program
-from gradflow.theory.finite_width import carried_means, first_order
+from gradflow.theory.finite_width import _carried_means, first_order
 
 __all__ = ["asymptotic_log_chi", "correct", "densities", "predict", "predict_and_correct"]
 
@@ -60,7 +60,7 @@ def correct(network: Network, inputs: ArrayLike) -> Corrections | None:
         If the inputs are not of the network's width.
     """
     arguments = arguments_of(network, inputs)[:2]
-    for theory in (carried_means, first_order):
+    for theory in (_carried_means, first_order):
         if theory.covers(network):
             return program(theory.correct, *arguments)(*arguments)
     return None

@@ -13,9 +13,10 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, PRNGKeyArray
 
 from gradflow._arguments import as_key
+from gradflow._inputs import as_inputs
+from gradflow._norms import unit_rows
 from gradflow.errors import InputError
-from gradflow.networks import Network, Stage, as_inputs, check_network
-from gradflow.norms import unit_rows
+from gradflow.networks import Network, Stage, check_network
 from gradflow.simulation import _linearisation, _matrices
 from gradflow.simulation._layers import (
     LayerKey,

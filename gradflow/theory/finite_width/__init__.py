@@ -4,10 +4,8 @@ exact
     Exact laws of one input's length and gain, linear and ReLU; the length's 1/n corrections.
 first_order
     First order in 1/n of every statistic: the shift of its mean, its spread between networks.
-carried_means
-    What finite width does to gradients where a mean over units is carried along.
 """
 
-from gradflow.theory.finite_width import carried_means, exact, first_order
+from gradflow.theory.finite_width import exact, first_order
 
-__all__ = ["carried_means", "exact", "first_order"]
+__all__ = ["exact", "first_order"]

@@ -11,7 +11,7 @@ from rich.table import Table
 
 from gradflow._checks import check_count
 from gradflow._files import complete
-from gradflow.cli import noting
+from gradflow.cli import _noting
 from gradflow.cli._options import (
     Json,
     Out,
@@ -75,7 +75,7 @@ def study(
                 raise InputError(
                     f"--{name} goes with a study file; the main job's is scripts/paper.toml"
                 )
-        noting.note(out=out, as_json=as_json)
+        _noting.note(out=out, as_json=as_json)
         return
     check_instead(context, "coordinator", "auto")
     check_beside(context, "processes", "coordinator")
@@ -93,18 +93,18 @@ def _run_file(file: Path, folder: Path, share: str | None, as_json: bool) -> Non
     """Run a study file, or a share of it, into a folder, and show the results."""
     import jax  # noqa: PLC0415
 
-    from gradflow.studies import results, study_file  # noqa: PLC0415
+    from gradflow.studies import _results, _study_file  # noqa: PLC0415
 
     part = None if share is None else _part(share)
-    networks = run(study_file.load(file), folder, part)
+    networks = run(_study_file.load(file), folder, part)
     if jax.process_index() > 0:
         return
-    written = folder / results.FILE
+    written = folder / _results.FILE
     report = {"finished": True, "networks": networks, "files": [str(written)]}
 
     def parts() -> Iterator[Table | str]:
-        with results.opened(written) as dataset:
-            yield from _results(dataset.attrs["title"] or file.name, dataset)
+        with _results.open_results(written) as dataset:
+            yield from _results_in_words(dataset.attrs["title"] or file.name, dataset)
         yield f"written   {written}; gradflow show {folder}"
 
     show(report, parts, as_json=as_json)
@@ -134,11 +134,11 @@ def _part(text: str) -> Any:
 )
 def plan(file: File, as_json: Json = False) -> None:
     """Say what a study file would take: programs, networks, memory and time; nothing is run."""
-    from gradflow.studies import _plan, results, study_file  # noqa: PLC0415
+    from gradflow.studies import _plan, _results, _study_file  # noqa: PLC0415
 
-    described = study_file.load(file)
+    described = _study_file.load(file)
     made = _plan.first_round(described)
-    results.check(described)
+    _results.check(described)
     sampling = described.sampling
     rows = [
         {
@@ -198,12 +198,12 @@ def merge(
     out: Annotated[Path, typer.Option(help="A new folder for the whole.", show_default=False)],
 ) -> None:
     """Put together the shares of a study that hosts drew without knowing of each other."""
-    from gradflow.studies import execution, results  # noqa: PLC0415
+    from gradflow.studies import _execution, _results  # noqa: PLC0415
 
     console = make_console()
-    written = execution.merge(folders, out)
-    with results.opened(written) as dataset:
-        for part in _results(dataset.attrs["title"], dataset):
+    written = _execution.merge(folders, out)
+    with _results.open_results(written) as dataset:
+        for part in _results_in_words(dataset.attrs["title"], dataset):
             console.print(part)
     console.print(f"written   {written}; gradflow show {out}")
 
@@ -214,8 +214,8 @@ def merge(
 )
 def show_study(folder: Folder, as_json: Json = False) -> None:
     """Show the results of a study, beside theory, or how far it is."""
-    from gradflow.studies import results  # noqa: PLC0415
-    from gradflow.studies.store import Store  # noqa: PLC0415
+    from gradflow.studies import _results  # noqa: PLC0415
+    from gradflow.studies._store import Store  # noqa: PLC0415
 
     store = Store.of(folder)
     described = store.study
@@ -237,16 +237,16 @@ def show_study(folder: Folder, as_json: Json = False) -> None:
 
         show(report, progress, as_json=as_json)
         return
-    with results.opened(store.results) as dataset:
+    with _results.open_results(store.results) as dataset:
         if as_json:
-            names = results.compared(dataset)
-            report["statistics"] = [results.agreement(dataset, name) for name in names]
-        show(report, lambda: _results(described.title, dataset), as_json=as_json)
+            names = _results.compared(dataset)
+            report["statistics"] = [_results.agreement(dataset, name) for name in names]
+        show(report, lambda: _results_in_words(described.title, dataset), as_json=as_json)
 
 
-def _results(title: str, dataset: xarray.Dataset) -> Iterator[Table | str]:
+def _results_in_words(title: str, dataset: xarray.Dataset) -> Iterator[Table | str]:
     """What a finished study has: its grid, and by statistic how measurement and theory agree."""
-    from gradflow.studies import results  # noqa: PLC0415
+    from gradflow.studies import _results  # noqa: PLC0415
 
     axes = dataset.attrs["axes"].split()
     shape = " × ".join(f"{axis} ({dataset.sizes[axis]})" for axis in axes) or "one point"
@@ -257,25 +257,25 @@ def _results(title: str, dataset: xarray.Dataset) -> Iterator[Table | str]:
         f"grid      {_one_line(shape)}, {dataset.sizes['layer']} layers; "
         f"{dataset.attrs['networks']:.0f} networks, {dataset.attrs['dtype']}"
     )
-    names = results.compared(dataset)
+    names = _results.compared(dataset)
     shifted = any(f"{name}_finite_width_z" in dataset for name in names)
     rows = []
     for name in names:
-        row = results.agreement(dataset, name)
+        row = _results.agreement(dataset, name)
         where = (
             f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in row["where"].items()
         )
         cells = {
             "statistic": name,
             "values": str(row["values"]),
-            f"|z| < {results.LARGE:g}": _share(row["within"]),
+            f"|z| < {_results.LARGE:g}": _share(row["within"]),
             "largest |z|": f"{row['largest_z']:.3g}",
             "there measured": f"{row['measured']:.5g}",
             "theory": f"{row['theory']:.5g}",
             "where": ", ".join(where),
         }
         if shifted:
-            cells[f"|z| < {results.LARGE:g}, width known"] = _share(row["within_finite_width"])
+            cells[f"|z| < {_results.LARGE:g}, width known"] = _share(row["within_finite_width"])
         rows.append(cells)
     yield table("measured beside theory", rows, text=("statistic", "where"))
 
@@ -296,8 +296,8 @@ def export(
     netcdf: Annotated[Path | None, typer.Option(help="Everything, labelled.")] = None,
 ) -> None:
     """Write the results of a study so far to a file of another kind."""
-    from gradflow.studies import results  # noqa: PLC0415
-    from gradflow.studies.store import Store  # noqa: PLC0415
+    from gradflow.studies import _results  # noqa: PLC0415
+    from gradflow.studies._store import Store  # noqa: PLC0415
 
     if not (csv or parquet or netcdf):
         raise InputError("no format is given; give --csv, --parquet or --netcdf, and a file")
@@ -306,9 +306,9 @@ def export(
         if target is not None:
             writable_file(target, name)
     if store.results is None:
-        dataset = results.assemble(store)
+        dataset = _results.assemble(store)
     else:
-        with results.opened(store.results) as labelled:
+        with _results.open_results(store.results) as labelled:
             dataset = labelled.load()
     plain = dataset.drop_dims([d for d in dataset.dims if str(d).endswith("_bin")])
     for name, target in (("csv", csv), ("parquet", parquet)):
@@ -326,16 +326,16 @@ def report(
     ] = None,
 ) -> None:
     """Write a page on the results of a finished study: one file of HTML that needs nothing else."""
+    from gradflow.studies import _results  # noqa: PLC0415
     from gradflow.studies import report as reports  # noqa: PLC0415
-    from gradflow.studies import results  # noqa: PLC0415
-    from gradflow.studies.store import Store  # noqa: PLC0415
+    from gradflow.studies._store import Store  # noqa: PLC0415
 
     store = Store.of(folder)
     if store.results is None:
         raise InputError(f"the study in {str(folder)!r} is not finished; `gradflow show` says more")
     page = out or folder / "report.html"
     writable_file(page)
-    with results.opened(store.results) as dataset:
+    with _results.open_results(store.results) as dataset:
         write_text(reports.page(dataset), page)
     make_console().print(f"written   {page}")
 

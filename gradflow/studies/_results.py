@@ -24,11 +24,20 @@ from gradflow.studies import _depth_scales, _gradient_spread, _plan, _spectra
 from gradflow.studies._measurements import Measurements
 from gradflow.studies._plan import Program
 from gradflow.studies._runner import SPECTRUM, THEORY
+from gradflow.studies._store import Store
 from gradflow.studies._study import Axis, Study, coordinate_name
-from gradflow.studies.store import Store
 from gradflow.theory._depth_scales import DEPTH_SCALES
 
-__all__ = ["FILE", "LARGE", "agreement", "assemble", "check", "compared", "opened", "theory_of"]
+__all__ = [
+    "FILE",
+    "LARGE",
+    "agreement",
+    "assemble",
+    "check",
+    "compared",
+    "open_results",
+    "theory_of",
+]
 __all__ += ["write"]
 
 # The name of the file in a store.
@@ -210,7 +219,7 @@ def _labels(axis: Axis) -> list[str] | np.ndarray:
 
 
 @contextlib.contextmanager
-def opened(path: Path) -> Iterator[xarray.Dataset]:
+def open_results(path: Path) -> Iterator[xarray.Dataset]:
     """Open the results' file of a `Store`, which has checked it.
 
     Raises

@@ -27,7 +27,7 @@ from gradflow.errors import InputError
 
 if TYPE_CHECKING:
     from gradflow.experiments import Experiment
-    from gradflow.experiments.recipe import Option
+    from gradflow.experiments._recipe import Option
 
 
 class _WithExperiments(TyperCommand):

@@ -60,7 +60,7 @@ def compare(
 
     The input is a digit image of 64 pixels, or resized to another width.
     """
-    from gradflow import comparison, data, schema  # noqa: PLC0415  (JAX is slow to import)
+    from gradflow import _schema, comparison, data  # noqa: PLC0415  (JAX is slow to import)
 
     described = network_options(context)
     check_count("width", context.params["width"])
@@ -72,7 +72,7 @@ def compare(
         raise InputError(f"inputs is {inputs}; there are {len(images)} digit images")
     if "widths" not in described:
         described.setdefault("input_width", images.shape[1])
-    network = schema.network(described)
+    network = _schema.network(described)
     named = [name for name in ("activation", "weights") if name in described]
     folder = results_folder(context, *named, out=out)
 
@@ -232,12 +232,12 @@ def _table_of_remedies(title: str, outcomes: Sequence[Any]) -> Table:
 
 def _float_ranges(result: Any) -> list[str]:
     """For each float type, the layers in which signals and gradients leave its range."""
-    from gradflow import float_ranges  # noqa: PLC0415
+    from gradflow import _float_ranges  # noqa: PLC0415
 
     ranges = result.float_ranges
     return [
-        f"{of}: {float_ranges.sentence(ranges['theory'], ranges['simulation'], of)}"
-        for of in float_ranges.DTYPES
+        f"{of}: {_float_ranges.sentence(ranges['theory'], ranges['simulation'], of)}"
+        for of in _float_ranges.DTYPES
     ]
 
 

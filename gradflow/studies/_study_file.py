@@ -45,10 +45,10 @@ from typing import Any
 
 import numpy as np
 
-from gradflow import _entries, schema, statistics
+from gradflow import _entries, _schema, statistics
 from gradflow._entries import Check, OneOf, Whole, path_of, shown
+from gradflow._schema import NONE, Option
 from gradflow.errors import InputError
-from gradflow.schema import NONE, Option
 from gradflow.statistics import Statistic
 from gradflow.studies import _point
 from gradflow.studies._study import MOST_NETWORKS, Axis, HistogramRange, Sampling, Study
@@ -111,7 +111,7 @@ def parse(text: str) -> Study:
     _entries.check_known("", file, _TABLES)
     title = _entries.text("title", file.get("title", ""))
     question = _entries.text("question", file.get("question", ""))
-    network = _read_options("network", file, schema.options())
+    network = _read_options("network", file, _schema.options())
     inputs = _read_options("inputs", file, _point.INPUTS)
     axes = _axes(file.get("axes", []))
     sampling = _sampling(_entries.table("sampling", file), axes)
@@ -195,12 +195,12 @@ def _paths(
 
 def _check_network(given: Mapping[str, str], base: Mapping[str, Any], axes: Sequence[Axis]) -> None:
     """Raise `InputError` if the network's fields do not go together, or one is missing."""
-    options = schema.options()
+    options = _schema.options()
     network = {field: path for field, path in given.items() if field in options}
     kinds = _values_of("kind", base, axes) or ["mlp"]
-    schema.check_together(network, kinds)
+    _schema.check_together(network, kinds)
     unsaid = [ways for ways in _SAID if not any(way in given for way in ways)]
-    for ways in (*unsaid, schema.missing(network, kinds)):
+    for ways in (*unsaid, _schema.missing(network, kinds)):
         if ways:
             others = f"; give one of {', '.join(ways)}" if len(ways) > 1 else "; give it"
             raise InputError(f"network.{ways[0]} is missing{others}, there or along an axis")
@@ -226,7 +226,7 @@ def _check_inputs(given: Mapping[str, str], base: Mapping[str, Any], axes: Seque
 
 def _axis_options() -> dict[str, Option]:
     """What an axis may go over: every option but a list, the seed, and how many networks."""
-    options = [*schema.options().values(), *_point.INPUTS.values(), *_COUNTED]
+    options = [*_schema.options().values(), *_point.INPUTS.values(), *_COUNTED]
     return {option.name: option for option in options if option.value_type is not list}
 
 

@@ -9,6 +9,7 @@ import xarray
 from rich.table import Table
 
 from gradflow._checks import check_count
+from gradflow.cli._comparing import comparison_as_json, first_middle_last
 from gradflow.cli._options import (
     Json,
     Out,
@@ -21,7 +22,6 @@ from gradflow.cli._options import (
 )
 from gradflow.cli._output import show, table, write_json, write_netcdf
 from gradflow.cli._running import run
-from gradflow.cli.comparing import comparison_as_json, first_middle_last
 
 
 @app.command(
@@ -49,7 +49,7 @@ def note(
     After an interruption the same command resumes; with more networks it adds those. With any
     other change it takes another --out.
     """
-    from gradflow import note as note_study  # noqa: PLC0415  (JAX is slow to import)
+    from gradflow import _note as note_study  # noqa: PLC0415  (JAX is slow to import)
 
     check_count("networks", networks, 2)
     check_count("uniform_networks", uniform_networks, 2)

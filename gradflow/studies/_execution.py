@@ -20,14 +20,14 @@ from jax.experimental import multihost_utils
 
 from gradflow.errors import InputError
 from gradflow.simulation import _programs
-from gradflow.studies import _measurements, _plan, _runner, results
+from gradflow.studies import _measurements, _plan, _results, _runner
 from gradflow.studies._measurements import Measurements
 from gradflow.studies._plan import WHOLE, Program, Share, Task
 from gradflow.studies._rounds import Left, TheoryChunk, tasks_of, theory_chunks
 from gradflow.studies._runner import TaskRunner
 from gradflow.studies._sealed import explained
+from gradflow.studies._store import Store
 from gradflow.studies._study import Study, differences
-from gradflow.studies.store import Store
 
 __all__ = ["Outcome", "Progress", "merge", "run"]
 
@@ -120,7 +120,7 @@ def run(
     # Those of a process side by side, so that it draws a stretch of each chunk.
     devices = tuple(sorted(devices or jax.devices(), key=lambda device: device.process_index))
     programs = _plan.first_round(study, devices, share).programs
-    results.check(study)
+    _results.check(study)
     store = Store(folder, study, share)
     current = _Run(
         study, programs, store, devices, progress or (lambda _: None), stop or (lambda: False)
@@ -144,7 +144,7 @@ def run(
                     break
         if jax.process_index() > 0:
             return Outcome(finished, 0, 0, None)
-        written = results.write(store, programs) if finished else None
+        written = _results.write(store, programs) if finished else None
         drawn = sum(store.rounds.networks().values())
         return Outcome(finished, drawn, len(store.rounds), written)
 
@@ -421,8 +421,8 @@ def merge(folders: Sequence[Path], out: Path) -> Path:
     for store in stores:
         _check_finished(store, programs)
     with Store.merged(out, stores) as whole:
-        results.write(whole, programs)
-    return out / results.FILE
+        _results.write(whole, programs)
+    return out / _results.FILE
 
 
 def _check_shares(stores: Sequence[Store]) -> None:

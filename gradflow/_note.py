@@ -39,11 +39,11 @@ from gradflow.predictions import Corrections, Prediction
 from gradflow.simulation.monte_carlo import Simulation, simulate
 from gradflow.statistics import Statistic
 from gradflow.statistics import chi as chi_statistic
-from gradflow.studies import _plan, results, study_file
+from gradflow.studies import _plan, _results, _study_file
 from gradflow.studies._plan import Program
 from gradflow.studies._point import Point
+from gradflow.studies._store import Store
 from gradflow.studies._study import Study
-from gradflow.studies.store import Store
 from gradflow.theory import float64, mean_field
 from gradflow.theory.finite_width import first_order
 
@@ -51,7 +51,7 @@ __all__ = ["FILE", "Claim", "Findings", "Setting", "WidthSweep", "critical_width
 __all__ += ["study"]
 
 # The study file; `scripts/paper.toml` is the same.
-FILE = Path(__file__).with_name("note.toml")
+FILE = Path(__file__).with_name("_note.toml")
 # The note's names of the weights.
 _NOTES = {
     "unscaled": "N(0,1)",
@@ -178,7 +178,7 @@ def study(
     text = FILE.read_text(encoding="utf-8")
     counts = [
         networks_gaussian if point.network().iid_gaussian else networks_uniform
-        for point in study_file.parse(text).points()
+        for point in _study_file.parse(text).points()
     ]
     for field, value in {
         "width": width,
@@ -188,7 +188,7 @@ def study(
         "seed": seed,
     }.items():
         text = re.sub(rf"(?m)^{field} = (\d+|\[.*\])", f"{field} = {value}", text)
-    return study_file.parse(text)
+    return _study_file.parse(text)
 
 
 def findings(folder: Path) -> Findings:
@@ -262,7 +262,7 @@ def _known(store: Store) -> dict[int, _Known]:
         total = store.rounds.measurements(program.names)
         if total is None:
             continue
-        theory = results.theory_of(program, store, total)
+        theory = _results.theory_of(program, store, total)
         for row, number in enumerate(program.numbers.tolist()):
             known[number] = _Known(
                 point=study.point(number),

@@ -32,7 +32,7 @@ import numpy as np
 import gradflow
 from gradflow._arguments import PRNG
 from gradflow.errors import InputError
-from gradflow.studies import _sealed, study_file
+from gradflow.studies import _sealed, _study_file
 from gradflow.studies._measurements import Measurements
 from gradflow.studies._plan import WHOLE, Share, Task
 from gradflow.studies._rounds import FOLDERS, Rounds, TheoryChunk, round_name, undisturbed
@@ -126,7 +126,7 @@ class Store:
         header = self._header_that_fits()
         if header is not None:
             self._take(header)
-            self._check_change(study_file.parse(header["text"]), Share(*header["share"]))
+            self._check_change(_study_file.parse(header["text"]), Share(*header["share"]))
             if header["text"] != self.study.text:
                 self._set_results(None)
         self.rounds.rewrite()
@@ -169,7 +169,7 @@ class Store:
         header = first or copy
         if header is None:
             raise _header_is_gone(folder)
-        store = cls(folder, study_file.parse(header["text"]), Share(*header["share"]))
+        store = cls(folder, _study_file.parse(header["text"]), Share(*header["share"]))
         rounds = store.rounds
         for name, content in zip(_HEADERS, (first, copy), strict=True):
             if content is None:
