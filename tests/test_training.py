@@ -57,6 +57,7 @@ def test_given_weights_give_the_statistics_of_the_network_they_were_drawn_for(na
 
 
 @pytest.mark.parametrize("delta", [False, True])
+@pytest.mark.medium
 def test_filters_are_parameters_too(delta):
     blocks = [Linear(3), (Convolution(shape=(4,), units=3, delta=delta, sigma_b=0.2), 3)]
     network = builders.stack(2, [*blocks, Chain((Flatten((4,)), Dense(units=5)))])
@@ -320,6 +321,7 @@ def grid():
     return result, laws, x, y, how
 
 
+@pytest.mark.medium
 def test_a_point_of_a_grid_is_the_network_alone_however_they_are_grouped(grid):
     result, laws, x, y, how = grid
     assert result["loss"].shape == (2, 2, 2, 2)
@@ -331,6 +333,7 @@ def test_a_point_of_a_grid_is_the_network_alone_however_they_are_grouped(grid):
     assert not np.allclose(result["loss"][0, 0], result["loss"][1, 1], rtol=0.01)
 
 
+@pytest.mark.medium
 def test_results_have_names_and_theory_beside_them(grid):
     dataset = grid[0].to_xarray()
     assert dataset.q.dims == ("network", "learning_rate", "seed", "step", "layer")
@@ -423,6 +426,7 @@ def clipped():
     return result, networks.with_biases(network), x, y, (more + 0.1, labels)
 
 
+@pytest.mark.medium
 def test_a_clipped_gradient_is_what_optax_makes_of_it_layer_by_layer(clipped):
     result, network, x, y, _ = clipped
     weights = result.weights(learning_rate=1, seed=1)
@@ -447,6 +451,7 @@ def test_a_clipped_gradient_is_what_optax_makes_of_it_layer_by_layer(clipped):
     assert np.all(np.asarray(expected) < result["log_batch_gradient_norm"][0, 1, 1, -1])
 
 
+@pytest.mark.medium
 def test_the_best_rate_is_that_of_the_least_validation_error(clipped):
     result, network, _, _, (more, labels) = clipped
     assert result["validation_error"].shape == (1, 3, 2, 2)
@@ -472,6 +477,7 @@ def test_the_best_rate_is_that_of_the_least_validation_error(clipped):
         dataclasses.replace(result, values={}).best_rate()
 
 
+@pytest.mark.medium
 def test_the_spread_of_speeds_is_that_of_update_ratios(clipped):
     ratio = clipped[0]["update_ratio"][0, 1]
     expected = ratio.max(axis=-1) / ratio.min(axis=-1)
@@ -606,6 +612,7 @@ def assert_goes_on(folder, uninterrupted):
         np.testing.assert_array_equal(result[name], value, err_msg=name)
 
 
+@pytest.mark.medium
 def test_an_interrupted_run_goes_on_as_if_it_had_not_stopped(tmp_path, uninterrupted):
     with pytest.raises(KeyboardInterrupt):
         run["run"](tmp_path, 60, interrupt)
