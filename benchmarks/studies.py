@@ -3,10 +3,10 @@
     python benchmarks/studies.py            two kinds of networks, about five minutes
     python benchmarks/studies.py --quick
 
-Every run is a `gradflow study` of its own, as users have it, on as many cores as it is given. Rates
-are those of the chunks but the first two, which compile; an efficiency is the rate over that of one
-core, a core. The second table is of one run in this process: what drawing a chunk takes, and what
-is done with it on the host.
+Every run is a `gradflow study` in processes of its own, on a given number of cores. A rate leaves
+out the first two chunks, which compile; an efficiency is the rate of each core over the rate of one
+core alone. The second table is of one run in this process: the time to draw a chunk, and the time
+and bytes of its steps on the host.
 """
 
 import argparse
@@ -37,13 +37,13 @@ KINDS = {
     "width 30, depth 20": {"width": 30, "depth": 20, "networks": 500_000},
 }
 QUICK = {"width 30, depth 5": {"width": 30, "depth": 5, "networks": 300_000}}
-# The first chunks, two of which may be drawn at a time.
+# The first chunks, which compile; two may be drawn at a time.
 _COMPILING = 2
 COMMAND = "import os; os.sched_setaffinity(0, {cores}); from gradflow.cli import main; main()"
 
 
 def rate(folders):
-    """Return the networks a second of stores that were written side by side."""
+    """Networks drawn a second, of stores that were written side by side."""
     from gradflow.studies._store import Store
 
     total = 0.0
@@ -95,39 +95,39 @@ def scaling(kind, folder):
         outs = [
             folder / f"{name} {n if apart else 0}".replace(",", "") for n in range(len(processes))
         ]
-        begun = time.perf_counter()
-        going = [
+        start = time.perf_counter()
+        running = [
             started(str(file), str(out), those, *options)
             for out, (options, those) in zip(outs, processes, strict=True)
         ]
-        if any(process.wait() for process in going):
+        if any(process.wait() for process in running):
             raise SystemExit(f"{name} failed")
-        wall = time.perf_counter() - begun
-        found = rate(dict.fromkeys(outs))
-        alone = alone or found
-        row = {"run": name, "networks_per_second": found, "efficiency": found / alone / count}
+        wall = time.perf_counter() - start
+        speed = rate(dict.fromkeys(outs))
+        alone = alone or speed
+        row = {"run": name, "networks_per_second": speed, "efficiency": speed / alone / count}
         rows.append(row | {"wall_seconds": wall})
         print(
-            f"{name:<30}{found:>12.0f}{100 * row['efficiency']:>11.0f} %{wall:>10.1f}", flush=True
+            f"{name:<30}{speed:>12.0f}{100 * row['efficiency']:>11.0f} %{wall:>10.1f}", flush=True
         )
     return rows
 
 
 def costs(kind, folder):
-    """Return the mean seconds of each step of a chunk, and what it weighs."""
+    """The mean seconds of each step of a chunk, and the bytes that it copies and stores."""
     from gradflow.studies import _execution, _runner, _store, _study_file
 
     spent = collections.defaultdict(list)
 
     def timed(name, function):
         def run(*arguments, **options):
-            begun = time.perf_counter()
-            found = function(*arguments, **options)
-            spent[name].append(time.perf_counter() - begun)
+            start = time.perf_counter()
+            result = function(*arguments, **options)
+            spent[name].append(time.perf_counter() - start)
             if name == "average on the host":
                 spent["bytes handed back"].append(sum(v.nbytes for v in arguments[2].values()))
-                spent["bytes kept"].append(found.nbytes)
-            return found
+                spent["bytes kept"].append(result.nbytes)
+            return result
 
         return run
 
@@ -152,8 +152,8 @@ def costs(kind, folder):
         for (owner, name, _), old in zip(patched, before, strict=True):
             setattr(owner, name, old)
     task = _store.Store.of(folder / "costs").rounds.tasks(0)[0]
-    found = {"networks a chunk": task.chunk_size, "chunks": task.chunks}
-    return found | {name: sum(values) / len(values) for name, values in spent.items()}
+    sizes = {"networks a chunk": task.chunk_size, "chunks": task.chunks}
+    return sizes | {name: sum(values) / len(values) for name, values in spent.items()}
 
 
 def main(arguments=None):

@@ -175,7 +175,6 @@ def checked_steps(
     record: Sequence[int] | None, state: State | None, steps: int, batch: int, shared: Shared
 ) -> np.ndarray:
     """The steps to record, from those of the state to the last one."""
-    steps = check_count("steps", steps)
     if state is not None:
         check_instance("state", state, State, "the state of a Training with keep_state=True")
     begin = 0 if state is None else int(state.step[0])

@@ -86,6 +86,7 @@ def train(
     """
     laws = _checks.checked_networks(networks, biases)
     grid = Grid(laws, _checks.checked_rates(learning_rate), check_count("seeds", seeds))
+    steps = check_count("steps", steps)
     record = _checks.checked_recording(record, laws[0])
     shared = _checks.checked_shared(laws[0], key, (inputs, labels), record.monitor, validation)
     settings = _checks.checked_settings(optimiser, clip, batch, record, shared)
