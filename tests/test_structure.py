@@ -44,7 +44,7 @@ def long_functions(sources):
 
 @functools.cache
 def face():
-    """The public face: functions of `gradflow.__all__`, and commands, whose arguments are options."""
+    """The public face: functions of `gradflow.__all__`, and commands with their options."""
     from gradflow import cli
 
     functions = [getattr(gradflow, name) for name in gradflow.__all__]
