@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-__all__ = ["unit_rows"]
+__all__ = ["inverse_or_zero", "unit_rows"]
 
 # Sums of squares between these have lost nothing to the ends of float32's range.
 _SMALL, _LARGE = 1e-24, 1e30
@@ -65,3 +65,8 @@ def _careful(x: Array, squares: Array) -> tuple[Array, Array]:
     # In two halves: the reciprocal of the largest floats is flushed to 0.
     half = 1 / jnp.sqrt(jnp.where(peak == 0, 1, peak))
     return jnp.sum((x * half * half) ** 2, axis=1, keepdims=True), half
+
+
+def inverse_or_zero(x: Float[Array, "..."]) -> Float[Array, "..."]:
+    """1/x, and 0 where x = 0: a signal without variance stays 0 when it is normalised."""
+    return jnp.where(x > 0, 1 / jnp.where(x > 0, x, 1), 0)

@@ -26,13 +26,9 @@ import scipy.optimize
 from gradflow import activations, builders, data
 from gradflow._arguments import from_seed
 from gradflow._checks import check_count
+from gradflow._differences import with_densities
 from gradflow.activations import Activation
-from gradflow.comparison import (
-    Comparison,
-    compare_results,
-    explain_differences,
-    with_densities,
-)
+from gradflow.comparison import Comparison, compare_results, explain_differences
 from gradflow.errors import InputError
 from gradflow.estimation import Estimate
 from gradflow.predictions import Corrections, Prediction
@@ -45,7 +41,9 @@ from gradflow.studies._point import Point
 from gradflow.studies._store import Store
 from gradflow.studies._study import Study
 from gradflow.theory import float64, mean_field
-from gradflow.theory.finite_width import first_order
+from gradflow.theory.finite_width import _layers
+
+pass
 
 __all__ = ["FILE", "Claim", "Findings", "Setting", "WidthSweep", "critical_width", "findings"]
 __all__ += ["study"]
@@ -281,7 +279,7 @@ def _comparison(known: _Known) -> tuple[Setting, Comparison]:
     point, simulation = known.point, known.simulation()
     theory = Prediction(known.by_key(known.theory["predicted"]))
     of_this_width = None
-    if first_order.covers(simulation.network):
+    if _layers.covers(simulation.network):
         shift, deviation = (known.by_key(known.theory[name]) for name in ("shift", "deviation"))
         of_this_width = Corrections(shift, deviation)
     compared = compare_results(

@@ -35,6 +35,7 @@ from gradflow._differences import (
     compare_statistic,
     shrinks_with_the_width,
     significance_threshold,
+    with_densities,
 )
 from gradflow._float_ranges import FloatRange, float_ranges
 from gradflow._inputs import as_inputs
@@ -43,11 +44,11 @@ from gradflow.errors import InputError
 from gradflow.networks import Network, divide_widths
 from gradflow.predictions import Corrections, Prediction
 from gradflow.simulation.monte_carlo import Progress, Simulation, simulate
-from gradflow.theory import _programs, float64, mean_field
+from gradflow.theory import _limits, _programs
 from gradflow.verdict import Verdict, judge
 
 __all__ = ["Comparison", "StatisticComparison", "Status", "Verdict", "compare"]
-__all__ += ["compare_results", "explain_differences", "with_densities"]
+__all__ += ["compare_results", "explain_differences"]
 
 # How much narrower the networks are that tell a finite-width effect from an error, and how many
 # more of them are drawn: their statistics spread more, and they cost less. The second is needed
@@ -184,7 +185,7 @@ class Comparison(eqx.Module):
         """In which layer each float type over- and underflows, in ``theory`` and ``simulation``.
 
         By float type, then ``signals``, ``gradients`` and ``weight_gradients``: see
-        `gradflow.float_ranges`. What is simulated is the typical network's.
+        `gradflow._float_ranges`. What is simulated is the typical network's.
         """
         simulation = self.simulation
         measured = {
@@ -485,7 +486,7 @@ def explain_differences(
             networks=networks,
             sampler=sampler,
         )
-        return measured, mean_field.at_widths(theory, network, other)
+        return measured, _limits.at_widths(theory, network, other)
 
     def compare_again(wider: tuple[Simulation, Prediction] | None = None) -> Comparison:
         again = compare_results(
@@ -504,12 +505,6 @@ def explain_differences(
         wider = at_width(Fraction(1, _WIDER), len(_NARROWER), simulation.networks)
         comparison = compare_again(wider)
     return comparison
-
-
-def with_densities(simulation: Simulation, inputs: ArrayLike) -> Simulation:
-    """A simulation of these inputs, (sites, n_0), whose histograms have their ``theory``."""
-    histograms = float64.densities(simulation.network, inputs, simulation.histograms)
-    return dataclasses.replace(simulation, histograms=histograms)
 
 
 def _worst(one: StatisticComparison) -> float:

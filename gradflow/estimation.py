@@ -6,15 +6,17 @@ deviations are kept in float64 on the host, and merged by the formulas of Chan, 
 ``exp(log_unit)``, so that squared gradients of order 1e-600 have a mean too.
 """
 
+from collections.abc import Sequence
+
 import equinox as eqx
 import numpy as np
 import scipy.stats
 
 from gradflow._arguments import as_numbers
-from gradflow._checks import is_number
+from gradflow._checks import check_sequence, is_number
 from gradflow.errors import InputError
 
-__all__ = ["Estimate", "Histogram"]
+__all__ = ["Estimate", "Histogram", "merge"]
 
 Values = np.ndarray
 
@@ -115,6 +117,44 @@ class Estimate(eqx.Module):
     def _relative_deviation(self) -> Values:
         degrees = np.where(self.count > 1, self.count - 1, np.nan)
         return np.sqrt(self.squares / degrees)
+
+
+def merge(estimates: Sequence[Estimate]) -> Estimate:
+    """One estimate from the networks of several, merged in their order.
+
+    Raises
+    ------
+    InputError
+        If ``estimates`` is empty.
+    """
+    estimates = check_sequence("estimates", estimates, "a sequence of Estimates")
+    if not estimates:
+        raise InputError("estimates is empty; it needs at least one to merge")
+    merged = estimates[0]
+    for other in estimates[1:]:
+        merged = _merge(merged, other)
+    return merged
+
+
+def _merge(a: Estimate, b: Estimate) -> Estimate:
+    both = np.maximum(a.log_unit, b.log_unit)
+    log_unit = np.where(a.count == 0, b.log_unit, np.where(b.count == 0, a.log_unit, both))
+
+    def rescaled(e: Estimate) -> tuple[np.ndarray, np.ndarray]:
+        scale = np.exp(np.where(e.count > 0, e.log_unit - log_unit, 0.0))
+        return np.where(e.count > 0, e.mean, 0.0) * scale, e.squares * scale**2
+
+    (mean_a, squares_a), (mean_b, squares_b) = rescaled(a), rescaled(b)
+    count = a.count + b.count
+    share = b.count / np.maximum(count, 1)
+    gap = mean_b - mean_a
+    return Estimate(
+        count=count,
+        excluded=a.excluded + b.excluded,
+        mean=np.where(count > 0, mean_a + gap * share, np.nan),
+        squares=squares_a + squares_b + gap**2 * a.count * share,
+        log_unit=log_unit,
+    )
 
 
 class Histogram(eqx.Module):

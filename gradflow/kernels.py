@@ -26,11 +26,12 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, ScalarLike
 
 from gradflow import activations, gaussian
+from gradflow._norms import inverse_or_zero
 from gradflow.activations import Activation
 from gradflow.ensembles import Distribution
 from gradflow.errors import InputError
 
-__all__ = ["Gaussian", "Kernel", "UnitDistribution", "Unknown", "inverse_or_zero"]
+__all__ = ["Gaussian", "Kernel", "UnitDistribution", "Unknown"]
 __all__ += ["multiply_kernel"]
 
 
@@ -567,7 +568,7 @@ def multiply_kernel(
     ``tap`` is a zero, or one for each site, to differentiate by: the second moment, times fan_in,
     of a small random change of W. A gradient of W x with second moments Λ then has the cotangent
     Σ_ab Λ_ab E[x_a x_b], the variance of a component of ∂C/∂W (Glorot & Bengio 2010, eqs. 3 and 7),
-    as in a simulation (`simulation.samplers`). Where W is a part of a larger matrix,
+    as in a simulation (`simulation._samplers`). Where W is a part of a larger matrix,
     ``full_input`` is the input of all of it. The tap is in units of
     exp(2 x.log_scale - 2 out.log_tangent_scale), ``out`` being the result.
     """
@@ -587,8 +588,3 @@ def multiply_kernel(
         log_scale=passed.log_scale + log,
         log_tangent_scale=passed.log_tangent_scale + log,
     )
-
-
-def inverse_or_zero(x: Float[Array, "..."]) -> Float[Array, "..."]:
-    """1/x, and 0 where x = 0: a signal without variance stays 0 when it is normalised."""
-    return jnp.where(x > 0, 1 / jnp.where(x > 0, x, 1), 0)

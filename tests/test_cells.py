@@ -17,7 +17,7 @@ from gradflow.blocks import LSTM, Activate, BatchNorm, Chain, Drive, Linear
 from gradflow.blocks._cells import Cells
 from gradflow.errors import InputError
 from gradflow.kernels import Kernel
-from gradflow.theory import architectures, mean_field
+from gradflow.theory import _limits, architectures, mean_field
 
 # Of what is interpolated, as `cells` says, relative; for arguments of gates with K up to 25 here.
 INTERPOLATED = 1e-4
@@ -215,7 +215,7 @@ def test_chi_of_a_settled_state_is_found():
     block = dataclasses.replace(CASES["usual"], units=2)
     network = builders.stack(4, [Linear(4), (block, 60)])
     chi = jax.jit(mean_field.predict)(network, jnp.asarray([[1.0]]))["chi"]
-    found = jax.jit(functools.partial(mean_field.asymptotic_log_chi, beyond=300))(
+    found = jax.jit(functools.partial(_limits.asymptotic_log_chi, beyond=300))(
         network, jnp.asarray(1.0)
     )
     assert float(found) == pytest.approx(float(jnp.log(chi[40])), abs=1e-3)

@@ -440,7 +440,7 @@ def folder_of(arguments, monkeypatch):
     def stop(folder):
         raise Reached(folder)
 
-    for module in (_options, cli.training):
+    for module in (_options, cli._training):
         monkeypatch.setattr(module, "writable_folder", stop)
     monkeypatch.setattr(sys, "argv", ["gradflow", *arguments])
     with pytest.raises(Reached) as reached:

@@ -6,7 +6,7 @@ import scipy.special
 import scipy.stats
 import xarray
 
-from gradflow import _estimates, builders
+from gradflow import _histograms, builders, estimation
 from gradflow.errors import InputError
 from gradflow.estimation import Estimate
 from gradflow.simulation import monte_carlo
@@ -35,7 +35,7 @@ def test_mean_and_standard_error_are_the_textbook_ones():
 def test_merged_parts_are_the_whole(log):
     v = values() * 300  # as logarithms, spread over hundreds of orders of magnitude
     whole = Estimate.of(v, log=log)
-    parts = _estimates.merge([Estimate.of(p, log=log) for p in np.split(v, [7, 8, 30])])
+    parts = estimation.merge([Estimate.of(p, log=log) for p in np.split(v, [7, 8, 30])])
     np.testing.assert_array_equal(parts.count, whole.count)
     if log:
         np.testing.assert_allclose(parts.log_value, whole.log_value, rtol=REORDERED)
@@ -67,7 +67,7 @@ def test_a_quantity_of_zero_counts_and_a_value_that_is_not_finite_does_not():
 def test_a_part_with_nothing_in_it_changes_nothing():
     empty, full = Estimate.of(np.full((3, 1), np.nan)), Estimate.of(np.array([[1.0], [2.0]]))
     for order in ([empty, full], [full, empty]):
-        merged = _estimates.merge(order)
+        merged = estimation.merge(order)
         assert (merged.value[0], merged.count[0], merged.excluded[0]) == (1.5, 2, 3)
 
 
@@ -84,7 +84,7 @@ def test_histograms_hold_every_unit_and_integrate_to_one():
     rng = np.random.default_rng(0)
     signal = [rng.normal(size=(5, 2, 300)) for _ in range(3)]
     logs = [np.full((5, 2), s) for s in (0.0, -400.0, 900.0)]
-    found = _estimates.histogram(signal, logs)
+    found = _histograms.histogram(signal, logs)
     area = (found.density * np.diff(found.edges)).sum(axis=1)
     np.testing.assert_allclose(area, 1)
     np.testing.assert_allclose(found.log_unit, [0, -400, 900])

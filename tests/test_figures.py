@@ -86,7 +86,7 @@ def drawn(dataset):
 @pytest.mark.medium
 def test_every_figure_has_labels_a_legend_and_points_with_error_bars(dataset, tmp_path):
     made = drawn(dataset)
-    in_training = set(figures.training.__all__)  # drawn by test_experiments
+    in_training = set(figures._training.__all__)  # drawn by test_experiments
     assert set(made) == set(figures.__all__) - in_training - {"Figure", "OF_COMPARISONS", "save"}
     for name, figure in made.items():
         for axes in (a for a in figure.axes if a.get_visible() and a.get_label() != "<colorbar>"):

@@ -103,9 +103,9 @@ def test_the_docstring_lists_each_public_subject_once():
 @pytest.mark.parametrize(
     ("module", "source"),
     [
-        ("simulation.samplers", "from gradflow.theory import mean_field"),
-        ("simulation.samplers", "def f():\n    import gradflow.theory.mean_field as m"),
-        ("theory.mean_field", "from gradflow.simulation.samplers import SAMPLERS"),
+        ("simulation._samplers", "from gradflow.theory import mean_field"),
+        ("simulation._samplers", "def f():\n    import gradflow.theory.mean_field as m"),
+        ("theory.mean_field", "from gradflow.simulation._samplers import SAMPLERS"),
         ("theory.mean_field", "from gradflow import simulation"),
         ("activations", "from gradflow import errors, networks"),
         ("networks", "from gradflow.builders import mlp"),

@@ -11,7 +11,7 @@ import pytest
 from gradflow import activations, blocks, builders, ensembles, gaussian, networks
 from gradflow.errors import InputError
 from gradflow.kernels import Kernel
-from gradflow.theory import linear_regime, mean_field
+from gradflow.theory import _limits, linear_regime, mean_field
 
 # What the issue of the reference tables asks of float64.
 TABLE = 1e-10
@@ -145,7 +145,7 @@ def test_predictions_at_other_widths_need_no_second_walk():
     network = builders.mlp([30, 40, 40, 10], "tanh", ensembles.fan_in(1.5), sigma_b=0.1)
     other = networks.divide_widths(network, 3)  # 13 and 3 units: the ratios change
     gram = jnp.array([[1.0, 0.3], [0.3, 0.8]])
-    moved = mean_field.at_widths(predict(network, gram), network, other)
+    moved = _limits.at_widths(predict(network, gram), network, other)
     for name, value in predict(other, gram).values.items():
         np.testing.assert_allclose(moved.values[name], value, rtol=1e-5, atol=1e-5, err_msg=name)
 

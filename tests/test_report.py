@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 from gradflow import cli
 from gradflow.errors import InputError
 from gradflow.figures import _study as figure
-from gradflow.studies import _execution, _results, _study_file, report
+from gradflow.studies import _execution, _report, _results, _study_file
 
 EVIL = '<script>alert("1")</script> & <img src=x>'
 TEXT = f"""
@@ -94,13 +94,13 @@ def test_the_page_is_whole_and_what_is_in_a_file_is_text(study):
 def test_a_study_without_a_plane_has_lines_by_layer(study):
     dataset = xarray.load_dataset(study[0] / "results.nc")
     row = dataset.isel(sigma_b2=slice(0, 1), layer=slice(0, 2))
-    assert report.page(row).count("theory as lines, measurement as points") == 4
+    assert _report.page(row).count("theory as lines, measurement as points") == 4
 
 
 def test_a_grid_without_a_plane_has_every_point_in_a_map_and_a_table(study):
     """Four by two points: seven curves would be some of them."""
     dataset = xarray.load_dataset(study[0] / "results.nc").isel(sigma_b2=slice(0, 2))
-    page = report.page(dataset)
+    page = _report.page(dataset)
     assert "measurement as points" not in page
     assert page.count("at each of 8 points, a row each") == 4
     change = dataset.log_gradient_norm.isel(layer=0) - dataset.log_gradient_norm.isel(layer=-1)
@@ -141,7 +141,7 @@ def figures_of(page):
 
 
 def test_depth_scales_are_maps_over_a_plane_and_a_row_of_the_table(deep):
-    page = report.page(deep)
+    page = _report.page(deep)
     (caption,) = (c for c in figures_of(page) if "Depth scales" in c)
     assert "|ξ_∇| of gradients" in caption
     assert "over sigma_w2 and sigma_b2." in caption
@@ -153,7 +153,7 @@ def test_depth_scales_are_maps_over_a_plane_and_a_row_of_the_table(deep):
 
 
 def test_along_one_axis_they_are_lines_and_the_spread_is_a_figure(deep):
-    captions = figures_of(report.page(deep.isel(sigma_b2=slice(0, 2))))
+    captions = figures_of(_report.page(deep.isel(sigma_b2=slice(0, 2))))
     assert any("Depth scales" in c and "along sigma_w2" in c for c in captions)
     (spread,) = (c for c in captions if "How far networks" in c)
     assert "left out" not in spread  # tanh networks do not die

@@ -14,7 +14,7 @@ PACKAGE = Path(__file__).parents[1] / "gradflow"
 MOST_LINES_OF_A_FILE = 600
 MOST_LINES_OF_A_FUNCTION = 80
 MOST_ARGUMENTS = 10
-MOST_PUBLIC_NAMES = 390  # the aim is 200
+MOST_PUBLIC_NAMES = 200
 
 SOURCES = {
     str(file.relative_to(PACKAGE)): file.read_text(encoding="utf-8")
@@ -66,18 +66,16 @@ def functions_of_many_arguments(sources):
 
 
 def public_names(sources):
-    """Functions, classes and constants of modules without an underscore in their path."""
+    """Functions and classes of modules without an underscore in their path.
+
+    Constants are not counted: most are the tables' rows (activations, ensembles, statistics).
+    """
     for file, text in sources.items():
         if any(part.startswith("_") and part != "__init__.py" for part in Path(file).parts):
             continue
         for node in ast.parse(text).body:
-            names = []
-            if isinstance(node, ast.FunctionDef | ast.ClassDef):
-                names = [node.name]
-            elif isinstance(node, ast.Assign | ast.AnnAssign):
-                targets = node.targets if isinstance(node, ast.Assign) else [node.target]
-                names = [target.id for target in targets if isinstance(target, ast.Name)]
-            yield from (f"{file}: {name}" for name in names if not name.startswith("_"))
+            if isinstance(node, ast.FunctionDef | ast.ClassDef) and not node.name.startswith("_"):
+                yield f"{file}: {node.name}"
 
 
 def too_many_public_names(sources):
@@ -101,7 +99,10 @@ def test_nothing_is_beyond_its_limit(beyond):
         (long_files, "x = 0\n" * (MOST_LINES_OF_A_FILE + 1)),
         (long_functions, "class A:\n  def f(self):\n" + "    x = 0\n" * MOST_LINES_OF_A_FUNCTION),
         (functions_of_many_arguments, "def f(a, b, /, c, d, e, f, *, g, h, i, j, k):\n  pass"),
-        (too_many_public_names, "\n".join(f"x{n}: int = 0" for n in range(MOST_PUBLIC_NAMES + 1))),
+        (
+            too_many_public_names,
+            "def f(): ...\n" + "\n".join(f"class C{n}: ..." for n in range(MOST_PUBLIC_NAMES)),
+        ),
     ],
 )
 def test_what_is_beyond_a_limit_is_found(beyond, source):

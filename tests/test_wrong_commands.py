@@ -15,7 +15,7 @@ pytestmark = pytest.mark.usefixtures("unchecked")
 SEEDS = range(40 if os.environ.get("GRADFLOW_TEST_ATTACKS") == "all" else 4)
 BEGINNINGS = (
     "gradflow.comparison.compare",
-    "gradflow.studies.execution.run",
+    "gradflow.studies._execution.run",
     "gradflow.spectra.run",
     "gradflow.theory.summary.summarise",
     "gradflow.remedies.run",
@@ -40,7 +40,7 @@ def test_a_command_that_fails_otherwise_is_found(tmp_path, monkeypatch):
     def broken(**_):
         raise TypeError("a mistake of ours")
 
-    monkeypatch.setattr("gradflow.cli.theory._parse_correlations", broken)
+    monkeypatch.setattr("gradflow.cli._theory._parse_correlations", broken)
     code, _, err = arguments.run(["theory"], tmp_path)
     assert arguments.complaint(code, err) == "exit code traceback"
     assert (

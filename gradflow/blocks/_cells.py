@@ -35,9 +35,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, ScalarLike
 
+from gradflow._norms import inverse_or_zero
 from gradflow.activations import Activation, logistic
 from gradflow.errors import InputError
-from gradflow.kernels import Kernel, UnitDistribution, Unknown, inverse_or_zero
+from gradflow.kernels import Kernel, UnitDistribution, Unknown
 
 __all__ = ["Cells", "Tangent"]
 

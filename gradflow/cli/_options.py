@@ -1,6 +1,6 @@
 """Options of commands: those that describe a network, those that all have, and their checks.
 
-A command of the class `described_by` has options of `gradflow.schema`, which it reads as
+A command of the class `described_by` has options of `gradflow._schema`, which it reads as
 `network_options`: their names, help and kinds are the schema's, the defaults the command's own.
 """
 
@@ -48,7 +48,7 @@ Seed = Annotated[
 def described_by(*, every: bool = False, **defaults: Any) -> type[TyperCommand]:
     """Make the class of a command with options that describe a network.
 
-    They are made when the command is used: `gradflow.schema` imports JAX, which is slow.
+    They are made when the command is used: `gradflow._schema` imports JAX, which is slow.
 
     Parameters
     ----------

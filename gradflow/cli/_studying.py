@@ -326,8 +326,8 @@ def report(
     ] = None,
 ) -> None:
     """Write a page on the results of a finished study: one file of HTML that needs nothing else."""
+    from gradflow.studies import _report as reports  # noqa: PLC0415
     from gradflow.studies import _results  # noqa: PLC0415
-    from gradflow.studies import report as reports  # noqa: PLC0415
     from gradflow.studies._store import Store  # noqa: PLC0415
 
     store = Store.of(folder)

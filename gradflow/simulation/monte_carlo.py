@@ -22,7 +22,7 @@ import xarray
 from jax.typing import ArrayLike
 from jaxtyping import Array, PRNGKeyArray
 
-from gradflow import _estimates, statistics
+from gradflow import _histograms, estimation, statistics
 from gradflow._arguments import as_key
 from gradflow._checks import check_count, check_progress
 from gradflow._inputs import as_inputs
@@ -263,7 +263,7 @@ class _Run(NamedTuple):
                 progress(done, self.networks)
         finished = time.perf_counter()
         return Simulation(
-            estimates={name: _estimates.merge(part) for name, part in parts.items()},
+            estimates={name: estimation.merge(part) for name, part in parts.items()},
             histograms=self._histograms() if histograms else {},
             samples={name: np.concatenate(each) for name, each in samples.items()},
             overflowed=overflowed,
@@ -322,9 +322,9 @@ class _Run(NamedTuple):
         # Signals have a scale beside them only where φ is linear for them.
         h = [np.asarray(self.network.activation(jnp.asarray(value))) for value in z]
         return {
-            "preactivation": _estimates.histogram(z, log_scale),
-            "activation": _estimates.histogram(h, log_scale),
-            "gradient": _estimates.histogram(delta, log_norm),
+            "preactivation": _histograms.histogram(z, log_scale),
+            "activation": _histograms.histogram(h, log_scale),
+            "gradient": _histograms.histogram(delta, log_norm),
         }
 
 

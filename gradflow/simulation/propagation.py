@@ -77,7 +77,7 @@ def propagate(
     key
         The network's key.
     sampler
-        ``"dense"``, ``"matrix_free"`` or ``"auto"``; see `gradflow.simulation.samplers`.
+        ``"dense"``, ``"matrix_free"`` or ``"auto"``; see `gradflow.simulation._samplers`.
     weights
         The network's weights and biases, of `training.initial_weights` or trained, where they are
         not to be drawn. The sampler is not used then; the key draws the rest, as masks of dropout.

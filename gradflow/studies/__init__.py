@@ -3,7 +3,7 @@
     study = studies.load(Path("study.toml"))
     outcome = studies.run(study, folder)            # `gradflow study FILE --out FOLDER`
     with studies.open_results(outcome.results) as dataset:
-        page = studies.report.page(dataset)
+        page = studies.report(dataset)
 
 Words that have one meaning throughout:
 
@@ -28,9 +28,9 @@ chunks (`_plan`); drawing one task (`_runner`); the files of rounds and chunks a
 `_gradient_spread`, `_spectra`.
 """
 
-from gradflow.studies import report
 from gradflow.studies._execution import merge, run
 from gradflow.studies._plan import Share
+from gradflow.studies._report import page as report
 from gradflow.studies._results import open_results
 from gradflow.studies._store import Store
 from gradflow.studies._study import Study

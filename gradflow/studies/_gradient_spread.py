@@ -19,7 +19,7 @@ import scipy.special
 
 from gradflow.estimation import Estimate
 from gradflow.networks import Network
-from gradflow.theory.finite_width import exact, first_order
+from gradflow.theory.finite_width import _layers, exact
 
 __all__ = ["LABELS", "NAME", "spread"]
 
@@ -84,7 +84,7 @@ def _passed(by_layer: np.ndarray) -> np.ndarray:
 def _exact(network: Network, sites: int) -> np.ndarray:
     """Return the variance by `exact.gain_moments`, (layers,); NaN where there is no exact law."""
     widths = np.array(network.widths[1:])
-    if sites > 1 or not (first_order.covers(network) and network.homogeneous):
+    if sites > 1 or not (_layers.covers(network) and network.homogeneous):
         return np.full(widths.shape, np.nan)
     with jax.enable_x64(True):
         law = {

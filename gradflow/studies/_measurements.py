@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping
 import jax
 import numpy as np
 
-from gradflow import _estimates
+from gradflow import estimation
 from gradflow.estimation import Estimate
 
 __all__ = ["Measurements", "merged", "packed", "unpacked"]
@@ -123,7 +123,7 @@ def merged(parts: Iterable[Measurements], names: np.ndarray | None = None) -> Me
             total["names"][len(row_of) - len(new) :] = new
         source = np.array([n for n, name in enumerate(listed) if name in row_of], int)
         target = np.array([row_of[listed[n]] for n in source], int)
-        both = _estimates.merge(
+        both = estimation.merge(
             [
                 Estimate(**{field: values[field][rows] for field in _FIELDS})
                 for values, rows in ((total, target), (arrays, source))

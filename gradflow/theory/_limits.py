@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, ArrayLike, Float
 
 from gradflow import statistics
@@ -18,13 +19,23 @@ from gradflow.kernels import Kernel
 from gradflow.networks import Network, Stage, check_network
 from gradflow.predictions import Prediction
 from gradflow.statistics import BackwardLimit, ForwardLimit
-from gradflow.theory._backward import backward_limits
+from gradflow.theory._backward import backward_limits, log_gain
 from gradflow.theory._loops import joined, map_layers, scan_layers
 
-__all__ = ["has_correlated_steps", "limits", "prediction", "through_blocks"]
+__all__ = [
+    "asymptotic_log_chi",
+    "at_widths",
+    "has_correlated_steps",
+    "limits",
+    "prediction",
+    "through_blocks",
+]
 
 # Of inputs' products, relative, in units of their dtype's epsilon.
 _ROUNDING = 1 << 10
+
+# Layers, and steps of a gradient, after which blocks with memory are taken as settled.
+_SETTLED_AFTER = 300
 
 
 def limits(
@@ -176,3 +187,70 @@ def through_blocks(block: AbstractBlock, state: Kernel, repeats: int) -> tuple[K
         return after.as_carry(distribution if repeats > 1 else after.distribution), state
 
     return scan_layers(step, state, None, length=repeats)
+
+
+def at_widths(prediction: Prediction, network: Network, other: Network) -> Prediction:
+    """The result of `predict` for a network that differs in its widths alone.
+
+    Scales and inputs being equal, so is everything going up; going down, g^l is proportional to
+    n_L/n_l, and nothing needs to be computed again.
+
+    Parameters
+    ----------
+    prediction, network
+        A network and its prediction.
+    other
+        One of the same depth, activation, σ_w and σ_b, as `networks.divide_widths` makes.
+    """
+    widths, others = (np.log(np.array(n.widths[1:])) for n in (network, other))
+    shift = (others[-1] - others) - (widths[-1] - widths)
+    changes = {
+        "log_gradient_variance": shift,
+        "log_weight_gradient_variance": shift,
+        "log_gradient_norm": (shift + others - widths) / 2,
+    }
+    values = {
+        key: np.asarray(value) + changes.get(key, 0.0) for key, value in prediction.values.items()
+    }
+    values["chi"] = values["chi"] * np.exp(np.append(-np.diff(shift), 0.0))
+    return Prediction(values, prediction.why_missing)
+
+
+def asymptotic_log_chi(network: Network, log_q: Float[Array, ""], beyond: int) -> Float[Array, ""]:
+    """Log χ where one input would be after ``beyond`` more layers of the longest stage.
+
+    Parameters
+    ----------
+    network
+        The law of the network.
+    log_q
+        Where it starts: the logarithm of the top layer's second moment.
+    beyond
+        How many layers further.
+    """
+    # The first block's input has no activation: it is none to be repeated, if there is another.
+    stage = max(network.stages[1:] or network.stages, key=lambda stage: stage.repeats)
+    block = stage.block
+    log_scale = jnp.asarray(log_q, float)[None] / 2
+    begin = Kernel.of(jnp.ones_like(log_scale)[None], log_scale=log_scale).in_range()
+    if has_correlated_steps(stage, begin):
+        return jnp.full_like(log_scale[0], jnp.nan)
+    if not jax.eval_shape(block.kernel, begin).distribution.has_memory:
+        return log_gain(block, through_blocks(block, begin, beyond)[0])[0]
+    state, _ = through_blocks(block, begin, min(beyond, _SETTLED_AFTER))
+    # Of gradients that have settled too: the largest eigenvalue of what a layer does to them.
+    zero = jnp.zeros_like(state.mean)
+    none, unravel = ravel_pytree((zero, state.distribution.memory_of_independent(zero)))
+
+    def out(tangents: Array) -> Array:
+        return ravel_pytree(block.kernel(state.with_tangents(unravel(tangents))).tangents)[0]
+
+    step = jax.jacfwd(out)(none)
+
+    def turn(v: Array, _: None) -> tuple[Array, Array]:
+        v = jnp.matmul(step, v, precision=jax.lax.Precision.HIGHEST)
+        size = jnp.linalg.norm(v)
+        return v / size, size
+
+    start = ravel_pytree((zero + 1, state.distribution.memory_of_independent(zero + 1)))[0]
+    return jnp.log(jax.lax.scan(turn, start, None, length=_SETTLED_AFTER)[1][-1])

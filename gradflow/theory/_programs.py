@@ -17,9 +17,9 @@ from gradflow._first_order import FiniteLayers
 from gradflow._inputs import checked_inputs
 from gradflow.networks import Network
 from gradflow.predictions import Corrections, Prediction
-from gradflow.theory import mean_field
+from gradflow.theory import _limits, mean_field
 from gradflow.theory._limits import limits, prediction
-from gradflow.theory.finite_width import _carried_means, first_order
+from gradflow.theory.finite_width import _carried_means, _layers, first_order
 from gradflow.theory.finite_width._layers import finite_layers
 
 __all__ = ["arguments_of", "compile_programs", "layers_ahead", "prepare"]
@@ -73,7 +73,7 @@ def prepare_asymptotic_log_chi(network: Network) -> Callable[[Prediction], float
         last = sum(stage.repeats for stage in network.stages[: longest + 1])
         return lambda theory: math.log(theory.values["chi"][max(last - 3, 0)])
     beyond = layers_ahead(network.depth)
-    log_chi = program(mean_field.asymptotic_log_chi, network, 0.0, beyond=beyond)
+    log_chi = program(_limits.asymptotic_log_chi, network, 0.0, beyond=beyond)
 
     def further_up(theory: Prediction) -> float:
         chi = np.asarray(theory.values["chi"])
@@ -108,7 +108,7 @@ def _programs(
     arguments = (network, gram, mean)
     if finite_width and _carried_means.covers(network):
         return [program(_predict_and_correct_carried_means, *arguments)]
-    if not (finite_width and first_order.covers(network)):
+    if not (finite_width and _layers.covers(network)):
         return [program(mean_field.predict, *arguments)]
     predicts = program(_predict_and_prepare, *arguments)
     layers = predicts.result[1]

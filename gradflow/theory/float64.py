@@ -46,8 +46,8 @@ def predict(network: Network, inputs: ArrayLike) -> Prediction:
 def correct(network: Network, inputs: ArrayLike) -> Corrections | None:
     """The effect of the network's width on every statistic, in float64; None where it is not known.
 
-    By `finite_width.carried_means.correct` for networks that carry a mean over units along, else by
-    `finite_width.first_order.correct`.
+    By `finite_width._carried_means.correct` for networks that carry a mean over units along, else
+    by `finite_width.first_order.correct`.
 
     Parameters
     ----------

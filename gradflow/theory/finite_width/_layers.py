@@ -20,11 +20,12 @@ from gradflow._first_order import (
     diagonal,
 )
 from gradflow.activations import Activation
+from gradflow.blocks import Dense
 from gradflow.gaussian import _pairs, _quadrature
-from gradflow.networks import Network
+from gradflow.networks import Network, check_network
 from gradflow.statistics import BackwardLimit, ForwardLimit
 
-__all__ = ["finite_layers"]
+__all__ = ["covers", "finite_layers"]
 
 # Averages over two inputs' pre-activations to compute, one for each pair and layer: some 10 s.
 _MOST_PAIRS = 4000
@@ -159,3 +160,15 @@ def _with_deltas(
     rows, columns = powers @ by_u, powers @ by_v
     total = smooth.at[bent].add(rows).at[:, bent].add(columns.T)
     return total.at[bent, bent].add(powers @ both @ powers.T)
+
+
+def covers(network: Network) -> bool:
+    """Whether `correct` has an answer: dense layers, each with Gaussian weights of its own."""
+    check_network(network)
+    first, *rest = [s.block for s in network.stages for _ in range(min(s.repeats, 2))]
+    return (
+        network.iid_gaussian
+        and not network.tied
+        and isinstance(first, Dense)
+        and all(isinstance(b, Dense) and b.activation == network.activation for b in rest)
+    )

@@ -37,26 +37,13 @@ from gradflow._first_order import (
     diagonal,
     outer,
 )
-from gradflow.blocks import Dense
 from gradflow.errors import InputError
-from gradflow.networks import Network, check_network
+from gradflow.networks import Network
 from gradflow.predictions import Corrections
 from gradflow.theory._limits import limits
-from gradflow.theory.finite_width._layers import finite_layers
+from gradflow.theory.finite_width._layers import covers, finite_layers
 
-__all__ = ["correct", "correct_layers", "covers"]
-
-
-def covers(network: Network) -> bool:
-    """Whether `correct` has an answer: dense layers, each with Gaussian weights of its own."""
-    check_network(network)
-    first, *rest = [s.block for s in network.stages for _ in range(min(s.repeats, 2))]
-    return (
-        network.iid_gaussian
-        and not network.tied
-        and isinstance(first, Dense)
-        and all(isinstance(b, Dense) and b.activation == network.activation for b in rest)
-    )
+__all__ = ["correct", "correct_layers"]
 
 
 def correct(network: Network, gram: Float[ArrayLike, "sites sites"]) -> Corrections:

@@ -1,52 +1,12 @@
-"""Estimates and histograms made of samples of networks, and merged."""
+"""Histograms made of samples of networks."""
 
 from collections.abc import Sequence
 
 import numpy as np
 
-from gradflow._checks import check_sequence
-from gradflow.errors import InputError
-from gradflow.estimation import Estimate, Histogram
+from gradflow.estimation import Histogram
 
-__all__ = ["histogram", "merge"]
-
-
-def merge(estimates: Sequence[Estimate]) -> Estimate:
-    """One estimate from the networks of several, merged in their order.
-
-    Raises
-    ------
-    InputError
-        If ``estimates`` is empty.
-    """
-    estimates = check_sequence("estimates", estimates, "a sequence of Estimates")
-    if not estimates:
-        raise InputError("estimates is empty; it needs at least one to merge")
-    merged = estimates[0]
-    for other in estimates[1:]:
-        merged = _merge(merged, other)
-    return merged
-
-
-def _merge(a: Estimate, b: Estimate) -> Estimate:
-    both = np.maximum(a.log_unit, b.log_unit)
-    log_unit = np.where(a.count == 0, b.log_unit, np.where(b.count == 0, a.log_unit, both))
-
-    def rescaled(e: Estimate) -> tuple[np.ndarray, np.ndarray]:
-        scale = np.exp(np.where(e.count > 0, e.log_unit - log_unit, 0.0))
-        return np.where(e.count > 0, e.mean, 0.0) * scale, e.squares * scale**2
-
-    (mean_a, squares_a), (mean_b, squares_b) = rescaled(a), rescaled(b)
-    count = a.count + b.count
-    share = b.count / np.maximum(count, 1)
-    gap = mean_b - mean_a
-    return Estimate(
-        count=count,
-        excluded=a.excluded + b.excluded,
-        mean=np.where(count > 0, mean_a + gap * share, np.nan),
-        squares=squares_a + squares_b + gap**2 * a.count * share,
-        log_unit=log_unit,
-    )
+__all__ = ["histogram"]
 
 
 def histogram(
