@@ -92,7 +92,7 @@ class Whole:
     least: int = 1
 
     def __call__(self, path: str, value: object) -> int:
-        """Check it."""
+        """The value, if it is a whole number in the range; else `InputError`."""
         whole = isinstance(value, int) and not isinstance(value, bool)
         if not (whole and self.least <= value <= self.most):  # type: ignore[operator]
             raise InputError(
@@ -109,7 +109,7 @@ class Wholes:
     least: int = 0
 
     def __call__(self, path: str, value: object) -> list[int]:
-        """Check it."""
+        """The list, if it is one of whole numbers; else `InputError`."""
         if not isinstance(value, list) or not self.least <= len(value) <= _LONGEST_LIST:
             raise InputError(f"{path} is {shown(value)}; it is {self.what}")
         return [Whole()(f"{path}[{number}]", one) for number, one in enumerate(value)]
@@ -119,7 +119,7 @@ class Widths:
     """Checks the widths of a network, as a file has them."""
 
     def __call__(self, path: str, value: object) -> list[int]:
-        """Check them."""
+        """The widths, if they are a list of two or more; else `InputError`."""
         widths = Wholes("the input's width and every layer's, as [784, 100]", 2)(path, value)
         changes = sum(below != above for below, above in itertools.pairwise(widths))
         if changes > _MOST_CHANGES:
@@ -138,7 +138,7 @@ class Number:
     fits: Callable[[float], bool] = dataclasses.field(default=lambda _: True, repr=False)
 
     def __call__(self, path: str, value: object) -> float:
-        """Check it."""
+        """The number, if it is finite and fits; else `InputError`."""
         wrong = InputError(f"{path} is {shown(value)}; it is {self.allowed}")
         if isinstance(value, bool) or not isinstance(value, int | float):
             raise wrong
@@ -170,7 +170,7 @@ class OneOf:
     otherwise: Check | None = None
 
     def __call__(self, path: str, value: object) -> Any:
-        """Check it."""
+        """The name, if it is one of them, or what `otherwise` makes of the value."""
         if not isinstance(value, str):
             if self.otherwise is not None:
                 return self.otherwise(path, value)
@@ -188,7 +188,7 @@ class LookedUp:
     get: Callable[[str], object]
 
     def __call__(self, path: str, value: object) -> str:
-        """Check it."""
+        """The name, if the function knows it; else `InputError`."""
         name = text(path, value)
         try:
             self.get(name)

@@ -542,7 +542,7 @@ def test_an_interruption_ends_a_study_soon_and_says_how_to_go_on(long_study, tmp
     code, _, said = wait(process)
     assert code == 130, said
     assert time.monotonic() - asked < 10  # 3 s, whatever compiles; 23 s without that
-    assert "the same command goes on from there" in said
+    assert "the same command resumes from there" in said
     assert said.splitlines()[-1] == "gradflow: interrupted"
     assert "Traceback" not in said
 

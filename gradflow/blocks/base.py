@@ -58,7 +58,7 @@ class AbstractBlock(eqx.Module):
     """One step up the network, z^{l-1} -> z^l.
 
     Properties and methods that are not abstract are right for a block without random matrices that
-    acts on every site by itself and hands on as many units as it gets; another one overrides them.
+    acts on every site by itself and keeps the number of units; another one overrides them.
     """
 
     @abc.abstractmethod

@@ -64,7 +64,7 @@ class Chain(AbstractComposite):
 
 
 class Residual(AbstractComposite):
-    """z' = z + α f(z), with a branch f that hands on as many units as it gets; α is fixed.
+    """z' = z + α f(z), with a branch f that keeps the number of units; α is fixed.
 
     A branch with a random matrix is independent of z, so that second moments add,
     k' = k + α² k_f + α (m m_fᵀ + m_f mᵀ) with means m over units, and χ = 1 + α² χ_f (Yang &

@@ -45,7 +45,7 @@ def prepare() -> None:
     warnings.filterwarnings("ignore", "Error (reading|writing) persistent compilation cache")
     warnings.filterwarnings("ignore", "Cache value for key")
     logging.getLogger("jax._src.compilation_cache").setLevel(logging.ERROR)
-    logging.getLogger("matplotlib").setLevel(logging.ERROR)  # has no home: it says so, and goes on
+    logging.getLogger("matplotlib").setLevel(logging.ERROR)  # warns without a home folder
     for name, reason in _NOT_FOR_US.items():
         value = os.environ.pop(name, "")
         if value.lower() not in _OFF:
@@ -54,7 +54,7 @@ def prepare() -> None:
 
 
 def say(text: str) -> None:
-    """Print a line on standard error; where that cannot be written to, the work goes on."""
+    """Print a line on standard error; where that cannot be written to, nothing."""
     with suppress(OSError):
         typer.echo(text, err=True)
 

@@ -78,8 +78,8 @@ def _interruptible() -> Iterator[Callable[[], bool]]:
             raise KeyboardInterrupt
         stopping = True
         say(
-            f"finishing the chunk, for {GRACE:g} s at most; once more to stop at once, and the "
-            "same command goes on from there"
+            f"finishing the chunk, for {GRACE:g} s at most; press again to stop at once; "
+            "the same command resumes from there"
         )
 
     before = {
