@@ -133,7 +133,7 @@ def test_whatever_is_damaged_is_one_sentence_and_is_made_again(
     whole, other, tmp_path, monkeypatch, capsys
 ):
     """Every command that reads it names the file; going on gives the same store again."""
-    monkeypatch.setattr("gradflow.studies.report.page", lambda _: "")
+    monkeypatch.setattr("gradflow.studies._report.page", lambda _: "")
     said, table = read_in_all_ways(whole, tmp_path)
     assert [name for name in said if said[name]] == ["merge"]
     assert "holds a whole study" in said["merge"]
