@@ -28,9 +28,18 @@ PairMoment: TypeAlias = Callable[[Array, Array, Array], Array | float]
 
 
 def gram_determinant(q_u: Array, q_v: Array, k: Array) -> Array:
-    """q_u q_v - k², without cancellation where q_u = q_v, and never negative by rounding."""
+    """q_u q_v - k², never negative by rounding.
+
+    Where q_u and q_v are alike it is a sum in which nothing cancels at q_u = q_v, and needs no
+    root, so that it has all derivatives at 0 too. Elsewhere the sum's terms would be far larger
+    than itself near |k| = √(q_u q_v), and it is a product.
+    """
     size = jnp.abs(k)
-    value = (q_u - size) * (q_v - size) + size * (q_u + q_v - 2 * size)
+    alike = (q_u <= 2 * q_v) & (q_v <= 2 * q_u)
+    near = (q_u - size) * (q_v - size) + size * (q_u + q_v - 2 * size)
+    summed = alike | (q_u <= 0) | (q_v <= 0)
+    root = jnp.sqrt(jnp.where(summed, 1, q_u)) * jnp.sqrt(jnp.where(summed, 1, q_v))
+    value = jnp.where(summed, near, (root - size) * (root + size))
     return jnp.where(value < 0, 0, value)  # jnp.maximum would halve the derivative at 0
 
 

@@ -20,7 +20,7 @@ import numpy as np
 out, devices, processes, process, port = sys.argv[1], *map(int, sys.argv[2:])
 if processes > 1:
     jax.distributed.initialize(f"127.0.0.1:{port}", processes, process)
-from gradflow import ensembles, networks, statistics, training
+from gradflow import builders, ensembles, statistics, training
 from gradflow.simulation import _programs, monte_carlo
 assert len(jax.devices()) == devices * processes
 network = builders.mlp([12, *[16] * 4], "tanh", "glorot", sigma_b=0.1)

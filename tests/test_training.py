@@ -34,7 +34,7 @@ CASES = {
 }
 # Products are of scaled entries here, and scaled products there; float32, through few layers.
 ROUNDING = 2e-5
-propagate = jax.jit(propagation.propagate, static_argnames=("checkpoint", "keep"))
+propagate = jax.jit(propagation.propagate, static_argnames=("checkpoint", "cotangent", "keep"))
 
 
 def inputs_of(network, sites=4):
