@@ -129,6 +129,7 @@ def read_in_all_ways(folder, tmp_path):
     return said, table.read_bytes() if table.exists() else b""
 
 
+@pytest.mark.medium
 def test_whatever_is_damaged_is_one_sentence_and_is_made_again(
     whole, other, tmp_path, monkeypatch, capsys
 ):
@@ -166,6 +167,7 @@ def copied(folder, to):
     return Path(shutil.copytree(folder, to))
 
 
+@pytest.mark.medium
 def test_an_interrupted_store_that_is_damaged_ends_in_the_same_bits(whole, other, tmp_path):
     """In its first round: what is damaged is as if it had never been drawn."""
     interrupted = tmp_path / "interrupted"
@@ -253,6 +255,7 @@ def test_shares_that_are_damaged_are_not_merged(other, tmp_path):
     _execution.merge(folders, tmp_path / "merged")
 
 
+@pytest.mark.medium
 def test_a_share_of_fewer_networks_than_shares_is_finished_and_merges(tmp_path):
     """Two networks a point in three shares: the third has none, and no theory either."""
     text = TEXT.replace("networks = 28", "networks = 2")

@@ -177,6 +177,7 @@ NETWORKS = {
 }
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("make", NETWORKS.values(), ids=NETWORKS)
 def test_a_jacobian_is_the_derivative_of_the_blocks(make, key):
     """Pushed and pulled through the hooks on `multiply`, against `jax.jvp` of the whole network."""
@@ -254,6 +255,7 @@ def test_unit_variance_is_of_the_whole_batch_and_a_constant_to_gradients(key):
     assert (block.apply(jnp.ones((2, 4)), dense_product, key) == 0).all()
 
 
+@pytest.mark.medium
 def test_maxout_of_two_gaussians(key):
     """Clark 1961: of correlation 0 and variance q, the maximum has mean √(q/π) and square q."""
     kernel = Kernel.of(jnp.array([[1.0, 0.5], [0.5, 2.0]]))
@@ -267,6 +269,7 @@ def test_maxout_of_two_gaussians(key):
     np.testing.assert_allclose(jnp.mean(u[0] * u[1]), found.covariance[0, 1], atol=6e-3)
 
 
+@pytest.mark.medium
 def test_a_gate_that_is_always_open_is_no_gate():
     """f(h)·g(h) with g = bias of 1 in law: second moments of f, and its gradient."""
     kernel = Kernel.of(jnp.array([[1.0, 0.5], [0.5, 2.0]]))

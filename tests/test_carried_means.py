@@ -24,6 +24,7 @@ def carrying(width, phi=relu, sigma_w=2**0.5, depth=DEPTH, scale=1.0, sigma_b=No
     return builders.stack(64, [Linear(width), (block, depth)], phi)
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize(("width", "number"), [(100, 150), (1000, 60)])
 def test_the_width_explains_what_a_carried_mean_does(width, number):
     """z + relu(W z), He weights, 30 blocks: ×1.41 a block at infinite width.
@@ -58,6 +59,7 @@ def explained_by_the_shift(network, number):
     return shift[0] > allowed[0] + 2 * others[0]
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize(
     ("phi", "sigma_w", "sigma_b", "scale"),
     [(relu, 1.2, 0.3, 0.7), (softplus, 1.4, 0.2, 1.0), (negative, 1.4, None, 1.0)],

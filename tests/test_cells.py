@@ -77,6 +77,7 @@ def exact_step(block, before):
     return ff * cells + ii * gg, tangent + block.sigma_w**2 * law.memory.hidden * gates
 
 
+@pytest.mark.medium
 def test_second_moments_of_cells_are_exact():
     """As they are known from each step to the next; a control steps with another bias."""
     for name, block in CASES.items():
@@ -137,6 +138,7 @@ def population(block, rng):
     return found
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize(
     "name", [pytest.param(n, marks=() if n == "usual" else pytest.mark.slow) for n in CASES]
 )

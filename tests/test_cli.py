@@ -53,6 +53,7 @@ def compared(tmp_path_factory):
     return gradflow("compare", *SMALL, "--out", "made", cwd=folder), folder
 
 
+@pytest.mark.medium
 def test_compare_prints_a_table_a_verdict_and_what_it_wrote(compared):
     done, folder = compared
     assert done.returncode == 0, done.stderr
@@ -105,6 +106,7 @@ def test_help_of_train_lists_the_experiments(monkeypatch, capsys):
         assert name in shown
 
 
+@pytest.mark.medium
 def test_json_is_json_and_nothing_else(tmp_path, here):
     done = here(
         *("compare", "--networks", "8", "--widths", "30,20,10", "--seed", str(1 << 40), "--json"),
@@ -247,6 +249,7 @@ def test_help_is_there_with_examples(command, here):
         assert f"gradflow {command}" in done.stdout
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

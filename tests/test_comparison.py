@@ -55,6 +55,7 @@ def test_a_wrong_theory_is_found_and_not_called_finite_width():
     assert "chi at layer" in found.agreement
 
 
+@pytest.mark.medium
 def test_finite_width_effects_are_told_from_errors():
     """Typical gradients of narrow, deep networks are below the mean by exp(-5 L/4n) (ReLU)."""
     network = builders.mlp([60, *[40] * 8], "relu", "he")
@@ -67,6 +68,7 @@ def test_finite_width_effects_are_told_from_errors():
     assert without["log_gradient_norm"].status[0] == Status.DIFFERS
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize(
     ("activation", "weights", "kind"),
     [
@@ -146,6 +148,7 @@ def test_depths_that_differ_are_refused():
         comparison.compare_results(theory, simulation)
 
 
+@pytest.mark.medium
 def test_results_are_labelled():
     found = comparison.compare(builders.mlp([60, 20, 20]), X, networks=5)
     dataset = found.to_xarray()

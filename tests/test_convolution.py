@@ -221,6 +221,7 @@ def test_delta_orthogonal_filters_keep_lengths_exactly(key):
         np.testing.assert_allclose(found["chi"][:-1], 1, rtol=1e2 * ROUNDING)
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize(
     ("pool", "delta"),
     [
@@ -375,6 +376,7 @@ def test_checkpoints_and_kept_linearisations_give_the_same_numbers(key):
             np.testing.assert_allclose(again[name], values, rtol=1e2 * ROUNDING, err_msg=name)
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("sampler", ["dense", "matrix_free"])
 def test_a_jacobian_of_convolutions_and_dense_layers(sampler, key):
     """J v and Jᵀ u of one network: u · J v = Jᵀ u · v, whose shapes differ."""

@@ -42,6 +42,7 @@ def curves():
     return found
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize(("sigma_w2", "ordered", "xi_c", "depth"), KNOWN)
 def test_theory_s_own_curves_have_the_known_depth_scales(curves, sigma_w2, ordered, xi_c, depth):
     """Of correlations, and in the ordered phase of gradients, where the two are one (χ_c = χ₁)."""

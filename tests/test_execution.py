@@ -69,6 +69,7 @@ def reference(tmp_path_factory, small_chunks):  # noqa: ARG001
     return folder
 
 
+@pytest.mark.medium
 def test_points_are_those_of_simulate_and_of_theory(reference):
     """Estimates, theory and z, point by point, to the rounding of another order of networks."""
     study = _study_file.parse(TEXT)
@@ -140,6 +141,7 @@ class Crash(BaseException):
     """The process ends here."""
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("operation", ["fsync", "replace", "unlink"])
 def test_ended_at_any_file_operation_it_goes_on_to_the_same_bits(
     reference, tmp_path, monkeypatch, operation

@@ -53,6 +53,7 @@ def ran(request):
     return experiment, dataset, calls
 
 
+@pytest.mark.medium
 def test_a_dataset_has_labels_a_table_findings_and_a_figure(ran, tmp_path):
     experiment, dataset, calls = ran
     assert dataset.sizes["seed"] == 2

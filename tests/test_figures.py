@@ -137,6 +137,7 @@ def phases(activation, sigma_w=(0.5, 3.0), sigma_b=(0, 1), points=24):
     )
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize(
     ("activation", "sigma_w", "sigma_b"),
     [

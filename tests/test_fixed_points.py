@@ -51,6 +51,7 @@ class TestTable2:
                 checked += 1
         assert checked > 100
 
+    @pytest.mark.medium
     @pytest.mark.parametrize(
         "activation",
         [
@@ -235,6 +236,7 @@ def test_a_slope_that_falls_off_exponentially_keeps_its_digits(name, sigma_w2, s
 QUICK = {"hard_tanh", "gelu"}
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize(
     "activation",
     [

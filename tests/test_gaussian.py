@@ -456,6 +456,7 @@ def test_kernels_are_those_of_the_table(row):
     assert float(found) != pytest.approx(float(values["C"]["0"]), rel=1e-3)
 
 
+@pytest.mark.medium
 @each_closed_kernel
 def test_closed_kernels_agree_with_quadrature(phi):
     # Powers of 4, so that at c = 1 no rounding of k is in q_a q_b - k²: its root is what counts.

@@ -122,6 +122,7 @@ def test_a_right_import_is_not_complained_of():
     assert not complaints(SOURCES | {"comparison": SOURCES["comparison"] + "\n" + source})
 
 
+@pytest.mark.medium
 def test_importing_all_of_gradflow_changes_no_setting_of_jax_and_does_not_start_it():
     """`jax.distributed.initialize` and `fork` must come before JAX looks for its devices."""
     started = "assert jax._src.xla_bridge.backends_are_initialized()"

@@ -34,6 +34,7 @@ def multiplied(factors):
     return product
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("activation", ["tanh", "relu"])
 def test_layer_jacobians_are_those_of_the_network_that_is_propagated(activation):
     network = builders.mlp([5, 8, 8, 8, 3], activation, "he", sigma_b=0.1)
@@ -51,6 +52,7 @@ def test_layer_jacobians_are_those_of_the_network_that_is_propagated(activation)
         )
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("tied", [False, True])
 def test_given_weights_have_the_jacobian_of_the_network_they_were_drawn_for(tied):
     tanh = ensembles.fan_in(1.3)
@@ -75,6 +77,7 @@ def test_given_weights_have_the_jacobian_of_the_network_they_were_drawn_for(tied
     assert not np.allclose(found.log, drawn.log, atol=1e-2)
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize(("below", "above"), [(0, None), (0, 2), (1, 3), (3, 4), (2, 4)])
 @pytest.mark.parametrize("apart", [False, True])
 def test_products_are_those_of_the_layers_multiplied_out(below, above, apart):
@@ -191,6 +194,7 @@ def test_golub_kahan_has_the_law_of_a_drawn_network(weights, steps):
     assert smallest_p_value(drawn, free) > FALSE_ALARM_RATE
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("sampler", ["dense", "matrix_free"])
 def test_golub_kahan_of_one_gaussian_layer_has_independent_chi_coefficients(sampler):
     """α_i ~ χ(m - i + 1), β_i ~ χ(n - i), independent, for m×n entries of variance 1 (Householder).
@@ -207,6 +211,7 @@ def test_golub_kahan_of_one_gaussian_layer_has_independent_chi_coefficients(samp
     assert smallest_p_value(np.asarray(found)[:, keep], exact[:, keep]) > FALSE_ALARM_RATE
 
 
+@pytest.mark.medium
 def test_norms_are_exact_and_traces_within_their_errors():
     """Null: a mean of 4000 probes is within 4.5 of its errors; false alarms 1e-5 each."""
     network, key = mlp(), jax.random.key(5)
@@ -298,6 +303,7 @@ def test_what_cannot_be_drawn_is_refused(options, message):
     assert message in str(error.value)
 
 
+@pytest.mark.medium
 @pytest.mark.usefixtures("unchecked")
 def test_shapes_that_do_not_fit_are_refused():
     with pytest.raises(InputError, match=r"inputs has shape \(1, 5\)"):

@@ -118,6 +118,7 @@ class TestAnyScale:
         np.testing.assert_allclose(beyond["log_q"][1:], math.log(1e60 / 2), rtol=1e-9)
         assert np.isnan(beyond["log_gradient_variance"][0])
 
+    @pytest.mark.medium
     def test_norms_and_blank_inputs(self):
         """A norm sets any signal to size 1; an input of zeros stays, and harms no other."""
         inputs = np.stack([INPUTS[0], 0 * INPUTS[0]])
@@ -176,6 +177,7 @@ class TestPathsThatShareAPart:
         "maxout": [Residual(Chain((Residual(Linear(200)), Maxout(Linear(200)))))],
     }
 
+    @pytest.mark.medium
     @pytest.mark.parametrize(
         "name", [pytest.param(n, marks=pytest.mark.slow if n != "norm" else ()) for n in SHAPES]
     )

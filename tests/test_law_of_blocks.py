@@ -50,6 +50,7 @@ def in_a_network(block):
 QUICK = {blocks.Residual: (), blocks.BatchNorm: pytest.mark.medium}
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize(
     "block",
     [pytest.param(b, marks=QUICK.get(b, pytest.mark.slow)) for b in blocks.ALL],

@@ -68,6 +68,7 @@ def test_the_law_test_finds_a_matrix_that_forgets(law):
     assert smallest_p_value(drawn, wrong) < 1e-6
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("law", LAWS)
 @pytest.mark.parametrize("shape", [(5, 5), (7, 4), (4, 7), (1, 3), (3, 1), (1, 1)])
 def test_answers_are_those_of_one_matrix_until_all_of_it_is_revealed(law, shape):
@@ -140,6 +141,7 @@ def test_other_laws_cannot_be_deferred():
         _matrices.deferred(jax.random.key(0), (3, 3), ensembles.uniform)
 
 
+@pytest.mark.medium
 def test_a_matrix_is_a_pytree_that_scans_and_vmaps():
     def ask(matrix, x):
         answer, matrix = matrix.times(x[None])
@@ -179,6 +181,7 @@ def test_orthonormal_rows_span_the_rows_and_are_orthonormal_or_zero(rows, known)
     np.testing.assert_allclose(np.asarray(unit @ every.T) @ np.asarray(every), unit, atol=1e-6)
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("n", [4, 5, 6])
 def test_rows_stay_orthonormal_while_the_space_fills_up(n):
     """Ten rows, four at a time, in fewer dimensions: as many are left as there are dimensions."""

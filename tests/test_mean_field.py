@@ -127,6 +127,7 @@ def test_predictions_vmap_and_differentiate_over_the_scales():
     assert np.all(np.diff(values) > 0)
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("function", [mean_field.predict, predict])
 def test_chi_is_missing_at_the_top_and_only_there(function):
     """In float32 too, where it was any number if the program was compiled."""
@@ -134,6 +135,7 @@ def test_chi_is_missing_at_the_top_and_only_there(function):
     assert np.isnan(found["chi"]).tolist() == [False, False, False, True]
 
 
+@pytest.mark.medium
 def test_results_are_labelled():
     dataset = mean_field.predict(builders.mlp([8] * 5), jnp.eye(2)).to_xarray()
     assert dataset.sizes == {"layer": 4}

@@ -12,6 +12,7 @@ from gradflow.simulation import _memory, monte_carlo
 X = np.asarray(jax.random.normal(jax.random.key(4), (2, 12), jnp.float32))
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("sampler", ["dense", "matrix_free"])
 def test_results_do_not_depend_on_the_chunks(sampler):
     network = builders.mlp([12, *[16] * 4], "tanh", "glorot")
@@ -26,6 +27,7 @@ def test_results_do_not_depend_on_the_chunks(sampler):
             np.testing.assert_allclose(value, reference.samples[name], rtol=2e-4, atol=2e-5)
 
 
+@pytest.mark.medium
 def test_more_networks_extend_and_do_not_replace():
     network = builders.mlp([12, 16, 16], "relu", "he")
     few, more = (
@@ -82,6 +84,7 @@ def test_log_moments_are_those_of_table_6a(load_reference, size, least):
     assert checked >= least
 
 
+@pytest.mark.medium
 def test_histograms_are_of_the_networks_that_were_simulated():
     network = builders.mlp([12, 300, 300], "tanh", "glorot")
     found = monte_carlo.simulate(network, X, networks=6, histograms=True)
@@ -92,6 +95,7 @@ def test_histograms_are_of_the_networks_that_were_simulated():
     assert set(found.histograms) == {"preactivation", "activation", "gradient"}
 
 
+@pytest.mark.medium
 def test_results_are_labelled():
     dataset = monte_carlo.simulate(
         builders.mlp([12, 16, 16]), X, networks=4, histograms=True
@@ -169,6 +173,7 @@ def test_deep_networks_fit_by_checkpoints():
             _memory.plan(network, 2, sampler, 1000, budget=10**6)
 
 
+@pytest.mark.medium
 def test_a_small_budget_changes_nothing_but_the_rounding():
     """Of 400 layers, 40 are kept in 1/3 of the memory; checkpoints are what then fits."""
     network = builders.mlp([12, *[16] * 400], "tanh", "glorot")

@@ -16,6 +16,7 @@ from gradflow.theory.prescription import mu_parametrisation, prescribe
 WIDTHS = (30, *[100] * 12)
 
 
+@pytest.mark.medium
 @pytest.mark.usefixtures("x64_only")
 @pytest.mark.parametrize(
     ("name", "kind", "arguments"),
@@ -47,6 +48,7 @@ def test_the_length_and_the_gradient_are_kept(name, kind, arguments):
     assert math.isinf(found.expected.trainable_depth)
 
 
+@pytest.mark.medium
 @pytest.mark.usefixtures("x64_only")
 def test_relu_is_critical_at_any_length_and_the_usual_rules_are_shown():
     found = prescribe("relu", WIDTHS, dtype="bfloat16")

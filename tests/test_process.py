@@ -35,6 +35,7 @@ def test_an_output_that_is_full_is_one_sentence(arguments):
     assert (done.returncode, done.stderr) == (2, said)
 
 
+@pytest.mark.medium
 def test_streams_that_are_closed_or_have_no_such_letters_are_no_reason_to_fail():
     for environment in ({"PYTHONIOENCODING": "ascii"}, {"COLUMNS": "20"}, {"COLUMNS": "1"}):
         done = python(MAIN, "phase", "--help", environment=environment, stdout=subprocess.DEVNULL)

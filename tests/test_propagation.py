@@ -54,6 +54,7 @@ def case():
     return network, x, jax.random.key(2)
 
 
+@pytest.mark.medium
 def test_statistics_are_those_of_plain_reverse_mode(case):
     found = propagate(*case, sampler="dense")
     zs, deltas, by_weights = by_hand(*case)
@@ -110,6 +111,7 @@ def test_checkpoints_give_the_same_numbers(sampler, activation):
         np.testing.assert_allclose(value, walked_again[name], rtol=1e-5, atol=1e-5, err_msg=name)
 
 
+@pytest.mark.medium
 def test_signals_are_those_that_the_statistics_measure(case):
     found = propagate(*case, sampler="matrix_free")
     drawn = propagation.signals(*case, sampler="matrix_free")
@@ -134,6 +136,7 @@ def test_propagation_composes_with_jit_vmap_and_grad(case):
     np.testing.assert_allclose(value[1] - value[0], np.log(4), rtol=1e-4)
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("weights", ["glorot", "he"])
 def test_relu_networks_are_right_at_depth_10_000(weights):
     """Reference table 6a's law: given survival, each layer's log gain has a known mean.
@@ -170,6 +173,7 @@ def test_relu_networks_are_right_at_depth_10_000(weights):
     assert not found.overflowed.any()
 
 
+@pytest.mark.medium
 def test_logistic_gradients_are_right_at_depth_10_000():
     """Theory says χ = 0.0557 a layer; the product of 9999 of them is 1e-12500."""
     n, depth = 256, 10_000
@@ -259,6 +263,7 @@ def test_weights_that_start_at_zero_have_a_gradient_and_pass_none_on(sampler):
     )
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("sampler", ["dense", "matrix_free"])
 def test_lsuv_gives_every_product_unit_variance(sampler):
     """The scales that it returns, put into the network that the same key draws."""
@@ -331,6 +336,7 @@ def test_signals_beyond_a_float_keep_their_scale_apart(phi, sizes, sampler, key)
         np.testing.assert_allclose(other[name], one[name], rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.medium
 def test_what_is_a_logarithm_answers_to_its_name_too_everywhere(key):
     network, x = builders.mlp([4, 5, 5]), jnp.ones((2, 4))
     found = jax.jit(lambda x: propagation.propagate(network, x, key))(x)
@@ -349,6 +355,7 @@ def test_what_is_a_logarithm_answers_to_its_name_too_everywhere(key):
     assert batched["gradient_variance"].shape == (3, 2)
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("kind", ["propagate", "predict", "simulate", "samples", "compare"])
 def test_a_quantity_that_is_not_there_is_a_sentence(kind, key):
     network, x = builders.mlp([4, 5, 5]), jnp.ones((2, 4))

@@ -75,6 +75,7 @@ def unrolled(network, x, key):
     return zs, deltas, by_step / SITES
 
 
+@pytest.mark.medium
 def test_statistics_are_those_of_backpropagation_through_time():
     network = vanilla(sigma_b=0.4, sigma_u=0.7, alike=0.3)
     x = jax.random.normal(jax.random.key(1), (SITES, INPUT), jnp.float32)
@@ -133,6 +134,7 @@ def test_shared_weights_have_one_law_with_both_samplers(law, sites, width, steps
     assert smallest_p_value(drawn, features(network(False), x, "dense", key=5)) < 1e-6
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("sampler", ["dense", pytest.param("matrix_free", marks=pytest.mark.slow)])
 def test_what_is_kept_changes_no_number(sampler):
     """A tied stage between others, which are walked in stretches."""
@@ -148,6 +150,7 @@ def test_what_is_kept_changes_no_number(sampler):
             np.testing.assert_allclose(value, again[name], rtol=1e-5, atol=1e-5, err_msg=name)
 
 
+@pytest.mark.medium
 def test_steps_share_weights_and_biases_but_not_masks():
     x = jnp.ones((1, INPUT), jnp.float32)
     step = Chain((Linear(60, 1.0, 0.5), Dropout(0.5)))
@@ -166,6 +169,7 @@ def test_steps_share_weights_and_biases_but_not_masks():
         assert np.allclose(biases[0], biases[3], atol=1e-5) == alike
 
 
+@pytest.mark.medium
 def test_without_a_nonlinearity_shared_weights_grow_by_themselves():
     """E ‖W^t x‖² is 1 + O(t⁴/n²), and independent weights' mean is 1 at any width.
 
@@ -275,6 +279,7 @@ def test_gru_with_weights_drawn_anew_meets_its_theory():
     assert not found.count(Status.DIFFERS), found.agreement
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize(
     ("block", "width"),
     [
@@ -318,6 +323,7 @@ def test_shared_weights_beside_a_path_for_the_signal_have_no_theory(block, width
     assert not np.isnan(plain["log_gradient_norm"]).any()
 
 
+@pytest.mark.medium
 def test_what_is_missing_is_said():
     found = comparison.compare(gated(3, True), np.ones((1, 50), np.float32), networks=10)
     assert "through 3 steps of GRU with shared weights" in found.agreement
@@ -370,6 +376,7 @@ def test_lstm_computes_what_it_says():
     np.testing.assert_allclose(state, np.concatenate([cell, hidden], axis=1), rtol=1e-5)
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("tied", [True, False])
 def test_lstm_has_the_gradients_of_backpropagation_through_time(tied):
     network = lstm(WIDTH, 6, tied)

@@ -68,6 +68,7 @@ class Reader(html.parser.HTMLParser):
         self.text.append(data)
 
 
+@pytest.mark.medium
 def test_the_page_is_whole_and_what_is_in_a_file_is_text(study):
     page = (study[0] / "report.html").read_text()
     reader = Reader()
@@ -140,6 +141,7 @@ def figures_of(page):
     return [html.unescape(c) for c in re.findall("<figcaption>(.*?)</figcaption>", page, re.DOTALL)]
 
 
+@pytest.mark.medium
 def test_depth_scales_are_maps_over_a_plane_and_a_row_of_the_table(deep):
     page = _report.page(deep)
     (caption,) = (c for c in figures_of(page) if "Depth scales" in c)

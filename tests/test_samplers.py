@@ -49,6 +49,7 @@ def inputs_of(sites, width):
     return jax.random.normal(jax.random.key(7), (sites, width), jnp.float32)
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize(("activation", "sites", "widths", "weights"), CASES)
 def test_dense_and_matrix_free_have_the_same_joint_law(activation, sites, widths, weights):
     network = builders.mlp(widths, activation, ensembles.fan_in(1.5, weights), sigma_b=0.3)
@@ -83,6 +84,7 @@ forgetful_product.defvjp(
 )
 
 
+@pytest.mark.medium
 def test_the_law_test_finds_a_sampler_that_forgets(monkeypatch):
     monkeypatch.setitem(_samplers.SAMPLERS, "forgetful", forgetful)
     network = builders.mlp(SQUARE, "tanh", ensembles.fan_in(1.7))

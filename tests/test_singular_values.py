@@ -122,6 +122,7 @@ def test_what_is_below_rounding_is_not_called_converged():
     assert found.error_largest[0] < 1e-3 < found.error_smallest[0]
 
 
+@pytest.mark.medium
 def test_extremes_of_a_stretch_and_of_layers_held_apart(monkeypatch):
     network, x = network_and_inputs()
     ask = functools.partial(
@@ -140,6 +141,7 @@ def test_extremes_of_a_stretch_and_of_layers_held_apart(monkeypatch):
     np.testing.assert_allclose(together.log_largest, apart.log_largest, atol=2e-3)
 
 
+@pytest.mark.medium
 def test_the_largest_of_one_wide_gaussian_layer_is_at_the_edge():
     """Width 3000: s² is 4 - 1.2·2^(4/3) n^(-2/3) ± 1.3·2^(4/3) n^(-2/3) (Johnstone 2001)."""
     network = builders.mlp([3000, 3000], "linear", "lecun")

@@ -112,6 +112,7 @@ def test_an_orthogonal_linear_network_has_one_singular_value():
     )
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize(
     ("name", "depth", "weights"),
     [
@@ -159,6 +160,7 @@ def test_shares_of_one_gaussian_layer_are_those_of_the_quarter_circle():
     np.testing.assert_allclose([inner.below, *inner.inside, inner.above], expected, atol=1e-9)
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize(
     ("name", "q", "sigma_w2", "depth", "weights"),
     [

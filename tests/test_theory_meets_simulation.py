@@ -47,6 +47,7 @@ def inputs_with(q, c, sigma_w2, sigma_b2):
     return math.sqrt(length) * np.stack([basis[0], second])
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize(
     ("activation", "phase"), [case(a, phase) for a in activations.ALL for phase in SLOPES]
 )

@@ -103,6 +103,7 @@ def pairs_p_value(z):
     return len(scores) * 2 * scipy.stats.norm.sf(np.abs(scores).max())
 
 
+@pytest.mark.medium
 def test_normals_are_standard_and_independent():
     z = normals(0)
     assert law_p_value(z) > FALSE_ALARM_RATE

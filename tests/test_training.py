@@ -47,6 +47,7 @@ def assert_same(found, expected, tolerance=ROUNDING):
         np.testing.assert_allclose(found[name], value, tolerance, tolerance, err_msg=name)
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("name", CASES)
 def test_given_weights_give_the_statistics_of_the_network_they_were_drawn_for(name):
     network, key = CASES[name], jax.random.key(5)
@@ -140,6 +141,7 @@ def test_gradients_are_those_of_a_plain_network():
     np.testing.assert_allclose(np.exp(measured["log_weight_gradient_variance"]), square, 1e-4)
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("name", ["recurrent", "gru", "residual", "dropout"])
 def test_outputs_are_what_the_walk_sees_at_the_top(name):
     network, key = CASES[name], jax.random.key(5)
@@ -189,6 +191,7 @@ def trained():
     return result, network, x, y
 
 
+@pytest.mark.medium
 def test_before_the_first_step_it_is_the_simulations_network(trained):
     result, network, x, _ = trained
     simulated = monte_carlo.simulate(
@@ -201,6 +204,7 @@ def test_before_the_first_step_it_is_the_simulations_network(trained):
         )
 
 
+@pytest.mark.medium
 def test_what_is_recorded_at_a_step_is_what_propagate_measures_of_its_weights(trained):
     result, network, x, y = trained
     network = networks.with_biases(network)
@@ -219,6 +223,7 @@ def test_what_is_recorded_at_a_step_is_what_propagate_measures_of_its_weights(tr
         assert_same(recorded, found, 1e-4)
 
 
+@pytest.mark.medium
 def test_histograms_and_singular_values_are_those_of_the_weights_of_that_step(trained):
     result, network, x, _ = trained
     network, key = networks.with_biases(network), jax.random.fold_in(jax.random.key(4), 1)
@@ -344,6 +349,7 @@ def test_results_have_names_and_theory_beside_them(grid):
     assert np.all((ratio > 1 / 3) & (ratio < 3))
 
 
+@pytest.mark.medium
 def test_training_goes_on_from_a_state_as_if_it_had_not_stopped():
     network, (x, y) = builders.mlp(WIDTHS, "relu", "he"), data_of()
 
@@ -362,6 +368,7 @@ def test_training_goes_on_from_a_state_as_if_it_had_not_stopped():
         np.testing.assert_allclose(rest[key], value, 1e-4, 1e-6, err_msg=key)
 
 
+@pytest.mark.medium
 def test_what_diverges_is_recorded_and_told_by_movement_and_loss_too():
     x, y = data_of()
     how = {"steps": 60, "batch": 8, "record": Recording([0, 30, 60], wanted=())}
@@ -486,6 +493,7 @@ def test_the_spread_of_speeds_is_that_of_update_ratios(clipped):
     assert labelled.dims == ("network", "learning_rate", "seed", "step")
 
 
+@pytest.mark.medium
 def test_a_schedule_is_one_of_steps():
     network, (x, y) = builders.mlp(WIDTHS, "tanh", "glorot"), data_of()
     result = training.train(
@@ -504,6 +512,7 @@ def test_a_schedule_is_one_of_steps():
     np.testing.assert_array_equal(movement[2], movement[1])
 
 
+@pytest.mark.medium
 def test_noise_in_gradients_is_each_networks_own_and_the_same_again():
     network, (x, y) = builders.mlp((6, 40, 3), "tanh", "glorot"), data_of()
     how = {

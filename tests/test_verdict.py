@@ -53,6 +53,7 @@ def glorot(widths):
     return [2 / (n + m) for n, m in zip(widths[:-1], widths[1:], strict=True)]
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize(
     ("widths", "name", "phi", "weights", "rule", "kind"),
     [
@@ -191,6 +192,7 @@ def test_norms_are_over_all_positions_of_an_input():
     np.testing.assert_allclose(norms, [-math.log(4), -math.log(4), 0], atol=1e-12)
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize(("n", "depth"), [(2, 10), pytest.param(4, 40, marks=pytest.mark.slow)])
 def test_where_most_networks_are_dead_that_is_the_verdict(n, depth):
     """ReLU: 1 - (1 - 2^-n)^L of the networks, each drawn alone: beyond 5 s.d. by 6e-7."""
