@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich import box
 from rich.table import Table
 from typer.core import TyperCommand
 
@@ -17,11 +16,12 @@ from gradflow.cli._options import (
     Json,
     Out,
     app,
+    as_options,
     given_folder,
     options_name,
     writable_folder,
 )
-from gradflow.cli._output import make_console, print_json, show_progress, write_netcdf
+from gradflow.cli._output import show, show_progress, table, write_netcdf
 from gradflow.cli._process import say
 from gradflow.errors import InputError
 
@@ -62,15 +62,7 @@ def _parameters() -> list[Any]:
     for experiment in experiments.ALL.values():
         for name, option in experiment.options.items():
             options.setdefault(name, []).append(option)
-    parameters = [_parameter(name, alike) for name, alike in options.items()]
-
-    def command(**_: Any) -> None: ...
-
-    command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
-    command.__annotations__ = {one.name: one.annotation for one in parameters}
-    holder = typer.Typer(add_completion=False)
-    holder.command()(command)
-    return [one for one in typer.main.get_command(holder).params if one.name in options]
+    return as_options([_parameter(name, alike) for name, alike in options.items()])
 
 
 def _parameter(name: str, options: "list[Option]") -> inspect.Parameter:
@@ -134,26 +126,17 @@ def train(
         figures.save(chosen.figure(dataset), folder / f"{chosen.name}.png"),
     ]
     shutil.rmtree(unfinished, ignore_errors=True)
-    table, findings = chosen.table(dataset), chosen.findings(dataset)
-    if as_json:
-        print_json(
-            {
-                "experiment": chosen.name,
-                "rows": table.rows,
-                "findings": findings,
-                "files": [str(path) for path in written],
-            }
-        )
-        return
-    console = make_console()
-    console.print(_printed(table.title, table.rows))
-    for note in table.notes:
-        console.print(note)
-    console.print()
-    for finding in findings:
-        console.print(f"- {finding}")
-    console.print(f"trained   in {dataset.attrs['seconds']:.1f} s, without compiling")
-    console.print(f"written   to {folder}: {', '.join(path.name for path in written)}")
+    printed, findings = chosen.table(dataset), chosen.findings(dataset)
+    summary = {"experiment": chosen.name, "rows": printed.rows, "findings": findings}
+
+    def parts() -> Iterator[Table | str]:
+        yield _as_text(printed.title, printed.rows)
+        yield from printed.notes
+        yield ""
+        yield from (f"- {finding}" for finding in findings)
+        yield f"trained   in {dataset.attrs['seconds']:.1f} s, without compiling"
+
+    show(summary, parts, as_json=as_json, folder=folder, written=written)
 
 
 def _options(experiment: "Experiment", written: Mapping[str, Any]) -> dict[str, Any]:
@@ -191,13 +174,10 @@ def _resumable(folder: Path) -> Iterator[None]:
         raise
 
 
-def _printed(title: str, rows: list[dict[str, Any]]) -> Table:
-    table = Table(title=title, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
-    for index, column in enumerate(rows[0]):
-        table.add_column(column.replace(", ", "\n"), justify="right" if index else "left")
-    for row in rows:
-        table.add_row(*(_cell(value) for value in row.values()))
-    return table
+def _as_text(title: str, rows: list[dict[str, Any]]) -> Table:
+    """An experiment's table; its columns' names are broken at commas."""
+    texts = [{k.replace(", ", "\n"): _cell(value) for k, value in row.items()} for row in rows]
+    return table(title, texts, text=list(texts[0])[:1])
 
 
 def _cell(value: Any) -> str:
