@@ -35,7 +35,7 @@ def unknown_name(what: str, value: object, allowed: Iterable[str]) -> InputError
     Parameters
     ----------
     what
-        What is named, in words: ``"activation"``.
+        The kind of thing that has the name, as ``"activation"``.
     value
         The name that was given.
     allowed

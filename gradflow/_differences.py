@@ -35,7 +35,7 @@ _FALSE_ALARM_RATE = 0.01
 _SMALL = 0.2
 # Rounding of the simulation's float type that a measurement may carry, in units of its epsilon.
 _ROUNDING = 8
-# What is left by rounding of differences of averages in float64.
+# Rounding errors of differences of averages in float64, relative to the averages.
 _ROUNDING_FLOAT64 = 1e-13
 
 
@@ -153,7 +153,7 @@ def compare_statistic(
                 np.nan,
             )
         )
-    # What is below the rounding of the simulation's floats is none.
+    # A difference below the rounding of the simulation's floats does not count as one.
     noise = _ROUNDING * float(np.finfo(simulation.dtype).eps)
     own_error = estimate.log_standard_error if statistic.log else estimate.standard_error
     shift = theory_deviation = np.full(len(here.z), np.nan)
@@ -194,7 +194,7 @@ def differences(
     Parameters
     ----------
     statistic
-        What is compared.
+        The statistic, which says in which unit it is kept.
     predicted, estimate
         Theory in the unit that the statistic is kept in, and measurement, of one shape.
     units

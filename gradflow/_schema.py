@@ -42,7 +42,7 @@ __all__ += ["options", "read_options"]
 
 # What `kind` may be: by name, the builder of such networks.
 KINDS: dict[str, Callable[..., Network]] = {"mlp": builders.mlp, "residual": builders.residual}
-# What is written for an option that a builder has no value of, where it is one of some names.
+# The text of files and commands for a builder's None, where its other values are names.
 NONE = "none"
 # A builder's parameters that describe no network.
 _NOT_OPTIONS = ("name",)
