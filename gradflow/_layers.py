@@ -8,6 +8,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float
 
 from gradflow._norms import unit_rows
+from gradflow._unit_distributions import Shifted
 from gradflow.activations import Activation
 
 __all__ = ["BackwardLimit", "BackwardSample", "ForwardLimit", "ForwardSample", "exp"]
@@ -48,6 +49,8 @@ class ForwardLimit(eqx.Module):
         is 0 unless second moments are beyond `gaussian.log_limits`.
     gaussian
         Whether signals are known to be Gaussian over units; otherwise averages of φ are NaN.
+    about
+        The means that units draw, and that signals are Gaussian about; None where they are 0.
     """
 
     covariance: Float[Array, "*layers sites sites"]
@@ -55,6 +58,7 @@ class ForwardLimit(eqx.Module):
     log_scale: Float[Array, "*layers sites"]
     gaussian: Bool[Array, "*layers"]
     activation: Activation = eqx.field(static=True)
+    about: Shifted | None = None
 
 
 class BackwardSample(eqx.Module):

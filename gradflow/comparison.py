@@ -13,7 +13,7 @@ needs b, and orthogonal weights may have no a.
 import dataclasses
 import html
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from fractions import Fraction
 
@@ -40,7 +40,7 @@ from gradflow._differences import (
 from gradflow._float_ranges import FloatRange, float_ranges
 from gradflow._inputs import as_inputs
 from gradflow._labels import BY_KEY, key_of, labelled, with_names
-from gradflow.errors import InputError
+from gradflow.errors import InputError, NoTheory
 from gradflow.networks import Network, divide_widths
 from gradflow.predictions import Corrections, Prediction
 from gradflow.simulation.monte_carlo import Progress, Simulation, simulate
@@ -419,12 +419,7 @@ def compare(
     key = as_key(key)
     checked = as_inputs(inputs, network)
     # Beside the simulation: both spend most of their time in the compiler, on one core each.
-    predict = _programs.prepare(network, inputs, finite_width=explain)
-    log_chi = _programs.prepare_asymptotic_log_chi(network)
-
-    def predict_all() -> tuple[Prediction, Corrections | None, float]:
-        theory, corrections = predict()
-        return theory, corrections, log_chi(theory)
+    predict_all = _prediction(network, checked, finite_width=explain)
 
     with ThreadPoolExecutor(1) as pool:
         predicted = pool.submit(predict_all)
@@ -446,6 +441,24 @@ def compare(
     if not explain:
         return comparison
     return explain_differences(comparison, inputs, key=key, sampler=sampler)
+
+
+def _prediction(
+    network: Network, inputs: jax.Array, *, finite_width: bool
+) -> Callable[[], tuple[Prediction, Corrections | None, float | None]]:
+    """Trace all that the theory says; nothing but the reason where it does not know the network."""
+    try:
+        predict = _programs.prepare(network, inputs, finite_width=finite_width)
+        log_chi = _programs.prepare_asymptotic_log_chi(network)
+    except NoTheory as error:
+        unknown = _limits.unknown(network, len(inputs), f"no theory: {error}")
+        return lambda: (unknown, None, None)
+
+    def predict_all() -> tuple[Prediction, Corrections | None, float]:
+        theory, corrections = predict()
+        return theory, corrections, log_chi(theory)
+
+    return predict_all
 
 
 def explain_differences(

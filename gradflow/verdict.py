@@ -169,11 +169,13 @@ def _log_relative_weight_gradients(
 
 
 def _scales(block: AbstractBlock, width: int, sites: int) -> list[float]:
-    """σ_w of each random matrix of a block, in the order of its products; nothing is drawn."""
-    sigmas: list[Any] = []
+    """√(n_in E[W²]) of each random matrix of a block, in the order of its products."""
+    squares: list[Any] = []
 
-    def multiply(_: PRNGKeyArray, x: Array, *, sigma_w: Any, width: int, **__: Any) -> Array:
-        sigmas.append(sigma_w)
+    def multiply(
+        _: PRNGKeyArray, x: Array, *, sigma_w: Any, width: int, mu_w: Any = 0.0, **__: Any
+    ) -> Array:
+        squares.append(sigma_w**2 + mu_w**2 / x.shape[1])  # nothing is drawn
         return jnp.zeros((x.shape[0], width), x.dtype)
 
     jax.eval_shape(
@@ -181,7 +183,7 @@ def _scales(block: AbstractBlock, width: int, sites: int) -> list[float]:
         jax.eval_shape(lambda: jax.random.key(0)),
         jax.ShapeDtypeStruct((sites, width), jnp.float32),
     )
-    return [math.nan if isinstance(s, jax.core.Tracer) else float(s) for s in sigmas]
+    return [math.nan if isinstance(s, jax.core.Tracer) else float(s) ** 0.5 for s in squares]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -15,7 +15,7 @@ from gradflow._arguments import as_real
 from gradflow._checks import is_traced
 from gradflow.blocks import GRU, LSTM, AbstractBlock
 from gradflow.errors import InputError
-from gradflow.kernels import Kernel
+from gradflow.kernels import Gaussian, Kernel, Shifted
 from gradflow.networks import Network, Stage, check_network
 from gradflow.predictions import Prediction
 from gradflow.statistics import BackwardLimit, ForwardLimit
@@ -28,6 +28,7 @@ __all__ = [
     "has_correlated_steps",
     "limits",
     "prediction",
+    "unknown",
     "through_blocks",
 ]
 
@@ -74,6 +75,13 @@ def prediction(forward: Sequence[ForwardLimit], backward: Sequence[BackwardLimit
     )
 
 
+def unknown(network: Network, sites: int, why: str) -> Prediction:
+    """The prediction of a network that no theory knows: NaN of every statistic, and the reason."""
+    none = np.full(network.depth, np.nan)
+    wanted = [s.key for s in statistics.ALL if s.predict and s.sites <= sites]
+    return Prediction(dict.fromkeys(wanted, none), why_missing=why)
+
+
 def _checked_gram(network: Network, gram: Any, mean: Any) -> tuple[Array, Array | None]:
     """The inputs' Gram matrix and means as arrays, or raise `InputError`."""
     check_network(network)
@@ -115,13 +123,7 @@ def _forward(
     why_missing = None
     entering: list[Kernel] = []
     leaving: list[Kernel] = []
-    runs: list[ForwardLimit] = []
-
-    def limit(kernels: Kernel, gaussian: bool) -> ForwardLimit:
-        known = jnp.full(len(kernels.mean), gaussian)
-        return ForwardLimit(
-            kernels.covariance, kernels.mean, kernels.log_scale, known, network.activation
-        )
+    runs: list[Kernel] = []
 
     for stage in network.stages:
         correlated = has_correlated_steps(stage, state)
@@ -137,11 +139,35 @@ def _forward(
             outputs = jax.tree.map(lambda *v: jnp.concatenate(v), first, rest)
         entering.append(stage_entering)
         leaving.append(state)
-        known = state.gaussian
         if stage.repeats > 1:
-            runs.append(limit(outputs, known))
-        runs.append(limit(jax.tree.map(lambda x: x[None], state), known))
-    return entering, leaving, joined(runs), why_missing
+            runs.append(outputs)
+        runs.append(jax.tree.map(lambda x: x[None], state))
+    return entering, leaving, joined(_forward_limits(network, runs)), why_missing
+
+
+def _forward_limits(network: Network, runs: Sequence[Kernel]) -> list[ForwardLimit]:
+    """The limits of layers that kernels describe, each with an axis of layers in front."""
+    laws = [kernels.distribution for kernels in runs]
+    values = max((law.shifts.shape[-1] for law in laws if isinstance(law, Shifted)), default=0)
+
+    def about(kernels: Kernel) -> Shifted | None:
+        law = kernels.distribution
+        if not values:
+            return None
+        law = law if isinstance(law, Shifted) else Shifted.at(jnp.zeros_like(kernels.mean))
+        return law.with_values(values)
+
+    return [
+        ForwardLimit(
+            kernels.covariance,
+            kernels.mean,
+            kernels.log_scale,
+            jnp.full(len(kernels.mean), isinstance(law, Gaussian | Shifted)),
+            network.activation,
+            about(kernels),
+        )
+        for kernels, law in zip(runs, laws, strict=True)
+    ]
 
 
 def has_correlated_steps(stage: Stage, state: Kernel) -> bool:
