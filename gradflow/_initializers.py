@@ -56,7 +56,6 @@ def measure(
 ) -> Measured:
     """Measure at least so many entries of matrices of shape (fan_in, fan_out)."""
     repeats = -(-entries // math.prod(shape))
-    keys = jax.random.split(from_seed(0), repeats)
 
     def add(total: Array, key: PRNGKeyArray) -> tuple[Array, tuple[Array, Array]]:
         weights = initializer(key, shape, jnp.float32)
@@ -65,6 +64,7 @@ def measure(
 
     try:
         with jax.ensure_compile_time_eval():
+            keys = jax.random.split(from_seed(0), repeats)
             about = jnp.mean(initializer(keys[0], shape, jnp.float32))
             sums, of_each = jax.lax.scan(add, jnp.zeros(shape), keys)
             # Here, where it is known also while a program that draws is traced.

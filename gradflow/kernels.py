@@ -573,7 +573,7 @@ def multiply_kernel(
         mean = jnp.asarray(mu_w, kernel.mean.dtype) * kernel.mean * jnp.exp(-log)
         law = {"mean": mean, "distribution": Shifted.at(mean)}
         covariance = covariance + jnp.outer(mean, mean)
-        tangent = None if tangent is None else jnp.full_like(tangent, jnp.nan)
+        tangent = None if tangent is None else jnp.nan * tangent
     return Kernel.of(
         covariance,
         tangent=tangent,

@@ -141,6 +141,9 @@ def _over_sites(name: str, limit: ForwardLimit) -> Float[Array, " sites"]:
             if saturation
             else gaussian.shifted_moment(phi, name, *law, v)
         )
+    if saturation:  # of a signal that is 0, as behind weights of 0
+        flat = jnp.abs(phi.derivative(jnp.zeros_like(q))) < SATURATION_THRESHOLD * phi.max_slope
+        averages = jnp.where(q == 0, flat, averages)
     return jnp.where(limit.gaussian, averages, jnp.nan)
 
 

@@ -247,8 +247,11 @@ def judge(theory: Prediction, simulation: Simulation, asymptotic_log_chi: float 
         kind = "dead"
     elif dead:
         parts.append(_dead_sentence(simulation, dead))
+    blocked = _blocked(network, predicted)
+    if blocked:
+        kind, parts = "dead", [f"dead: {blocked}"]
     for what, networks in (("overflow", simulation.overflowed), ("are 0 in", simulation.vanished)):
-        if networks.any():
+        if networks.any() and not blocked:
             parts.append(
                 f"signals {what} {simulation.dtype} from layer "
                 f"{int(np.argmax(networks > 0)) + 1} on, in {int(networks.max())} of "
@@ -272,6 +275,21 @@ def judge(theory: Prediction, simulation: Simulation, asymptotic_log_chi: float 
         saturated_from=saturated_from,
         sentence="; ".join(parts),
     )
+
+
+def _blocked(network: Network, predicted: np.ndarray) -> str:
+    """Words for a layer that passes no gradient on in any network, if there is one; else ""."""
+    through = np.isneginf(predicted[:-1]) & np.isfinite(predicted[1:])
+    if not through.any():
+        return ""
+    layer = int(np.argmax(through)) + 2
+    ends = np.cumsum([stage.repeats for stage in network.stages])
+    block = network.stages[int(np.searchsorted(ends, layer))].block
+    zero = any(
+        getattr(b, "sigma_w", 1.0) == 0 and getattr(b, "mu_w", None) is None for b in block.nested
+    )
+    why = f"the weights of layer {layer} are 0" if zero else f"layer {layer} passes none on"
+    return f"{why}: no gradient below it at step 0"
 
 
 def _kind(

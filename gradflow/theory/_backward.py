@@ -72,6 +72,8 @@ def _down(network: Network, entering: Sequence[Kernel]) -> BackwardLimit:
     log_variance = jnp.concatenate([jnp.cumsum(above[::-1], axis=0)[::-1], top])
     # C is the mean over the inputs, whose gradients are independent: squares add, over sites².
     log_weight = jax.nn.logsumexp(log_variance + jnp.concatenate(by_weights), axis=1)
+    # Of a gradient that is 0 already a layer has no factor.
+    above = jnp.where(jnp.isneginf(log_variance[1:]), jnp.nan, above)
     return BackwardLimit(
         log_variance,
         jnp.concatenate([above, jnp.full_like(top, jnp.nan)]),

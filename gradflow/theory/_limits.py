@@ -120,7 +120,7 @@ def _forward(
 
     Limits are by runs of equally many sites. The last result says why some layers have none.
     """
-    why_missing = None
+    why_missing = _WITH_A_MEAN if _has_means(network) else None
     entering: list[Kernel] = []
     leaving: list[Kernel] = []
     runs: list[Kernel] = []
@@ -143,6 +143,15 @@ def _forward(
             runs.append(outputs)
         runs.append(jax.tree.map(lambda x: x[None], state))
     return entering, leaving, joined(_forward_limits(network, runs)), why_missing
+
+
+# Of weights of mean μ_w/n the gradient's mean over units has a gain of its own, of order μ_w².
+_WITH_A_MEAN = "no theory knows gradients through weights whose mean is not 0"
+
+
+def _has_means(network: Network) -> bool:
+    blocks = (block for stage in network.stages for block in stage.block.nested)
+    return any(getattr(block, "mu_w", None) is not None for block in blocks)
 
 
 def _forward_limits(network: Network, runs: Sequence[Kernel]) -> list[ForwardLimit]:
