@@ -10,7 +10,7 @@ Nothing is evaluated but these.
 import math
 import re
 from collections.abc import Callable, Mapping
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Any
 
 from gradflow._checks import unknown_name
 from gradflow.errors import InputError
@@ -18,24 +18,19 @@ from gradflow.errors import InputError
 __all__ = ["Function", "Reader", "as_text", "split"]
 
 
-class _Weights(Protocol):
-    def with_gain(self, gain: float) -> Any: ...
-
-    def drawn_from(self, distribution: str) -> Any: ...
-
-
-_Law = TypeVar("_Law", bound=_Weights)
+# An `ensembles.Ensemble`, which is read here and imports this.
+_Law = Any
 # How many numbers it takes, and the ensemble that it makes of them.
 Function = tuple[tuple[int, ...], Callable[..., _Law]]
 _EXAMPLES = "as he, glorot*5/3, normal(0.02), uniform(-0.05,0.05), constant(0.1) or torch"
 _TOKEN = re.compile(r"[a-z_][a-z_0-9]*|(?:\d+\.?\d*|\.\d+)(?:e[+-]?\d+)?|\S")
 
 
-class Reader(Generic[_Law]):
+class Reader:
     """Reads an ensemble: a name, with numbers it may be, then gains and distributions."""
 
     def __init__(
-        self, text: str, names: Mapping[str, _Law], functions: Mapping[str, Function[_Law]]
+        self, text: str, names: Mapping[str, _Law], functions: Mapping[str, Function]
     ) -> None:
         self.text, self.names, self.functions = text, names, functions
         self.tokens = _TOKEN.findall(text.lower())

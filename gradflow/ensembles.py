@@ -483,7 +483,7 @@ def _constant(value: float) -> Ensemble:
 
 
 # Names that take numbers.
-_FUNCTIONS: dict[str, Function[Ensemble]] = {
+_FUNCTIONS: dict[str, Function] = {
     "normal": ((1, 2), _normal),
     "uniform": ((2,), _uniform),
     "truncated_normal": ((1,), _truncated),
