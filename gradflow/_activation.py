@@ -8,13 +8,14 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, ScalarLike
 
+from gradflow._checks import is_number
 from gradflow._closed_forms import Moment, PairMoment, Values
 from gradflow._roots import bisect
 from gradflow.errors import InputError
@@ -38,13 +39,16 @@ class Activation:
     function
         φ, elementwise, written in JAX.
     kinks
-        Points where φ or one of its derivatives is not smooth; quadrature panels end there.
+        Points where φ or one of its derivatives is not smooth, and others that quadrature needs:
+        its panels end there.
     homogeneous
         Whether φ(a·x) = a·φ(x) for every a > 0.
     moments
         Closed forms in q of some of `gradflow.gaussian.Moments`, by field name, or of "variance".
     kernel, derivative_kernel
         Closed forms of E[φ(u) φ(v)] and E[φ'(u) φ'(v)] in (q_u, q_v, k).
+    frequency
+        The inverse of the distance over which φ varies: φ' is searched in steps as much finer.
     """
 
     name: str
@@ -54,6 +58,7 @@ class Activation:
     moments: Mapping[str, Moment] = field(default_factory=dict, compare=False, repr=False)
     kernel: PairMoment | None = field(default=None, compare=False, repr=False)
     derivative_kernel: PairMoment | None = field(default=None, compare=False, repr=False)
+    frequency: float = field(default=1.0, compare=False, repr=False)
 
     def __post_init__(self) -> None:
         if not callable(self.function):
@@ -75,6 +80,9 @@ class Activation:
         name
             Its name.
         """
+        # Panels of quadrature end at 0, 1, 2, 4, …: where φ varies over less, also at 1/2, 1/4, ….
+        halvings = 0 if self.kernel is not None else math.ceil(math.log2(max(argument, 1)))
+        finer = {sign * 2.0**-n for n in range(1, halvings + 1) for sign in (-1, 1)}
 
         def scaled_moment(form: Moment, powers: tuple[int, int]) -> Moment:
             return lambda q: output ** powers[0] * argument ** powers[1] * form(argument**2 * q)
@@ -88,11 +96,12 @@ class Activation:
         return Activation(
             name,
             lambda x: output * self.function(argument * x),
-            kinks=tuple(kink / argument for kink in self.kinks),
+            kinks=tuple(sorted({*(kink / argument for kink in self.kinks), *finer})),
             homogeneous=self.homogeneous,
             moments={n: scaled_moment(form, _POWERS[n]) for n, form in self.moments.items()},
             kernel=scaled_pair(self.kernel, output**2),
             derivative_kernel=scaled_pair(self.derivative_kernel, (output * argument) ** 2),
+            frequency=argument * self.frequency,
         )
 
     def derivative(self, x: Values) -> Float[Array, "..."]:
@@ -140,10 +149,18 @@ class Activation:
 
     @functools.cached_property
     def max_slope(self) -> float:
-        """The supremum of |φ'|, over |x| <= 2^20; one-sided at kinks."""
+        """The supremum of |φ'|; one-sided at kinks.
+
+        Over |x| <= 2^20, but infinite where |φ'| grows as a power of |x|.
+        """
         x, slope = self._scan
+        if np.argmax(np.abs(slope)) in (0, x.size - 1) and self._known_powers is not None:
+            power: Any = self._known_powers[1].slope
+            if power > 0:
+                return math.inf
         best = float(np.max(np.abs(slope)))
-        centre, width = float(x[np.argmax(np.abs(slope))]), 2.0**-5
+        centre = float(x[np.argmax(np.abs(slope))])
+        width = 2.0**-5 / self.frequency
         for _ in range(4):  # zoom in on the largest of the grid; an extremum is flat
             near = np.linspace(centre - width, centre + width, 401)
             slopes = np.abs(_slopes(self, near))
@@ -157,6 +174,7 @@ class Activation:
         half = np.concatenate(
             [np.arange(0, 16, 2.0**-9), np.arange(16, 2048, 2.0**-5), 2 ** np.linspace(11, 20, 999)]
         )
+        half /= self.frequency
         kinks = np.asarray(self.kinks)
         beside = 1e-12 * np.maximum(1, np.abs(kinks))
         x = np.unique(np.concatenate([-half, half, kinks - beside, kinks + beside]))
@@ -166,13 +184,13 @@ class Activation:
     def bounds(self) -> tuple[float, float] | None:
         """The least and largest value of φ, or None if it is unbounded.
 
-        φ is taken for bounded if no value beyond |x| = 16 is outside the range of those up to there
-        by more than a tenth of that range.
+        φ is taken for bounded if no value beyond |x| = 16/frequency is outside the range of those
+        up to there by more than a tenth of that range.
         """
         x = np.concatenate([self._scan[0], [-1e30, 1e30]])
         with concrete():
             values = np.asarray(_compiled(self, jnp.asarray(x)))
-        near = values[np.abs(x) <= 16]
+        near = values[np.abs(x) * self.frequency <= 16]
         low, high = float(values.min()), float(values.max())
         beyond = max(near.min() - low, high - near.max())
         return (low, high) if beyond <= 0.1 * (near.max() - near.min()) else None
@@ -225,16 +243,28 @@ class Activation:
         numpy.ndarray
             Shape (intervals, 2): disjoint, ascending; the ends may be ±inf. Features of φ' narrower
             than 2^-5 (2^-9 for |x| < 16) can be missed, and those beyond |x| = 2048 where φ'
-            oscillates; a point where |φ'| only touches the threshold is no end.
+            oscillates, all these divided by the `frequency`; a point where |φ'| only touches the
+            threshold is no end. Where |φ'| has no largest value, no unit is saturated.
 
         Raises
         ------
         InputError
             If the threshold is not in (0, 1].
         """
-        if not 0 < threshold <= 1:
+        level = self.saturated_slope(threshold)
+        return _saturated_intervals(self, level) if level else np.empty((0, 2))
+
+    def saturated_slope(self, threshold: float) -> float:
+        """The |φ'| below which a unit is saturated: threshold · max|φ'|, or 0 if that is infinite.
+
+        Raises
+        ------
+        InputError
+            If the threshold is not in (0, 1].
+        """
+        if not (is_number(threshold) and 0 < threshold <= 1):
             raise InputError(f"threshold is {threshold!r}; it is a fraction in (0, 1]")
-        return _saturated_intervals(self, float(threshold))
+        return float(threshold) * self.max_slope if math.isfinite(self.max_slope) else 0.0
 
 
 # The powers of a and b that a moment of a φ(b x) has as factors, beside its variance b² q.
@@ -259,8 +289,7 @@ _PROBES = np.array([1.0, 2.0, 4.0])
 
 
 @functools.lru_cache(maxsize=256)
-def _saturated_intervals(activation: Activation, threshold: float) -> np.ndarray:
-    level = threshold * activation.max_slope
+def _saturated_intervals(activation: Activation, level: float) -> np.ndarray:
     x, slope = activation._scan
     # |φ'| crosses the level where φ' - level or φ' + level changes sign. Searching for both finds
     # the interval around a zero of φ' even where it is narrower than a step of the grid.

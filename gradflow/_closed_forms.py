@@ -21,8 +21,7 @@ __all__ = ["Moment", "PairMoment", "Values", "angle", "cos2", "cos4", "cos_cos"]
 __all__ += ["erf_derivative_kernel", "erf_kernel", "gelu_derivative_kernel", "gelu_dphi2"]
 __all__ += ["gelu_kernel", "gelu_phi2", "gelu_x_phi_dphi", "gram_determinant", "hard_tanh_inside"]
 __all__ += ["sin2", "sin2_cos2", "sin4", "sin_sin", "snake_kernel", "snake_mixed", "snake_phi4"]
-__all__ += ["snake_phi2_dphi2", "snake_phi_ddphi", "squared_relu_derivative_kernel"]
-__all__ += ["squared_relu_kernel"]
+__all__ += ["snake_phi2_dphi2", "snake_phi_ddphi"]
 
 Values: TypeAlias = Float[Array, "..."] | Float[np.ndarray, "..."] | ScalarLike
 Moment: TypeAlias = Callable[[Array], Array | float]
@@ -143,20 +142,6 @@ def snake_kernel(q_u: Array, q_v: Array, k: Array) -> Array:
     """E uv + E sin²u sin²v."""
     apart = jnp.expm1(-2 * q_u) * jnp.expm1(-2 * q_v)
     return k + (apart + 2 * sin_sin(2 * q_u, 2 * q_v, 2 * k) ** 2) / 4
-
-
-def squared_relu_kernel(q_u: Array, q_v: Array, k: Array) -> Array:
-    """The arc-cosine kernel of order 2; Cho & Saul 2009."""
-    beyond = math.pi - angle(q_u, q_v, k)
-    root = jnp.sqrt(gram_determinant(q_u, q_v, k))
-    return (3 * k * root + beyond * (q_u * q_v + 2 * k**2)) / (2 * math.pi)
-
-
-def squared_relu_derivative_kernel(q_u: Array, q_v: Array, k: Array) -> Array:
-    """4 E relu(u) relu(v); Cho & Saul 2009, order 1."""
-    beyond = math.pi - angle(q_u, q_v, k)
-    root = jnp.sqrt(gram_determinant(q_u, q_v, k))
-    return 2 / math.pi * (root + beyond * k)
 
 
 def erf_kernel(q_u: Array, q_v: Array, k: Array) -> Array:

@@ -43,9 +43,7 @@ def _family(phi: Activation, factors: Callable[..., tuple[float, float]]) -> Act
     @functools.wraps(factors)
     def make(*parameters: float) -> Activation:
         output, argument = factors(*parameters)
-        # Quadrature resolves features of order 1 in x; closed forms hold for any.
-        widest = 10 if phi.kernel is None else 100
-        if not (1 / widest <= argument <= widest and output):
+        if not (0.01 <= argument <= 100 and output):
             raise ValueError(parameters)
         return phi.scaled(output, argument, phi.name)
 
@@ -159,8 +157,8 @@ def _with_parameters(family: str, text: str, arguments: list[str]) -> Activation
         values = ()
     if not 0 < len(values) <= len(parameters):
         raise InputError(
-            f"activation is {text!r}; it is {family}({', '.join(parameters)}), with numbers for "
-            f"{'its parameter' if len(parameters) == 1 else 'its parameters'}"
+            f"activation is {text!r}; it is {family}({', '.join(parameters)}), with a number for "
+            "each parameter"
         )
     rest = tuple(p.default for p in parameters.values())[len(values) :]
     try:
@@ -168,7 +166,7 @@ def _with_parameters(family: str, text: str, arguments: list[str]) -> Activation
     except (ValueError, ZeroDivisionError) as error:
         raise InputError(
             f"activation is {text!r}, of parameters beyond those that averages are known to be "
-            "right for; its features in x are from 0.1 to 10 times as wide as without them"
+            "right for; they scale x by 0.01 to 100, and φ by no 0"
         ) from error
 
 
@@ -325,8 +323,6 @@ squared_relu = Activation(
         "ddphi2": lambda q: 2.0,  # noqa: ARG005
         "variance": lambda q: 5 / 4 * q**2,
     },
-    kernel=_closed_forms.squared_relu_kernel,
-    derivative_kernel=_closed_forms.squared_relu_derivative_kernel,
 )
 gelu = Activation(
     "gelu",
