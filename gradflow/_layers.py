@@ -24,7 +24,7 @@ class ForwardSample(eqx.Module):
     activation: Float[Array, "sites n"]
     slope: Float[Array, "sites n"]
     log_scale: Float[Array, " sites"]
-    max_slope: float = eqx.field(static=True)
+    saturated_slope: float = eqx.field(static=True)  # the |φ'| below which a unit is saturated
 
     @functools.cached_property
     def directions(self) -> tuple[Float[Array, "sites n"], Float[Array, " sites"]]:
@@ -49,6 +49,8 @@ class ForwardLimit(eqx.Module):
         is 0 unless second moments are beyond `gaussian.log_limits`.
     gaussian
         Whether signals are known to be Gaussian over units; otherwise averages of φ are NaN.
+    saturation_threshold
+        The network's.
     about
         The means that units draw, and that signals are Gaussian about; None where they are 0.
     """
@@ -58,6 +60,7 @@ class ForwardLimit(eqx.Module):
     log_scale: Float[Array, "*layers sites"]
     gaussian: Bool[Array, "*layers"]
     activation: Activation = eqx.field(static=True)
+    saturation_threshold: float = eqx.field(static=True)
     about: Shifted | None = None
 
 

@@ -218,7 +218,7 @@ def residual(
     depth, layers = check_count("depth", depth), check_count("layers", layers)
     hidden = width if hidden is None else check_count("hidden", hidden)
     phi, ensemble = activations.get(activation), ensembles.get(weights)
-    alpha = _scale(scale, depth, sigma_b or bias)
+    alpha = _scale(scale, depth, sigma_b=sigma_b, bias=bias)
     layer = linear(ensemble, 0.0 if scale == "fixup" else sigma_b, bias)
     normalisation = _normalisation(norm, norm_position)
     ends = [width, *[hidden] * (layers - 1 + weights_first), width]
@@ -511,10 +511,11 @@ def _normalisation(norm: str | None, norm_position: str) -> tuple[AbstractBlock,
     return (NORMS[norm](),)
 
 
-def _scale(scale: float | str, depth: int, biases: float | str | None) -> float:
+def _scale(scale: float | str, depth: int, **biases: float | str | None) -> float:
     """α as a number; biases are refused beside Fixup."""
-    if scale == "fixup" and biases:
-        raise InputError(f"sigma_b or bias is {biases!r}; the biases of scale 'fixup' start at 0")
+    for name, value in biases.items():
+        if scale == "fixup" and value:
+            raise InputError(f"{name} is {value!r}; the biases of scale 'fixup' start at 0")
     if isinstance(scale, str):
         if scale not in SCALES:
             raise unknown_name("scale", scale, SCALES)

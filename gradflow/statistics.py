@@ -24,15 +24,11 @@ from gradflow._first_order import FirstOrder, diagonal, outer
 from gradflow._layers import BackwardLimit, BackwardSample, ForwardLimit, ForwardSample, exp
 from gradflow.errors import InputError
 
-__all__ = ["ALL", "SATURATION_THRESHOLD", "BackwardLimit", "BackwardSample", "FirstOrder"]
+__all__ = ["ALL", "BackwardLimit", "BackwardSample", "FirstOrder"]
 __all__ += ["ForwardLimit", "ForwardSample", "Statistic"]
 
 # The shift of a mean over networks and the variance between them, each of shape (layers,).
 _Correction = tuple[Float[Array, " layers"], Float[Array, " layers"]]
-
-# A unit counts as saturated when its slope is below this fraction of the activation's largest
-# slope. For the logistic that is an output below 0.01 or above 0.99: σ' < 0.01 · 0.99.
-SATURATION_THRESHOLD = 4 * 0.01 * 0.99
 
 
 @dataclasses.dataclass(frozen=True)
@@ -130,27 +126,23 @@ def _over_sites(name: str, limit: ForwardLimit) -> Float[Array, " sites"]:
     """A moment of φ(z), or the ``"saturation"``, for each site; NaN where z is not Gaussian."""
     phi, q, saturation = limit.activation, jnp.diagonal(limit.covariance), name == "saturation"
     if limit.about is None and saturation:
-        averages = gaussian.saturation(phi, q, SATURATION_THRESHOLD)
+        averages = gaussian.saturation(phi, q, limit.saturation_threshold)
     elif limit.about is None:
         averages = gaussian.moment(phi, name, q)
     else:
         law = (limit.about.shifts, limit.about.chances)
         v = jnp.diagonal(limit.about.gaussian_part(limit.covariance))
         averages = (
-            gaussian.shifted_saturation(phi, SATURATION_THRESHOLD, *law, v)
+            gaussian.shifted_saturation(phi, limit.saturation_threshold, *law, v)
             if saturation
             else gaussian.shifted_moment(phi, name, *law, v)
         )
     if saturation:  # of a signal that is 0, as behind weights of 0
-        flat = jnp.abs(phi.derivative(jnp.zeros_like(q))) < SATURATION_THRESHOLD * phi.max_slope
+        flat = (
+            jnp.abs(phi.derivative(jnp.zeros_like(q))) < limit.saturation_threshold * phi.max_slope
+        )
         averages = jnp.where(q == 0, flat, averages)
     return jnp.where(limit.gaussian, averages, jnp.nan)
-
-
-def _saturated_slope(sample: ForwardSample) -> float:
-    """The slope below which a unit is saturated, in the floats' range."""
-    largest = float(jnp.finfo(sample.slope.dtype).max)
-    return min(SATURATION_THRESHOLD * sample.max_slope, largest)
 
 
 def _mean_over_sites(shift: Array, covariance: Array) -> _Correction:
@@ -340,8 +332,8 @@ activation_variance = Statistic(
 )
 saturation = Statistic(
     "saturation",
-    f"fraction of units with |φ'| < {SATURATION_THRESHOLD:.3g} max|φ'|",
-    measure=lambda s: jnp.mean(jnp.abs(s.slope) < _saturated_slope(s)),
+    "fraction of saturated units, |φ'| far below max|φ'|",
+    measure=lambda s: jnp.mean(jnp.abs(s.slope) < s.saturated_slope),
     predict=lambda limit: jnp.mean(_over_sites("saturation", limit)),
     correct=lambda finite: _mean_over_sites(
         *finite.mean_over_units(finite.layers.averages.saturation, "saturated")

@@ -173,6 +173,7 @@ def _forward_limits(network: Network, runs: Sequence[Kernel]) -> list[ForwardLim
             kernels.log_scale,
             jnp.full(len(kernels.mean), isinstance(law, Gaussian | Shifted)),
             network.activation,
+            network.saturation_threshold,
             about(kernels),
         )
         for kernels, law in zip(runs, laws, strict=True)
