@@ -21,8 +21,8 @@ BIASES = ("torch",)
 
 def linear(
     ensemble: Ensemble,
-    sigma_b: float | None,
-    bias: float | str | None,
+    sigma_b: float | int | None,
+    bias: float | int | str | None,
 ) -> Callable[[int, int], Linear]:
     """A function (fan_in, fan_out) that makes a layer of weights and biases.
 

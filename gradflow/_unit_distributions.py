@@ -148,7 +148,8 @@ class Shifted(UnitDistribution):
 
     def scaled(self, factor: Float[Array, "..."] | ScalarLike) -> "Shifted":
         """The same about the means times the factor."""
-        return Shifted(self.shifts * jnp.asarray(factor)[..., None], self.chances)
+        each = factor * jnp.ones_like(self.shifts[..., 0])
+        return Shifted(self.shifts * each[..., None], self.chances)
 
     def at_scale(self, factor: Float[Array, " sites"]) -> "Shifted":
         """The same in other units."""

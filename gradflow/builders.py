@@ -511,7 +511,7 @@ def _normalisation(norm: str | None, norm_position: str) -> tuple[AbstractBlock,
     return (NORMS[norm](),)
 
 
-def _scale(scale: float | str, depth: int, **biases: float | str | None) -> float:
+def _scale(scale: float | str, depth: int, **biases: float | int | str | None) -> float:
     """α as a number; biases are refused beside Fixup."""
     for name, value in biases.items():
         if scale == "fixup" and value:

@@ -316,9 +316,9 @@ class Kernel(eqx.Module):
                 )
             values, chances = _RULES[distribution]
         ones = jnp.ones((len(self.mean), 1), self.mean.dtype)
-        shifts = jnp.asarray(values, ones.dtype) * (1.0 if sigma_b is None else sigma_b)
+        shifts = jnp.asarray(values[None], ones.dtype) * (1.0 if sigma_b is None else sigma_b)
         shifts = jnp.asarray(shifts + (0.0 if mu_b is None else mu_b))
-        law = Shifted(shifts * ones, jnp.asarray(chances) * ones)
+        law = Shifted(shifts * ones, jnp.asarray(chances[None], ones.dtype) * ones)
         bias = Kernel.of(
             jnp.einsum("ak,bk->ab", law.chances * law.shifts, law.shifts, precision="highest"),
             law.mean,

@@ -82,7 +82,7 @@ class BatchNorm(AbstractBlock):
         law, known = kernel.distribution, kernel.covariance
         if isinstance(law, Shifted):
             # A unit's mean that all inputs have goes away with that over the batch.
-            apart = law.shifts - jnp.mean(law.shifts, axis=0)
+            apart = law.shifts - jnp.mean(law.shifts, axis=0, keepdims=True)
             alike = jnp.max(jnp.abs(apart)) <= 1e-6 * jnp.max(jnp.abs(law.shifts))
             known = jnp.where(alike, law.gaussian_part(known), jnp.nan)
         elif not kernel.gaussian:
