@@ -83,6 +83,7 @@ class BackwardLimit(eqx.Module):
     """The infinite-width limit of the gradient ∂C/∂z at a layer, or at all, per input, as logs.
 
     ``log_variance`` is of one component of δ; ``log_ratio`` is log χ, NaN at the top layer.
+    ``log_spread`` is E log ‖δ‖² less log E ‖δ‖², over networks, where it is not 0 at any width.
     ``why_missing`` says why there is no theory of some layers' signals and gradients, if so.
     """
 
@@ -91,6 +92,7 @@ class BackwardLimit(eqx.Module):
     log_weight_variance: Float[Array, "*layers"]
     width: Float[Array, "*layers"]
     why_missing: str | None = eqx.field(static=True, default=None)
+    log_spread: Float[Array, "*layers sites"] | None = None
 
 
 def exp(x: Array | np.ndarray) -> Array | np.ndarray:

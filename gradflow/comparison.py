@@ -45,6 +45,7 @@ from gradflow.networks import Network, divide_widths
 from gradflow.predictions import Corrections, Prediction
 from gradflow.simulation.monte_carlo import Progress, Simulation, simulate
 from gradflow.theory import _limits, _programs
+from gradflow.theory._about_means import has_means
 from gradflow.verdict import Verdict, judge
 
 __all__ = ["Comparison", "StatisticComparison", "Status", "Verdict", "compare"]
@@ -443,20 +444,31 @@ def compare(
     return explain_differences(comparison, inputs, key=key, sampler=sampler)
 
 
+_NOT_SETTLED = (
+    "weights have a mean, and what it multiplies, a mean over units, is near 0 and another number "
+    "in each network: no theory knows the layers above"
+)
+
+
 def _prediction(
     network: Network, inputs: jax.Array, *, finite_width: bool
 ) -> Callable[[], tuple[Prediction, Corrections | None, float | None]]:
     """Trace all that the theory says; nothing but the reason where it does not know the network."""
     try:
         predict = _programs.prepare(network, inputs, finite_width=finite_width)
-        log_chi = _programs.prepare_asymptotic_log_chi(network)
+        if not has_means(network):
+            log_chi = _programs.prepare_asymptotic_log_chi(network)
     except NoTheory as error:
         unknown = _limits.unknown(network, len(inputs), f"no theory: {error}")
         return lambda: (unknown, None, None)
 
-    def predict_all() -> tuple[Prediction, Corrections | None, float]:
+    def predict_all() -> tuple[Prediction, Corrections | None, float | None]:
         theory, corrections = predict()
-        return theory, corrections, log_chi(theory)
+        if not has_means(network):
+            return theory, corrections, log_chi(theory)
+        if not np.isfinite(theory.values["log_gradient_norm"]).all():
+            theory = dataclasses.replace(theory, why_missing=_NOT_SETTLED)
+        return theory, corrections, None
 
     return predict_all
 

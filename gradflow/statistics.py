@@ -369,7 +369,14 @@ log_gradient_norm = Statistic(
     "log_gradient_norm",
     "log ‖∂C/∂z‖, natural logarithm",
     measure=lambda s: jnp.mean(s.log_norm),
-    predict=lambda limit: jnp.mean(limit.log_variance + jnp.log(limit.width)) / 2,
+    predict=lambda limit: (
+        jnp.mean(
+            limit.log_variance
+            + jnp.log(limit.width)
+            + (0 if limit.log_spread is None else limit.log_spread)
+        )
+        / 2
+    ),
     correct=_correct_log_gradient_norm,
     backward=True,
 )

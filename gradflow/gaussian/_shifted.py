@@ -23,6 +23,7 @@ __all__ = ["shifted_kernel", "shifted_moment", "shifted_saturation"]
 _INTEGRANDS = {
     "phi": lambda a, x: a(x),
     "phi2": lambda a, x: a(x) ** 2,
+    "dphi": lambda a, x: a.derivative(x),
     "dphi2": lambda a, x: a.derivative(x) ** 2,
     # About φ(0), so that no large constant is squared and subtracted.
     "apart": lambda a, x: a(x) - a(jnp.zeros_like(x)),
@@ -37,14 +38,14 @@ def shifted_moment(
     chances: Float[Array, "*sites values"],
     variance: Float[Array, "*sites"],
 ) -> Float[Array, "*sites"]:
-    """E[φ], E[φ²], E[φ'²] or the variance of φ(s + u), u ~ N(0, variance).
+    """E[φ], E[φ²], E[φ'], E[φ'²] or the variance of φ(s + u), u ~ N(0, variance).
 
     Parameters
     ----------
     activation
         φ.
     name
-        ``"phi"``, ``"phi2"``, ``"dphi2"`` or ``"variance"``.
+        ``"phi"``, ``"phi2"``, ``"dphi"``, ``"dphi2"`` or ``"variance"``.
     shifts, chances
         The values of s, and their probabilities.
     variance

@@ -14,11 +14,12 @@ from gradflow import statistics
 from gradflow._arguments import as_real
 from gradflow._checks import is_traced
 from gradflow.blocks import GRU, LSTM, AbstractBlock
-from gradflow.errors import InputError
+from gradflow.errors import InputError, NoTheory
 from gradflow.kernels import Gaussian, Kernel, Shifted
 from gradflow.networks import Network, Stage, check_network
 from gradflow.predictions import Prediction
 from gradflow.statistics import BackwardLimit, ForwardLimit
+from gradflow.theory._about_means import down_about_means, has_means, is_chain, settled
 from gradflow.theory._backward import backward_limits, log_gain
 from gradflow.theory._loops import joined, map_layers, scan_layers
 
@@ -54,10 +55,35 @@ def limits(
     InputError
         As `mean_field.predict` does.
     """
+    about_means = has_means(network)
+    if about_means and not is_chain(network):
+        raise NoTheory(
+            "weights have a mean that is not 0; the theory of these is of dense layers alone"
+        )
     begin = Kernel.of(*_checked_gram(network, gram, mean))
     entering, leaving, forward, why_missing = _forward(network, begin)
+    if about_means:
+        return _known_about_means(network, entering, forward[0])
     backward = backward_limits(network, entering, leaving)
     return forward, [dataclasses.replace(limit, why_missing=why_missing) for limit in backward]
+
+
+def _known_about_means(
+    network: Network, entering: list[Kernel], forward: ForwardLimit
+) -> tuple[list[ForwardLimit], list[BackwardLimit]]:
+    """The limits of layers whose weights have means, NaN from where a mean is not settled."""
+    q = jnp.diagonal(forward.covariance, axis1=1, axis2=2)
+    known = settled(network, entering, jnp.log(q) + 2 * forward.log_scale)
+    backward = down_about_means(network, entering)
+    reach = jnp.where(known, 1, jnp.nan), jnp.where(known[-1], 1, jnp.nan)
+
+    def within(limit: ForwardLimit | BackwardLimit, reach: Array) -> Any:
+        floats = jax.tree.map(lambda x: jnp.issubdtype(x.dtype, jnp.floating), limit)
+        return jax.tree.map(
+            lambda x, real: x * reach.reshape(-1, *[1] * (x.ndim - 1)) if real else x, limit, floats
+        )
+
+    return [within(forward, reach[0])], [within(backward, reach[1])]
 
 
 def prediction(forward: Sequence[ForwardLimit], backward: Sequence[BackwardLimit]) -> Prediction:
@@ -120,7 +146,7 @@ def _forward(
 
     Limits are by runs of equally many sites. The last result says why some layers have none.
     """
-    why_missing = _WITH_A_MEAN if _has_means(network) else None
+    why_missing = None
     entering: list[Kernel] = []
     leaving: list[Kernel] = []
     runs: list[Kernel] = []
@@ -143,15 +169,6 @@ def _forward(
             runs.append(outputs)
         runs.append(jax.tree.map(lambda x: x[None], state))
     return entering, leaving, joined(_forward_limits(network, runs)), why_missing
-
-
-# Of weights of mean μ_w/n the gradient's mean over units has a gain of its own, of order μ_w².
-_WITH_A_MEAN = "no theory knows gradients through weights whose mean is not 0"
-
-
-def _has_means(network: Network) -> bool:
-    blocks = (block for stage in network.stages for block in stage.block.nested)
-    return any(getattr(block, "mu_w", None) is not None for block in blocks)
 
 
 def _forward_limits(network: Network, runs: Sequence[Kernel]) -> list[ForwardLimit]:
