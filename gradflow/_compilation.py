@@ -1,16 +1,23 @@
-"""Compiling programs: with fewer optimisations where a program runs for less time than they take.
+"""Compiling programs: how well, and where what was compiled is kept for other processes.
 
-Also programs in float64 that may be called from any thread, as theory beside a simulation is.
+A program is compiled with fewer optimisations where it runs for less time than they take. Programs
+and what they compile to are kept in one folder: JAX's compilation cache where there is one, else a
+folder of gradflow's own, for gradflow's programs alone.
 """
 
+import contextlib
 import functools
-from collections.abc import Callable, Hashable
+import threading
+from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-import numpy as np
-from jaxtyping import PyTreeDef
+from jax.experimental.compilation_cache import compilation_cache
+
+from gradflow import _cache_folder
+
+__all__ = ["cache_folder", "caching", "options"]
 
 # CPU seconds of a run below which optimisations cost more than they save. Measured: the program of
 # a forward and backward pass compiles in 3.5 s; without XLA's newer code for elementwise loops in
@@ -41,7 +48,7 @@ def options(seconds: float, *, computes_twice: bool = False) -> dict[str, str | 
     # XLA's default leaves half of a wide vector unit unused. This matters for random numbers, which
     # are arithmetic and nothing else (a fifth of matrix_free's time).
     chosen: dict[str, str | bool] = {"xla_cpu_prefer_vector_width": "512"}
-    if seconds < _SHORT and _known("xla_cpu_use_fusion_emitters"):
+    if seconds < _SHORT and jax.__version_info__ < (0, 11):  # later ones know no other way
         chosen["xla_cpu_use_fusion_emitters"] = False
     if seconds < _SHORTEST and not computes_twice:
         chosen["xla_backend_optimization_level"] = "0"
@@ -49,80 +56,57 @@ def options(seconds: float, *, computes_twice: bool = False) -> dict[str, str | 
 
 
 @functools.cache
-def _known(option: str) -> bool:
-    """Whether this version of XLA has an option that can be switched off."""
-    nothing = jax.jit(lambda x: x).lower(jax.ShapeDtypeStruct((), jnp.float32))
-    try:
-        nothing.compile({option: False})
-    except jax.errors.JaxRuntimeError:
-        return False
-    return True
+def _own_folder() -> Path | None:
+    folder = _cache_folder.usable()
+    if folder is not None:
+        _cache_folder.mend(folder)
+    return folder
 
 
-class Float64Program:
-    """A function of NumPy arrays that computes in float64, whatever JAX's x64 setting.
+def _setting(name: str) -> Any:
+    """The value of one of JAX's settings, which its own types don't know."""
+    return getattr(jax.config, name)
 
-    The function is traced at once and compiled at the first call. A call traces nothing, and so
-    may be made in one thread while another has x64 off. `jax.jit` does not allow that: where two
-    threads with different settings hand JAX the same NumPy array at once, both get the dtype that
-    one of them wants (JAX 0.10, one time in two).
 
-    Attributes
-    ----------
-    result
-        The shapes and dtypes of the function's result.
-    """
+def cache_folder() -> Path | None:
+    """The folder that programs are kept in, JAX's or gradflow's own; None where none are kept."""
+    if not _setting("jax_enable_compilation_cache"):
+        return None
+    configured = _setting("jax_compilation_cache_dir")
+    return Path(configured) if configured else _own_folder()
 
-    @classmethod
-    def of(
-        cls, function: Callable, arguments: tuple, seconds: float, **static: Hashable
-    ) -> "Float64Program":
-        """The program of a function for arguments of these shapes, traced once and cached.
 
-        Parameters
-        ----------
-        function
-            A function that JAX can trace.
-        arguments
-            Arguments with the shapes of those that the program will be called with.
-        seconds
-            How long a run will take, in seconds of one core.
-        **static
-            Further arguments, which are constants of the program.
-        """
-        leaves, structure = jax.tree.flatten(arguments)
-        shapes = tuple(np.shape(leaf) for leaf in leaves)
-        return cls._traced(function, structure, shapes, seconds, tuple(static.items()))
+class _OwnCache:
+    """JAX's compilation cache in gradflow's own folder, while gradflow compiles and no longer."""
 
-    @classmethod
-    @functools.lru_cache(maxsize=32)
-    def _traced(
-        cls,
-        function: Callable,
-        structure: PyTreeDef,
-        shapes: tuple[tuple[int, ...], ...],
-        seconds: float,
-        static: tuple[tuple[str, Hashable], ...],
-    ) -> "Float64Program":
-        leaves = [jax.ShapeDtypeStruct(shape, np.float64) for shape in shapes]
-        with jax.enable_x64(True):
-            jitted = jax.jit(functools.partial(function, **dict(static)))
-            return cls(jitted.lower(*jax.tree.unflatten(structure, leaves)), seconds)
+    def __init__(self) -> None:
+        self._lock, self._users = threading.Lock(), 0
+        self._before: dict[str, Any] = {}
 
-    def __init__(self, lowered: jax.stages.Lowered, seconds: float) -> None:
-        self.result = lowered.out_info
-        self._lowered, self._options = lowered, options(seconds)
+    @contextlib.contextmanager
+    def __call__(self) -> Iterator[None]:
+        with self._lock:
+            if not self._users and not _setting("jax_compilation_cache_dir"):
+                folder = cache_folder()
+                if folder is not None:
+                    ours = {"jax_compilation_cache_dir": str(folder), **_cache_folder.SETTINGS}
+                    self._before = {name: _setting(name) for name in ours}
+                    self._set(ours)
+            self._users += 1
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._users -= 1
+                if not self._users and self._before:
+                    self._set(self._before)
+                    self._before = {}
+                    compilation_cache.reset_cache()
 
-    @functools.cached_property
-    def _compiled(self) -> jax.stages.Compiled:
-        return self._lowered.compile(self._options)
+    def _set(self, settings: Mapping[str, Any]) -> None:
+        for name, value in settings.items():
+            jax.config.update(name, value)
 
-    def compile(self) -> None:
-        """Compile the program now, before its first call."""
-        self._compiled  # noqa: B018  (a cached property)
 
-    def __call__(self, *arguments: Any) -> Any:
-        """The function's result, as NumPy arrays."""
-        arguments = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), arguments)
-        with jax.enable_x64(True), jax.no_tracing(True):
-            return jax.tree.map(np.asarray, self._compiled(*arguments))
+# Within it, what is compiled is kept for other processes. Several threads may be within.
+caching = _OwnCache()

@@ -62,6 +62,9 @@ def _forget_programs() -> Iterator[None]:
     """
     yield
     if _memory_maps() > 25_000:
+        from gradflow._programs import forget
+
+        forget()
         jax.clear_caches()
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from filelock import FileLock
 
+from gradflow import _cache_folder
 from gradflow.cli import _process
 
 MAIN = "from gradflow.cli import main; main()"
@@ -118,7 +119,7 @@ def test_programs_that_were_half_kept_are_taken_away(tmp_path, monkeypatch, plac
             monkeypatch.delenv(name)
     if place == "our own":
         monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-        monkeypatch.setattr(_process, "_processor", str)
+        monkeypatch.setattr(_cache_folder, "_processor", str)
         _process.prepare()  # makes the folder
         (ours,) = (tmp_path / "gradflow").iterdir()
         for name in os.listdir(folder):

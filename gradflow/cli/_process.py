@@ -1,9 +1,7 @@
 """The process that a command runs in: its streams, its signals, and what its environment asks."""
 
-import hashlib
 import logging
 import os
-import platform
 import signal
 import sys
 import threading
@@ -13,6 +11,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import typer
+
+from gradflow import _cache_folder
 
 __all__ = ["GRACE", "INTERRUPTED", "discard_output", "ended_soon", "prepare", "say"]
 
@@ -106,55 +106,13 @@ def ended_soon() -> Iterator[threading.Event]:
 
 
 def _keep_compiled() -> None:
-    """Let JAX keep what it compiled between commands: compiling is most of a command's time.
-
-    In a folder of gradflow's own, without JAX's environment variable for it. Programs are for one
-    kind of processor; a home folder may be shared by several.
-    """
+    """Let JAX keep what it compiles between commands, unless the environment says where."""
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
-        try:
-            folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "gradflow"
-            folder /= hashlib.sha256(_processor().encode()).hexdigest()[:16]
-            folder.mkdir(parents=True, exist_ok=True)
-        except (OSError, RuntimeError):  # no home, or none to write to
+        folder = _cache_folder.usable()
+        if folder is None:
             return
-        if not os.access(folder, os.W_OK):
-            return
-        for name, value in {
-            "JAX_COMPILATION_CACHE_DIR": str(folder),
-            "JAX_COMPILATION_CACHE_MAX_SIZE": str(1 << 30),
-            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.02",
-        }.items():
-            os.environ.setdefault(name, value)
+        settings = {"jax_compilation_cache_dir": folder, **_cache_folder.SETTINGS}
+        for name, value in settings.items():
+            os.environ.setdefault(name.upper(), str(value))
     if os.environ.get("JAX_COMPILATION_CACHE_MAX_SIZE", "-1") != "-1":
-        _mend(Path(os.environ["JAX_COMPILATION_CACHE_DIR"]))
-
-
-def _mend(folder: Path) -> None:
-    """Take away what a process was killed in the middle of keeping.
-
-    JAX writes a program, and then a file with the time of its last use, which it reads of all
-    programs whenever it keeps one more: where one has none, nothing is kept ever again.
-    """
-    with suppress(OSError):
-        there = set(os.listdir(folder))
-        programs = (name.removesuffix("-cache") for name in there if name.endswith("-cache"))
-        broken = [name for name in programs if f"{name}-atime" not in there]
-        if not broken:
-            return
-        from filelock import FileLock  # noqa: PLC0415  (hardly ever needed)
-
-        # JAX's own lock: another process may be about to write the time. (A timeout is an OSError.)
-        with FileLock(folder / ".lockfile", timeout=1):
-            for name in broken:
-                if not (folder / f"{name}-atime").exists():
-                    (folder / f"{name}-cache").unlink(missing_ok=True)
-
-
-def _processor() -> str:
-    """The kind of this machine's processor: programs may not run on another kind."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:  # not Linux
-        return f"{platform.machine()} {platform.processor()}"
-    return platform.machine() + next((x for x in lines if x.startswith(("flags", "Feat"))), "")
+        _cache_folder.mend(Path(os.environ["JAX_COMPILATION_CACHE_DIR"]))

@@ -39,7 +39,7 @@ import numpy as np
 import xarray
 from jaxtyping import Array
 
-from gradflow._compilation import Float64Program
+from gradflow._programs import Float64Program
 from gradflow.activations import Activation
 from gradflow.blocks import Dense
 from gradflow.studies._point import Point

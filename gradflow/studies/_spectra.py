@@ -22,7 +22,7 @@ import numpy as np
 from jaxtyping import Array
 
 from gradflow import _bins
-from gradflow._compilation import Float64Program
+from gradflow._programs import Float64Program
 from gradflow.activations import Activation
 from gradflow.networks import Network
 from gradflow.studies._study import HistogramRange

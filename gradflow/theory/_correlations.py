@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Bool, Float
 
 from gradflow import gaussian
+from gradflow._programs import program
 from gradflow._roots import Valued, implicit, newton, rounding
 from gradflow.activations import Activation
 from gradflow.gaussian import _pairs
@@ -27,7 +28,7 @@ _TERMS = 512
 _LOST = 1e-7
 
 
-@functools.partial(jax.jit, static_argnums=0)
+@program("activation")
 def correlation_fixed_point(
     activation: Activation, q: Array, sigma_w2: Array, sigma_b2: Array, chi1: Array
 ) -> tuple[Float[Array, "*grid"], Float[Array, "*grid"]]:

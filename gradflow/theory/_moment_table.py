@@ -9,7 +9,6 @@ the fixed points, can be much smaller than the terms that it is a difference of.
 σ_b² = 0.01 has q* = 68889 and χ∥ = 1 - 7e-8.) Beyond the table this distance is a power of q.
 """
 
-import functools
 import weakref
 from collections.abc import Callable
 from typing import NamedTuple, TypeVar
@@ -20,6 +19,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from gradflow import gaussian
+from gradflow._programs import program
 from gradflow._roots import rounding
 from gradflow.activations import Activation
 
@@ -108,8 +108,7 @@ class Table(NamedTuple):
         """Return the table of an activation, computed once unless parameters of φ are traced."""
         known, name = _known.setdefault(activation, {}), jnp.dtype(dtype).name
         if name not in known:
-            with jax.ensure_compile_time_eval():
-                table = _computed(activation, name)
+            table = _computed(activation, name)
             if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(table)):
                 return table
             known[name] = jax.tree.map(np.asarray, table)
@@ -224,7 +223,7 @@ def _limit_of(values: Float[Array, " 4"], certain: Array) -> Array:
 _known: weakref.WeakKeyDictionary[Activation, dict[str, Table]] = weakref.WeakKeyDictionary()
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
+@program("activation", "dtype")
 def _computed(activation: Activation, dtype: str) -> Table:
     angles = (np.arange(_ORDER) + 0.5) * np.pi / _ORDER
     middles = np.arange(_LOWEST, _HIGHEST) + 0.5

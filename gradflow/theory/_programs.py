@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 from jax.typing import ArrayLike
 
-from gradflow._compilation import Float64Program
 from gradflow._first_order import FiniteLayers
 from gradflow._inputs import checked_inputs
+from gradflow._programs import Float64Program
 from gradflow.networks import Network
 from gradflow.predictions import Corrections, Prediction
 from gradflow.theory import _limits, mean_field

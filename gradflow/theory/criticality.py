@@ -32,6 +32,7 @@ from jaxtyping import Array, ArrayLike, Float, Int
 from gradflow import activations, gaussian
 from gradflow._arguments import as_numbers
 from gradflow._checks import check_scale
+from gradflow._programs import program
 from gradflow._roots import Roots, Valued, implicit, rounding, sign_changes
 from gradflow.activations import Activation
 from gradflow.errors import InputError
@@ -126,7 +127,7 @@ def critical_line(activation: Activation, q: ArrayLike) -> CriticalPoints:
     return _line(activation, q[..., None])
 
 
-@functools.partial(jax.jit, static_argnums=0)
+@program("activation")
 def _line(activation: Activation, q: Array) -> CriticalPoints:
     m = gaussian.some_moments(activation, ("phi2", "dphi2", "x_phi_dphi"), q)
     sigma_w2 = 1 / m["dphi2"]
@@ -195,7 +196,7 @@ def critical_points(
     return _critical_points(activation, name, jnp.asarray(value, jnp.result_type(value, 0.0)))
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
+@program("activation", "given")
 def _critical_points(activation: Activation, given: str, value: Array) -> CriticalPoints:
     table = Table.of(activation, value.dtype)
     solve = _for_sigma_b2 if given == "sigma_b2" else _for_sigma_w2
@@ -345,7 +346,7 @@ def critical_at_infinity(
     return _critical_at_infinity(activation, *jnp.broadcast_arrays(sigma_b2, begin))
 
 
-@functools.partial(jax.jit, static_argnums=0)
+@program("activation")
 def _critical_at_infinity(activation: Activation, sigma_b2: Array, start: Array) -> Array:
     slope = Table.of(activation, sigma_b2.dtype).infinity.dphi2
     usable = jnp.isfinite(slope) & (slope > 0)
@@ -381,7 +382,7 @@ def half_stable_points(activation: Activation, dtype: str = "float") -> HalfStab
     return _half_stable_points(activation, jnp.dtype(dtype).name)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
+@program("activation", "dtype")
 def _half_stable_points(activation: Activation, dtype: str) -> HalfStable:
     table = Table.of(activation, jnp.zeros((), dtype).dtype)
 
@@ -437,7 +438,7 @@ def universality_class(activation: Activation) -> UniversalityClass:
         return UniversalityClass.NONE
 
 
-@functools.partial(jax.jit, static_argnums=0)
+@program("activation")
 def _near_zero(activation: Activation, q: Array) -> tuple[Array, Array, Array]:
     """Return E[φ²] and E[φ'²] at 0, and E[φ²]/q at each small q."""
     table = Table.of(activation, q.dtype)
@@ -445,7 +446,7 @@ def _near_zero(activation: Activation, q: Array) -> tuple[Array, Array, Array]:
     return table.square_at_zero, table.zero.dphi2, near.limit + near.ratio
 
 
-@jax.jit
+@program()
 def phase(analysis: Analysis) -> Int[Array, "*grid"]:
     """Return the `Phase` of each point of an analysis.
 

@@ -32,6 +32,7 @@ from jaxtyping import Array, ArrayLike, Float, Int
 from gradflow import activations, gaussian
 from gradflow._arguments import as_numbers
 from gradflow._checks import check_scale, unknown_name
+from gradflow._programs import program
 from gradflow._roots import implicit, rounding, sign_changes
 from gradflow.activations import Activation
 from gradflow.errors import InputError
@@ -243,7 +244,7 @@ def _as_scales(sigma_w2: ArrayLike, sigma_b2: ArrayLike) -> tuple[Array, Array]:
     return sigma_w2.astype(dtype), sigma_b2.astype(dtype)
 
 
-@functools.partial(jax.jit, static_argnums=0)
+@program("activation")
 def _length(activation: Activation, sigma_w2: Array, sigma_b2: Array) -> LengthFixedPoints:
     table = Table.of(activation, sigma_w2.dtype)
 
@@ -302,7 +303,7 @@ def analyse(
     return _analyse(activation, *jnp.broadcast_arrays(sigma_w2, sigma_b2, start))
 
 
-@functools.partial(jax.jit, static_argnums=0)
+@program("activation")
 def _analyse(activation: Activation, sigma_w2: Array, sigma_b2: Array, start: Array) -> Analysis:
     table = Table.of(activation, sigma_w2.dtype)
     status, point, moment_error = over_grid(

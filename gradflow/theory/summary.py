@@ -1,6 +1,5 @@
 """All of the theory at one σ_w² and σ_b², as plain numbers by name."""
 
-import functools
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -8,11 +7,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array
+from jaxtyping import Array, ArrayLike
 
 from gradflow import activations, gaussian
 from gradflow._arguments import as_numbers
 from gradflow._checks import check_count, check_sequence
+from gradflow._programs import program
 from gradflow.activations import Activation
 from gradflow.errors import InputError
 from gradflow.theory import criticality, fixed_points, mean_field
@@ -196,9 +196,8 @@ def _at_fixed_point(
     if not q > 0:
         moments = dict.fromkeys(("slope_second_moment", "slope_fourth_moment"), math.nan)
         return {**moments, "correlation_map": [], "correlation_map_slope": [], "jacobian": {}}
-    scales = map(jnp.asarray, (q, sigma_w2, sigma_b2))
     (second, fourth), maps, jacobian = jax.tree.map(
-        np.asarray, _at_length(activation, *scales, c, depth)
+        np.asarray, _at_length(activation, q, sigma_w2, sigma_b2, c, depth=depth)
     )
     return {
         "slope_second_moment": float(second),
@@ -216,10 +215,17 @@ def _at_fixed_point(
     }
 
 
-@functools.partial(jax.jit, static_argnames=("activation", "depth"))
+@program("activation", "depth")
 def _at_length(
-    activation: Activation, q: Array, sigma_w2: Array, sigma_b2: Array, c: Array, depth: int
+    activation: Activation,
+    q: ArrayLike,
+    sigma_w2: ArrayLike,
+    sigma_b2: ArrayLike,
+    c: ArrayLike,
+    *,
+    depth: int,
 ) -> tuple[Array, dict[str, Array], dict[str, tuple[Array, Array]]]:
+    q, sigma_w2, sigma_b2, c = map(jnp.asarray, (q, sigma_w2, sigma_b2, c))
     law = spectra.slope_law(activation, q)
     values, slopes = (
         jax.vmap(lambda c, of=of: of(activation, q * jnp.array([[1.0, c], [c, 1.0]]))[0, 1])(c)
@@ -241,8 +247,9 @@ def _at_length(
 def _layers(
     activation: Activation, start: float, sigma_w2: float, sigma_b2: float, depth: int
 ) -> dict[str, np.ndarray]:
-    scales = map(jnp.asarray, (start, sigma_w2, sigma_b2))
-    profile, gains, vertex = jax.tree.map(np.asarray, _profiles(activation, *scales, depth=depth))
+    profile, gains, vertex = jax.tree.map(
+        np.asarray, _profiles(activation, start, sigma_w2, sigma_b2, depth=depth)
+    )
     if not sigma_w2 * start > sigma_w2 * sigma_b2:  # no input has this q in layer 1
         gains = {name: np.full(depth, math.nan) for name in gains}
     with np.errstate(invalid="ignore", divide="ignore", over="ignore"):
@@ -261,10 +268,11 @@ def _layers(
         }
 
 
-@functools.partial(jax.jit, static_argnames=("activation", "depth"))
+@program("activation", "depth")
 def _profiles(
-    activation: Activation, q1: Array, sigma_w2: Array, sigma_b2: Array, *, depth: int
+    activation: Activation, q1: ArrayLike, sigma_w2: ArrayLike, sigma_b2: ArrayLike, *, depth: int
 ) -> tuple[dict[str, Array], dict[str, Array], exact.Vertex]:
+    q1, sigma_w2, sigma_b2 = map(jnp.asarray, (q1, sigma_w2, sigma_b2))
     scales = sigma_w2, sigma_b2
     length = jnp.maximum((q1 - sigma_b2) / sigma_w2, jnp.finfo(q1.dtype).tiny)
     return (

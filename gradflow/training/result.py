@@ -12,8 +12,8 @@ import xarray
 from jaxtyping import Array, Float
 
 from gradflow import statistics
-from gradflow._compilation import Float64Program
 from gradflow._labels import Values, key_of, labelled, layers
+from gradflow._programs import Float64Program
 from gradflow.errors import InputError
 from gradflow.networks import Network
 from gradflow.theory import mean_field
