@@ -9,6 +9,7 @@ import typer
 from rich.table import Table
 
 from gradflow._checks import check_count
+from gradflow.cli._layers import is_plain, show_layers, some_layers
 from gradflow.cli._options import (
     LARGEST_DEVIATION,
     Json,
@@ -45,7 +46,8 @@ _PHASE_POINT, _SPECTRUM_POINT = 40_000, 100_000
 
 @app.command(
     cls=described_by(
-        *("sigma_w", "sigma_b"),
+        every=True,
+        batch=2,
         activation="tanh",
         sigma_w2=1.0,
         sigma_b2=0.0,
@@ -54,7 +56,9 @@ _PHASE_POINT, _SPECTRUM_POINT = 40_000, 100_000
     ),
     epilog="Examples:\n\n"
     "- `gradflow theory --activation tanh --sigma-w2 1.5 --sigma-b2 0.05`\n"
-    "- `gradflow theory --activation gelu --sigma-w2 2 --sigma-b2 0.05 --json`",
+    "- `gradflow theory --activation gelu --sigma-w 1.4 --sigma-b 0.2 --json`\n"
+    "- `gradflow theory --activation relu --kind residual --scale depth --norm layer`\n"
+    "- `gradflow theory --activation tanh --weights glorot --widths 2,50,50,1 --input coordinates`",
 )
 def theory(
     context: typer.Context,
@@ -66,12 +70,17 @@ def theory(
 ) -> None:
     """Where signals of infinitely wide networks settle, on which depth scales, and what trains.
 
-    Depth and width are for what depends on them, the first order in 1/width among others.
+    Depth and width are for what depends on them, the first order in 1/width among others. With
+    any other option of a network or of its inputs, it is the theory of that network with those
+    inputs, layer by layer: of equal layers alone are there fixed points.
     """
+    described = network_options(context)
+    if not is_plain(context):
+        show_layers(context, described, as_json=as_json)
+        return
     from gradflow import activations  # noqa: PLC0415  (JAX is slow to import)
     from gradflow.theory import summary  # noqa: PLC0415
 
-    described = network_options(context)
     depth = described["depth"]
     by_text = _parse_correlations(correlations)
     check_count("width", described["width"])
@@ -98,7 +107,7 @@ def theory(
         for title, columns in _LAYER_TABLES.items():
             rows = [
                 {"layer": number, **{name: report["layers"][number][name] for name in columns}}
-                for number in _some_layers(depth)
+                for number in (str(layer + 1) for layer in some_layers(depth))
             ]
             yield _table_of_points(title, rows)
 
@@ -501,12 +510,6 @@ _LAYER_TABLES = {
         "V4_over_K2",
     ),
 }
-
-
-def _some_layers(depth: int) -> list[str]:
-    """Numbers of the first layers, ever fewer of the others, and of the last."""
-    round_ones = (digit * 10**power for power in range(9) for digit in (1, 2, 5))
-    return [str(number) for number in sorted({*(n for n in round_ones if n <= depth), depth})]
 
 
 def _plain_report(value: Any) -> Any:
