@@ -171,7 +171,7 @@ def _line(size, report):
         )
     else:
         text += ", PyTorch is not installed"
-    return f"{text}; recording costs {100 * found['recording']:.0f} %"
+    return f"{text}; recording costs {100 * report['recording']:.0f} %"
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ class ForwardSample(eqx.Module):
     activation: Float[Array, "sites n"]
     slope: Float[Array, "sites n"]
     log_scale: Float[Array, " sites"]
-    max_slope: float = eqx.field(static=True)
+    saturated_slope: float = eqx.field(static=True)  # the |φ'| below which a unit is saturated
 
     @functools.cached_property
     def directions(self) -> tuple[Float[Array, "sites n"], Float[Array, " sites"]]:
@@ -48,6 +48,8 @@ class ForwardLimit(eqx.Module):
         is 0 unless second moments are beyond `gaussian.log_limits`.
     gaussian
         Whether signals are known to be Gaussian over units; otherwise averages of φ are NaN.
+    saturation_threshold
+        The network's.
     """
 
     covariance: Float[Array, "*layers sites sites"]
@@ -55,6 +57,7 @@ class ForwardLimit(eqx.Module):
     log_scale: Float[Array, "*layers sites"]
     gaussian: Bool[Array, "*layers"]
     activation: Activation = eqx.field(static=True)
+    saturation_threshold: float = eqx.field(static=True)
 
 
 class BackwardSample(eqx.Module):

@@ -294,7 +294,7 @@ def _comparison(known: _Known) -> tuple[Setting, Comparison]:
 
 
 def _paper_networks(key: jax.Array) -> dict[str, Simulation]:
-    inputs = jnp.asarray(data.resized(data.digits()[:_PAPER_IMAGES], _PAPER_WIDTH))
+    inputs = jnp.asarray(data.inputs(_PAPER_WIDTH, input="digits", batch=_PAPER_IMAGES))
     network = [_PAPER_WIDTH] * (_PAPER_DEPTH + 1)
     return {
         weights: with_densities(
@@ -360,7 +360,7 @@ def _narrower_chi(key: jax.Array, width: int) -> dict[int, Estimate]:
     return {
         n: simulate(
             builders.mlp([n] * (_SWEEP_DEPTH + 1), "logistic", "unscaled"),
-            jnp.asarray(data.resized(data.digits()[:1], n)),
+            jnp.asarray(data.inputs(n, input="digits")),
             key=jax.random.fold_in(key, n),
             networks=_SWEEP_NETWORKS,
             wanted=(chi_statistic,),

@@ -21,7 +21,7 @@ import typing
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Annotated, Any
 
-from gradflow import _entries, builders, ensembles
+from gradflow import _entries, builders, data, ensembles
 from gradflow._checks import check_number
 from gradflow._entries import Beside, Check, OneOf, Whole, Wholes, positive, scale
 from gradflow.ensembles import Ensemble
@@ -34,6 +34,7 @@ __all__ = [
     "NONE",
     "Option",
     "check_together",
+    "input_options",
     "is_idle",
     "missing",
     "network",
@@ -109,6 +110,13 @@ def _options(kinds: tuple[tuple[str, Callable[..., Network]], ...]) -> Mapping[s
                 of = dict.fromkeys((*first.kinds, name))
                 known[own.name] = dataclasses.replace(first, kinds=tuple(of))
     return types.MappingProxyType(known)
+
+
+@functools.cache
+def input_options() -> Mapping[str, Option]:
+    """Every option that describes a network's inputs, by name: the arguments of `data.inputs`."""
+    found = read_options(data.inputs)
+    return types.MappingProxyType({name: found[name] for name in found if name != "width"})
 
 
 def read_options(function: Callable[..., Any]) -> dict[str, Option]:

@@ -57,12 +57,16 @@ class Network(eqx.Module):
         The φ that activations h^l = φ(z^l) and saturation are reported for.
     name
         A short description for tables, messages and files.
+    saturation_threshold
+        A unit counts as saturated where |φ'| is below this fraction of its maximum. By default it
+        is that of a logistic whose output is below 0.01 or above 0.99: σ' < 0.01 · 0.99.
     """
 
     stages: tuple[Stage, ...]
     input_width: int = eqx.field(static=True)
     activation: Activation = eqx.field(static=True)
     name: str = eqx.field(static=True, default="network")
+    saturation_threshold: float = eqx.field(static=True, default=4 * 0.01 * 0.99)
 
     def __check_init__(self) -> None:
         for stage, (below, above) in zip(

@@ -24,15 +24,11 @@ from gradflow._first_order import FirstOrder, diagonal, outer
 from gradflow._layers import BackwardLimit, BackwardSample, ForwardLimit, ForwardSample, exp
 from gradflow.errors import InputError
 
-__all__ = ["ALL", "SATURATION_THRESHOLD", "BackwardLimit", "BackwardSample", "FirstOrder"]
+__all__ = ["ALL", "BackwardLimit", "BackwardSample", "FirstOrder"]
 __all__ += ["ForwardLimit", "ForwardSample", "Statistic"]
 
 # The shift of a mean over networks and the variance between them, each of shape (layers,).
 _Correction = tuple[Float[Array, " layers"], Float[Array, " layers"]]
-
-# A unit counts as saturated when its slope is below this fraction of the activation's largest
-# slope. For the logistic that is an output below 0.01 or above 0.99: σ' < 0.01 · 0.99.
-SATURATION_THRESHOLD = 4 * 0.01 * 0.99
 
 
 @dataclasses.dataclass(frozen=True)
@@ -130,12 +126,6 @@ def _over_sites(f: Callable[[Array], Array], limit: ForwardLimit) -> Array:
     """f(q) for each site, averages over Gaussian pre-activations; NaN if they are not Gaussian."""
     averages = jax.vmap(f)(jnp.diagonal(limit.covariance))
     return jnp.where(limit.gaussian, averages, jnp.nan)
-
-
-def _saturated_slope(sample: ForwardSample) -> float:
-    """The slope below which a unit is saturated, in the floats' range."""
-    largest = float(jnp.finfo(sample.slope.dtype).max)
-    return min(SATURATION_THRESHOLD * sample.max_slope, largest)
 
 
 def _mean_over_sites(shift: Array, covariance: Array) -> _Correction:
@@ -331,10 +321,12 @@ activation_variance = Statistic(
 )
 saturation = Statistic(
     "saturation",
-    f"fraction of units with |φ'| < {SATURATION_THRESHOLD:.3g} max|φ'|",
-    measure=lambda s: jnp.mean(jnp.abs(s.slope) < _saturated_slope(s)),
+    "fraction of saturated units, |φ'| far below max|φ'|",
+    measure=lambda s: jnp.mean(jnp.abs(s.slope) < s.saturated_slope),
     predict=lambda limit: jnp.mean(
-        _over_sites(lambda v: gaussian.saturation(limit.activation, v, SATURATION_THRESHOLD), limit)
+        _over_sites(
+            lambda v: gaussian.saturation(limit.activation, v, limit.saturation_threshold), limit
+        )
     ),
     correct=lambda finite: _mean_over_sites(
         *finite.mean_over_units(finite.layers.averages.saturation, "saturated")

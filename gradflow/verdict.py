@@ -384,12 +384,11 @@ def _dead_sentence(simulation: Simulation, dead: float) -> str:
 
 
 def _saturated_from(simulation: Simulation) -> int | None:
-    # A rectifier is flat on one side by design; saturation is to be flat on both. Where the slope
-    # has no largest value, no unit is saturated.
+    # A rectifier is flat on one side by design; saturation is to be flat on both.
     phi = simulation.network.activation
-    if "saturation" not in simulation.estimates or not math.isfinite(phi.max_slope):
+    if "saturation" not in simulation.estimates:
         return None
-    flat = phi.saturated_intervals(statistics.SATURATION_THRESHOLD)
+    flat = phi.saturated_intervals(simulation.network.saturation_threshold)
     two_sided = np.isneginf(flat).any() and np.isposinf(flat).any()
     above = simulation.estimates["saturation"].value > _SATURATED
     return int(np.argmax(above)) + 1 if two_sided and above.any() else None

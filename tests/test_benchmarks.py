@@ -67,3 +67,11 @@ def test_studies_are_shared_in_every_way():
     assert len(found["scaling"]) == 4
     assert all(row["networks_per_second"] > 0 for row in found["scaling"])
     assert found["costs"]["bytes kept"] > 0
+
+
+def test_first_answer_sets_a_process_beside_importing_jax():
+    report = load("first_answer").main(["help", "--repeats", "1", "--json"])
+    assert report["import jax"]["wall"] > 0
+    found = report["rows"]["help"]
+    assert 0 < found["warm"]["cpu"] < 10 * report["import jax"]["cpu"]
+    assert found["cold"]["memory_gib"] > 0

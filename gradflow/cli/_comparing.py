@@ -19,6 +19,7 @@ from gradflow.cli._options import (
     app,
     check_depth,
     check_deviation,
+    chosen_inputs,
     described_by,
     file_name,
     network_options,
@@ -34,23 +35,24 @@ from gradflow.cli._output import (
     write_json,
     write_netcdf,
 )
-from gradflow.errors import InputError
 
 
 @app.command(
     cls=described_by(
-        every=True, activation="tanh", weights="glorot", sigma_b=0.0, width=1000, depth=50
+        every=True, batch=2, activation="tanh", weights="glorot", sigma_b=0.0, width=1000, depth=50
     ),
     epilog="Examples:\n\n"
     "- `gradflow compare --activation tanh --weights glorot --width 1000 --depth 50`\n"
     "- `gradflow compare --activation relu --weights he --widths 784,300,100,10 --networks 5000`\n"
     "- `gradflow compare --activation erf --sigma-w 1.2 --sigma-b 0.1 --json`\n"
-    "- `gradflow compare --kind residual --scale depth --norm layer --width 200`",
+    "- `gradflow compare --kind residual --scale depth --norm layer --width 200`\n"
+    "- `gradflow compare --activation relu --weights he --widths 2,50,50,1 --input coordinates`\n"
+    "- `gradflow compare --data inputs.csv --inputs 4 --mean-square 1`\n"
+    "- `gradflow compare --correlation 0.9 --width 200`",
 )
 def compare(
     context: typer.Context,
     networks: Annotated[int, typer.Option(help="How many random networks.")] = 1000,
-    inputs: Annotated[int, typer.Option(help="How many digit images go through each.")] = 2,
     sampler: Annotated[str, typer.Option(help="dense, matrix_free, or auto.")] = "auto",
     seed: Seed = 0,
     out: Out = None,
@@ -58,20 +60,17 @@ def compare(
 ) -> None:
     """One family of networks: theory beside simulation, as a table, figures and a netCDF file.
 
-    The input is a digit image of 64 pixels, or resized to another width.
+    Inputs are images of digits, of 64 pixels or resized to another width; of fewer than 64
+    components, random directions; and others with --input, --data, --mean-square or --correlation.
     """
-    from gradflow import _schema, comparison, data  # noqa: PLC0415  (JAX is slow to import)
+    from gradflow import _schema, comparison  # noqa: PLC0415  (JAX is slow to import)
 
     described = network_options(context)
     check_count("width", context.params["width"])
     check_depth(context.params["depth"])
     check_count("networks", networks)
     check_deviation("sigma_b", context.params["sigma_b"])
-    images = data.digits()[: check_count("inputs", inputs)]
-    if len(images) < inputs:
-        raise InputError(f"inputs is {inputs}; there are {len(images)} digit images")
-    if "widths" not in described:
-        described.setdefault("input_width", images.shape[1])
+    inputs = chosen_inputs(context, described)
     network = _schema.network(described)
     named = [name for name in ("activation", "weights") if name in described]
     folder = results_folder(context, *named, out=out)
@@ -79,14 +78,14 @@ def compare(
     with show_progress() as report:
         result = comparison.compare(
             network,
-            data.resized(images, network.input_width),
+            inputs.rows,
             key=seed,
             networks=networks,
             sampler=sampler,
             histograms=True,
             progress=lambda done, total: report(network.name, done, total),
         )
-    dataset = result.to_xarray().assign_attrs(seed=seed)
+    dataset = result.to_xarray().assign_attrs(seed=seed, **inputs.record)
     written = [write_netcdf(dataset, folder / "results.nc")]
     written += _figures(network.name, dataset, folder)
 
@@ -95,6 +94,7 @@ def compare(
         yield _table_of_statistics(result)
         yield f"verdict   {result.verdict.sentence}"
         yield f"agreement {result.agreement}"
+        yield f"inputs    {inputs.record['inputs']}"
         for line in _float_ranges(result):
             yield f"range     {line}"
         yield (
@@ -102,7 +102,7 @@ def compare(
             f"in {simulation.seconds:.2f} s, after {simulation.compile_seconds:.1f} s of compiling"
         )
 
-    summary = comparison_as_json(result, dataset)
+    summary = comparison_as_json(result, dataset) | {"inputs": inputs.record}
     show(summary, parts, as_json=as_json, folder=folder, written=written)
 
 

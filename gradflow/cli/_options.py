@@ -11,8 +11,9 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
+import numpy as np
 import typer
 from typer.core import TyperCommand
 
@@ -34,6 +35,10 @@ _LAYER = 1 << 14
 # Characters of a folder's name that is made of options.
 _LONGEST_NAME = 120
 LARGEST_DEVIATION = 1e150
+# Names that options of the schema have beside their own.
+_OTHER_NAMES = {"batch": ("--inputs",)}
+# The width from which on the inputs of commands are images, unless others are asked for.
+_WIDTH_OF_IMAGES = 64
 
 Out = Annotated[
     str | None,
@@ -45,7 +50,9 @@ Seed = Annotated[
 ]
 
 
-def described_by(*, every: bool = False, **defaults: Any) -> type[TyperCommand]:
+def described_by(
+    *, every: bool = False, batch: int | None = None, **defaults: Any
+) -> type[TyperCommand]:
     """Make the class of a command with options that describe a network.
 
     They are made when the command is used: `gradflow._schema` imports JAX, which is slow.
@@ -54,6 +61,9 @@ def described_by(*, every: bool = False, **defaults: Any) -> type[TyperCommand]:
     ----------
     every
         Whether it has every option of the schema, or those with a default here alone.
+    batch
+        How many inputs go through each network by default, of a command that has the options of
+        inputs (`chosen_inputs`).
     defaults
         The command's own default of options, by name; None for none.
     """
@@ -63,9 +73,11 @@ def described_by(*, every: bool = False, **defaults: Any) -> type[TyperCommand]:
         def _described(self) -> list[Any]:
             from gradflow import _schema  # noqa: PLC0415  (JAX is slow to import)
 
+            known = {**_schema.options(), **_schema.input_options()}
             names = dict.fromkeys((*defaults, *(_schema.options() if every else ())))
-            options = [_schema.options()[name] for name in names]
-            return _as_parameters({o: defaults.get(o.name) for o in options})
+            own = dict.fromkeys(_schema.input_options() if batch else ()) | {"batch": batch}
+            values = {n: defaults.get(n) for n in names} | (own if batch else {})
+            return _as_parameters({known[name]: value for name, value in values.items()})
 
         def get_params(self, ctx: Any) -> list[Any]:
             """The command's own parameters, and before them those that describe a network."""
@@ -87,6 +99,7 @@ def _as_parameters(defaults: Mapping[Any, Any]) -> list[Any]:
     def parameter(option: Any, default: Any) -> inspect.Parameter:
         kind = str if option.or_names else kinds.get(option.value_type, str)
         info = typer.Option(
+            *_OTHER_NAMES.get(option.name, ()),
             f"--{option.name.replace('_', '-')}",
             help=option.help,
             metavar="N,N,…" if option.value_type is list else None,
@@ -145,6 +158,47 @@ def network_options(context: typer.Context) -> dict[str, Any]:
             if way not in given:
                 values.pop(way, None)
     return values
+
+
+class Inputs(NamedTuple):
+    """Inputs, shape (inputs, components), and what they are: in words, and by option."""
+
+    rows: np.ndarray
+    record: dict[str, Any]
+
+
+def chosen_inputs(context: typer.Context, described: dict[str, Any]) -> Inputs:
+    """The inputs that a command's options ask for, of the width of a network's description.
+
+    Where the description has no width of inputs, it gets that which the inputs have of themselves.
+    Without options they are images of digits, and random directions where those would be squeezed
+    into too few components.
+
+    Raises
+    ------
+    InputError
+        As `data.inputs` does.
+    """
+    from gradflow import _input_rows, _schema, data  # noqa: PLC0415  (JAX is slow to import)
+
+    own = {n: v for n in _schema.input_options() if (v := context.params[n]) is not None}
+    width = described["widths"][0] if "widths" in described else described.get("input_width")
+    if not any(is_given(context, name) for name in own if name != "batch"):
+        wide = width is None or width >= _WIDTH_OF_IMAGES
+        own["input"] = "digits" if wide else "sphere"
+    kind = _input_rows.kind_of(own.get("input"), own.get("data"))
+    if width is None:
+        width = _input_rows.natural_width(kind) or check_count("width", described["width"])
+    if "widths" not in described:
+        described["input_width"] = width
+    there = _input_rows.most(kind, check_count("input_width", width))
+    if there is not None and not is_given(context, "batch"):
+        own["batch"] = min(own["batch"], there)
+    rows = data.inputs(width, **own)
+    record = {"inputs": _input_rows.described(kind, rows), **own}
+    if kind not in _input_rows.KINDS:
+        record["data_sha256"] = _input_rows.digest(kind)
+    return Inputs(rows, record)
 
 
 def _parsed(option: Any, value: Any) -> Any:

@@ -135,10 +135,7 @@ def run(
     """
     width, depth = check_count("width", width, 2), check_count("depth", depth, 3)
     check_count("networks_each", networks_each, 2)
-    images = data.digits()[: check_count("inputs", inputs, 4)]
-    if len(images) < inputs:
-        raise InputError(f"inputs is {inputs}; there are {len(images)} digit images")
-    x = jnp.asarray(data.resized(images, width))
+    x = jnp.asarray(data.inputs(width, input="digits", batch=check_count("inputs", inputs, 4)))
     proposed, missing = proposals(activation, weights, width, depth, sigma_b=sigma_b)
     key = from_seed(seed)
     size = _size(proposed[0][1])

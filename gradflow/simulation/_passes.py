@@ -168,7 +168,7 @@ def _forward(
     collect: bool,
 ) -> tuple[tuple[Array, Array], list[_Stage]]:
     """Return the signal at the top beside the logarithm of its scale, and each piece."""
-    max_slope = network.activation.max_slope
+    saturated_slope = network.activation.saturated_slope(network.saturation_threshold)
 
     def measure(signal: Array, log_scale: Array) -> Array:
         sample = ForwardSample(
@@ -176,7 +176,7 @@ def _forward(
             activation=network.activation(signal),
             slope=network.activation.derivative(signal),
             log_scale=log_scale,
-            max_slope=max_slope,
+            saturated_slope=saturated_slope,
         )
         return _row([s.measure(sample) for s in wanted], signal.dtype)
 

@@ -5,25 +5,22 @@ import functools
 import hashlib
 import json
 from collections.abc import Mapping
-from typing import Annotated, Any
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, ArrayLike, Key, PRNGKeyArray, UInt32
 
-from gradflow import _schema, networks
+from gradflow import _input_rows, _schema, networks
+from gradflow import data as datasets
 from gradflow._arguments import PRNG
-from gradflow._entries import Number, OneOf, Whole, scale, shown
+from gradflow._entries import shown
 from gradflow._schema import NONE, Option
 from gradflow.errors import InputError
 from gradflow.networks import Network
 
-__all__ = ["DIGITS_IMAGES", "DIGITS_WIDTH", "INPUTS", "Point", "keys", "resolved"]
-__all__ += ["varies_as_number"]
-
-# Of scikit-learn's images of digits: how many there are, and the pixels of each.
-DIGITS_IMAGES, DIGITS_WIDTH = 1797, 64
+__all__ = ["Point", "keys", "resolved", "varies_as_number"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,8 +43,14 @@ class Point:
 
     @functools.cached_property
     def name(self) -> int:
-        """A number of 64 bits that identifies the settings: the beginning of their SHA-256."""
-        text = _ENCODER.encode(self.settings)
+        """A number of 64 bits that identifies the settings: the beginning of their SHA-256.
+
+        A file of inputs is known by its content.
+        """
+        known = dict(self.settings)
+        if _kind(known) not in _input_rows.KINDS:
+            known["data"] = _input_rows.digest(known["data"])
+        text = _ENCODER.encode(known)
         return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big")
 
     @property
@@ -87,15 +90,9 @@ class Point:
             If the fields do not go together.
         """
         try:
-            batch, width = self.settings["batch"], _input_width(self.settings)
-            if self.settings.get("data", NONE) != NONE:
-                if width < DIGITS_WIDTH:
-                    self.inputs()  # of few pixels there may be nothing but zeros
-            elif batch > width:
-                raise InputError(
-                    f"inputs.batch is {batch}, and the input's width {width}; there are at most as "
-                    "many inputs as it has components"
-                )
+            width = _input_width(self.settings)
+            if _kind(self.settings) != "cosines" or self.settings["batch"] > width:
+                self.inputs()  # there may be none
             options = _schema.options()
             described = {field: v for field, v in self.settings.items() if field in options}
             if "widths" not in described:
@@ -108,8 +105,9 @@ class Point:
 
     def inputs(self) -> np.ndarray:
         """Return the inputs, shape (batch, n_0), in float64."""
-        own = {field: value for field, value in self.settings.items() if field in INPUTS}
-        return _inputs(_input_width(self.settings), **own)
+        options = _schema.input_options()
+        own = {field: value for field, value in self.settings.items() if field in options}
+        return datasets.inputs(_input_width(self.settings), **own)
 
     @property
     def description(self) -> str:
@@ -132,18 +130,31 @@ _ENCODER = json.JSONEncoder(sort_keys=True)
 
 
 def resolved(fields: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings of a point, with no field that makes no difference to it."""
+    """The settings of a point, with no field that makes no difference to it.
+
+    Images are its ``data``, however they are asked for.
+    """
     settings = {**_DEFAULTS, **fields}
+    kind = _kind(settings)
+    if kind in _input_rows.IMAGES:
+        settings.pop("input", None)
+        settings["data"] = kind
+    elif kind == "cosines":
+        settings.pop("input", None)
+        settings = {**_DEFAULTS_OF_COSINES, **settings}
     idle = [field for field in settings if _schema.is_idle(field, settings)]
-    if settings.get("data", NONE) != NONE:
-        idle += ["mean_square", "correlation"]
-    if settings["batch"] == 1:
+    if settings["batch"] == 1 or kind not in _input_rows.CORRELATED:
         idle.append("correlation")
     return {field: value for field, value in settings.items() if field not in idle}
 
 
+def _kind(settings: Mapping[str, Any]) -> str:
+    return _input_rows.kind_of(settings.get("input"), settings.get("data"))
+
+
 def _option(field: str) -> Option:
-    return INPUTS[field] if field in INPUTS else _schema.options()[field]
+    inputs = _schema.input_options()
+    return inputs[field] if field in inputs else _schema.options()[field]
 
 
 def varies_as_number(field: str) -> bool:
@@ -155,56 +166,11 @@ def varies_as_number(field: str) -> bool:
 def _input_width(settings: Mapping[str, Any]) -> int:
     if "widths" in settings:
         return int(settings["widths"][0])
-    own = settings["width"] if settings.get("data", NONE) == NONE else DIGITS_WIDTH
-    return int(settings.get("input_width", own))
+    if "input_width" in settings:
+        return int(settings["input_width"])
+    return _input_rows.natural_width(_kind(settings)) or int(settings["width"])
 
 
-def _inputs(
-    width: int,
-    *,
-    batch: Annotated[int, Whole(10_000)] = 1,
-    mean_square: Annotated[float, scale] = 1.0,
-    correlation: Annotated[float, Number("a number from -1 to 1", lambda v: -1 <= v <= 1)] = 0.0,
-    data: Annotated[str, OneOf("data", ("digits",))] | None = None,
-) -> np.ndarray:
-    """A batch of inputs x_a with (1/n_0) x_a·x_b = mean_square · (correlation, or 1 where a = b).
-
-    They are combinations of a discrete cosine transform's rows, which are orthogonal, not sparse,
-    and but for the last have mean 0 over components. Images are `data.resized` to the width.
-
-    Parameters
-    ----------
-    width
-        n_0, the number of components.
-    batch
-        The number of inputs that go through each network.
-    mean_square
-        The mean square of an input's components.
-    correlation
-        The correlation of each two inputs.
-    data
-        Real inputs in the place of these: digits, scikit-learn's images.
-    """
-    if data not in (None, NONE):
-        from gradflow import data as datasets  # noqa: PLC0415  (scikit-learn is slow to import)
-
-        images = datasets.digits()
-        if batch > len(images):
-            raise InputError(f"inputs.batch is {batch}; there are {len(images)} digit images")
-        return datasets.resized(np.asarray(images[:batch], np.float64), width)
-    if batch > width:
-        raise InputError(f"inputs.batch is {batch}; a width of {width} has at most {width} inputs")
-    order = np.roll(np.arange(width), -1)[:batch, None]
-    rows = np.cos(np.pi * order * (np.arange(width) + 0.5) / width)
-    rows *= np.sqrt(np.where(order > 0, 2, 1))
-    # The symmetric root of the matrix of correlations, whose eigenvalues are two.
-    alike, apart = np.sqrt(max(1 + (batch - 1) * correlation, 0)), np.sqrt(1 - correlation)
-    root = apart * np.eye(batch) + (alike - apart) / batch
-    return np.asarray(np.sqrt(mean_square) * root @ rows)
-
-
-# What stands in [inputs], by name.
-INPUTS = {name: o for name, o in _schema.read_options(_inputs).items() if name != "width"}
 # The fields that each point has, given or not: its name depends on them.
 _DEFAULTS: dict[str, Any] = {"kind": "mlp", "norm": NONE, "batch": 1}
-_DEFAULTS |= {"mean_square": 1.0, "correlation": 0.0}
+_DEFAULTS_OF_COSINES: dict[str, Any] = {"mean_square": 1.0, "correlation": 0.0}

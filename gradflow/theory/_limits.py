@@ -120,7 +120,12 @@ def _forward(
     def limit(kernels: Kernel, gaussian: bool) -> ForwardLimit:
         known = jnp.full(len(kernels.mean), gaussian)
         return ForwardLimit(
-            kernels.covariance, kernels.mean, kernels.log_scale, known, network.activation
+            kernels.covariance,
+            kernels.mean,
+            kernels.log_scale,
+            known,
+            network.activation,
+            network.saturation_threshold,
         )
 
     for stage in network.stages:

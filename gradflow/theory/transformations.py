@@ -38,7 +38,6 @@ from jaxtyping import Array, Float
 
 from gradflow import activations, gaussian
 from gradflow._checks import check_count, unknown_name
-from gradflow._closed_forms import PairMoment
 from gradflow._roots import bisect
 from gradflow.activations import Activation
 from gradflow.blocks import Dense
@@ -136,23 +135,8 @@ def _apply(phi: Activation, t: Transformation) -> Activation:
         name = f"{t.output_scale:.4g}*({phi.name}({argument}){t.output_shift:+.4g})"
         kinks = tuple((kink - t.input_shift) / t.input_scale for kink in phi.kinks)
         return Activation(name, transformed, kinks)
-    return Activation(
-        f"{t.output_scale:.4g}*{phi.name}({t.input_scale:.4g}*x)",
-        transformed,
-        kinks=tuple(kink / t.input_scale for kink in phi.kinks),
-        homogeneous=phi.homogeneous,
-        kernel=_scaled(phi.kernel, t.input_scale**2, t.output_scale**2),
-        derivative_kernel=_scaled(
-            phi.derivative_kernel, t.input_scale**2, (t.input_scale * t.output_scale) ** 2
-        ),
-    )
-
-
-def _scaled(form: PairMoment | None, inside: float, outside: float) -> PairMoment | None:
-    """Return a closed form in (q_u, q_v, k) with its arguments and its values scaled."""
-    if form is None:
-        return None
-    return lambda q_u, q_v, k: outside * form(inside * q_u, inside * q_v, inside * k)
+    name = f"{t.output_scale:.4g}*{phi.name}({t.input_scale:.4g}*x)"
+    return phi.scaled(t.output_scale, t.input_scale, name)
 
 
 def normalising_gain(activation: Activation | str) -> float:
