@@ -4,11 +4,10 @@ import json
 import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import numpy as np
 import typer
-import xarray
 from rich.table import Table
 
 from gradflow._checks import check_count
@@ -36,6 +35,9 @@ from gradflow.cli._output import (
     write_json,
     write_netcdf,
 )
+
+if TYPE_CHECKING:
+    import xarray
 
 
 @app.command(
@@ -107,7 +109,7 @@ def compare(
     show(summary, parts, as_json=as_json, folder=folder, written=written)
 
 
-def _figures(name: str, dataset: xarray.Dataset, folder: Path) -> list[Path]:
+def _figures(name: str, dataset: "xarray.Dataset", folder: Path) -> list[Path]:
     from gradflow import figures  # noqa: PLC0415  (matplotlib is slow to import)
 
     family = {name: {"all inputs": dataset}}
@@ -322,7 +324,7 @@ def first_middle_last(depth: int) -> list[int]:
     return sorted({0, (depth - 1) // 2, depth - 1})
 
 
-def comparison_as_json(result: Any, dataset: xarray.Dataset) -> dict[str, Any]:
+def comparison_as_json(result: Any, dataset: "xarray.Dataset") -> dict[str, Any]:
     """A comparison and its labelled data as JSON has them."""
     verdict = result.verdict
     return {
