@@ -18,7 +18,7 @@ import math
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -31,7 +31,10 @@ from gradflow._activation import Activation, Elementwise, concrete
 from gradflow._checks import check_sequence, is_number, unknown_name
 from gradflow.errors import InputError
 
-__all__ = ["ALL", "Activation", "custom", "get", "leaky_relu"]
+__all__ = ["ALL", "Activation", "ActivationLike", "custom", "get", "leaky_relu"]
+
+# What `get` takes: an activation, its name, or a function that is one.
+ActivationLike: TypeAlias = Activation | str | Elementwise
 
 # By name: what makes an activation of its parameters, which have a default each.
 _FAMILIES: dict[str, Callable[..., Activation]] = {}
@@ -100,7 +103,7 @@ def _kinks(kinks: Any) -> tuple[float, ...]:
         raise InputError(f"kinks is {kinks!r}; it is numbers, where φ is not smooth") from error
 
 
-def get(activation: Activation | str | Elementwise) -> Activation:
+def get(activation: ActivationLike) -> Activation:
     """Return the activation of this name, or a callable as an `Activation`.
 
     Names are read in any case, with or without underscores, and those of PyTorch, Keras and JAX are
