@@ -21,12 +21,11 @@ Deep Learning Theory', ch. 5).
 import enum
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import xarray
 from jaxtyping import Array, ArrayLike, Float, Int
 
 from gradflow import activations, gaussian
@@ -40,6 +39,9 @@ from gradflow.theory._correlations import correlation_curvature
 from gradflow.theory._depth_scales import depth_scale
 from gradflow.theory._moment_table import Averages, Table, averages_at, over_grid
 from gradflow.theory.fixed_points import Analysis, Status, analyse
+
+if TYPE_CHECKING:
+    import xarray
 
 __all__ = ["CriticalPoints", "HalfStable", "Phase", "UniversalityClass", "critical_at_infinity"]
 __all__ += ["critical_line", "critical_points", "half_stable_points", "phase", "phase_diagram"]
@@ -497,7 +499,7 @@ def phase_diagram(
     sigma_b: Float[ArrayLike, " rows"],
     *,
     start: float = 1.0,
-) -> xarray.Dataset:
+) -> "xarray.Dataset":
     """Return `fixed_points.analyse` over a grid of σ_w and σ_b, and the critical line.
 
     Parameters
@@ -525,6 +527,8 @@ def phase_diagram(
         If an argument is negative or not finite, or no row of numbers; if φ has no Gaussian
         moments.
     """
+    import xarray  # noqa: PLC0415  (slow to import)
+
     activation = activations.get(activation)
     axes = {
         name: np.asarray(as_numbers(name, values, float), float)
