@@ -28,7 +28,7 @@ from jaxtyping import Array, Float, ScalarLike
 from gradflow import activations, ensembles, gaussian
 from gradflow._norms import inverse_or_zero
 from gradflow._unit_distributions import Gaussian, Shifted, UnitDistribution, Unknown
-from gradflow.activations import Activation
+from gradflow.activations import ActivationLike
 from gradflow.ensembles import Distribution
 from gradflow.errors import NoTheory
 
@@ -206,14 +206,17 @@ class Kernel(eqx.Module):
             covariance, mean, tangent, distribution, *scales, made_of=((), self._function())
         )
 
-    def through(self, activation: Activation) -> "Kernel":
+    def through(self, activation: ActivationLike) -> "Kernel":
         """The kernel of φ(z).
 
         Raises
         ------
         NoTheory
             If the signals' distribution is not known.
+        InputError
+            If there is no such activation.
         """
+        activation = activations.get(activation)
         if activation == activations.linear:
             return self
         z = self.in_range()
