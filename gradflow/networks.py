@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
+from gradflow import activations
 from gradflow._checks import check_instance, is_traced
 from gradflow.activations import Activation
 from gradflow.blocks import (
@@ -64,7 +65,7 @@ class Network(eqx.Module):
 
     stages: tuple[Stage, ...]
     input_width: int = eqx.field(static=True)
-    activation: Activation = eqx.field(static=True)
+    activation: Activation = eqx.field(static=True, converter=activations.get)
     name: str = eqx.field(static=True, default="network")
     saturation_threshold: float = eqx.field(static=True, default=4 * 0.01 * 0.99)
 
