@@ -55,6 +55,7 @@ def limits(
     InputError
         As `mean_field.predict` does.
     """
+    check_network(network)
     about_means = has_means(network)
     if about_means and not is_chain(network):
         raise NoTheory(
@@ -110,7 +111,6 @@ def unknown(network: Network, sites: int, why: str) -> Prediction:
 
 def _checked_gram(network: Network, gram: Any, mean: Any) -> tuple[Array, Array | None]:
     """The inputs' Gram matrix and means as arrays, or raise `InputError`."""
-    check_network(network)
     matrix = as_real("gram", gram, whole=float)
     if matrix.ndim != 2 or matrix.shape[0] != matrix.shape[1]:
         raise InputError(
