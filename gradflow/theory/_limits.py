@@ -61,7 +61,7 @@ def limits(
         raise NoTheory(
             "weights have a mean that is not 0; the theory of these is of dense layers alone"
         )
-    begin = Kernel.of(*_checked_gram(network, gram, mean))
+    begin = Kernel.of(*_checked_gram(gram, mean))
     entering, leaving, forward, why_missing = _forward(network, begin)
     if about_means:
         return _known_about_means(network, entering, forward[0])
@@ -109,7 +109,7 @@ def unknown(network: Network, sites: int, why: str) -> Prediction:
     return Prediction(dict.fromkeys(wanted, none), why_missing=why)
 
 
-def _checked_gram(network: Network, gram: Any, mean: Any) -> tuple[Array, Array | None]:
+def _checked_gram(gram: Any, mean: Any) -> tuple[Array, Array | None]:
     """The inputs' Gram matrix and means as arrays, or raise `InputError`."""
     matrix = as_real("gram", gram, whole=float)
     if matrix.ndim != 2 or matrix.shape[0] != matrix.shape[1]:
