@@ -531,7 +531,7 @@ def test_no_two_commands_share_a_folder(which, monkeypatch):
 def test_a_default_that_is_written_out_is_the_same_command(monkeypatch):
     usual = folder_of(["compare"], monkeypatch)
     assert usual == "results/compare/tanh-glorot"
-    assert folder_of(["compare", "--width", "1000", "--sigma-b", "0"], monkeypatch) == usual
+    assert folder_of(["compare", "--width", "1000", "--depth", "50"], monkeypatch) == usual
     assert folder_of(["train", "--seed", "0"], monkeypatch) == "results/train/layers"
 
 
