@@ -19,7 +19,7 @@ from gradflow._checks import (
     is_number,
     unknown_name,
 )
-from gradflow._entries import Beside, LookedUp, OneOf, Whole, Widths
+from gradflow._entries import Beside, LookedUp, OneOf, Whole, Wholes, Widths
 from gradflow.activations import Activation
 from gradflow.blocks import (
     AbstractBlock,
@@ -229,13 +229,13 @@ def residual(
 
 
 def convolutional(
-    shape: Sequence[int],
-    channels: Sequence[int],
+    shape: Annotated[Sequence[int], Wholes("an input's rows and columns, as [8, 8]", 1)],
+    channels: Annotated[Sequence[int], Wholes("the input's channels and every layer's", 2)],
     activation: _Phi = "tanh",
     weights: _Weights = "glorot",
     *,
     size: int | Sequence[int] = 3,
-    padding: str = "circular",
+    padding: Annotated[str, OneOf("padding", ("circular", "zeros"))] = "circular",
     delta: bool = False,
     sigma_b: _Deviation | None = None,
     dense: Sequence[int] = (),
@@ -378,15 +378,15 @@ def as_sites(images: Float[ArrayLike, "inputs *shape channels"]) -> Float[Array,
 
 
 def recurrent(
-    input_width: int,
-    width: int,
-    steps: int,
+    input_width: _Count,
+    width: _Count,
+    steps: _Depth,
     activation: _Phi = "tanh",
     weights: _Weights = "glorot",
     *,
     sigma_b: _Deviation | None = None,
-    sigma_u: float | int | None = None,
-    alike: float | int = 1.0,
+    sigma_u: _Deviation | None = None,
+    alike: Annotated[float | int, _entries.share, Beside("sigma_u")] = 1.0,
     tied: bool = True,
     name: str | None = None,
 ) -> Network:
