@@ -46,6 +46,8 @@ def show_layers(context: typer.Context, described: dict[str, Any], *, as_json: b
                 f"{name} is {context.params[name]!r}; it is of equal layers alone, and this "
                 "network's signals begin with its inputs: give those, as --mean-square"
             )
+    if not is_given(context, "sigma_b2"):  # weights may have biases of their own
+        described.pop("sigma_b2", None)
     if "depth" in described:
         check_count("width", described["width"])
         check_depth(described["depth"])
