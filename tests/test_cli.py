@@ -484,6 +484,16 @@ OTHERS = {
             "--start": ["2"],
         },
     ),
+    "correlation": (
+        [],
+        {
+            "--activation": ["relu", "elu(0.5)"],
+            "--sigma-w2": ["2", "3"],
+            "--sigma-b2": ["0.5"],
+            "--points": ["6"],
+            "--start": ["2"],
+        },
+    ),
     "spectrum": (
         ["--simulate", "5"],
         _NETWORK
