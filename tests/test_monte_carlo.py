@@ -52,6 +52,7 @@ WANTED = (statistics.q, statistics.activation_mean, statistics.activation_varian
 
 # The larger rows take minutes and follow the same law.
 @pytest.mark.slow
+@pytest.mark.usefixtures("simulations_compiled_well")
 @pytest.mark.parametrize(("size", "least"), [(400, 3), (6000, 6)])
 def test_log_moments_are_those_of_table_6a(load_reference, size, least):
     checked = 0
