@@ -110,7 +110,10 @@ def simulations_compiled_well(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def unchecked(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Run the test as users run gradflow, without the hook above: for what it says to bad input."""
+    """Run the test as users run gradflow, without the hook above.
+
+    For what is said to bad input, or where the same few shapes would be checked for a long time.
+    """
     monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
 
 
