@@ -111,6 +111,8 @@ def test_the_jacobian_is_that_of_table_5(load_reference):
             continue  # theirs is at any q
         phi, w2 = activations.get(inputs["activation"]), number(inputs["sw2"])
         depth, q = int(inputs["L"]), number(inputs["q"])
+        if depth not in (10, 20):
+            continue  # `test_spectrum` has every depth; each is a program
         scales = w2, number(inputs["sb2"])
         q = float(fixed_points.analyse(phi, *scales, start=q).q_star)
         if q != pytest.approx(number(inputs["q"]), rel=1e-6):
