@@ -63,6 +63,22 @@ def key() -> jax.Array:
     return jax.random.key(0)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _keep_no_traces() -> Iterator[None]:
+    """Keep no traced programs, but where a test has a cache of its own, and by tests' processes.
+
+    Exporting them takes a seventh of a fresh run; and what a test has patched is not for others.
+    """
+    from gradflow import _programs
+
+    folder = _programs.cache_folder
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            _programs, "cache_folder", lambda: None if folder() == _COMPILED else folder()
+        )
+        yield
+
+
 @pytest.fixture(autouse=True)
 def _forget_programs() -> Iterator[None]:
     """Drop what tests compiled before it is too much for the process.
