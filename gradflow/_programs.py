@@ -19,7 +19,6 @@ from typing import Any, ParamSpec, TypeVar
 
 import jax
 import jax.export
-import jax.numpy as jnp
 import numpy as np
 from jaxtyping import PyTreeDef
 
@@ -195,7 +194,7 @@ def program(
                 specs = tuple(map(_as_spec, shapes))
                 bound = functools.partial(_by_name, function, constants)
                 traced = programs[key] = _Traced(bound, structure, specs, seconds, twice)
-            values = traced.compiled(*map(jnp.asarray, leaves))
+            values = traced.compiled(*map(_as_array, leaves, shapes))
             return jax.tree.unflatten(traced.structure, values)
 
         return call
@@ -210,6 +209,11 @@ def _by_name(function: Callable, constants: dict[str, Any], given: dict[str, Any
 
 def _as_spec(shape: Any) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(shape.shape, shape.dtype, weak_type=shape.weak_type)
+
+
+def _as_array(leaf: Any, shape: Any) -> Any:
+    """A leaf as an array, for which JAX need compile nothing."""
+    return leaf if isinstance(leaf, jax.Array) else np.asarray(leaf, shape.dtype)
 
 
 def _is_here(leaf: Any) -> bool:

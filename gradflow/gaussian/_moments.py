@@ -17,8 +17,10 @@ from jax.scipy.special import erfc
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, ScalarLike
 
+from gradflow import activations
 from gradflow._checks import check_scale, is_traced, unknown_name
 from gradflow._closed_forms import Values
+from gradflow._programs import program
 from gradflow.activations import Activation
 from gradflow.errors import InputError
 from gradflow.gaussian._quadrature import (
@@ -191,7 +193,8 @@ def _delta_terms(activation: Activation, q: Array) -> Array:
     return total
 
 
-_checked: weakref.WeakSet[Activation] = weakref.WeakSet()
+# Those of gradflow are known to have them.
+_checked: weakref.WeakSet[Activation] = weakref.WeakSet(activations.ALL)
 
 
 def check(activation: Activation) -> None:
@@ -218,26 +221,8 @@ def check(activation: Activation) -> None:
     """
     if activation in _checked:
         return
-
-    def squares(x: Array) -> Array:
-        return jnp.stack([activation(x), activation.derivative(x)]) ** 2
-
-    def averages(x: Array) -> Array:
-        # The slope too: where it changes its sign alone, as that of |x - 1|, its square is smooth.
-        return jnp.concatenate([squares(x), activation.derivative(x)[None]])
-
-    edge = Z_MAX - 2.0
-
-    def outermost(x: Array) -> Array:
-        return jnp.where(jnp.abs(x) > edge, squares(x), 0)
-
-    @jax.jit
-    def estimates(one: Array) -> tuple[Array, Array, Array]:
-        tails = expectation(outermost, one, kinks=(*activation.kinks, edge))
-        return *expectation_with_error(averages, one, kinks=activation.kinks), tails
-
-    with jax.enable_x64(True), jax.ensure_compile_time_eval():
-        values, errors, tails = estimates(jnp.ones(()))
+    with jax.enable_x64(True):
+        values, errors, tails = _estimates(activation)
     if isinstance(values, jax.core.Tracer):
         return
     # The mean slope is compared with its root mean square, and its tails are those of its square.
@@ -258,6 +243,27 @@ def check(activation: Activation) -> None:
                 stacklevel=3,
             )
     _checked.add(activation)
+
+
+@program("activation")
+def _estimates(activation: Activation) -> tuple[Array, Array, Array]:
+    """E[φ²], E[φ'²] and E[φ'] at variance 1, their errors, and the tails of the first two."""
+
+    def squares(x: Array) -> Array:
+        return jnp.stack([activation(x), activation.derivative(x)]) ** 2
+
+    def averages(x: Array) -> Array:
+        # The slope too: where it changes its sign alone, as that of |x - 1|, its square is smooth.
+        return jnp.concatenate([squares(x), activation.derivative(x)[None]])
+
+    edge = Z_MAX - 2.0
+
+    def outermost(x: Array) -> Array:
+        return jnp.where(jnp.abs(x) > edge, squares(x), 0)
+
+    one = jnp.ones(())
+    tails = expectation(outermost, one, kinks=(*activation.kinks, edge))
+    return *expectation_with_error(averages, one, kinks=activation.kinks), tails
 
 
 def log_limits(dtype: DTypeLike) -> tuple[float, float]:
