@@ -100,7 +100,7 @@ def as_numbers(name: str, value: Any, whole: DTypeLike = np.float32) -> Array | 
     return array if jnp.issubdtype(array.dtype, jnp.floating) else array.astype(whole)
 
 
-def as_grids(**given: Any) -> tuple[Array | np.ndarray, ...]:
+def as_grids(**given: Any) -> tuple[Any, ...]:
     """Arguments as floats of one dtype and one shape, JAX's if one of them is, else NumPy's.
 
     Raises
@@ -108,11 +108,12 @@ def as_grids(**given: Any) -> tuple[Array | np.ndarray, ...]:
     InputError
         If they do not broadcast to one shape, or are empty.
     """
-    dtype = jnp.promote_types(jnp.result_type(*given.values()), jnp.result_type(0.0))
-    xp: Any = jnp if any(isinstance(value, jax.Array) for value in given.values()) else np
-    shapes = " and ".join(f"{name} has shape {np.shape(value)}" for name, value in given.items())
+    values = [np.asarray(v) if isinstance(v, list | tuple) else v for v in given.values()]
+    dtype = jnp.promote_types(jnp.result_type(*values), jnp.result_type(0.0))
+    xp: Any = jnp if any(isinstance(value, jax.Array) for value in values) else np
+    shapes = " and ".join(f"{name} has shape {np.shape(v)}" for name, v in given.items())
     try:
-        grids = xp.broadcast_arrays(*(xp.asarray(value, dtype) for value in given.values()))
+        grids = xp.broadcast_arrays(*(xp.asarray(value, dtype) for value in values))
     except ValueError as error:
         raise InputError(f"{shapes}; they are of shapes that broadcast to one") from error
     if not grids[0].size:

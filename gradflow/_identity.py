@@ -142,6 +142,8 @@ def closes_over_tracer(value: Any) -> bool:
         parts = value
     elif isinstance(value, dict):
         parts = value.values()
+    elif isinstance(value, PyTreeDef):
+        parts = (value.node_data(), value.children())
     elif isinstance(value, functools.partial):
         parts = (value.func, value.args, value.keywords)
     elif isinstance(value, MethodType):

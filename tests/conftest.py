@@ -83,6 +83,21 @@ def x64_only() -> None:
 
 
 @pytest.fixture
+def simulations_compiled_well(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Optimise simulations' programs, in tests that run them for seconds: 5 times as fast."""
+    if os.environ["XLA_FLAGS"] == _SOON:
+        from gradflow.simulation import _programs
+
+        options = _programs._compilation.options
+
+        def optimised(seconds: float, *, computes_twice: bool = False) -> dict[str, str | bool]:
+            chosen = options(seconds, computes_twice=computes_twice)
+            return chosen | ({"xla_backend_optimization_level": "1"} if computes_twice else {})
+
+        monkeypatch.setattr(_programs._compilation, "options", optimised)
+
+
+@pytest.fixture
 def unchecked(monkeypatch: pytest.MonkeyPatch) -> None:
     """Run the test as users run gradflow, without the hook above: for what it says to bad input."""
     monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)

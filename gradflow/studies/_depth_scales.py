@@ -378,7 +378,7 @@ def _asymptotic(points: Mapping[int, _Uniform]) -> dict[int, Analysis]:
         numbers.setdefault(point.activation, []).append(number)
     arguments = [np.array([points[n][1:4] for n in group]).T for group in numbers.values()]
     programs = [
-        Float64Program.of(_analysis(phi), tuple(columns), _SECONDS * len(columns[0]))
+        Float64Program(_analysis(phi), tuple(columns), _SECONDS * len(columns[0]))
         for phi, columns in zip(numbers, arguments, strict=True)
     ]
     with ThreadPoolExecutor(min(os.cpu_count() or 1, 8)) as pool:

@@ -126,7 +126,7 @@ def theory(network: Network, log_q: np.ndarray, bins: HistogramRange) -> dict[st
         return unknown(bins)
     arguments = (q, float(block.sigma_w) ** 2, bins.edges)
     how = {"depth": network.depth, "orthogonal": block.distribution.haar}
-    program = Float64Program.of(_theory, arguments, _SECONDS, activation=network.activation, **how)
+    program = Float64Program(_theory, arguments, _SECONDS, activation=network.activation, **how)
     return dict(zip(unknown(bins), program(*arguments), strict=True))
 
 

@@ -134,4 +134,4 @@ def program(
 ) -> Float64Program:
     """The program of a function of a network, or of layers of this depth."""
     seconds = _SECONDS_A_LAYER * (arguments[0].depth if depth is None else depth)
-    return Float64Program.of(function, arguments, seconds, **static)
+    return Float64Program(function, arguments, seconds, **static)

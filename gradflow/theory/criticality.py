@@ -429,7 +429,7 @@ def universality_class(activation: Activation) -> UniversalityClass:
     with jax.enable_x64(True):
         if activation.homogeneous:
             return UniversalityClass.SCALE_INVARIANT
-        near = _near_zero(activation, np.array([2.0**-10, 2.0**-4]))
+        near = _near_zero(activation, *as_grids(q=[2.0**-10, 2.0**-4]))
         origin, slope, gain = map(np.asarray, near)
         # Where φ is linear up to its kinks (hard_tanh), q decreases visibly only near them.
         nearest = gain[0] if abs(gain[0] / slope - 1) > _SEEN else gain[1]

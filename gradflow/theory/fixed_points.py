@@ -192,12 +192,12 @@ def representable_depth(
     except (TypeError, ValueError):
         raise unknown_name("dtype", dtype, ("bfloat16", "float16", "float32", "float64")) from None
     check_scale("chi", chi)
-    ends = math.log(float(limits.tiny)), math.log(float(limits.max))
-    return _representable(*as_grids(chi=chi), *ends)
+    least, largest = math.log(float(limits.tiny)), math.log(float(limits.max))
+    return _representable(as_grids(chi=chi)[0], least=least, largest=largest)
 
 
 @program()
-def _representable(chi: Array, least: Array, largest: Array) -> Array:
+def _representable(chi: Array, least: ArrayLike, largest: ArrayLike) -> Array:
     log = jnp.log(chi)
     limit = jnp.where(log < 0, least, largest)
     critical = jnp.abs(log) <= rounding(log.dtype)

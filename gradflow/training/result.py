@@ -259,7 +259,7 @@ def _predicted(network: Network, monitor: np.ndarray) -> dict[str, np.ndarray]:
     unnamed = dataclasses.replace(network, name="")
     q = np.mean(np.square(monitor.astype(np.float64)), axis=1)
     arguments = (unnamed, q)
-    of_each = Float64Program.of(_of_each, arguments, _SECONDS_A_LAYER * network.depth)(*arguments)
+    of_each = Float64Program(_of_each, arguments, _SECONDS_A_LAYER * network.depth)(*arguments)
     pairs = ("correlation", "log_weight_gradient_variance")
     values = {}
     for key in known:
