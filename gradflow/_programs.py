@@ -236,7 +236,7 @@ def program(
         jitted = jax.jit(function, static_argnames=static)
         signature = inspect.signature(function)
 
-        def by_name(given: dict[str, Any], **constants: Any) -> Any:
+        def by_name(given: dict[str, Any], /, **constants: Any) -> Any:
             return cast(Callable, function)(**given, **constants)
 
         @functools.wraps(function)

@@ -18,7 +18,7 @@ import math
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -26,12 +26,15 @@ import numpy as np
 from jax.scipy.special import erf as _erf
 from jaxtyping import Array
 
-from gradflow import _closed_forms
+from gradflow import _closed_forms, _imports
 from gradflow._activation import Activation, Elementwise, concrete
 from gradflow._checks import check_sequence, is_number, unknown_name
 from gradflow.errors import InputError
 
-__all__ = ["ALL", "Activation", "custom", "get", "leaky_relu"]
+__all__ = ["ALL", "Activation", "ActivationLike", "custom", "get", "leaky_relu"]
+
+# What `get` takes: an activation, its name, or a function that is one.
+ActivationLike: TypeAlias = Activation | str | Elementwise
 
 # By name: what makes an activation of its parameters, which have a default each.
 _FAMILIES: dict[str, Callable[..., Activation]] = {}
@@ -100,14 +103,15 @@ def _kinks(kinks: Any) -> tuple[float, ...]:
         raise InputError(f"kinks is {kinks!r}; it is numbers, where φ is not smooth") from error
 
 
-def get(activation: Activation | str | Elementwise) -> Activation:
+def get(activation: ActivationLike) -> Activation:
     """Return the activation of this name, or a callable as an `Activation`.
 
     Names are read in any case, with or without underscores, and those of PyTorch, Keras and JAX are
     known: ``"swish"`` is `silu`, and so is `jax.nn.silu` itself. Parameters stand in brackets, as
     in ``"elu(0.5)"``, ``"sin(30)"`` or ``"tanh(1.7159, 2/3)"``, which is 1.7159 tanh(2x/3); one
     alone also follows an underscore, as in ``"leaky_relu_0.2"``, which a shell takes without
-    quotes. Equal parameters give one object.
+    quotes. Equal parameters give one object. ``"module:function"`` is a function of your own, at
+    the command line alone, where naming it may import it.
 
     Raises
     ------
@@ -123,7 +127,25 @@ def get(activation: Activation | str | Elementwise) -> Activation:
     raise InputError(f"activation is {activation!r}; it is a name or an elementwise function")
 
 
+# What was imported, by its text: nobody needs to allow it again.
+_IMPORTED: dict[str, Activation] = {}
+
+
+def _not_imported(x: Array) -> Array:  # noqa: ARG001
+    raise InputError("activation is a function that was not imported; --allow-imports imports it")
+
+
 def _by_name(text: str) -> Activation:
+    if ":" in text:
+        if text not in _IMPORTED:
+            function = _imports.function_at(text)
+            if function is None:
+                return Activation(text, _not_imported)
+            if isinstance(function, Activation):  # with its kinks
+                _IMPORTED[text] = replace(function, name=text)
+            else:
+                _IMPORTED[text] = _known_function(function) or custom(function, name=text)
+        return _IMPORTED[text]
     key, arguments = _key(text), None
     if key not in _NAMES and (
         parsed := re.fullmatch(r"(.+?)\((.*)\)", text.strip())
@@ -133,7 +155,7 @@ def _by_name(text: str) -> Activation:
     if reason := _REFUSED.get(key):
         raise InputError(f"activation is {text!r}, {reason}")
     if key not in _NAMES:
-        raise unknown_name("activation", text, (*_BY_NAME, *_ALIASES))
+        raise unknown_name("activation", text, (*_BY_NAME, *_ALIASES, "module:function"))
     name = _NAMES[key]
     if arguments is None:
         return _BY_NAME[name] if name in _BY_NAME else get(name)
@@ -355,10 +377,6 @@ hard_tanh = Activation(
 hard_sigmoid = Activation("hard_sigmoid", jax.nn.hard_sigmoid, kinks=(-3.0, 3.0))
 hard_swish = Activation("hard_swish", jax.nn.hard_swish, kinks=(-3.0, 3.0))
 relu6 = Activation("relu6", jax.nn.relu6, kinks=(0.0, 6.0))
-soft_shrink = _family(
-    Activation("soft_shrink", lambda x: x - jnp.clip(x, -0.5, 0.5), kinks=(-0.5, 0.5)),
-    lambda threshold=0.5: (2 * threshold, 0.5 / threshold),
-)
 softsign = Activation("softsign", jax.nn.soft_sign, kinks=(0.0,))
 erf = _family(
     Activation(
@@ -481,13 +499,14 @@ _STEP = (
     "a step, whose slope is 0: no gradient passes it, at any depth; tanh(1, 10) is a smooth step, "
     "and hard_tanh has the slope of a straight-through estimator"
 )
-_JUMPS = "which jumps, so that its gradient is none of a loss; soft_shrink and relu are continuous"
+_JUMPS = "which jumps, so that its slope says nothing of a gradient; relu is continuous"
 _NOT_ELEMENTWISE = "which mixes units; an activation is a function of one number"
 _EXPONENTIAL = "whose averages E[φ²] = exp(2q) leave a float's range; elu grows no faster than x"
 # What people also type, and why there is none, after 'activation is …,'.
 _REFUSED = dict.fromkeys(("sign", "step", "heaviside", "binarystep"), _STEP)
 _REFUSED |= dict.fromkeys(("hardshrink", "threshold"), _JUMPS)
 _REFUSED |= dict.fromkeys(("softmax", "logsoftmax", "softmin", "glu", "maxout"), _NOT_ELEMENTWISE)
+_REFUSED["softshrink"] = "which is flat around 0, where theory's averages have no digits"
 _REFUSED |= dict.fromkeys(("exponential", "exp"), _EXPONENTIAL)
 _REFUSED |= {"rrelu": "whose slope is random; leaky_relu(11/48) has the mean of PyTorch's slopes"}
 

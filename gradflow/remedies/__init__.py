@@ -21,7 +21,7 @@ from jaxtyping import ArrayLike
 from gradflow import activations, data, ensembles, networks
 from gradflow._arguments import as_real, from_seed
 from gradflow._checks import check_count, unknown_name
-from gradflow.activations import Activation
+from gradflow.activations import ActivationLike
 from gradflow.comparison import Comparison, compare
 from gradflow.ensembles import Ensemble
 from gradflow.errors import InputError
@@ -102,7 +102,7 @@ _Progress = Callable[[str, int, int], None]
 
 
 def run(
-    activation: Activation | str = "logistic",
+    activation: ActivationLike = "logistic",
     weights: Ensemble | str = "unscaled",
     *,
     sigma_b: float | None = None,
@@ -175,7 +175,7 @@ def run(
 
 
 def proposals(
-    activation: Activation | str,
+    activation: ActivationLike,
     weights: Ensemble | str,
     width: int,
     depth: int,

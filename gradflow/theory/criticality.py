@@ -33,7 +33,7 @@ from gradflow._arguments import as_grids, as_numbers
 from gradflow._checks import check_scale
 from gradflow._programs import program
 from gradflow._roots import Roots, Valued, implicit, rounding, sign_changes
-from gradflow.activations import Activation
+from gradflow.activations import Activation, ActivationLike
 from gradflow.errors import InputError
 from gradflow.theory._correlations import correlation_curvature
 from gradflow.theory._depth_scales import depth_scale
@@ -102,7 +102,7 @@ class UniversalityClass(enum.Enum):
 # The critical line --------------------------------------------------------------------------------
 
 
-def critical_line(activation: Activation, q: ArrayLike) -> CriticalPoints:
+def critical_line(activation: ActivationLike, q: ArrayLike) -> CriticalPoints:
     """Return the critical point with q* = q, for each q > 0.
 
     Parameters
@@ -123,6 +123,7 @@ def critical_line(activation: Activation, q: ArrayLike) -> CriticalPoints:
     InputError
         If a q is negative or not finite (seen outside jit only); if φ has no Gaussian moments.
     """
+    activation = activations.get(activation)
     check_scale("q", q)
     gaussian.check(activation)
     return _line(activation, *as_grids(q=q))
@@ -157,7 +158,7 @@ def _points(
 
 
 def critical_points(
-    activation: Activation,
+    activation: ActivationLike,
     *,
     sigma_b2: ArrayLike | None = None,
     sigma_w2: ArrayLike | None = None,
@@ -215,8 +216,9 @@ def _for_sigma_b2(activation: Activation, table: Table, sigma_b2: Array) -> Crit
         return (near.dphi2 - near.ratio) / slope - bias, size
 
     q, roots = _solve(surplus, (table, sigma_b2))
+    sloping = table.zero.dphi2 > 0  # else no finite σ_w² is critical at 0
     origin = _Origin(
-        present=(sigma_b2 == 0) & ((table.square_at_zero == 0) | roots.neutral),
+        present=(sigma_b2 == 0) & ((table.square_at_zero == 0) & sloping | roots.neutral),
         any_q=(sigma_b2 == 0) & roots.neutral,
         sigma_w2=1 / table.zero.dphi2,
     )
@@ -312,7 +314,7 @@ def _bias(near: Averages, q: Array) -> Array:
 
 
 def critical_at_infinity(
-    activation: Activation, sigma_b2: ArrayLike = 0.0, *, start: ArrayLike | None = None
+    activation: ActivationLike, sigma_b2: ArrayLike = 0.0, *, start: ArrayLike | None = None
 ) -> Float[Array, "*grid"]:
     """Return the σ_w² at which the length grows without limit and χ₁ tends to 1.
 
@@ -339,6 +341,7 @@ def critical_at_infinity(
     InputError
         If an argument is out of range (seen outside jit only); if φ has no Gaussian moments.
     """
+    activation = activations.get(activation)
     check_scale("sigma_b2", sigma_b2)
     if start is not None:
         check_scale("start", start, positive=True)
@@ -356,7 +359,7 @@ def _critical_at_infinity(activation: Activation, sigma_b2: Array, start: Array)
     return jnp.where(usable & (status == Status.DIVERGES), sigma_w2, jnp.nan)
 
 
-def half_stable_points(activation: Activation, dtype: str = "float") -> HalfStable:
+def half_stable_points(activation: ActivationLike, dtype: str = "float") -> HalfStable:
     """Return the points with χ₁ = χ∥ = 1 at q* > 0, where E[φ φ''] = 0.
 
     There the length map touches the line V(q) = q: it attracts from one side, algebraically, and
@@ -403,7 +406,7 @@ def _half_stable_points(activation: Activation, dtype: str) -> HalfStable:
     )
 
 
-def universality_class(activation: Activation) -> UniversalityClass:
+def universality_class(activation: ActivationLike) -> UniversalityClass:
     """Return the class of an activation at criticality, computed in float64.
 
     Parameters
@@ -491,7 +494,7 @@ _LABELS = {
 
 
 def phase_diagram(
-    activation: Activation,
+    activation: ActivationLike,
     sigma_w: Float[ArrayLike, " columns"],
     sigma_b: Float[ArrayLike, " rows"],
     *,
