@@ -17,6 +17,7 @@ from jaxtyping import Array, Float, ScalarLike
 
 from gradflow._checks import is_number
 from gradflow._closed_forms import Moment, PairMoment, Values
+from gradflow._programs import program
 from gradflow._roots import bisect
 from gradflow.errors import InputError
 
@@ -136,10 +137,8 @@ class Activation:
         # A step as small as the number format allows, and not subnormal: XLA flushes those to 0.
         points = np.asarray(self.kinks)
         step = np.maximum(4 * np.finfo(float).eps * np.abs(points), 1e-200)
-        with concrete():
-            above, below = (
-                _compiled_derivative(self, jnp.asarray(x)) for x in (points + step, points - step)
-            )
+        with jax.enable_x64(True):
+            above, below = (_compiled_derivative(self, x) for x in (points + step, points - step))
         if isinstance(above, jax.core.Tracer):
             return None
         jumps = np.asarray(above) - np.asarray(below)
@@ -188,8 +187,8 @@ class Activation:
         up to there by more than a tenth of that range.
         """
         x = np.concatenate([self._scan[0], [-1e30, 1e30]])
-        with concrete():
-            values = np.asarray(_compiled(self, jnp.asarray(x)))
+        with jax.enable_x64(True):
+            values = np.asarray(_compiled(self, x))
         near = values[np.abs(x) * self.frequency <= 16]
         low, high = float(values.min()), float(values.max())
         beyond = max(near.min() - low, high - near.max())
@@ -206,11 +205,11 @@ class Activation:
     @functools.cached_property
     def _known_powers(self) -> tuple["_Powers", "_Powers"] | None:
         """The `powers`, or None if parameters are traced, because tracers must not be kept."""
-        with concrete():
+        with jax.enable_x64(True):
             both = _compiled_powers(self)
         if isinstance(both[0].value, jax.core.Tracer):
             return None
-        at_zero, beyond = (_Powers(*map(float, powers)) for powers in both)
+        at_zero, beyond = (_Powers(*map(float, map(np.asarray, powers))) for powers in both)
         if np.isnan(beyond.value) and self.bounds is not None:
             beyond = beyond._replace(value=0.0)
         return at_zero, beyond
@@ -319,7 +318,7 @@ def _roots(activation: Activation, x: np.ndarray, slope: np.ndarray, level: floa
     low, high, start = (
         np.resize(end, (parts, _EVALUATED)) for end in (x[left], x[left + 1], above[left])
     )
-    with concrete():
+    with jax.enable_x64(True):
         brackets = zip(low, high, start, strict=True)
         roots = [np.asarray(_compiled_bisection(activation, level, *each)) for each in brackets]
         return np.concatenate(roots)[: left.size]
@@ -332,17 +331,28 @@ def concrete() -> Iterator[None]:
         yield
 
 
-_compiled = jax.jit(Activation.__call__, static_argnums=0)
-_compiled_derivative = jax.jit(Activation.derivative, static_argnums=0)
-_compiled_powers = jax.jit(Activation._traced_powers, static_argnums=0)
+@program("activation")
+def _compiled(activation: Activation, x: Values) -> Array:
+    return activation(x)
 
 
-@functools.partial(jax.jit, static_argnums=0)
+@program("activation")
+def _compiled_derivative(activation: Activation, x: Values) -> Array:
+    return activation.derivative(x)
+
+
+@program("activation")
+def _compiled_powers(activation: Activation) -> tuple[_Powers, _Powers]:
+    return activation._traced_powers()
+
+
+@program("activation")
 def _compiled_bisection(
-    activation: Activation, level: Array, low: Array, high: Array, above: Array
+    activation: Activation, level: Values, low: Values, high: Values, above: Values
 ) -> Array:
     """Return the roots of φ' - level in brackets; whether it is ``above`` 0 at their lower ends."""
-    ends = bisect(lambda x: (activation.derivative(x) > level) != above, low, high, steps=60)
+    ends = jnp.asarray(low), jnp.asarray(high)
+    ends = bisect(lambda x: (activation.derivative(x) > level) != above, *ends, steps=60)
     return (ends[0] + ends[1]) / 2
 
 
@@ -355,6 +365,6 @@ def _slopes(activation: Activation, x: np.ndarray) -> np.ndarray:
     # Of one size, as a program is compiled for each.
     parts = -(-x.size // _EVALUATED)
     padded = np.resize(np.asarray(x, float), (parts, _EVALUATED))
-    with concrete():
-        slopes = [np.asarray(_compiled_derivative(activation, jnp.asarray(p))) for p in padded]
+    with jax.enable_x64(True):
+        slopes = [np.asarray(_compiled_derivative(activation, p)) for p in padded]
     return np.concatenate(slopes)[: x.size].reshape(x.shape)

@@ -135,6 +135,7 @@ def test_intervals_for_the_typical_gradient_cover_the_truth(linear_samples):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("unchecked")  # shapes of 2000 points take a third of the time
 def test_intervals_of_points_that_stop_at_a_target_cover_what_they_say(tmp_path):
     """Null: 95 % intervals cover the exact mean in 95 % of 2000 points of linear networks.
 

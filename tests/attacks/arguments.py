@@ -44,6 +44,7 @@ CALLS = (
     ["theory", "--correlations", "-0.5,0.9", "--depth", "3", "--width", "8", "--json"],
     ["critical", "--activation", "tanh", "--sigma-b2", "0.05"],
     ["critical", "--sigma-w2", "2"],
+    ["correlation", "--sigma-w2", "1.5", "--sigma-b2", "0.1", "--points", "3", "--start", "1"],
     ["phase", "--sigma-w", "1", "2", "--sigma-b", "0", "1", "--points", "3", "--start", "1"],
     [
         "spectrum",
