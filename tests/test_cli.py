@@ -38,23 +38,17 @@ def here(tmp_path):
     return functools.partial(commands.run, cwd=tmp_path)
 
 
-@pytest.fixture(scope="module")
-def compared(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("compare")
-    return gradflow("compare", *SMALL, "--out", "made", cwd=folder), folder
-
-
 @pytest.mark.medium
-def test_compare_prints_a_table_a_verdict_and_what_it_wrote(compared):
-    done, folder = compared
+def test_compare_prints_a_table_a_verdict_and_what_it_wrote(tmp_path, here):
+    done = here("compare", *SMALL, "--out", "made")
     assert done.returncode == 0, done.stderr
     for word in ("statistic", "theory", "log_gradient_norm", "verdict", "agreement", "matrix_free"):
         assert word in done.stdout
     assert "compiling" in done.stderr
-    dataset = xarray.load_dataset(folder / "made" / "results.nc")
+    dataset = xarray.load_dataset(tmp_path / "made" / "results.nc")
     assert dataset.q_theory.size == 4
     assert dataset.attrs["seed"] == 0
-    assert len(list((folder / "made").glob("*.png"))) == 5
+    assert len(list((tmp_path / "made").glob("*.png"))) == 5
 
 
 @pytest.mark.slow
