@@ -348,7 +348,7 @@ def _compiled_powers(activation: Activation) -> tuple[_Powers, _Powers]:
 
 @program("activation")
 def _compiled_bisection(
-    activation: Activation, level: Values, low: Values, high: Values, above: Values
+    activation: Activation, level: Values, low: Values, high: Values, above: Array | np.ndarray
 ) -> Array:
     """Return the roots of φ' - level in brackets; whether it is ``above`` 0 at their lower ends."""
     ends = jnp.asarray(low), jnp.asarray(high)
