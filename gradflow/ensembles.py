@@ -189,7 +189,7 @@ class Ensemble:
     bias: "Ensemble | None" = None
     recurrent: "tuple[Ensemble, Ensemble] | None" = None
 
-    def sigma_w(self, fan_in: int, fan_out: int) -> float:
+    def sigma_w(self, fan_in: int, fan_out: int) -> Any:
         """Return σ_w = √(fan_in · Var W), the scale in mean-field units (dimensionless)."""
         fans = check_count("fan_in", fan_in), check_count("fan_out", fan_out)
         square: Any = fans[0] * self.variance(*fans)
@@ -331,13 +331,13 @@ torch = Ensemble(
 keras = Ensemble("keras", uniform, _glorot, recurrent=(glorot_uniform, semi_orthogonal))
 
 
-def fan_in(sigma_w: float = 1.0, distribution: Distribution | str = gaussian) -> Ensemble:
+def fan_in(sigma_w: Any = 1.0, distribution: Distribution | str = gaussian) -> Ensemble:
     """Return the mean-field ensemble Var W = σ_w² / fan_in.
 
     Parameters
     ----------
     sigma_w
-        σ_w, dimensionless, finite and above 0.
+        σ_w, a dimensionless number, finite and above 0; it may be traced by JAX.
     distribution
         The law of the entries.
 

@@ -153,8 +153,7 @@ def trainable_depth(xi: Float[ArrayLike, "..."]) -> Float[Array, "..."]:
     ----------
     Schoenholz et al. 2017, arXiv:1611.01232, section 5.
     """
-    (xi,) = as_grids(xi=as_numbers("xi", xi, float))
-    return _six_times(xi)
+    return _six_times(*as_grids(xi=as_numbers("xi", xi, float)))
 
 
 @program()

@@ -135,12 +135,11 @@ def summarise(
         raise InputError(f"correlations is {list(correlations)}; each is from -1 to 1")
     gaussian.check(activation)
     check_scale("start", start, positive=True)
-    for name, value in (("sigma_w2", sigma_w2), ("sigma_b2", sigma_b2)):
-        check_scale(name, value)
+    check_scale("sigma_w2", sigma_w2)
+    check_scale("sigma_b2", sigma_b2)
     with jax.enable_x64(True):
-        numbers = jax.tree.map(
-            np.asarray, _numbers(activation, sigma_w2, sigma_b2, start, c, depth=depth)
-        )
+        found = _numbers(activation, sigma_w2, sigma_b2, start, c, depth=depth)
+        numbers = jax.tree.map(np.asarray, found)
         analysis, from_one = (jax.tree.map(lambda x, i=i: x[i], numbers.of_starts) for i in (0, 1))
         values = analysis._asdict()
         del values["status"]
@@ -160,9 +159,9 @@ def summarise(
             "universality_class": criticality.universality_class(activation).value,
             "six_xi_c": float(numbers.trainable[0]),
             "six_abs_xi_grad": float(numbers.trainable[1]),
-            "representable_depth": dict(
-                zip(_DTYPES, map(float, numbers.representable), strict=True)
-            ),
+            "representable_depth": {
+                dtype: float(numbers.representable[i]) for i, dtype in enumerate(_DTYPES)
+            },
             "depth": depth,
             "width": width,
             "layers": _layers(numbers.profiles, start, sigma_w2, sigma_b2, depth),
