@@ -195,9 +195,14 @@ def _save(path: Path, structure: bytes, content: bytes) -> None:
         with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
             file.write(hashlib.sha256(body).digest() + body)
         os.replace(file.name, path)
-        kept = sorted(path.parent.iterdir(), key=lambda file: file.stat().st_mtime)
-        for old in kept[:-_MOST_KEPT]:
-            old.unlink(missing_ok=True)
+        _discard_oldest(path.parent)
+
+
+@functools.cache  # once a process: a folder of thousands of files takes some milliseconds to list
+def _discard_oldest(folder: Path) -> None:
+    kept = sorted(folder.iterdir(), key=lambda file: file.stat().st_mtime)
+    for old in kept[:-_MOST_KEPT]:
+        old.unlink(missing_ok=True)
 
 
 def _load(path: Path) -> tuple[PyTreeDef, Callable] | None:
