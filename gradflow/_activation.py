@@ -13,7 +13,7 @@ from typing import Any, NamedTuple, TypeAlias
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, ScalarLike
+from jaxtyping import Array, Float, ScalarLike
 
 from gradflow._checks import is_number
 from gradflow._closed_forms import Moment, PairMoment, Values
@@ -348,7 +348,7 @@ def _compiled_powers(activation: Activation) -> tuple[_Powers, _Powers]:
 
 @program("activation")
 def _compiled_bisection(
-    activation: Activation, level: Values, low: Values, high: Values, above: Bool[Array, "..."]
+    activation: Activation, level: Values, low: Values, high: Values, above: Array | np.ndarray
 ) -> Array:
     """Return the roots of φ' - level in brackets; whether it is ``above`` 0 at their lower ends."""
     ends = jnp.asarray(low), jnp.asarray(high)
