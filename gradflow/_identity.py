@@ -193,12 +193,13 @@ def _to_plain(value: Any) -> Any:
 
 
 def _name_in_its_module(value: Any) -> str:
-    """The name of a constant of the module that its class is in."""
-    module = type(value).__module__
-    if module.partition(".")[0] in _KNOWN_PACKAGES:
-        for name, known in vars(sys.modules[module]).items():
-            if known is value:
-                return f"{module}:{name}"
+    """The name of a constant of the module that its class is in, or of one of gradflow's."""
+    if type(value).__module__.partition(".")[0] in _KNOWN_PACKAGES:
+        ours = sorted(name for name in sys.modules if name.startswith("gradflow."))
+        for module in (type(value).__module__, *ours):
+            for name, known in vars(sys.modules[module]).items():
+                if known is value:
+                    return f"{module}:{name}"
     raise NotStorableError(repr(value))
 
 

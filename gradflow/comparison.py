@@ -35,7 +35,6 @@ from gradflow._differences import (
     compare_statistic,
     shrinks_with_the_width,
     significance_threshold,
-    with_densities,
 )
 from gradflow._float_ranges import FloatRange, float_ranges
 from gradflow._inputs import as_inputs
@@ -44,7 +43,7 @@ from gradflow.errors import InputError
 from gradflow.networks import Network, divide_widths
 from gradflow.predictions import Corrections, Prediction
 from gradflow.simulation.monte_carlo import Progress, Simulation, simulate
-from gradflow.theory import _limits, _programs
+from gradflow.theory import _densities, _limits, _programs
 from gradflow.verdict import Verdict, judge
 
 __all__ = ["Comparison", "StatisticComparison", "Status", "Verdict", "compare"]
@@ -422,9 +421,9 @@ def compare(
     predict = _programs.prepare(network, inputs, finite_width=explain)
     log_chi = _programs.prepare_asymptotic_log_chi(network)
 
-    def predict_all() -> tuple[Prediction, Corrections | None, float]:
-        theory, corrections = predict()
-        return theory, corrections, log_chi(theory)
+    def predict_all() -> tuple[_programs.Theory, float]:
+        theory = predict()
+        return theory, log_chi(theory.prediction)
 
     with ThreadPoolExecutor(1) as pool:
         predicted = pool.submit(predict_all)
@@ -437,11 +436,14 @@ def compare(
             histograms=histograms,
             progress=progress,
         )
-    theory, corrections, asymptotic = predicted.result()
-    if histograms:
-        simulation = with_densities(simulation, inputs)
+    theory, asymptotic = predicted.result()
+    with_theory = _densities.predicted(network, theory.units, simulation.histograms)
+    simulation = dataclasses.replace(simulation, histograms=with_theory)
     comparison = compare_results(
-        theory, simulation, corrections=corrections, asymptotic_log_chi=asymptotic
+        theory.prediction,
+        simulation,
+        corrections=theory.corrections,
+        asymptotic_log_chi=asymptotic,
     )
     if not explain:
         return comparison

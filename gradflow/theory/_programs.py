@@ -7,7 +7,7 @@ simulates: a traced program traces nothing when it is called.
 import dataclasses
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from jax.typing import ArrayLike
@@ -17,12 +17,13 @@ from gradflow._inputs import checked_inputs
 from gradflow._programs import Float64Program
 from gradflow.networks import Network
 from gradflow.predictions import Corrections, Prediction
-from gradflow.theory import _limits, mean_field
+from gradflow.theory import _limits
+from gradflow.theory._densities import UnitLimits
 from gradflow.theory._limits import limits, prediction
 from gradflow.theory.finite_width import _carried_means, _layers, first_order
 from gradflow.theory.finite_width._layers import finite_layers
 
-__all__ = ["arguments_of", "compile_programs", "layers_ahead", "prepare"]
+__all__ = ["Theory", "arguments_of", "compile_programs", "layers_ahead", "prepare"]
 __all__ += ["prepare_asymptotic_log_chi", "program"]
 
 # Seconds that the theory takes for each layer: 2 ms with closed forms, 13 ms without.
@@ -35,19 +36,34 @@ _MOST_LAYERS_AHEAD = 20_000
 _SETTLED = 1e-10
 
 
+class Theory(NamedTuple):
+    """What theory says of a network.
+
+    Attributes
+    ----------
+    prediction
+        The infinite-width limit of every statistic.
+    units
+        The limits that single units' signals have; None if layers differ in their sites.
+    corrections
+        What the width does; None where it is not known, or not wanted.
+    """
+
+    prediction: Prediction
+    units: UnitLimits | None
+    corrections: Corrections | None
+
+
 def prepare(
     network: Network, inputs: ArrayLike, *, finite_width: bool = True
-) -> Callable[[], tuple[Prediction, Corrections | None]]:
-    """Trace `float64.predict_and_correct`: a function without arguments, for any thread."""
+) -> Callable[[], Theory]:
+    """Trace the theory of a network: a function without arguments, for any thread."""
     arguments = arguments_of(network, inputs)
     predicts, *corrects = _programs(*arguments, finite_width)
 
-    def run() -> tuple[Prediction, Corrections | None]:
-        result = predicts(*arguments)
-        if isinstance(result, Prediction):
-            return result, None
-        predicted, more = result
-        return predicted, corrects[0](more) if corrects else more
+    def run() -> Theory:
+        prediction, units, more = predicts(*arguments)
+        return Theory(prediction, units, corrects[0](more) if corrects else more)
 
     return run
 
@@ -109,24 +125,30 @@ def _programs(
     if finite_width and _carried_means.covers(network):
         return [program(_predict_and_correct_carried_means, *arguments)]
     if not (finite_width and _layers.covers(network)):
-        return [program(mean_field.predict, *arguments)]
+        return [program(_predict, *arguments)]
     predicts = program(_predict_and_prepare, *arguments)
-    layers = predicts.result[1]
+    layers = predicts.result[2]
     return [predicts, program(first_order.correct_layers, layers, depth=network.depth)]
+
+
+def _predict(network: Network, gram: ArrayLike, mean: ArrayLike) -> Theory:
+    both = limits(network, gram, mean)
+    return Theory(prediction(*both), UnitLimits.of(*both), None)
 
 
 def _predict_and_prepare(
     network: Network, gram: ArrayLike, mean: ArrayLike
-) -> tuple[Prediction, FiniteLayers]:
+) -> tuple[Prediction, UnitLimits | None, FiniteLayers]:
     both = limits(network, gram, mean)
-    return prediction(*both), finite_layers(network, *both)
+    return prediction(*both), UnitLimits.of(*both), finite_layers(network, *both)
 
 
 def _predict_and_correct_carried_means(
     network: Network, gram: ArrayLike, mean: ArrayLike
-) -> tuple[Prediction, Corrections]:
+) -> Theory:
     both = limits(network, gram, mean)
-    return prediction(*both), _carried_means.correct_limits(network, *both)
+    corrections = _carried_means.correct_limits(network, *both)
+    return Theory(prediction(*both), UnitLimits.of(*both), corrections)
 
 
 def program(
