@@ -7,7 +7,6 @@ from typing import NamedTuple
 
 import equinox as eqx
 import numpy as np
-import scipy.special
 from jax.typing import ArrayLike
 
 from gradflow import statistics
@@ -227,8 +226,10 @@ def _without_rounding(shift: ArrayLike, of: np.ndarray) -> np.ndarray:
 
 def significance_threshold(networks: int, comparisons: int) -> float:
     """The z-score that 1 % of as many comparisons of correct theory exceed anywhere, by chance."""
+    from scipy.special import stdtrit  # noqa: PLC0415  (slow to import)
+
     tail = _FALSE_ALARM_RATE / (2 * max(comparisons, 1))
-    return float(-scipy.special.stdtrit(max(networks - 1, 1), tail))
+    return float(-stdtrit(max(networks - 1, 1), tail))
 
 
 def shrinks_with_the_width(

@@ -9,6 +9,7 @@ import enum
 import functools
 import hashlib
 import importlib
+import importlib.metadata
 import inspect
 import sys
 from collections.abc import Callable, Iterable
@@ -16,7 +17,6 @@ from pathlib import Path
 from types import FunctionType, MethodType
 from typing import Any
 
-import equinox
 import jax
 import jaxlib.version
 import numpy as np
@@ -47,8 +47,8 @@ def source() -> str:
     folder = Path(__file__).parent
     for path in sorted(folder.rglob("*.py")):
         digest.update(str(path.relative_to(folder)).encode() + b"\0" + path.read_bytes())
-    versions = (sys.version, jax.__version__, jaxlib.version.__version__, equinox.__version__)
-    digest.update(repr((*versions, np.__version__)).encode())
+    versions = (sys.version, jax.__version__, jaxlib.version.__version__, np.__version__)
+    digest.update(repr((*versions, importlib.metadata.version("equinox"))).encode())
     return digest.hexdigest()
 
 

@@ -21,8 +21,8 @@ from gradflow._entries import clipped, text
 from gradflow.errors import InputError
 
 __all__ = ["CORRELATED", "FILES", "IMAGES", "KINDS", "NONE", "check_source", "content", "counted"]
-__all__ += ["described", "digest", "kind_of", "made", "most", "natural_width", "numbers", "read"]
-__all__ += ["scaled"]
+__all__ += ["described", "digest", "is_file", "kind_of", "made", "most", "natural_width", "numbers"]
+__all__ += ["read", "scaled"]
 
 # What files of inputs end with.
 FILES = (".npz", ".npy", ".csv")
@@ -70,6 +70,11 @@ def kind_of(input: str | None, data: str | None) -> str:
     if input is not None:
         raise InputError(f"data is {data!r} and input is {input!r}; give one of them")
     return check_source("data", data)
+
+
+def is_file(data: str | None) -> bool:
+    """Whether `data` is a file's path, not a name of images."""
+    return data is not None and data not in (*KINDS, NONE)
 
 
 def natural_width(kind: str) -> int | None:

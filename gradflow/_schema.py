@@ -33,6 +33,7 @@ __all__ = [
     "KINDS",
     "NONE",
     "Option",
+    "arguments_of",
     "check_together",
     "input_options",
     "is_idle",
@@ -267,6 +268,18 @@ def network(description: Mapping[str, Any]) -> Network:
     InputError
         If an option is unknown, they do not go together, one is missing, or has no such value.
     """
+    kind, arguments = arguments_of(description)
+    return KINDS[kind](**arguments)
+
+
+def arguments_of(description: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
+    """The kind of the network that options describe, and the arguments of its builder.
+
+    Raises
+    ------
+    InputError
+        As `network` does, but for what the builder itself refuses.
+    """
     given = {name: value for name, value in description.items() if value is not None}
     _entries.check_known("", given, options())
     kind = options()["kind"].check("kind", given.pop("kind", "mlp"))
@@ -279,14 +292,13 @@ def network(description: Mapping[str, Any]) -> Network:
     }
     if "widths" not in given:
         given.setdefault("input_width", given["width"])
-    builder = KINDS[kind]
-    parameters = inspect.signature(builder).parameters
+    parameters = inspect.signature(KINDS[kind]).parameters
     arguments = {name: value for name, value in given.items() if name in parameters}
     for name, write in _WRITTEN.items():
         own = {n: given[n] for n in inspect.signature(write).parameters if n in given}
         if name in parameters and set(own) - {name}:
             arguments[name] = write(**own)
-    return builder(**arguments)
+    return kind, arguments
 
 
 def _equal_layers(

@@ -19,7 +19,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -32,7 +32,10 @@ from gradflow._activation import Activation, Elementwise
 from gradflow._checks import check_sequence, is_number, unknown_name
 from gradflow.errors import InputError
 
-__all__ = ["ALL", "Activation", "custom", "get", "leaky_relu"]
+__all__ = ["ALL", "Activation", "ActivationLike", "custom", "get", "leaky_relu"]
+
+# What `get` takes: an activation, its name, or a function that is one.
+ActivationLike: TypeAlias = Activation | str | Elementwise
 
 # By name: what makes an activation of its parameters, which have a default each.
 _FAMILIES: dict[str, Callable[..., Activation]] = {}
@@ -108,7 +111,7 @@ def _kinks(kinks: Any) -> tuple[float, ...]:
         raise InputError(f"kinks is {kinks!r}; it is numbers, where φ is not smooth") from error
 
 
-def get(activation: Activation | str | Elementwise) -> Activation:
+def get(activation: ActivationLike) -> Activation:
     """Return the activation of this name, or a callable as an `Activation`.
 
     Names are read in any case, with or without underscores, and those of PyTorch, Keras and JAX are
@@ -363,10 +366,6 @@ hard_tanh = Activation(
 hard_sigmoid = Activation("hard_sigmoid", jax.nn.hard_sigmoid, kinks=(-3.0, 3.0))
 hard_swish = Activation("hard_swish", jax.nn.hard_swish, kinks=(-3.0, 3.0))
 relu6 = Activation("relu6", jax.nn.relu6, kinks=(0.0, 6.0))
-soft_shrink = _family(
-    Activation("soft_shrink", lambda x: x - jnp.clip(x, -0.5, 0.5), kinks=(-0.5, 0.5)),
-    lambda threshold=0.5: (2 * threshold, 0.5 / threshold),
-)
 softsign = Activation("softsign", jax.nn.soft_sign, kinks=(0.0,))
 erf = _family(
     Activation(
@@ -489,13 +488,14 @@ _STEP = (
     "a step, whose slope is 0: no gradient passes it, at any depth; tanh(1, 10) is a smooth step, "
     "and hard_tanh has the slope of a straight-through estimator"
 )
-_JUMPS = "which jumps, so that its gradient is none of a loss; soft_shrink and relu are continuous"
+_JUMPS = "which jumps, so that its slope says nothing of a gradient; relu is continuous"
 _NOT_ELEMENTWISE = "which mixes units; an activation is a function of one number"
 _EXPONENTIAL = "whose averages E[φ²] = exp(2q) leave a float's range; elu grows no faster than x"
 # What people also type, and why there is none, after 'activation is …,'.
 _REFUSED = dict.fromkeys(("sign", "step", "heaviside", "binarystep"), _STEP)
 _REFUSED |= dict.fromkeys(("hardshrink", "threshold"), _JUMPS)
 _REFUSED |= dict.fromkeys(("softmax", "logsoftmax", "softmin", "glu", "maxout"), _NOT_ELEMENTWISE)
+_REFUSED["softshrink"] = "which is flat around 0, where theory's averages have no digits"
 _REFUSED |= dict.fromkeys(("exponential", "exp"), _EXPONENTIAL)
 _REFUSED |= {"rrelu": "whose slope is random; leaky_relu(11/48) has the mean of PyTorch's slopes"}
 

@@ -27,7 +27,7 @@ from jaxtyping import Array, Float, ScalarLike
 
 from gradflow import activations, gaussian
 from gradflow._norms import inverse_or_zero
-from gradflow.activations import Activation
+from gradflow.activations import Activation, ActivationLike
 from gradflow.ensembles import Distribution
 from gradflow.errors import InputError
 
@@ -270,14 +270,15 @@ class Kernel(eqx.Module):
             covariance, mean, tangent, distribution, *scales, made_of=((), self._function())
         )
 
-    def through(self, activation: Activation) -> "Kernel":
+    def through(self, activation: ActivationLike) -> "Kernel":
         """The kernel of φ(z).
 
         Raises
         ------
         InputError
-            If the signals' distribution is not known.
+            If the signals' distribution is not known, or there is no such activation.
         """
+        activation = activations.get(activation)
         if activation == activations.linear:
             return self
         z = self.in_range()

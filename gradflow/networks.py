@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 
+from gradflow import activations
 from gradflow._checks import check_instance, is_traced
 from gradflow.activations import Activation
 from gradflow.blocks import (
@@ -65,7 +66,7 @@ class Network(eqx.Module):
 
     stages: tuple[Stage, ...]
     input_width: int = eqx.field(static=True)
-    activation: Activation = eqx.field(static=True)
+    activation: Activation = eqx.field(static=True, converter=activations.get)
     name: str = eqx.field(static=True, default="network")
     saturation_threshold: float = eqx.field(static=True, default=4 * 0.01 * 0.99)
 
@@ -182,10 +183,13 @@ class Network(eqx.Module):
 
         Two networks that differ in their scales and their name alone then share one program.
         """
-        unnamed = dataclasses.replace(self, name="")
         return jax.tree.map(
-            lambda leaf: (jnp if is_traced(leaf) else np).asarray(leaf, dtype), unnamed
+            lambda leaf: (jnp if is_traced(leaf) else np).asarray(leaf, dtype), self.unnamed()
         )
+
+    def unnamed(self) -> "Network":
+        """Return the network without its name, which no program depends on."""
+        return dataclasses.replace(self, name="")
 
 
 def with_biases(network: Network) -> Network:

@@ -17,7 +17,7 @@ from gradflow import activations, builders, ensembles, gaussian
 from gradflow._arguments import from_seed
 from gradflow._bins import counts_in_bins, mean_and_error
 from gradflow._checks import check_scale
-from gradflow.activations import Activation
+from gradflow.activations import Activation, ActivationLike
 from gradflow.errors import InputError
 from gradflow.simulation import singular_values
 from gradflow.theory import fixed_points, spectral_density
@@ -35,7 +35,7 @@ _ROUNDING = 1e-9
 
 
 def run(
-    activation: Activation | str,
+    activation: ActivationLike,
     sigma_w2: float,
     sigma_b2: float = 0.0,
     *,

@@ -38,7 +38,7 @@ IN_TABLE = dict(
 each = pytest.mark.parametrize("phi", ALL, ids=lambda a: a.name)
 # A quadrature over the plane takes a second to compile. These are like others that are not slow.
 _LIKE_OTHERS = ("elu", "gelu_tanh", "silu", "softplus", "mish", "logistic", "leaky_relu(0.01)")
-_LIKE_OTHERS += ("celu", "log_sigmoid", "hard_sigmoid", "hard_swish", "relu6", "soft_shrink")
+_LIKE_OTHERS += ("celu", "log_sigmoid", "hard_sigmoid", "hard_swish", "relu6")
 _PARAMETERS = [
     pytest.param(a, marks=[pytest.mark.slow] * (a.name in _LIKE_OTHERS), id=a.name) for a in ALL
 ]

@@ -1,5 +1,6 @@
 """Inputs by kind and from files: their statistics, the same in Python, study files and commands."""
 
+import json
 import sys
 from statistics import NormalDist
 
@@ -8,9 +9,10 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from gradflow import _schema, cli, comparison, data
+from gradflow import _schema, cli, comparison, data, remedies, spectra
 from gradflow.errors import InputError
 from gradflow.studies import _study_file
+from gradflow.theory import float64, summary
 
 MADE = ("cosines", "normal", "sphere", "one-hot", "coordinates")
 
@@ -168,8 +170,8 @@ class Reached(Exception):
 def command(monkeypatch, tmp_path, capsys, unchecked):  # noqa: ARG001
     """From a command's arguments to the network and the inputs that it compares, or its message."""
 
-    def stop(network, inputs, **_):
-        raise Reached(network, inputs)
+    def stop(network=None, inputs=None, **others):
+        raise Reached(network, inputs, others)
 
     def run(*arguments):
         monkeypatch.setattr(sys, "argv", ["gradflow", *arguments])
@@ -180,6 +182,9 @@ def command(monkeypatch, tmp_path, capsys, unchecked):  # noqa: ARG001
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(comparison, "compare", stop)
+    monkeypatch.setattr(remedies, "run", stop)
+    monkeypatch.setattr(float64, "predict_and_correct", stop)
+    monkeypatch.setattr(summary, "summarise", stop)
     np.save("own.npy", ROWS)
     return run
 
@@ -223,7 +228,10 @@ def test_a_study_file_and_a_command_have_the_networks_and_inputs_of_python(
     # A study file's default is one input, a command's two.
     given = {"activation": "relu", "weights": "he", **network, "batch": 1, **inputs}
     arguments = [a for n, v in given.items() for a in (f"--{n.replace('_', '-')}", text(v))]
-    compared, rows = command("compare", *arguments)
+    compared, rows, _ = command("compare", *arguments)
+    of_theory, again, _ = command("theory", *arguments)
+    np.testing.assert_array_equal(rows, again)
+    assert compared == of_theory
     np.testing.assert_array_equal(rows, point.inputs())
     np.testing.assert_array_equal(rows, data.inputs(rows.shape[1], **inputs))
     described = _schema.network(
@@ -260,7 +268,7 @@ def test_commands_choose_inputs_by_width(arguments, width, square, command, monk
     if isinstance(width, str):
         assert width in found
         return
-    network, rows = found
+    network, rows, _ = found
     assert rows.shape[1] == network.input_width == width
     assert len(np.unique(rows, axis=0)) == len(rows) > 1
     if square is not None:
@@ -325,3 +333,111 @@ def test_a_study_files_inputs_that_there_are_not_are_one_sentence(inputs, messag
     text = STUDY.format(network="width = 20\ndepth = 3", inputs=inputs)
     with pytest.raises(InputError, match=message):
         _study_file.parse(text).point(0).network()
+
+
+# What other commands have of the one description.
+
+
+def test_remedies_takes_the_networks_options_and_inputs(command):
+    """Ten digits resized to as many components as units without any, as `remedies.run` has them."""
+    shape = ("--width", "70", "--depth", "4")
+    _, rows, others = command("remedies", *shape)
+    np.testing.assert_array_equal(rows, data.inputs(70, input="digits", batch=4))
+    assert others["weights"] == "unscaled"
+    more = ("--sigma-w2", "4", "--norm", "rms", "--norm-position", "post", "--keep-rate", "0.9")
+    _, rows, others = command("remedies", *shape, *more, "--input", "coordinates")
+    assert (rows.shape, others["width"], others["depth"]) == ((4, 2), 70, 4)
+    assert others["weights"].sigma_w(9, 5) == 2
+    assert (others["norm"], others["norm_position"], others["keep_rate"]) == ("rms", "post", 0.9)
+    assert "batch is 4; there are 3 inputs in" in command(
+        "remedies", "--data", "own.npy", "--inputs", "4"
+    )
+
+
+@pytest.mark.medium
+def test_remedies_change_one_thing_of_a_network_with_options():
+    """Those that cannot keep the others say so, and one that it has is none."""
+    options = {"norm": "layer", "keep_rate": 0.9}
+    found, missing = remedies.proposals("tanh", "glorot", 20, 3, inputs=7, **options)
+    made = {remedy.name: network for remedy, network in found}
+    assert {network.widths for network in made.values()} == {(7, 20, 20, 20)}
+    plain = _schema.network({"widths": [7, 20, 20, 20], "activation": "tanh", **options})
+    assert made["as it is"].stages == plain.stages
+    assert "keep_rate" not in missing
+    assert (
+        missing["critical weights and biases"] == "it is of networks without norm, which is 'layer'"
+    )
+    assert "LayerNorm before φ" not in {**made, **missing}
+    kept = {name: str(n.stages[1].block) for name, n in made.items()}
+    for name in ("He weights", "residual", "RMSNorm before φ"):
+        assert "keep_rate=0.9" in kept[name], name
+    assert "RMSNorm" in kept["RMSNorm before φ"]
+    assert "LayerNorm" in kept["residual"]
+
+
+@pytest.mark.parametrize("name", ["theory", "spectrum"])
+def test_standard_deviations_and_variances_are_accepted_alike(name, command, monkeypatch):
+    def stop(*_, **others):
+        raise Reached(others)
+
+    monkeypatch.setattr(spectra, "run", stop)
+    found = [
+        command(name, *arguments)[-1]
+        for arguments in (
+            ("--sigma-w", "1.5", "--sigma-b", "0.5"),
+            ("--sigma-w2", "2.25", "--sigma-b2", "0.25"),
+        )
+    ]
+    assert [(of["sigma_w2"], of["sigma_b2"]) for of in found] == [(2.25, 0.25)] * 2
+    assert "sigma_w2 is 1.0 and sigma_w is 1.0" in command(
+        name, "--sigma-w", "1", "--sigma-w2", "1"
+    )
+    assert "sigma_w is -1.0; it is a finite number of at" in command(name, "--sigma-w", "-1")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (
+            ["theory", "--norm", "layer", "--start", "2"],
+            "start is 2.0; it is of equal layers alone",
+        ),
+        (["theory", "--input", "normal", "--correlations", "0"], "correlations is '0'"),
+        (["theory", "--norm-position", "pre"], "norm_position goes with norm, and there is none"),
+        (["theory", "--scale", "1"], "scale is of networks of kind 'residual'"),
+        (["critical", "--sigma-b", "1", "--sigma-b2", "1"], "sigma_b2 is 1.0 and sigma_b is 1.0"),
+        (["prescribe", "--sigma-b", "1e200"], "sigma_b is 1e+200; it is at most 1e+150"),
+        (["phase", "--sigma-w2", "2", "1"], "sigma_w2 is from 2 to 1; it is from a number of 0"),
+        (["phase", "--sigma-w2", "1", "2", "--sigma-w", "1", "2"], "give one of them"),
+        (["spectrum", "--q", "1", "--sigma-b", "1"], "q is 1.0 and sigma_b is 1.0"),
+        (["remedies", "--inputs", "3"], "inputs is 3; it is a whole number of at least 4"),
+        (["theory", "--norm", "leyer"], "did you mean 'layer'"),
+    ],
+)
+def test_options_that_do_not_go_together_are_one_sentence(arguments, message, command):
+    said = command(*arguments)
+    assert message in said
+    assert said.count("\n") == 1
+
+
+@pytest.mark.medium
+def test_theory_prints_each_layer_of_a_whole_network(monkeypatch, tmp_path, capsys, unchecked):  # noqa: ARG001
+    """Two inputs of a residual network without weights' means: q grows by α² E φ² a block."""
+    monkeypatch.chdir(tmp_path)
+    shape = ["--kind", "residual", "--depth", "3", "--width", "30", "--activation", "linear"]
+    inputs = ["--mean-square", "2", "--correlation", "0.25", "--scale", "0.5", "--sigma-w2", "1"]
+    printed = []
+    for json_ in (["--json"], []):
+        monkeypatch.setattr(sys, "argv", ["gradflow", "theory", *shape, *inputs, *json_])
+        with pytest.raises(SystemExit) as stopped:
+            cli.main()
+        assert not stopped.value.code
+        printed.append(capsys.readouterr().out)
+    found = json.loads(printed[0])
+    assert found["widths"] == [30, 30, 30, 30, 30]
+    assert found["inputs"]["correlation"] == 0.25
+    for layer, of in found["layers"].items():
+        assert of["q"] == pytest.approx(2 * 1.25 ** (int(layer) - 1), rel=1e-9)
+        assert of["correlation"] == pytest.approx(0.25, rel=1e-9)
+    for word in ("gradient_variance", "inputs    2 of width 30, cosines", "×1.118 a layer"):
+        assert word in printed[1]

@@ -180,7 +180,9 @@ class Convolution(AbstractLayer):
     the whole filter all the same, of its zeros too.
     """
 
-    activation: Activation = eqx.field(static=True, default=activations.tanh)
+    activation: Activation = eqx.field(
+        static=True, converter=activations.get, default=activations.tanh
+    )
     shape: tuple[int, ...] = eqx.field(static=True, default=(3,), converter=_lengths)
     size: int | tuple[int, ...] = eqx.field(static=True, default=3, converter=_lengths)
     padding: str = eqx.field(static=True, default="circular")

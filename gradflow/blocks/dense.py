@@ -22,7 +22,9 @@ __all__ = ["AbstractLayer", "Activate", "Dense", "Linear"]
 class Activate(AbstractBlock):
     """h = φ(z): E[φ(u) φ(v)] of Gaussian u and v (Poole et al. 2016, arXiv:1606.05340, eq. 5)."""
 
-    activation: Activation = eqx.field(static=True, default=activations.tanh)
+    activation: Activation = eqx.field(
+        static=True, converter=activations.get, default=activations.tanh
+    )
 
     def apply(
         self,
@@ -155,7 +157,9 @@ class Dense(AbstractLayer):
     and 5), and χ = σ_w² E[φ'²] (Schoenholz et al. 2017, arXiv:1611.01232, eq. 7).
     """
 
-    activation: Activation = eqx.field(static=True, default=activations.tanh)
+    activation: Activation = eqx.field(
+        static=True, converter=activations.get, default=activations.tanh
+    )
     units: int = eqx.field(static=True, default=100)
     sigma_w: ScalarLike = 1.0
     sigma_b: ScalarLike | None = None

@@ -4,11 +4,10 @@ import json
 import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import numpy as np
 import typer
-import xarray
 from rich.table import Table
 
 from gradflow._checks import check_count
@@ -22,6 +21,7 @@ from gradflow.cli._options import (
     chosen_inputs,
     described_by,
     file_name,
+    is_given,
     network_options,
     results_folder,
     shape_label,
@@ -35,6 +35,9 @@ from gradflow.cli._output import (
     write_json,
     write_netcdf,
 )
+
+if TYPE_CHECKING:
+    import xarray
 
 
 @app.command(
@@ -106,7 +109,7 @@ def compare(
     show(summary, parts, as_json=as_json, folder=folder, written=written)
 
 
-def _figures(name: str, dataset: xarray.Dataset, folder: Path) -> list[Path]:
+def _figures(name: str, dataset: "xarray.Dataset", folder: Path) -> list[Path]:
     from gradflow import figures  # noqa: PLC0415  (matplotlib is slow to import)
 
     family = {name: {"all inputs": dataset}}
@@ -117,16 +120,25 @@ def _figures(name: str, dataset: xarray.Dataset, folder: Path) -> list[Path]:
 
 
 @app.command(
-    cls=described_by(activation="logistic", weights="unscaled", sigma_b=0.0, width=200, depth=30),
+    cls=described_by(
+        *("sigma_w", "sigma_w2", "distribution", "sigma_b2", "input_width"),
+        *("last", "norm", "norm_position", "keep_rate"),
+        batch=4,
+        activation="logistic",
+        weights="unscaled",
+        sigma_b=0.0,
+        width=200,
+        depth=30,
+    ),
     epilog="Examples:\n\n"
     "- `gradflow remedies`\n"
     "- `gradflow remedies --activation relu --weights glorot --depth 50`\n"
-    "- `gradflow remedies --activation tanh --weights unscaled --width 100 --json`",
+    "- `gradflow remedies --activation tanh --sigma-w 2 --norm layer --width 100 --json`\n"
+    "- `gradflow remedies --activation tanh --data inputs.npy --inputs 8`",
 )
 def remedies(
     context: typer.Context,
     networks: Annotated[int, typer.Option(help="How many random networks of each.")] = 200,
-    inputs: Annotated[int, typer.Option(help="How many digit images go through each.")] = 4,
     seed: Seed = 0,
     out: Out = None,
     as_json: Json = False,
@@ -134,29 +146,42 @@ def remedies(
     """How to tackle vanishing or exploding gradients: a sick network, and every remedy beside it.
 
     Each remedy's theory and simulation at the start of training, ranked by the depth that trains.
+    An input has as many components as a layer has units, unless --input, --data or --input-width
+    says otherwise.
     """
-    from gradflow import figures  # noqa: PLC0415  (JAX is slow to import)
+    from gradflow import _schema, figures  # noqa: PLC0415  (JAX is slow to import)
     from gradflow import remedies as remedies_of  # noqa: PLC0415
 
-    sick = network_options(context)
+    described = network_options(context)
     check_count("networks", networks, 2)
-    check_count("inputs", inputs, 4)
-    check_depth(check_count("depth", sick["depth"], 3))
-    check_deviation("sigma_b", sick["sigma_b"])
-    check_count("width", sick["width"], 2)
-    folder = results_folder(context, "activation", "weights", out=out)
+    check_count("inputs", context.params["batch"], 4)
+    check_depth(check_count("depth", described["depth"], 3))
+    check_deviation("sigma_b", context.params["sigma_b"])
+    check_count("width", described["width"], 2)
+    if not (is_given(context, "input") or is_given(context, "data")):
+        described.setdefault("input_width", described["width"])
+    inputs = chosen_inputs(context, described)
+    _, sick = _schema.arguments_of(described)
+    sick |= {name: described[name] for name in ("width", "depth")}
+    del sick["widths"]
+    folder = results_folder(
+        context, *(name for name in ("activation", "weights") if name in described), out=out
+    )
     with show_progress() as report:
         ranked = remedies_of.run(
-            **sick, inputs=inputs, networks_each=networks, seed=seed, progress=report
+            **sick, inputs=inputs.rows, networks_each=networks, seed=seed, progress=report
         )
     outcomes = (ranked.sick, *ranked.outcomes)
     datasets = {o.remedy.name: o.comparison.to_xarray() for o in outcomes}
     written = [
-        write_netcdf(dataset.assign_attrs(seed=seed), folder / f"{file_name(name)}.nc")
+        write_netcdf(
+            dataset.assign_attrs(seed=seed, **inputs.record), folder / f"{file_name(name)}.nc"
+        )
         for name, dataset in datasets.items()
     ]
     written.append(figures.save(figures.remedies(datasets), folder / "remedies.png"))
     summary = {
+        "inputs": inputs.record,
         "remedies": [_outcome_as_json(outcome) for outcome in outcomes],
         "not_applicable": ranked.not_applicable,
     }
@@ -165,6 +190,7 @@ def remedies(
     def parts() -> Iterator[Table | str]:
         network = ranked.sick.network
         yield _table_of_remedies(f"{network.name}: {shape_label(network.widths)}", outcomes)
+        yield f"inputs    {inputs.record['inputs']}"
         for name, reason in ranked.not_applicable.items():
             yield f"left out  {name}: {reason}"
         yield (
@@ -298,7 +324,7 @@ def first_middle_last(depth: int) -> list[int]:
     return sorted({0, (depth - 1) // 2, depth - 1})
 
 
-def comparison_as_json(result: Any, dataset: xarray.Dataset) -> dict[str, Any]:
+def comparison_as_json(result: Any, dataset: "xarray.Dataset") -> dict[str, Any]:
     """A comparison and its labelled data as JSON has them."""
     verdict = result.verdict
     return {

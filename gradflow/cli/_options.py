@@ -17,7 +17,7 @@ import numpy as np
 import typer
 from typer.core import TyperCommand
 
-from gradflow._checks import LARGEST_COUNT, check_count
+from gradflow._checks import LARGEST_COUNT, check_count, check_number
 from gradflow._files import writable_file as writable_file
 from gradflow._files import writable_folder as writable_folder
 from gradflow.errors import InputError
@@ -51,7 +51,7 @@ Seed = Annotated[
 
 
 def described_by(
-    *, every: bool = False, batch: int | None = None, **defaults: Any
+    *others: str, every: bool = False, batch: int | None = None, **defaults: Any
 ) -> type[TyperCommand]:
     """Make the class of a command with options that describe a network.
 
@@ -59,13 +59,15 @@ def described_by(
 
     Parameters
     ----------
+    others
+        Options without a default.
     every
-        Whether it has every option of the schema, or those with a default here alone.
+        Whether it has every option of the schema, or those that are named here alone.
     batch
         How many inputs go through each network by default, of a command that has the options of
         inputs (`chosen_inputs`).
     defaults
-        The command's own default of options, by name; None for none.
+        The command's own default of options, by name.
     """
 
     class Command(TyperCommand):
@@ -74,7 +76,7 @@ def described_by(
             from gradflow import _schema  # noqa: PLC0415  (JAX is slow to import)
 
             known = {**_schema.options(), **_schema.input_options()}
-            names = dict.fromkeys((*defaults, *(_schema.options() if every else ())))
+            names = dict.fromkeys((*defaults, *others, *(_schema.options() if every else ())))
             own = dict.fromkeys(_schema.input_options() if batch else ()) | {"batch": batch}
             values = {n: defaults.get(n) for n in names} | (own if batch else {})
             return _as_parameters({known[name]: value for name, value in values.items()})
@@ -144,20 +146,37 @@ def network_options(context: typer.Context) -> dict[str, Any]:
     """
     from gradflow import _schema  # noqa: PLC0415  (JAX is slow to import)
 
-    options = _schema.options()
+    options, own = _schema.options(), {one.name for one in context.command.params}
     values = {
         name: _parsed(options[name], value)
         for name, value in context.params.items()
-        if name in options and value is not None and value is not False
+        if name in options and name not in own and value is not None and value is not False
     }
     for ways in _schema.ALTERNATIVES:
-        given = [way for way in ways if is_given(context, way)]
+        given = [way for way in ways if way not in own and is_given(context, way)]
         if len(given) > 1:
             check_instead(context, given[-1], given[0])
         for way in ways if given else ():
             if way not in given:
                 values.pop(way, None)
     return values
+
+
+def variances(described: Mapping[str, Any]) -> dict[str, Any]:
+    """``sigma_w2`` and ``sigma_b2`` of a description that has them, or their roots.
+
+    Raises
+    ------
+    InputError
+        If a standard deviation is below 0, or its square is beyond a float's range.
+    """
+    found = {name: described[name] for name in ("sigma_w2", "sigma_b2") if name in described}
+    for name in ("sigma_w", "sigma_b"):
+        if name in described:
+            check_number(name, described[name])
+            check_deviation(name, described[name])
+            found[f"{name}2"] = described[name] ** 2
+    return found
 
 
 class Inputs(NamedTuple):
@@ -196,7 +215,7 @@ def chosen_inputs(context: typer.Context, described: dict[str, Any]) -> Inputs:
         own["batch"] = min(own["batch"], there)
     rows = data.inputs(width, **own)
     record = {"inputs": _input_rows.described(kind, rows), **own}
-    if kind not in _input_rows.KINDS:
+    if _input_rows.is_file(kind):
         record["data_sha256"] = _input_rows.digest(kind)
     return Inputs(rows, record)
 

@@ -3,10 +3,9 @@
 import math
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-import xarray
 from rich.table import Table
 
 from gradflow._checks import check_count
@@ -25,6 +24,9 @@ from gradflow.cli._options import (
 from gradflow.cli._output import make_console, show, table, write_netcdf, write_text
 from gradflow.cli._running import distributed, duration, run
 from gradflow.errors import InputError
+
+if TYPE_CHECKING:
+    import xarray
 
 File = Annotated[Path, typer.Argument(help="The study file (TOML).", show_default=False)]
 Folder = Annotated[
@@ -244,7 +246,7 @@ def show_study(folder: Folder, as_json: Json = False) -> None:
         show(report, lambda: _results_in_words(described.title, dataset), as_json=as_json)
 
 
-def _results_in_words(title: str, dataset: xarray.Dataset) -> Iterator[Table | str]:
+def _results_in_words(title: str, dataset: "xarray.Dataset") -> Iterator[Table | str]:
     """What a finished study has: its grid, and by statistic how measurement and theory agree."""
     from gradflow.studies import _results  # noqa: PLC0415
 

@@ -20,9 +20,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from gradflow import activations
 from gradflow._checks import check_scale, is_traced
 from gradflow._closed_forms import PairMoment, gram_determinant
-from gradflow.activations import Activation
+from gradflow.activations import Activation, ActivationLike
 from gradflow.errors import InputError
 from gradflow.gaussian._moments import moment, some_moments
 from gradflow.gaussian._quadrature import (
@@ -43,7 +44,9 @@ _DIAGONAL = ("phi2", "dphi2")
 _FAR = 1e6  # out of sight, in units of a standard deviation
 
 
-def kernel(activation: Activation, k: Float[Array, "sites sites"]) -> Float[Array, "sites sites"]:
+def kernel(
+    activation: ActivationLike, k: Float[Array, "sites sites"]
+) -> Float[Array, "sites sites"]:
     """E[φ(u_a) φ(u_b)], u ~ N(0, k): the kernel of one layer.
 
     Its derivative is Price's theorem: at a pair of coincident inputs, k = [[q, q], [q, q]],
@@ -69,6 +72,7 @@ def kernel(activation: Activation, k: Float[Array, "sites sites"]) -> Float[Arra
     InputError
         If k is no covariance: a negative variance, a correlation beyond ±1 (outside jit only).
     """
+    activation = activations.get(activation)
     _check_covariance(k)
     return _kernel(activation, 0, k)
 
@@ -115,7 +119,7 @@ def equal_pair(
 
 
 def derivative_kernel(
-    activation: Activation, k: Float[Array, "sites sites"]
+    activation: ActivationLike, k: Float[Array, "sites sites"]
 ) -> Float[Array, "sites sites"]:
     """E[φ'(u_a) φ'(u_b)], u ~ N(0, k): the kernel of a layer's slopes.
 
@@ -137,6 +141,7 @@ def derivative_kernel(
         If k is no covariance: a negative variance, a correlation beyond ±1 (outside jit only).
         When differentiated, if φ' jumps: the derivative is then infinite at coincident inputs.
     """
+    activation = activations.get(activation)
     _check_covariance(k)
     return _kernel(activation, 1, k)
 
@@ -324,7 +329,7 @@ def _integrate_pair(
 
 
 def hermite_coefficients(
-    activation: Activation, q: Float[Array, ""], terms: int
+    activation: ActivationLike, q: Float[Array, ""], terms: int
 ) -> Float[Array, " terms"]:
     """Hermite coefficients a_k = E[φ(√q Z) he_k(Z)], Z ~ N(0, 1), k = 0 … terms - 1.
 
@@ -341,6 +346,7 @@ def hermite_coefficients(
         Their number, up to about 1000. Where φ has no kinks but at 0, the nodes do not depend on q,
         and a vmap over q becomes one matrix product.
     """
+    activation = activations.get(activation)
     scales = [0.0, *2.0 ** np.arange(-12, 1), *range(2, Z_MAX + 1)]
     edges = jnp.asarray(scales, q.dtype)
     away = np.setdiff1d(np.abs(activation.kinks), 0)

@@ -25,7 +25,7 @@ from gradflow._arguments import as_key
 from gradflow._checks import check_count, check_progress
 from gradflow._inputs import as_inputs
 from gradflow._labels import Values, checked, key_of, labelled, layers
-from gradflow._programs import program
+from gradflow._programs import Program
 from gradflow.errors import InputError
 from gradflow.estimation import Estimate, Histogram
 from gradflow.networks import Network
@@ -304,9 +304,10 @@ class _Run(NamedTuple):
         )
 
         network, numbers = self.network.as_arrays(self.inputs.dtype), np.arange(count)
-        drawn, activations = jax.device_get(
-            _draw_signals(network, self.inputs, self.key, numbers, self.sampler)
-        )
+        seconds = count * _samplers.seconds(self.sampler, self.network, sites)
+        arguments = network, self.inputs, self.key, numbers
+        draw = Program.of(_draw_signals, arguments, seconds, sampler=self.sampler)
+        drawn, activations = jax.device_get(draw(*arguments))
         layers = [
             (stage, layer)
             for stage, z in enumerate(drawn.preactivation)
@@ -337,7 +338,6 @@ def _chunk_size(networks: int, block: int, workers: int, values: int) -> int:
     return block * min(most, -(-blocks // calls))
 
 
-@program("sampler", seconds=1.0, twice=True)
 def _draw_signals(
     network: Network, inputs: Array, key: Array, numbers: Array | np.ndarray, sampler: str
 ) -> tuple[propagation.Signals, list[Array]]:

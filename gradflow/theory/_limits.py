@@ -24,13 +24,17 @@ from gradflow.theory._loops import joined, map_layers, scan_layers
 
 __all__ = [
     "asymptotic_log_chi",
+    "SECONDS_A_LAYER",
     "at_widths",
+    "checked_gram",
     "has_correlated_steps",
     "limits",
     "prediction",
     "through_blocks",
 ]
 
+# Seconds that the theory takes for each layer: 2 ms with closed forms, 13 ms without.
+SECONDS_A_LAYER = 0.005
 # Of inputs' products, relative, in units of their dtype's epsilon.
 _ROUNDING = 1 << 10
 
@@ -53,7 +57,7 @@ def limits(
     InputError
         As `mean_field.predict` does.
     """
-    begin = Kernel.of(*_checked_gram(network, gram, mean))
+    begin = Kernel.of(*checked_gram(network, gram, mean))
     entering, leaving, forward, why_missing = _forward(network, begin)
     backward = backward_limits(network, entering, leaving)
     return forward, [dataclasses.replace(limit, why_missing=why_missing) for limit in backward]
@@ -74,7 +78,7 @@ def prediction(forward: Sequence[ForwardLimit], backward: Sequence[BackwardLimit
     )
 
 
-def _checked_gram(network: Network, gram: Any, mean: Any) -> tuple[Array, Array | None]:
+def checked_gram(network: Network, gram: Any, mean: Any) -> tuple[Array, Array | None]:
     """The inputs' Gram matrix and means as arrays, or raise `InputError`."""
     check_network(network)
     matrix = as_real("gram", gram, whole=float)
@@ -83,7 +87,7 @@ def _checked_gram(network: Network, gram: Any, mean: Any) -> tuple[Array, Array 
             f"gram has shape {matrix.shape}; it is (inputs, inputs), as "
             "mean_field.input_gram(inputs) returns it"
         )
-    gram = jnp.asarray(matrix)
+    gram = jnp.asarray(matrix) if is_traced(matrix) else jax.device_put(matrix)
     if not is_traced(gram):
         known = np.asarray(gram, np.float64)
         size, rounding = np.diagonal(known), _ROUNDING * float(jnp.finfo(gram.dtype).eps)
@@ -99,7 +103,11 @@ def _checked_gram(network: Network, gram: Any, mean: Any) -> tuple[Array, Array 
             )
     if mean is None:
         return gram, None
-    means = jnp.asarray(as_real("mean", mean), gram.dtype)
+    means = as_real("mean", mean)
+    if is_traced(means):
+        means = jnp.asarray(means, gram.dtype)
+    else:
+        means = jax.device_put(np.asarray(means, gram.dtype))
     if means.shape != gram.shape[:1]:
         raise InputError(f"mean has shape {means.shape}; it is ({len(gram)},), one for each input")
     return gram, means

@@ -34,7 +34,7 @@ from gradflow._arguments import as_numbers
 from gradflow._checks import check_scale, unknown_name
 from gradflow._programs import program
 from gradflow._roots import implicit, rounding, sign_changes
-from gradflow.activations import Activation
+from gradflow.activations import Activation, ActivationLike
 from gradflow.errors import InputError
 from gradflow.theory._approach import approach_of_correlation, approach_of_length
 from gradflow.theory._correlations import correlation_fixed_point
@@ -197,7 +197,7 @@ def representable_depth(
 
 
 def length(
-    activation: Activation, sigma_w2: ArrayLike, sigma_b2: ArrayLike = 0.0
+    activation: ActivationLike, sigma_w2: ArrayLike, sigma_b2: ArrayLike = 0.0
 ) -> LengthFixedPoints:
     """Return all fixed points q* of the length map, with their stability.
 
@@ -263,7 +263,7 @@ def _length(activation: Activation, sigma_w2: Array, sigma_b2: Array) -> LengthF
 
 
 def analyse(
-    activation: Activation,
+    activation: ActivationLike,
     sigma_w2: ArrayLike,
     sigma_b2: ArrayLike = 0.0,
     *,

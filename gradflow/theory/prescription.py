@@ -24,7 +24,7 @@ from jaxtyping import Array, Float
 
 from gradflow import activations, builders, ensembles
 from gradflow._checks import check_count, check_scale
-from gradflow.activations import Activation
+from gradflow.activations import Activation, ActivationLike
 from gradflow.errors import InputError
 from gradflow.networks import Network
 from gradflow.theory import criticality, fixed_points, mean_field, transformations
@@ -126,7 +126,7 @@ class Prescription:
 
 
 def prescribe(
-    activation: Activation | str,
+    activation: ActivationLike,
     widths: Sequence[int],
     *,
     dtype: str = "float32",

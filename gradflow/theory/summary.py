@@ -13,7 +13,7 @@ from gradflow import activations, gaussian
 from gradflow._arguments import as_numbers
 from gradflow._checks import check_count, check_sequence
 from gradflow._programs import program
-from gradflow.activations import Activation
+from gradflow.activations import Activation, ActivationLike
 from gradflow.errors import InputError
 from gradflow.theory import criticality, fixed_points, mean_field
 from gradflow.theory import spectrum as spectra
@@ -87,7 +87,7 @@ _DTYPES = ("float16", "bfloat16", "float32", "float64")
 
 
 def summarise(
-    activation: Activation,
+    activation: ActivationLike,
     sigma_w2: float,
     sigma_b2: float = 0.0,
     *,

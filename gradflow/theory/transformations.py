@@ -39,7 +39,7 @@ from jaxtyping import Array, Float
 from gradflow import activations, gaussian
 from gradflow._checks import check_count, unknown_name
 from gradflow._roots import bisect
-from gradflow.activations import Activation
+from gradflow.activations import Activation, ActivationLike
 from gradflow.blocks import Dense
 from gradflow.errors import InputError
 from gradflow.gaussian import _quadrature
@@ -75,7 +75,7 @@ class LocalMaps(NamedTuple):
     c_curvature: Float[Array, ""]  # C''(1); infinite if φ' jumps
 
 
-def local_maps(activation: Activation | str) -> LocalMaps:
+def local_maps(activation: ActivationLike) -> LocalMaps:
     """Return the `LocalMaps` of an activation, transformed or not.
 
     Parameters
@@ -97,7 +97,7 @@ def local_maps(activation: Activation | str) -> LocalMaps:
     return LocalMaps(m.phi2, m.x_phi_dphi, m.phi**2 / m.phi2, m.dphi2 / m.phi2, m.ddphi2 / m.phi2)
 
 
-def apply(activation: Activation | str, transformation: Transformation) -> Activation:
+def apply(activation: ActivationLike, transformation: Transformation) -> Activation:
     """Return φ̂ as an `Activation`, with its kinks.
 
     Without shifts, φ̂ has φ's closed kernels. In a number format of relative precision ε, φ̂ has an
@@ -139,7 +139,7 @@ def _apply(phi: Activation, t: Transformation) -> Activation:
     return phi.scaled(t.output_scale, t.input_scale, name)
 
 
-def normalising_gain(activation: Activation | str) -> float:
+def normalising_gain(activation: ActivationLike) -> float:
     """Return γ = 1/√Var φ(z), z ~ N(0, 1), with which γ·φ has a variance of 1.
 
     PyTorch's gains are other numbers: 5/3 for tanh and 3/4 for SELU, where γ is 1.593 and 1.
@@ -212,7 +212,7 @@ def applied(network: Network, method: str = "tat", target: float | None = None) 
 
 
 def by_name(
-    method: str, activation: Activation | str, depth: int, target: float | None = None
+    method: str, activation: ActivationLike, depth: int, target: float | None = None
 ) -> tuple[Activation, Transformation | None]:
     """Return φ̂ of a method, and its transformation; None where φ̂ is another leaky ReLU.
 
@@ -388,7 +388,7 @@ def _tat(n: _Nonlinearity, target: Array, sign: Array) -> _Trial:
 
 
 def deep_kernel_shaping(
-    activation: Activation | str, depth: int, zeta: float = 1.5
+    activation: ActivationLike, depth: int, zeta: float = 1.5
 ) -> Transformation:
     """Return the transformation of Deep Kernel Shaping: Q(1) = Q'(1) = 1, C_f(0) = 0, C_f'(1) = ζ.
 
@@ -435,7 +435,7 @@ def deep_kernel_shaping(
     return solution
 
 
-def tailored(activation: Activation | str, depth: int, tau: float = 0.3) -> Transformation:
+def tailored(activation: ActivationLike, depth: int, tau: float = 0.3) -> Transformation:
     """Return TAT's transformation of a smooth φ: Q(1) = Q'(1) = C_f'(1) = 1, C_f''(1) = τ.
 
     Of several solutions, the one whose input shift is nearest to 0; of two at ±, the positive.
