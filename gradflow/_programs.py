@@ -67,6 +67,7 @@ class Program:
         function: Callable,
         arguments: tuple,
         seconds: float,
+        /,
         *,
         twice: bool = False,
         **constants: Any,
@@ -242,7 +243,7 @@ def program(
         jitted = jax.jit(function, static_argnames=static)
         signature = inspect.signature(function)
 
-        def by_name(given: dict[str, Any], **constants: Any) -> Any:
+        def by_name(given: dict[str, Any], /, **constants: Any) -> Any:
             return cast(Callable, function)(**given, **constants)
 
         @functools.wraps(function)
@@ -291,7 +292,7 @@ class Float64Program:
     """
 
     def __init__(
-        self, function: Callable, arguments: tuple, seconds: float, **constants: Any
+        self, function: Callable, arguments: tuple, seconds: float, /, **constants: Any
     ) -> None:
         """Trace a function; the arguments are as for `Program.of`."""
         shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(np.shape(leaf), float), arguments)
