@@ -120,7 +120,7 @@ def _of_code(value: Any) -> str:
         if wrapped is not None and not isinstance(value, FunctionType):
             return f"{type(value).__name__}({identity(wrapped)})"
     if not isinstance(value, FunctionType):
-        return _name_in_its_module(value)
+        return _name_of_constant(value)
     if value.__globals__["__name__"].startswith("jaxtyping."):  # it checks shapes, in tests
         return identity(inspect.unwrap(value))
     if value.__module__.partition(".")[0] not in _KNOWN_PACKAGES:
@@ -189,17 +189,17 @@ def _to_plain(value: Any) -> Any:
         return value
     if isinstance(value, (tuple, list)):
         return {type(value).__name__: [_to_plain(part) for part in value]}
-    return {"name": _name(value) if isinstance(value, type) else _name_in_its_module(value)}
+    return {"name": _name(value) if isinstance(value, type) else _name_of_constant(value)}
 
 
-def _name_in_its_module(value: Any) -> str:
-    """The name of a constant of the module that its class is in, or of one of gradflow's."""
-    if type(value).__module__.partition(".")[0] in _KNOWN_PACKAGES:
-        ours = sorted(name for name in sys.modules if name.startswith("gradflow."))
-        for module in (type(value).__module__, *ours):
-            for name, known in vars(sys.modules[module]).items():
-                if known is value:
-                    return f"{module}:{name}"
+def _name_of_constant(value: Any) -> str:
+    """The name of a constant of one of gradflow's modules, or of the module of its class."""
+    own = type(value).__module__
+    ours = (name for name in list(sys.modules) if name.partition(".")[0] == "gradflow")
+    for module in (own, *ours) if own.partition(".")[0] in _KNOWN_PACKAGES else ():
+        for name, known in vars(sys.modules[module]).items():
+            if known is value:
+                return f"{module}:{name}"
     raise NotStorableError(repr(value))
 
 

@@ -324,8 +324,8 @@ def _scaled_weights(
     sigma_w2: Annotated[float, positive] | None = None,
     distribution: Annotated[str, OneOf("distribution", tuple(ensembles.DISTRIBUTIONS))]
     | None = None,
-) -> Ensemble:
-    """An ensemble, or weights of variance σ_w²/fan_in, from any distribution.
+) -> Ensemble | list[Ensemble]:
+    """An ensemble, one for each layer, or weights of variance σ_w²/fan_in, from any distribution.
 
     Parameters
     ----------
@@ -339,8 +339,10 @@ def _scaled_weights(
     if sigma_w2 is not None:
         check_number("sigma_w2", sigma_w2, positive=True)
         sigma_w = math.sqrt(sigma_w2)
-    ensemble = ensembles.get(weights) if sigma_w is None else ensembles.fan_in(sigma_w)
-    return ensemble if distribution is None else ensemble.drawn_from(distribution)
+    each = ensembles.by_layer(weights) if sigma_w is None else [ensembles.fan_in(sigma_w)]
+    if distribution is not None:
+        each = [ensemble.drawn_from(distribution) for ensemble in each]
+    return list(each) if len(each) > 1 else each[0]
 
 
 def _bias_deviation(sigma_b2: Annotated[float, scale]) -> float:

@@ -27,7 +27,7 @@ import numpy as np
 from jax.scipy.special import erf as _erf
 from jaxtyping import Array
 
-from gradflow import _closed_forms
+from gradflow import _closed_forms, _imports
 from gradflow._activation import Activation, Elementwise
 from gradflow._checks import check_sequence, is_number, unknown_name
 from gradflow.errors import InputError
@@ -118,7 +118,8 @@ def get(activation: ActivationLike) -> Activation:
     known: ``"swish"`` is `silu`, and so is `jax.nn.silu` itself. Parameters stand in brackets, as
     in ``"elu(0.5)"``, ``"sin(30)"`` or ``"tanh(1.7159, 2/3)"``, which is 1.7159 tanh(2x/3); one
     alone also follows an underscore, as in ``"leaky_relu_0.2"``, which a shell takes without
-    quotes. Equal parameters give one object.
+    quotes. Equal parameters give one object. ``"module:function"`` is a function of your own, at
+    the command line alone, where naming it may import it.
 
     Raises
     ------
@@ -134,7 +135,25 @@ def get(activation: ActivationLike) -> Activation:
     raise InputError(f"activation is {activation!r}; it is a name or an elementwise function")
 
 
+# What was imported, by its text: nobody needs to allow it again.
+_IMPORTED: dict[str, Activation] = {}
+
+
+def _not_imported(x: Array) -> Array:  # noqa: ARG001
+    raise InputError("activation is a function that was not imported; --allow-imports imports it")
+
+
 def _by_name(text: str) -> Activation:
+    if ":" in text:
+        if text not in _IMPORTED:
+            function = _imports.function_at(text)
+            if function is None:
+                return Activation(text, _not_imported)
+            if isinstance(function, Activation):  # with its kinks
+                _IMPORTED[text] = replace(function, name=text)
+            else:
+                _IMPORTED[text] = _known_function(function) or custom(function, name=text)
+        return _IMPORTED[text]
     key, arguments = _key(text), None
     if key not in _NAMES and (
         parsed := re.fullmatch(r"(.+?)\((.*)\)", text.strip())
@@ -144,7 +163,7 @@ def _by_name(text: str) -> Activation:
     if reason := _REFUSED.get(key):
         raise InputError(f"activation is {text!r}, {reason}")
     if key not in _NAMES:
-        raise unknown_name("activation", text, (*_BY_NAME, *_ALIASES))
+        raise unknown_name("activation", text, (*_BY_NAME, *_ALIASES, "module:function"))
     name = _NAMES[key]
     if arguments is None:
         return _BY_NAME[name] if name in _BY_NAME else get(name)

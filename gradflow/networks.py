@@ -26,6 +26,7 @@ from gradflow.blocks import (
     Chain,
     UnitVariance,
 )
+from gradflow.ensembles import gaussian
 from gradflow.errors import InputError
 
 __all__ = ["Network", "Stage", "check_network", "divide_widths", "unit_variance", "with_biases"]
@@ -173,6 +174,21 @@ class Network(eqx.Module):
         return all(d.iid_gaussian for stage in self.stages for d in stage.block.distributions)
 
     @property
+    def centred(self) -> bool:
+        """Whether weights and biases have mean 0, and biases are Gaussian: so are all signals then.
+
+        Not, too, where the weights' law is none of independent entries or orthogonal matrices.
+        """
+
+        def is_centred(block: Any) -> bool:
+            means = [getattr(block, name, None) for name in ("mu_w", "mu_b")]
+            law = getattr(block, "bias_distribution", gaussian)
+            structured = any(law.structured for law in block.distributions)
+            return means == [None, None] and law.iid_gaussian and not structured
+
+        return all(is_centred(block) for stage in self.stages for block in stage.block.nested)
+
+    @property
     def rotation_invariant(self) -> bool:
         """Whether rotations leave the law of every random matrix as it is."""
         laws = (law for stage in self.stages for law in stage.block.distributions)
@@ -235,12 +251,17 @@ def unit_variance(network: Network) -> Network:
 
 
 def check_lsuv(network: Network) -> None:
-    """Raise `InputError` if layers share their weights: LSUV has a scale for each."""
+    """Raise `InputError` if layers share their weights, or their means are not 0."""
     check_network(network)
     if network.tied:
         raise InputError(
             f"network is {network.name!r}, whose steps share their weights; LSUV has a scale for "
             "each layer's own"
+        )
+    if not network.centred:
+        raise InputError(
+            f"network is {network.name!r}, of weights or biases with a mean; LSUV starts from "
+            "weights of mean 0"
         )
 
 

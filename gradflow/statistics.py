@@ -122,9 +122,26 @@ def _mean_cosine(rows: Float[Array, "sites n"]) -> Array:
     return pairs / (sites * (sites - 1) or math.nan)  # one site alone has no pair
 
 
-def _over_sites(f: Callable[[Array], Array], limit: ForwardLimit) -> Array:
-    """f(q) for each site, averages over Gaussian pre-activations; NaN if they are not Gaussian."""
-    averages = jax.vmap(f)(jnp.diagonal(limit.covariance))
+def _over_sites(name: str, limit: ForwardLimit) -> Float[Array, " sites"]:
+    """A moment of φ(z), or the ``"saturation"``, for each site; NaN where z is not Gaussian."""
+    phi, q, saturation = limit.activation, jnp.diagonal(limit.covariance), name == "saturation"
+    if limit.about is None and saturation:
+        averages = gaussian.saturation(phi, q, limit.saturation_threshold)
+    elif limit.about is None:
+        averages = gaussian.moment(phi, name, q)
+    else:
+        law = (limit.about.shifts, limit.about.chances)
+        v = jnp.diagonal(limit.about.gaussian_part(limit.covariance))
+        averages = (
+            gaussian.shifted_saturation(phi, limit.saturation_threshold, *law, v)
+            if saturation
+            else gaussian.shifted_moment(phi, name, *law, v)
+        )
+    if saturation:  # of a signal that is 0, as behind weights of 0
+        flat = (
+            jnp.abs(phi.derivative(jnp.zeros_like(q))) < limit.saturation_threshold * phi.max_slope
+        )
+        averages = jnp.where(q == 0, flat, averages)
     return jnp.where(limit.gaussian, averages, jnp.nan)
 
 
@@ -298,8 +315,7 @@ activation_mean = Statistic(
     "mean of activations",
     measure=lambda s: _mean(s.activation, s.log_scale),
     predict=lambda limit: jnp.mean(
-        _over_sites(lambda v: gaussian.moment(limit.activation, "phi", v), limit)
-        * jnp.exp(gaussian.growth(limit.activation, limit.log_scale)[0])
+        _over_sites("phi", limit) * jnp.exp(gaussian.growth(limit.activation, limit.log_scale)[0])
     ),
     correct=_correct_activation_mean,
 )
@@ -308,12 +324,7 @@ activation_variance = Statistic(
     "variance of activations over units",
     measure=lambda s: _log_variance(*s.outputs),
     predict=lambda limit: _log_mean_exp(
-        jnp.log(
-            _over_sites(
-                lambda v: jnp.where(v == 0, 0, gaussian.moment(limit.activation, "variance", v)),
-                limit,
-            )
-        )
+        jnp.log(jnp.where(jnp.diagonal(limit.covariance) == 0, 0, _over_sites("variance", limit)))
         + 2 * gaussian.growth(limit.activation, limit.log_scale)[2]
     ),
     correct=_correct_activation_variance,
@@ -323,11 +334,7 @@ saturation = Statistic(
     "saturation",
     "fraction of saturated units, |φ'| far below max|φ'|",
     measure=lambda s: jnp.mean(jnp.abs(s.slope) < s.saturated_slope),
-    predict=lambda limit: jnp.mean(
-        _over_sites(
-            lambda v: gaussian.saturation(limit.activation, v, limit.saturation_threshold), limit
-        )
-    ),
+    predict=lambda limit: jnp.mean(_over_sites("saturation", limit)),
     correct=lambda finite: _mean_over_sites(
         *finite.mean_over_units(finite.layers.averages.saturation, "saturated")
     ),
@@ -362,7 +369,14 @@ log_gradient_norm = Statistic(
     "log_gradient_norm",
     "log ‖∂C/∂z‖, natural logarithm",
     measure=lambda s: jnp.mean(s.log_norm),
-    predict=lambda limit: jnp.mean(limit.log_variance + jnp.log(limit.width)) / 2,
+    predict=lambda limit: (
+        jnp.mean(
+            limit.log_variance
+            + jnp.log(limit.width)
+            + (0 if limit.log_spread is None else limit.log_spread)
+        )
+        / 2
+    ),
     correct=_correct_log_gradient_norm,
     backward=True,
 )

@@ -43,7 +43,7 @@ outputs = jax.jit(training.outputs)
 
 def inputs_of(network, sites=4):
     x = np.random.default_rng(3).normal(size=(sites, network.input_width))
-    return x.astype(np.float32)
+    return jnp.asarray(x, jnp.float32)
 
 
 def assert_same(found, expected, tolerance=ROUNDING):
@@ -241,7 +241,7 @@ def test_histograms_and_singular_values_are_those_of_the_weights_of_that_step(tr
     result, network, x, _ = trained
     network, key = networks.with_biases(network), jax.random.fold_in(jax.random.key(4), 1)
     weights = result.weights(seed=1)
-    signals = propagation.signals(network, jnp.asarray(x), key, weights=weights)
+    signals = jax.jit(propagation.signals)(network, jnp.asarray(x), key, weights=weights)
     h = np.tanh(np.asarray(signals.preactivation[1][0]))
     expected, edges = np.histogram(h, 12, (-1, 1), density=True)
     # A value on an edge may fall to either side of it: two of 320 values are 0.04 of density.

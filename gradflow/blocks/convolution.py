@@ -191,6 +191,9 @@ class Convolution(AbstractLayer):
     sigma_b: ScalarLike | None = None
     distribution: Distribution = eqx.field(static=True, default=ensembles.gaussian)
     delta: bool = eqx.field(static=True, default=False)
+    mu_w: ScalarLike | None = None
+    mu_b: ScalarLike | None = None
+    bias_distribution: Distribution = eqx.field(static=True, default=ensembles.gaussian)
 
     def __check_init__(self) -> None:
         _ = self.patches
@@ -203,7 +206,7 @@ class Convolution(AbstractLayer):
     @property
     def linear(self) -> Linear:
         """The filters, as a matrix from patches, or from each position alone, to channels."""
-        return Linear(self.units, self.sigma_w, self.sigma_b, self.distribution)
+        return self._as_linear()
 
     def apply(
         self, signal: Float[Array, "sites n_in"], multiply: Multiply, key: PRNGKeyArray

@@ -42,7 +42,7 @@ if TYPE_CHECKING:
 
 @app.command(
     cls=described_by(
-        every=True, batch=2, activation="tanh", weights="glorot", sigma_b=0.0, width=1000, depth=50
+        every=True, batch=2, activation="tanh", weights="glorot", width=1000, depth=50
     ),
     epilog="Examples:\n\n"
     "- `gradflow compare --activation tanh --weights glorot --width 1000 --depth 50`\n"
@@ -72,7 +72,7 @@ def compare(
     check_count("width", context.params["width"])
     check_depth(context.params["depth"])
     check_count("networks", networks)
-    check_deviation("sigma_b", context.params["sigma_b"])
+    check_deviation("sigma_b", context.params["sigma_b"] or 0.0)
     inputs = chosen_inputs(context, described)
     network = _schema.network(described)
     named = [name for name in ("activation", "weights") if name in described]
@@ -126,7 +126,7 @@ def _figures(name: str, dataset: "xarray.Dataset", folder: Path) -> list[Path]:
         batch=4,
         activation="logistic",
         weights="unscaled",
-        sigma_b=0.0,
+        sigma_b=None,
         width=200,
         depth=30,
     ),
@@ -156,7 +156,7 @@ def remedies(
     check_count("networks", networks, 2)
     check_count("inputs", context.params["batch"], 4)
     check_depth(check_count("depth", described["depth"], 3))
-    check_deviation("sigma_b", context.params["sigma_b"])
+    check_deviation("sigma_b", context.params["sigma_b"] or 0.0)
     check_count("width", described["width"], 2)
     if not (is_given(context, "input") or is_given(context, "data")):
         described.setdefault("input_width", described["width"])

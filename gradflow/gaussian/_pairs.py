@@ -37,9 +37,10 @@ from gradflow.gaussian._quadrature import (
     smallest_variance,
 )
 
-__all__ = ["derivative_kernel", "equal_pair", "hermite_coefficients", "kernel", "pair_expectation"]
+__all__ = ["DERIVATIVES", "derivative_kernel", "equal_pair", "hermite_coefficients"]
+__all__ += ["integrate_pair", "kernel", "pair_expectation"]
 
-_DERIVATIVES = (Activation.__call__, Activation.derivative, Activation.second_derivative)
+DERIVATIVES = (Activation.__call__, Activation.derivative, Activation.second_derivative)
 _DIAGONAL = ("phi2", "dphi2")
 _FAR = 1e6  # out of sight, in units of a standard deviation
 
@@ -169,7 +170,7 @@ def pair_expectation(
     """
 
     def one(pair: tuple[Array, Array, Array]) -> Array:
-        return _integrate_pair(f, *pair, tuple(kinks))
+        return integrate_pair(f, *pair, tuple(kinks))
 
     flat = jax.lax.map(one, tuple(jnp.ravel(x) for x in (q_u, q_v, k)))
     return jnp.moveaxis(flat.reshape(*jnp.shape(k), *flat.shape[1:]), (-2, -1), (0, 1))
@@ -240,10 +241,10 @@ def _averages(activation: Activation, order: int, q_u: Array, q_v: Array, k: Arr
     closed = _closed_kernel(activation, order)
     if closed is not None:
         return jnp.broadcast_to(jnp.asarray(closed(q_u, q_v, k), k.dtype), k.shape)
-    f = functools.partial(_DERIVATIVES[order], activation)
+    f = functools.partial(DERIVATIVES[order], activation)
 
     def one(pair: tuple[Array, Array, Array]) -> Array:
-        return _integrate_pair(lambda x: f(x)[None], *pair, activation.kinks)[0, 0]
+        return integrate_pair(lambda x: f(x)[None], *pair, activation.kinks)[0, 0]
 
     # One pair after another: a pair's 2e5 points are parallel enough, and need not all be stored.
     return jax.lax.map(one, (q_u, q_v, k))
@@ -269,11 +270,11 @@ def _averages_and_slopes(
         by_k = _averages(activation, 1, q_u, q_v, k)
         value = u_side = v_side = _averages(activation, 0, q_u, q_v, k)
     else:
-        f = functools.partial(_DERIVATIVES[order], activation)
-        df = functools.partial(_DERIVATIVES[order + 1], activation)
+        f = functools.partial(DERIVATIVES[order], activation)
+        df = functools.partial(DERIVATIVES[order + 1], activation)
 
         def one(pair: tuple[Array, Array, Array]) -> tuple[Array, Array, Array, Array]:
-            average = _integrate_pair(
+            average = integrate_pair(
                 lambda x: jnp.stack([f(x), df(x), x * df(x)]), *pair, activation.kinks
             )
             return average[0, 0], average[1, 1], average[2, 0], average[0, 2]
@@ -293,10 +294,17 @@ def _averages_and_slopes_jvp(activation, *_):  # type: ignore[no-untyped-def]
     )
 
 
-def _integrate_pair(
-    f: Callable[[Array], Array], q_u: Array, q_v: Array, k: Array, kinks: tuple[float, ...]
+def integrate_pair(
+    f: Callable[[Array], Array],
+    q_u: Array,
+    q_v: Array,
+    k: Array,
+    kinks: tuple[float, ...],
+    means: tuple[Array, Array] | None = None,
 ) -> Array:
     """Return the matrix E[f_i(u) f_j(v)] of a vector of functions f: (n,) -> (rows, n).
+
+    Means are 0 unless they are given.
 
     The outer average is over the variable of the larger variance, x; the inner one over the other,
     y, given x, whose mean is slope·x, with |slope| <= 1, and whose deviation is s. As a function of
@@ -306,6 +314,10 @@ def _integrate_pair(
     smallest = smallest_variance(k)
     larger = jnp.maximum(jnp.maximum(q_u, q_v), smallest)
     smaller = jnp.minimum(q_u, q_v)
+    outer_mean = inner_mean = jnp.zeros_like(k)
+    if means is not None:
+        outer_mean = jnp.where(q_u >= q_v, means[0], means[1])
+        inner_mean = jnp.where(q_u >= q_v, means[1], means[0])
     root, limit = jnp.sqrt(larger), jnp.sqrt(smaller / larger)
     slope = jnp.clip(k / larger, -limit, limit)
     deviation = jnp.sqrt(gram_determinant(larger, smaller, k) / larger)
@@ -314,17 +326,18 @@ def _integrate_pair(
     steps = jnp.asarray(PAIR_STEPS, k.dtype)
 
     def given(x: Array) -> Array:
-        mean = slope * x
+        mean = inner_mean + slope * x
         z, weight = normal_rule((points - mean) / jnp.maximum(deviation, smallest))
         return dot(f(mean + deviation * z), weight)
 
     steep = jnp.where(jnp.abs(slope * root) < smallest, smallest, slope * root)
-    crossing = jnp.clip(kink_points / steep, -_FAR, _FAR)
+    crossing = jnp.clip((kink_points - inner_mean) / steep, -_FAR, _FAR)
     spread = jnp.minimum(deviation / jnp.abs(steep), _FAR)
     around = crossing[:, None] + spread * steps[None, :]
-    z, weight = normal_rule(jnp.concatenate([points / root, around.reshape(-1)]))
+    ends = jnp.concatenate([(points - outer_mean) / root, around.reshape(-1)])
+    z, weight = normal_rule(ends)
     x = root * z
-    average = dot(f(x), weight[:, None] * jax.vmap(given)(x))
+    average = dot(f(outer_mean + x), weight[:, None] * jax.vmap(given)(x))
     return jnp.where(q_u >= q_v, average, average.T)
 
 

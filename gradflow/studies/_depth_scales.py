@@ -352,7 +352,7 @@ class _Uniform(NamedTuple):
     def of(cls, point: Point) -> "_Uniform | None":
         """Return a point's networks, or None if they are of another kind or too shallow."""
         network = point.network()
-        if network.depth < _LEAST_DEPTH or len(network.stages) != 2:
+        if network.depth < _LEAST_DEPTH or len(network.stages) != 2 or not network.centred:
             return None
         first, rest = (stage.block for stage in network.stages)
         if not (isinstance(first, Dense) and isinstance(rest, Dense)):

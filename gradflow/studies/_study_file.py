@@ -45,7 +45,7 @@ from typing import Any
 
 import numpy as np
 
-from gradflow import _entries, _input_rows, _schema, statistics
+from gradflow import _entries, _imports, _input_rows, _schema, statistics
 from gradflow._entries import Check, OneOf, Whole, path_of, shown
 from gradflow._schema import NONE, Option
 from gradflow.errors import InputError
@@ -73,8 +73,15 @@ _COUNTED = (
 )
 
 
-def load(path: Path) -> Study:
+def load(path: Path, *, allow_imports: bool = False) -> Study:
     """Read the study that a file describes.
+
+    Parameters
+    ----------
+    path
+        Of the file.
+    allow_imports
+        Whether an activation may be a ``module:function``, which is then imported, and so run.
 
     Raises
     ------
@@ -95,17 +102,30 @@ def load(path: Path) -> Study:
         ) from error
     except UnicodeDecodeError as error:
         raise InputError(f"file is {str(path)!r}, which is not text in UTF-8") from error
-    return parse(text)
+    return parse(text, allow_imports=allow_imports)
 
 
-def parse(text: str) -> Study:
+def parse(text: str, *, allow_imports: bool | None = False) -> Study:
     """Read the study that a file's text describes.
+
+    Parameters
+    ----------
+    text
+        Of the file.
+    allow_imports
+        Whether an activation may be a ``module:function``, which is then imported, and so run.
+        With None it may, and is not looked for: its networks cannot be drawn.
 
     Raises
     ------
     InputError
         If the text is not TOML or an entry is wrong; the sentence begins with the entry's path.
     """
+    with _imports.allowed(allow_imports):
+        return _parsed(text)
+
+
+def _parsed(text: str) -> Study:
     file = _read_toml(text)
     _entries.check_known("", file, _TABLES)
     title = _entries.text("title", file.get("title", ""))

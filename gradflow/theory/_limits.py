@@ -14,11 +14,12 @@ from gradflow import statistics
 from gradflow._arguments import as_real
 from gradflow._checks import is_traced
 from gradflow.blocks import GRU, LSTM, AbstractBlock
-from gradflow.errors import InputError
-from gradflow.kernels import Kernel
+from gradflow.errors import InputError, NoTheory
+from gradflow.kernels import Gaussian, Kernel, Shifted
 from gradflow.networks import Network, Stage, check_network
 from gradflow.predictions import Prediction
 from gradflow.statistics import BackwardLimit, ForwardLimit
+from gradflow.theory._about_means import down_about_means, has_means, is_chain, settled
 from gradflow.theory._backward import backward_limits, log_gain
 from gradflow.theory._loops import joined, map_layers, scan_layers
 
@@ -30,6 +31,7 @@ __all__ = [
     "has_correlated_steps",
     "limits",
     "prediction",
+    "unknown",
     "through_blocks",
 ]
 
@@ -57,10 +59,35 @@ def limits(
     InputError
         As `mean_field.predict` does.
     """
+    about_means = has_means(network)
+    if about_means and not is_chain(network):
+        raise NoTheory(
+            "weights have a mean that is not 0; the theory of these is of dense layers alone"
+        )
     begin = Kernel.of(*checked_gram(network, gram, mean))
     entering, leaving, forward, why_missing = _forward(network, begin)
+    if about_means:
+        return _known_about_means(network, entering, forward[0])
     backward = backward_limits(network, entering, leaving)
     return forward, [dataclasses.replace(limit, why_missing=why_missing) for limit in backward]
+
+
+def _known_about_means(
+    network: Network, entering: list[Kernel], forward: ForwardLimit
+) -> tuple[list[ForwardLimit], list[BackwardLimit]]:
+    """The limits of layers whose weights have means, NaN from where a mean is not settled."""
+    q = jnp.diagonal(forward.covariance, axis1=1, axis2=2)
+    known = settled(network, entering, jnp.log(q) + 2 * forward.log_scale)
+    backward = down_about_means(network, entering)
+    reach = jnp.where(known, 1, jnp.nan), jnp.where(known[-1], 1, jnp.nan)
+
+    def within(limit: ForwardLimit | BackwardLimit, reach: Array) -> Any:
+        floats = jax.tree.map(lambda x: jnp.issubdtype(x.dtype, jnp.floating), limit)
+        return jax.tree.map(
+            lambda x, real: x * reach.reshape(-1, *[1] * (x.ndim - 1)) if real else x, limit, floats
+        )
+
+    return [within(forward, reach[0])], [within(backward, reach[1])]
 
 
 def prediction(forward: Sequence[ForwardLimit], backward: Sequence[BackwardLimit]) -> Prediction:
@@ -76,6 +103,13 @@ def prediction(forward: Sequence[ForwardLimit], backward: Sequence[BackwardLimit
         },
         why_missing=backward[0].why_missing,
     )
+
+
+def unknown(network: Network, sites: int, why: str) -> Prediction:
+    """The prediction of a network that no theory knows: NaN of every statistic, and the reason."""
+    none = np.full(network.depth, np.nan)
+    wanted = [s.key for s in statistics.ALL if s.predict and s.sites <= sites]
+    return Prediction(dict.fromkeys(wanted, none), why_missing=why)
 
 
 def checked_gram(network: Network, gram: Any, mean: Any) -> tuple[Array, Array | None]:
@@ -123,18 +157,7 @@ def _forward(
     why_missing = None
     entering: list[Kernel] = []
     leaving: list[Kernel] = []
-    runs: list[ForwardLimit] = []
-
-    def limit(kernels: Kernel, gaussian: bool) -> ForwardLimit:
-        known = jnp.full(len(kernels.mean), gaussian)
-        return ForwardLimit(
-            kernels.covariance,
-            kernels.mean,
-            kernels.log_scale,
-            known,
-            network.activation,
-            network.saturation_threshold,
-        )
+    runs: list[Kernel] = []
 
     for stage in network.stages:
         correlated = has_correlated_steps(stage, state)
@@ -150,11 +173,36 @@ def _forward(
             outputs = jax.tree.map(lambda *v: jnp.concatenate(v), first, rest)
         entering.append(stage_entering)
         leaving.append(state)
-        known = state.gaussian
         if stage.repeats > 1:
-            runs.append(limit(outputs, known))
-        runs.append(limit(jax.tree.map(lambda x: x[None], state), known))
-    return entering, leaving, joined(runs), why_missing
+            runs.append(outputs)
+        runs.append(jax.tree.map(lambda x: x[None], state))
+    return entering, leaving, joined(_forward_limits(network, runs)), why_missing
+
+
+def _forward_limits(network: Network, runs: Sequence[Kernel]) -> list[ForwardLimit]:
+    """The limits of layers that kernels describe, each with an axis of layers in front."""
+    laws = [kernels.distribution for kernels in runs]
+    values = max((law.shifts.shape[-1] for law in laws if isinstance(law, Shifted)), default=0)
+
+    def about(kernels: Kernel) -> Shifted | None:
+        law = kernels.distribution
+        if not values:
+            return None
+        law = law if isinstance(law, Shifted) else Shifted.at(jnp.zeros_like(kernels.mean))
+        return law.with_values(values)
+
+    return [
+        ForwardLimit(
+            kernels.covariance,
+            kernels.mean,
+            kernels.log_scale,
+            jnp.full(len(kernels.mean), isinstance(law, Gaussian | Shifted)),
+            network.activation,
+            network.saturation_threshold,
+            about(kernels),
+        )
+        for kernels, law in zip(runs, laws, strict=True)
+    ]
 
 
 def has_correlated_steps(stage: Stage, state: Kernel) -> bool:

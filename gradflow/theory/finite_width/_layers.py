@@ -167,6 +167,7 @@ def covers(network: Network) -> bool:
     first, *rest = [s.block for s in network.stages for _ in range(min(s.repeats, 2))]
     return (
         network.iid_gaussian
+        and network.centred
         and not network.tied
         and isinstance(first, Dense)
         and all(isinstance(b, Dense) and b.activation == network.activation for b in rest)
