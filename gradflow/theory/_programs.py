@@ -25,6 +25,8 @@ from gradflow.theory.finite_width._layers import finite_layers
 __all__ = ["Theory", "arguments_of", "compile_programs", "layers_ahead", "prepare"]
 __all__ += ["prepare_asymptotic_log_chi", "program"]
 
+# Seconds that the averages take over a pair of inputs in a layer.
+_SECONDS_A_PAIR = 0.008
 # χ is looked at this many times the depth further up, because χ may tend to 1 only as 1 - a/l.
 _LOOK_AHEAD = 64
 _MOST_LAYERS_AHEAD = 20_000
@@ -123,7 +125,9 @@ def _programs(
         return [program(_predict_and_correct_carried_means, *arguments)]
     if not (finite_width and _layers.covers(network)):
         return [program(_predict, *arguments)]
-    predicts = program(_predict_and_prepare, *arguments)
+    predicts = program(
+        _predict_and_prepare, *arguments, pairs=_layers.count_pairs(len(gram), network)
+    )
     layers = predicts.result[2]
     return [predicts, program(first_order.correct_layers, layers, depth=network.depth)]
 
@@ -149,8 +153,12 @@ def _predict_and_correct_carried_means(
 
 
 def program(
-    function: Callable, *arguments: Any, depth: int | None = None, **static: int
+    function: Callable, *arguments: Any, depth: int | None = None, pairs: int = 0, **static: int
 ) -> Float64Program:
-    """The program of a function of a network, or of layers of this depth."""
-    seconds = SECONDS_A_LAYER * (arguments[0].depth if depth is None else depth)
+    """The program of a function of a network, or of layers of this depth.
+
+    It averages over so many pairs of inputs in all layers together.
+    """
+    layers = arguments[0].depth if depth is None else depth
+    seconds = SECONDS_A_LAYER * layers + _SECONDS_A_PAIR * pairs
     return Float64Program(function, arguments, seconds, **static)
