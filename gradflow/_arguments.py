@@ -100,6 +100,27 @@ def as_numbers(name: str, value: Any, whole: DTypeLike = np.float32) -> Array | 
     return array if jnp.issubdtype(array.dtype, jnp.floating) else array.astype(whole)
 
 
+def as_grids(**given: Any) -> tuple[Any, ...]:
+    """Arguments as floats of one dtype and one shape, JAX's if one of them is, else NumPy's.
+
+    Raises
+    ------
+    InputError
+        If they do not broadcast to one shape, or are empty.
+    """
+    values = [np.asarray(v) if isinstance(v, list | tuple) else v for v in given.values()]
+    dtype = jnp.promote_types(jnp.result_type(*values), jnp.result_type(0.0))
+    xp: Any = jnp if any(isinstance(value, jax.Array) for value in values) else np
+    shapes = " and ".join(f"{name} has shape {np.shape(v)}" for name, v in given.items())
+    try:
+        grids = xp.broadcast_arrays(*(xp.asarray(value, dtype) for value in values))
+    except ValueError as error:
+        raise InputError(f"{shapes}; they are of shapes that broadcast to one") from error
+    if not grids[0].size:
+        raise InputError(f"{shapes}; each is one number or more")
+    return tuple(grids)
+
+
 def as_real(name: str, value: Any, whole: DTypeLike = np.float32) -> Array | np.ndarray:
     """`as_numbers`, of at least one number, all of them finite where values are known.
 

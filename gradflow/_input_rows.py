@@ -10,6 +10,7 @@ import functools
 import hashlib
 import io
 import math
+from collections.abc import Sequence
 from os import PathLike
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,14 +21,16 @@ from gradflow._checks import unknown_name
 from gradflow._entries import clipped, text
 from gradflow.errors import InputError
 
-__all__ = ["CORRELATED", "FILES", "IMAGES", "KINDS", "NONE", "check_source", "content", "counted"]
+__all__ = ["CORRELATED", "FILES", "IMAGES", "IMAGE_SHAPES", "KINDS", "NONE"]
+__all__ += ["check_source", "content", "counted"]
 __all__ += ["described", "digest", "is_file", "kind_of", "made", "most", "natural_width", "numbers"]
-__all__ += ["read", "scaled"]
+__all__ += ["read", "scaled", "sites"]
 
 # What files of inputs end with.
 FILES = (".npz", ".npy", ".csv")
 # Images that gradflow has at hand: how many, and the pixels of each.
 IMAGES = {"digits": (1797, 64), "mnist": (5000, 784)}
+IMAGE_SHAPES = {"digits": (8, 8, 1), "mnist": (28, 28, 1)}
 # What `input` may be, and what these are in words.
 KINDS = {
     "cosines": "cosines, of the correlation that is asked for",
@@ -110,6 +113,32 @@ def described(kind: str, rows: np.ndarray) -> str:
     low, high = (f"{square:.4g}" for square in (squares.min(), squares.max()))
     sentence = f"{count} of width {width}, {what}; mean square {low}"
     return sentence if low == high else f"{sentence} to {high}"
+
+
+def sites(kind: str, rows: np.ndarray, shape: Sequence[int]) -> np.ndarray:
+    """The rows as inputs of a convolutional network: their positions one after the other.
+
+    Parameters
+    ----------
+    kind, rows
+        A batch.
+    shape
+        Of an input's positions, then channels; () of inputs that are vectors.
+
+    Raises
+    ------
+    InputError
+        If the inputs are images of another shape.
+    """
+    if not shape:
+        return rows
+    own = IMAGE_SHAPES.get(kind, tuple(shape))
+    if own != tuple(shape):
+        raise InputError(
+            f"shape is {list(shape[:-1])} with {shape[-1]} channels, and images of {kind} have "
+            f"{list(own[:-1])} with one"
+        )
+    return rows.reshape(-1, shape[-1])
 
 
 # Made.

@@ -20,7 +20,6 @@ from typing import Any, ParamSpec, TypeVar, cast
 
 import jax
 import jax.export
-import jax.numpy as jnp
 import numpy as np
 from jaxtyping import PyTreeDef
 
@@ -98,7 +97,7 @@ class Program:
         self, function: Callable, structure: PyTreeDef, shapes: tuple, compiler: dict[str, Any]
     ) -> None:
         """Trace a function whose arguments have this structure, with leaves of these shapes."""
-        self._compiler, self._lock = compiler, threading.Lock()
+        self._compiler, self._lock, self._shapes = compiler, threading.Lock(), shapes
         path = _path_of(function, structure, shapes)
         kept = None if path is None else _load(path)
         self._structure, traced = kept or _trace(function, structure, shapes, path)
@@ -119,11 +118,7 @@ class Program:
     def __call__(self, *arguments: Any) -> Any:
         """The function's result."""
         self.compile()
-        leaves = [
-            leaf if isinstance(leaf, np.ndarray) else jnp.asarray(leaf)
-            for leaf in jax.tree.leaves(arguments)
-        ]
-        values = self._compiled(*leaves)
+        values = self._compiled(*map(_as_array, jax.tree.leaves(arguments), self._shapes))
         return jax.tree.unflatten(self._structure, values)
 
 
@@ -201,9 +196,14 @@ def _save(path: Path, structure: bytes, content: bytes) -> None:
         with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
             file.write(hashlib.sha256(body).digest() + body)
         os.replace(file.name, path)
-        kept = sorted(path.parent.iterdir(), key=lambda file: file.stat().st_mtime)
-        for old in kept[:-_MOST_KEPT]:
-            old.unlink(missing_ok=True)
+        _discard_oldest(path.parent)
+
+
+@functools.cache  # once a process: a folder of thousands of files takes some milliseconds to list
+def _discard_oldest(folder: Path) -> None:
+    kept = sorted(folder.iterdir(), key=lambda file: file.stat().st_mtime)
+    for old in kept[:-_MOST_KEPT]:
+        old.unlink(missing_ok=True)
 
 
 def _load(path: Path) -> tuple[PyTreeDef, Callable] | None:
@@ -266,6 +266,11 @@ def program(
 
 def _as_spec(shape: Any) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(shape.shape, shape.dtype, weak_type=shape.weak_type)
+
+
+def _as_array(leaf: Any, shape: Any) -> Any:
+    """A leaf as an array, for which JAX need compile nothing."""
+    return leaf if isinstance(leaf, jax.Array) else np.asarray(leaf, shape.dtype)
 
 
 def _is_here(leaf: Any) -> bool:

@@ -36,6 +36,7 @@ __all__ = [
     "arguments_of",
     "check_together",
     "input_options",
+    "input_shape",
     "is_idle",
     "missing",
     "network",
@@ -43,7 +44,12 @@ __all__ = [
 __all__ += ["options", "read_options"]
 
 # What `kind` may be: by name, the builder of such networks.
-KINDS: dict[str, Callable[..., Network]] = {"mlp": builders.mlp, "residual": builders.residual}
+KINDS: dict[str, Callable[..., Network]] = {
+    "mlp": builders.mlp,
+    "residual": builders.residual,
+    "convolutional": builders.convolutional,
+    "recurrent": builders.recurrent,
+}
 # The text of files and commands for a builder's None, where its other values are names.
 NONE = "none"
 # A builder's parameters that describe no network.
@@ -101,7 +107,7 @@ def options() -> Mapping[str, Option]:
 @functools.lru_cache(maxsize=8)
 def _options(kinds: tuple[tuple[str, Callable[..., Network]], ...]) -> Mapping[str, Option]:
     names = tuple(name for name, _ in kinds)
-    kind = f"The architecture, {' or '.join(names)}."
+    kind = f"The architecture, {', '.join(names[:-1])} or {names[-1]}."
     known = {"kind": Option("kind", kind, str, False, OneOf("kind", names), names[0], names)}
     for name, builder in kinds:
         parameters = inspect.signature(builder).parameters
@@ -211,7 +217,7 @@ def check_together(given: Mapping[str, str], kinds: Collection[str]) -> None:
             raise InputError(f"{given[name]} is of networks of kind {own[0]!r}; leave it out")
     if "widths" in given and not set(kinds) <= set(known["widths"].kinds):
         raise InputError(
-            f"{given['widths']} is of networks of kind 'mlp'; give width and depth instead"
+            f"{given['widths']} is of networks of kind 'mlp'; give the other kinds' own instead"
         )
     for name in given:
         beside = known[name].beside
@@ -242,6 +248,19 @@ def missing(given: Collection[str], kinds: Collection[str]) -> tuple[str, ...]:
 def _required_of(function: Callable[..., Any]) -> list[str]:
     parameters = inspect.signature(function).parameters.values()
     return [p.name for p in parameters if p.default is p.empty]
+
+
+def input_shape(description: Mapping[str, Any]) -> tuple[int | None, tuple[int, ...]]:
+    """The number of components that a description gives an input, None if none; and its shape.
+
+    The shape is that of an image's positions and channels; () where an input is a vector.
+    """
+    if "channels" in description and "shape" in description:
+        shape = (*description["shape"], description["channels"][0])
+        return math.prod(shape), shape
+    if "widths" in description:
+        return int(description["widths"][0]), ()
+    return description.get("input_width"), ()
 
 
 def is_idle(name: str, description: Mapping[str, Any]) -> bool:
@@ -290,7 +309,7 @@ def arguments_of(description: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
         name: None if value == NONE and options()[name].default is None else value
         for name, value in given.items()
     }
-    if "widths" not in given:
+    if "widths" not in given and "width" in given:
         given.setdefault("input_width", given["width"])
     parameters = inspect.signature(KINDS[kind]).parameters
     arguments = {name: value for name, value in given.items() if name in parameters}

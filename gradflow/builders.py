@@ -16,7 +16,7 @@ from gradflow._checks import (
     is_number,
     unknown_name,
 )
-from gradflow._entries import Beside, LookedUp, OneOf, Whole, Widths
+from gradflow._entries import Beside, LookedUp, OneOf, Whole, Wholes, Widths
 from gradflow._layer_parts import BIASES, as_dense, as_stage, chain, fields, linear, scaled
 from gradflow.activations import Activation
 from gradflow.blocks import (
@@ -237,13 +237,13 @@ def residual(
 
 
 def convolutional(
-    shape: Sequence[int],
-    channels: Sequence[int],
+    shape: Annotated[Sequence[int], Wholes("an input's rows and columns, as [8, 8]", 1)],
+    channels: Annotated[Sequence[int], Wholes("the input's channels and every layer's", 2)],
     activation: _Phi = "tanh",
     weights: _Weights = "glorot",
     *,
     size: int | Sequence[int] = 3,
-    padding: str = "circular",
+    padding: Annotated[str, OneOf("padding", ("circular", "zeros"))] = "circular",
     delta: bool = False,
     sigma_b: _Deviation | None = None,
     bias: _Bias | None = None,
@@ -377,16 +377,16 @@ def as_sites(images: Float[ArrayLike, "inputs *shape channels"]) -> Float[Array,
 
 
 def recurrent(
-    input_width: int,
-    width: int,
-    steps: int,
+    input_width: _Count,
+    width: _Count,
+    steps: _Depth,
     activation: _Phi = "tanh",
     weights: _Weights = "glorot",
     *,
     sigma_b: _Deviation | None = None,
     bias: _Bias | None = None,
-    sigma_u: float | int | None = None,
-    alike: float | int = 1.0,
+    sigma_u: _Deviation | None = None,
+    alike: Annotated[float | int, _entries.share, Beside("sigma_u")] = 1.0,
     tied: bool = True,
     name: str | None = None,
 ) -> Network:

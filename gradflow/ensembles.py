@@ -498,7 +498,7 @@ def _read(text: str) -> Ensemble:
     return Reader(text, {e.name: e for e in ALL} | _ALIASES, _FUNCTIONS).read()
 
 
-def get(ensemble: "Ensemble | str | float | Callable[..., Array]") -> Ensemble:
+def get(ensemble: Any) -> Ensemble:
     """The ensemble of a name, a number or a `jax.nn.initializers` function, or itself.
 
     Parameters
@@ -509,7 +509,7 @@ def get(ensemble: "Ensemble | str | float | Callable[..., Array]") -> Ensemble:
         ``uniform(-0.05, 0.05)``, ``truncated_normal(0.02)`` (a normal of that deviation cut at two
         of them, as Keras' and TensorFlow's: what is realised is 0.88 of it), ``constant(0.1)``. Or
         any of them times a gain, ``glorot*5/3``, ``he*sqrt(2)``, or from another distribution,
-        ``he:uniform``; ``fan_in(1.5)`` is the function's.
+        ``he:uniform``; ``fan_in(1.5)`` is the function's. An `Ensemble` is returned as it is.
 
     Raises
     ------
@@ -520,9 +520,11 @@ def get(ensemble: "Ensemble | str | float | Callable[..., Array]") -> Ensemble:
         return ensemble
     if callable(ensemble):
         return from_initializer(ensemble)
-    if is_number(ensemble):
+    if is_number(ensemble) and not isinstance(ensemble, bool):
         return _normal(float(ensemble))
-    return _read(str(ensemble))
+    if not isinstance(ensemble, str):
+        raise unknown_name("weights", ensemble, (e.name for e in ALL))
+    return _read(ensemble)
 
 
 def by_layer(weights: Any, layers: int | None = None) -> tuple[Ensemble, ...]:

@@ -19,7 +19,7 @@ import numpy as np
 from jax.typing import DTypeLike
 
 from gradflow import activations
-from gradflow._checks import check_instance, is_traced
+from gradflow._checks import check_instance, is_number, is_traced
 from gradflow.activations import Activation
 from gradflow.blocks import (
     AbstractBlock,
@@ -72,6 +72,10 @@ class Network(eqx.Module):
     saturation_threshold: float = eqx.field(static=True, default=4 * 0.01 * 0.99)
 
     def __check_init__(self) -> None:
+        if not (is_number(self.saturation_threshold) and 0 < self.saturation_threshold <= 1):
+            raise InputError(
+                f"saturation_threshold is {self.saturation_threshold!r}; it is a fraction in (0, 1]"
+            )
         for stage, (below, above) in zip(
             self.stages, itertools.pairwise(self.stage_widths), strict=True
         ):

@@ -138,8 +138,8 @@ def _over_sites(name: str, limit: ForwardLimit) -> Float[Array, " sites"]:
             else gaussian.shifted_moment(phi, name, *law, v)
         )
     if saturation:  # of a signal that is 0, as behind weights of 0
-        flat = (
-            jnp.abs(phi.derivative(jnp.zeros_like(q))) < limit.saturation_threshold * phi.max_slope
+        flat = jnp.abs(phi.derivative(jnp.zeros_like(q))) < phi.saturated_slope(
+            limit.saturation_threshold
         )
         averages = jnp.where(q == 0, flat, averages)
     return jnp.where(limit.gaussian, averages, jnp.nan)

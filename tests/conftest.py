@@ -63,6 +63,22 @@ def key() -> jax.Array:
     return jax.random.key(0)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _keep_no_traces() -> Iterator[None]:
+    """Keep no traced programs, but where a test has a cache of its own, and by tests' processes.
+
+    Exporting them takes a seventh of a fresh run; and what a test has patched is not for others.
+    """
+    from gradflow import _programs
+
+    folder = _programs.cache_folder
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            _programs, "cache_folder", lambda: None if folder() == _COMPILED else folder()
+        )
+        yield
+
+
 @pytest.fixture(autouse=True)
 def _forget_programs() -> Iterator[None]:
     """Drop what tests compiled before it is too much for the process.
@@ -97,20 +113,23 @@ def x64_only() -> None:
 def simulations_compiled_well(monkeypatch: pytest.MonkeyPatch) -> None:
     """Optimise simulations' programs, in tests that run them for seconds: 5 times as fast."""
     if os.environ["XLA_FLAGS"] == _SOON:
-        from gradflow.simulation import _programs
+        from gradflow import _programs
 
-        options = _programs._compilation.options
+        options = _programs.options
 
         def optimised(seconds: float, *, computes_twice: bool = False) -> dict[str, str | bool]:
             chosen = options(seconds, computes_twice=computes_twice)
             return chosen | ({"xla_backend_optimization_level": "1"} if computes_twice else {})
 
-        monkeypatch.setattr(_programs._compilation, "options", optimised)
+        monkeypatch.setattr(_programs, "options", optimised)
 
 
 @pytest.fixture
 def unchecked(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Run the test as users run gradflow, without the hook above: for what it says to bad input."""
+    """Run the test as users run gradflow, without the hook above.
+
+    For what is said to bad input, or where the same few shapes would be checked for a long time.
+    """
     monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
 
 

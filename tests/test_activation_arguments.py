@@ -47,6 +47,7 @@ TAKE_ONE = {
 ONE = jnp.ones(())
 VALUES = {
     "blocks": (blocks.Dense(),),
+    "chances": jnp.ones((2, 1)),
     "channels": (1, 1),
     "covariance": jnp.eye(2),
     "k": jnp.eye(2),
@@ -57,12 +58,14 @@ VALUES = {
     "q": ONE,
     "q1": ONE,
     "shape": (1,),
+    "shifts": jnp.zeros((2, 1)),
     "sigma_b": np.ones(1),
     "sigma_w": np.ones(1),
     "sigma_w2": 1.0,
     "stages": (),
     "threshold": 0.1,
     "transformation": transformations.Transformation(),
+    "variance": jnp.ones(2),
     "weights": "glorot",
     "widths": (1, 1),
 }

@@ -114,7 +114,7 @@ def test_the_vertex_of_relu_is_exact():
     np.testing.assert_allclose(found.G1, 0, atol=1e-12)
 
 
-@pytest.mark.slow
+@pytest.mark.medium
 @pytest.mark.parametrize(("name", "sigma_w2", "sigma_b2"), [("tanh", 1.5, 0.1), ("gelu", 1.5, 0.3)])
 def test_simulated_chains_have_the_variance_and_the_shift(name, sigma_w2, sigma_b2):
     """The exact chain of v, 400 000 times, at widths 60 and 120, 5 layers.

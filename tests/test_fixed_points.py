@@ -21,6 +21,8 @@ FIXED_POINT, DEPTH_SCALE = 1e-9, 1e-8  # what is asked of float64
 SILU_FAR_OUT = 68889.0191080699758563648027092
 ATTRACTS = {Stability.STABLE, Stability.MARGINAL, Stability.HALF_STABLE}
 pytestmark = pytest.mark.usefixtures("x64_only")
+# Where φ has a traced parameter, its integrals are a part of every run: worth their optimisation.
+optimised = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": "1"})
 
 
 def each(activation, sigma_w2, sigma_b2, start=1.0):
@@ -333,20 +335,19 @@ def test_correlations_close_to_1_are_found_in_two_dimensions(activation, sigma_w
 def test_derivatives_are_central_differences():
     """By σ_w², σ_b² and a parameter of φ, in the ordered and the chaotic phase."""
 
-    @jax.jit
     def values(arguments):
         sigma_w2, sigma_b2, gain = arguments
         phi = activations.custom(lambda x: jnp.tanh(gain * x), name="tanh(gain x)")
         return jnp.stack(fixed_points.analyse(phi, sigma_w2, sigma_b2)[1:9])  # q_star … xi_grad
 
-    forward, backward = jax.jit(jax.jacfwd(values)), jax.jit(jax.jacrev(values))
-    step = 1e-5
+    forward, backward = optimised(jax.jacfwd(values)), optimised(jax.jacrev(values))
+    value, step = optimised(values), 1e-5
     for sigma_w2 in (1.4, 2.6):
         at = np.array([sigma_w2, 0.05, 1.1])
         exact = forward(at)
         for place in range(3):
             shift = step * np.eye(3)[place]
-            difference = (values(at + shift) - values(at - shift)) / (2 * step)
+            difference = (value(at + shift) - value(at - shift)) / (2 * step)
             np.testing.assert_allclose(
                 exact[:, place], difference, rtol=1e-6, atol=1e-8, err_msg=f"{sigma_w2}, {place}"
             )
@@ -359,7 +360,6 @@ def test_derivatives_are_central_differences():
 def test_a_parameter_at_a_kink_is_differentiated():
     """How much φ' jumps at 0 is traced then, whether it jumps or not: leaky_relu and elu."""
 
-    @jax.jit
     def values(a, elu):
         def function(x):
             below = jnp.minimum(x, 0)
@@ -369,9 +369,10 @@ def test_a_parameter_at_a_kink_is_differentiated():
         found = fixed_points.analyse(phi, 1.0, 0.1)
         return jnp.stack([found.q_star, found.chi1, found.xi_c])
 
-    at, step, slope = 0.8, 1e-5, jax.jit(jax.jacfwd(values))
+    at, step = 0.8, 1e-5
+    value, slope = optimised(values), optimised(jax.jacfwd(values))
     for elu in (False, True):
-        difference = (values(at + step, elu) - values(at - step, elu)) / (2 * step)
+        difference = (value(at + step, elu) - value(at - step, elu)) / (2 * step)
         np.testing.assert_allclose(slope(at, elu), difference, rtol=1e-6, err_msg=f"elu: {elu}")
 
 

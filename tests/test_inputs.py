@@ -211,6 +211,19 @@ CASES = [
     (SHAPE, {"input": "digits", "batch": 2}),
     (SHAPE, {"data": "own.npy", "batch": 3}),
     (SHAPE | {"input_width": 100}, {"data": "digits", "mean_square": 0.5}),
+    (
+        {"kind": "recurrent", "width": 20, "steps": 4, "sigma_u": 0.5, "alike": 0.25},
+        {"input": "one-hot", "batch": 2},
+    ),
+    ({"kind": "recurrent", "width": 20, "steps": 2, "sigma_b": 0.5}, {"input": "digits"}),
+    (
+        {"kind": "convolutional", "shape": [8, 8], "channels": [1, 3, 3], "dense": [5]},
+        {"data": "digits", "batch": 2},
+    ),
+    (
+        {"kind": "convolutional", "shape": [6], "channels": [2, 3], "size": 5, "padding": "zeros"},
+        {"batch": 2, "correlation": 0.5},
+    ),
 ]
 
 
@@ -233,11 +246,12 @@ def test_a_study_file_and_a_command_have_the_networks_and_inputs_of_python(
     np.testing.assert_array_equal(rows, again)
     assert compared == of_theory
     np.testing.assert_array_equal(rows, point.inputs())
-    np.testing.assert_array_equal(rows, data.inputs(rows.shape[1], **inputs))
-    described = _schema.network(
-        {"activation": "relu", "weights": "he", **network}
-        | ({} if "widths" in network else {"input_width": rows.shape[1]})
-    )
+    batch = inputs.get("batch", 1)
+    flat = data.inputs(rows.size // batch, **inputs)
+    np.testing.assert_array_equal(rows, flat.reshape(rows.shape))
+    assert point.sites == len(rows)
+    width = {"input_width": rows.shape[1]} if "width" in network else {}
+    described = _schema.network({"activation": "relu", "weights": "he", **network, **width})
     assert described.stages == compared.stages
     of_point = jax.tree.leaves(point.network().stages)
     assert [v for v in of_point if v != 0] == [
@@ -404,6 +418,26 @@ def test_standard_deviations_and_variances_are_accepted_alike(name, command, mon
         ),
         (["theory", "--input", "normal", "--correlations", "0"], "correlations is '0'"),
         (["theory", "--norm-position", "pre"], "norm_position goes with norm, and there is none"),
+        (["theory", "--kind", "recurrent"], "steps is missing; give steps"),
+        (["theory", "--kind", "convolutional", "--input", "sphere"], "shape is missing"),
+        (["compare", "--kind", "convolutional", "--shape", "a"], "shape is 'a'; it is an input's"),
+        (
+            [
+                "theory",
+                *[
+                    "--kind",
+                    "convolutional",
+                    "--shape",
+                    "7,7",
+                    "--channels",
+                    "1,2",
+                    "--input",
+                    "digits",
+                ],
+            ],
+            "shape is [7, 7] with 1 channels, and images of digits have [8, 8] with one",
+        ),
+        (["compare", "--no-tied"], "tied is of networks of kind 'recurrent'; leave it out"),
         (["theory", "--scale", "1"], "scale is of networks of kind 'residual'"),
         (["critical", "--sigma-b", "1", "--sigma-b2", "1"], "sigma_b2 is 1.0 and sigma_b is 1.0"),
         (["prescribe", "--sigma-b", "1e200"], "sigma_b is 1e+200; it is at most 1e+150"),
@@ -441,3 +475,11 @@ def test_theory_prints_each_layer_of_a_whole_network(monkeypatch, tmp_path, caps
         assert of["correlation"] == pytest.approx(0.25, rel=1e-9)
     for word in ("gradient_variance", "inputs    2 of width 30, cosines", "×1.118 a layer"):
         assert word in printed[1]
+
+
+def test_options_that_are_on_can_be_turned_off(command):
+    """The steps of a recurrent network share their weights, and other layers do not."""
+    shape = ("--kind", "recurrent", "--steps", "3", "--width", "20")
+    for options, tied in (((), True), (("--tied",), True), (("--no-tied",), False)):
+        network, *_ = command("compare", *shape, *options)
+        assert network.tied is tied

@@ -201,6 +201,7 @@ def driven(width, steps=LONG, **more):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("simulations_compiled_well")
 def test_200_steps_meet_the_theory_or_differ_as_steps_squared_over_width():
     """σ_w = 1. Forward within the error and 3/n; gradients differ by a function of t²/n alone.
 

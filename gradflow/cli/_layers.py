@@ -46,6 +46,8 @@ def show_layers(context: typer.Context, described: dict[str, Any], *, as_json: b
                 f"{name} is {context.params[name]!r}; it is of equal layers alone, and this "
                 "network's signals begin with its inputs: give those, as --mean-square"
             )
+    if not is_given(context, "sigma_b2"):  # weights may have biases of their own
+        described.pop("sigma_b2", None)
     if "depth" in described:
         check_count("width", described["width"])
         check_depth(described["depth"])
@@ -70,7 +72,9 @@ def show_layers(context: typer.Context, described: dict[str, Any], *, as_json: b
             rows = [_row(values, layer, shown) for layer in some_layers(network.depth)]
             yield table(f"{network.name}, {shape_label(network.widths)}: {title}", rows)
         yield f"inputs    {inputs.record['inputs']}"
-        yield f"gradients {_change(values['log_gradient_norm'])}"
+        # Over all positions of an input, which a layer may merge.
+        positions = np.log(network.sites(len(inputs.rows))) / 2
+        yield f"gradients {_change(values['log_gradient_norm'] + positions)}"
         if prediction.why_missing is not None:
             yield f"missing   {prediction.why_missing}"
 

@@ -100,14 +100,15 @@ def _as_parameters(defaults: Mapping[Any, Any]) -> list[Any]:
 
     def parameter(option: Any, default: Any) -> inspect.Parameter:
         kind = str if option.or_names else kinds.get(option.value_type, str)
+        name = f"--{option.name.replace('_', '-')}"
         info = typer.Option(
             *_OTHER_NAMES.get(option.name, ()),
-            f"--{option.name.replace('_', '-')}",
+            name if option.default is not True else f"{name}/--no-{name.removeprefix('--')}",
             help=option.help,
             metavar="N,N,…" if option.value_type is list else None,
             show_default=default is not None,
         )
-        if kind is bool:
+        if kind is bool and option.default is not True:
             default = bool(default)
         annotation: Any = kind if default is not None else kind | None
         return inspect.Parameter(
@@ -147,10 +148,18 @@ def network_options(context: typer.Context) -> dict[str, Any]:
     from gradflow import _schema  # noqa: PLC0415  (JAX is slow to import)
 
     options, own = _schema.options(), {one.name for one in context.command.params}
+    kind = options["kind"].check("kind", context.params.get("kind") or options["kind"].default)
+
+    def is_meant(name: str) -> bool:
+        """Whether an option is given, or has a default, which is of this kind of networks."""
+        value = context.params[name]
+        of_kind = kind in options[name].kinds and value is not None and value is not False
+        return is_given(context, name) or of_kind
+
     values = {
         name: _parsed(options[name], value)
         for name, value in context.params.items()
-        if name in options and name not in own and value is not None and value is not False
+        if name in options and name not in own and is_meant(name)
     }
     for ways in _schema.ALTERNATIVES:
         given = [way for way in ways if way not in own and is_given(context, way)]
@@ -196,25 +205,28 @@ def chosen_inputs(context: typer.Context, described: dict[str, Any]) -> Inputs:
     Raises
     ------
     InputError
-        As `data.inputs` does.
+        As `data.inputs` does, and if the description is not whole.
     """
     from gradflow import _input_rows, _schema, data  # noqa: PLC0415  (JAX is slow to import)
 
+    _schema.arguments_of(described)  # which says what is missing of it
     own = {n: v for n in _schema.input_options() if (v := context.params[n]) is not None}
-    width = described["widths"][0] if "widths" in described else described.get("input_width")
+    width, shape = _schema.input_shape(described)
     if not any(is_given(context, name) for name in own if name != "batch"):
         wide = width is None or width >= _WIDTH_OF_IMAGES
-        own["input"] = "digits" if wide else "sphere"
+        fits = shape in ((), _input_rows.IMAGE_SHAPES["digits"])
+        own["input"] = "digits" if wide and fits else "sphere"
     kind = _input_rows.kind_of(own.get("input"), own.get("data"))
     if width is None:
         width = _input_rows.natural_width(kind) or check_count("width", described["width"])
-    if "widths" not in described:
+    if "width" in described:
         described["input_width"] = width
     there = _input_rows.most(kind, check_count("input_width", width))
     if there is not None and not is_given(context, "batch"):
         own["batch"] = min(own["batch"], there)
     rows = data.inputs(width, **own)
     record = {"inputs": _input_rows.described(kind, rows), **own}
+    rows = _input_rows.sites(kind, rows, shape)
     if _input_rows.is_file(kind):
         record["data_sha256"] = _input_rows.digest(kind)
     return Inputs(rows, record)
@@ -222,8 +234,14 @@ def chosen_inputs(context: typer.Context, described: dict[str, Any]) -> Inputs:
 
 def _parsed(option: Any, value: Any) -> Any:
     """A value as the schema has it: lists and numbers from text."""
-    if option.value_type is list:
+    if option.name == "widths":
         return parse_widths(value)
+    if option.value_type is list:
+        try:
+            numbers: Any = [int(part) for part in value.split(",")]
+        except ValueError:
+            numbers = value
+        return option.check(option.name, numbers)
     if option.or_names:
         try:
             return float(value)

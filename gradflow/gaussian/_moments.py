@@ -20,6 +20,7 @@ from jaxtyping import Array, Float, ScalarLike
 from gradflow import activations
 from gradflow._checks import check_scale, is_traced, unknown_name
 from gradflow._closed_forms import Values
+from gradflow._programs import program
 from gradflow.activations import Activation, ActivationLike
 from gradflow.errors import InputError
 from gradflow.gaussian._quadrature import (
@@ -195,7 +196,8 @@ def _delta_terms(activation: Activation, q: Array) -> Array:
     return total
 
 
-_checked: weakref.WeakSet[Activation] = weakref.WeakSet()
+# Those of gradflow are known to have them.
+_checked: weakref.WeakSet[Activation] = weakref.WeakSet(activations.ALL)
 
 
 def check(activation: ActivationLike) -> None:
@@ -223,27 +225,8 @@ def check(activation: ActivationLike) -> None:
     activation = activations.get(activation)
     if activation in _checked:
         return
-
-    def squares(x: Array) -> Array:
-        return jnp.stack([activation(x), activation.derivative(x)]) ** 2
-
-    def averages(x: Array) -> Array:
-        # The slope too: where it changes its sign alone, as that of |x - 1|, its square is smooth.
-        return jnp.concatenate([squares(x), activation.derivative(x)[None]])
-
-    scale = 1 / activation.frequency
-    edge = (Z_MAX - 2.0) * scale
-
-    def outermost(x: Array) -> Array:
-        return jnp.where(jnp.abs(x) > edge, squares(x), 0)
-
-    @jax.jit
-    def estimates(q: Array) -> tuple[Array, Array, Array]:
-        tails = expectation(outermost, q, kinks=(*activation.kinks, edge))
-        return *expectation_with_error(averages, q, kinks=activation.kinks), tails
-
-    with jax.enable_x64(True), jax.ensure_compile_time_eval():
-        values, errors, tails = estimates(jnp.asarray(scale**2))
+    with jax.enable_x64(True):
+        values, errors, tails = _estimates(activation)
     if isinstance(values, jax.core.Tracer):
         return
     # The mean slope is compared with its root mean square, and its tails are those of its square.
@@ -264,6 +247,28 @@ def check(activation: ActivationLike) -> None:
                 stacklevel=3,
             )
     _checked.add(activation)
+
+
+@program("activation")
+def _estimates(activation: Activation) -> tuple[Array, Array, Array]:
+    """E[φ²], E[φ'²] and E[φ'] where φ varies, their errors, and the tails of the first two."""
+
+    def squares(x: Array) -> Array:
+        return jnp.stack([activation(x), activation.derivative(x)]) ** 2
+
+    def averages(x: Array) -> Array:
+        # The slope too: where it changes its sign alone, as that of |x - 1|, its square is smooth.
+        return jnp.concatenate([squares(x), activation.derivative(x)[None]])
+
+    scale = 1 / activation.frequency
+    edge = (Z_MAX - 2.0) * scale
+
+    def outermost(x: Array) -> Array:
+        return jnp.where(jnp.abs(x) > edge, squares(x), 0)
+
+    q = jnp.asarray(scale**2)
+    tails = expectation(outermost, q, kinks=(*activation.kinks, edge))
+    return *expectation_with_error(averages, q, kinks=activation.kinks), tails
 
 
 def log_limits(dtype: DTypeLike) -> tuple[float, float]:

@@ -13,7 +13,8 @@ import numpy as np
 from jax.scipy.special import ndtr
 from jaxtyping import Array, Float
 
-from gradflow.activations import Activation
+from gradflow import activations
+from gradflow.activations import ActivationLike
 from gradflow.errors import InputError
 from gradflow.gaussian._pairs import DERIVATIVES, integrate_pair
 from gradflow.gaussian._quadrature import shifted_expectation, smallest_variance
@@ -32,7 +33,7 @@ _INTEGRANDS = {
 
 
 def shifted_moment(
-    activation: Activation,
+    activation: ActivationLike,
     name: str,
     shifts: Float[Array, "*sites values"],
     chances: Float[Array, "*sites values"],
@@ -51,6 +52,7 @@ def shifted_moment(
     variance
         Of u, >= 0.
     """
+    activation = activations.get(activation)
     if name == "variance":
         mean, square = (
             shifted_moment(activation, n, shifts, chances, variance) for n in ("apart", "apart2")
@@ -73,13 +75,14 @@ def shifted_moment(
 
 
 def shifted_saturation(
-    activation: Activation,
+    activation: ActivationLike,
     threshold: float,
     shifts: Float[Array, "*sites values"],
     chances: Float[Array, "*sites values"],
     variance: Float[Array, "*sites"],
 ) -> Float[Array, "*sites"]:
     """P(|φ'(s + u)| < threshold · max|φ'|), as `saturation` for s = 0."""
+    activation = activations.get(activation)
     intervals = activation.saturated_intervals(threshold)
     deviation = jnp.sqrt(jnp.maximum(variance, smallest_variance(variance)))[..., None]
     total = jnp.zeros_like(shifts)
@@ -92,7 +95,7 @@ def shifted_saturation(
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1))
 def shifted_kernel(
-    activation: Activation,
+    activation: ActivationLike,
     order: int,
     shifts: Float[Array, "sites values"],
     chances: Float[Array, "sites values"],
@@ -105,6 +108,7 @@ def shifted_kernel(
     InputError
         When differentiated.
     """
+    activation = activations.get(activation)
     q = jnp.diagonal(k)
     name = ("phi2", "dphi2")[order]
     diagonal = shifted_moment(activation, name, shifts, chances, q)

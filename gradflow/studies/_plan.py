@@ -244,7 +244,7 @@ def programs(study: Study) -> tuple[Program, ...]:
     for points in of_structure.values():
         point = study.point(points[0][0])
         network = point.network().unnamed()
-        key = (jax.tree.structure(network), point.settings["batch"], network.input_width)
+        key = (jax.tree.structure(network), point.sites, network.input_width)
         first.setdefault(key, network)
         members.setdefault(key, []).extend(points)
     listed, measured = [], study.spectrum is not None

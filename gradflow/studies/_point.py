@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import hashlib
 import json
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -72,7 +73,7 @@ class Point:
                 continue
             if _option(field).value_type is float and not isinstance(value, str):
                 value = bool(value)
-            elif field == "widths":
+            elif isinstance(value, list):
                 value = tuple(value)
             structure.append((field, value))
         return tuple(structure)
@@ -95,7 +96,7 @@ class Point:
                 self.inputs()  # there may be none
             options = _schema.options()
             described = {field: v for field, v in self.settings.items() if field in options}
-            if "widths" not in described:
+            if "width" in described:
                 described["input_width"] = width
             network = _schema.network(described)
         except InputError as error:
@@ -104,10 +105,18 @@ class Point:
         return networks.with_biases(network) if biased and not network.homogeneous else network
 
     def inputs(self) -> np.ndarray:
-        """Return the inputs, shape (batch, n_0), in float64."""
+        """Return the inputs, shape (sites, n_0), in float64; a site is a position of an image."""
         options = _schema.input_options()
         own = {field: value for field, value in self.settings.items() if field in options}
-        return datasets.inputs(_input_width(self.settings), **own)
+        rows = datasets.inputs(_input_width(self.settings), **own)
+        _, shape = _schema.input_shape(self.settings)
+        return _input_rows.sites(_kind(self.settings), rows, shape)
+
+    @property
+    def sites(self) -> int:
+        """How many rows its inputs have."""
+        _, shape = _schema.input_shape(self.settings)
+        return int(self.settings["batch"] * math.prod(shape[:-1]))
 
     @property
     def description(self) -> str:
@@ -164,11 +173,8 @@ def varies_as_number(field: str) -> bool:
 
 
 def _input_width(settings: Mapping[str, Any]) -> int:
-    if "widths" in settings:
-        return int(settings["widths"][0])
-    if "input_width" in settings:
-        return int(settings["input_width"])
-    return _input_rows.natural_width(_kind(settings)) or int(settings["width"])
+    own, _ = _schema.input_shape(settings)
+    return own or _input_rows.natural_width(_kind(settings)) or int(settings["width"])
 
 
 # The fields that each point has, given or not: its name depends on them.

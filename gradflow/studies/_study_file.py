@@ -2,7 +2,7 @@
 
     title = "Tanh: order and chaos"
 
-    [network]                  # the options of `schema`: with kind = "residual" those of `residual`
+    [network]                  # the options of `schema`; of another kind those of its builder
     activation = "tanh"
     width = 1000
     depth = 50

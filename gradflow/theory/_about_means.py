@@ -69,8 +69,11 @@ def _moment(kernel: Kernel, phi: Activation, name: str) -> Float[Array, " sites"
         return {"phi": kernel.mean, "phi2": q}.get(name, jnp.ones_like(q))
     if isinstance(law, Shifted):
         v = jnp.diagonal(law.gaussian_part(kernel.covariance))
-        return gaussian.shifted_moment(phi, name, law.shifts, law.chances, v)
-    return gaussian.moment(phi, name, q)
+        found = gaussian.shifted_moment(phi, name, law.shifts, law.chances, v)
+    else:
+        found = gaussian.moment(phi, name, q)
+    at_zero = (phi if name.startswith("phi") else phi.derivative)(jnp.zeros_like(q))
+    return jnp.where(q == 0, at_zero**2 if name.endswith("2") else at_zero, found)
 
 
 def _moments(network: Network, entering: list[Kernel], name: str) -> Float[Array, "layers sites"]:
@@ -125,12 +128,14 @@ def down_about_means(network: Network, entering: list[Kernel]) -> BackwardLimit:
         now_a, now_b = p * sigma2 * a, p * (sigma2 * b + mu2 * d2)
         total, kept = now_a + now_b, m**2 * mu2 * d2
         now_d2 = kept + jnp.maximum(total - kept, 0) / n
-        rho2 = kept / now_d2
+        rho2 = kept / jnp.where(now_d2 > 0, now_d2, 1)
         now = (now_a + (1 - rho2) * now_b, rho2 * now_b, now_d2)
         chi = over_xi(size(now_a, now_b) / size(a, b))
-        spread = over_xi(jnp.log(size(now_a, now_b))) - jnp.log(total)
+        some = jnp.where(total > 0, total, 1)
+        spread = over_xi(jnp.log(size(now_a / some, now_b / some)))
         log = log + jnp.log(total)
-        return (*(x / total for x in now), log), (log, jnp.log(chi), spread)
+        out = (log, jnp.log(chi), jnp.where(total > 0, spread, 0))
+        return (*(x / some for x in now), log), out
 
     one = jnp.ones_like(p[0])
     top = (one, 0 * one, one / widths[-1], 0 * one)

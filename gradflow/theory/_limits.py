@@ -59,12 +59,13 @@ def limits(
     InputError
         As `mean_field.predict` does.
     """
+    check_network(network)
     about_means = has_means(network)
     if about_means and not is_chain(network):
         raise NoTheory(
             "weights have a mean that is not 0; the theory of these is of dense layers alone"
         )
-    begin = Kernel.of(*checked_gram(network, gram, mean))
+    begin = Kernel.of(*checked_gram(gram, mean))
     entering, leaving, forward, why_missing = _forward(network, begin)
     if about_means:
         return _known_about_means(network, entering, forward[0])
@@ -112,9 +113,8 @@ def unknown(network: Network, sites: int, why: str) -> Prediction:
     return Prediction(dict.fromkeys(wanted, none), why_missing=why)
 
 
-def checked_gram(network: Network, gram: Any, mean: Any) -> tuple[Array, Array | None]:
+def checked_gram(gram: Any, mean: Any) -> tuple[Array, Array | None]:
     """The inputs' Gram matrix and means as arrays, or raise `InputError`."""
-    check_network(network)
     matrix = as_real("gram", gram, whole=float)
     if matrix.ndim != 2 or matrix.shape[0] != matrix.shape[1]:
         raise InputError(

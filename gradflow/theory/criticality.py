@@ -29,7 +29,7 @@ import numpy as np
 from jaxtyping import Array, ArrayLike, Float, Int
 
 from gradflow import activations, gaussian
-from gradflow._arguments import as_numbers
+from gradflow._arguments import as_grids, as_numbers
 from gradflow._checks import check_scale
 from gradflow._programs import program
 from gradflow._roots import Roots, Valued, implicit, rounding, sign_changes
@@ -126,12 +126,12 @@ def critical_line(activation: ActivationLike, q: ArrayLike) -> CriticalPoints:
     activation = activations.get(activation)
     check_scale("q", q)
     gaussian.check(activation)
-    q = jnp.asarray(q, jnp.result_type(q, 0.0))
-    return _line(activation, q[..., None])
+    return _line(activation, *as_grids(q=q))
 
 
 @program("activation")
 def _line(activation: Activation, q: Array) -> CriticalPoints:
+    q = q[..., None]
     m = gaussian.some_moments(activation, ("phi2", "dphi2", "x_phi_dphi"), q)
     sigma_w2 = 1 / m["dphi2"]
     sigma_b2 = q - m["phi2"] * sigma_w2
@@ -196,7 +196,7 @@ def critical_points(
     ((name, value),) = given.items()
     check_scale(name, value)
     gaussian.check(activation)
-    return _critical_points(activation, name, jnp.asarray(value, jnp.result_type(value, 0.0)))
+    return _critical_points(activation, name, *as_grids(**given))
 
 
 @program("activation", "given")
@@ -346,9 +346,8 @@ def critical_at_infinity(
     if start is not None:
         check_scale("start", start, positive=True)
     gaussian.check(activation)
-    sigma_b2 = jnp.asarray(sigma_b2, jnp.result_type(sigma_b2, 0.0))
-    begin = jnp.asarray(_LARGE if start is None else start, sigma_b2.dtype)
-    return _critical_at_infinity(activation, *jnp.broadcast_arrays(sigma_b2, begin))
+    begin = _LARGE if start is None else start
+    return _critical_at_infinity(activation, *as_grids(sigma_b2=sigma_b2, start=begin))
 
 
 @program("activation")
@@ -433,12 +432,13 @@ def universality_class(activation: ActivationLike) -> UniversalityClass:
     with jax.enable_x64(True):
         if activation.homogeneous:
             return UniversalityClass.SCALE_INVARIANT
-        origin, slope, gain = _near_zero(activation, jnp.asarray([2.0**-10, 2.0**-4]))
+        near = _near_zero(activation, *as_grids(q=[2.0**-10, 2.0**-4]))
+        origin, slope, gain = map(np.asarray, near)
         # Where φ is linear up to its kinks (hard_tanh), q decreases visibly only near them.
         nearest = gain[0] if abs(gain[0] / slope - 1) > _SEEN else gain[1]
         if origin == 0 and slope > 0 and nearest < slope:  # q decreases, just above 0
             return UniversalityClass.K_STAR_ZERO
-        if not jnp.all(jnp.isnan(half_stable_points(activation).q_star)):
+        if not np.all(np.isnan(half_stable_points(activation).q_star)):
             return UniversalityClass.HALF_STABLE
         return UniversalityClass.NONE
 

@@ -30,12 +30,11 @@ import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Float, Int
 
 from gradflow import activations, gaussian
-from gradflow._arguments import as_numbers
+from gradflow._arguments import as_grids, as_numbers
 from gradflow._checks import check_scale, unknown_name
 from gradflow._programs import program
 from gradflow._roots import implicit, rounding, sign_changes
 from gradflow.activations import Activation, ActivationLike
-from gradflow.errors import InputError
 from gradflow.theory._approach import approach_of_correlation, approach_of_length
 from gradflow.theory._correlations import correlation_fixed_point
 from gradflow.theory._depth_scales import depth_scale, depth_scale_near_1
@@ -154,7 +153,13 @@ def trainable_depth(xi: Float[Array, "..."]) -> Float[Array, "..."]:
     ----------
     Schoenholz et al. 2017, arXiv:1611.01232, section 5.
     """
-    return 6 * jnp.abs(jnp.asarray(as_numbers("xi", xi, float)))
+    (xi,) = as_grids(xi=as_numbers("xi", xi, float))
+    return _six_times(xi)
+
+
+@program()
+def _six_times(xi: Array) -> Array:
+    return 6 * jnp.abs(xi)
 
 
 def representable_depth(
@@ -187,8 +192,14 @@ def representable_depth(
     except (TypeError, ValueError):
         raise unknown_name("dtype", dtype, ("bfloat16", "float16", "float32", "float64")) from None
     check_scale("chi", chi)
-    log = jnp.log(jnp.asarray(chi))
-    limit = jnp.where(log < 0, math.log(float(limits.tiny)), math.log(float(limits.max)))
+    least, largest = math.log(float(limits.tiny)), math.log(float(limits.max))
+    return _representable(as_grids(chi=chi)[0], least=least, largest=largest)
+
+
+@program()
+def _representable(chi: Array, least: ArrayLike, largest: ArrayLike) -> Array:
+    log = jnp.log(chi)
+    limit = jnp.where(log < 0, least, largest)
     critical = jnp.abs(log) <= rounding(log.dtype)
     return jnp.where(critical, jnp.inf, 2 * limit / jnp.where(critical, 1, log))
 
@@ -223,25 +234,9 @@ def length(
     """
     activation = activations.get(activation)
     gaussian.check(activation)
-    sigma_w2, sigma_b2 = _as_scales(sigma_w2, sigma_b2)
-    return _length(activation, sigma_w2, sigma_b2)
-
-
-def _as_scales(sigma_w2: ArrayLike, sigma_b2: ArrayLike) -> tuple[Array, Array]:
-    """Return both as floats of one shape."""
     for name, value in (("sigma_w2", sigma_w2), ("sigma_b2", sigma_b2)):
         check_scale(name, value)
-    try:
-        sigma_w2, sigma_b2 = jnp.broadcast_arrays(jnp.asarray(sigma_w2), jnp.asarray(sigma_b2))
-    except ValueError as error:
-        raise InputError(
-            f"sigma_w2 has shape {jnp.shape(sigma_w2)} and sigma_b2 {jnp.shape(sigma_b2)}; they "
-            "are of shapes that broadcast to one"
-        ) from error
-    if not sigma_w2.size:
-        raise InputError("sigma_w2 or sigma_b2 is empty; each is one number or more")
-    dtype = jnp.promote_types(jnp.result_type(sigma_w2, sigma_b2), jnp.result_type(0.0))
-    return sigma_w2.astype(dtype), sigma_b2.astype(dtype)
+    return _length(activation, *as_grids(sigma_w2=sigma_w2, sigma_b2=sigma_b2))
 
 
 @program("activation")
@@ -298,9 +293,9 @@ def analyse(
     activation = activations.get(activation)
     check_scale("start", start, positive=True)
     gaussian.check(activation)
-    sigma_w2, sigma_b2 = _as_scales(sigma_w2, sigma_b2)
-    start = jnp.asarray(start, sigma_w2.dtype)
-    return _analyse(activation, *jnp.broadcast_arrays(sigma_w2, sigma_b2, start))
+    for name, value in (("sigma_w2", sigma_w2), ("sigma_b2", sigma_b2)):
+        check_scale(name, value)
+    return _analyse(activation, *as_grids(sigma_w2=sigma_w2, sigma_b2=sigma_b2, start=start))
 
 
 @program("activation")

@@ -32,7 +32,7 @@ from gradflow.activations import ActivationLike
 from gradflow.blocks import Dense
 from gradflow.errors import InputError
 from gradflow.kernels import Kernel
-from gradflow.networks import Network
+from gradflow.networks import Network, check_network
 from gradflow.predictions import Prediction
 from gradflow.theory._backward import log_gain
 from gradflow.theory._limits import SECONDS_A_LAYER, checked_gram, limits, prediction
@@ -266,8 +266,8 @@ def predict(
     ----------
     Poole et al. 2016 (arXiv:1606.05340), Schoenholz et al. 2017 (arXiv:1611.01232).
     """
-    moments = checked_gram(network, gram, mean)
-    return _predict(network.unnamed(), *moments)
+    check_network(network)
+    return _predict(network.unnamed(), *checked_gram(gram, mean))
 
 
 @program(seconds=lambda network, *_: SECONDS_A_LAYER * network.depth)

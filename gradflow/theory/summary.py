@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +11,7 @@ from jaxtyping import Array, ArrayLike
 
 from gradflow import activations, gaussian
 from gradflow._arguments import as_numbers
-from gradflow._checks import check_count, check_sequence
+from gradflow._checks import check_count, check_sequence, shown
 from gradflow._programs import program
 from gradflow.activations import Activation, ActivationLike
 from gradflow.errors import InputError
@@ -19,7 +19,10 @@ from gradflow.theory import criticality, fixed_points, mean_field
 from gradflow.theory import spectrum as spectra
 from gradflow.theory.finite_width import exact
 
-__all__ = ["LABELS", "summarise"]
+if TYPE_CHECKING:
+    import xarray
+
+__all__ = ["LABELS", "correlation_map", "summarise"]
 
 # The words for each quantity in tables, by its name.
 LABELS = fixed_points.LABELS | {
@@ -227,19 +230,91 @@ def _at_length(
 ) -> tuple[Array, dict[str, Array], dict[str, tuple[Array, Array]]]:
     q, sigma_w2, sigma_b2, c = map(jnp.asarray, (q, sigma_w2, sigma_b2, c))
     law = spectra.slope_law(activation, q)
+    return (
+        jnp.stack([jnp.sum(law.weights * law.values**k) for k in (1, 2)]),
+        _maps(activation, q, sigma_w2, sigma_b2, c),
+        {
+            weights: spectra.mean_and_variance(law, sigma_w2, depth, weights)
+            for weights in ("gaussian", "orthogonal")
+        },
+    )
+
+
+@program("activation")
+def _maps(
+    activation: Activation, q: ArrayLike, sigma_w2: ArrayLike, sigma_b2: ArrayLike, c: ArrayLike
+) -> dict[str, Array]:
+    q, sigma_w2, sigma_b2, c = map(jnp.asarray, (q, sigma_w2, sigma_b2, c))
     values, slopes = (
         jax.vmap(lambda c, of=of: of(activation, q * jnp.array([[1.0, c], [c, 1.0]]))[0, 1])(c)
         for of in (gaussian.kernel, gaussian.derivative_kernel)
     )
-    return (
-        jnp.stack([jnp.sum(law.weights * law.values**k) for k in (1, 2)]),
-        {
-            "correlation_map": (sigma_w2 * values + sigma_b2) / q,
-            "correlation_map_slope": sigma_w2 * slopes,
-        },
-        {
-            weights: spectra.mean_and_variance(law, sigma_w2, depth, weights)
-            for weights in ("gaussian", "orthogonal")
+    return {
+        "correlation_map": (sigma_w2 * values + sigma_b2) / q,
+        "correlation_map_slope": sigma_w2 * slopes,
+    }
+
+
+def correlation_map(
+    activation: ActivationLike,
+    sigma_w2: float,
+    sigma_b2: float = 0.0,
+    c: Sequence[float | int] | np.ndarray | None = None,
+    *,
+    start: float = 1.0,
+) -> "xarray.Dataset":
+    """The next layer's correlation C(c) of two inputs at q*, and its slope C'(c), in float64.
+
+    C(c) = (σ_w² E[φ(u) φ(v)] + σ_b²)/q*, with u and v of variance q* and covariance c q* (Poole
+    et al. 2016, arXiv:1606.05340, eq. 5); `gradflow.figures.correlation_map` draws it.
+
+    Parameters
+    ----------
+    activation, sigma_w2, sigma_b2
+        φ, σ_w² and σ_b², both >= 0.
+    c
+        Correlations from -1 to 1; 201 evenly spaced ones by default.
+    start
+        q of the first layer, > 0, which settles at q*.
+
+    Returns
+    -------
+    xarray.Dataset
+        ``correlation_map`` and ``correlation_map_slope`` over ``c``, with the attributes
+        ``activation``, ``sigma_w2``, ``sigma_b2``, ``q_star``, ``c_star`` and ``chi1``, which is
+        C'(1).
+
+    Raises
+    ------
+    InputError
+        If an argument is out of range, or the length settles at no q* > 0.
+    """
+    import xarray  # noqa: PLC0415  (slow to import)
+
+    activation = activations.get(activation)
+    given = np.linspace(-1, 1, 201) if c is None else np.asarray(as_numbers("c", c), np.float64)
+    if given.ndim != 1 or not given.size or not np.all(np.abs(given) <= 1):
+        raise InputError(f"c is {shown(c)}; it is a list of correlations, each from -1 to 1")
+    with jax.enable_x64(True):
+        found = fixed_points.analyse(activation, sigma_w2, sigma_b2, start=start)
+        q = float(found.q_star)
+        if not 0 < q < math.inf:
+            status = fixed_points.Status(int(found.status)).name.lower().replace("_", " ")
+            raise InputError(
+                f"sigma_w2 is {sigma_w2:g} and sigma_b2 is {sigma_b2:g}, where the length of "
+                f"{activation.name} settles at no q* > 0 ({status}); the map is that at a q*"
+            )
+        maps = jax.tree.map(np.asarray, _maps(activation, q, sigma_w2, sigma_b2, given))
+    return xarray.Dataset(
+        {name: ("c", values, {"long_name": LABELS[name]}) for name, values in maps.items()},
+        coords={"c": ("c", given, {"long_name": "correlation of two inputs"})},
+        attrs={
+            "activation": activation.name,
+            "sigma_w2": float(sigma_w2),
+            "sigma_b2": float(sigma_b2),
+            "q_star": q,
+            "c_star": float(found.c_star),
+            "chi1": float(found.chi1),
         },
     )
 
