@@ -5,8 +5,7 @@
 
 import functools
 import math
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, TypeAlias
 
@@ -21,9 +20,10 @@ from gradflow._programs import program
 from gradflow._roots import bisect
 from gradflow.errors import InputError
 
-__all__ = ["Activation", "Elementwise", "concrete"]
+__all__ = ["Activation", "Elementwise", "known_slopes", "known_values"]
 
 Elementwise: TypeAlias = Callable[[Array], Array]
+_Numbers: TypeAlias = Array | np.ndarray
 
 
 @dataclass(frozen=True)
@@ -138,7 +138,7 @@ class Activation:
         points = np.asarray(self.kinks)
         step = np.maximum(4 * np.finfo(float).eps * np.abs(points), 1e-200)
         with jax.enable_x64(True):
-            above, below = (_compiled_derivative(self, x) for x in (points + step, points - step))
+            above, below = (_derivatives(self, x) for x in (points + step, points - step))
         if isinstance(above, jax.core.Tracer):
             return None
         jumps = np.asarray(above) - np.asarray(below)
@@ -162,7 +162,7 @@ class Activation:
         width = 2.0**-5 / self.frequency
         for _ in range(4):  # zoom in on the largest of the grid; an extremum is flat
             near = np.linspace(centre - width, centre + width, 401)
-            slopes = np.abs(_slopes(self, near))
+            slopes = np.abs(known_slopes(self, near))
             best = max(best, float(slopes.max()))
             centre, width = float(near[slopes.argmax()]), width / 100
         return best
@@ -177,7 +177,7 @@ class Activation:
         kinks = np.asarray(self.kinks)
         beside = 1e-12 * np.maximum(1, np.abs(kinks))
         x = np.unique(np.concatenate([-half, half, kinks - beside, kinks + beside]))
-        return x, _slopes(self, x)
+        return x, known_slopes(self, x)
 
     @functools.cached_property
     def bounds(self) -> tuple[float, float] | None:
@@ -187,8 +187,7 @@ class Activation:
         up to there by more than a tenth of that range.
         """
         x = np.concatenate([self._scan[0], [-1e30, 1e30]])
-        with jax.enable_x64(True):
-            values = np.asarray(_compiled(self, x))
+        values = known_values(self, x)
         near = values[np.abs(x) * self.frequency <= 16]
         low, high = float(values.min()), float(values.max())
         beyond = max(near.min() - low, high - near.max())
@@ -200,34 +199,19 @@ class Activation:
 
         Parameters of φ that are being traced are traced through.
         """
-        return self._known_powers or self._traced_powers()
+        return self._known_powers or _powers(self, _PROBES)
 
     @functools.cached_property
     def _known_powers(self) -> tuple["_Powers", "_Powers"] | None:
         """The `powers`, or None if parameters are traced, because tracers must not be kept."""
         with jax.enable_x64(True):
-            both = _compiled_powers(self)
+            both = _powers(self, _PROBES)
         if isinstance(both[0].value, jax.core.Tracer):
             return None
-        at_zero, beyond = (_Powers(*map(float, map(np.asarray, powers))) for powers in both)
+        at_zero, beyond = (_Powers(*np.asarray(powers).tolist()) for powers in both)
         if np.isnan(beyond.value) and self.bounds is not None:
             beyond = beyond._replace(value=0.0)
         return at_zero, beyond
-
-    def _traced_powers(self) -> tuple["_Powers", "_Powers"]:
-        def power(f: Elementwise, x: Array, of_zero: float) -> Array:
-            sizes = jnp.hypot(f(x), f(-x))
-            powers = jnp.log(sizes[1:] / sizes[:-1]) / math.log(2)
-            alike = jnp.abs(powers[0] - powers[1]) < jnp.sqrt(jnp.finfo(powers.dtype).eps)
-            return jnp.where(jnp.all(sizes == 0), of_zero, jnp.where(alike, powers[1], jnp.nan))
-
-        def powers(x: Array, slope_of_zero: float) -> "_Powers":
-            return _Powers(power(self, x, 1.0), power(self.derivative, x, slope_of_zero))
-
-        small, large = (jnp.asarray(_PROBES * size) for size in (_SMALL, 1 / _SMALL))
-        beyond = powers(large, -math.inf)
-        # Where φ' decays, E[φ'²] is that near 0, ∫ φ'² dx/√(2πq).
-        return powers(small, 0.0), beyond._replace(slope=jnp.maximum(beyond.slope, -0.5))
 
     def saturated_intervals(self, threshold: float) -> np.ndarray:
         """Find the intervals in which |φ'(x)| < threshold · max|φ'|.
@@ -283,8 +267,24 @@ class _Powers(NamedTuple):
 
 
 # The |x| at which powers are computed: far below and above those that averages depend on.
-_SMALL = 1e-18
-_PROBES = np.array([1.0, 2.0, 4.0])
+_PROBES = np.outer([1e-18, 1e18], [1.0, 2.0, 4.0])
+
+
+@program("activation")
+def _powers(activation: Activation, probes: _Numbers) -> tuple[_Powers, _Powers]:
+    def power(f: Elementwise, x: Array, of_zero: float) -> Array:
+        sizes = jnp.hypot(f(x), f(-x))
+        powers = jnp.log(sizes[1:] / sizes[:-1]) / math.log(2)
+        alike = jnp.abs(powers[0] - powers[1]) < jnp.sqrt(jnp.finfo(powers.dtype).eps)
+        return jnp.where(jnp.all(sizes == 0), of_zero, jnp.where(alike, powers[1], jnp.nan))
+
+    def powers(x: Array, slope_of_zero: float) -> _Powers:
+        return _Powers(power(activation, x, 1.0), power(activation.derivative, x, slope_of_zero))
+
+    small, large = probes
+    beyond = powers(large, -math.inf)
+    # Where φ' decays, E[φ'²] is that near 0, ∫ φ'² dx/√(2πq).
+    return powers(small, 0.0), beyond._replace(slope=jnp.maximum(beyond.slope, -0.5))
 
 
 @functools.lru_cache(maxsize=256)
@@ -299,7 +299,7 @@ def _saturated_intervals(activation: Activation, level: float) -> np.ndarray:
     ends = np.unique(np.concatenate([ends, kinks]))
     edges = np.concatenate([[-np.inf], ends, [np.inf]])
     inside = np.clip(edges, 2 * min(x[0], *ends, 0), 2 * max(x[-1], *ends, 0))
-    below = np.abs(_slopes(activation, (inside[1:] + inside[:-1]) / 2)) < level
+    below = np.abs(known_slopes(activation, (inside[1:] + inside[:-1]) / 2)) < level
     # Runs of pieces below the level are one interval each.
     change = np.diff(np.concatenate([[0], below.astype(int), [0]]))
     intervals = np.stack([edges[change == 1], edges[change == -1]], axis=1)
@@ -320,35 +320,29 @@ def _roots(activation: Activation, x: np.ndarray, slope: np.ndarray, level: floa
     )
     with jax.enable_x64(True):
         brackets = zip(low, high, start, strict=True)
-        roots = [np.asarray(_compiled_bisection(activation, level, *each)) for each in brackets]
+        roots = [np.asarray(_bisection(activation, np.array(level), *each)) for each in brackets]
         return np.concatenate(roots)[: left.size]
 
 
-@contextmanager
-def concrete() -> Iterator[None]:
-    """Evaluate at once and in float64, also while a caller's function is being traced."""
-    with jax.ensure_compile_time_eval(), jax.enable_x64(True):
-        yield
-
-
 @program("activation")
-def _compiled(activation: Activation, x: Values) -> Array:
+def _values(activation: Activation, x: _Numbers) -> Array:
     return activation(x)
 
 
+def known_values(activation: Activation, x: np.ndarray) -> np.ndarray:
+    """φ(x) as known numbers in float64; one program is compiled for each shape."""
+    with jax.enable_x64(True):
+        return np.asarray(_values(activation, x))
+
+
 @program("activation")
-def _compiled_derivative(activation: Activation, x: Values) -> Array:
+def _derivatives(activation: Activation, x: _Numbers) -> Array:
     return activation.derivative(x)
 
 
 @program("activation")
-def _compiled_powers(activation: Activation) -> tuple[_Powers, _Powers]:
-    return activation._traced_powers()
-
-
-@program("activation")
-def _compiled_bisection(
-    activation: Activation, level: Values, low: Values, high: Values, above: Array | np.ndarray
+def _bisection(
+    activation: Activation, level: _Numbers, low: _Numbers, high: _Numbers, above: _Numbers
 ) -> Array:
     """Return the roots of φ' - level in brackets; whether it is ``above`` 0 at their lower ends."""
     ends = jnp.asarray(low), jnp.asarray(high)
@@ -360,11 +354,11 @@ def _compiled_bisection(
 _EVALUATED = 4096
 
 
-def _slopes(activation: Activation, x: np.ndarray) -> np.ndarray:
-    """Return φ'(x) as known numbers in float64."""
+def known_slopes(activation: Activation, x: np.ndarray) -> np.ndarray:
+    """φ'(x) as known numbers in float64."""
     # Of one size, as a program is compiled for each.
     parts = -(-x.size // _EVALUATED)
     padded = np.resize(np.asarray(x, float), (parts, _EVALUATED))
     with jax.enable_x64(True):
-        slopes = [np.asarray(_compiled_derivative(activation, p)) for p in padded]
+        slopes = [np.asarray(_derivatives(activation, p)) for p in padded]
     return np.concatenate(slopes)[: x.size].reshape(x.shape)

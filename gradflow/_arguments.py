@@ -41,7 +41,7 @@ def from_seed(seed: Any) -> PRNGKeyArray:
         )
     bits = int(seed) % (2 * _SEEDS)
     words = np.array([bits >> 32, bits & 0xFFFFFFFF], np.uint32)
-    return jax.random.wrap_key_data(jnp.asarray(words), impl=PRNG)
+    return jax.random.wrap_key_data(jax.device_put(words), impl=PRNG)
 
 
 def as_key(key: Any, name: str = "key") -> PRNGKeyArray:
@@ -70,8 +70,8 @@ def all_finite(array: Array | np.ndarray) -> bool:
     """Whether all values of an array are finite; traced values are taken to be."""
     if is_traced(array):
         return True
-    if not isinstance(array, jax.Array):
-        return bool(np.isfinite(array).all())
+    if not isinstance(array, jax.Array) or array.is_fully_addressable:
+        return bool(np.isfinite(np.asarray(array)).all())
     with jax.ensure_compile_time_eval():  # a known array is looked at while a program is traced
         return bool(jnp.isfinite(array).all())
 

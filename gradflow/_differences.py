@@ -1,6 +1,5 @@
 """One statistic, theory beside measurement: differences, their z-scores and what explains them."""
 
-import dataclasses
 import enum
 import math
 from collections.abc import Sequence
@@ -16,7 +15,6 @@ from gradflow.estimation import Estimate
 from gradflow.predictions import Corrections, Prediction
 from gradflow.simulation.monte_carlo import Simulation
 from gradflow.statistics import Statistic
-from gradflow.theory import float64
 
 __all__ = [
     "Differences",
@@ -24,7 +22,6 @@ __all__ = [
     "Status",
     "at_layers",
     "compare_statistic",
-    "with_densities",
 ]
 __all__ += ["differences", "shrinks_with_the_width", "significance_threshold"]
 
@@ -256,9 +253,3 @@ def shrinks_with_the_width(
     with np.errstate(invalid="ignore"):
         grew = quarter * np.sign(difference) > 2 * np.abs(difference)
     return vanishes & grew
-
-
-def with_densities(simulation: Simulation, inputs: ArrayLike) -> Simulation:
-    """A simulation of these inputs, (sites, n_0), whose histograms have their ``theory``."""
-    histograms = float64.densities(simulation.network, inputs, simulation.histograms)
-    return dataclasses.replace(simulation, histograms=histograms)

@@ -26,7 +26,6 @@ import scipy.optimize
 from gradflow import activations, builders, data
 from gradflow._arguments import from_seed
 from gradflow._checks import check_count
-from gradflow._differences import with_densities
 from gradflow.activations import Activation
 from gradflow.comparison import Comparison, compare_results, explain_differences
 from gradflow.errors import InputError
@@ -295,21 +294,16 @@ def _comparison(known: _Known) -> tuple[Setting, Comparison]:
 
 def _paper_networks(key: jax.Array) -> dict[str, Simulation]:
     inputs = jnp.asarray(data.inputs(_PAPER_WIDTH, input="digits", batch=_PAPER_IMAGES))
-    network = [_PAPER_WIDTH] * (_PAPER_DEPTH + 1)
-    return {
-        weights: with_densities(
-            simulate(
-                builders.mlp(network, "tanh", weights),
-                inputs,
-                key=key,
-                networks=_PAPER_NETWORKS,
-                wanted=(),
-                histograms=True,
-            ),
-            inputs,
+
+    def simulated(weights: str) -> Simulation:
+        network = builders.mlp([_PAPER_WIDTH] * (_PAPER_DEPTH + 1), "tanh", weights)
+        simulation = simulate(
+            network, inputs, key=key, networks=_PAPER_NETWORKS, wanted=(), histograms=True
         )
-        for weights in ("standard", "normalized")
-    }
+        with_theory = float64.densities(network, inputs, simulation.histograms)
+        return dataclasses.replace(simulation, histograms=with_theory)
+
+    return {weights: simulated(weights) for weights in ("standard", "normalized")}
 
 
 def critical_width(activation: Activation) -> float:

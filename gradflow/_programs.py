@@ -66,6 +66,7 @@ class Program:
         function: Callable,
         arguments: tuple,
         seconds: float,
+        /,
         *,
         twice: bool = False,
         **constants: Any,
@@ -221,7 +222,7 @@ def _load(path: Path) -> tuple[PyTreeDef, Callable] | None:
 
 
 def program(
-    *static: str, seconds: float = 0.01, twice: bool = False
+    *static: str, seconds: float | Callable[..., float] = 0.01, twice: bool = False
 ) -> Callable[[Callable[_Arguments, _Result]], Callable[_Arguments, _Result]]:
     """Decorate a function of arrays: called with numbers, it is a compiled program of its own.
 
@@ -232,7 +233,8 @@ def program(
     *static
         The names of arguments that are constants of the program; they are hashable.
     seconds
-        How long a run takes, in seconds of one core; see `_compilation.options`.
+        How long a run takes, in seconds of one core, or a function of the arguments that says it;
+        see `_compilation.options`.
     twice
         Whether it computes values again that must be the same to the last bit.
     """
@@ -252,7 +254,8 @@ def program(
             constants = {name: given.pop(name) for name in static}
             if all(map(_is_here, jax.tree.leaves(given))):
                 with suppress(_TracedConstantError):
-                    compiled = Program.of(by_name, (given,), seconds, twice=twice, **constants)
+                    time = seconds(*args, **kwargs) if callable(seconds) else seconds
+                    compiled = Program.of(by_name, (given,), time, twice=twice, **constants)
                     return compiled(given)
             return jitted(*args, **kwargs)
 
@@ -294,7 +297,7 @@ class Float64Program:
     """
 
     def __init__(
-        self, function: Callable, arguments: tuple, seconds: float, **constants: Any
+        self, function: Callable, arguments: tuple, seconds: float, /, **constants: Any
     ) -> None:
         """Trace a function; the arguments are as for `Program.of`."""
         shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(np.shape(leaf), float), arguments)

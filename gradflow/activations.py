@@ -16,7 +16,8 @@ import functools
 import inspect
 import math
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, TypeAlias
 
@@ -27,7 +28,7 @@ from jax.scipy.special import erf as _erf
 from jaxtyping import Array
 
 from gradflow import _closed_forms, _imports
-from gradflow._activation import Activation, Elementwise, concrete
+from gradflow._activation import Activation, Elementwise
 from gradflow._checks import check_sequence, is_number, unknown_name
 from gradflow.errors import InputError
 
@@ -78,7 +79,7 @@ def custom(
     wrapped = Activation(name, function, _kinks(kinks))
     problem = f"activation {name!r} must be an elementwise function written in JAX, but it"
     try:
-        with concrete():
+        with _concrete():
             x = jnp.asarray(probes)
             value, slope = wrapped(x), wrapped.derivative(x)
             single = [wrapped(probe) for probe in x]
@@ -93,6 +94,13 @@ def custom(
     if not (np.isfinite(value).all() and np.isfinite(slope).all()):
         raise InputError(f"{problem} or its derivative was not finite on {probes.tolist()}")
     return wrapped
+
+
+@contextmanager
+def _concrete() -> Iterator[None]:
+    """Evaluate at once and in float64, also while a caller's function is being traced."""
+    with jax.ensure_compile_time_eval(), jax.enable_x64(True):
+        yield
 
 
 def _kinks(kinks: Any) -> tuple[float, ...]:

@@ -35,7 +35,6 @@ from gradflow._differences import (
     compare_statistic,
     shrinks_with_the_width,
     significance_threshold,
-    with_densities,
 )
 from gradflow._float_ranges import FloatRange, float_ranges
 from gradflow._inputs import as_inputs
@@ -44,7 +43,7 @@ from gradflow.errors import InputError, NoTheory
 from gradflow.networks import Network, divide_widths
 from gradflow.predictions import Corrections, Prediction
 from gradflow.simulation.monte_carlo import Progress, Simulation, simulate
-from gradflow.theory import _limits, _programs
+from gradflow.theory import _densities, _limits, _programs
 from gradflow.theory._about_means import has_means
 from gradflow.verdict import Verdict, judge
 
@@ -433,11 +432,14 @@ def compare(
             histograms=histograms,
             progress=progress,
         )
-    theory, corrections, asymptotic = predicted.result()
-    if histograms:
-        simulation = with_densities(simulation, inputs)
+    theory, asymptotic = predicted.result()
+    with_theory = _densities.predicted(network, theory.units, simulation.histograms)
+    simulation = dataclasses.replace(simulation, histograms=with_theory)
     comparison = compare_results(
-        theory, simulation, corrections=corrections, asymptotic_log_chi=asymptotic
+        theory.prediction,
+        simulation,
+        corrections=theory.corrections,
+        asymptotic_log_chi=asymptotic,
     )
     if not explain:
         return comparison
@@ -452,7 +454,7 @@ _NOT_SETTLED = (
 
 def _prediction(
     network: Network, inputs: jax.Array, *, finite_width: bool
-) -> Callable[[], tuple[Prediction, Corrections | None, float | None]]:
+) -> Callable[[], tuple[_programs.Theory, float | None]]:
     """Trace all that the theory says; nothing but the reason where it does not know the network."""
     try:
         predict = _programs.prepare(network, inputs, finite_width=finite_width)
@@ -460,15 +462,16 @@ def _prediction(
             log_chi = _programs.prepare_asymptotic_log_chi(network)
     except NoTheory as error:
         unknown = _limits.unknown(network, len(inputs), f"no theory: {error}")
-        return lambda: (unknown, None, None)
+        return lambda: (_programs.Theory(unknown, None, None), None)
 
-    def predict_all() -> tuple[Prediction, Corrections | None, float | None]:
-        theory, corrections = predict()
+    def predict_all() -> tuple[_programs.Theory, float | None]:
+        theory = predict()
         if not has_means(network):
-            return theory, corrections, log_chi(theory)
-        if not np.isfinite(theory.values["log_gradient_norm"]).all():
-            theory = dataclasses.replace(theory, why_missing=_NOT_SETTLED)
-        return theory, corrections, None
+            return theory, log_chi(theory.prediction)
+        if not np.isfinite(theory.prediction.values["log_gradient_norm"]).all():
+            prediction = dataclasses.replace(theory.prediction, why_missing=_NOT_SETTLED)
+            theory = theory._replace(prediction=prediction)
+        return theory, None
 
     return predict_all
 

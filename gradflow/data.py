@@ -9,12 +9,14 @@ them as the training set says.
 import dataclasses
 import functools
 import gzip
+import importlib.util
 import io
 import math
 import zlib
 from collections.abc import Callable
 from numbers import Integral, Real
 from os import PathLike
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import numpy as np
@@ -210,10 +212,13 @@ def labelled_digits() -> Dataset:
     References: E. Alpaydin and C. Kaynak, 'Optical Recognition of Handwritten Digits', UCI
     repository, 1998.
     """
-    from sklearn.datasets import load_digits  # noqa: PLC0415  (slow to import, seldom needed)
-
-    bundled = load_digits()
-    return from_arrays(bundled.images, bundled.target)
+    # Read here, as importing scikit-learn takes longer than importing JAX.
+    package = importlib.util.find_spec("sklearn")
+    assert package is not None, "gradflow depends on it"
+    assert package.origin is not None
+    file = Path(package.origin).parent / "datasets" / "data" / "digits.csv.gz"
+    rows = np.loadtxt(file, delimiter=",")
+    return from_arrays(rows[:, :-1].reshape(-1, 8, 8), rows[:, -1].astype(int))
 
 
 @functools.cache

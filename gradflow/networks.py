@@ -15,6 +15,7 @@ from typing import Any
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.typing import DTypeLike
 
 from gradflow import activations
@@ -160,9 +161,11 @@ class Network(eqx.Module):
 
         def at(end: int) -> bool:
             def linear(phi: Activation) -> bool:
+                if phi.homogeneous:
+                    return True
                 value, slope = phi.powers[end]
                 known = not (is_traced(value) or is_traced(slope))
-                return phi.homogeneous or bool(known and abs(value - 1) + abs(slope) < 1e-9)
+                return bool(known and abs(value - 1) + abs(slope) < 1e-9)
 
             blocks = all(stage.block.homogeneous_if(linear) for stage in self.stages)
             return blocks and linear(self.activation)
@@ -200,8 +203,13 @@ class Network(eqx.Module):
 
         Two networks that differ in their scales and their name alone then share one program.
         """
-        unnamed = dataclasses.replace(self, name="")
-        return jax.tree.map(lambda leaf: jnp.asarray(leaf, dtype), unnamed)
+        return jax.tree.map(
+            lambda leaf: (jnp if is_traced(leaf) else np).asarray(leaf, dtype), self.unnamed()
+        )
+
+    def unnamed(self) -> "Network":
+        """Return the network without its name, which no program depends on."""
+        return dataclasses.replace(self, name="")
 
 
 def with_biases(network: Network) -> Network:

@@ -21,6 +21,7 @@ from jaxtyping import ArrayLike
 from gradflow import activations, data, ensembles, networks
 from gradflow._arguments import as_real, from_seed
 from gradflow._checks import check_count, unknown_name
+from gradflow._programs import program
 from gradflow.activations import ActivationLike
 from gradflow.comparison import Comparison, compare
 from gradflow.ensembles import Ensemble
@@ -275,7 +276,7 @@ def _log10_condition_number(network: Network, x: jax.Array, key: jax.Array) -> f
     return float(np.median(np.asarray(logs))) / math.log(10)
 
 
-@jax.jit
+@program(seconds=1.0, twice=True)
 def _log_condition_numbers(network: Network, x: jax.Array, keys: jax.Array) -> jax.Array:
     def one(key: jax.Array) -> jax.Array:
         # Without the first layer, which goes from the inputs' width to the layers'.

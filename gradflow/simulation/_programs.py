@@ -64,8 +64,11 @@ class RandomNetworks(eqx.Module):
     @classmethod
     def of(cls, network: Network, inputs: Array, key: PRNGKeyArray) -> "RandomNetworks":
         """Return the networks of a single law."""
-        one = cls(network.as_arrays(inputs.dtype), inputs, key)
-        return jax.tree.map(lambda leaf: leaf[None], one)
+        numbers = network.as_arrays(inputs.dtype), inputs, jax.random.key_data(key)
+        # By NumPy, as JAX would compile.
+        laws, rows, words = jax.tree.map(lambda leaf: np.asarray(leaf)[None], numbers)
+        impl = jax.random.key_impl(key)
+        return cls(laws, rows, jax.random.wrap_key_data(jax.device_put(words), impl=impl))
 
 
 def compiled(

@@ -243,7 +243,7 @@ def programs(study: Study) -> tuple[Program, ...]:
     first: dict[tuple, Network] = {}
     for points in of_structure.values():
         point = study.point(points[0][0])
-        network = dataclasses.replace(point.network(), name="")
+        network = point.network().unnamed()
         key = (jax.tree.structure(network), point.sites, network.input_width)
         first.setdefault(key, network)
         members.setdefault(key, []).extend(points)

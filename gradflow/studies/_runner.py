@@ -167,7 +167,7 @@ class TaskRunner:
         last = len(self.task.names) - 1
         points = self.points([min(row + n, last) for n in range(self.task.points_a_call)])
         dtype = np.dtype(self.study.sampling.dtype)
-        unnamed = [dataclasses.replace(point.network(), name="") for point in points]
+        unnamed = [point.network().unnamed() for point in points]
         network = jax.tree.map(lambda *leaves: np.array(leaves, dtype), *unnamed)
         inputs = np.stack([point.inputs().astype(dtype) for point in points])
         words = np.array([point.key_words for point in points], np.uint32)

@@ -25,7 +25,9 @@ from gradflow.theory._loops import joined, map_layers, scan_layers
 
 __all__ = [
     "asymptotic_log_chi",
+    "SECONDS_A_LAYER",
     "at_widths",
+    "checked_gram",
     "has_correlated_steps",
     "limits",
     "prediction",
@@ -33,6 +35,8 @@ __all__ = [
     "through_blocks",
 ]
 
+# Seconds that the theory takes for each layer: 2 ms with closed forms, 13 ms without.
+SECONDS_A_LAYER = 0.005
 # Of inputs' products, relative, in units of their dtype's epsilon.
 _ROUNDING = 1 << 10
 
@@ -61,7 +65,7 @@ def limits(
         raise NoTheory(
             "weights have a mean that is not 0; the theory of these is of dense layers alone"
         )
-    begin = Kernel.of(*_checked_gram(gram, mean))
+    begin = Kernel.of(*checked_gram(gram, mean))
     entering, leaving, forward, why_missing = _forward(network, begin)
     if about_means:
         return _known_about_means(network, entering, forward[0])
@@ -109,7 +113,7 @@ def unknown(network: Network, sites: int, why: str) -> Prediction:
     return Prediction(dict.fromkeys(wanted, none), why_missing=why)
 
 
-def _checked_gram(gram: Any, mean: Any) -> tuple[Array, Array | None]:
+def checked_gram(gram: Any, mean: Any) -> tuple[Array, Array | None]:
     """The inputs' Gram matrix and means as arrays, or raise `InputError`."""
     matrix = as_real("gram", gram, whole=float)
     if matrix.ndim != 2 or matrix.shape[0] != matrix.shape[1]:
@@ -117,7 +121,7 @@ def _checked_gram(gram: Any, mean: Any) -> tuple[Array, Array | None]:
             f"gram has shape {matrix.shape}; it is (inputs, inputs), as "
             "mean_field.input_gram(inputs) returns it"
         )
-    gram = jnp.asarray(matrix)
+    gram = jnp.asarray(matrix) if is_traced(matrix) else jax.device_put(matrix)
     if not is_traced(gram):
         known = np.asarray(gram, np.float64)
         size, rounding = np.diagonal(known), _ROUNDING * float(jnp.finfo(gram.dtype).eps)
@@ -133,7 +137,11 @@ def _checked_gram(gram: Any, mean: Any) -> tuple[Array, Array | None]:
             )
     if mean is None:
         return gram, None
-    means = jnp.asarray(as_real("mean", mean), gram.dtype)
+    means = as_real("mean", mean)
+    if is_traced(means):
+        means = jnp.asarray(means, gram.dtype)
+    else:
+        means = jax.device_put(np.asarray(means, gram.dtype))
     if means.shape != gram.shape[:1]:
         raise InputError(f"mean has shape {means.shape}; it is ({len(gram)},), one for each input")
     return gram, means

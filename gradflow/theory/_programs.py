@@ -4,10 +4,9 @@ Tracing and calling are apart, so that theory may be worked out in one thread wh
 simulates: a traced program traces nothing when it is called.
 """
 
-import dataclasses
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from jax.typing import ArrayLike
@@ -17,16 +16,17 @@ from gradflow._inputs import checked_inputs
 from gradflow._programs import Float64Program
 from gradflow.networks import Network
 from gradflow.predictions import Corrections, Prediction
-from gradflow.theory import _limits, mean_field
-from gradflow.theory._limits import limits, prediction
+from gradflow.theory import _limits
+from gradflow.theory._densities import UnitLimits
+from gradflow.theory._limits import SECONDS_A_LAYER, limits, prediction
 from gradflow.theory.finite_width import _carried_means, _layers, first_order
 from gradflow.theory.finite_width._layers import finite_layers
 
-__all__ = ["arguments_of", "compile_programs", "layers_ahead", "prepare"]
+__all__ = ["Theory", "arguments_of", "compile_programs", "layers_ahead", "prepare"]
 __all__ += ["prepare_asymptotic_log_chi", "program"]
 
-# Seconds that the theory takes for each layer: 2 ms with closed forms, 13 ms without.
-_SECONDS_A_LAYER = 0.005
+# Seconds that the averages take over a pair of inputs in a layer.
+_SECONDS_A_PAIR = 0.008
 # χ is looked at this many times the depth further up, because χ may tend to 1 only as 1 - a/l.
 _LOOK_AHEAD = 64
 _MOST_LAYERS_AHEAD = 20_000
@@ -35,19 +35,34 @@ _MOST_LAYERS_AHEAD = 20_000
 _SETTLED = 1e-10
 
 
+class Theory(NamedTuple):
+    """What theory says of a network.
+
+    Attributes
+    ----------
+    prediction
+        The infinite-width limit of every statistic.
+    units
+        The limits that single units' signals have; None if layers differ in their sites.
+    corrections
+        What the width does; None where it is not known, or not wanted.
+    """
+
+    prediction: Prediction
+    units: UnitLimits | None
+    corrections: Corrections | None
+
+
 def prepare(
     network: Network, inputs: ArrayLike, *, finite_width: bool = True
-) -> Callable[[], tuple[Prediction, Corrections | None]]:
-    """Trace `float64.predict_and_correct`: a function without arguments, for any thread."""
+) -> Callable[[], Theory]:
+    """Trace the theory of a network: a function without arguments, for any thread."""
     arguments = arguments_of(network, inputs)
     predicts, *corrects = _programs(*arguments, finite_width)
 
-    def run() -> tuple[Prediction, Corrections | None]:
-        result = predicts(*arguments)
-        if isinstance(result, Prediction):
-            return result, None
-        predicted, more = result
-        return predicted, corrects[0](more) if corrects else more
+    def run() -> Theory:
+        prediction, units, more = predicts(*arguments)
+        return Theory(prediction, units, corrects[0](more) if corrects else more)
 
     return run
 
@@ -95,7 +110,7 @@ def arguments_of(network: Network, inputs: ArrayLike) -> tuple[Network, np.ndarr
     By NumPy, as JAX would trace.
     """
     x = np.asarray(checked_inputs(inputs, network), np.float64)
-    return dataclasses.replace(network, name=""), x @ x.T / x.shape[1], x.mean(axis=1)
+    return network.unnamed(), x @ x.T / x.shape[1], x.mean(axis=1)
 
 
 def _programs(
@@ -109,29 +124,41 @@ def _programs(
     if finite_width and _carried_means.covers(network):
         return [program(_predict_and_correct_carried_means, *arguments)]
     if not (finite_width and _layers.covers(network)):
-        return [program(mean_field.predict, *arguments)]
-    predicts = program(_predict_and_prepare, *arguments)
-    layers = predicts.result[1]
+        return [program(_predict, *arguments)]
+    predicts = program(
+        _predict_and_prepare, *arguments, pairs=_layers.count_pairs(len(gram), network)
+    )
+    layers = predicts.result[2]
     return [predicts, program(first_order.correct_layers, layers, depth=network.depth)]
+
+
+def _predict(network: Network, gram: ArrayLike, mean: ArrayLike) -> Theory:
+    both = limits(network, gram, mean)
+    return Theory(prediction(*both), UnitLimits.of(*both), None)
 
 
 def _predict_and_prepare(
     network: Network, gram: ArrayLike, mean: ArrayLike
-) -> tuple[Prediction, FiniteLayers]:
+) -> tuple[Prediction, UnitLimits | None, FiniteLayers]:
     both = limits(network, gram, mean)
-    return prediction(*both), finite_layers(network, *both)
+    return prediction(*both), UnitLimits.of(*both), finite_layers(network, *both)
 
 
 def _predict_and_correct_carried_means(
     network: Network, gram: ArrayLike, mean: ArrayLike
-) -> tuple[Prediction, Corrections]:
+) -> Theory:
     both = limits(network, gram, mean)
-    return prediction(*both), _carried_means.correct_limits(network, *both)
+    corrections = _carried_means.correct_limits(network, *both)
+    return Theory(prediction(*both), UnitLimits.of(*both), corrections)
 
 
 def program(
-    function: Callable, *arguments: Any, depth: int | None = None, **static: int
+    function: Callable, *arguments: Any, depth: int | None = None, pairs: int = 0, **static: int
 ) -> Float64Program:
-    """The program of a function of a network, or of layers of this depth."""
-    seconds = _SECONDS_A_LAYER * (arguments[0].depth if depth is None else depth)
+    """The program of a function of a network, or of layers of this depth.
+
+    It averages over so many pairs of inputs in all layers together.
+    """
+    layers = arguments[0].depth if depth is None else depth
+    seconds = SECONDS_A_LAYER * layers + _SECONDS_A_PAIR * pairs
     return Float64Program(function, arguments, seconds, **static)

@@ -27,14 +27,15 @@ from jaxtyping import Array, ArrayLike, Float, Num
 from gradflow import activations, gaussian
 from gradflow._arguments import as_real
 from gradflow._checks import check_count, check_scale, is_traced
+from gradflow._programs import program
 from gradflow.activations import ActivationLike
 from gradflow.blocks import Dense
 from gradflow.errors import InputError
 from gradflow.kernels import Kernel
-from gradflow.networks import Network
+from gradflow.networks import Network, check_network
 from gradflow.predictions import Prediction
 from gradflow.theory._backward import log_gain
-from gradflow.theory._limits import limits, prediction
+from gradflow.theory._limits import SECONDS_A_LAYER, checked_gram, limits, prediction
 
 __all__ = [
     "chi",
@@ -265,4 +266,10 @@ def predict(
     ----------
     Poole et al. 2016 (arXiv:1606.05340), Schoenholz et al. 2017 (arXiv:1611.01232).
     """
+    check_network(network)
+    return _predict(network.unnamed(), *checked_gram(gram, mean))
+
+
+@program(seconds=lambda network, *_: SECONDS_A_LAYER * network.depth)
+def _predict(network: Network, gram: Array, mean: Array | None) -> Prediction:
     return prediction(*limits(network, gram, mean))

@@ -25,7 +25,7 @@ from gradflow.gaussian import _pairs, _quadrature
 from gradflow.networks import Network, check_network
 from gradflow.statistics import BackwardLimit, ForwardLimit
 
-__all__ = ["covers", "finite_layers"]
+__all__ = ["count_pairs", "covers", "finite_layers"]
 
 # Averages over two inputs' pre-activations to compute, one for each pair and layer: some 10 s.
 _MOST_PAIRS = 4000
@@ -159,6 +159,12 @@ def _with_deltas(
     rows, columns = powers @ by_u, powers @ by_v
     total = smooth.at[bent].add(rows).at[:, bent].add(columns.T)
     return total.at[bent, bent].add(powers @ both @ powers.T)
+
+
+def count_pairs(sites: int, network: Network) -> int:
+    """The number of pairs of inputs in all layers that averages are computed over."""
+    every = math.comb(sites, 2) * network.depth
+    return every if every <= _MOST_PAIRS else 0
 
 
 def covers(network: Network) -> bool:
