@@ -47,6 +47,7 @@ from gradflow._checks import (
     check_number,
     check_sequence,
     is_number,
+    is_traced,
     unknown_name,
 )
 from gradflow._initializers import PROBE, Measured, measure, probe
@@ -188,10 +189,12 @@ class Ensemble:
     bias: "Ensemble | None" = None
     recurrent: "tuple[Ensemble, Ensemble] | None" = None
 
-    def sigma_w(self, fan_in: int, fan_out: int) -> float:
+    def sigma_w(self, fan_in: int, fan_out: int) -> Any:
         """Return σ_w = √(fan_in · Var W), the scale in mean-field units (dimensionless)."""
         fans = check_count("fan_in", fan_in), check_count("fan_out", fan_out)
-        return math.sqrt(fans[0] * self.variance(*fans))
+        square: Any = fans[0] * self.variance(*fans)
+        root: Any = jnp.sqrt if is_traced(square) else math.sqrt
+        return root(square)
 
     def mu_w(self, fan_in: int, fan_out: int) -> float | None:
         """Return μ_w = fan_in · E[W], the gain of a mean over units; None where it is 0."""
@@ -328,13 +331,13 @@ torch = Ensemble(
 keras = Ensemble("keras", uniform, _glorot, recurrent=(glorot_uniform, semi_orthogonal))
 
 
-def fan_in(sigma_w: float = 1.0, distribution: Distribution | str = gaussian) -> Ensemble:
+def fan_in(sigma_w: Any = 1.0, distribution: Distribution | str = gaussian) -> Ensemble:
     """Return the mean-field ensemble Var W = σ_w² / fan_in.
 
     Parameters
     ----------
     sigma_w
-        σ_w, dimensionless, finite and above 0.
+        σ_w, a dimensionless number, finite and above 0; it may be traced by JAX.
     distribution
         The law of the entries.
 
@@ -344,6 +347,8 @@ def fan_in(sigma_w: float = 1.0, distribution: Distribution | str = gaussian) ->
         If ``sigma_w`` is not a finite number above 0, or the distribution is unknown.
     """
     check_number("sigma_w", sigma_w, positive=True)
+    if is_traced(sigma_w):
+        return Ensemble("fan_in", gaussian, lambda m, n: sigma_w**2 / m).drawn_from(distribution)  # noqa: ARG005
     if not (0 < sigma_w < math.inf and 1e-300 < sigma_w * sigma_w < math.inf):
         raise InputError(
             f"sigma_w is {sigma_w!r}; it is a finite number above 0, of which a float can hold the "

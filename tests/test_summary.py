@@ -66,7 +66,14 @@ def test_layers_are_those_of_tables_6b_10_and_11(load_reference):
             start = number(start) if start else w2 * number(inputs["x_sq_over_n"]) + b2
             assert max(map(int, layers)) <= depth
             phi = activations.get(inputs["activation"])
-            found = summary._layers(phi, start, w2, b2, depth)  # alone: the rest takes the time
+            found = summary._layers(
+                # alone: the rest takes the time
+                summary._profiles(phi, start, w2, b2, depth=depth),
+                start,
+                w2,
+                b2,
+                depth,
+            )
             for layer, values in layers.items():
                 for name, value in values.items():
                     measured = found[LAYERS.get(name, name)][int(layer) - 1]
@@ -117,7 +124,12 @@ def test_the_jacobian_is_that_of_table_5(load_reference):
         q = float(fixed_points.analyse(phi, *scales, start=q).q_star)
         if q != pytest.approx(number(inputs["q"]), rel=1e-6):
             continue  # the row's q is no fixed point
-        found = summary._at_fixed_point(phi, q, *scales, np.zeros(0), depth)  # alone, as above
+        found = summary._at_fixed_point(
+            # alone, as above
+            summary._at_length(phi, q, *scales, np.zeros(0), depth=depth),
+            q,
+            scales[0],
+        )
         for name, ours in JACOBIAN.items():
             of = found["jacobian"][inputs["ensemble"]][ours]
             assert of == pytest.approx(number(values[name]), rel=1e-8), row["id"]

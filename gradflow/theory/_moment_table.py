@@ -126,6 +126,7 @@ class Table(NamedTuple):
     def _panel(self, log: Array) -> Array:
         return jnp.clip(jnp.floor(jax.lax.stop_gradient(log)), _LOWEST, _HIGHEST - 1)
 
+    @jax.jit  # it is traced once for all that a program asks of it
     def at(self, q: Float[Array, ""]) -> Averages:
         """Return the averages at a length."""
         log = jnp.log2(q)

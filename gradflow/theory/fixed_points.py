@@ -41,7 +41,7 @@ from gradflow.theory._depth_scales import depth_scale, depth_scale_near_1
 from gradflow.theory._moment_table import Table, averages_at, over_grid
 
 __all__ = ["LABELS", "Analysis", "LengthFixedPoints", "Stability", "Status", "analyse", "length"]
-__all__ += ["representable_depth", "trainable_depth"]
+__all__ += ["length_and_analyses", "representable_depth", "trainable_depth"]
 
 
 class Stability(enum.IntEnum):
@@ -131,7 +131,7 @@ LABELS = {
 }
 
 
-def trainable_depth(xi: Float[Array, "..."]) -> Float[Array, "..."]:
+def trainable_depth(xi: Float[ArrayLike, "..."]) -> Float[Array, "..."]:
     """Return 6 |ξ|, the depth up to which networks train: a rule of thumb, not a law.
 
     Parameters
@@ -153,8 +153,7 @@ def trainable_depth(xi: Float[Array, "..."]) -> Float[Array, "..."]:
     ----------
     Schoenholz et al. 2017, arXiv:1611.01232, section 5.
     """
-    (xi,) = as_grids(xi=as_numbers("xi", xi, float))
-    return _six_times(xi)
+    return _six_times(*as_grids(xi=as_numbers("xi", xi, float)))
 
 
 @program()
@@ -244,17 +243,33 @@ def _length(activation: Activation, sigma_w2: Array, sigma_b2: Array) -> LengthF
     table = Table.of(activation, sigma_w2.dtype)
 
     def one(sigma_w2: Array, sigma_b2: Array) -> LengthFixedPoints:
-        points = _length_at(activation, table, sigma_w2, sigma_b2).points
-        present = points.stability != Stability.ABSENT
-        order = jnp.argsort(~present, stable=True)
-        fields = points._asdict()
-        stability = fields.pop("stability")[order]
-        sorted_fields = {
-            name: jnp.where(present, values, jnp.nan)[order] for name, values in fields.items()
-        }
-        return LengthFixedPoints(**sorted_fields, stability=stability)
+        return _present_first(_length_at(activation, table, sigma_w2, sigma_b2).points)
 
     return over_grid(one, sigma_w2, sigma_b2)
+
+
+def _present_first(points: LengthFixedPoints) -> LengthFixedPoints:
+    """The fixed points of one map, absent ones last and NaN."""
+    present = points.stability != Stability.ABSENT
+    order = jnp.argsort(~present, stable=True)
+    fields = points._asdict()
+    stability = fields.pop("stability")[order]
+    sorted_fields = {
+        name: jnp.where(present, values, jnp.nan)[order] for name, values in fields.items()
+    }
+    return LengthFixedPoints(**sorted_fields, stability=stability)
+
+
+@program("activation")
+def length_and_analyses(
+    activation: Activation, sigma_w2: Array, sigma_b2: Array, starts: Float[Array, " starts"]
+) -> tuple[LengthFixedPoints, Analysis]:
+    """`length` at one σ_w² and σ_b², and `analyse` from some starts: less work than each alone."""
+    table = Table.of(activation, sigma_w2.dtype)
+    lengths = _length_at(activation, table, sigma_w2, sigma_b2)
+    settled = jax.vmap(lambda start: _settled(table, lengths, sigma_w2, sigma_b2, start))(starts)
+    scales = (jnp.broadcast_to(scale, starts.shape) for scale in (sigma_w2, sigma_b2))
+    return _present_first(lengths.points), _analysis(activation, table, *settled, *scales)
 
 
 def analyse(
@@ -301,9 +316,25 @@ def analyse(
 @program("activation")
 def _analyse(activation: Activation, sigma_w2: Array, sigma_b2: Array, start: Array) -> Analysis:
     table = Table.of(activation, sigma_w2.dtype)
-    status, point, moment_error = over_grid(
-        functools.partial(_settled, activation, table), sigma_w2, sigma_b2, start
-    )
+
+    def one(sigma_w2: Array, sigma_b2: Array, start: Array) -> tuple:
+        lengths = _length_at(activation, table, sigma_w2, sigma_b2)
+        return _settled(table, lengths, sigma_w2, sigma_b2, start)
+
+    status, point, error = over_grid(one, sigma_w2, sigma_b2, start)
+    return _analysis(activation, table, status, point, error, sigma_w2, sigma_b2)
+
+
+def _analysis(
+    activation: Activation,
+    table: Table,
+    status: Array,
+    point: LengthFixedPoints,
+    moment_error: Array,
+    sigma_w2: Array,
+    sigma_b2: Array,
+) -> Analysis:
+    """The analysis of lengths whose fate `_settled` knows."""
     q = point.q_star
     diverges, neutral = status == Status.DIVERGES, status == Status.NEUTRAL
     collapses_algebraically = status == Status.COLLAPSES_ALGEBRAICALLY
@@ -440,7 +471,8 @@ def _error_of_length(
 
     The error of V(q)/q, times the response of q* to it.
     """
-    near, eps = table.at(q), jnp.finfo(q.dtype).eps
+    near, slope = jax.jvp(table.at, (q,), (jnp.ones_like(q),))
+    eps = jnp.finfo(q.dtype).eps
     of_moment = table.error_at(q)
     straight = sigma_w2 * near.limit
     terms = jnp.abs(straight - 1) + sigma_w2 * near.sizes[0] + sigma_b2 / q
@@ -448,7 +480,7 @@ def _error_of_length(
     exact = jnp.frexp(near.limit)[0] == 0.5
     error = sigma_w2 * of_moment + 4 * eps * terms + jnp.where(exact, 0, eps * straight)
     away = jnp.abs(near.excess(near.gain, sigma_w2))
-    bend = sigma_w2 * q * jnp.abs(jax.grad(lambda q: table.at(q).gain)(q))
+    bend = sigma_w2 * q * jnp.abs(slope.gain)
     # Where the maps touch, the square root: (q - q*)² V''/2 is the error.
     linear, root = (
         jnp.where(x > 0, y / jnp.where(x > 0, x, 1), jnp.inf)
@@ -460,10 +492,9 @@ def _error_of_length(
 
 
 def _settled(
-    activation: Activation, table: Table, sigma_w2: Array, sigma_b2: Array, start: Array
+    table: Table, lengths: _Lengths, sigma_w2: Array, sigma_b2: Array, start: Array
 ) -> tuple[Array, LengthFixedPoints, Array]:
     """Return the status, the fixed point, and E[φ²]'s error, of the length from ``start``."""
-    lengths = _length_at(activation, table, sigma_w2, sigma_b2)
     points = lengths.points
     present = (points.stability != Stability.ABSENT).at[0].set(True)
     excess, _, size = _excess(table, start, sigma_w2, sigma_b2)
