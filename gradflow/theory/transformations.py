@@ -38,6 +38,7 @@ from jaxtyping import Array, Float
 
 from gradflow import activations, gaussian
 from gradflow._checks import check_count, unknown_name
+from gradflow._programs import program
 from gradflow._roots import bisect
 from gradflow.activations import Activation, ActivationLike
 from gradflow.blocks import Dense
@@ -288,8 +289,8 @@ def tailored_leaky_relu(depth: int, eta: float = 0.9) -> Activation:
     return apply(activations.leaky_relu(slope), Transformation(output_scale=scale))
 
 
-@jax.jit
-def _leaky_relu_slope(eta: Array, depth: Array) -> tuple[Array, Array]:
+@program()
+def _leaky_relu_slope(eta: Array, depth: Array | int) -> tuple[Array, Array]:
     """Return the slope α in [0, 1] at which C_f(0) = η, and C_f(0) of ReLUs, the largest."""
 
     def correlation(slope: Array) -> Array:
@@ -527,7 +528,7 @@ def _starts(activation: Activation, target: float) -> Iterator[tuple[float, floa
         yield math.log(a) + 0.5, float(b)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
+@program("method", "activation", seconds=1.0)
 def _newton(
     method: _Method,
     activation: Activation,
