@@ -239,10 +239,10 @@ CALLS = [
     ('fixed_points.analyse("nosuch",1.0)', "unknown activation 'nosuch'"),
     (
         "fixed_points.analyse(phi,np.ones(2),np.ones(3))",
-        "sigma_w2 has shape (2,) and sigma_b2 (3,)",
+        "sigma_w2 has shape (2,) and sigma_b2 has shape (3,)",
     ),
     ("fixed_points.length(3,1.0)", "activation is 3"),
-    ("fixed_points.length(phi,[])", "sigma_w2 or sigma_b2 is empty"),
+    ("fixed_points.length(phi,[])", "sigma_w2 has shape (0,)"),
     (
         'fixed_points.representable_depth(0.5,"int32")',
         "unknown dtype 'int32' (did you mean 'float32'?)",
