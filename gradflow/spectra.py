@@ -86,7 +86,7 @@ def run(
         check_layers(sigma_w2, depth, weights)
         q = _settled(activation, sigma_w2, sigma_b2) if q is None else q
         check_scale("q", q)
-    law = _slope_law(activation, q)
+        law = _slope_law(activation, q)
         dataset, report, top = _theory(law, (sigma_w2, depth, weights), points)
         title = f"{activation.name}, {depth} {weights} layers: σ_w² = {sigma_w2:.6g}, q = {q:.6g}"
         dataset.attrs = {"title": title, "networks": networks, "width": width, "seed": seed}
