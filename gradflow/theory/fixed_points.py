@@ -260,11 +260,39 @@ def _present_first(points: LengthFixedPoints) -> LengthFixedPoints:
     return LengthFixedPoints(**sorted_fields, stability=stability)
 
 
-@program("activation")
 def length_and_analyses(
+    activation: ActivationLike,
+    sigma_w2: ArrayLike,
+    sigma_b2: ArrayLike,
+    starts: ArrayLike,
+) -> tuple[LengthFixedPoints, Analysis]:
+    """`length` at one σ_w² and σ_b², and `analyse` from several starts: less work than each alone.
+
+    Parameters
+    ----------
+    activation, sigma_w2, sigma_b2
+        As for `length`, σ_w² and σ_b² two numbers.
+    starts
+        q of the first layer, > 0, shape (starts,).
+
+    Raises
+    ------
+    InputError
+        As `analyse` does.
+    """
+    activation = activations.get(activation)
+    gaussian.check(activation)
+    check_scale("starts", starts, positive=True)
+    for name, value in (("sigma_w2", sigma_w2), ("sigma_b2", sigma_b2)):
+        check_scale(name, value)
+    w2, b2, q = as_grids(sigma_w2=sigma_w2, sigma_b2=sigma_b2, starts=starts)
+    return _length_and_analyses(activation, w2[0], b2[0], q)
+
+
+@program("activation")
+def _length_and_analyses(
     activation: Activation, sigma_w2: Array, sigma_b2: Array, starts: Float[Array, " starts"]
 ) -> tuple[LengthFixedPoints, Analysis]:
-    """`length` at one σ_w² and σ_b², and `analyse` from some starts: less work than each alone."""
     table = Table.of(activation, sigma_w2.dtype)
     lengths = _length_at(activation, table, sigma_w2, sigma_b2)
     settled = jax.vmap(lambda start: _settled(table, lengths, sigma_w2, sigma_b2, start))(starts)
