@@ -37,7 +37,13 @@ from gradflow.activations import Activation, ActivationLike
 from gradflow.errors import InputError
 from gradflow.theory._correlations import correlation_curvature
 from gradflow.theory._depth_scales import depth_scale
-from gradflow.theory._moment_table import Averages, Table, averages_at, over_grid
+from gradflow.theory._moment_table import (
+    Averages,
+    Table,
+    averages_at,
+    over_grid,
+    seconds_over_grid,
+)
 from gradflow.theory.fixed_points import Analysis, Status, analyse
 
 if TYPE_CHECKING:
@@ -129,7 +135,7 @@ def critical_line(activation: ActivationLike, q: ArrayLike) -> CriticalPoints:
     return _line(activation, *as_grids(q=q))
 
 
-@program("activation")
+@program("activation", seconds=seconds_over_grid)
 def _line(activation: Activation, q: Array) -> CriticalPoints:
     q = q[..., None]
     m = gaussian.some_moments(activation, ("phi2", "dphi2", "x_phi_dphi"), q)
@@ -350,7 +356,7 @@ def critical_at_infinity(
     return _critical_at_infinity(activation, *as_grids(sigma_b2=sigma_b2, start=begin))
 
 
-@program("activation")
+@program("activation", seconds=seconds_over_grid)
 def _critical_at_infinity(activation: Activation, sigma_b2: Array, start: Array) -> Array:
     slope = Table.of(activation, sigma_b2.dtype).infinity.dphi2
     usable = jnp.isfinite(slope) & (slope > 0)

@@ -38,7 +38,13 @@ from gradflow.activations import Activation, ActivationLike
 from gradflow.theory._approach import approach_of_correlation, approach_of_length
 from gradflow.theory._correlations import correlation_fixed_point
 from gradflow.theory._depth_scales import depth_scale, depth_scale_near_1
-from gradflow.theory._moment_table import Table, averages_at, over_grid
+from gradflow.theory._moment_table import (
+    Table,
+    averages_at,
+    in_parts,
+    over_grid,
+    seconds_over_grid,
+)
 
 __all__ = ["LABELS", "Analysis", "LengthFixedPoints", "Stability", "Status", "analyse", "length"]
 __all__ += ["length_and_analyses", "representable_depth", "trainable_depth"]
@@ -203,9 +209,6 @@ def _representable(chi: Array, least: ArrayLike, largest: ArrayLike) -> Array:
     return jnp.where(critical, jnp.inf, 2 * limit / jnp.where(critical, 1, log))
 
 
-# The length map -----------------------------------------------------------------------------------
-
-
 def length(
     activation: ActivationLike, sigma_w2: ArrayLike, sigma_b2: ArrayLike = 0.0
 ) -> LengthFixedPoints:
@@ -238,7 +241,7 @@ def length(
     return _length(activation, *as_grids(sigma_w2=sigma_w2, sigma_b2=sigma_b2))
 
 
-@program("activation")
+@program("activation", seconds=seconds_over_grid)
 def _length(activation: Activation, sigma_w2: Array, sigma_b2: Array) -> LengthFixedPoints:
     table = Table.of(activation, sigma_w2.dtype)
 
@@ -341,7 +344,7 @@ def analyse(
     return _analyse(activation, *as_grids(sigma_w2=sigma_w2, sigma_b2=sigma_b2, start=start))
 
 
-@program("activation")
+@program("activation", seconds=seconds_over_grid)
 def _analyse(activation: Activation, sigma_w2: Array, sigma_b2: Array, start: Array) -> Analysis:
     table = Table.of(activation, sigma_w2.dtype)
 
@@ -349,8 +352,11 @@ def _analyse(activation: Activation, sigma_w2: Array, sigma_b2: Array, start: Ar
         lengths = _length_at(activation, table, sigma_w2, sigma_b2)
         return _settled(table, lengths, sigma_w2, sigma_b2, start)
 
-    status, point, error = over_grid(one, sigma_w2, sigma_b2, start)
-    return _analysis(activation, table, status, point, error, sigma_w2, sigma_b2)
+    def part(sigma_w2: Array, sigma_b2: Array, start: Array) -> Analysis:
+        status, point, error = jax.vmap(one)(sigma_w2, sigma_b2, start)
+        return _analysis(activation, table, status, point, error, sigma_w2, sigma_b2)
+
+    return in_parts(part, sigma_w2, sigma_b2, start)
 
 
 def _analysis(
