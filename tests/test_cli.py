@@ -4,11 +4,13 @@ import functools
 import io
 import itertools
 import json
+import math
 import subprocess
 import sys
 from pathlib import Path
 
 import commands
+import numpy as np
 import pytest
 import xarray
 from rich.table import Table
@@ -36,6 +38,17 @@ def gradflow(*arguments, cwd):
 def here(tmp_path):
     """Runs a command in this process, in a new folder."""
     return functools.partial(commands.run, cwd=tmp_path)
+
+
+@pytest.mark.medium
+def test_the_saturation_threshold_is_an_option(tmp_path, here):
+    """tanh's slope 1 - tanh²(z) is below t where |z| is above artanh √(1-t); z ~ N(0, q)."""
+    done = here("compare", *SMALL, "--inputs", "1", "--saturation-threshold", "0.6", "--out", "o")
+    assert done.returncode == 0, done.stderr
+    dataset = xarray.load_dataset(tmp_path / "o" / "results.nc")
+    least = math.atanh(math.sqrt(1 - 0.6))
+    expected = [math.erfc(least / math.sqrt(2 * q)) for q in dataset.q_theory.values.tolist()]
+    np.testing.assert_allclose(dataset.saturation_theory, expected, rtol=1e-6)
 
 
 @pytest.mark.medium
@@ -249,6 +262,10 @@ def test_help_is_there_with_examples(command, here):
         (["note", "--networks", "1"], "networks is 1; it is a whole number of at least 2"),
         (["note", "--uniform-networks", "0"], "uniform_networks is 0"),
         (["compare", "--networks", "0"], "networks is 0"),
+        (
+            ["compare", "--saturation-threshold", "2"],
+            "saturation_threshold is 2.0; it is a",
+        ),
         (["compare", "--inputs", "5000"], "there are 1797 digit images"),
         (["compare", "--sigma-w", "nan"], "sigma_w is nan; it is a finite number above 0"),
         (["compare", "--sigma-b", "inf"], "sigma_b is inf"),

@@ -1,5 +1,6 @@
 """Commands that put theory beside simulation, of one network or of all remedies for it."""
 
+import dataclasses
 import json
 import math
 from collections.abc import Iterator, Sequence
@@ -57,6 +58,10 @@ def compare(
     context: typer.Context,
     networks: Annotated[int, typer.Option(help="How many random networks.")] = 1000,
     sampler: Annotated[str, typer.Option(help="dense, matrix_free, or auto.")] = "auto",
+    saturation_threshold: Annotated[
+        float,
+        typer.Option(help="A unit is saturated where |φ'| is below this share of its largest."),
+    ] = 4 * 0.01 * 0.99,
     seed: Seed = 0,
     out: Out = None,
     as_json: Json = False,
@@ -74,7 +79,9 @@ def compare(
     check_count("networks", networks)
     check_deviation("sigma_b", context.params["sigma_b"] or 0.0)
     inputs = chosen_inputs(context, described)
-    network = _schema.network(described)
+    network = dataclasses.replace(
+        _schema.network(described), saturation_threshold=saturation_threshold
+    )
     named = [name for name in ("activation", "weights") if name in described]
     folder = results_folder(context, *named, out=out)
 
