@@ -123,6 +123,7 @@ class Program:
 
 
 _lock = threading.RLock()
+source()  # now, and not when the first program is traced: files may be edited while a process runs
 
 
 def _settings() -> tuple:
@@ -210,9 +211,10 @@ def _load(path: Path) -> tuple[PyTreeDef, Callable] | None:
     """The structure of a program's result, and the program; None if it is not there, or damaged."""
     try:
         content = path.read_bytes()
-        os.utime(path)
     except OSError:
         return None
+    with suppress(OSError):  # a folder to read from alone
+        os.utime(path)
     seal, body = content[:32], content[32:]
     if hashlib.sha256(body).digest() != seal:
         return None
