@@ -4,13 +4,13 @@ import dataclasses
 import functools
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, ArrayLike, Key, PRNGKeyArray, UInt32
+from jaxtyping import Array, ArrayLike, Key, PRNGKeyArray, PyTreeDef, UInt32
 
 from gradflow import _schema, networks
 from gradflow._arguments import PRNG
@@ -19,11 +19,13 @@ from gradflow._schema import NONE, Option
 from gradflow.errors import InputError
 from gradflow.networks import Network
 
-__all__ = ["DIGITS_IMAGES", "DIGITS_WIDTH", "INPUTS", "Point", "keys", "resolved"]
+__all__ = ["DIGITS_IMAGES", "DIGITS_WIDTH", "INPUTS", "Family", "Point", "keys", "resolved"]
 __all__ += ["varies_as_number"]
 
 # Of scikit-learn's images of digits: how many there are, and the pixels of each.
 DIGITS_IMAGES, DIGITS_WIDTH = 1797, 64
+# Inputs that a family keeps: of few points where each has its own, of all where they share them.
+_INPUTS_KEPT = 64
 
 
 @dataclasses.dataclass(frozen=True)
@@ -128,6 +130,86 @@ def keys(words: UInt32[ArrayLike, "points 3"]) -> Key[Array, " points"]:
     return jax.vmap(one)(jnp.asarray(words))
 
 
+class Family:
+    """The networks and inputs of points of one program, as arrays with an axis of points.
+
+    Where each scale of a network is decided by one field, as in almost every grid, a network is
+    made for each value of a field, and not for each point.
+    """
+
+    def __init__(self, first: Point) -> None:
+        """Prepare for the points of this one's program."""
+        self._first = first
+        self._base, self._structure = _flat(first)
+        self._varied = [f for f in first.settings if f not in INPUTS and _is_number(f)]
+        # By field and value: the scales of the first network with that value; and by scale, the
+        # field that decides it.
+        self._scales: dict[tuple[str, float], list] = {}
+        self._decided_by: dict[int, str] = {}
+        self._inputs: dict[str, np.ndarray] = {}
+        self._separate = True
+
+    def __call__(self, points: Sequence[Point]) -> tuple[Network, np.ndarray]:
+        """A network whose scales have shape (points,), and inputs, (points, batch, n_0); float64.
+
+        Raises
+        ------
+        InputError
+            If a point's fields do not go together.
+        """
+        scales = self._by_field(points) if self._separate else None
+        if scales is None:
+            self._separate = False
+            scales = np.array([_flat(point)[0] for point in points], float).T
+        inputs = np.stack([self._inputs_of(point) for point in points])
+        return jax.tree.unflatten(self._structure, list(scales)), inputs
+
+    def _by_field(self, points: Sequence[Point]) -> np.ndarray | None:
+        """The scales, (scales, points); None where several fields decide one together."""
+        scales = np.empty((len(self._base), len(points)))
+        scales[:] = np.array(self._base, float)[:, None]
+        for field in self._varied:
+            column = [point.settings[field] for point in points]
+            for value in set(column):
+                if not self._is_separate(field, value):
+                    return None
+            decided = [n for n, by in self._decided_by.items() if by == field]
+            own = [[self._scales[field, value][n] for n in decided] for value in column]
+            scales[decided] = np.array(own, float).T
+        # What two fields decide together shows where both differ from the first point's.
+        made, structure = _flat(points[-1])
+        same = structure == self._structure and made == scales[:, -1].tolist()
+        return scales if same else None
+
+    def _is_separate(self, field: str, value: float) -> bool:
+        """Whether a field's value changes no scale that another field decides."""
+        if (field, value) not in self._scales:
+            changed = dataclasses.replace(
+                self._first, settings={**self._first.settings, field: value}
+            )
+            scales, structure = _flat(changed)
+            if structure != self._structure:
+                return False
+            for n, (scale, base) in enumerate(zip(scales, self._base, strict=True)):
+                if scale != base and self._decided_by.setdefault(n, field) != field:
+                    return False
+            self._scales[field, value] = scales
+        return True
+
+    def _inputs_of(self, point: Point) -> np.ndarray:
+        own = str([(f, v) for f, v in point.settings.items() if f in _OF_INPUTS])
+        if own not in self._inputs:
+            if len(self._inputs) > _INPUTS_KEPT:
+                self._inputs.clear()
+            self._inputs[own] = point.inputs()
+        return self._inputs[own]
+
+
+def _flat(point: Point) -> tuple[list, PyTreeDef]:
+    """The scales of a point's network, and its structure without a name."""
+    return jax.tree.flatten(dataclasses.replace(point.network(), name=""))
+
+
 _ENCODER = json.JSONEncoder(sort_keys=True)
 
 
@@ -144,6 +226,10 @@ def resolved(fields: Mapping[str, Any]) -> dict[str, Any]:
 
 def _option(field: str) -> Option:
     return INPUTS[field] if field in INPUTS else _schema.options()[field]
+
+
+def _is_number(field: str) -> bool:
+    return field != "seed" and varies_as_number(field)
 
 
 def varies_as_number(field: str) -> bool:
@@ -205,6 +291,8 @@ def _inputs(
 
 # What stands in [inputs], by name.
 INPUTS = {name: o for name, o in _schema.read_options(_inputs).items() if name != "width"}
+# The fields that decide a point's inputs.
+_OF_INPUTS = (*INPUTS, "width", "input_width", "widths")
 # The fields that each point has, given or not: its name depends on them.
 _DEFAULTS: dict[str, Any] = {"kind": "mlp", "norm": NONE, "batch": 1}
 _DEFAULTS |= {"mean_square": 1.0, "correlation": 0.0}
