@@ -141,10 +141,9 @@ class Family:
         """Prepare for the points of this one's program."""
         self._first = first
         self._base, self._structure = _flat(first)
-        self._varied = [f for f in first.settings if f not in INPUTS and _is_number(f)]
         # By field and value: the scales of the first network with that value; and by scale, the
         # field that decides it.
-        self._scales: dict[tuple[str, float], list] = {}
+        self._scales: dict[tuple[str, float | str], list] = {}
         self._decided_by: dict[int, str] = {}
         self._inputs: dict[str, np.ndarray] = {}
         self._separate = True
@@ -168,8 +167,12 @@ class Family:
         """The scales, (scales, points); None where several fields decide one together."""
         scales = np.empty((len(self._base), len(points)))
         scales[:] = np.array(self._base, float)[:, None]
-        for field in self._varied:
+        for field, first in self._first.settings.items():
+            if field == "seed" or field in INPUTS:
+                continue
             column = [point.settings[field] for point in points]
+            if all(value == first for value in column):
+                continue
             for value in set(column):
                 if not self._is_separate(field, value):
                     return None
@@ -181,7 +184,7 @@ class Family:
         same = structure == self._structure and made == scales[:, -1].tolist()
         return scales if same else None
 
-    def _is_separate(self, field: str, value: float) -> bool:
+    def _is_separate(self, field: str, value: float | str) -> bool:
         """Whether a field's value changes no scale that another field decides."""
         if (field, value) not in self._scales:
             changed = dataclasses.replace(
@@ -226,10 +229,6 @@ def resolved(fields: Mapping[str, Any]) -> dict[str, Any]:
 
 def _option(field: str) -> Option:
     return INPUTS[field] if field in INPUTS else _schema.options()[field]
-
-
-def _is_number(field: str) -> bool:
-    return field != "seed" and varies_as_number(field)
 
 
 def varies_as_number(field: str) -> bool:
