@@ -207,10 +207,14 @@ def best(run, repeats=3):
     return min(times)
 
 
+# Tiles of normals that each core draws, and their size.
+TILES = (1 << 8, 1 << 14)
+
+
 def limits(width, inputs):
     """The machine's own: normals a second, of the fastest generator, FLOP/s, and bytes/s."""
     side_by_side = os.cpu_count() if jax.default_backend() == "cpu" else 1
-    shape = (side_by_side, 1 << 8, 1 << 14)
+    shape = (side_by_side, *TILES)
     keys = jax.random.split(jax.random.key(0), shape[:2])
     drawn = {}
     for name, normal in (("gradflow", _threefry.normal), ("JAX", jax.random.normal)):

@@ -36,10 +36,21 @@ KINDS = {
     "width 1000, depth 50": {"width": 1000, "depth": 50, "networks": 20_000},
     "width 30, depth 20": {"width": 30, "depth": 20, "networks": 500_000},
 }
-QUICK = {"width 30, depth 5": {"width": 30, "depth": 5, "networks": 300_000}}
+QUICK = {"width 30, depth 5": {"width": 30, "depth": 5, "networks": 5_000}}
+# The most values that a chunk has of quick studies: several chunks for each process.
+_QUICK_VALUES = 1 << 16
 # The first chunks, which compile; two may be drawn at a time.
 _COMPILING = 2
-COMMAND = "import os; os.sched_setaffinity(0, {cores}); from gradflow.cli import main; main()"
+COMMAND = """
+import os
+os.sched_setaffinity(0, {cores})
+from gradflow.cli import _process, main
+if {chunk_values}:
+    _process.prepare()
+    from gradflow.studies import _plan
+    _plan._CHUNK_VALUES = {chunk_values}
+main()
+"""
 
 
 def rate(folders):
@@ -55,9 +66,10 @@ def rate(folders):
     return total
 
 
-def started(file, out, cores, *more):
+def started(file, out, cores, chunk_values, *more):
+    program = COMMAND.format(cores=cores, chunk_values=chunk_values)
     return subprocess.Popen(
-        [sys.executable, "-c", COMMAND.format(cores=cores), "study", file, "--out", out, *more],
+        [sys.executable, "-c", program, "study", file, "--out", out, *more],
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
     )
@@ -86,7 +98,7 @@ def runs(cores):
     )
 
 
-def scaling(kind, folder):
+def scaling(kind, folder, chunk_values):
     cores = sorted(os.sched_getaffinity(0))[:2]
     file = folder / "study.toml"
     file.write_text(TEXT.format(**kind))
@@ -97,7 +109,7 @@ def scaling(kind, folder):
         ]
         start = time.perf_counter()
         running = [
-            started(str(file), str(out), those, *options)
+            started(str(file), str(out), those, chunk_values, *options)
             for out, (options, those) in zip(outs, processes, strict=True)
         ]
         if any(process.wait() for process in running):
@@ -113,9 +125,9 @@ def scaling(kind, folder):
     return rows
 
 
-def costs(kind, folder):
+def costs(kind, folder, chunk_values):
     """The mean seconds of each step of a chunk, and the bytes that it copies and stores."""
-    from gradflow.studies import _execution, _runner, _store, _study_file
+    from gradflow.studies import _execution, _plan, _runner, _store, _study_file
 
     spent = collections.defaultdict(list)
 
@@ -145,6 +157,7 @@ def costs(kind, folder):
             "theory",
             timed("theory of all points", _runner.TaskRunner.theory),
         ),
+        (_plan, "_CHUNK_VALUES", chunk_values or _plan._CHUNK_VALUES),
     ]
     before = [getattr(owner, name) for owner, name, _ in patched]
     try:
@@ -168,8 +181,9 @@ def main(arguments=None):
     for name, kind in (QUICK if options.quick else KINDS).items():
         print(f"\n{name}\n{'':<30}{'networks/s':>12}{'efficiency':>13}{'wall, s':>10}", flush=True)
         with tempfile.TemporaryDirectory() as folder:
-            rows = scaling(kind, Path(folder))
-            each = costs(kind, Path(folder))
+            values = _QUICK_VALUES if options.quick else None
+            rows = scaling(kind, Path(folder), values)
+            each = costs(kind, Path(folder), values)
         for step, value in each.items():
             print(f"{step:<30}{value:>12.4g}")
         report[name] = {"scaling": rows, "costs": each}

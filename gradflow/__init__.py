@@ -20,7 +20,7 @@ simulation         the same statistics, measured in many random networks at once
 verdict            whether gradients vanish or explode, in words and as a factor a layer
 comparison         theory beside simulation: z-scores and a verdict
 training           many networks in training, with the statistics of every layer along the way
-data               real inputs with labels, to train on
+data               inputs that are made, read or real, and real ones with labels, to train on
 figures            one function a figure
 spectra            singular values of end-to-end Jacobians, theory beside simulation
 remedies           a network whose gradients vanish or explode, beside each remedy for it

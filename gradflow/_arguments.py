@@ -41,7 +41,7 @@ def from_seed(seed: Any) -> PRNGKeyArray:
         )
     bits = int(seed) % (2 * _SEEDS)
     words = np.array([bits >> 32, bits & 0xFFFFFFFF], np.uint32)
-    return jax.random.wrap_key_data(jnp.asarray(words), impl=PRNG)
+    return jax.random.wrap_key_data(jax.device_put(words), impl=PRNG)
 
 
 def as_key(key: Any, name: str = "key") -> PRNGKeyArray:
@@ -70,8 +70,8 @@ def all_finite(array: Array | np.ndarray) -> bool:
     """Whether all values of an array are finite; traced values are taken to be."""
     if is_traced(array):
         return True
-    if not isinstance(array, jax.Array):
-        return bool(np.isfinite(array).all())
+    if not isinstance(array, jax.Array) or array.is_fully_addressable:
+        return bool(np.isfinite(np.asarray(array)).all())
     with jax.ensure_compile_time_eval():  # a known array is looked at while a program is traced
         return bool(jnp.isfinite(array).all())
 
@@ -98,6 +98,27 @@ def as_numbers(name: str, value: Any, whole: DTypeLike = np.float32) -> Array | 
     if not (jnp.issubdtype(array.dtype, jnp.number) or array.dtype == bool):
         raise InputError(f"{name} is {shown(value)}; it is an array of numbers")
     return array if jnp.issubdtype(array.dtype, jnp.floating) else array.astype(whole)
+
+
+def as_grids(**given: Any) -> tuple[Any, ...]:
+    """Arguments as floats of one dtype and one shape, JAX's if one of them is, else NumPy's.
+
+    Raises
+    ------
+    InputError
+        If they do not broadcast to one shape, or are empty.
+    """
+    values = [np.asarray(v) if isinstance(v, list | tuple) else v for v in given.values()]
+    dtype = jnp.promote_types(jnp.result_type(*values), jnp.result_type(0.0))
+    xp: Any = jnp if any(isinstance(value, jax.Array) for value in values) else np
+    shapes = " and ".join(f"{name} has shape {np.shape(v)}" for name, v in given.items())
+    try:
+        grids = xp.broadcast_arrays(*(xp.asarray(value, dtype) for value in values))
+    except ValueError as error:
+        raise InputError(f"{shapes}; they are of shapes that broadcast to one") from error
+    if not grids[0].size:
+        raise InputError(f"{shapes}; each is one number or more")
+    return tuple(grids)
 
 
 def as_real(name: str, value: Any, whole: DTypeLike = np.float32) -> Array | np.ndarray:

@@ -20,7 +20,8 @@ from jaxtyping import Array, Float, ScalarLike
 __all__ = ["Moment", "PairMoment", "Values", "angle", "cos2", "cos4", "cos_cos"]
 __all__ += ["erf_derivative_kernel", "erf_kernel", "gelu_derivative_kernel", "gelu_dphi2"]
 __all__ += ["gelu_kernel", "gelu_phi2", "gelu_x_phi_dphi", "gram_determinant", "hard_tanh_inside"]
-__all__ += ["sin2", "sin2_cos2", "sin4", "sin_sin"]
+__all__ += ["sin2", "sin2_cos2", "sin4", "sin_sin", "snake_kernel", "snake_mixed", "snake_phi4"]
+__all__ += ["snake_phi2_dphi2", "snake_phi_ddphi"]
 
 Values: TypeAlias = Float[Array, "..."] | Float[np.ndarray, "..."] | ScalarLike
 Moment: TypeAlias = Callable[[Array], Array | float]
@@ -85,6 +86,62 @@ def cos_cos(q_u: Array, q_v: Array, k: Array) -> Array:
     """E cos(u) cos(v) = exp(-(q_u + q_v)/2) cosh k."""
     m = (q_u + q_v) / 2
     return (jnp.exp(k - m) + jnp.exp(-k - m)) / 2
+
+
+# snake is x + sin²x. With e = exp(-2q) = E cos 2x, E cos 4x = e⁴, E cos 6x = e⁹, E cos 8x = e¹⁶.
+
+
+def _polynomial(power: int, *coefficients: tuple[int, float]) -> Moment:
+    """A polynomial in e = exp(-2q) that (1 - e)^power divides, by pairs of exponent and factor."""
+    whole = np.zeros(1 + max(n for n, _ in coefficients))
+    for n, factor in coefficients:
+        whole[n] = factor
+    divisor = np.poly1d([-1, 1]) ** power
+    quotient, _ = np.polydiv(whole[::-1], divisor.coeffs)
+
+    def value(q: Array) -> Array:
+        e, rest = jnp.exp(-2 * q), jnp.zeros_like(q)
+        for factor in np.round(quotient * 128) / 128:  # exact, as all factors are such fractions
+            rest = rest * e + factor
+        return (-jnp.expm1(-2 * q)) ** power * rest
+
+    return value
+
+
+_sin8 = _polynomial(4, *((n, f / 128) for n, f in ((0, 35), (1, -56), (4, 28), (9, -8), (16, 1))))
+_sin4_sin2_of_2x = _polynomial(
+    3, *((n, f / 32) for n, f in ((0, 5), (1, -4), (4, -4), (9, 4), (16, -1)))
+)
+
+
+def snake_mixed(q: Array) -> Array:
+    """E[x sin²x sin 2x]/q = e - e⁴."""
+    return -jnp.exp(-2 * q) * jnp.expm1(-6 * q)
+
+
+def snake_phi4(q: Array) -> Array:
+    """E x⁴ + 6 E x² sin⁴x + E sin⁸x."""
+    mixed = q * sin4(q) + 2 * q**2 * snake_mixed(q)
+    return 3 * q**2 + 6 * mixed + _sin8(q)
+
+
+def snake_phi_ddphi(q: Array) -> Array:
+    """2 E sin²x cos 2x = e - (1 + e⁴)/2."""
+    e = jnp.exp(-2 * q)
+    return jnp.expm1(-2 * q) * (1 - e - e**2 - e**3) / 2
+
+
+def snake_phi2_dphi2(q: Array) -> Array:
+    """E (x + sin²x)² (1 + sin 2x)²."""
+    e4 = jnp.exp(-8 * q)
+    of_squares = q - q * jnp.expm1(-8 * q) / 2 + 8 * q**2 * e4  # E x² (1 + sin² 2x)
+    return of_squares + 4 * q * snake_mixed(q) + sin4(q) + _sin4_sin2_of_2x(q)
+
+
+def snake_kernel(q_u: Array, q_v: Array, k: Array) -> Array:
+    """E uv + E sin²u sin²v."""
+    apart = jnp.expm1(-2 * q_u) * jnp.expm1(-2 * q_v)
+    return k + (apart + 2 * sin_sin(2 * q_u, 2 * q_v, 2 * k) ** 2) / 4
 
 
 def erf_kernel(q_u: Array, q_v: Array, k: Array) -> Array:

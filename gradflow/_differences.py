@@ -1,6 +1,5 @@
 """One statistic, theory beside measurement: differences, their z-scores and what explains them."""
 
-import dataclasses
 import enum
 import math
 from collections.abc import Sequence
@@ -8,7 +7,6 @@ from typing import NamedTuple
 
 import equinox as eqx
 import numpy as np
-import scipy.stats
 from jax.typing import ArrayLike
 
 from gradflow import statistics
@@ -17,7 +15,6 @@ from gradflow.estimation import Estimate
 from gradflow.predictions import Corrections, Prediction
 from gradflow.simulation.monte_carlo import Simulation
 from gradflow.statistics import Statistic
-from gradflow.theory import float64
 
 __all__ = [
     "Differences",
@@ -25,7 +22,6 @@ __all__ = [
     "Status",
     "at_layers",
     "compare_statistic",
-    "with_densities",
 ]
 __all__ += ["differences", "shrinks_with_the_width", "significance_threshold"]
 
@@ -230,8 +226,10 @@ def _without_rounding(shift: ArrayLike, of: np.ndarray) -> np.ndarray:
 
 def significance_threshold(networks: int, comparisons: int) -> float:
     """The z-score that 1 % of as many comparisons of correct theory exceed anywhere, by chance."""
+    from scipy.special import stdtrit  # noqa: PLC0415  (slow to import)
+
     tail = _FALSE_ALARM_RATE / (2 * max(comparisons, 1))
-    return float(scipy.stats.t.isf(tail, max(networks - 1, 1)))
+    return float(-stdtrit(max(networks - 1, 1), tail))
 
 
 def shrinks_with_the_width(
@@ -255,9 +253,3 @@ def shrinks_with_the_width(
     with np.errstate(invalid="ignore"):
         grew = quarter * np.sign(difference) > 2 * np.abs(difference)
     return vanishes & grew
-
-
-def with_densities(simulation: Simulation, inputs: ArrayLike) -> Simulation:
-    """A simulation of these inputs, (sites, n_0), whose histograms have their ``theory``."""
-    histograms = float64.densities(simulation.network, inputs, simulation.histograms)
-    return dataclasses.replace(simulation, histograms=histograms)

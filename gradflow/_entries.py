@@ -17,7 +17,7 @@ from gradflow.errors import InputError
 __all__ = ["Beside", "Check", "LookedUp", "Number", "OneOf", "Whole", "Wholes", "Widths"]
 __all__ += ["check_entries"]
 __all__ += ["check_known", "clipped", "finite", "flag", "path_of", "positive", "probability"]
-__all__ += ["scale", "shown", "table", "text"]
+__all__ += ["scale", "share", "shown", "table", "text"]
 
 # Above what any file can mean, and far below what would fill the memory before it is refused.
 _MOST_UNITS = 10**9
@@ -155,6 +155,7 @@ class Number:
 scale = Number("a number from 0 to 1e15", lambda v: 0 <= v <= 1e15)
 positive = Number("a number above 0, at most 1e15", lambda v: 0 < v <= 1e15)
 probability = Number("a number above 0, at most 1", lambda v: 0 < v <= 1)
+share = Number("a number from 0 to 1", lambda v: 0 <= v <= 1)
 finite = Number("a finite number")
 
 

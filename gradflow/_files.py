@@ -7,10 +7,12 @@ import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-
-import xarray
+from typing import TYPE_CHECKING
 
 from gradflow.errors import InputError
+
+if TYPE_CHECKING:
+    import xarray
 
 
 def writable_folder(folder: Path, name: str = "out") -> Path:
@@ -101,7 +103,7 @@ def _reason(error: OSError) -> str:
     return (error.strerror or str(error)).lower()
 
 
-def write_netcdf_slabs(slabs: Iterable[xarray.Dataset], along: str, path: Path) -> None:
+def write_netcdf_slabs(slabs: "Iterable[xarray.Dataset]", along: str, path: Path) -> None:
     """Write a dataset that is too large for memory, slab by slab along one dimension.
 
     The file is netCDF 3 and ``along`` its record dimension: records stand one after another at the
@@ -118,7 +120,7 @@ def write_netcdf_slabs(slabs: Iterable[xarray.Dataset], along: str, path: Path) 
         The file; an existing one is replaced.
     """
 
-    def write(dataset: xarray.Dataset) -> bytes:
+    def write(dataset: "xarray.Dataset") -> bytes:
         with tempfile.TemporaryDirectory(dir=path.parent, prefix=path.name) as folder:
             beside = Path(folder) / "slab.nc"
             dataset.to_netcdf(beside, engine="scipy", unlimited_dims=[along])

@@ -9,6 +9,7 @@ import enum
 import functools
 import hashlib
 import importlib
+import importlib.metadata
 import inspect
 import sys
 from collections.abc import Callable, Iterable
@@ -16,7 +17,6 @@ from pathlib import Path
 from types import FunctionType, MethodType
 from typing import Any
 
-import equinox
 import jax
 import jaxlib.version
 import numpy as np
@@ -47,8 +47,8 @@ def source() -> str:
     folder = Path(__file__).parent
     for path in sorted(folder.rglob("*.py")):
         digest.update(str(path.relative_to(folder)).encode() + b"\0" + path.read_bytes())
-    versions = (sys.version, jax.__version__, jaxlib.version.__version__, equinox.__version__)
-    digest.update(repr((*versions, np.__version__)).encode())
+    versions = (sys.version, jax.__version__, jaxlib.version.__version__, np.__version__)
+    digest.update(repr((*versions, importlib.metadata.version("equinox"))).encode())
     return digest.hexdigest()
 
 
@@ -120,7 +120,7 @@ def _of_code(value: Any) -> str:
         if wrapped is not None and not isinstance(value, FunctionType):
             return f"{type(value).__name__}({identity(wrapped)})"
     if not isinstance(value, FunctionType):
-        return _name_in_its_module(value)
+        return _name_of_constant(value)
     if value.__globals__["__name__"].startswith("jaxtyping."):  # it checks shapes, in tests
         return identity(inspect.unwrap(value))
     if value.__module__.partition(".")[0] not in _KNOWN_PACKAGES:
@@ -142,6 +142,8 @@ def closes_over_tracer(value: Any) -> bool:
         parts = value
     elif isinstance(value, dict):
         parts = value.values()
+    elif isinstance(value, PyTreeDef):
+        parts = (value.node_data(), value.children())
     elif isinstance(value, functools.partial):
         parts = (value.func, value.args, value.keywords)
     elif isinstance(value, MethodType):
@@ -187,13 +189,14 @@ def _to_plain(value: Any) -> Any:
         return value
     if isinstance(value, (tuple, list)):
         return {type(value).__name__: [_to_plain(part) for part in value]}
-    return {"name": _name(value) if isinstance(value, type) else _name_in_its_module(value)}
+    return {"name": _name(value) if isinstance(value, type) else _name_of_constant(value)}
 
 
-def _name_in_its_module(value: Any) -> str:
-    """The name of a constant of the module that its class is in."""
-    module = type(value).__module__
-    if module.partition(".")[0] in _KNOWN_PACKAGES:
+def _name_of_constant(value: Any) -> str:
+    """The name of a constant of one of gradflow's modules, or of the module of its class."""
+    own = type(value).__module__
+    ours = (name for name in list(sys.modules) if name.partition(".")[0] == "gradflow")
+    for module in (own, *ours) if own.partition(".")[0] in _KNOWN_PACKAGES else ():
         for name, known in vars(sys.modules[module]).items():
             if known is value:
                 return f"{module}:{name}"

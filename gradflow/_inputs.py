@@ -3,6 +3,7 @@
 import math
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
@@ -51,7 +52,7 @@ def as_inputs(inputs: Any, network: Any) -> Array:
     """
     array = checked_inputs(inputs, network)
     with np.errstate(over="ignore"):  # the next line looks for it
-        converted = jnp.asarray(array)
+        converted = jnp.asarray(array) if is_traced(array) else jax.device_put(array)
     dtype = converted.dtype
     if not all_finite(converted):
         raise InputError(

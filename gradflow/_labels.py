@@ -1,16 +1,18 @@
 """Statistics by name and key: which are asked for, where results keep them, and axis labels."""
 
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import numpy as np
-import xarray
 
 from gradflow._checks import check_instance, unknown_name
 from gradflow._layers import exp
 from gradflow.errors import InputError, UnknownName
 from gradflow.statistics import ALL, Statistic
+
+if TYPE_CHECKING:
+    import xarray
 
 __all__ = ["BY_KEY", "Values", "checked", "key_of", "labelled", "layers", "with_names"]
 
@@ -73,7 +75,9 @@ def with_names(values: Mapping[str, Any]) -> dict[str, Any]:
     return {**logs, **values}
 
 
-def labelled(dataset: xarray.Dataset, known: Iterable[Statistic] | None = None) -> xarray.Dataset:
+def labelled(
+    dataset: "xarray.Dataset", known: Iterable[Statistic] | None = None
+) -> "xarray.Dataset":
     """Give every variable that is named after a statistic (of `ALL`) its label."""
     for statistic in ALL if known is None else known:
         names = {statistic.name: statistic.label}

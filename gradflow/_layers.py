@@ -8,6 +8,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float
 
 from gradflow._norms import unit_rows
+from gradflow._unit_distributions import Shifted
 from gradflow.activations import Activation
 
 __all__ = ["BackwardLimit", "BackwardSample", "ForwardLimit", "ForwardSample", "exp"]
@@ -23,7 +24,7 @@ class ForwardSample(eqx.Module):
     activation: Float[Array, "sites n"]
     slope: Float[Array, "sites n"]
     log_scale: Float[Array, " sites"]
-    max_slope: float = eqx.field(static=True)
+    saturated_slope: float = eqx.field(static=True)  # the |φ'| below which a unit is saturated
 
     @functools.cached_property
     def directions(self) -> tuple[Float[Array, "sites n"], Float[Array, " sites"]]:
@@ -48,6 +49,10 @@ class ForwardLimit(eqx.Module):
         is 0 unless second moments are beyond `gaussian.log_limits`.
     gaussian
         Whether signals are known to be Gaussian over units; otherwise averages of φ are NaN.
+    saturation_threshold
+        The network's.
+    about
+        The means that units draw, and that signals are Gaussian about; None where they are 0.
     """
 
     covariance: Float[Array, "*layers sites sites"]
@@ -55,6 +60,8 @@ class ForwardLimit(eqx.Module):
     log_scale: Float[Array, "*layers sites"]
     gaussian: Bool[Array, "*layers"]
     activation: Activation = eqx.field(static=True)
+    saturation_threshold: float = eqx.field(static=True)
+    about: Shifted | None = None
 
 
 class BackwardSample(eqx.Module):
@@ -76,6 +83,7 @@ class BackwardLimit(eqx.Module):
     """The infinite-width limit of the gradient ∂C/∂z at a layer, or at all, per input, as logs.
 
     ``log_variance`` is of one component of δ; ``log_ratio`` is log χ, NaN at the top layer.
+    ``log_spread`` is E log ‖δ‖² less log E ‖δ‖², over networks, where it is not 0 at any width.
     ``why_missing`` says why there is no theory of some layers' signals and gradients, if so.
     """
 
@@ -84,6 +92,7 @@ class BackwardLimit(eqx.Module):
     log_weight_variance: Float[Array, "*layers"]
     width: Float[Array, "*layers"]
     why_missing: str | None = eqx.field(static=True, default=None)
+    log_spread: Float[Array, "*layers sites"] | None = None
 
 
 def exp(x: Array | np.ndarray) -> Array | np.ndarray:

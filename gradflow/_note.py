@@ -26,7 +26,6 @@ import scipy.optimize
 from gradflow import activations, builders, data
 from gradflow._arguments import from_seed
 from gradflow._checks import check_count
-from gradflow._differences import with_densities
 from gradflow.activations import Activation
 from gradflow.comparison import Comparison, compare_results, explain_differences
 from gradflow.errors import InputError
@@ -294,22 +293,17 @@ def _comparison(known: _Known) -> tuple[Setting, Comparison]:
 
 
 def _paper_networks(key: jax.Array) -> dict[str, Simulation]:
-    inputs = jnp.asarray(data.resized(data.digits()[:_PAPER_IMAGES], _PAPER_WIDTH))
-    network = [_PAPER_WIDTH] * (_PAPER_DEPTH + 1)
-    return {
-        weights: with_densities(
-            simulate(
-                builders.mlp(network, "tanh", weights),
-                inputs,
-                key=key,
-                networks=_PAPER_NETWORKS,
-                wanted=(),
-                histograms=True,
-            ),
-            inputs,
+    inputs = jnp.asarray(data.inputs(_PAPER_WIDTH, input="digits", batch=_PAPER_IMAGES))
+
+    def simulated(weights: str) -> Simulation:
+        network = builders.mlp([_PAPER_WIDTH] * (_PAPER_DEPTH + 1), "tanh", weights)
+        simulation = simulate(
+            network, inputs, key=key, networks=_PAPER_NETWORKS, wanted=(), histograms=True
         )
-        for weights in ("standard", "normalized")
-    }
+        with_theory = float64.densities(network, inputs, simulation.histograms)
+        return dataclasses.replace(simulation, histograms=with_theory)
+
+    return {weights: simulated(weights) for weights in ("standard", "normalized")}
 
 
 def critical_width(activation: Activation) -> float:
@@ -360,7 +354,7 @@ def _narrower_chi(key: jax.Array, width: int) -> dict[int, Estimate]:
     return {
         n: simulate(
             builders.mlp([n] * (_SWEEP_DEPTH + 1), "logistic", "unscaled"),
-            jnp.asarray(data.resized(data.digits()[:1], n)),
+            jnp.asarray(data.inputs(n, input="digits")),
             key=jax.random.fold_in(key, n),
             networks=_SWEEP_NETWORKS,
             wanted=(chi_statistic,),

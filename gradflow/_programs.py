@@ -12,14 +12,14 @@ import inspect
 import json
 import os
 import tempfile
+import threading
 from collections.abc import Callable, Hashable
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar, cast
 
 import jax
 import jax.export
-import jax.numpy as jnp
 import numpy as np
 from jaxtyping import PyTreeDef
 
@@ -33,7 +33,7 @@ from gradflow._identity import (
     tree_to_plain,
 )
 
-__all__ = ["Float64Program", "forget", "program"]
+__all__ = ["Float64Program", "Program", "forget", "program"]
 
 _Arguments = ParamSpec("_Arguments")
 _Result = TypeVar("_Result")
@@ -51,33 +51,108 @@ _SETTINGS = (
 )
 
 
-class _Traced:
-    """A function of arrays for arguments of these shapes, traced, or found on disk."""
+class Program:
+    """A function of arrays for arguments of these shapes: traced, or found on disk, and compiled.
+
+    Attributes
+    ----------
+    result
+        The shapes and dtypes of the function's result.
+    """
+
+    @classmethod
+    def of(
+        cls,
+        function: Callable,
+        arguments: tuple,
+        seconds: float,
+        /,
+        *,
+        twice: bool = False,
+        **constants: Any,
+    ) -> "Program":
+        """The program of a function for arguments of these shapes, traced once and cached.
+
+        Parameters
+        ----------
+        function
+            A function that JAX can trace.
+        arguments
+            Arguments with the shapes of those that the program will be called with.
+        seconds
+            How long all runs will take, in seconds of one core; see `_compilation.options`.
+        twice
+            Whether it computes values again that must be the same to the last bit.
+        **constants
+            Further arguments, by name, which are constants of the program.
+        """
+        leaves, structure = jax.tree.flatten(arguments)
+        compiler = tuple(options(seconds, computes_twice=twice).items())
+        named, shapes = tuple(constants.items()), tuple(map(jax.typeof, leaves))
+        # In turn: what one thread has traced, others need not.
+        with _lock:
+            return _programs(function, named, structure, shapes, compiler, _settings())
 
     def __init__(
-        self, function: Callable, structure: PyTreeDef, shapes: tuple, seconds: float, twice: bool
+        self, function: Callable, structure: PyTreeDef, shapes: tuple, compiler: dict[str, Any]
     ) -> None:
         """Trace a function whose arguments have this structure, with leaves of these shapes."""
-        self._options = functools.partial(options, seconds, computes_twice=twice)
-        self._shapes = shapes
+        self._compiler, self._lock, self._shapes = compiler, threading.Lock(), shapes
         path = _path_of(function, structure, shapes)
         kept = None if path is None else _load(path)
-        if kept is None:
-            self.structure, exported = _trace(function, structure, shapes, path)
-        else:
-            self.structure, exported = kept
-        self._lowered = jax.jit(exported).lower(*shapes)
+        self._structure, traced = kept or _trace(function, structure, shapes, path)
+        self._lowered = jax.jit(traced).lower(*shapes)
+        self.result = jax.tree.unflatten(self._structure, jax.tree.leaves(self._lowered.out_info))
 
     @functools.cached_property
-    def compiled(self) -> Callable:
+    def _compiled(self) -> Callable:
         """The compiled program, of and to leaves."""
         with caching():
-            return self._lowered.compile(self._options())
+            return self._lowered.compile(self._compiler)
 
-    @property
-    def result(self) -> Any:
-        """The shapes and dtypes of the result."""
-        return jax.tree.unflatten(self.structure, jax.tree.leaves(self._lowered.out_info))
+    def compile(self) -> None:
+        """Compile the program now, before its first call."""
+        with self._lock:
+            self._compiled  # noqa: B018  (a cached property)
+
+    def __call__(self, *arguments: Any) -> Any:
+        """The function's result."""
+        self.compile()
+        values = self._compiled(*map(_as_array, jax.tree.leaves(arguments), self._shapes))
+        return jax.tree.unflatten(self._structure, values)
+
+
+_lock = threading.RLock()
+source()  # now, and not when the first program is traced: files may be edited while a process runs
+
+
+def _settings() -> tuple:
+    return tuple(getattr(jax.config, name) for name in _SETTINGS)
+
+
+@functools.lru_cache(maxsize=512)
+def _programs(
+    function: Callable,
+    constants: tuple[tuple[str, Hashable], ...],
+    structure: PyTreeDef,
+    shapes: tuple,
+    compiler: tuple[tuple[str, Any], ...],
+    settings: tuple,  # noqa: ARG001  (what was traced depends on them)
+) -> Program:
+    if closes_over_tracer((constants, structure)):
+        raise _TracedConstantError
+    specs = tuple(map(_as_spec, shapes))
+    bound = functools.partial(function, **dict(constants))
+    return Program(bound, structure, specs, dict(compiler))
+
+
+class _TracedConstantError(Exception):
+    """A constant of a program is being traced, as an activation's parameter may be."""
+
+
+def forget() -> None:
+    """Drop all programs of this process, as `jax.clear_caches` does those of `jax.jit`."""
+    _programs.cache_clear()
 
 
 def _trace(
@@ -110,8 +185,7 @@ def _path_of(function: Callable, structure: PyTreeDef, shapes: tuple) -> Path | 
         text = identity((function, structure))
     except NotStorableError:
         return None
-    settings = [getattr(jax.config, name) for name in _SETTINGS]
-    everything = repr((source(), jax.default_backend(), settings, shapes, text))
+    everything = repr((source(), jax.default_backend(), _settings(), shapes, text))
     return folder / _FOLDER / (hashlib.sha256(everything.encode()).hexdigest() + _SUFFIX)
 
 
@@ -123,18 +197,24 @@ def _save(path: Path, structure: bytes, content: bytes) -> None:
         with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
             file.write(hashlib.sha256(body).digest() + body)
         os.replace(file.name, path)
-        kept = sorted(path.parent.iterdir(), key=lambda file: file.stat().st_mtime)
-        for old in kept[:-_MOST_KEPT]:
-            old.unlink(missing_ok=True)
+        _discard_oldest(path.parent)
+
+
+@functools.cache  # once a process: a folder of thousands of files takes some milliseconds to list
+def _discard_oldest(folder: Path) -> None:
+    kept = sorted(folder.iterdir(), key=lambda file: file.stat().st_mtime)
+    for old in kept[:-_MOST_KEPT]:
+        old.unlink(missing_ok=True)
 
 
 def _load(path: Path) -> tuple[PyTreeDef, Callable] | None:
     """The structure of a program's result, and the program; None if it is not there, or damaged."""
     try:
         content = path.read_bytes()
-        os.utime(path)
     except OSError:
         return None
+    with suppress(OSError):  # a folder to read from alone
+        os.utime(path)
     seal, body = content[:32], content[32:]
     if hashlib.sha256(body).digest() != seal:
         return None
@@ -143,19 +223,8 @@ def _load(path: Path) -> tuple[PyTreeDef, Callable] | None:
     return structure, jax.export.deserialize(bytearray(body[end:])).call
 
 
-# The programs of each decorated function.
-_all: list[dict[Hashable, _Traced]] = []
-
-
-def forget() -> None:
-    """Drop all programs of this process, as `jax.clear_caches` does those of `jax.jit`."""
-    for programs in _all:
-        programs.clear()
-    Float64Program.of_shapes.cache_clear()
-
-
 def program(
-    *static: str, seconds: float = 0.01, twice: bool = False
+    *static: str, seconds: float | Callable[..., float] = 0.01, twice: bool = False
 ) -> Callable[[Callable[_Arguments, _Result]], Callable[_Arguments, _Result]]:
     """Decorate a function of arrays: called with numbers, it is a compiled program of its own.
 
@@ -166,7 +235,8 @@ def program(
     *static
         The names of arguments that are constants of the program; they are hashable.
     seconds
-        How long a run takes, in seconds of one core; see `_compilation.options`.
+        How long a run takes, in seconds of one core, or a function of the arguments that says it;
+        see `_compilation.options`.
     twice
         Whether it computes values again that must be the same to the last bit.
     """
@@ -174,8 +244,9 @@ def program(
     def decorate(function: Callable[_Arguments, _Result]) -> Callable[_Arguments, _Result]:
         jitted = jax.jit(function, static_argnames=static)
         signature = inspect.signature(function)
-        programs: dict[Hashable, _Traced] = {}
-        _all.append(programs)
+
+        def by_name(given: dict[str, Any], /, **constants: Any) -> Any:
+            return cast(Callable, function)(**given, **constants)
 
         @functools.wraps(function)
         def call(*args: _Arguments.args, **kwargs: _Arguments.kwargs) -> _Result:
@@ -183,33 +254,25 @@ def program(
             arguments.apply_defaults()
             given = dict(arguments.arguments)
             constants = {name: given.pop(name) for name in static}
-            leaves, structure = jax.tree.flatten((given,))
-            if not all(map(_is_here, leaves)):
-                return jitted(*args, **kwargs)
-            shapes = tuple(map(jax.typeof, leaves))
-            settings = tuple(getattr(jax.config, name) for name in _SETTINGS)
-            key = (tuple(constants.values()), structure, shapes, settings)
-            if (traced := programs.get(key)) is None:
-                if closes_over_tracer(constants):
-                    return jitted(*args, **kwargs)
-                specs = tuple(map(_as_spec, shapes))
-                bound = functools.partial(_by_name, function, constants)
-                traced = programs[key] = _Traced(bound, structure, specs, seconds, twice)
-            values = traced.compiled(*map(jnp.asarray, leaves))
-            return jax.tree.unflatten(traced.structure, values)
+            if all(map(_is_here, jax.tree.leaves(given))):
+                with suppress(_TracedConstantError):
+                    time = seconds(*args, **kwargs) if callable(seconds) else seconds
+                    compiled = Program.of(by_name, (given,), time, twice=twice, **constants)
+                    return compiled(given)
+            return jitted(*args, **kwargs)
 
         return call
 
     return decorate
 
 
-def _by_name(function: Callable, constants: dict[str, Any], given: dict[str, Any]) -> Any:
-    """The value of a function for arguments by name."""
-    return function(**constants, **given)
-
-
 def _as_spec(shape: Any) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(shape.shape, shape.dtype, weak_type=shape.weak_type)
+
+
+def _as_array(leaf: Any, shape: Any) -> Any:
+    """A leaf as an array, for which JAX need compile nothing."""
+    return leaf if isinstance(leaf, jax.Array) else np.asarray(leaf, shape.dtype)
 
 
 def _is_here(leaf: Any) -> bool:
@@ -235,53 +298,17 @@ class Float64Program:
         The shapes and dtypes of the function's result.
     """
 
-    @classmethod
-    def of(
-        cls, function: Callable, arguments: tuple, seconds: float, **static: Hashable
-    ) -> "Float64Program":
-        """The program of a function for arguments of these shapes, traced once and cached.
-
-        Parameters
-        ----------
-        function
-            A function that JAX can trace.
-        arguments
-            Arguments with the shapes of those that the program will be called with.
-        seconds
-            How long a run will take, in seconds of one core.
-        **static
-            Further arguments, which are constants of the program.
-        """
-        leaves, structure = jax.tree.flatten(arguments)
-        shapes = tuple(np.shape(leaf) for leaf in leaves)
-        return cls.of_shapes(function, structure, shapes, seconds, tuple(static.items()))
-
-    @classmethod
-    @functools.lru_cache(maxsize=32)
-    def of_shapes(
-        cls,
-        function: Callable,
-        structure: PyTreeDef,
-        shapes: tuple[tuple[int, ...], ...],
-        seconds: float,
-        static: tuple[tuple[str, Hashable], ...],
-    ) -> "Float64Program":
-        """The program for leaves of these shapes."""
-        specs = tuple(jax.ShapeDtypeStruct(shape, np.float64) for shape in shapes)
-        bound = functools.partial(function, **dict(static))
+    def __init__(
+        self, function: Callable, arguments: tuple, seconds: float, /, **constants: Any
+    ) -> None:
+        """Trace a function; the arguments are as for `Program.of`."""
+        shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(np.shape(leaf), float), arguments)
         with jax.enable_x64(True):
-            return cls(_Traced(bound, structure, specs, seconds, twice=False))
-
-    def __init__(self, traced: _Traced) -> None:
-        self._traced, self.result = traced, traced.result
-
-    def compile(self) -> None:
-        """Compile the program now, before its first call."""
-        self._traced.compiled  # noqa: B018  (a cached property)
+            self._program = Program.of(function, shapes, seconds, **constants)
+        self.result, self.compile = self._program.result, self._program.compile
 
     def __call__(self, *arguments: Any) -> Any:
         """The function's result, as NumPy arrays."""
-        leaves = [np.asarray(leaf, np.float64) for leaf in jax.tree.leaves(arguments)]
+        numbers = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), arguments)
         with jax.enable_x64(True), jax.no_tracing(True):
-            values = self._traced.compiled(*leaves)
-            return jax.tree.unflatten(self._traced.structure, map(np.asarray, values))
+            return jax.tree.map(np.asarray, self._program(*numbers))

@@ -21,7 +21,7 @@ import typing
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Annotated, Any
 
-from gradflow import _entries, builders, ensembles
+from gradflow import _entries, builders, data, ensembles
 from gradflow._checks import check_number
 from gradflow._entries import Beside, Check, OneOf, Whole, Wholes, positive, scale
 from gradflow.ensembles import Ensemble
@@ -33,7 +33,10 @@ __all__ = [
     "KINDS",
     "NONE",
     "Option",
+    "arguments_of",
     "check_together",
+    "input_options",
+    "input_shape",
     "is_idle",
     "missing",
     "network",
@@ -41,7 +44,12 @@ __all__ = [
 __all__ += ["options", "read_options"]
 
 # What `kind` may be: by name, the builder of such networks.
-KINDS: dict[str, Callable[..., Network]] = {"mlp": builders.mlp, "residual": builders.residual}
+KINDS: dict[str, Callable[..., Network]] = {
+    "mlp": builders.mlp,
+    "residual": builders.residual,
+    "convolutional": builders.convolutional,
+    "recurrent": builders.recurrent,
+}
 # The text of files and commands for a builder's None, where its other values are names.
 NONE = "none"
 # A builder's parameters that describe no network.
@@ -99,7 +107,7 @@ def options() -> Mapping[str, Option]:
 @functools.lru_cache(maxsize=8)
 def _options(kinds: tuple[tuple[str, Callable[..., Network]], ...]) -> Mapping[str, Option]:
     names = tuple(name for name, _ in kinds)
-    kind = f"The architecture, {' or '.join(names)}."
+    kind = f"The architecture, {', '.join(names[:-1])} or {names[-1]}."
     known = {"kind": Option("kind", kind, str, False, OneOf("kind", names), names[0], names)}
     for name, builder in kinds:
         parameters = inspect.signature(builder).parameters
@@ -109,6 +117,13 @@ def _options(kinds: tuple[tuple[str, Callable[..., Network]], ...]) -> Mapping[s
                 of = dict.fromkeys((*first.kinds, name))
                 known[own.name] = dataclasses.replace(first, kinds=tuple(of))
     return types.MappingProxyType(known)
+
+
+@functools.cache
+def input_options() -> Mapping[str, Option]:
+    """Every option that describes a network's inputs, by name: the arguments of `data.inputs`."""
+    found = read_options(data.inputs)
+    return types.MappingProxyType({name: found[name] for name in found if name != "width"})
 
 
 def read_options(function: Callable[..., Any]) -> dict[str, Option]:
@@ -202,7 +217,7 @@ def check_together(given: Mapping[str, str], kinds: Collection[str]) -> None:
             raise InputError(f"{given[name]} is of networks of kind {own[0]!r}; leave it out")
     if "widths" in given and not set(kinds) <= set(known["widths"].kinds):
         raise InputError(
-            f"{given['widths']} is of networks of kind 'mlp'; give width and depth instead"
+            f"{given['widths']} is of networks of kind 'mlp'; give the other kinds' own instead"
         )
     for name in given:
         beside = known[name].beside
@@ -235,6 +250,19 @@ def _required_of(function: Callable[..., Any]) -> list[str]:
     return [p.name for p in parameters if p.default is p.empty]
 
 
+def input_shape(description: Mapping[str, Any]) -> tuple[int | None, tuple[int, ...]]:
+    """The number of components that a description gives an input, None if none; and its shape.
+
+    The shape is that of an image's positions and channels; () where an input is a vector.
+    """
+    if "channels" in description and "shape" in description:
+        shape = (*description["shape"], description["channels"][0])
+        return math.prod(shape), shape
+    if "widths" in description:
+        return int(description["widths"][0]), ()
+    return description.get("input_width"), ()
+
+
 def is_idle(name: str, description: Mapping[str, Any]) -> bool:
     """Whether an option makes no difference to the network of a whole description."""
     option = options().get(name)
@@ -259,6 +287,18 @@ def network(description: Mapping[str, Any]) -> Network:
     InputError
         If an option is unknown, they do not go together, one is missing, or has no such value.
     """
+    kind, arguments = arguments_of(description)
+    return KINDS[kind](**arguments)
+
+
+def arguments_of(description: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
+    """The kind of the network that options describe, and the arguments of its builder.
+
+    Raises
+    ------
+    InputError
+        As `network` does, but for what the builder itself refuses.
+    """
     given = {name: value for name, value in description.items() if value is not None}
     _entries.check_known("", given, options())
     kind = options()["kind"].check("kind", given.pop("kind", "mlp"))
@@ -269,16 +309,15 @@ def network(description: Mapping[str, Any]) -> Network:
         name: None if value == NONE and options()[name].default is None else value
         for name, value in given.items()
     }
-    if "widths" not in given:
+    if "widths" not in given and "width" in given:
         given.setdefault("input_width", given["width"])
-    builder = KINDS[kind]
-    parameters = inspect.signature(builder).parameters
+    parameters = inspect.signature(KINDS[kind]).parameters
     arguments = {name: value for name, value in given.items() if name in parameters}
     for name, write in _WRITTEN.items():
         own = {n: given[n] for n in inspect.signature(write).parameters if n in given}
         if name in parameters and set(own) - {name}:
             arguments[name] = write(**own)
-    return builder(**arguments)
+    return kind, arguments
 
 
 def _equal_layers(
@@ -304,8 +343,8 @@ def _scaled_weights(
     sigma_w2: Annotated[float, positive] | None = None,
     distribution: Annotated[str, OneOf("distribution", tuple(ensembles.DISTRIBUTIONS))]
     | None = None,
-) -> Ensemble:
-    """An ensemble, or weights of variance σ_w²/fan_in, from any distribution.
+) -> Ensemble | list[Ensemble]:
+    """An ensemble, one for each layer, or weights of variance σ_w²/fan_in, from any distribution.
 
     Parameters
     ----------
@@ -319,8 +358,10 @@ def _scaled_weights(
     if sigma_w2 is not None:
         check_number("sigma_w2", sigma_w2, positive=True)
         sigma_w = math.sqrt(sigma_w2)
-    ensemble = ensembles.get(weights) if sigma_w is None else ensembles.fan_in(sigma_w)
-    return ensemble if distribution is None else ensemble.drawn_from(distribution)
+    each = ensembles.by_layer(weights) if sigma_w is None else [ensembles.fan_in(sigma_w)]
+    if distribution is not None:
+        each = [ensemble.drawn_from(distribution) for ensemble in each]
+    return list(each) if len(each) > 1 else each[0]
 
 
 def _bias_deviation(sigma_b2: Annotated[float, scale]) -> float:

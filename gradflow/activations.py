@@ -1,6 +1,7 @@
 """Activations: a function φ, where it is not smooth, and its Gaussian averages in closed form.
 
 To add one, assign one `Activation` at module level: `ALL`, `get`, and the shared law tests find it.
+`_family` gives it parameters, and a second assignment another name.
 Derivatives are never written here: φ' and φ'' come from JAX. Where JAX loses digits (1 - tanh² and
 1 - sigmoid vanish in the tails) the function itself is written so that it does not: simulation and
 theory differentiate the same function.
@@ -12,301 +13,50 @@ are in `gradflow._closed_forms`.
 """
 
 import functools
+import inspect
 import math
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
-from typing import Any, NamedTuple, TypeAlias
+from dataclasses import replace
+from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.scipy.special import erf as _erf
-from jaxtyping import Array, Float, ScalarLike
+from jaxtyping import Array
 
-from gradflow import _closed_forms
+from gradflow import _closed_forms, _imports
+from gradflow._activation import Activation, Elementwise
 from gradflow._checks import check_sequence, is_number, unknown_name
-from gradflow._closed_forms import Moment, PairMoment, Values
-from gradflow._roots import bisect
 from gradflow.errors import InputError
 
-__all__ = ["ALL", "Activation", "custom", "get", "leaky_relu"]
+__all__ = ["ALL", "Activation", "ActivationLike", "custom", "get", "leaky_relu"]
 
-_Elementwise: TypeAlias = Callable[[Array], Array]
+# What `get` takes: an activation, its name, or a function that is one.
+ActivationLike: TypeAlias = Activation | str | Elementwise
 
-
-@dataclass(frozen=True)
-class Activation:
-    """An elementwise function φ, its kinks, and the closed forms of its Gaussian averages.
-
-    Hashable and compared by name, function and kinks: usable as a static field of an equinox module
-    and as a static argument of `jax.jit`.
-
-    Attributes
-    ----------
-    name
-        The name that `get` finds it by.
-    function
-        φ, elementwise, written in JAX.
-    kinks
-        Points where φ or one of its derivatives is not smooth; quadrature panels end there.
-    homogeneous
-        Whether φ(a·x) = a·φ(x) for every a > 0.
-    moments
-        Closed forms in q of some of `gradflow.gaussian.Moments`, by field name, or of "variance".
-    kernel, derivative_kernel
-        Closed forms of E[φ(u) φ(v)] and E[φ'(u) φ'(v)] in (q_u, q_v, k).
-    """
-
-    name: str
-    function: _Elementwise
-    kinks: tuple[float, ...] = ()
-    homogeneous: bool = False
-    moments: Mapping[str, Moment] = field(default_factory=dict, compare=False, repr=False)
-    kernel: PairMoment | None = field(default=None, compare=False, repr=False)
-    derivative_kernel: PairMoment | None = field(default=None, compare=False, repr=False)
-
-    def __post_init__(self) -> None:
-        if not callable(self.function):
-            raise InputError(f"function is {self.function!r}; it is an elementwise function")
-
-    def __call__(self, x: Values) -> Float[Array, "..."]:
-        """Return φ(x)."""
-        return self.function(jnp.asarray(x))
-
-    def derivative(self, x: Values) -> Float[Array, "..."]:
-        """Return φ'(x); at a kink, the value that JAX's rule for φ gives."""
-        x = jnp.asarray(x)
-        return jax.jvp(self.function, (x,), (jnp.ones_like(x),))[1]
-
-    def second_derivative(self, x: Values) -> Float[Array, "..."]:
-        """Return φ''(x) away from kinks, without the delta functions of `slope_jumps`."""
-        x = jnp.asarray(x)
-        return jax.jvp(self.derivative, (x,), (jnp.ones_like(x),))[1]
-
-    @property
-    def slope_jumps(self) -> tuple[tuple[float, float | Array], ...]:
-        """The pairs (kink, φ'(kink+) - φ'(kink-)) where φ' jumps, so that φ'' holds a delta.
-
-        Where φ has parameters that are being traced, all kinks, with traced jumps that may be 0.
-        """
-        if self._known_slope_jumps is not None:
-            return self._known_slope_jumps
-        points = jnp.asarray(self.kinks)
-        finfo = jnp.finfo(points.dtype)
-        step = jnp.maximum(4 * finfo.eps * jnp.abs(points), 4 * finfo.tiny)
-        jumps = self.derivative(points + step) - self.derivative(points - step)
-        return tuple(zip(self.kinks, jumps, strict=True))
-
-    @functools.cached_property
-    def _known_slope_jumps(self) -> tuple[tuple[float, float], ...] | None:
-        """The `slope_jumps`, or None if parameters are traced, because tracers must not be kept."""
-        if not self.kinks:
-            return ()
-        # A step as small as the number format allows, and not subnormal: XLA flushes those to 0.
-        points = np.asarray(self.kinks)
-        step = np.maximum(4 * np.finfo(float).eps * np.abs(points), 1e-200)
-        with _concrete():
-            above, below = (
-                _compiled_derivative(self, jnp.asarray(x)) for x in (points + step, points - step)
-            )
-        if isinstance(above, jax.core.Tracer):
-            return None
-        jumps = np.asarray(above) - np.asarray(below)
-        return tuple(
-            (float(k), float(j)) for k, j in zip(points, jumps, strict=True) if abs(j) > 1e-12
-        )
-
-    @functools.cached_property
-    def max_slope(self) -> float:
-        """The supremum of |φ'|, over |x| <= 2^20; one-sided at kinks."""
-        x, slope = self._scan
-        best = float(np.max(np.abs(slope)))
-        centre, width = float(x[np.argmax(np.abs(slope))]), 2.0**-5
-        for _ in range(4):  # zoom in on the largest of the grid; an extremum is flat
-            near = np.linspace(centre - width, centre + width, 401)
-            slopes = np.abs(_slopes(self, near))
-            best = max(best, float(slopes.max()))
-            centre, width = float(near[slopes.argmax()]), width / 100
-        return best
-
-    @functools.cached_property
-    def _scan(self) -> tuple[np.ndarray, np.ndarray]:
-        """Points that resolve φ', and φ' there."""
-        half = np.concatenate(
-            [np.arange(0, 16, 2.0**-9), np.arange(16, 2048, 2.0**-5), 2 ** np.linspace(11, 20, 999)]
-        )
-        kinks = np.asarray(self.kinks)
-        beside = 1e-12 * np.maximum(1, np.abs(kinks))
-        x = np.unique(np.concatenate([-half, half, kinks - beside, kinks + beside]))
-        return x, _slopes(self, x)
-
-    @functools.cached_property
-    def bounds(self) -> tuple[float, float] | None:
-        """The least and largest value of φ, or None if it is unbounded.
-
-        φ is taken for bounded if no value beyond |x| = 16 is outside the range of those up to there
-        by more than a tenth of that range.
-        """
-        x = np.concatenate([self._scan[0], [-1e30, 1e30]])
-        with _concrete():
-            values = np.asarray(_compiled(self, jnp.asarray(x)))
-        near = values[np.abs(x) <= 16]
-        low, high = float(values.min()), float(values.max())
-        beyond = max(near.min() - low, high - near.max())
-        return (low, high) if beyond <= 0.1 * (near.max() - near.min()) else None
-
-    @property
-    def powers(self) -> tuple["_Powers", "_Powers"]:
-        """The powers of |x| that φ and its slope are proportional to, near 0 and far from it.
-
-        Parameters of φ that are being traced are traced through.
-        """
-        return self._known_powers or self._traced_powers()
-
-    @functools.cached_property
-    def _known_powers(self) -> tuple["_Powers", "_Powers"] | None:
-        """The `powers`, or None if parameters are traced, because tracers must not be kept."""
-        with _concrete():
-            both = _compiled_powers(self)
-        if isinstance(both[0].value, jax.core.Tracer):
-            return None
-        at_zero, beyond = (_Powers(*map(float, powers)) for powers in both)
-        if np.isnan(beyond.value) and self.bounds is not None:
-            beyond = beyond._replace(value=0.0)
-        return at_zero, beyond
-
-    def _traced_powers(self) -> tuple["_Powers", "_Powers"]:
-        def power(f: _Elementwise, x: Array, of_zero: float) -> Array:
-            sizes = jnp.hypot(f(x), f(-x))
-            powers = jnp.log(sizes[1:] / sizes[:-1]) / math.log(2)
-            alike = jnp.abs(powers[0] - powers[1]) < jnp.sqrt(jnp.finfo(powers.dtype).eps)
-            return jnp.where(jnp.all(sizes == 0), of_zero, jnp.where(alike, powers[1], jnp.nan))
-
-        def powers(x: Array, slope_of_zero: float) -> "_Powers":
-            return _Powers(power(self, x, 1.0), power(self.derivative, x, slope_of_zero))
-
-        small, large = (jnp.asarray(_PROBES * size) for size in (_SMALL, 1 / _SMALL))
-        beyond = powers(large, -math.inf)
-        # Where φ' decays, E[φ'²] is that near 0, ∫ φ'² dx/√(2πq).
-        return powers(small, 0.0), beyond._replace(slope=jnp.maximum(beyond.slope, -0.5))
-
-    def saturated_intervals(self, threshold: float) -> np.ndarray:
-        """Find the intervals in which |φ'(x)| < threshold · max|φ'|.
-
-        Parameters
-        ----------
-        threshold
-            A fraction of the largest slope, in (0, 1].
-
-        Returns
-        -------
-        numpy.ndarray
-            Shape (intervals, 2): disjoint, ascending; the ends may be ±inf. Features of φ' narrower
-            than 2^-5 (2^-9 for |x| < 16) can be missed, and those beyond |x| = 2048 where φ'
-            oscillates; a point where |φ'| only touches the threshold is no end.
-
-        Raises
-        ------
-        InputError
-            If the threshold is not in (0, 1].
-        """
-        if not 0 < threshold <= 1:
-            raise InputError(f"threshold is {threshold!r}; it is a fraction in (0, 1]")
-        return _saturated_intervals(self, float(threshold))
+# By name: what makes an activation of its parameters, which have a default each.
+_FAMILIES: dict[str, Callable[..., Activation]] = {}
 
 
-class _Powers(NamedTuple):
-    """The powers of |x| that φ and φ' are proportional to, at 0 or at ±∞; NaN where there is none.
+def _family(phi: Activation, factors: Callable[..., tuple[float, float]]) -> Activation:
+    """Give φ parameters, by whose factors (a, b) a φ(b x) is made; by default that is φ itself."""
 
-    At ±∞ the slope's power is that of q in E[φ'²], x ~ N(0, q), and so not below -1/2.
-    """
+    @functools.wraps(factors)
+    def make(*parameters: float) -> Activation:
+        output, argument = factors(*parameters)
+        if not (0.01 <= argument <= 100 and output):
+            raise ValueError(parameters)
+        return phi.scaled(output, argument, phi.name)
 
-    value: ScalarLike
-    slope: ScalarLike
-
-
-# The |x| at which powers are computed: far below and above those that averages depend on.
-_SMALL = 1e-18
-_PROBES = np.array([1.0, 2.0, 4.0])
-
-
-@functools.lru_cache(maxsize=256)
-def _saturated_intervals(activation: Activation, threshold: float) -> np.ndarray:
-    level = threshold * activation.max_slope
-    x, slope = activation._scan
-    # |φ'| crosses the level where φ' - level or φ' + level changes sign. Searching for both finds
-    # the interval around a zero of φ' even where it is narrower than a step of the grid.
-    ends = np.concatenate([_roots(activation, x, slope, s * level) for s in (1, -1)])
-    kinks = np.asarray(activation.kinks)
-    for kink in kinks:
-        ends[np.abs(ends - kink) < 1e-11 * max(1, abs(kink))] = kink
-    ends = np.unique(np.concatenate([ends, kinks]))
-    edges = np.concatenate([[-np.inf], ends, [np.inf]])
-    inside = np.clip(edges, 2 * min(x[0], *ends, 0), 2 * max(x[-1], *ends, 0))
-    below = np.abs(_slopes(activation, (inside[1:] + inside[:-1]) / 2)) < level
-    # Runs of pieces below the level are one interval each.
-    change = np.diff(np.concatenate([[0], below.astype(int), [0]]))
-    intervals = np.stack([edges[change == 1], edges[change == -1]], axis=1)
-    intervals.flags.writeable = False  # cached, so shared by all callers
-    return intervals
-
-
-def _roots(activation: Activation, x: np.ndarray, slope: np.ndarray, level: float) -> np.ndarray:
-    """Return the solutions of φ'(x) = level between points of a grid."""
-    above = slope > level
-    (left,) = np.nonzero(above[1:] != above[:-1])
-    if not left.size:
-        return x[left]
-    # Of one size, as a program is compiled for each.
-    parts = -(-left.size // _EVALUATED)
-    low, high, start = (
-        np.resize(end, (parts, _EVALUATED)) for end in (x[left], x[left + 1], above[left])
-    )
-    with _concrete():
-        brackets = zip(low, high, start, strict=True)
-        roots = [np.asarray(_compiled_bisection(activation, level, *each)) for each in brackets]
-        return np.concatenate(roots)[: left.size]
-
-
-@contextmanager
-def _concrete() -> Iterator[None]:
-    """Evaluate at once and in float64, also while a caller's function is being traced."""
-    with jax.ensure_compile_time_eval(), jax.enable_x64(True):
-        yield
-
-
-_compiled = jax.jit(Activation.__call__, static_argnums=0)
-_compiled_derivative = jax.jit(Activation.derivative, static_argnums=0)
-_compiled_powers = jax.jit(Activation._traced_powers, static_argnums=0)
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def _compiled_bisection(
-    activation: Activation, level: Array, low: Array, high: Array, above: Array
-) -> Array:
-    """Return the roots of φ' - level in brackets; whether it is ``above`` 0 at their lower ends."""
-    ends = bisect(lambda x: (activation.derivative(x) > level) != above, low, high, steps=60)
-    return (ends[0] + ends[1]) / 2
-
-
-# Points at which a slope is evaluated in one call.
-_EVALUATED = 4096
-
-
-def _slopes(activation: Activation, x: np.ndarray) -> np.ndarray:
-    """Return φ'(x) as known numbers in float64."""
-    # Of one size, as a program is compiled for each.
-    parts = -(-x.size // _EVALUATED)
-    padded = np.resize(np.asarray(x, float), (parts, _EVALUATED))
-    with _concrete():
-        slopes = [np.asarray(_compiled_derivative(activation, jnp.asarray(p))) for p in padded]
-    return np.concatenate(slopes)[: x.size].reshape(x.shape)
+    _FAMILIES[phi.name] = make
+    return phi
 
 
 def custom(
-    function: _Elementwise, *, kinks: Iterable[float] = (), name: str | None = None
+    function: Elementwise, *, kinks: Iterable[float] = (), name: str | None = None
 ) -> Activation:
     """Return an `Activation` of any elementwise function written in JAX.
 
@@ -346,6 +96,13 @@ def custom(
     return wrapped
 
 
+@contextmanager
+def _concrete() -> Iterator[None]:
+    """Evaluate at once and in float64, also while a caller's function is being traced."""
+    with jax.ensure_compile_time_eval(), jax.enable_x64(True):
+        yield
+
+
 def _kinks(kinks: Any) -> tuple[float, ...]:
     sequence = check_sequence("kinks", kinks, "numbers, where φ is not smooth, as (0.0,)")
     try:
@@ -354,41 +111,128 @@ def _kinks(kinks: Any) -> tuple[float, ...]:
         raise InputError(f"kinks is {kinks!r}; it is numbers, where φ is not smooth") from error
 
 
-def get(activation: Activation | str | _Elementwise) -> Activation:
-    """Return the activation of this name, in any case, or a callable as an `Activation`.
+def get(activation: ActivationLike) -> Activation:
+    """Return the activation of this name, or a callable as an `Activation`.
 
-    ``"sigmoid"`` is `logistic`; ``"leaky_relu(0.2)"`` gives its slope, and so does
-    ``"leaky_relu_0.2"``, which a shell takes without quotes.
+    Names are read in any case, with or without underscores, and those of PyTorch, Keras and JAX are
+    known: ``"swish"`` is `silu`, and so is `jax.nn.silu` itself. Parameters stand in brackets, as
+    in ``"elu(0.5)"``, ``"sin(30)"`` or ``"tanh(1.7159, 2/3)"``, which is 1.7159 tanh(2x/3); one
+    alone also follows an underscore, as in ``"leaky_relu_0.2"``, which a shell takes without
+    quotes. Equal parameters give one object. ``"module:function"`` is a function of your own, at
+    the command line alone, where naming it may import it.
 
     Raises
     ------
     InputError
-        If there is no such name, or the callable is not fit (see `custom`).
+        If there is no such name, a parameter is none, or the callable is not fit (see `custom`).
     """
     if isinstance(activation, Activation):
         return activation
     if isinstance(activation, str):
-        written = activation.strip().lower()
-        parsed = re.fullmatch(r"(leaky_relu)_(\d*\.?\d+)", written) or re.fullmatch(
-            r"(\w+)(?:\(([-+.\de]+)\))?", written
-        )
-        name, argument = parsed.groups() if parsed else (activation, None)
-        if name == "leaky_relu":
-            try:
-                return leaky_relu(float(argument)) if argument else leaky_relu()
-            except ValueError:
-                raise InputError(
-                    f"{activation!r} has no number between its brackets; write leaky_relu(0.2)"
-                ) from None
-        if name in _BY_NAME and argument is None:
-            return _BY_NAME[name]
-        raise unknown_name("activation", activation, (*_BY_NAME, "leaky_relu"))
+        return _by_name(activation)
     if callable(activation):
-        return custom(activation)
+        return _known_function(activation) or custom(activation)
     raise InputError(f"activation is {activation!r}; it is a name or an elementwise function")
 
 
-def _piecewise_linear(name: str, function: _Elementwise, a: float) -> Activation:
+# What was imported, by its text: nobody needs to allow it again.
+_IMPORTED: dict[str, Activation] = {}
+
+
+def _not_imported(x: Array) -> Array:  # noqa: ARG001
+    raise InputError("activation is a function that was not imported; --allow-imports imports it")
+
+
+def _by_name(text: str) -> Activation:
+    if ":" in text:
+        if text not in _IMPORTED:
+            function = _imports.function_at(text)
+            if function is None:
+                return Activation(text, _not_imported)
+            if isinstance(function, Activation):  # with its kinks
+                _IMPORTED[text] = replace(function, name=text)
+            else:
+                _IMPORTED[text] = _known_function(function) or custom(function, name=text)
+        return _IMPORTED[text]
+    key, arguments = _key(text), None
+    if key not in _NAMES and (
+        parsed := re.fullmatch(r"(.+?)\((.*)\)", text.strip())
+        or re.fullmatch(r"(.+)_(-?\d*\.?\d+)", text.strip())
+    ):
+        key, arguments = _key(parsed[1]), parsed[2]
+    if reason := _REFUSED.get(key):
+        raise InputError(f"activation is {text!r}, {reason}")
+    if key not in _NAMES:
+        raise unknown_name("activation", text, (*_BY_NAME, *_ALIASES, "module:function"))
+    name = _NAMES[key]
+    if arguments is None:
+        return _BY_NAME[name] if name in _BY_NAME else get(name)
+    family = name.partition("(")[0]
+    if family not in _FAMILIES:
+        raise InputError(f"activation is {text!r}; {family} has no parameters")
+    return _with_parameters(family, text, arguments.split(","))
+
+
+def _key(name: str) -> str:
+    """A name without what people write in different ways: HardTanh, hard-tanh, hardtanh."""
+    return re.sub(r"[\s_-]", "", name).lower()
+
+
+def _with_parameters(family: str, text: str, arguments: list[str]) -> Activation:
+    """The activation of a family with the parameters that are written."""
+    parameters = inspect.signature(_FAMILIES[family]).parameters
+    try:
+        values = tuple(map(_number, arguments))
+    except (ValueError, ZeroDivisionError):
+        values = ()
+    if not 0 < len(values) <= len(parameters):
+        raise InputError(
+            f"activation is {text!r}; it is {family}({', '.join(parameters)}), with a number for "
+            "each parameter"
+        )
+    rest = tuple(p.default for p in parameters.values())[len(values) :]
+    try:
+        return _member(family, *values, *rest)
+    except (ValueError, ZeroDivisionError) as error:
+        raise InputError(
+            f"activation is {text!r}, of parameters beyond those that averages are known to be "
+            "right for; they scale x by 0.01 to 100, and φ by no 0"
+        ) from error
+
+
+def _number(text: str) -> float:
+    """The finite number that a text as 0.5 or 2/3 is."""
+    numerator, slash, denominator = text.partition("/")
+    value = float(numerator) / (float(denominator) if slash else 1)
+    if not math.isfinite(value):
+        raise ValueError(value)
+    return value
+
+
+@functools.cache  # equal parameters give one object, so that jit caches do not miss
+def _member(family: str, *values: float) -> Activation:
+    defaults = [p.default for p in inspect.signature(_FAMILIES[family]).parameters.values()]
+    if family in _BY_NAME:
+        while values and values[-1] == defaults[len(values) - 1]:
+            values = values[:-1]
+        if not values:
+            return _BY_NAME[family]
+    written = (f"{v:g}" if float(f"{v:g}") == v else repr(v) for v in values)
+    return replace(_FAMILIES[family](*values), name=f"{family}({', '.join(written)})")
+
+
+def _known_function(function: Elementwise) -> Activation | None:
+    """The activation that a function of JAX is, or None."""
+    if isinstance(function, functools.partial) and function.func is jax.nn.gelu:
+        exact = function.keywords == {"approximate": False}
+        return gelu if exact and not function.args else None
+    try:
+        return _BY_FUNCTION.get(function)
+    except TypeError:  # it cannot be hashed
+        return None
+
+
+def _piecewise_linear(name: str, function: Elementwise, a: float) -> Activation:
     """Slope 1 for x > 0 and a for x < 0: φ = (1+a)/2 x + (1-a)/2 |x|."""
     odd, even = ((1 + a) / 2) ** 2, ((1 - a) / 2) ** 2
 
@@ -476,17 +320,40 @@ def leaky_relu(slope: float = 0.01) -> Activation:
     """
     if not (is_number(slope) and math.isfinite(slope)):
         raise InputError(f"the slope of leaky_relu is {slope!r}; it is a finite number")
-    return _leaky_relu(float(slope))
+    return _member("leaky_relu", float(slope))
 
 
-@functools.cache  # equal slopes give one object, so that jit caches do not miss
-def _leaky_relu(slope: float) -> Activation:
-    name = f"leaky_relu({slope!r})"
-    return _piecewise_linear(name, lambda x: jax.nn.leaky_relu(x, slope), slope)
+def _leaky_relu(slope: float = 0.01) -> Activation:
+    return _piecewise_linear("leaky_relu", lambda x: jax.nn.leaky_relu(x, slope), slope)
 
 
-elu = Activation("elu", jax.nn.elu, kinks=(0.0,))
+def _elu(alpha: float = 1.0) -> Activation:
+    return Activation("elu", functools.partial(jax.nn.elu, alpha=alpha), kinks=(0.0,))
+
+
+_FAMILIES |= {"leaky_relu": _leaky_relu, "elu": _elu}
+elu = _elu()
+celu = _family(Activation("celu", jax.nn.celu, kinks=(0.0,)), lambda alpha=1.0: (alpha, 1 / alpha))
 selu = Activation("selu", jax.nn.selu, kinks=(0.0,))
+squared_relu = Activation(
+    "squared_relu",
+    lambda x: jnp.square(jax.nn.relu(x)),
+    kinks=(0.0,),
+    moments={
+        "phi": lambda q: q / 2,
+        "phi2": lambda q: 3 / 2 * q**2,
+        "phi4": lambda q: 105 / 2 * q**4,
+        "dphi": lambda q: jnp.sqrt(2 * q / math.pi),
+        "dphi2": lambda q: 2 * q,
+        "dphi4": lambda q: 24 * q**2,
+        "x_phi": lambda q: jnp.sqrt(2 * q / math.pi) * q,
+        "x_phi_dphi": lambda q: 3 * q**2,
+        "phi_ddphi": lambda q: q,
+        "phi2_dphi2": lambda q: 30 * q**3,
+        "ddphi2": lambda q: 2.0,  # noqa: ARG005
+        "variance": lambda q: 5 / 4 * q**2,
+    },
+)
 gelu = Activation(
     "gelu",
     functools.partial(jax.nn.gelu, approximate=False),
@@ -502,83 +369,158 @@ gelu = Activation(
     derivative_kernel=_closed_forms.gelu_derivative_kernel,
 )
 gelu_tanh = Activation("gelu_tanh", _gelu_tanh)
-silu = Activation("silu", lambda x: x * _logistic(x))
-softplus = Activation("softplus", jax.nn.softplus)
+silu = _family(Activation("silu", lambda x: x * _logistic(x)), lambda beta=1.0: (1 / beta, beta))
+softplus = _family(Activation("softplus", jax.nn.softplus), lambda beta=1.0: (1 / beta, beta))
 mish = Activation("mish", lambda x: x * _tanh(jax.nn.softplus(x)))
-tanh = Activation("tanh", _tanh)
+tanh = _family(Activation("tanh", _tanh), lambda a=1.0, b=1.0: (a, b))
 logistic = Activation("logistic", _logistic)
-sigmoid = logistic
+log_sigmoid = Activation("log_sigmoid", jax.nn.log_sigmoid)
 hard_tanh = Activation(
     "hard_tanh",
     jax.nn.hard_tanh,
     kinks=(-1.0, 1.0),
     moments=dict.fromkeys(("dphi", "dphi2", "dphi4"), _closed_forms.hard_tanh_inside),
 )
+# As PyTorch, JAX and Keras 3 have them: relu6(x + 3)/6, with a slope of 1/6 (Keras 2 had 1/5).
+hard_sigmoid = Activation("hard_sigmoid", jax.nn.hard_sigmoid, kinks=(-3.0, 3.0))
+hard_swish = Activation("hard_swish", jax.nn.hard_swish, kinks=(-3.0, 3.0))
+relu6 = Activation("relu6", jax.nn.relu6, kinks=(0.0, 6.0))
 softsign = Activation("softsign", jax.nn.soft_sign, kinks=(0.0,))
-erf = Activation(
-    "erf",
-    _erf,
-    moments={
-        "phi": lambda q: 0.0,  # noqa: ARG005
-        "phi2": lambda q: 2 / math.pi * jnp.arctan(2 * q * jax.lax.rsqrt(1 + 4 * q)),
-        "dphi": lambda q: 2 * jax.lax.rsqrt(math.pi * (1 + 2 * q)),
-        "dphi2": lambda q: 4 / math.pi * jax.lax.rsqrt(1 + 4 * q),
-        "dphi4": lambda q: 16 / math.pi**2 * jax.lax.rsqrt(1 + 8 * q),
-        "x_phi": lambda q: 2 * q * jax.lax.rsqrt(math.pi * (1 + 2 * q)),
-        "x_phi_dphi": lambda q: 4 / math.pi * q / (1 + 2 * q) * jax.lax.rsqrt(1 + 4 * q),
-        "phi_ddphi": lambda q: -8 / math.pi * q / (1 + 2 * q) * jax.lax.rsqrt(1 + 4 * q),
-        "phi2_dphi2": lambda q: (
-            8
-            / math.pi**2
-            * jax.lax.rsqrt(1 + 4 * q)
-            * jnp.arctan(2 * q * jax.lax.rsqrt((1 + 4 * q) * (1 + 8 * q)))
-        ),
-        "ddphi2": lambda q: 16 / math.pi * q * jax.lax.rsqrt(1 + 4 * q) / (1 + 4 * q),
-    },
-    kernel=_closed_forms.erf_kernel,
-    derivative_kernel=_closed_forms.erf_derivative_kernel,
+erf = _family(
+    Activation(
+        "erf",
+        _erf,
+        moments={
+            "phi": lambda q: 0.0,  # noqa: ARG005
+            "phi2": lambda q: 2 / math.pi * jnp.arctan(2 * q * jax.lax.rsqrt(1 + 4 * q)),
+            "dphi": lambda q: 2 * jax.lax.rsqrt(math.pi * (1 + 2 * q)),
+            "dphi2": lambda q: 4 / math.pi * jax.lax.rsqrt(1 + 4 * q),
+            "dphi4": lambda q: 16 / math.pi**2 * jax.lax.rsqrt(1 + 8 * q),
+            "x_phi": lambda q: 2 * q * jax.lax.rsqrt(math.pi * (1 + 2 * q)),
+            "x_phi_dphi": lambda q: 4 / math.pi * q / (1 + 2 * q) * jax.lax.rsqrt(1 + 4 * q),
+            "phi_ddphi": lambda q: -8 / math.pi * q / (1 + 2 * q) * jax.lax.rsqrt(1 + 4 * q),
+            "phi2_dphi2": lambda q: (
+                8
+                / math.pi**2
+                * jax.lax.rsqrt(1 + 4 * q)
+                * jnp.arctan(2 * q * jax.lax.rsqrt((1 + 4 * q) * (1 + 8 * q)))
+            ),
+            "ddphi2": lambda q: 16 / math.pi * q * jax.lax.rsqrt(1 + 4 * q) / (1 + 4 * q),
+        },
+        kernel=_closed_forms.erf_kernel,
+        derivative_kernel=_closed_forms.erf_derivative_kernel,
+    ),
+    lambda a=1.0, b=1.0: (a, b),
 )
-sin = Activation(
-    "sin",
-    jnp.sin,
-    moments={
-        "phi": lambda q: 0.0,  # noqa: ARG005
-        "phi2": _closed_forms.sin2,
-        "phi4": _closed_forms.sin4,
-        "dphi": lambda q: jnp.exp(-q / 2),
-        "dphi2": _closed_forms.cos2,
-        "dphi4": _closed_forms.cos4,
-        "x_phi": lambda q: q * jnp.exp(-q / 2),
-        "x_phi_dphi": lambda q: q * jnp.exp(-2 * q),
-        "phi_ddphi": lambda q: -_closed_forms.sin2(q),
-        "phi2_dphi2": _closed_forms.sin2_cos2,
-        "ddphi2": _closed_forms.sin2,
-        "variance": _closed_forms.sin2,
-    },
-    kernel=_closed_forms.sin_sin,
-    derivative_kernel=_closed_forms.cos_cos,
+sin = _family(
+    Activation(
+        "sin",
+        jnp.sin,
+        moments={
+            "phi": lambda q: 0.0,  # noqa: ARG005
+            "phi2": _closed_forms.sin2,
+            "phi4": _closed_forms.sin4,
+            "dphi": lambda q: jnp.exp(-q / 2),
+            "dphi2": _closed_forms.cos2,
+            "dphi4": _closed_forms.cos4,
+            "x_phi": lambda q: q * jnp.exp(-q / 2),
+            "x_phi_dphi": lambda q: q * jnp.exp(-2 * q),
+            "phi_ddphi": lambda q: -_closed_forms.sin2(q),
+            "phi2_dphi2": _closed_forms.sin2_cos2,
+            "ddphi2": _closed_forms.sin2,
+            "variance": _closed_forms.sin2,
+        },
+        kernel=_closed_forms.sin_sin,
+        derivative_kernel=_closed_forms.cos_cos,
+    ),
+    lambda omega=1.0: (1.0, omega),
 )
-cos = Activation(
-    "cos",
-    jnp.cos,
-    moments={
-        "phi": lambda q: jnp.exp(-q / 2),
-        "phi2": _closed_forms.cos2,
-        "phi4": _closed_forms.cos4,
-        "dphi": lambda q: 0.0,  # noqa: ARG005
-        "dphi2": _closed_forms.sin2,
-        "dphi4": _closed_forms.sin4,
-        "x_phi": lambda q: 0.0,  # noqa: ARG005
-        "x_phi_dphi": lambda q: -q * jnp.exp(-2 * q),
-        "phi_ddphi": lambda q: -_closed_forms.cos2(q),
-        "phi2_dphi2": _closed_forms.sin2_cos2,
-        "ddphi2": _closed_forms.cos2,
-        "variance": lambda q: jnp.expm1(-q) ** 2 / 2,
-    },
-    kernel=_closed_forms.cos_cos,
-    derivative_kernel=_closed_forms.sin_sin,
+cos = _family(
+    Activation(
+        "cos",
+        jnp.cos,
+        moments={
+            "phi": lambda q: jnp.exp(-q / 2),
+            "phi2": _closed_forms.cos2,
+            "phi4": _closed_forms.cos4,
+            "dphi": lambda q: 0.0,  # noqa: ARG005
+            "dphi2": _closed_forms.sin2,
+            "dphi4": _closed_forms.sin4,
+            "x_phi": lambda q: 0.0,  # noqa: ARG005
+            "x_phi_dphi": lambda q: -q * jnp.exp(-2 * q),
+            "phi_ddphi": lambda q: -_closed_forms.cos2(q),
+            "phi2_dphi2": _closed_forms.sin2_cos2,
+            "ddphi2": _closed_forms.cos2,
+            "variance": lambda q: jnp.expm1(-q) ** 2 / 2,
+        },
+        kernel=_closed_forms.cos_cos,
+        derivative_kernel=_closed_forms.sin_sin,
+    ),
+    lambda omega=1.0: (1.0, omega),
+)
+# x + sin²(a x)/a: Ziyin et al. 2020, arXiv:2006.08195.
+snake = _family(
+    Activation(
+        "snake",
+        lambda x: x + jnp.square(jnp.sin(x)),
+        moments={
+            "phi": _closed_forms.sin2,
+            "phi2": lambda q: q + _closed_forms.sin4(q),
+            "phi4": _closed_forms.snake_phi4,
+            "dphi": lambda q: 1.0,  # noqa: ARG005
+            "dphi2": lambda q: 1 + _closed_forms.sin2(4 * q),
+            "dphi4": lambda q: 1 + 6 * _closed_forms.sin2(4 * q) + _closed_forms.sin4(4 * q),
+            "x_phi": lambda q: q,
+            "x_phi_dphi": lambda q: q * (1 + _closed_forms.snake_mixed(q)),
+            "phi_ddphi": _closed_forms.snake_phi_ddphi,
+            "phi2_dphi2": _closed_forms.snake_phi2_dphi2,
+            "ddphi2": lambda q: 4 * _closed_forms.cos2(4 * q),
+            "variance": lambda q: q + jnp.expm1(-4 * q) ** 2 / 8,
+        },
+        kernel=_closed_forms.snake_kernel,
+        derivative_kernel=lambda q_u, q_v, k: 1 + _closed_forms.sin_sin(4 * q_u, 4 * q_v, 4 * k),
+    ),
+    lambda a=1.0: (1 / a, a),
 )
 
+# Names and functions ------------------------------------------------------------------------------
+
 _BY_NAME = {name: value for name, value in list(vars().items()) if isinstance(value, Activation)}
+# Other names, those of PyTorch, Keras and JAX among them.
+_ALIASES = {
+    "sigmoid": "logistic",
+    "expit": "logistic",
+    "identity": "linear",
+    "swish": "silu",
+    "quick_gelu": "silu(1.702)",
+    "hard_silu": "hard_swish",
+    "leaky_relu": "leaky_relu(0.01)",
+    "prelu": "leaky_relu(0.25)",
+    "relu2": "squared_relu",
+    "gelu(tanh)": "gelu_tanh",
+    "gelu(none)": "gelu",
+    "lecun_tanh": "tanh(1.7159, 2/3)",
+}
+_NAMES = {_key(name): name for name in _BY_NAME}
+_NAMES |= {_key(name): target for name, target in _ALIASES.items()}
+_STEP = (
+    "a step, whose slope is 0: no gradient passes it, at any depth; tanh(1, 10) is a smooth step, "
+    "and hard_tanh has the slope of a straight-through estimator"
+)
+_JUMPS = "which jumps, so that its slope says nothing of a gradient; relu is continuous"
+_NOT_ELEMENTWISE = "which mixes units; an activation is a function of one number"
+_EXPONENTIAL = "whose averages E[φ²] = exp(2q) leave a float's range; elu grows no faster than x"
+# What people also type, and why there is none, after 'activation is …,'.
+_REFUSED = dict.fromkeys(("sign", "step", "heaviside", "binarystep"), _STEP)
+_REFUSED |= dict.fromkeys(("hardshrink", "threshold"), _JUMPS)
+_REFUSED |= dict.fromkeys(("softmax", "logsoftmax", "softmin", "glu", "maxout"), _NOT_ELEMENTWISE)
+_REFUSED["softshrink"] = "which is flat around 0, where theory's averages have no digits"
+_REFUSED |= dict.fromkeys(("exponential", "exp"), _EXPONENTIAL)
+_REFUSED |= {"rrelu": "whose slope is random; leaky_relu(11/48) has the mean of PyTorch's slopes"}
+
+_BY_FUNCTION: dict[Any, Activation] = {phi.function: phi for phi in _BY_NAME.values()}
+_BY_FUNCTION |= {jnp.tanh: tanh, jax.nn.sigmoid: logistic, jax.scipy.special.expit: logistic}
+_BY_FUNCTION |= {jax.nn.silu: silu, jax.nn.mish: mish, jax.nn.identity: linear}
+_BY_FUNCTION |= {jax.nn.elu: elu, jax.nn.gelu: gelu_tanh, jax.nn.leaky_relu: leaky_relu()}
 
 ALL = (*dict.fromkeys(_BY_NAME.values()), leaky_relu())

@@ -1,6 +1,5 @@
 """Builders: networks of the usual architectures, and of any blocks."""
 
-import dataclasses
 import itertools
 import math
 from collections.abc import Callable, Sequence
@@ -13,13 +12,12 @@ from gradflow import _entries, activations, ensembles
 from gradflow._arguments import as_real
 from gradflow._checks import (
     check_count,
-    check_instance,
-    check_number,
     check_sequence,
     is_number,
     unknown_name,
 )
-from gradflow._entries import Beside, LookedUp, OneOf, Whole, Widths
+from gradflow._entries import Beside, LookedUp, OneOf, Whole, Wholes, Widths
+from gradflow._layer_parts import BIASES, as_dense, as_stage, chain, fields, linear, scaled
 from gradflow.activations import Activation
 from gradflow.blocks import (
     AbstractBlock,
@@ -27,7 +25,6 @@ from gradflow.blocks import (
     BatchNorm,
     Chain,
     Convolution,
-    Dense,
     Drive,
     Dropout,
     Flatten,
@@ -74,7 +71,11 @@ _Count = Annotated[int, Whole()]
 _Depth = Annotated[int, Whole(100_000)]
 _Phi = Annotated[Activation | str | Callable[..., Array], LookedUp(activations.get)]
 _Weights = Annotated[Ensemble | str | Callable[..., Array], LookedUp(ensembles.get)]
+_WeightsByLayer = Annotated[
+    Ensemble | str | Callable[..., Array] | list[Any], LookedUp(ensembles.by_layer)
+]
 _Deviation = Annotated[float | int, _entries.scale]
+_Bias = Annotated[float | int | str, OneOf("bias", BIASES, _entries.finite)]
 _Norm = Annotated[str, OneOf("norm", tuple(NORMS))]
 _NormPosition = Annotated[str, OneOf("norm_position", _NORM_POSITIONS), Beside("norm")]
 _KeepRate = Annotated[float | int, _entries.probability]
@@ -84,10 +85,11 @@ _BranchScale = Annotated[float | int | str, OneOf("scale", SCALES, _entries.scal
 def mlp(
     widths: Annotated[Sequence[int], Widths()],
     activation: _Phi = "tanh",
-    weights: _Weights = "glorot",
+    weights: _WeightsByLayer = "glorot",
     *,
     last: _Weights | None = None,
     sigma_b: _Deviation | None = None,
+    bias: _Bias | None = None,
     norm: _Norm | None = None,
     norm_position: _NormPosition = "pre",
     keep_rate: _KeepRate | None = None,
@@ -102,12 +104,16 @@ def mlp(
     activation
         φ, by name; `gradflow list` has all. Or an `Activation`, or any elementwise JAX callable.
     weights
-        The ensemble of the weights, by name. Or an `Ensemble`, or any function of
-        `jax.nn.initializers`.
+        The ensemble of the weights, as `ensembles.get` reads it: he, glorot*5/3, normal(0.02), …
+        Or an `Ensemble`, or any function of `jax.nn.initializers`; or a list of one for each layer,
+        in text with commas between them.
     last
         The ensemble of the top layer's weights, where it is another one, as mup_output for μP.
     sigma_b
         σ_b, the standard deviation of the biases, in the units of z; without it there are none.
+    bias
+        A number that all biases are, or that their mean is; or torch, for biases U[±1/√fan_in].
+        Without it and ``sigma_b``, biases are those of the weights' framework, if any.
     norm
         A normalisation of every layer's input: layer, rms or batch.
     norm_position
@@ -128,31 +134,33 @@ def mlp(
     InputError
         If a width is not a whole number of at least 1, there are fewer than two, σ_b is not a
         finite number of at least 0, ``keep_rate`` is not above 0 and at most 1, or a name is
-        unknown.
+        unknown; or ensembles are not as many as layers.
     """
     needs = "the input's width and every layer's, as [64, 100, 10]"
     widths = [check_count("width", w) for w in check_sequence("widths", widths, needs)]
     if len(widths) < 2:
         raise InputError(f"widths is {tuple(widths)!r}; it needs an input and at least one layer")
-    phi, ensemble = activations.get(activation), ensembles.get(weights)
-    top = ensemble if last is None else ensembles.get(last)
+    phi = activations.get(activation)
+    each = ensembles.by_layer(weights, len(widths) - 1)
+    called = ", ".join(e.name for e in (each if len(set(each)) > 1 else each[:1]))
+    each = each if last is None else (*each[:-1], ensembles.get(last))
     before = _before_weights(phi, norm, norm_position, keep_rate)
     # The input passes through no activation, so the first layer is a stage of its own.
     layers = [
-        (below == 0, top if below == len(widths) - 2 else ensemble, fan_in, fan_out)
+        (below == 0, each[below], fan_in, fan_out)
         for below, (fan_in, fan_out) in enumerate(itertools.pairwise(widths))
     ]
     stages = tuple(
         Stage(
-            _as_dense(() if first else before, _linear(drawn, sigma_b)(fan_in, fan_out)),
+            as_dense(() if first else before, linear(drawn, sigma_b, bias)(fan_in, fan_out)),
             repeats=len(list(equal)),
         )
         for (first, drawn, fan_in, fan_out), equal in itertools.groupby(layers)
     )
     kind = _kind(norm, norm_position, keep_rate)
     if last is not None:
-        kind = f", last layer {top.name}{kind}"
-    return Network(stages, widths[0], phi, name or f"{phi.name}, {ensemble.name}{kind}")
+        kind = f", last layer {each[-1].name}{kind}"
+    return Network(stages, widths[0], phi, name or f"{phi.name}, {called}{kind}")
 
 
 def residual(
@@ -167,6 +175,7 @@ def residual(
     hidden: _Count | None = None,
     weights_first: bool = False,
     sigma_b: _Deviation | None = None,
+    bias: _Bias | None = None,
     norm: _Norm | None = None,
     norm_position: _NormPosition = "pre",
     keep_rate: _KeepRate | None = None,
@@ -178,7 +187,7 @@ def residual(
     ----------
     input_width, width, depth
         The input's width, that of the stream z, and the number of blocks.
-    activation, weights, sigma_b, keep_rate, name
+    activation, weights, sigma_b, bias, keep_rate, name
         As for `mlp`, of every layer; dropout in the branches alone.
     scale
         α: a number, depth for 1/√depth, zero for 0 (ReZero, SkipInit), or fixup. The last of them
@@ -209,35 +218,35 @@ def residual(
     depth, layers = check_count("depth", depth), check_count("layers", layers)
     hidden = width if hidden is None else check_count("hidden", hidden)
     phi, ensemble = activations.get(activation), ensembles.get(weights)
-    linear, normalisation = _linear(ensemble, sigma_b), _normalisation(norm, norm_position)
-    alpha = _scale(scale, depth, sigma_b)
+    alpha = _scale(scale, depth, sigma_b=sigma_b, bias=bias)
+    layer = linear(ensemble, 0.0 if scale == "fixup" else sigma_b, bias)
+    normalisation = _normalisation(norm, norm_position)
     ends = [width, *[hidden] * (layers - 1 + weights_first), width]
     gains = _fixup_gains(len(ends) - 1, depth) if scale == "fixup" else [1.0] * (len(ends) - 1)
     parts: list[AbstractBlock] = list(normalisation if norm_position == "pre" else ())
     for number, (fan_in, fan_out) in enumerate(itertools.pairwise(ends)):
         activates = number > 0 or not weights_first
         before = _before_weights(phi, None, "pre", keep_rate) if activates else ()
-        layer = linear(fan_in, fan_out)
-        layer = dataclasses.replace(layer, sigma_w=gains[number] * layer.sigma_w)
-        parts.append(_as_dense(before, layer))
-    block: AbstractBlock = Residual(_chain(parts), alpha)
+        parts.append(as_dense(before, scaled(layer(fan_in, fan_out), gains[number])))
+    block: AbstractBlock = Residual(chain(parts), alpha)
     if norm_position == "post":
-        block = _chain([block, *normalisation])
+        block = chain([block, *normalisation])
     kind = f"residual{_kind(norm, norm_position, keep_rate)}"
-    stages = (Stage(linear(input_width, width)), Stage(block, depth))
+    stages = (Stage(layer(input_width, width)), Stage(block, depth))
     return Network(stages, input_width, phi, name or f"{phi.name}, {ensemble.name}, {kind}")
 
 
 def convolutional(
-    shape: Sequence[int],
-    channels: Sequence[int],
+    shape: Annotated[Sequence[int], Wholes("an input's rows and columns, as [8, 8]", 1)],
+    channels: Annotated[Sequence[int], Wholes("the input's channels and every layer's", 2)],
     activation: _Phi = "tanh",
     weights: _Weights = "glorot",
     *,
     size: int | Sequence[int] = 3,
-    padding: str = "circular",
+    padding: Annotated[str, OneOf("padding", ("circular", "zeros"))] = "circular",
     delta: bool = False,
     sigma_b: _Deviation | None = None,
+    bias: _Bias | None = None,
     dense: Sequence[int] = (),
     pool: Annotated[str, OneOf("pool", tuple(POOLS))] = "mean",
     name: str | None = None,
@@ -253,7 +262,7 @@ def convolutional(
         columns).
     channels
         (c_0, c_1, …): the input's, then every convolution's, at least one.
-    activation, sigma_b, name
+    activation, sigma_b, bias, name
         As for `mlp`.
     weights
         As for `mlp`; a filter of k elements has fan_in k c_{l-1} and fan_out k c_l.
@@ -292,9 +301,9 @@ def convolutional(
     if pool not in POOLS:
         raise unknown_name("pool", pool, POOLS)
     phi, ensemble = activations.get(activation), ensembles.get(weights)
-    linear = _linear(ensemble, sigma_b)
+    layer = linear(ensemble, sigma_b, bias)
     patches = Patches(_tuple(shape), _tuple(size), padding)
-    convolution = _convolution(patches, linear, delta)
+    convolution = _convolution(patches, layer, delta)
     layers = [(n == 0, *pair) for n, pair in enumerate(itertools.pairwise(channels))]
     stages = [
         Stage(convolution(activations.linear if first else phi, *pair), len(list(equal)))
@@ -302,7 +311,7 @@ def convolutional(
     ]
     if dense:
         pooled = (Activate(phi), POOLS[pool](patches.shape))
-        stages += _dense_stages(pooled, channels[-1], dense, linear)
+        stages += _dense_stages(pooled, channels[-1], dense, layer)
     kind = "delta convolutions" if delta else "convolutions"
     name = name or f"{phi.name}, {ensemble.name}, {kind}"
     return Network(tuple(stages), channels[0], phi, name)
@@ -312,13 +321,13 @@ def _dense_stages(
     before: tuple[Activate, AbstractBlock],
     width: int,
     dense: Sequence[int],
-    linear: Callable[[int, int], Linear],
+    layer: Callable[[int, int], Linear],
 ) -> list[Stage]:
     """Dense layers of these widths on a signal of a width, after an activation and a pooling."""
     fan_in = Chain(before).width_after(width)
-    stages = [Stage(Chain((*before, linear(fan_in, dense[0]))))]
+    stages = [Stage(Chain((*before, layer(fan_in, dense[0]))))]
     for pair, equal in itertools.groupby(itertools.pairwise(dense)):
-        stages.append(Stage(_as_dense(before[:1], linear(*pair)), len(list(equal))))
+        stages.append(Stage(as_dense(before[:1], layer(*pair)), len(list(equal))))
     return stages
 
 
@@ -328,24 +337,14 @@ def _counts(name: str, values: Sequence[int], each: str, needs: str) -> list[int
 
 
 def _convolution(
-    patches: Patches, linear: Callable[[int, int], Linear], delta: bool
+    patches: Patches, layer: Callable[[int, int], Linear], delta: bool
 ) -> Callable[[Activation, int, int], Convolution]:
     """Return a function (φ, channels in, channels out) that makes a convolution."""
     each = 1 if delta else patches.elements
 
     def make(phi: Activation, fan_in: int, fan_out: int) -> Convolution:
-        scaled = linear(each * fan_in, each * fan_out)
-        return Convolution(
-            phi,
-            patches.shape,
-            patches.size,
-            patches.padding,
-            fan_out,
-            scaled.sigma_w,
-            scaled.sigma_b,
-            scaled.distribution,
-            delta,
-        )
+        own = fields(layer(each * fan_in, each * fan_out)) | {"units": fan_out}
+        return Convolution(phi, patches.shape, patches.size, patches.padding, delta=delta, **own)
 
     return make
 
@@ -378,15 +377,16 @@ def as_sites(images: Float[ArrayLike, "inputs *shape channels"]) -> Float[Array,
 
 
 def recurrent(
-    input_width: int,
-    width: int,
-    steps: int,
+    input_width: _Count,
+    width: _Count,
+    steps: _Depth,
     activation: _Phi = "tanh",
     weights: _Weights = "glorot",
     *,
     sigma_b: _Deviation | None = None,
-    sigma_u: float | int | None = None,
-    alike: float | int = 1.0,
+    bias: _Bias | None = None,
+    sigma_u: _Deviation | None = None,
+    alike: Annotated[float | int, _entries.share, Beside("sigma_u")] = 1.0,
     tied: bool = True,
     name: str | None = None,
 ) -> Network:
@@ -415,8 +415,9 @@ def recurrent(
         n_0, and the number of units n.
     steps
         The number of steps, at each of which W acts.
-    activation, weights, sigma_b
-        As for `mlp`; σ_b that of b, which all steps share. U has entries of variance 1/n_0.
+    activation, weights, sigma_b, bias
+        As for `mlp`; b is shared by all steps. U has entries of variance 1/n_0; with weights torch
+        and keras, U, W and b are those of their recurrent layers.
     sigma_u, alike
         The standard deviation of the input u^t = U' x^t, which is drawn anew at each step, and its
         correlation between two inputs of the network, see `blocks.Drive`; without it there is none.
@@ -438,13 +439,15 @@ def recurrent(
     """
     width, steps = check_count("width", width), check_count("steps", steps)
     phi, ensemble = activations.get(activation), ensembles.get(weights)
-    linear = _linear(ensemble, sigma_b)(width, width)
-    block = _as_dense((Activate(phi),), linear)
+    input_width = check_count("input_width", input_width)
+    on_input, each_step = ensemble.recurrent or (ensembles.fan_in(1.0), ensemble)
+    first = linear(on_input, 0.0, None)(input_width, width)
+    block = as_dense((Activate(phi),), linear(each_step, sigma_b, bias)(width, width))
     if sigma_u is not None:
         block = Chain((block, Drive(sigma_u, alike)))
     return Network(
-        stages=(Stage(_as_dense((), Linear(width))), Stage(block, steps, tied=tied)),
-        input_width=check_count("input_width", input_width),
+        stages=(Stage(as_dense((), first)), Stage(block, steps, tied=tied)),
+        input_width=input_width,
         activation=phi,
         name=name or f"{phi.name}, {ensemble.name}, {'recurrent' if tied else 'recurrent, untied'}",
     )
@@ -483,49 +486,9 @@ def stack(
     blocks = check_sequence("blocks", blocks, "a sequence of blocks, from the input up")
     if not blocks:
         raise InputError("blocks is empty; a network has at least one")
-    stages = tuple(map(_as_stage, blocks))
+    stages = tuple(map(as_stage, blocks))
     phi = activations.get(activation)
     return Network(stages, check_count("input_width", input_width), phi, name)
-
-
-def _as_stage(one: AbstractBlock | tuple[AbstractBlock, int] | Stage) -> Stage:
-    if isinstance(one, Stage):
-        return one
-    block, repeats = one if isinstance(one, tuple) and len(one) == 2 else (one, 1)
-    check_instance(
-        "an entry of blocks", block, AbstractBlock, "a block, a pair (block, how often) or a Stage"
-    )
-    _check_block(block)
-    return Stage(block, check_count("repeats", repeats))
-
-
-def _check_block(block: AbstractBlock) -> None:
-    """Raise `InputError` unless a block's parts are what they are named after."""
-    kinds = {
-        "activation": (Activation, "an Activation, as activations.get('tanh')"),
-        "distribution": (ensembles.Distribution, "a Distribution, as ensembles.gaussian"),
-    }
-    for field in dataclasses.fields(block):
-        value = getattr(block, field.name)
-        if field.name in kinds:
-            check_instance(f"{type(block).__name__}'s {field.name}", value, *kinds[field.name])
-        elif field.name == "units":
-            check_count(f"{type(block).__name__}'s units", value)
-        for part in value if isinstance(value, tuple) else (value,):
-            if isinstance(part, AbstractBlock):
-                _check_block(part)
-
-
-def _linear(ensemble: Ensemble, sigma_b: float | None) -> Callable[[int, int], Linear]:
-    """Return a function (fan_in, fan_out) that makes a layer of weights and biases."""
-    if sigma_b is not None:
-        check_number("sigma_b", sigma_b)
-
-    def make(fan_in: int, fan_out: int) -> Linear:
-        scale = ensemble.sigma_w(fan_in, fan_out)
-        return Linear(fan_out, scale, sigma_b or None, ensemble.distribution)
-
-    return make
 
 
 def _before_weights(
@@ -548,24 +511,11 @@ def _normalisation(norm: str | None, norm_position: str) -> tuple[AbstractBlock,
     return (NORMS[norm](),)
 
 
-def _as_dense(before: tuple[AbstractBlock, ...], linear: Linear) -> AbstractBlock:
-    """Blocks and weights as one block; `Dense` if there is an activation only."""
-    phi = activations.linear
-    if len(before) == 1 and isinstance(before[0], Activate):
-        phi, before = before[0].activation, ()
-    if before:
-        return Chain((*before, linear))
-    return Dense(phi, linear.units, linear.sigma_w, linear.sigma_b, linear.distribution)
-
-
-def _chain(parts: Sequence[AbstractBlock]) -> AbstractBlock:
-    return parts[0] if len(parts) == 1 else Chain(tuple(parts))
-
-
-def _scale(scale: float | str, depth: int, sigma_b: float | None) -> float:
-    """α as a number; a ``sigma_b`` is refused beside Fixup."""
-    if scale == "fixup" and sigma_b:
-        raise InputError(f"sigma_b is {sigma_b!r}; the biases of scale 'fixup' start at 0")
+def _scale(scale: float | str, depth: int, **biases: float | int | str | None) -> float:
+    """α as a number; biases are refused beside Fixup."""
+    for name, value in biases.items():
+        if scale == "fixup" and value:
+            raise InputError(f"{name} is {value!r}; the biases of scale 'fixup' start at 0")
     if isinstance(scale, str):
         if scale not in SCALES:
             raise unknown_name("scale", scale, SCALES)

@@ -13,7 +13,7 @@ needs b, and orthogonal weights may have no a.
 import dataclasses
 import html
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from fractions import Fraction
 
@@ -35,16 +35,16 @@ from gradflow._differences import (
     compare_statistic,
     shrinks_with_the_width,
     significance_threshold,
-    with_densities,
 )
 from gradflow._float_ranges import FloatRange, float_ranges
 from gradflow._inputs import as_inputs
 from gradflow._labels import BY_KEY, key_of, labelled, with_names
-from gradflow.errors import InputError
+from gradflow.errors import InputError, NoTheory
 from gradflow.networks import Network, divide_widths
 from gradflow.predictions import Corrections, Prediction
 from gradflow.simulation.monte_carlo import Progress, Simulation, simulate
-from gradflow.theory import _limits, _programs
+from gradflow.theory import _densities, _limits, _programs
+from gradflow.theory._about_means import has_means
 from gradflow.verdict import Verdict, judge
 
 __all__ = ["Comparison", "StatisticComparison", "Status", "Verdict", "compare"]
@@ -419,12 +419,7 @@ def compare(
     key = as_key(key)
     checked = as_inputs(inputs, network)
     # Beside the simulation: both spend most of their time in the compiler, on one core each.
-    predict = _programs.prepare(network, inputs, finite_width=explain)
-    log_chi = _programs.prepare_asymptotic_log_chi(network)
-
-    def predict_all() -> tuple[Prediction, Corrections | None, float]:
-        theory, corrections = predict()
-        return theory, corrections, log_chi(theory)
+    predict_all = _prediction(network, checked, finite_width=explain)
 
     with ThreadPoolExecutor(1) as pool:
         predicted = pool.submit(predict_all)
@@ -437,15 +432,48 @@ def compare(
             histograms=histograms,
             progress=progress,
         )
-    theory, corrections, asymptotic = predicted.result()
-    if histograms:
-        simulation = with_densities(simulation, inputs)
+    theory, asymptotic = predicted.result()
+    with_theory = _densities.predicted(network, theory.units, simulation.histograms)
+    simulation = dataclasses.replace(simulation, histograms=with_theory)
     comparison = compare_results(
-        theory, simulation, corrections=corrections, asymptotic_log_chi=asymptotic
+        theory.prediction,
+        simulation,
+        corrections=theory.corrections,
+        asymptotic_log_chi=asymptotic,
     )
     if not explain:
         return comparison
     return explain_differences(comparison, inputs, key=key, sampler=sampler)
+
+
+_NOT_SETTLED = (
+    "weights have a mean, and what it multiplies, a mean over units, is near 0 and another number "
+    "in each network: no theory knows the layers above"
+)
+
+
+def _prediction(
+    network: Network, inputs: jax.Array, *, finite_width: bool
+) -> Callable[[], tuple[_programs.Theory, float | None]]:
+    """Trace all that the theory says; nothing but the reason where it does not know the network."""
+    try:
+        predict = _programs.prepare(network, inputs, finite_width=finite_width)
+        if not has_means(network):
+            log_chi = _programs.prepare_asymptotic_log_chi(network)
+    except NoTheory as error:
+        unknown = _limits.unknown(network, len(inputs), f"no theory: {error}")
+        return lambda: (_programs.Theory(unknown, None, None), None)
+
+    def predict_all() -> tuple[_programs.Theory, float | None]:
+        theory = predict()
+        if not has_means(network):
+            return theory, log_chi(theory.prediction)
+        if not np.isfinite(theory.prediction.values["log_gradient_norm"]).all():
+            prediction = dataclasses.replace(theory.prediction, why_missing=_NOT_SETTLED)
+            theory = theory._replace(prediction=prediction)
+        return theory, None
+
+    return predict_all
 
 
 def explain_differences(

@@ -9,6 +9,7 @@ them as the training set says.
 import dataclasses
 import functools
 import gzip
+import importlib.util
 import io
 import math
 import zlib
@@ -16,13 +17,15 @@ from collections.abc import Callable
 from numbers import Integral, Real
 from os import PathLike
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Float32, Int32
 from numpy.typing import ArrayLike
 
-from gradflow._checks import check_count, unknown_name
+from gradflow import _input_rows
+from gradflow._checks import check_count, check_number, is_number, unknown_name
+from gradflow._entries import Number, OneOf, Whole, scale
 from gradflow.errors import InputError
 
 if TYPE_CHECKING:
@@ -35,10 +38,10 @@ __all__ = [
     "from_arrays",
     "from_idx",
     "from_npz",
+    "inputs",
     "labelled_digits",
     "load",
     "mnist_subset",
-    "resized",
     "shapes",
     "split",
     "standardised",
@@ -209,10 +212,13 @@ def labelled_digits() -> Dataset:
     References: E. Alpaydin and C. Kaynak, 'Optical Recognition of Handwritten Digits', UCI
     repository, 1998.
     """
-    from sklearn.datasets import load_digits  # noqa: PLC0415  (slow to import, seldom needed)
-
-    bundled = load_digits()
-    return from_arrays(bundled.images, bundled.target)
+    # Read here, as importing scikit-learn takes longer than importing JAX.
+    package = importlib.util.find_spec("sklearn")
+    assert package is not None, "gradflow depends on it"
+    assert package.origin is not None
+    file = Path(package.origin).parent / "datasets" / "data" / "digits.csv.gz"
+    rows = np.loadtxt(file, delimiter=",")
+    return from_arrays(rows[:, :-1].reshape(-1, 8, 8), rows[:, -1].astype(int))
 
 
 @functools.cache
@@ -288,7 +294,7 @@ def from_npz(path: str | PathLike[str], classes: int | None = None) -> Dataset:
     InputError
         If there is no such file, it is something else, or its arrays cannot be used.
     """
-    content = _content("path", path)
+    content = _input_rows.content("path", path)
     try:
         file = np.load(io.BytesIO(content), allow_pickle=False)
         names = list(file.files)
@@ -367,7 +373,7 @@ _IDX_TYPES = {0x08: ">u1", 0x09: ">i1", 0x0B: ">i2", 0x0C: ">i4", 0x0D: ">f4", 0
 
 def _idx(name: str, path: str | PathLike[str]) -> np.ndarray:
     """The array of an IDX file: bytes 0, 0, type, number of dimensions; the shape; the numbers."""
-    content = _content(name, path)
+    content = _input_rows.content(name, path)
     if content[:2] == b"\x1f\x8b":
         try:
             content = gzip.decompress(content)
@@ -393,18 +399,10 @@ def _idx(name: str, path: str | PathLike[str]) -> np.ndarray:
     return np.frombuffer(content, kind, offset=start).reshape(shape)
 
 
-def _content(name: str, path: str | PathLike[str]) -> bytes:
-    try:
-        return Path(path).read_bytes()
-    except (OSError, TypeError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or "it is not a path"
-        raise InputError(f"{name} is {str(path)!r}, which cannot be read: {reason}") from error
-
-
 def _checked(
     inputs_name: str, inputs: ArrayLike, labels_name: str, labels: ArrayLike, classes: object
 ) -> Dataset:
-    x, y = _numbers(inputs_name, inputs), _numbers(labels_name, labels)
+    x, y = (_input_rows.numbers(*named) for named in ((inputs_name, inputs), (labels_name, labels)))
     if x.ndim < 2 or 0 in x.shape:
         raise InputError(
             f"{inputs_name} has shape {x.shape}; it is (samples, features) or (samples, rows, "
@@ -437,16 +435,6 @@ def _checked(
     return Dataset(single, whole, int(whole.max()) + 1 if classes is None else limit, x.shape[1:])
 
 
-def _numbers(name: str, values: ArrayLike) -> np.ndarray:
-    try:
-        array = np.asarray(values)
-    except (TypeError, ValueError) as error:
-        raise InputError(f"{name} is not an array of numbers, with rows of one length") from error
-    if array.dtype.kind not in "biuf":
-        raise InputError(f"{name} has dtype {array.dtype}; it holds real numbers")
-    return array
-
-
 def _rows_of_numbers(name: str, values: Any) -> np.ndarray:
     from gradflow._arguments import as_real  # noqa: PLC0415  (with JAX, slow to import)
 
@@ -456,21 +444,116 @@ def _rows_of_numbers(name: str, values: Any) -> np.ndarray:
     return rows
 
 
-def resized(inputs: np.ndarray, width: int) -> np.ndarray:
+def _resized(inputs: np.ndarray, width: int) -> np.ndarray:
     """The inputs with ``width`` components: each component repeated, or some left out, evenly.
 
     The mean square of each input is kept: with the inputs' products it is all that matters at
     infinite width, so that networks of any input width can get the same images.
+    """
+    chosen = inputs[:, np.arange(width) * inputs.shape[1] // width]
+    square, wanted = ((v**2).mean(axis=1, keepdims=True) for v in (chosen, inputs))
+    if not (square > 0).all():
+        raise InputError(
+            f"width is {width}; of these images it leaves nothing but zeros: take other inputs, "
+            "as 'normal'"
+        )
+    return chosen * np.sqrt(wanted / square)
+
+
+@functools.cache
+def _mnist() -> np.ndarray:
+    """The images of `mnist_subset`, standardised by pixel; the first ten show 0 to 9."""
+    images = standardised(mnist_subset().inputs).reshape(10, -1, 784)
+    return images.swapaxes(0, 1).reshape(-1, 784)
+
+
+_IMAGES: dict[str, Callable[[], np.ndarray]] = {"digits": digits, "mnist": _mnist}
+
+
+def inputs(
+    width: int,
+    *,
+    input: Annotated[str, OneOf("input", tuple(_input_rows.KINDS))] | None = None,
+    data: Annotated[str, _input_rows.check_source] | None = None,
+    batch: Annotated[int, Whole(10_000)] = 1,
+    mean_square: Annotated[float | int, scale] | None = None,
+    correlation: Annotated[float | int, Number("a number from -1 to 1", lambda v: -1 <= v <= 1)]
+    | None = None,
+) -> np.ndarray:
+    """A batch of inputs, the same in every run: those that study files and commands ask for.
+
+    Parameters
+    ----------
+    width
+        n_0, the number of components.
+    input
+        The kind of inputs: cosines, normal, sphere, one-hot, coordinates, digits or mnist. Without
+        it `cosines`: combinations of a discrete cosine transform's rows x_a with (1/n_0) x_a·x_b =
+        mean_square · (correlation, or 1 where a = b) to rounding. `normal` are vectors of
+        independent N(0, 1) components, `sphere` such vectors scaled to mean square 1, `one-hot`
+        the unit vectors, `coordinates` points that are uniform in [-1, 1]^n_0, `digits` and `mnist`
+        images that are standardised by pixel; of another width, each pixel is repeated, or some
+        are left out, evenly, and each image keeps its mean square.
+    data
+        One's own inputs instead: the first rows of a file .npy, .npz or .csv. An .npz file has an
+        array ``inputs`` or one array alone, a .csv file an input a line. Names of images are
+        allowed too.
+    batch
+        How many inputs go through each network.
+    mean_square
+        The mean square of every input's components, to which each is scaled; as they are without
+        it.
+    correlation
+        The correlation of each two inputs: of `cosines` and `sphere` to rounding, of `normal` in
+        the mean over draws. Other kinds have their own. 0 for `cosines` without it.
+
+    Returns
+    -------
+    numpy.ndarray
+        Shape (batch, width), float64. A batch begins with the inputs of a smaller one, unless they
+        are correlated.
 
     Raises
     ------
     InputError
-        If ``width`` is not a whole number of at least 1, or leaves an input nothing but zeros.
+        If there are no such inputs: a number is out of range, a name is unknown, a file is
+        missing, of another width, or not of finite numbers, or it has fewer inputs.
     """
-    width = check_count("width", width)
-    inputs = _rows_of_numbers("inputs", inputs)
-    chosen = inputs[:, np.arange(width) * inputs.shape[1] // width]
-    square, wanted = ((v**2).mean(axis=1, keepdims=True) for v in (chosen, inputs))
-    if not (square > 0).all():
-        raise InputError(f"width is {width}; of these inputs it leaves nothing but zeros")
-    return (chosen * np.sqrt(wanted / square)).astype(inputs.dtype)
+    width, batch = check_count("width", width), check_count("batch", batch)
+    kind = _input_rows.kind_of(input, data)
+    known = _input_rows.most(kind, width)
+    if known is not None and batch > known:
+        raise InputError(f"batch is {batch}; there are {known} {_input_rows.counted(kind, width)}")
+    if mean_square is not None:
+        check_number("mean_square", mean_square)
+    if correlation is not None:
+        _check_correlation(kind, batch, width, correlation)
+    if kind in _IMAGES:
+        rows = _resized(np.asarray(_IMAGES[kind]()[:batch], np.float64), width)
+    elif kind in _input_rows.KINDS:
+        rows = _input_rows.made(kind, batch, width, correlation)
+        mean_square = 1.0 if mean_square is None and kind in ("cosines", "sphere") else mean_square
+    else:
+        rows = _input_rows.read(kind)[:batch]
+        if rows.shape[1] != width:
+            raise InputError(
+                f"data is {kind!r}, whose inputs have {rows.shape[1]} components; the network's "
+                f"have {width}"
+            )
+    return rows if mean_square is None else _input_rows.scaled(rows, mean_square)
+
+
+def _check_correlation(kind: str, batch: int, width: int, correlation: float) -> None:
+    """Raise `InputError` unless so many inputs of a kind can have this correlation."""
+    if kind not in _input_rows.CORRELATED:
+        raise InputError(
+            f"correlation is {correlation!r}, and inputs are {kind!r}, which have their own; it is "
+            f"of {', '.join(_input_rows.CORRELATED)}"
+        )
+    if not (is_number(correlation) and -1 <= correlation <= 1 and correlation * (batch - 1) >= -1):
+        least = -1 if batch < 3 else -1 / (batch - 1)
+        raise InputError(
+            f"correlation is {correlation!r}; of {batch} inputs it is from {least:.6g} to 1"
+        )
+    if kind == "sphere" and batch > width:
+        raise InputError(f"batch is {batch}; a width of {width} has at most {width} such inputs")

@@ -18,26 +18,45 @@ name                   variance of a weight   source
 ``mup_output``         1 / fan_in²            μP's top layer: Yang et al. 2022 (arXiv:2203.03466)
 ``unscaled``           1                      the N(0, 1) that the 2010 paper is cited against
 ``fan_in(σ_w)``        σ_w² / fan_in          the mean-field literature (Poole et al. 2016)
+``torch``              1 / (3 fan_in)         PyTorch's layers, whose biases are U[±1/√fan_in] too
+``keras``              2 / (fan_in+fan_out)   Keras' layers: uniform; orthogonal between time steps
+``zero``, ``constant``, ``identity``          weights that are not random
 =====================  =====================  =========================================
+
+`get` reads the names of this table, those that frameworks use, and more: weights of a fixed
+standard deviation, ``normal(0.02)`` or the number alone, and ``uniform(-0.05, 0.05)``; all of them
+times a gain, ``glorot*5/3``, or from another distribution, ``he:orthogonal``. It reads the name of
+every ensemble that it makes, as one of the same law.
 """
 
 import dataclasses
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from gradflow._arguments import as_key, from_seed
-from gradflow._checks import check_count, check_instance, check_number, check_sequence, unknown_name
+from gradflow._arguments import as_key
+from gradflow._checks import (
+    check_count,
+    check_instance,
+    check_number,
+    check_sequence,
+    is_number,
+    is_traced,
+    unknown_name,
+)
+from gradflow._initializers import PROBE, Measured, measure, probe
+from gradflow._weight_names import Function, Reader, as_text, split
 from gradflow.errors import InputError
 
-__all__ = ["ALL", "Distribution", "Ensemble", "fan_in", "from_initializer", "get"]
+__all__ = ["ALL", "Distribution", "Ensemble", "by_layer", "fan_in", "from_initializer", "get"]
 
-_VarianceRule = Callable[[int, int], float]
+_Rule = Callable[[int, int], float]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,6 +77,9 @@ class Distribution:
         Whether every row sums to 0, so that a mean over units is not passed on.
     kurtosis
         E[w⁴] - 3 of independent entries, which finite widths depend on; None if it is not known.
+    structured
+        Whether entries are neither independent nor a part of an orthogonal matrix, nor of mean 0,
+        so that no theory knows the products: the identity, an initialiser of one's own with a mean.
     """
 
     name: str
@@ -66,6 +88,7 @@ class Distribution:
     haar: bool = False
     centred: bool = False
     kurtosis: float | None = None
+    structured: bool = False
 
     @property
     def rotation_invariant(self) -> bool:
@@ -76,6 +99,12 @@ class Distribution:
 def _draw_uniform(key: PRNGKeyArray, shape: tuple[int, int], dtype: DTypeLike) -> Array:
     half_width = math.sqrt(3.0)
     return jax.random.uniform(key, shape, dtype, -half_width, half_width)
+
+
+def _draw_triangular(key: PRNGKeyArray, shape: tuple[int, int], dtype: DTypeLike) -> Array:
+    half_width = math.sqrt(1.5)
+    both = jax.random.uniform(key, (2, *shape), dtype, -half_width, half_width)
+    return both[0] + both[1]
 
 
 # A normal cut at ±2 standard deviations has this standard deviation, not 1 (PITFALLS of every
@@ -108,42 +137,69 @@ def _draw_standardised(key: PRNGKeyArray, shape: tuple[int, int], dtype: DTypeLi
     return weights / jnp.std(weights, axis=1, keepdims=True)
 
 
+def _draw_identity(key: PRNGKeyArray, shape: tuple[int, int], dtype: DTypeLike) -> Array:  # noqa: ARG001
+    return jnp.eye(*shape, dtype=dtype) * math.sqrt(max(shape))
+
+
 gaussian = Distribution("gaussian", jax.random.normal, iid_gaussian=True, kurtosis=0.0)
 uniform = Distribution("uniform", _draw_uniform, kurtosis=-1.2)
 truncated_normal = Distribution(
     "truncated_normal", _draw_truncated_normal, kurtosis=_TRUNCATED_KURTOSIS
 )
+# Of the sum of two independent uniform numbers: at unit variance each is U[±√(3/2)].
+triangular = Distribution("triangular", _draw_triangular, kurtosis=-0.6)
 orthogonal = Distribution("orthogonal", _draw_orthogonal, haar=True)
 # Scaled weight standardisation (Brock, De & Smith 2021, arXiv:2101.08692, eq. 1): each row has mean
 # 0 and variance 1. It takes two columns at least. Of signals that sum to 0, n_in units have their
 # second moments multiplied by n_in/(n_in - 1), which is not 1 for a narrow input.
 standardised = Distribution("standardised", _draw_standardised, centred=True)
+# Ones on the diagonal and zeros beside it, at a mean square of 1.
+identity_matrix = Distribution("identity_matrix", _draw_identity, structured=True)
 
 DISTRIBUTIONS = {d.name: d for d in list(vars().values()) if isinstance(d, Distribution)}
 
 
 @dataclasses.dataclass(frozen=True)
 class Ensemble:
-    """A distribution times a variance rule.
+    """A distribution times a variance rule, about a mean.
 
     Attributes
     ----------
     name
-        Its name in results and on the command line.
+        Its name in results and on the command line, which `get` reads.
     distribution
         The law of the entries at unit variance.
     variance
-        ``variance(fan_in, fan_out)``: the variance of one weight. It is the realised one.
+        ``variance(fan_in, fan_out)``: the variance of one weight. It is the realised one. Of a
+        ``structured`` distribution, its mean square.
+    mean
+        ``mean(fan_in, fan_out)``: the mean of one weight; None where it is 0.
+    bias
+        The ensemble that the biases beside such weights are drawn from, by the weights' fans, where
+        a framework's layers have some; None for none.
+    recurrent
+        What a framework's recurrent layers have instead: the ensembles of the weights on the input,
+        and of those from step to step; None where all are of this one.
     """
 
     name: str
     distribution: Distribution
-    variance: _VarianceRule
+    variance: _Rule
+    mean: _Rule | None = None
+    bias: "Ensemble | None" = None
+    recurrent: "tuple[Ensemble, Ensemble] | None" = None
 
-    def sigma_w(self, fan_in: int, fan_out: int) -> float:
+    def sigma_w(self, fan_in: int, fan_out: int) -> Any:
         """Return σ_w = √(fan_in · Var W), the scale in mean-field units (dimensionless)."""
         fans = check_count("fan_in", fan_in), check_count("fan_out", fan_out)
-        return math.sqrt(fans[0] * self.variance(*fans))
+        square: Any = fans[0] * self.variance(*fans)
+        root: Any = jnp.sqrt if is_traced(square) else math.sqrt
+        return root(square)
+
+    def mu_w(self, fan_in: int, fan_out: int) -> float | None:
+        """Return μ_w = fan_in · E[W], the gain of a mean over units; None where it is 0."""
+        fans = check_count("fan_in", fan_in), check_count("fan_out", fan_out)
+        return None if self.mean is None else fans[0] * self.mean(*fans)
 
     def half_width(self, fan_in: int, fan_out: int) -> float:
         """Return the half-width a of the uniform law U[-a, a] that has this variance."""
@@ -151,15 +207,22 @@ class Ensemble:
         return math.sqrt(3.0 * self.variance(*fans))
 
     def with_gain(self, gain: float) -> "Ensemble":
-        """Return the ensemble with every weight multiplied by ``gain`` (PyTorch's 'gain')."""
+        """Return the ensemble with every weight multiplied by ``gain`` (PyTorch's 'gain').
+
+        Biases are as before.
+        """
         check_number("gain", gain, positive=True)
-        rule = self.variance
-        return Ensemble(
-            f"{self.name}*{gain:g}", self.distribution, lambda m, n: gain**2 * rule(m, n)
+        rule, mean = self.variance, self.mean
+        return dataclasses.replace(
+            self,
+            name=f"{self.name}*{as_text(gain)}",
+            variance=lambda m, n: gain**2 * rule(m, n),
+            mean=None if mean is None else lambda m, n: gain * mean(m, n),
+            recurrent=self._recurrent(lambda ensemble: ensemble.with_gain(gain)),
         )
 
     def drawn_from(self, distribution: Distribution | str) -> "Ensemble":
-        """Return the same variance rule with the weights drawn from another distribution."""
+        """Return the same mean and variance with the weights drawn from another distribution."""
         if isinstance(distribution, str):
             if distribution not in DISTRIBUTIONS:
                 raise unknown_name("distribution", distribution, DISTRIBUTIONS)
@@ -169,7 +232,15 @@ class Ensemble:
         )
         if distribution == self.distribution:
             return self
-        return Ensemble(f"{self.name}:{distribution.name}", distribution, self.variance)
+        return dataclasses.replace(
+            self,
+            name=f"{self.name}:{distribution.name}",
+            distribution=distribution,
+            recurrent=self._recurrent(lambda ensemble: ensemble.drawn_from(distribution)),
+        )
+
+    def _recurrent(self, change: Callable[["Ensemble"], "Ensemble"]) -> Any:
+        return self.recurrent and tuple(map(change, self.recurrent))
 
     def sample(
         self, key: PRNGKeyArray, shape: tuple[int, int], dtype: DTypeLike = jnp.float32
@@ -181,7 +252,10 @@ class Ensemble:
         n_out, n_in = (check_count("a length in shape", length) for length in sizes)
         key = as_key(key)
         scale = math.sqrt(self.variance(n_in, n_out))
-        return self.distribution.draw(key, shape, dtype) * jnp.asarray(scale, dtype)
+        weights = self.distribution.draw(key, shape, dtype) * jnp.asarray(scale, dtype)
+        return (
+            weights if self.mean is None else weights + jnp.asarray(self.mean(n_in, n_out), dtype)
+        )
 
 
 def _glorot(fan_in: int, fan_out: int) -> float:
@@ -235,15 +309,35 @@ he_fan_out_uniform = Ensemble("he_fan_out_uniform", uniform, _he_fan_out)
 semi_orthogonal = Ensemble("orthogonal", orthogonal, _semi_orthogonal)
 mup_output = Ensemble("mup_output", gaussian, _mup_output)
 unscaled = Ensemble("unscaled", gaussian, _unscaled)
+zero = Ensemble("zero", gaussian, lambda m, n: 0.0)  # noqa: ARG005
+identity = Ensemble("identity", identity_matrix, _semi_orthogonal)
+# torch.nn.Linear and Conv2d. In an RNN all weights and both biases have the hidden units' fan.
+torch = Ensemble(
+    "torch",
+    uniform,
+    _standard,
+    bias=standard,
+    recurrent=(
+        Ensemble("torch", uniform, lambda m, n: 1.0 / (3.0 * n)),  # noqa: ARG005
+        Ensemble(
+            "torch",
+            uniform,
+            _standard,
+            bias=Ensemble("torch", triangular, lambda m, n: 2.0 / (3.0 * m)),  # noqa: ARG005
+        ),
+    ),
+)
+# Dense and Conv2D; orthogonal from step to step of a SimpleRNN. Biases start at 0.
+keras = Ensemble("keras", uniform, _glorot, recurrent=(glorot_uniform, semi_orthogonal))
 
 
-def fan_in(sigma_w: float = 1.0, distribution: Distribution | str = gaussian) -> Ensemble:
+def fan_in(sigma_w: Any = 1.0, distribution: Distribution | str = gaussian) -> Ensemble:
     """Return the mean-field ensemble Var W = σ_w² / fan_in.
 
     Parameters
     ----------
     sigma_w
-        σ_w, dimensionless, finite and above 0.
+        σ_w, a dimensionless number, finite and above 0; it may be traced by JAX.
     distribution
         The law of the entries.
 
@@ -253,110 +347,217 @@ def fan_in(sigma_w: float = 1.0, distribution: Distribution | str = gaussian) ->
         If ``sigma_w`` is not a finite number above 0, or the distribution is unknown.
     """
     check_number("sigma_w", sigma_w, positive=True)
+    if is_traced(sigma_w):
+        return Ensemble("fan_in", gaussian, lambda m, n: sigma_w**2 / m).drawn_from(distribution)  # noqa: ARG005
     if not (0 < sigma_w < math.inf and 1e-300 < sigma_w * sigma_w < math.inf):
         raise InputError(
             f"sigma_w is {sigma_w!r}; it is a finite number above 0, of which a float can hold the "
             "square"
         )
-    named = Ensemble(f"fan_in({sigma_w:g})", gaussian, lambda m, n: sigma_w**2 / m)  # noqa: ARG005
+    named = Ensemble(f"fan_in({as_text(sigma_w)})", gaussian, lambda m, n: sigma_w**2 / m)  # noqa: ARG005
     return named.drawn_from(distribution)
-
-
-# The entries from which `from_initializer` measures a variance: its relative error is √(2/N) = 5e-4
-# for Gaussian entries.
-_MEASURED_ENTRIES = 8_000_000
 
 
 def from_initializer(
     initializer: Callable[..., Array],
     *,
-    variance: _VarianceRule | None = None,
+    variance: _Rule | None = None,
     name: str | None = None,
 ) -> Ensemble:
     """Return the ensemble of any `jax.nn.initializers` function.
 
+    Weights whose mean is not 0 are independent about one mean, or else of a law that no theory
+    knows, as the identity: by the means of some 1000 matrices of shape (12, 8).
+
     Parameters
     ----------
     initializer
-        ``initializer(key, (fan_in, fan_out), dtype)``, JAX's convention, mean 0.
+        ``initializer(key, (fan_in, fan_out), dtype)``, JAX's convention.
     variance
-        ``variance(fan_in, fan_out)``, the variance of one weight. Without it, it is measured, once
-        for each shape, on 8 million entries (relative error about 5e-4) at a fixed key.
+        ``variance(fan_in, fan_out)``, the variance of one weight, whose mean is then 0. Without it,
+        both are measured, once for each shape, on 8 million entries (relative error about 5e-4) at
+        a fixed key.
     name
         The name of the ensemble; the function's own by default.
 
     Raises
     ------
     InputError
-        If it cannot draw a matrix, or draws one whose mean is not 0 or whose variance is 0.
+        If it cannot draw a matrix, or a mean is 0 for one shape and not for another.
     """
     if not callable(initializer):
         raise InputError(
             f"initializer is {initializer!r}; it is a function (key, (fan_in, fan_out), dtype)"
         )
     called = str(name or getattr(initializer, "__name__", "initializer"))
+    return _from_initializer(initializer, variance, called)
+
+
+@functools.lru_cache(maxsize=64)
+def _from_initializer(
+    initializer: Callable[..., Array], variance: _Rule | None, called: str
+) -> Ensemble:
+    structured, centred = False, True
+    if variance is None:
+        probed = probe(initializer, called)
+        structured, centred = probed.structured, probed.centred
 
     @functools.cache
-    def measured(fan_in: int, fan_out: int) -> float:
-        mean, square = _measure(initializer, called, fan_in, fan_out)
-        spread = math.sqrt(square)
-        # Five standard errors of the mean of independent entries.
-        if not square > 0 or abs(mean) > 5 * spread / math.sqrt(_MEASURED_ENTRIES):
+    def measured(fan_in: int, fan_out: int) -> Measured:
+        found = measure(initializer, called, (fan_in, fan_out))
+        if centred and not found.centred:
             raise InputError(
-                f"initializer {called!r} draws weights of mean {mean:.3g} and standard deviation "
-                f"{spread:.3g}; an ensemble has mean 0 and a variance above 0"
+                f"initializer {called!r} draws weights of mean {found.mean:.3g} and standard "
+                f"deviation {math.sqrt(found.variance):.3g} for {fan_in} inputs and {fan_out} "
+                f"units, and of mean 0 for {PROBE[0]} and {PROBE[1]}; it is one law for all"
             )
-        return square
+        return found
 
-    rule = variance or measured
+    def measured_variance(fan_in: int, fan_out: int) -> float:
+        found = measured(fan_in, fan_out)
+        return found.square if centred or structured else found.variance
+
+    def measured_mean(fan_in: int, fan_out: int) -> float:
+        return measured(fan_in, fan_out).mean
+
+    rule = variance or measured_variance
+    mean = None if centred or structured else measured_mean
 
     def draw(key: PRNGKeyArray, shape: tuple[int, int], dtype: DTypeLike) -> Array:
         n_out, n_in = shape
-        weights = initializer(key, (n_in, n_out), dtype)
-        return weights.T / jnp.asarray(math.sqrt(rule(n_in, n_out)), dtype)
+        weights = initializer(key, (n_in, n_out), dtype).T
+        scale = math.sqrt(rule(n_in, n_out))
+        if mean is not None:
+            weights -= jnp.asarray(mean(n_in, n_out), dtype)
+        return weights / jnp.asarray(scale, dtype) if scale else jnp.zeros_like(weights)
 
-    return Ensemble(called, Distribution(called, draw), rule)
-
-
-def _measure(
-    initializer: Callable[..., Array], name: str, fan_in: int, fan_out: int
-) -> tuple[float, float]:
-    """Return the mean and the mean square of at least `_MEASURED_ENTRIES` of its entries."""
-    repeats = -(-_MEASURED_ENTRIES // (fan_in * fan_out))
-
-    def one(key: PRNGKeyArray) -> tuple[Array, Array]:
-        weights = initializer(key, (fan_in, fan_out), jnp.float32)
-        return jnp.mean(weights), jnp.mean(weights**2)
-
-    try:
-        with jax.ensure_compile_time_eval():
-            means, squares = jax.lax.map(one, jax.random.split(from_seed(0), repeats))
-            # Here, where it is known also while a program that draws is traced.
-            return float(jnp.mean(means)), float(jnp.mean(squares))
-    except (TypeError, ValueError) as error:
-        raise InputError(
-            f"initializer {name!r} cannot draw a ({fan_in}, {fan_out}) matrix: "
-            f"{str(error).splitlines()[0]}"
-        ) from error
+    return Ensemble(called, Distribution(called, draw, structured=structured), rule, mean)
 
 
 ALL = tuple(value for value in list(vars().values()) if isinstance(value, Ensemble))
 
 
-def get(ensemble: "Ensemble | str | Callable[..., Array]") -> Ensemble:
-    """Return an ensemble by name, or from a `jax.nn.initializers` function, or unchanged.
+# Other names: of frameworks, where Keras' and JAX's glorot_normal, he_normal and lecun_normal are
+# truncated, and PyTorch's xavier_normal and kaiming_normal are not; and of arrays.
+_ALIASES = {
+    "xavier": glorot,
+    "xavier_normal": glorot,
+    "xavier_uniform": glorot_uniform,
+    "glorot_normal": glorot_truncated_normal,
+    "kaiming": he,
+    "kaiming_normal": he,
+    "kaiming_uniform": he_uniform,
+    "he_normal": he_truncated_normal,
+    "lecun_normal": lecun_truncated_normal,
+    "pytorch": torch,
+    "tensorflow": keras,
+    "zeros": zero,
+    "eye": identity,
+    "randn": unscaled,
+}
+
+
+def _about(name: str, distribution: Distribution, deviation: float, mean: float = 0.0) -> Ensemble:
+    """Weights of a fixed standard deviation and mean, whatever the fans."""
+    about = None if mean == 0 else lambda m, n: mean  # noqa: ARG005
+    return Ensemble(name, distribution, lambda m, n: deviation**2, about)  # noqa: ARG005
+
+
+def _normal(*numbers: float) -> Ensemble:
+    name = f"normal({','.join(map(as_text, numbers))})"
+    mean, deviation = numbers if len(numbers) == 2 else (0.0, *numbers)
+    check_number(f"the standard deviation in {name}", deviation)
+    return _about(name, gaussian, deviation, mean)
+
+
+def _uniform(low: float, high: float) -> Ensemble:
+    name = f"uniform({as_text(low)},{as_text(high)})"
+    if not low < high:
+        raise InputError(f"weights are {name}; the first number is below the second")
+    return _about(name, uniform, (high - low) / math.sqrt(12.0), (low + high) / 2)
+
+
+def _truncated(deviation: float) -> Ensemble:
+    name = f"truncated_normal({as_text(deviation)})"
+    check_number(f"the standard deviation in {name}", deviation)
+    return _about(name, truncated_normal, deviation * _TRUNCATED_SD)
+
+
+def _constant(value: float) -> Ensemble:
+    return _about(f"constant({as_text(value)})", gaussian, 0.0, value)
+
+
+# Names that take numbers.
+_FUNCTIONS: dict[str, Function] = {
+    "normal": ((1, 2), _normal),
+    "uniform": ((2,), _uniform),
+    "truncated_normal": ((1,), _truncated),
+    "truncated": ((1,), _truncated),
+    "constant": ((1,), _constant),
+    "fan_in": ((1,), fan_in),
+}
+
+
+@functools.lru_cache(maxsize=1024)
+def _read(text: str) -> Ensemble:
+    return Reader(text, {e.name: e for e in ALL} | _ALIASES, _FUNCTIONS).read()
+
+
+def get(ensemble: Any) -> Ensemble:
+    """The ensemble of a name, a number or a `jax.nn.initializers` function, or itself.
+
+    Parameters
+    ----------
+    ensemble
+        A name of `ALL`, or of a framework (xavier_uniform, kaiming_normal, …). Or weights of a
+        fixed standard deviation: a number, ``normal(0.02)``, ``normal(mean, 0.02)``,
+        ``uniform(-0.05, 0.05)``, ``truncated_normal(0.02)`` (a normal of that deviation cut at two
+        of them, as Keras' and TensorFlow's: what is realised is 0.88 of it), ``constant(0.1)``. Or
+        any of them times a gain, ``glorot*5/3``, ``he*sqrt(2)``, or from another distribution,
+        ``he:uniform``; ``fan_in(1.5)`` is the function's. An `Ensemble` is returned as it is.
 
     Raises
     ------
     InputError
-        If no ensemble has that name; the message has the nearest one.
+        If nothing has that name; the message has the nearest one.
     """
     if isinstance(ensemble, Ensemble):
         return ensemble
     if callable(ensemble):
         return from_initializer(ensemble)
-    known = {e.name: e for e in ALL} | {"xavier": glorot, "kaiming": he}
-    name = str(ensemble).lower()
-    if name not in known:
-        raise unknown_name("weights", ensemble, known)
-    return known[name]
+    if is_number(ensemble) and not isinstance(ensemble, bool):
+        return _normal(float(ensemble))
+    if not isinstance(ensemble, str):
+        raise unknown_name("weights", ensemble, (e.name for e in ALL))
+    return _read(ensemble)
+
+
+def by_layer(weights: Any, layers: int | None = None) -> tuple[Ensemble, ...]:
+    """The ensembles of layers, from the input up.
+
+    Parameters
+    ----------
+    weights
+        What `get` takes, for all layers; or one for each, as a sequence or as text with commas
+        between them, ``he,he,normal(0.01)``.
+    layers
+        How many layers there are; without it, as many ensembles as are given.
+
+    Raises
+    ------
+    InputError
+        If there are several ensembles and not one for each layer, or `get` does not know one.
+    """
+    if isinstance(weights, str):
+        parts: Sequence[Any] = split(weights)
+    else:
+        parts = weights if isinstance(weights, list | tuple) else [weights]
+    found = tuple(map(get, parts))
+    if layers is None or len(found) == layers:
+        return found
+    if len(found) != 1:
+        raise InputError(
+            f"weights are {len(found)} ensembles, and there are {layers} layers; give one for all, "
+            "or one for each"
+        )
+    return found * layers

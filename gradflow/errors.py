@@ -1,6 +1,6 @@
 """The errors that bad input raises: one sentence that says what was given and what is allowed."""
 
-__all__ = ["InputError", "UnknownName", "printable"]
+__all__ = ["InputError", "NoTheory", "UnknownName", "printable"]
 
 # Characters of a message: what was given may be a file's whole content.
 _LONGEST = 1200
@@ -40,6 +40,10 @@ class InputError(ValueError):
 
     def __init__(self, message: str) -> None:
         super().__init__(printable(message))
+
+
+class NoTheory(InputError):
+    """A network that can be simulated and that the theory does not know; the sentence says why."""
 
 
 class UnknownName(InputError, KeyError):

@@ -10,7 +10,6 @@ from collections.abc import Sequence
 
 import equinox as eqx
 import numpy as np
-import scipy.stats
 
 from gradflow._arguments import as_numbers
 from gradflow._checks import check_sequence, is_number
@@ -111,7 +110,9 @@ class Estimate(eqx.Module):
         """
         if not is_number(level) or not 0 < level < 1:
             raise InputError(f"level is {level!r}; it is a number between 0 and 1")
-        reach = scipy.stats.t.ppf((1 + level) / 2, np.maximum(self.count - 1, 1))
+        from scipy.special import stdtrit  # noqa: PLC0415  (slow to import)
+
+        reach = stdtrit(np.maximum(self.count - 1, 1), (1 + level) / 2)
         return self.value - reach * self.standard_error, self.value + reach * self.standard_error
 
     def _relative_deviation(self) -> Values:

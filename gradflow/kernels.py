@@ -17,106 +17,42 @@ coefficients of the parts that they share, and the second moments of those that 
 that is a function of others, as φ(z), correlates with them; where both are in a sum, it is refused.
 """
 
-import abc
 import itertools
 from typing import Any
 
 import equinox as eqx
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, ScalarLike
 
-from gradflow import activations, gaussian
+from gradflow import activations, ensembles, gaussian
 from gradflow._norms import inverse_or_zero
-from gradflow.activations import Activation
+from gradflow._unit_distributions import Gaussian, Shifted, UnitDistribution, Unknown
+from gradflow.activations import ActivationLike
 from gradflow.ensembles import Distribution
-from gradflow.errors import InputError
+from gradflow.errors import NoTheory
 
-__all__ = ["Gaussian", "Kernel", "UnitDistribution", "Unknown"]
+__all__ = ["Gaussian", "Kernel", "Shifted", "UnitDistribution", "Unknown"]
 __all__ += ["multiply_kernel"]
 
-
-class UnitDistribution(eqx.Module):
-    """The joint distribution of a unit's signals at all sites, beyond their second moments.
-
-    The methods that are not abstract are those of signals whose tangents are independent of them.
-    """
-
-    @abc.abstractmethod
-    def through(self, kernel: "Kernel", activation: Activation) -> "Kernel":
-        """The kernel of φ(z)."""
-
-    @abc.abstractmethod
-    def scaled(self, factor: Float[Array, "..."] | ScalarLike) -> "UnitDistribution":
-        """The distribution of the signals times a factor, a scalar or one for each site."""
-
-    def initial_carry(self, kernel: "Kernel") -> "UnitDistribution":  # noqa: ARG002
-        """The distribution of a kernel's signals as the carry of a loop that ends in this kind."""
-        return Unknown()
-
-    @property
-    def has_memory(self) -> bool:
-        """Whether it describes a tangent by more than second moments."""
-        return False
-
-    @property
-    def memory(self) -> Any:
-        """Its description of a tangent beyond second moments: arrays, sites first; or None."""
-        return None
-
-    def with_memory(self, memory: Any) -> "UnitDistribution":  # noqa: ARG002
-        """The same distribution with this `memory` of a tangent."""
-        return self
-
-    def memory_of_independent(self, tangent: Float[Array, " sites"]) -> Any:  # noqa: ARG002
-        """The `memory` of a tangent of these second moments, independent of the signals."""
-        return None
-
-
-class Gaussian(UnitDistribution):
-    """Jointly Gaussian of mean 0, as a product with a random matrix is."""
-
-    def through(self, kernel: "Kernel", activation: Activation) -> "Kernel":
-        """The kernel of φ(z): E[φ(z_a) φ(z_b)] and E[φ(z_a)]; tangents are multiplied by φ'(z)."""
-        k, tangent = kernel.covariance, kernel.tangent
-        if tangent is not None and tangent.ndim == 2:
-            tangent = gaussian.derivative_kernel(activation, k) * tangent
-        elif tangent is not None:
-            tangent = gaussian.moment(activation, "dphi2", jnp.diagonal(k)) * tangent
-        mean = gaussian.moment(activation, "phi", jnp.diagonal(k))
-        return Kernel(gaussian.kernel(activation, k), mean, tangent, Unknown())
-
-    def scaled(self, factor: Float[Array, "..."] | ScalarLike) -> "Gaussian":  # noqa: ARG002
-        """A Gaussian distribution."""
-        return self
-
-    def initial_carry(self, kernel: "Kernel") -> UnitDistribution:
-        """Gaussian if the kernel's signals are, else unknown."""
-        return self if kernel.gaussian else Unknown()
-
-
-class Unknown(UnitDistribution):
-    """Any other: second moments give those of products, normalised signals and sums, not of φ."""
-
-    def through(self, kernel: "Kernel", activation: Activation) -> "Kernel":  # noqa: ARG002
-        """Refuse.
-
-        Raises
-        ------
-        InputError
-            Always.
-        """
-        raise InputError(
-            f"activation {activation.name!r} acts on a signal that is not Gaussian over units; the "
-            "theory needs a random matrix (Linear, Dense) between two activations, and between a "
-            "Dropout and an activation"
-        )
-
-    def scaled(self, factor: Float[Array, "..."] | ScalarLike) -> "Unknown":  # noqa: ARG002
-        """An unknown distribution."""
-        return self
-
-
 _serial = itertools.count()
+
+
+def _rules() -> dict[Distribution, tuple[np.ndarray, np.ndarray]]:
+    """Values and chances of biases that are not Gaussian, at unit variance, by their law.
+
+    Gauss-Legendre's, on both sides of a kink of the density.
+    """
+    x, weight = np.polynomial.legendre.leggauss(12)
+    half = (x + 1) / 2
+    triangular = np.concatenate([-half, half]), np.tile((1 - half) * weight / 2, 2)
+    return {
+        ensembles.uniform: (3**0.5 * x, weight / 2),
+        ensembles.triangular: (6**0.5 * triangular[0], triangular[1]),
+    }
+
+
+_RULES = _rules()
 
 
 class _Origin:
@@ -270,14 +206,17 @@ class Kernel(eqx.Module):
             covariance, mean, tangent, distribution, *scales, made_of=((), self._function())
         )
 
-    def through(self, activation: Activation) -> "Kernel":
+    def through(self, activation: ActivationLike) -> "Kernel":
         """The kernel of φ(z).
 
         Raises
         ------
-        InputError
+        NoTheory
             If the signals' distribution is not known.
+        InputError
+            If there is no such activation.
         """
+        activation = activations.get(activation)
         if activation == activations.linear:
             return self
         z = self.in_range()
@@ -311,7 +250,7 @@ class Kernel(eqx.Module):
             self.covariance * jnp.outer(within, within),
             self.mean * within,
             tangent,
-            self.distribution.scaled(factor),
+            self.distribution.scaled(factor).at_scale(jnp.exp(-log)),
             self.log_scale + log,
             self.log_tangent_scale + log,
             made_of=(shares, _Origin()),
@@ -320,7 +259,9 @@ class Kernel(eqx.Module):
     def centred(self) -> "Kernel":
         """The kernel of z - E[z], the mean taken over units."""
         covariance = self.covariance - jnp.outer(self.mean, self.mean)
-        return self._sum_of(self._as_shares(), covariance, jnp.zeros_like(self.mean))
+        law = self.distribution.centred()
+        zero = jnp.zeros_like(self.mean)
+        return self._sum_of(self._as_shares(), covariance, zero, distribution=law)
 
     def normalised(self, variance: Float[Array, "*sites"]) -> "Kernel":
         """The kernel of the signals divided by a standard deviation; 0 where that is 0.
@@ -351,6 +292,45 @@ class Kernel(eqx.Module):
         scale = self.log_tangent_scale
         return self.plus(Kernel.of(covariance, tangent=tangent, log_tangent_scale=scale))
 
+    def with_bias(
+        self,
+        sigma_b: ScalarLike | None,
+        mu_b: ScalarLike | None = None,
+        distribution: Distribution = ensembles.gaussian,
+    ) -> "Kernel":
+        """The kernel of z + b, b of this deviation, mean and law for each unit, if there is one.
+
+        Raises
+        ------
+        NoTheory
+            If the biases are of a law that is neither Gaussian, uniform nor triangular.
+        """
+        out = self
+        if sigma_b is not None and distribution.iid_gaussian:
+            out, sigma_b = out.shifted(sigma_b**2), None
+        if sigma_b is None and mu_b is None:
+            return out
+        values, chances = np.zeros(1), np.ones(1)
+        if sigma_b is not None:
+            if distribution not in _RULES:
+                raise NoTheory(
+                    f"biases are {distribution.name!r}; the theory is of gaussian, uniform and "
+                    "triangular ones"
+                )
+            values, chances = _RULES[distribution]
+        ones = jnp.ones((len(self.mean), 1), self.mean.dtype)
+        shifts = jnp.asarray(values[None], ones.dtype) * (1.0 if sigma_b is None else sigma_b)
+        shifts = jnp.asarray(shifts + (0.0 if mu_b is None else mu_b))
+        law = Shifted(shifts * ones, jnp.asarray(chances[None], ones.dtype) * ones)
+        bias = Kernel.of(
+            jnp.einsum("ak,bk->ab", law.chances * law.shifts, law.shifts, precision="highest"),
+            law.mean,
+            tangent=None if self.tangent is None else jnp.zeros_like(self.tangent),
+            distribution=law,
+            log_tangent_scale=self.log_tangent_scale,
+        )
+        return out.plus(bias)
+
     def with_noise(
         self,
         covariance: Float[Array, "sites sites"],
@@ -372,13 +352,13 @@ class Kernel(eqx.Module):
 
         Raises
         ------
-        InputError
+        NoTheory
             If they may correlate in a way that is not known.
         """
         shares, others = self._as_shares(), other._as_shares()
         common = [(s, o) for s in shares for o in others if s.is_part(o)]
         if any(s.correlates(o) for s in shares for o in others):
-            raise InputError(
+            raise NoTheory(
                 "two signals are added of which one is a function of the other, so that they "
                 "correlate in a way that the theory does not know; it needs a random matrix "
                 "(Linear, Dense) at the end of one of them"
@@ -404,7 +384,7 @@ class Kernel(eqx.Module):
             if serial in total:
                 coefficient = coefficient + total[serial].coefficient
             total[serial] = _Share(coefficient, share.whole)
-        distribution = Gaussian() if self.gaussian and other.gaussian else Unknown()
+        distribution = one.distribution.plus(two.distribution)
         return Kernel(
             one.covariance + two.covariance + cross + cross.T,
             one.mean + two.mean,
@@ -420,12 +400,12 @@ class Kernel(eqx.Module):
 
         Raises
         ------
-        InputError
+        NoTheory
             If they are not known to be independent.
         """
         shares, others = self._as_shares(), other._as_shares()
         if any(s.is_part(o) or s.correlates(o) for s in shares for o in others):
-            raise InputError(
+            raise NoTheory(
                 "two signals are multiplied that are made of the same one, so that they "
                 "correlate; the theory needs a random matrix (Linear, Dense) in one of them"
             )
@@ -465,7 +445,7 @@ class Kernel(eqx.Module):
 
     def in_range(self) -> "Kernel":
         """The same signals, with the least scales that bring q into the range of averages."""
-        if not isinstance(self.distribution, Gaussian | Unknown):
+        if not isinstance(self.distribution, Gaussian | Shifted | Unknown):
             return self
         q = jnp.diagonal(self.covariance)
         log_q = jnp.log(jnp.where(q > 0, q, 1)) + 2 * self.log_scale
@@ -497,6 +477,7 @@ class Kernel(eqx.Module):
             self.covariance * jnp.outer(by, by),
             self.mean * by,
             tangent=tangent,
+            distribution=self.distribution.at_scale(by),
             log_scale=scale,
             log_tangent_scale=tangent_scale,
         )
@@ -523,7 +504,7 @@ class Kernel(eqx.Module):
             covariance,
             mean,
             other.get("tangent", self.tangent),
-            self.distribution,
+            other.get("distribution", self.distribution),
             other.get("log_scale", self.log_scale),
             other.get("log_tangent_scale", self.log_tangent_scale),
             made_of=(shares, _Origin()),
@@ -557,13 +538,15 @@ def multiply_kernel(
     *,
     sigma_w: ScalarLike,
     distribution: Distribution,
+    mu_w: ScalarLike | None = None,
     tap: Float[Array, "..."] | None = None,
     full_input: Kernel | None = None,
     **_: object,
 ) -> Kernel:
     """The kernel of W x: second moments σ_w² E[x_a x_b], Gaussian over units.
 
-    Weights whose rows sum to 0 take x less its mean over units.
+    Weights whose rows sum to 0 take x less its mean over units; those of mean μ_w/n_in add μ_w E[x]
+    to each unit. Of gradients through these there is no theory yet: NaN.
 
     ``tap`` is a zero, or one for each site, to differentiate by: the second moment, times fan_in,
     of a small random change of W. A gradient of W x with second moments Λ then has the cotangent
@@ -572,6 +555,11 @@ def multiply_kernel(
     ``full_input`` is the input of all of it. The tap is in units of
     exp(2 x.log_scale - 2 out.log_tangent_scale), ``out`` being the result.
     """
+    if distribution.structured:
+        raise NoTheory(
+            f"weights are {distribution.name!r}, of which no theory knows the products: it is of "
+            "independent entries, about one mean, and of orthogonal matrices"
+        )
     passed = kernel.centred() if distribution.centred else kernel
     within, log = _split(jnp.asarray(sigma_w, kernel.mean.dtype))
     scale = jnp.square(within)
@@ -582,9 +570,17 @@ def multiply_kernel(
             # Whatever the weights' rows sum to, ∂C/∂W = δ xᵀ.
             k = (kernel if full_input is None else full_input).covariance
             tangent = tangent + tap * (jnp.diagonal(k) if tangent.ndim == 1 else k)
+    covariance = scale * passed.covariance
+    law: dict[str, Any] = {}
+    if mu_w is not None:
+        mean = jnp.asarray(mu_w, kernel.mean.dtype) * kernel.mean * jnp.exp(-log)
+        law = {"mean": mean, "distribution": Shifted.at(mean)}
+        covariance = covariance + jnp.outer(mean, mean)
+        tangent = None if tangent is None else jnp.nan * tangent
     return Kernel.of(
-        scale * passed.covariance,
+        covariance,
         tangent=tangent,
         log_scale=passed.log_scale + log,
         log_tangent_scale=passed.log_tangent_scale + log,
+        **law,
     )

@@ -15,15 +15,18 @@ from typing import Any
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.typing import DTypeLike
 
-from gradflow._checks import check_instance, is_traced
+from gradflow import activations
+from gradflow._checks import check_instance, is_number, is_traced
 from gradflow.activations import Activation
 from gradflow.blocks import (
     AbstractBlock,
     Chain,
     UnitVariance,
 )
+from gradflow.ensembles import gaussian
 from gradflow.errors import InputError
 
 __all__ = ["Network", "Stage", "check_network", "divide_widths", "unit_variance", "with_biases"]
@@ -57,14 +60,22 @@ class Network(eqx.Module):
         The φ that activations h^l = φ(z^l) and saturation are reported for.
     name
         A short description for tables, messages and files.
+    saturation_threshold
+        A unit counts as saturated where |φ'| is below this fraction of its maximum. By default it
+        is that of a logistic whose output is below 0.01 or above 0.99: σ' < 0.01 · 0.99.
     """
 
     stages: tuple[Stage, ...]
     input_width: int = eqx.field(static=True)
-    activation: Activation = eqx.field(static=True)
+    activation: Activation = eqx.field(static=True, converter=activations.get)
     name: str = eqx.field(static=True, default="network")
+    saturation_threshold: float = eqx.field(static=True, default=4 * 0.01 * 0.99)
 
     def __check_init__(self) -> None:
+        if not (is_number(self.saturation_threshold) and 0 < self.saturation_threshold <= 1):
+            raise InputError(
+                f"saturation_threshold is {self.saturation_threshold!r}; it is a fraction in (0, 1]"
+            )
         for stage, (below, above) in zip(
             self.stages, itertools.pairwise(self.stage_widths), strict=True
         ):
@@ -150,9 +161,11 @@ class Network(eqx.Module):
 
         def at(end: int) -> bool:
             def linear(phi: Activation) -> bool:
+                if phi.homogeneous:
+                    return True
                 value, slope = phi.powers[end]
                 known = not (is_traced(value) or is_traced(slope))
-                return phi.homogeneous or bool(known and abs(value - 1) + abs(slope) < 1e-9)
+                return bool(known and abs(value - 1) + abs(slope) < 1e-9)
 
             blocks = all(stage.block.homogeneous_if(linear) for stage in self.stages)
             return blocks and linear(self.activation)
@@ -165,6 +178,21 @@ class Network(eqx.Module):
         return all(d.iid_gaussian for stage in self.stages for d in stage.block.distributions)
 
     @property
+    def centred(self) -> bool:
+        """Whether weights and biases have mean 0, and biases are Gaussian: so are all signals then.
+
+        Not, too, where the weights' law is none of independent entries or orthogonal matrices.
+        """
+
+        def is_centred(block: Any) -> bool:
+            means = [getattr(block, name, None) for name in ("mu_w", "mu_b")]
+            law = getattr(block, "bias_distribution", gaussian)
+            structured = any(law.structured for law in block.distributions)
+            return means == [None, None] and law.iid_gaussian and not structured
+
+        return all(is_centred(block) for stage in self.stages for block in stage.block.nested)
+
+    @property
     def rotation_invariant(self) -> bool:
         """Whether rotations leave the law of every random matrix as it is."""
         laws = (law for stage in self.stages for law in stage.block.distributions)
@@ -175,8 +203,13 @@ class Network(eqx.Module):
 
         Two networks that differ in their scales and their name alone then share one program.
         """
-        unnamed = dataclasses.replace(self, name="")
-        return jax.tree.map(lambda leaf: jnp.asarray(leaf, dtype), unnamed)
+        return jax.tree.map(
+            lambda leaf: (jnp if is_traced(leaf) else np).asarray(leaf, dtype), self.unnamed()
+        )
+
+    def unnamed(self) -> "Network":
+        """Return the network without its name, which no program depends on."""
+        return dataclasses.replace(self, name="")
 
 
 def with_biases(network: Network) -> Network:
@@ -222,12 +255,17 @@ def unit_variance(network: Network) -> Network:
 
 
 def check_lsuv(network: Network) -> None:
-    """Raise `InputError` if layers share their weights: LSUV has a scale for each."""
+    """Raise `InputError` if layers share their weights, or their means are not 0."""
     check_network(network)
     if network.tied:
         raise InputError(
             f"network is {network.name!r}, whose steps share their weights; LSUV has a scale for "
             "each layer's own"
+        )
+    if not network.centred:
+        raise InputError(
+            f"network is {network.name!r}, of weights or biases with a mean; LSUV starts from "
+            "weights of mean 0"
         )
 
 

@@ -1,12 +1,16 @@
 """Predictions: what theory says of every statistic at every layer, and of the width's effect."""
 
+from typing import TYPE_CHECKING
+
 import equinox as eqx
 import jax.numpy as jnp
 import numpy as np
-import xarray
 from jaxtyping import Array
 
 from gradflow._labels import Values, labelled, layers, with_names
+
+if TYPE_CHECKING:
+    import xarray
 
 __all__ = ["Corrections", "Prediction"]
 
@@ -40,8 +44,10 @@ class Prediction(eqx.Module):
         shape = jnp.shape(next(iter(self.values.values()), jnp.zeros(0)))
         return f"theory of shape {shape}, the last axis that of layers: {', '.join(self.values)}"
 
-    def to_xarray(self) -> xarray.Dataset:
+    def to_xarray(self) -> "xarray.Dataset":
         """The labelled values: every quantity by its name and, where it has one, its logarithm."""
+        import xarray  # noqa: PLC0415  (slow to import)
+
         return labelled(
             xarray.Dataset(
                 {name: ("layer", np.asarray(v)) for name, v in with_names(self.values).items()},

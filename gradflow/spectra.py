@@ -11,13 +11,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import xarray
-from jaxtyping import Array
+from jaxtyping import Array, ArrayLike
 
 from gradflow import activations, builders, ensembles, gaussian
 from gradflow._arguments import from_seed
 from gradflow._bins import counts_in_bins, mean_and_error
 from gradflow._checks import check_scale
-from gradflow.activations import Activation
+from gradflow._programs import program
+from gradflow.activations import Activation, ActivationLike
 from gradflow.errors import InputError
 from gradflow.simulation import singular_values
 from gradflow.theory import fixed_points, spectral_density
@@ -35,7 +36,7 @@ _ROUNDING = 1e-9
 
 
 def run(
-    activation: Activation | str,
+    activation: ActivationLike,
     sigma_w2: float,
     sigma_b2: float = 0.0,
     *,
@@ -84,7 +85,8 @@ def run(
         check_scale("sigma_b2", sigma_b2)
         check_layers(sigma_w2, depth, weights)
         q = _settled(activation, sigma_w2, sigma_b2) if q is None else q
-        law = theory.slope_law(activation, q)
+        check_scale("q", q)
+        law = _slope_law(activation, q)
         dataset, report, top = _theory(law, (sigma_w2, depth, weights), points)
         title = f"{activation.name}, {depth} {weights} layers: σ_w² = {sigma_w2:.6g}, q = {q:.6g}"
         dataset.attrs = {"title": title, "networks": networks, "width": width, "seed": seed}
@@ -110,18 +112,37 @@ def run(
     return dataset, of_arguments | {"sigma_w2": sigma_w2, "q": q, "depth": depth} | report
 
 
+@program("activation")
+def _slope_law(activation: Activation, q: ArrayLike) -> theory.SlopeLaw:
+    return theory.slope_law(activation, q)
+
+
+@program("depth", "weights")
+def _numbers(law: theory.SlopeLaw, sigma_w2: ArrayLike, *, depth: int, weights: str) -> tuple:
+    layers = sigma_w2, depth, weights
+    return (
+        theory.mean_and_variance(law, *layers),
+        theory.support(law, *layers),
+        [jnp.sum(law.weights * law.values**k) for k in (1, 2)],
+        theory.mean_singular_value(law, *layers),
+        theory.moments(law, *layers),
+    )
+
+
 def _theory(
     law: theory.SlopeLaw, layers: tuple[float, int, str], points: int
 ) -> tuple[xarray.Dataset, dict[str, Any], float]:
     """Return theory's density and atoms, its report, and the largest singular value."""
-    mean, variance = (float(v) for v in theory.mean_and_variance(law, *layers))
-    ends = theory.support(law, *layers)
+    sigma_w2, depth, weights = layers
+    found = _numbers(law, sigma_w2, depth=depth, weights=weights)
+    (mean, variance), ends, (second, fourth), mean_singular, moments = jax.tree.map(
+        np.asarray, found
+    )
     there = np.asarray(ends.masses) > 0
     atoms, masses = np.sqrt(np.asarray(ends.atoms))[there], np.asarray(ends.masses)[there]
     top = float(np.nanmax([math.sqrt(float(ends.upper)), *atoms, 1e-300]))
     s = np.linspace(0, _DENSITY_TOP * top, points + 1)[1:]
     density = spectral_density.density(law, *layers, at=s**2)
-    second, fourth = (float(jnp.sum(law.weights * law.values**k)) for k in (1, 2))
     dataset = xarray.Dataset(
         {
             "singular_value_density_theory": (
@@ -134,14 +155,14 @@ def _theory(
         coords={"singular_value": s, "atom": atoms},
     )
     report = {
-        "chi1": layers[0] * second,
-        "slope_second_moment": second,
-        "slope_fourth_moment": fourth,
-        "mean_squared_singular_value": mean,
-        "squared_singular_value_variance": variance * mean**2,
-        "squared_singular_value_relative_variance": variance,
-        "mean_singular_value": float(theory.mean_singular_value(law, *layers)),
-        "squared_singular_value_moments": theory.moments(law, *layers).tolist(),
+        "chi1": sigma_w2 * float(second),
+        "slope_second_moment": float(second),
+        "slope_fourth_moment": float(fourth),
+        "mean_squared_singular_value": float(mean),
+        "squared_singular_value_variance": float(variance * mean**2),
+        "squared_singular_value_relative_variance": float(variance),
+        "mean_singular_value": float(mean_singular),
+        "squared_singular_value_moments": moments.tolist(),
         "atoms": [
             {"squared_singular_value": float(a**2), "mass": float(m)}
             for a, m in zip(atoms, masses, strict=True)

@@ -24,15 +24,11 @@ from gradflow._first_order import FirstOrder, diagonal, outer
 from gradflow._layers import BackwardLimit, BackwardSample, ForwardLimit, ForwardSample, exp
 from gradflow.errors import InputError
 
-__all__ = ["ALL", "SATURATION_THRESHOLD", "BackwardLimit", "BackwardSample", "FirstOrder"]
+__all__ = ["ALL", "BackwardLimit", "BackwardSample", "FirstOrder"]
 __all__ += ["ForwardLimit", "ForwardSample", "Statistic"]
 
 # The shift of a mean over networks and the variance between them, each of shape (layers,).
 _Correction = tuple[Float[Array, " layers"], Float[Array, " layers"]]
-
-# A unit counts as saturated when its slope is below this fraction of the activation's largest
-# slope. For the logistic that is an output below 0.01 or above 0.99: σ' < 0.01 · 0.99.
-SATURATION_THRESHOLD = 4 * 0.01 * 0.99
 
 
 @dataclasses.dataclass(frozen=True)
@@ -126,16 +122,27 @@ def _mean_cosine(rows: Float[Array, "sites n"]) -> Array:
     return pairs / (sites * (sites - 1) or math.nan)  # one site alone has no pair
 
 
-def _over_sites(f: Callable[[Array], Array], limit: ForwardLimit) -> Array:
-    """f(q) for each site, averages over Gaussian pre-activations; NaN if they are not Gaussian."""
-    averages = jax.vmap(f)(jnp.diagonal(limit.covariance))
+def _over_sites(name: str, limit: ForwardLimit) -> Float[Array, " sites"]:
+    """A moment of φ(z), or the ``"saturation"``, for each site; NaN where z is not Gaussian."""
+    phi, q, saturation = limit.activation, jnp.diagonal(limit.covariance), name == "saturation"
+    if limit.about is None and saturation:
+        averages = gaussian.saturation(phi, q, limit.saturation_threshold)
+    elif limit.about is None:
+        averages = gaussian.moment(phi, name, q)
+    else:
+        law = (limit.about.shifts, limit.about.chances)
+        v = jnp.diagonal(limit.about.gaussian_part(limit.covariance))
+        averages = (
+            gaussian.shifted_saturation(phi, limit.saturation_threshold, *law, v)
+            if saturation
+            else gaussian.shifted_moment(phi, name, *law, v)
+        )
+    if saturation:  # of a signal that is 0, as behind weights of 0
+        flat = jnp.abs(phi.derivative(jnp.zeros_like(q))) < phi.saturated_slope(
+            limit.saturation_threshold
+        )
+        averages = jnp.where(q == 0, flat, averages)
     return jnp.where(limit.gaussian, averages, jnp.nan)
-
-
-def _saturated_slope(sample: ForwardSample) -> float:
-    """The slope below which a unit is saturated, in the floats' range."""
-    largest = float(jnp.finfo(sample.slope.dtype).max)
-    return min(SATURATION_THRESHOLD * sample.max_slope, largest)
 
 
 def _mean_over_sites(shift: Array, covariance: Array) -> _Correction:
@@ -308,8 +315,7 @@ activation_mean = Statistic(
     "mean of activations",
     measure=lambda s: _mean(s.activation, s.log_scale),
     predict=lambda limit: jnp.mean(
-        _over_sites(lambda v: gaussian.moment(limit.activation, "phi", v), limit)
-        * jnp.exp(gaussian.growth(limit.activation, limit.log_scale)[0])
+        _over_sites("phi", limit) * jnp.exp(gaussian.growth(limit.activation, limit.log_scale)[0])
     ),
     correct=_correct_activation_mean,
 )
@@ -318,12 +324,7 @@ activation_variance = Statistic(
     "variance of activations over units",
     measure=lambda s: _log_variance(*s.outputs),
     predict=lambda limit: _log_mean_exp(
-        jnp.log(
-            _over_sites(
-                lambda v: jnp.where(v == 0, 0, gaussian.moment(limit.activation, "variance", v)),
-                limit,
-            )
-        )
+        jnp.log(jnp.where(jnp.diagonal(limit.covariance) == 0, 0, _over_sites("variance", limit)))
         + 2 * gaussian.growth(limit.activation, limit.log_scale)[2]
     ),
     correct=_correct_activation_variance,
@@ -331,11 +332,9 @@ activation_variance = Statistic(
 )
 saturation = Statistic(
     "saturation",
-    f"fraction of units with |φ'| < {SATURATION_THRESHOLD:.3g} max|φ'|",
-    measure=lambda s: jnp.mean(jnp.abs(s.slope) < _saturated_slope(s)),
-    predict=lambda limit: jnp.mean(
-        _over_sites(lambda v: gaussian.saturation(limit.activation, v, SATURATION_THRESHOLD), limit)
-    ),
+    "fraction of saturated units, |φ'| far below max|φ'|",
+    measure=lambda s: jnp.mean(jnp.abs(s.slope) < s.saturated_slope),
+    predict=lambda limit: jnp.mean(_over_sites("saturation", limit)),
     correct=lambda finite: _mean_over_sites(
         *finite.mean_over_units(finite.layers.averages.saturation, "saturated")
     ),
@@ -370,7 +369,14 @@ log_gradient_norm = Statistic(
     "log_gradient_norm",
     "log ‖∂C/∂z‖, natural logarithm",
     measure=lambda s: jnp.mean(s.log_norm),
-    predict=lambda limit: jnp.mean(limit.log_variance + jnp.log(limit.width)) / 2,
+    predict=lambda limit: (
+        jnp.mean(
+            limit.log_variance
+            + jnp.log(limit.width)
+            + (0 if limit.log_spread is None else limit.log_spread)
+        )
+        / 2
+    ),
     correct=_correct_log_gradient_norm,
     backward=True,
 )

@@ -169,11 +169,13 @@ def _log_relative_weight_gradients(
 
 
 def _scales(block: AbstractBlock, width: int, sites: int) -> list[float]:
-    """σ_w of each random matrix of a block, in the order of its products; nothing is drawn."""
-    sigmas: list[Any] = []
+    """√(n_in E[W²]) of each random matrix of a block, in the order of its products."""
+    squares: list[Any] = []
 
-    def multiply(_: PRNGKeyArray, x: Array, *, sigma_w: Any, width: int, **__: Any) -> Array:
-        sigmas.append(sigma_w)
+    def multiply(
+        _: PRNGKeyArray, x: Array, *, sigma_w: Any, width: int, mu_w: Any = 0.0, **__: Any
+    ) -> Array:
+        squares.append(sigma_w**2 + mu_w**2 / x.shape[1])  # nothing is drawn
         return jnp.zeros((x.shape[0], width), x.dtype)
 
     jax.eval_shape(
@@ -181,7 +183,7 @@ def _scales(block: AbstractBlock, width: int, sites: int) -> list[float]:
         jax.eval_shape(lambda: jax.random.key(0)),
         jax.ShapeDtypeStruct((sites, width), jnp.float32),
     )
-    return [math.nan if isinstance(s, jax.core.Tracer) else float(s) for s in sigmas]
+    return [math.nan if isinstance(s, jax.core.Tracer) else float(s) ** 0.5 for s in squares]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -245,8 +247,11 @@ def judge(theory: Prediction, simulation: Simulation, asymptotic_log_chi: float 
         kind = "dead"
     elif dead:
         parts.append(_dead_sentence(simulation, dead))
+    blocked = _blocked(network, predicted)
+    if blocked:
+        kind, parts = "dead", [f"dead: {blocked}"]
     for what, networks in (("overflow", simulation.overflowed), ("are 0 in", simulation.vanished)):
-        if networks.any():
+        if networks.any() and not blocked:
             parts.append(
                 f"signals {what} {simulation.dtype} from layer "
                 f"{int(np.argmax(networks > 0)) + 1} on, in {int(networks.max())} of "
@@ -270,6 +275,21 @@ def judge(theory: Prediction, simulation: Simulation, asymptotic_log_chi: float 
         saturated_from=saturated_from,
         sentence="; ".join(parts),
     )
+
+
+def _blocked(network: Network, predicted: np.ndarray) -> str:
+    """Words for a layer that passes no gradient on in any network, if there is one; else ""."""
+    through = np.isneginf(predicted[:-1]) & np.isfinite(predicted[1:])
+    if not through.any():
+        return ""
+    layer = int(np.argmax(through)) + 2
+    ends = np.cumsum([stage.repeats for stage in network.stages])
+    block = network.stages[int(np.searchsorted(ends, layer))].block
+    zero = any(
+        getattr(b, "sigma_w", 1.0) == 0 and getattr(b, "mu_w", None) is None for b in block.nested
+    )
+    why = f"the weights of layer {layer} are 0" if zero else f"layer {layer} passes none on"
+    return f"{why}: no gradient below it at step 0"
 
 
 def _kind(
@@ -384,12 +404,11 @@ def _dead_sentence(simulation: Simulation, dead: float) -> str:
 
 
 def _saturated_from(simulation: Simulation) -> int | None:
-    # A rectifier is flat on one side by design; saturation is to be flat on both. Where the slope
-    # has no largest value, no unit is saturated.
+    # A rectifier is flat on one side by design; saturation is to be flat on both.
     phi = simulation.network.activation
-    if "saturation" not in simulation.estimates or not math.isfinite(phi.max_slope):
+    if "saturation" not in simulation.estimates:
         return None
-    flat = phi.saturated_intervals(statistics.SATURATION_THRESHOLD)
+    flat = phi.saturated_intervals(simulation.network.saturation_threshold)
     two_sided = np.isneginf(flat).any() and np.isposinf(flat).any()
     above = simulation.estimates["saturation"].value > _SATURATED
     return int(np.argmax(above)) + 1 if two_sided and above.any() else None

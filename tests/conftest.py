@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import gc
 import json
 import os
 from collections.abc import Callable, Iterator
@@ -15,7 +16,7 @@ import pytest
 
 # Most programs run for an instant here, so compile them soon rather than well: in less than half
 # the time. XLA_FLAGS in the environment are used instead, and empty ones are as users have it:
-# .ci/run sets them so under Python 3.13.
+# .ci/run sets them so for fast tests under Python 3.13.
 _SOON = (
     "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
     " --xla_cpu_parallel_codegen_split_count=1"  # the other core runs other tests
@@ -34,22 +35,48 @@ jax.config.update("jax_enable_x64", X64)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 matplotlib.use("Agg")
 
-# Most of the tests' time goes into compiling: each worker, and the commands that its tests run,
-# keep what they compiled, for when it is asked for again, in this run or in the next one.
-_WORKER = os.environ.get("PYTEST_XDIST_WORKER", "alone")
-_COMPILED = Path(__file__).parents[1] / ".pytest_cache" / "jax" / _WORKER
+# Most of the tests' time goes into compiling: all workers, and the commands that tests run, share
+# what they compiled, in this run and in the next one. One folder for all, as JAX's keys hold its
+# path; no programs that compile as soon as they are written.
+_COMPILED = Path(__file__).parents[1] / ".pytest_cache" / "jax"
 jax.config.update("jax_compilation_cache_dir", str(_COMPILED))
-jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.02)
 os.environ["JAX_COMPILATION_CACHE_DIR"] = str(_COMPILED)
-os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.02"
+
+# Python looks for garbage by how many objects are new, of which tracing makes many and leaves
+# little; a full collection takes a third of a second, for what was imported alone.
+gc.set_threshold(20_000, 20, 20)
 
 REFERENCE = Path(__file__).parent / "reference"
+
+
+def pytest_collection_finish() -> None:
+    """Leave what was imported out of all collections."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")
 def key() -> jax.Array:
     """The one key of all tests; derive others by `jax.random.fold_in` or `split`."""
     return jax.random.key(0)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _keep_no_traces() -> Iterator[None]:
+    """Keep no traced programs, but where a test has a cache of its own, and by tests' processes.
+
+    Exporting them takes a seventh of a fresh run; and what a test has patched is not for others.
+    """
+    from gradflow import _programs
+
+    folder = _programs.cache_folder
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            _programs, "cache_folder", lambda: None if folder() == _COMPILED else folder()
+        )
+        yield
 
 
 @pytest.fixture(autouse=True)
@@ -83,8 +110,26 @@ def x64_only() -> None:
 
 
 @pytest.fixture
+def simulations_compiled_well(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Optimise simulations' programs, in tests that run them for seconds: 5 times as fast."""
+    if os.environ["XLA_FLAGS"] == _SOON:
+        from gradflow import _programs
+
+        options = _programs.options
+
+        def optimised(seconds: float, *, computes_twice: bool = False) -> dict[str, str | bool]:
+            chosen = options(seconds, computes_twice=computes_twice)
+            return chosen | ({"xla_backend_optimization_level": "1"} if computes_twice else {})
+
+        monkeypatch.setattr(_programs, "options", optimised)
+
+
+@pytest.fixture
 def unchecked(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Run the test as users run gradflow, without the hook above: for what it says to bad input."""
+    """Run the test as users run gradflow, without the hook above.
+
+    For what is said to bad input, or where the same few shapes would be checked for a long time.
+    """
     monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
 
 

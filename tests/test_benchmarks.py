@@ -22,6 +22,7 @@ def test_networks_per_second_compares_every_contender(capsys, monkeypatch):
     arguments = ["--width", "8", "--depth", "3", "--seconds", "0.01", "--json"]
     benchmark = load("networks_per_second")
     monkeypatch.setitem(benchmark.GROW, "inputs", [1, 8])
+    monkeypatch.setattr(benchmark, "TILES", (2, 1 << 10))
     report = benchmark.main([*arguments, "--grow", "inputs"])
     assert [size["inputs"] for size in report["sizes"]] == [1, 8]
     for size in report["sizes"]:

@@ -1,12 +1,16 @@
 """The command line as a user meets it; in a process of its own where that makes a difference."""
 
+import functools
 import io
 import itertools
 import json
+import math
 import subprocess
 import sys
 from pathlib import Path
 
+import commands
+import numpy as np
 import pytest
 import xarray
 from rich.table import Table
@@ -31,39 +35,33 @@ def gradflow(*arguments, cwd):
 
 
 @pytest.fixture
-def here(tmp_path, monkeypatch, capfd, unchecked):  # noqa: ARG001
-    """Runs a command in this process: starting one takes longer than most of what commands do."""
-    monkeypatch.chdir(tmp_path)
-
-    def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["gradflow", *arguments])
-        with pytest.raises(SystemExit) as stop:
-            cli.main()
-        printed = capfd.readouterr()
-        return subprocess.CompletedProcess(
-            arguments, stop.value.code or 0, printed.out, printed.err
-        )
-
-    return run
-
-
-@pytest.fixture(scope="module")
-def compared(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("compare")
-    return gradflow("compare", *SMALL, "--out", "made", cwd=folder), folder
+def here(tmp_path):
+    """Runs a command in this process, in a new folder."""
+    return functools.partial(commands.run, cwd=tmp_path)
 
 
 @pytest.mark.medium
-def test_compare_prints_a_table_a_verdict_and_what_it_wrote(compared):
-    done, folder = compared
+def test_the_saturation_threshold_is_an_option(tmp_path, here):
+    """tanh's slope 1 - tanh²(z) is below t where |z| is above artanh √(1-t); z ~ N(0, q)."""
+    done = here("compare", *SMALL, "--inputs", "1", "--saturation-threshold", "0.6", "--out", "o")
+    assert done.returncode == 0, done.stderr
+    dataset = xarray.load_dataset(tmp_path / "o" / "results.nc")
+    least = math.atanh(math.sqrt(1 - 0.6))
+    expected = [math.erfc(least / math.sqrt(2 * q)) for q in dataset.q_theory.values.tolist()]
+    np.testing.assert_allclose(dataset.saturation_theory, expected, rtol=1e-6)
+
+
+@pytest.mark.medium
+def test_compare_prints_a_table_a_verdict_and_what_it_wrote(tmp_path, here):
+    done = here("compare", *SMALL, "--out", "made")
     assert done.returncode == 0, done.stderr
     for word in ("statistic", "theory", "log_gradient_norm", "verdict", "agreement", "matrix_free"):
         assert word in done.stdout
     assert "compiling" in done.stderr
-    dataset = xarray.load_dataset(folder / "made" / "results.nc")
+    dataset = xarray.load_dataset(tmp_path / "made" / "results.nc")
     assert dataset.q_theory.size == 4
     assert dataset.attrs["seed"] == 0
-    assert len(list((folder / "made").glob("*.png"))) == 5
+    assert len(list((tmp_path / "made").glob("*.png"))) == 5
 
 
 @pytest.mark.slow
@@ -264,6 +262,10 @@ def test_help_is_there_with_examples(command, here):
         (["note", "--networks", "1"], "networks is 1; it is a whole number of at least 2"),
         (["note", "--uniform-networks", "0"], "uniform_networks is 0"),
         (["compare", "--networks", "0"], "networks is 0"),
+        (
+            ["compare", "--saturation-threshold", "2"],
+            "saturation_threshold is 2.0; it is a",
+        ),
         (["compare", "--inputs", "5000"], "there are 1797 digit images"),
         (["compare", "--sigma-w", "nan"], "sigma_w is nan; it is a finite number above 0"),
         (["compare", "--sigma-b", "inf"], "sigma_b is inf"),
@@ -484,6 +486,16 @@ OTHERS = {
             "--start": ["2"],
         },
     ),
+    "correlation": (
+        [],
+        {
+            "--activation": ["relu", "elu(0.5)"],
+            "--sigma-w2": ["2", "3"],
+            "--sigma-b2": ["0.5"],
+            "--points": ["6"],
+            "--start": ["2"],
+        },
+    ),
     "spectrum": (
         ["--simulate", "5"],
         _NETWORK
@@ -531,7 +543,7 @@ def test_no_two_commands_share_a_folder(which, monkeypatch):
 def test_a_default_that_is_written_out_is_the_same_command(monkeypatch):
     usual = folder_of(["compare"], monkeypatch)
     assert usual == "results/compare/tanh-glorot"
-    assert folder_of(["compare", "--width", "1000", "--sigma-b", "0"], monkeypatch) == usual
+    assert folder_of(["compare", "--width", "1000", "--depth", "50"], monkeypatch) == usual
     assert folder_of(["train", "--seed", "0"], monkeypatch) == "results/train/layers"
 
 
@@ -548,15 +560,15 @@ def test_commands_keep_what_they_compiled_where_the_user_says(tmp_path, monkeypa
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
     (tmp_path / "cache").touch()  # no folder can be made here: nothing is kept, and nothing said
-    arguments = ("compare", *SMALL, "--depth", "1", "--json")
+    arguments = ("prescribe", "--activation", "relu", "--widths", "9,9,9", "--json")
     first = gradflow(*arguments, cwd=tmp_path)
     assert (first.returncode, "Warning" in first.stderr) == (0, False)
     (tmp_path / "cache").unlink()
     second = gradflow(*arguments, cwd=tmp_path)
     assert len(list((tmp_path / "cache" / "gradflow").glob("*/*-cache"))) > 3
     third = gradflow(*arguments, cwd=tmp_path)
-    layers = [json.loads(done.stdout)["layers"] for done in (first, second, third)]
-    assert layers[0] == layers[1] == layers[2]
+    found = [json.loads(done.stdout) for done in (first, second, third)]
+    assert found[0] == found[1] == found[2]
 
 
 @pytest.mark.slow
@@ -580,36 +592,3 @@ def test_remedies_prints_a_table_and_a_figure(tmp_path, monkeypatch):
     found = json.loads((tmp_path / "made" / "remedies.json").read_text())
     assert found["remedies"][0]["remedy"] == "as it is"
     assert (tmp_path / "made" / "remedies.png").stat().st_size > 0
-
-
-@pytest.mark.slow
-def test_note_answers_the_note(tmp_path, here):
-    command = ["note", "--width", "60", "--depth", "6"]
-    command += ["--networks", "60", "--uniform-networks", "10"]
-    done = here(*command)
-    assert done.returncode == 0, done.stderr
-    for word in ("logistic, N(0,1)", "selu, LeCun", "the note says", "critical at width 103.01"):
-        assert word in done.stdout
-    results = tmp_path / "results" / "note"
-    assert len(list(results.glob("*.nc"))) == 12
-    assert len(list(results.glob("*.png"))) == 6
-    found = json.loads((results / "study.json").read_text())
-    assert len(found["claims"]) == 7
-    assert found["settings"]["logistic, Glorot"]["verdict"]["kind"] == "vanishing"
-
-    # Again it draws nothing, and says the same; with more networks it draws those.
-    again = here(*command)
-    assert (again.returncode, again.stdout) == (0, done.stdout), again.stderr
-    assert json.loads((results / "study.json").read_text()) == found
-    assert "networks" not in again.stderr
-    shown = here("show", "results/note", "--json")
-    assert json.loads(shown.stdout)["networks"] == 9 * 60 + 2 * 10
-    assert here("report", "results/note").returncode == 0
-    more = here(*command, "--uniform-networks", "15", "--json")
-    assert json.loads(more.stdout)["settings"]["tanh, Glorot (uniform)"]["networks"] == 15
-
-    # Anything else is not the same study: nothing is overwritten.
-    other = here("note", "--depth", "5")
-    assert other.returncode == 2
-    assert "base.depth was 6, is 5; " in other.stderr
-    assert other.stderr.endswith("for anything else give another --out\n")

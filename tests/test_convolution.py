@@ -4,9 +4,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from laws import smallest_p_value
+from laws import compared, smallest_p_value
 
-from gradflow import activations, builders, comparison, ensembles, gaussian, networks, statistics
+from gradflow import activations, builders, ensembles, gaussian, networks, statistics
 from gradflow.blocks import (
     BatchNorm,
     Chain,
@@ -293,13 +293,16 @@ def test_both_samplers_have_one_law(law):
     """
     network = builders.convolutional((3,), [2, 4, 4, 4], "tanh", dense=[3], sigma_b=0.3, **law)
     x = builders.as_sites(jax.random.normal(jax.random.key(5), (2, 3, 2)))
-    names = ("log_q", "log_gradient_norm", "log_weight_gradient_variance")
+    wanted = (
+        *(statistics.q, statistics.log_gradient_norm),
+        statistics.weight_gradient_variance,
+    )
 
     def features(sampler, key):
         found = monte_carlo.simulate(
-            network, x, key=key, networks=6000, sampler=sampler, keep_samples=True
+            network, x, key=key, networks=6000, sampler=sampler, wanted=wanted, keep_samples=True
         ).samples
-        return np.concatenate([found[name][:, [0, 2, 3]] for name in names], axis=1)
+        return np.concatenate([values[:, [0, 2, 3]] for values in found.values()], axis=1)
 
     a, b = features("dense", 1), features("matrix_free", 2)
     assert smallest_p_value(a, b) > 1e-3
@@ -340,11 +343,11 @@ NETWORKS = {
 @pytest.mark.slow
 @pytest.mark.parametrize("make", NETWORKS.values(), ids=NETWORKS)
 def test_theory_meets_simulation(make):
-    """`comparison.compare` of 300 networks; null and false alarms (1 %) as in the law tests."""
+    """300 networks; null and false alarms (1 %) as in the law tests."""
     network = make()
     positions = 4 if "relu, he" in network.name else 3
     x = np.random.default_rng(0).normal(size=(2 * positions, 2)).astype(np.float32)
-    found = comparison.compare(network, x, key=3, networks=300)
+    found = compared(network, x, key=3, networks=300)
     assert not found.count(Status.DIFFERS), found.agreement
     chi = found.by_statistic["chi"].z
     assert np.isfinite(chi[:-1]).all()  # also where positions are merged

@@ -254,3 +254,18 @@ def test_the_phase_diagram_of_relu_has_no_hole():
 def test_bad_axes_of_a_phase_diagram_are_said(sigma_w, sigma_b, message):
     with pytest.raises(InputError, match=message):
         criticality.phase_diagram(activations.tanh, sigma_w, sigma_b)
+
+
+@pytest.mark.slow
+def test_critical_points_of_activations_with_parameters_are_known_by_hand():
+    """Of x² for x > 0: q = 3q/4 + σ_b²; of sin(30 x): σ_w² = 1/450 and q = 1/900 + σ_b²."""
+    squared = criticality.critical_points("squared_relu", sigma_b2=0.03)
+    assert (squared.q_star[0], squared.sigma_w2[0]) == pytest.approx((0.12, 1 / 0.24), rel=1e-10)
+    assert np.isnan(criticality.critical_points("squared_relu", sigma_b2=0.0).q_star).all()
+    wave = criticality.critical_points("sin(30)", sigma_b2=0.03)
+    assert wave.q_star[0] == pytest.approx(0.03 + 1 / 900, rel=1e-10)
+    assert wave.sigma_w2[0] == pytest.approx(1 / 450, rel=1e-10)
+    plain = criticality.critical_points("tanh", sigma_b2=0.03)
+    scaled = criticality.critical_points("tanh(1.7159)", sigma_b2=0.03)
+    assert scaled.q_star[0] == pytest.approx(float(plain.q_star[0]), rel=1e-10)
+    assert scaled.sigma_w2[0] == pytest.approx(float(plain.sigma_w2[0]) / 1.7159**2, rel=1e-10)

@@ -5,8 +5,9 @@ import numpy as np
 import pytest
 import scipy.stats
 
-from gradflow import _differences, blocks, builders, ensembles
+from gradflow import blocks, builders, ensembles
 from gradflow.simulation import monte_carlo
+from gradflow.theory import float64
 
 X = np.asarray(jax.random.normal(jax.random.key(2), (2, 40), np.float32)) * [[0.3], [2.0]]
 FALSE_ALARMS = 1e-6  # of one call of `worst`
@@ -16,7 +17,7 @@ NETWORKS = 25
 def simulated(activation, width=2000, **options):
     network = builders.mlp([40, *[width] * 3], activation, **options)
     simulation = monte_carlo.simulate(network, X, networks=NETWORKS, key=1, histograms=True)
-    return _differences.with_densities(simulation, X).histograms
+    return float64.densities(network, X, simulation.histograms)
 
 
 def worst(histogram, density):
@@ -69,7 +70,7 @@ def test_densities_integrate_to_one_and_an_atom_is_in_the_bin_that_begins_with_i
 def test_where_a_gradient_does_not_go_through_one_activation_alone_it_is_not_said():
     network = builders.residual(20, 20, 3, "tanh")
     simulation = monte_carlo.simulate(network, X[:, :20], networks=3, histograms=True)
-    found = _differences.with_densities(simulation, X[:, :20]).histograms["gradient"].theory
+    found = float64.densities(network, X[:, :20], simulation.histograms)["gradient"].theory
     assert np.isnan(found[:-1]).all()
     assert np.isfinite(found[-1]).all()
     assert any(isinstance(s.block, blocks.Residual) for s in network.stages)

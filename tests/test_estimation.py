@@ -1,5 +1,7 @@
 """Estimates over networks: exact where that is known, mergeable, honest about what is left out."""
 
+import functools
+
 import numpy as np
 import pytest
 import scipy.special
@@ -97,8 +99,13 @@ REPEATS, NETWORKS = 2000, 200
 WIDTH, DEPTH = 64, 5
 
 
-@pytest.fixture(scope="module")
-def linear_samples():
+@pytest.fixture
+def linear_samples(simulations_compiled_well):  # noqa: ARG001
+    return draw_linear_samples()
+
+
+@functools.cache
+def draw_linear_samples():
     network = builders.mlp([WIDTH] * (DEPTH + 1), "linear", "lecun")
     x = np.ones((1, WIDTH), np.float32)
     found = monte_carlo.simulate(
@@ -135,6 +142,7 @@ def test_intervals_for_the_typical_gradient_cover_the_truth(linear_samples):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("unchecked")  # shapes of 2000 points take a third of the time
 def test_intervals_of_points_that_stop_at_a_target_cover_what_they_say(tmp_path):
     """Null: 95 % intervals cover the exact mean in 95 % of 2000 points of linear networks.
 

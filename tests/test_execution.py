@@ -480,8 +480,8 @@ COMMAND = [sys.executable, "-c", "from gradflow.cli import main; main()", "study
 KILLS = int(os.environ.get("GRADFLOW_TEST_KILLS", "4"))
 
 
-def begin(file, out, *more, devices=1):
-    flags = f"--xla_force_host_platform_device_count={devices}"  # compiled as users have it
+def begin(file, out, *more, flags=""):
+    """A study of a file, compiled as users have it without other flags."""
     return subprocess.Popen(
         [*COMMAND, str(file), "--out", str(out), *more],
         stdout=subprocess.PIPE,
@@ -551,18 +551,24 @@ def test_an_interruption_ends_a_study_soon_and_says_how_to_go_on(long_study, tmp
 
 @pytest.mark.slow
 def test_devices_and_processes_change_nothing_but_the_rounding(tmp_path):
+    soon = os.environ.get("XLA_FLAGS", "")  # as other tests' programs are compiled
     file = tmp_path / "study.toml"
     file.write_text(TEXT.replace("networks = 20", "networks = 2000"))
     for devices in (1, 2, 8):
         out = tmp_path / f"{devices} devices"
-        code, _, said = wait(begin(file, out, devices=devices))
+        code, _, said = wait(
+            begin(file, out, flags=f"{soon} --xla_force_host_platform_device_count={devices}")
+        )
         assert code == 0, said
         same(out, tmp_path / "1 devices")
     with socket.socket() as one:
         one.bind(("127.0.0.1", 0))
         port = one.getsockname()[1]
     among = ("--coordinator", f"127.0.0.1:{port}", "--processes", "2", "--process")
-    both = [begin(file, tmp_path / "processes", *among, str(process)) for process in range(2)]
+    both = [
+        begin(file, tmp_path / "processes", *among, str(process), flags=soon)
+        for process in range(2)
+    ]
     for process in both:
         code, _, said = wait(process)
         assert code == 0, said

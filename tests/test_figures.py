@@ -10,10 +10,10 @@ from matplotlib.container import ErrorbarContainer
 
 from gradflow import activations, builders, comparison, figures, spectra
 from gradflow.errors import InputError
-from gradflow.theory import criticality
+from gradflow.theory import criticality, summary
 
 # They have no simulation.
-THEORY_ALONE = {"phase_diagram"}
+THEORY_ALONE = {"phase_diagram", "correlation_map"}
 
 
 @pytest.fixture(scope="module")
@@ -66,6 +66,9 @@ def drawn(dataset):
         "remedies": figures.remedies({"the sick network": dataset, "a remedy": dataset}),
         "phase_diagram": figures.phase_diagram(
             criticality.phase_diagram(activations.relu, np.linspace(1, 2, 5), np.linspace(0, 1, 4))
+        ),
+        "correlation_map": figures.correlation_map(
+            summary.correlation_map("relu", 1.5, 0.1, [-1, 0, 1])
         ),
         "spectra": figures.spectra(study()),
         "spectrum": figures.spectrum(

@@ -8,6 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from laws import SLOPES
+from laws import scales as slope_scales
 
 from gradflow import activations, gaussian
 from gradflow.errors import InputError
@@ -19,6 +21,15 @@ FIXED_POINT, DEPTH_SCALE = 1e-9, 1e-8  # what is asked of float64
 SILU_FAR_OUT = 68889.0191080699758563648027092
 ATTRACTS = {Stability.STABLE, Stability.MARGINAL, Stability.HALF_STABLE}
 pytestmark = pytest.mark.usefixtures("x64_only")
+# Where φ has a traced parameter, its integrals are a part of every run: worth their optimisation.
+optimised = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": "1"})
+
+
+def each(activation, sigma_w2, sigma_b2, start=1.0):
+    """`fixed_points.analyse` of one point after the other: one program for a whole table."""
+    points = zip(*np.broadcast_arrays(sigma_w2, sigma_b2, start), strict=True)
+    found = [fixed_points.analyse(activation, w, b, start=q) for w, b, q in points]
+    return fixed_points.Analysis(*map(np.array, zip(*found, strict=True)))
 
 
 def scales(row):
@@ -69,9 +80,9 @@ class TestTable2:
             if row["inputs"]["activation"] == activation
         ]
         sigma_w2, sigma_b2 = np.array([scales(row) for row in rows]).T
-        found = fixed_points.analyse(activations.get(activation), sigma_w2, sigma_b2, start=1.0)
+        found = each(activations.get(activation), sigma_w2, sigma_b2)
         truth = np.array([float(row["values"]["attractor_from_q0_1"]) for row in rows])
-        diverges = np.asarray(found.status) == Status.DIVERGES
+        diverges = found.status == Status.DIVERGES
         assert (diverges == np.isinf(truth)).all()
         assert np.isnan(found.q_star[diverges]).all()
         np.testing.assert_allclose(found.q_star[~diverges], truth[~diverges], rtol=FIXED_POINT)
@@ -140,19 +151,18 @@ class TestStatus:
     def test_half_stable_points_are_one_and_not_two_or_none(self):
         """At GELU's, V(q) - q touches 0 from below, with a stable fixed point just before it."""
         sigma_w2, sigma_b2 = 1.983058257437547, 0.17292239075606735  # table 3
-        shifts = np.array([-1e-8, 0.0, 1e-8])
-        found = fixed_points.length(activations.gelu, sigma_w2, sigma_b2 + shifts)
-        kinds = [[Stability(int(s)) for s in row if s] for row in found.stability]
+        shifts = (-1e-8, 0.0, 1e-8)
+        found = [fixed_points.length(activations.gelu, sigma_w2, sigma_b2 + s) for s in shifts]
+        kinds = [[Stability(int(s)) for s in one.stability if s] for one in found]
         assert kinds == [
             [Stability.STABLE],
             [Stability.STABLE, Stability.HALF_STABLE],
             [Stability.STABLE, Stability.UNSTABLE, Stability.STABLE],
         ]
-        assert float(found.q_star[1, 1]) == pytest.approx(3.56155281280883, rel=1e-9)
-        start = np.array([1.0, 9.0])
-        settled = fixed_points.analyse(activations.gelu, sigma_w2, sigma_b2, start=start)
+        assert float(found[1].q_star[1]) == pytest.approx(3.56155281280883, rel=1e-9)
+        settled = each(activations.gelu, sigma_w2, sigma_b2, start=[1.0, 9.0])
         assert settled.status.tolist() == [Status.CONVERGES, Status.ALGEBRAIC]
-        np.testing.assert_allclose(settled.q_star, found.q_star[1, :2], rtol=1e-12)
+        np.testing.assert_allclose(settled.q_star, found[1].q_star[:2], rtol=1e-12)
 
     def test_neutral_lengths_stay_where_they_start(self):
         found = fixed_points.analyse(activations.relu, 2.0, 0.0, start=0.3)
@@ -247,26 +257,53 @@ QUICK = {"hard_tanh", "gelu"}
 def test_they_are_what_iterating_the_maps_tends_to(activation):
     """In the ordered and the chaotic phase, for every activation."""
     sigma_w2, sigma_b2 = np.array([0.6, 1.4, 5.0]), np.array([0.2, 0.1, 0.05])
-    found = fixed_points.analyse(activation, sigma_w2, sigma_b2)
-    q = jax.lax.fori_loop(
-        0,
-        1200,
-        lambda _, q: jax.vmap(functools.partial(mean_field.length_map, activation))(
-            q, jnp.asarray(sigma_w2), jnp.asarray(sigma_b2)
-        ),
-        jnp.ones(3),
-    )
-    settled = (np.asarray(found.status) == Status.CONVERGES) & (np.asarray(found.chi_par) < 0.97)
+    found = each(activation, sigma_w2, sigma_b2)
+    settled = (found.status == Status.CONVERGES) & (found.chi_par < 0.97)
     assert settled.any()
-    np.testing.assert_allclose(found.q_star[settled], q[settled], rtol=1e-11)
-    for place in np.flatnonzero(settled):
-        c, length = float(found.c_star[place]), float(found.q_star[place])
-        pair = length * jnp.array([[1, c], [c, 1]])
-        mapped = mean_field.correlation_map(activation, pair, sigma_w2[place], sigma_b2[place])
-        slope = sigma_w2[place] * gaussian.derivative_kernel(activation, pair)
-        assert float(mapped[0, 1]) / length == pytest.approx(c, abs=1e-12)
-        assert float(slope[0, 1]) == pytest.approx(float(found.chi_c[place]), rel=1e-10)
-        assert found.chi_c[place] < 1
+    found = fixed_points.Analysis(*(values[settled] for values in found))
+    given = sigma_w2[settled], sigma_b2[settled], found.q_star, found.c_star
+    iterated = np.array([maps(activation, *one) for one in zip(*given, strict=True)])
+    np.testing.assert_allclose(found.q_star, iterated[:, 0], rtol=1e-11)
+    np.testing.assert_allclose(iterated[:, 1], found.c_star, rtol=0, atol=1e-12)
+    np.testing.assert_allclose(iterated[:, 2], found.chi_c, rtol=1e-10)
+    assert (found.chi_c < 1).all()
+
+
+@pytest.mark.medium
+@pytest.mark.parametrize(
+    "activation",
+    [
+        pytest.param(a, marks=() if a.name in QUICK else pytest.mark.slow, id=a.name)
+        for a in activations.ALL
+    ],
+)
+def test_they_are_where_the_slopes_put_them(activation):
+    """σ_w² and σ_b² from q* and χ₁, in the ordered phase, at the edge of chaos and in chaos."""
+    for phase, slope in SLOPES.items():
+        q, sigma_w2, sigma_b2, settles = slope_scales(activation, phase)
+        if not settles:
+            continue
+        found = fixed_points.analyse(activation, sigma_w2, sigma_b2, start=q)
+        assert float(found.q_star) == pytest.approx(q, rel=1e-9), phase
+        assert float(found.chi1) == pytest.approx(slope, rel=1e-9), phase
+        mapped = maps(activation, sigma_w2, sigma_b2, q, found.c_star)[1]
+        if not np.isnan(found.c_star):  # of linear networks, which keep it
+            assert float(mapped) == pytest.approx(float(found.c_star), abs=1e-8), phase
+            assert (found.c_star < 1) == (phase == "chaotic"), phase
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def maps(activation, sigma_w2, sigma_b2, length, c):
+    """What the length map is iterated to, and the correlation map and its slope at c."""
+
+    def step(_, q):
+        return mean_field.length_map(activation, q, sigma_w2, sigma_b2)
+
+    pair = length * (c + (1 - c) * jnp.eye(2))
+    mapped = mean_field.correlation_map(activation, pair, sigma_w2, sigma_b2)
+    slope = sigma_w2 * gaussian.derivative_kernel(activation, pair)
+    q = jax.lax.fori_loop(0, 1200, step, jnp.ones_like(length))
+    return q, mapped[0, 1] / length, slope[0, 1]
 
 
 @pytest.mark.parametrize(
@@ -285,70 +322,78 @@ def test_correlations_close_to_1_are_found_in_two_dimensions(activation, sigma_w
     q, c = float(found.q_star), float(found.c_star)
     assert 0.5 < c < 1
 
+    @jax.jit
     def excess(c):
         pair = q * jnp.array([[1, c], [c, 1]])
-        return float(mean_field.correlation_map(activation, pair, sigma_w2, sigma_b2)[0, 1]) / q - c
+        return mean_field.correlation_map(activation, pair, sigma_w2, sigma_b2)[0, 1] / q - c
 
     away = 1e-3 * (1 - c)
     assert excess(c - away) > 0 > excess(c + away)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("sigma_w2", [1.4, 2.6])
-def test_derivatives_are_central_differences(sigma_w2):
+def test_derivatives_are_central_differences():
     """By σ_w², σ_b² and a parameter of φ, in the ordered and the chaotic phase."""
 
-    @jax.jit
     def values(arguments):
         sigma_w2, sigma_b2, gain = arguments
         phi = activations.custom(lambda x: jnp.tanh(gain * x), name="tanh(gain x)")
         return jnp.stack(fixed_points.analyse(phi, sigma_w2, sigma_b2)[1:9])  # q_star … xi_grad
 
-    at, step = np.array([sigma_w2, 0.05, 1.1]), 1e-5
-    exact = jax.jit(jax.jacfwd(values))(at)
-    for place in range(3):
-        shift = step * np.eye(3)[place]
-        difference = (values(at + shift) - values(at - shift)) / (2 * step)
-        np.testing.assert_allclose(exact[:, place], difference, rtol=1e-6, atol=1e-8)
-    backward = jax.jit(jax.jacrev(values))(at)
-    np.testing.assert_allclose(backward, exact, rtol=1e-9, atol=1e-12)
+    forward, backward = optimised(jax.jacfwd(values)), optimised(jax.jacrev(values))
+    value, step = optimised(values), 1e-5
+    for sigma_w2 in (1.4, 2.6):
+        at = np.array([sigma_w2, 0.05, 1.1])
+        exact = forward(at)
+        for place in range(3):
+            shift = step * np.eye(3)[place]
+            difference = (value(at + shift) - value(at - shift)) / (2 * step)
+            np.testing.assert_allclose(
+                exact[:, place], difference, rtol=1e-6, atol=1e-8, err_msg=f"{sigma_w2}, {place}"
+            )
+        np.testing.assert_allclose(
+            backward(at), exact, rtol=1e-9, atol=1e-12, err_msg=f"{sigma_w2}"
+        )
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "negative", [lambda x, a: a * x, lambda x, a: a * jnp.expm1(x)], ids=["leaky_relu", "elu"]
-)
-def test_a_parameter_at_a_kink_is_differentiated(negative):
-    """How much φ' jumps at 0 is traced then, whether it jumps or not."""
+def test_a_parameter_at_a_kink_is_differentiated():
+    """How much φ' jumps at 0 is traced then, whether it jumps or not: leaky_relu and elu."""
 
-    @jax.jit
-    def values(a):
+    def values(a, elu):
         def function(x):
-            return jnp.where(x > 0, x, negative(jnp.minimum(x, 0), a))
+            below = jnp.minimum(x, 0)
+            return jnp.where(x > 0, x, a * jnp.where(elu, jnp.expm1(below), below))
 
         phi = activations.custom(function, kinks=(0.0,), name="bent")
         found = fixed_points.analyse(phi, 1.0, 0.1)
         return jnp.stack([found.q_star, found.chi1, found.xi_c])
 
     at, step = 0.8, 1e-5
-    difference = (values(at + step) - values(at - step)) / (2 * step)
-    np.testing.assert_allclose(jax.jacfwd(values)(at), difference, rtol=1e-6)
+    value, slope = optimised(values), optimised(jax.jacfwd(values))
+    for elu in (False, True):
+        difference = (value(at + step, elu) - value(at - step, elu)) / (2 * step)
+        np.testing.assert_allclose(slope(at, elu), difference, rtol=1e-6, err_msg=f"elu: {elu}")
 
 
 @pytest.mark.slow
 def test_a_derivative_that_is_not_known_is_nan():
-    def xi_c(sigma_w2):
+    @jax.jit
+    @jax.grad
+    def slope(sigma_w2):
         return fixed_points.analyse(activations.hard_tanh, sigma_w2, 0.1).xi_c
 
-    assert np.isfinite(jax.grad(xi_c)(1.5))
-    assert np.isnan(jax.grad(xi_c)(1.2635))
+    assert np.isfinite(slope(1.5))
+    assert np.isnan(slope(1.2635))
 
 
 @pytest.mark.slow
 def test_grids_vmap_and_scalars_agree():
-    sigma_w2, sigma_b2 = np.linspace(0.5, 9, 6), np.array([[0.0], [0.05], [1.0]])
+    sigma_w2 = np.linspace(0.5, 9, 6)
+    sigma_b2 = np.stack([0 * sigma_w2, 0 * sigma_w2 + 0.05, 0.05 * sigma_w2])
     grid = fixed_points.analyse(activations.tanh, sigma_w2, sigma_b2)
     assert grid.q_star.shape == (3, 6)
+    scalars = each(activations.tanh, sigma_w2, 0.05)
     mapped = jax.jit(jax.vmap(lambda w: fixed_points.analyse(activations.tanh, w, 0.05)))(
         jnp.asarray(sigma_w2)
     )
@@ -359,15 +404,15 @@ def test_grids_vmap_and_scalars_agree():
     )(jnp.sqrt(sigma_w2))
     for name in ("q_star", "c_star", "xi_c"):
         np.testing.assert_allclose(getattr(mapped, name), getattr(grid, name)[1], rtol=1e-12)
+        np.testing.assert_allclose(getattr(scalars, name), getattr(grid, name)[1], rtol=1e-12)
     # tanh(a x) at (1, σ_b²) is tanh at (a², a² σ_b²).
-    rescaled = fixed_points.analyse(activations.tanh, sigma_w2, sigma_w2 * 0.05)
-    np.testing.assert_allclose(gains.c_star, rescaled.c_star, rtol=1e-9)
+    np.testing.assert_allclose(gains.c_star, grid.c_star[2], rtol=1e-9)
 
 
 @pytest.mark.slow
 def test_float32_is_right_to_its_digits():
     sigma_w2 = np.array([0.5, 1.0, 1.4, 2.5, 6.0])
-    wide = fixed_points.analyse(activations.tanh, sigma_w2, 0.05)
+    wide = each(activations.tanh, sigma_w2, 0.05)
     with jax.enable_x64(False):
         narrow = fixed_points.analyse(activations.tanh, sigma_w2, 0.05)
     for name in ("q_star", "chi1", "chi_par", "c_star", "xi_c", "xi_grad"):

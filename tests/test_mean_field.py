@@ -1,6 +1,7 @@
 """Mean-field theory against high-precision depth profiles, and against what is known exactly."""
 
 import dataclasses
+import math
 from fractions import Fraction
 
 import jax
@@ -167,3 +168,15 @@ def test_predictions_at_other_widths_need_no_second_walk():
 def test_scales_and_depths_that_cannot_be_are_refused(call, message):
     with pytest.raises(InputError, match=message):
         call(jnp.asarray(1.0))
+
+
+def test_sigma_w_is_traced_through_the_ensemble_and_the_network():
+    def log_gradient(sigma_w):
+        network = builders.mlp([100] * 4, "relu", ensembles.fan_in(sigma_w))
+        values = mean_field.predict(network, jnp.ones((1, 1))).values["log_gradient_norm"]
+        return values[0] - values[-1]
+
+    value, slope = jax.jit(jax.value_and_grad(log_gradient))(1.3)
+    # Two layers of ReLUs, each of which multiplies squared gradients by σ_w²/2.
+    assert value == pytest.approx(math.log(1.3**2 / 2), rel=1e-5)
+    assert slope == pytest.approx(2 / 1.3, rel=1e-5)

@@ -1,11 +1,16 @@
 """The note's claims: the numbers that theory knows to many digits."""
 
+import functools
+import json
+import shutil
+
+import commands
 import numpy as np
 import pytest
 
 from gradflow import _note, activations, comparison
 from gradflow.errors import InputError
-from gradflow.studies import _execution, _study_file
+from gradflow.studies import _study_file
 
 
 def test_unscaled_logistic_networks_are_critical_at_width_103():
@@ -49,19 +54,23 @@ def test_bad_input_is_refused_before_anything_runs():
         _note.study(seed=-1)
 
 
+SMALL = ["--width", "30", "--depth", "3", "--networks", "40", "--uniform-networks", "10"]
+
+
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
-    """A small one that has been run, its file and its folder."""
-    folder = tmp_path_factory.mktemp("note") / "study"
-    study = _note.study(width=30, depth=3, networks_gaussian=40, networks_uniform=10)
-    assert _execution.run(study, folder).networks == 9 * 40 + 2 * 10
-    return study, folder
+    """A small one that the command has run: what it printed, and its folder."""
+    folder = tmp_path_factory.mktemp("note")
+    done = commands.run("note", *SMALL, cwd=folder)
+    assert done.returncode == 0, done.stderr
+    return done, folder / "results" / "note"
 
 
 @pytest.mark.slow
 def test_comparisons_are_those_of_confront_with_the_points_key(finished):
     """To the rounding of another order of networks, for Gaussian weights and for others."""
-    study, folder = finished
+    _, folder = finished
+    study = _note.study(width=30, depth=3, networks_gaussian=40, networks_uniform=10)
     found = _note.findings(folder).comparisons
     assert [setting.name for setting in found][::5] == [
         "logistic, N(0,1)",
@@ -96,3 +105,35 @@ def test_what_was_found_is_found_again(finished):
     first, second = (_note.findings(folder) for _ in range(2))
     assert first.claims == second.claims
     assert len(first.claims) == 7
+
+
+@pytest.mark.slow
+def test_the_command_answers_the_note(finished, tmp_path):
+    done, folder = finished
+    for word in ("logistic, N(0,1)", "selu, LeCun", "the note says", "critical at width 103.01"):
+        assert word in done.stdout
+    results = tmp_path / "results" / "note"
+    shutil.copytree(folder, results)
+    assert len(list(results.glob("*.nc"))) == 12
+    assert len(list(results.glob("*.png"))) == 6
+    found = json.loads((results / "study.json").read_text())
+    assert len(found["claims"]) == 7
+    assert found["settings"]["logistic, Glorot"]["verdict"]["kind"] == "vanishing"
+
+    # Again it draws nothing, and says the same; with more networks it draws those.
+    run = functools.partial(commands.run, cwd=tmp_path)
+    again = run("note", *SMALL)
+    assert (again.returncode, again.stdout) == (0, done.stdout), again.stderr
+    assert json.loads((results / "study.json").read_text()) == found
+    assert "networks" not in again.stderr
+    shown = run("show", "results/note", "--json")
+    assert json.loads(shown.stdout)["networks"] == 9 * 40 + 2 * 10
+    assert run("report", "results/note").returncode == 0
+    more = run("note", *SMALL, "--uniform-networks", "15", "--json")
+    assert json.loads(more.stdout)["settings"]["tanh, Glorot (uniform)"]["networks"] == 15
+
+    # Anything else is not the same study: nothing is overwritten.
+    other = run("note", "--depth", "5")
+    assert other.returncode == 2
+    assert "base.depth was 3, is 5; " in other.stderr
+    assert other.stderr.endswith("for anything else give another --out\n")

@@ -173,3 +173,10 @@ def test_the_folder_is_chosen_by_the_environment(tmp_path, monkeypatch):
     assert _cache_folder.usable().parent == tmp_path / "here"
     monkeypatch.setenv("GRADFLOW_CACHE", "off")
     assert _cache_folder.usable() is None
+
+
+def test_a_constant_may_have_any_name():
+    program = _programs.program("given", "function")(
+        lambda x, given, function: x + given * function
+    )
+    assert float(program(jnp.array(1.0), 2, function=3)) == 7

@@ -69,7 +69,7 @@ def test_statistics_are_those_of_plain_reverse_mode(case):
             "log_preactivation_variance": jnp.log(jnp.mean(jnp.var(z, axis=1))),
             "activation_mean": jnp.mean(jnp.tanh(z)),
             "log_activation_variance": jnp.log(jnp.mean(jnp.var(jnp.tanh(z), axis=1))),
-            "saturation": jnp.mean(1 - jnp.tanh(z) ** 2 < statistics.SATURATION_THRESHOLD),
+            "saturation": jnp.mean(1 - jnp.tanh(z) ** 2 < 0.0396),
             "correlation": (cosines.sum() - 3) / 6,
             "log_gradient_variance": jnp.log(jnp.mean(square)),
             "log_gradient_norm": jnp.mean(jnp.log(jnp.linalg.norm(delta, axis=1))),
@@ -378,3 +378,25 @@ def test_inputs_that_a_float_does_not_hold_are_refused():
         monte_carlo.simulate(network, x, networks=2)
     x[1] *= 0
     assert np.isfinite(monte_carlo.simulate(network, x, networks=2)["q"].value).all()
+
+
+def test_the_saturation_threshold_is_the_networks():
+    network = builders.mlp([6, 300, 300], "tanh", ensembles.fan_in(2.0))
+    other = dataclasses.replace(network, saturation_threshold=0.6)
+    x = jax.random.normal(jax.random.key(0), (1, 6))
+    shares = [
+        (
+            float(propagation.propagate(n, x, 0)["saturation"][0]),
+            float(float64.predict(n, x)["saturation"][0]),
+        )
+        for n in (network, other)
+    ]
+    z = jax.random.normal(jax.random.key(1), 100_000) * jnp.sqrt(4 * jnp.mean(x**2))
+    for (measured, predicted), threshold in zip(shares, (0.0396, 0.6), strict=True):
+        share = float(jnp.mean(1 - jnp.tanh(z) ** 2 < threshold))
+        # Five standard errors of 100 000 draws, and of 300 units.
+        assert abs(predicted - share) < 5 * math.sqrt(share * (1 - share) / 100_000)
+        assert abs(measured - predicted) < 5 * math.sqrt(share * (1 - share) / 300)
+    for wrong in (0.0, 1.5, math.nan):
+        with pytest.raises(InputError, match="saturation_threshold is"):
+            dataclasses.replace(network, saturation_threshold=wrong)

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from laws import smallest_p_value
+from laws import compared, smallest_p_value
 
 from gradflow import builders, comparison, ensembles, statistics, training
 from gradflow.blocks import (
@@ -32,6 +32,7 @@ ROUNDING = 5e-4
 INPUT, WIDTH, STEPS, SITES = 5, 8, 12, 3
 NETWORKS = 4000
 WANTED = (statistics.q, statistics.log_gradient_norm, statistics.weight_gradient_variance)
+FORWARD = (statistics.q,)  # without a backward pass
 propagate = jax.jit(
     functools.partial(propagation.propagate, wanted=WANTED),
     static_argnames=("sampler", "keep", "checkpoint"),
@@ -181,7 +182,8 @@ def test_without_a_nonlinearity_shared_weights_grow_by_themselves():
     found = {}
     for tied in (True, False):
         network = builders.recurrent(n, n, t, "linear", "lecun", tied=tied)
-        q = monte_carlo.simulate(network, x, networks=3000, sampler="dense", wanted=WANTED)["q"]
+        found_q = monte_carlo.simulate(network, x, networks=3000, sampler="dense", wanted=FORWARD)
+        q = found_q["q"]
         found[tied] = q.value[t] / q.value[0], q.standard_error[t] / q.value[0]
     for tied, expected in ((True, REAL_GINIBRE), (False, 1.0)):
         ratio, error = found[tied]
@@ -199,6 +201,7 @@ def driven(width, steps=LONG, **more):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("simulations_compiled_well")
 def test_200_steps_meet_the_theory_or_differ_as_steps_squared_over_width():
     """σ_w = 1. Forward within the error and 3/n; gradients differ by a function of t²/n alone.
 
@@ -212,7 +215,7 @@ def test_200_steps_meet_the_theory_or_differ_as_steps_squared_over_width():
     for width, number, tied in ((1000, 40, True), (250, 160, True), (1000, 40, False)):
         network = driven(width, tied=tied)
         theory = float64.predict(network, np.asarray(x))
-        found = monte_carlo.simulate(network, x, key=1, networks=number, wanted=WANTED)
+        found = monte_carlo.simulate(network, x, key=1, networks=number, wanted=WANTED[:2])
         norm, at = found["log_gradient_norm"], LONG - (200 if width == 1000 else 100)
         off[width, tied] = norm.value[at] - theory["log_gradient_norm"][at]
         errors[width, tied] = norm.standard_error[at]
@@ -426,13 +429,13 @@ def test_lstm_meets_its_theory_and_shared_weights_would_not(forget_bias):
     """
     x = np.random.default_rng(0).normal(size=(2, INPUT)).astype(np.float32)
     network = lstm(200, 6, False, forget_bias=forget_bias, drive=Drive(0.5, 0.6))
-    found = comparison.compare(network, x, key=3, networks=400)
+    found = compared(network, x, key=3, networks=400)
     assert not found.count(Status.DIFFERS), found.agreement
     off = []
     for width in (200, 800):
         network = lstm(width, 10, True, forget_bias=forget_bias)
         theory = float64.predict(lstm(width, 10, False, forget_bias=forget_bias), x[:1])
-        q = monte_carlo.simulate(network, x[:1], key=5, networks=100, wanted=WANTED)["q"]
+        q = monte_carlo.simulate(network, x[:1], key=5, networks=100, wanted=FORWARD)["q"]
         off.append((q.log_value[-1] - theory["log_q"][-1], q.log_standard_error[-1]))
     (narrow, _), (wide, wide_error) = off
     assert abs(wide) > 5 * wide_error

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from laws import smallest_p_value
 
-from gradflow import builders, ensembles
+from gradflow import builders, ensembles, statistics
 from gradflow.errors import InputError
 from gradflow.simulation import _samplers, monte_carlo, propagation
 
@@ -16,6 +16,10 @@ from gradflow.simulation import _samplers, monte_carlo, propagation
 # rate is for all the tests of one case together (Bonferroni), at fixed keys.
 NETWORKS = 20_000
 FALSE_ALARM_RATE = 0.01
+WANTED = (
+    *(statistics.q, statistics.activation_mean, statistics.correlation),
+    *(statistics.log_gradient_norm, statistics.weight_gradient_variance),
+)
 # Widths of a dozen: the relative spread between networks is of order one.
 SQUARE = (9, *[12] * 6)
 RECTANGULAR = (5, 12, 8, 8, 16, 6)
@@ -38,11 +42,15 @@ CASES = [
 def features(network, inputs, sampler, key):
     """Per-network values of everything at every layer, shape (networks, features)."""
     result = monte_carlo.simulate(
-        network, inputs, key=key, networks=NETWORKS, sampler=sampler, keep_samples=True
+        network,
+        inputs,
+        key=key,
+        networks=NETWORKS,
+        sampler=sampler,
+        wanted=WANTED,
+        keep_samples=True,
     )
-    wanted = ["log_q", "activation_mean", "log_gradient_norm", "log_weight_gradient_variance"]
-    wanted += ["correlation"] if inputs.shape[0] > 1 else []
-    return np.concatenate([result.samples[name] for name in wanted], axis=1)
+    return np.concatenate(list(result.samples.values()), axis=1)
 
 
 def inputs_of(sites, width):

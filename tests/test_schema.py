@@ -62,6 +62,14 @@ def with_damped(monkeypatch):
             builders.residual(20, 20, 4, scale="depth", layers=2, keep_rate=0.5),
         ),
         (SHAPE | {"norm": "none", "sigma_b": None}, builders.mlp([20] * 5)),
+        (
+            {"kind": "recurrent", "width": 9, "steps": 3, "weights": "lecun", "tied": False},
+            builders.recurrent(9, 9, 3, weights="lecun", tied=False),
+        ),
+        (
+            {"kind": "convolutional", "shape": [4, 4], "channels": [1, 3], "delta": True},
+            builders.convolutional([4, 4], [1, 3], delta=True),
+        ),
     ],
 )
 def test_a_description_makes_the_network_of_its_builder(description, network):

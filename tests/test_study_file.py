@@ -126,7 +126,7 @@ def test_images_are_resized_to_the_inputs_width():
         text = RESIDUAL.replace("input_width = 8", f"input_width = {width}")
         point = _study_file.parse(text.replace('"digits"', '"digits"\nbatch = 2')).point(0)
         assert point.network().input_width == width
-        expected = data.resized(data.digits()[:2].astype(np.float64), width)
+        expected = data.inputs(width, input="digits", batch=2)
         np.testing.assert_array_equal(point.inputs(), expected)
     with pytest.raises(InputError, match="the point .*: width is 1; .* nothing but zeros"):
         _plan.programs(_study_file.parse(RESIDUAL.replace("input_width = 8", "input_width = 1")))

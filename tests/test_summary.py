@@ -8,7 +8,7 @@ import pytest
 from gradflow import activations
 from gradflow.cli._words import words
 from gradflow.errors import InputError
-from gradflow.theory import summary
+from gradflow.theory import fixed_points, summary
 
 pytestmark = pytest.mark.usefixtures("x64_only")
 
@@ -66,7 +66,14 @@ def test_layers_are_those_of_tables_6b_10_and_11(load_reference):
             start = number(start) if start else w2 * number(inputs["x_sq_over_n"]) + b2
             assert max(map(int, layers)) <= depth
             phi = activations.get(inputs["activation"])
-            found = summary._layers(phi, start, w2, b2, depth)  # alone: the rest takes the time
+            found = summary._layers(
+                # alone: the rest takes the time
+                summary._profiles(phi, start, w2, b2, depth=depth),
+                start,
+                w2,
+                b2,
+                depth,
+            )
             for layer, values in layers.items():
                 for name, value in values.items():
                     measured = found[LAYERS.get(name, name)][int(layer) - 1]
@@ -111,9 +118,18 @@ def test_the_jacobian_is_that_of_table_5(load_reference):
             continue  # theirs is at any q
         phi, w2 = activations.get(inputs["activation"]), number(inputs["sw2"])
         depth, q = int(inputs["L"]), number(inputs["q"])
-        found = summary.summarise(phi, w2, number(inputs["sb2"]), start=q, depth=depth)
-        if found["q_star"] != pytest.approx(q, rel=1e-6):
+        if depth not in (10, 20):
+            continue  # `test_spectrum` has every depth; each is a program
+        scales = w2, number(inputs["sb2"])
+        q = float(fixed_points.analyse(phi, *scales, start=q).q_star)
+        if q != pytest.approx(number(inputs["q"]), rel=1e-6):
             continue  # the row's q is no fixed point
+        found = summary._at_fixed_point(
+            # alone, as above
+            summary._at_length(phi, q, *scales, np.zeros(0), depth=depth),
+            q,
+            scales[0],
+        )
         for name, ours in JACOBIAN.items():
             of = found["jacobian"][inputs["ensemble"]][ours]
             assert of == pytest.approx(number(values[name]), rel=1e-8), row["id"]
@@ -128,6 +144,30 @@ def test_where_no_input_has_the_first_length_no_direction_is_along_it():
     found = summary.summarise(activations.tanh, 1.0, 0.5, start=0.25, depth=3)["layers"]
     assert np.isnan(found["gain_parallel"]).all()
     assert np.isfinite(found["chi"]).all()
+
+
+def test_the_correlation_map_of_relu_is_that_of_cho_and_saul():
+    c = np.array([-1.0, -0.3, 0.0, 0.8, 1.0])
+    found = summary.correlation_map("relu", 1.5, 0.1, c)
+    beyond = np.pi - np.arccos(c)
+    expected = 1.5 / (2 * np.pi) * (np.sqrt(1 - c**2) + beyond * c) + 0.1 / 0.4
+    np.testing.assert_allclose(found.correlation_map, expected, rtol=1e-12)
+    np.testing.assert_allclose(found.correlation_map_slope, 1.5 * beyond / (2 * np.pi), rtol=1e-12)
+    assert found.attrs["q_star"] == pytest.approx(0.4, rel=1e-12)
+    assert found.attrs["c_star"] == 1.0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("relu", 2.0, 0.5), "settles at no q"),
+        (("relu", 1.5, 0.1, [0.5, 1.5]), "c is"),
+        (("relu", 1.5, 0.1, []), "c is"),
+    ],
+)
+def test_a_correlation_map_that_there_is_not_is_refused(arguments, message):
+    with pytest.raises(InputError, match=message):
+        summary.correlation_map(*arguments)
 
 
 def test_a_correlation_beyond_1_is_refused():

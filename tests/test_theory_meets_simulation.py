@@ -2,25 +2,29 @@
 
 Each activation is put at a fixed point of its length map, with two inputs at the fixed point of the
 correlation, in the ordered phase, at the edge of chaos, and in the chaotic phase; where it has no
-such fixed point (ReLU's length diverges in chaos), just at these slopes.
+such fixed point (ReLU's length diverges in chaos), just at these slopes. That `fixed_points` finds
+them is tested in `test_fixed_points`.
 """
 
+import functools
 import math
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
+import scipy.optimize
+from laws import SLOPES, compared, scales
 
-from gradflow import activations, builders, comparison, ensembles, gaussian, statistics
+from gradflow import activations, builders, comparison, ensembles, statistics
 from gradflow.comparison import Status
 from gradflow.simulation import monte_carlo
-from gradflow.theory import fixed_points, float64, mean_field
+from gradflow.theory import float64, mean_field
 from gradflow.theory.finite_width import first_order
 
 WIDTH, DEPTH, NETWORKS, INPUTS = 300, 5, 2000, 60
-SLOPES = {"ordered": 0.8, "critical": 1.0, "chaotic": 1.25}  # χ₁
-LENGTH = {"logistic": 500.0, "cos": 3.0}  # q*; 1 for all others
 QUICK = {("tanh", "chaotic")}
+pytestmark = pytest.mark.usefixtures("simulations_compiled_well")
 
 
 def case(activation, phase):
@@ -28,14 +32,21 @@ def case(activation, phase):
     return pytest.param(activation, phase, marks=marks, id=f"{activation.name}-{phase}")
 
 
-def scales(activation, phase):
-    """Return q, σ_w² and σ_b² with χ(q) as the phase says, and q a fixed point if it can be one."""
-    q = LENGTH.get(activation.name, 1.0)
+@functools.partial(jax.jit, static_argnums=0)
+def _mapped(activation, c, q, sigma_w2, sigma_b2):
+    pair = q * (c + (1 - c) * jnp.eye(2))
+    return mean_field.correlation_map(activation, pair, sigma_w2, sigma_b2)[0, 1] / q
+
+
+def settled_correlation(activation, *scales):
+    """c* < 1, or 0.5 where two inputs become equal, which would tell nothing of correlations."""
     with jax.enable_x64(True):
-        m = {n: float(gaussian.moment(activation, n, np.array(q))) for n in ("phi2", "dphi2")}
-    sigma_w2 = SLOPES[phase] / m["dphi2"]
-    sigma_b2 = q - sigma_w2 * m["phi2"]
-    return q, sigma_w2, sigma_b2 if sigma_b2 > 1e-12 else 0.0, abs(min(sigma_b2, 0)) < 1e-12
+
+        def rises(c):
+            return float(_mapped(activation, c, *scales)) - c
+
+        top = 1 - 1e-6
+        return scipy.optimize.brentq(rises, 0, top, xtol=1e-14) if rises(top) < 0 else 0.5
 
 
 def inputs_with(q, c, sigma_w2, sigma_b2):
@@ -61,14 +72,7 @@ def test_theory_meets_simulation(activation, phase):
     3e-6 of spreads by 4.7 standard errors.
     """
     q, sigma_w2, sigma_b2, settles = scales(activation, phase)
-    c = 0.5
-    if settles:
-        with jax.enable_x64(True):
-            found = fixed_points.analyse(activation, sigma_w2, sigma_b2, start=q)
-        c = float(found.c_star)
-        assert float(found.q_star) == pytest.approx(q, rel=1e-9)
-        assert float(found.chi1) == pytest.approx(SLOPES[phase], rel=1e-9)
-        c = c if c < 1 - 1e-6 else 0.5  # two equal inputs would tell nothing of correlations
+    c = settled_correlation(activation, q, sigma_w2, sigma_b2) if settles else 0.5
     x = inputs_with(q, c, sigma_w2, sigma_b2)
     network = builders.mlp(
         [INPUTS, *[WIDTH] * DEPTH],
@@ -76,15 +80,15 @@ def test_theory_meets_simulation(activation, phase):
         ensembles.fan_in(math.sqrt(sigma_w2)),
         sigma_b=math.sqrt(sigma_b2),
     )
-    confronted = comparison.compare(network, x, key=5, networks=NETWORKS)
-    theory = confronted.theory
+    found = compared(network, x, key=5, networks=NETWORKS)
+    theory = found.theory
     if settles:
         np.testing.assert_allclose(theory["log_q"], math.log(q), atol=1e-8)
         np.testing.assert_allclose(theory["chi"][:-1], SLOPES[phase], rtol=1e-8)
         if c != 0.5:
             np.testing.assert_allclose(theory["correlation"], c, atol=1e-8)
-    assert not confronted.count(Status.DIFFERS), confronted.agreement
-    for key, contrast in confronted.by_statistic.items():
+    assert not found.count(Status.DIFFERS), found.agreement
+    for key, contrast in found.by_statistic.items():
         measured, predicted = contrast.deviation, contrast.theory_deviation
         usable = np.isfinite(predicted) & np.isfinite(measured) & (measured > 0)
         if key == "saturation":

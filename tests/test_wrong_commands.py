@@ -18,6 +18,7 @@ BEGINNINGS = (
     "gradflow.studies._execution.run",
     "gradflow.spectra.run",
     "gradflow.theory.summary.summarise",
+    "gradflow.theory.float64.predict_and_correct",
     "gradflow.remedies.run",
     "gradflow.theory.criticality.critical_points",
     "gradflow.theory.criticality.phase_diagram",

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray, ScalarLike
 
 from gradflow.activations import Activation
-from gradflow.ensembles import Distribution
+from gradflow.ensembles import Distribution, gaussian
 from gradflow.kernels import Kernel, multiply_kernel
 
 __all__ = ["AbstractBlock", "AbstractComposite", "add_bias", "each_step"]
@@ -35,20 +35,26 @@ def each_step(key: PRNGKeyArray, multiply: Multiply) -> PRNGKeyArray:
 def add_bias(
     key: PRNGKeyArray,
     signal: Float[Array, "sites n"],
-    sigma_b: ScalarLike | None,
     multiply: Multiply,
+    sigma_b: ScalarLike | None,
+    mu_b: ScalarLike | None = None,
+    distribution: Distribution = gaussian,
 ) -> Float[Array, "sites n"]:
-    """Return z + b with b ~ N(0, σ_b²), shared by the sites; z itself where σ_b is None.
+    """Return z + b, b of mean μ_b and variance σ_b², shared by the sites; z where both are None.
 
     A ``multiply`` that holds a network's parameters has a method ``bias``, which takes the function
     that draws b and returns the b that is used.
     """
-    if sigma_b is None:
+    if sigma_b is None and mu_b is None:
         return signal
 
     def draw() -> Array:
-        normal = jax.random.normal(key, (1, signal.shape[1]), signal.dtype)
-        return jnp.asarray(sigma_b, signal.dtype) * normal
+        shape, dtype = (1, signal.shape[1]), signal.dtype
+        mean = jnp.asarray(0.0 if mu_b is None else mu_b, dtype)
+        if sigma_b is None:
+            return jnp.broadcast_to(mean, shape)
+        drawn = jnp.asarray(sigma_b, dtype) * distribution.draw(key, shape, dtype)
+        return drawn if mu_b is None else mean + drawn
 
     bias = getattr(multiply, "bias", None)
     return signal + (draw() if bias is None else bias(draw))
@@ -68,7 +74,8 @@ class AbstractBlock(eqx.Module):
         """Return the next signal in one random network.
 
         ``multiply(key, x, sigma_w=…, width=…, distribution=…)`` is x Wᵀ, where W has shape
-        (width, n_in), mean 0 and variance σ_w²/n_in; the sampler that runs the block supplies it.
+        (width, n_in), mean 0 and variance σ_w²/n_in; with ``mu_w=…``, the mean μ_w/n_in. The
+        sampler that runs the block supplies it.
         All other randomness comes from the key, and is the same when the block is applied again:
         biases from the key itself, by `add_bias`, and what is no parameter from `each_step` of it.
         Where W is a part of a larger matrix whose other entries are zero, ``full_input=…`` is what

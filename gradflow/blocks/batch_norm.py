@@ -9,9 +9,9 @@ from gradflow import activations
 from gradflow._norms import unit_rows
 from gradflow.activations import Activation
 from gradflow.blocks.base import AbstractBlock, Multiply
-from gradflow.errors import InputError
+from gradflow.errors import InputError, NoTheory
 from gradflow.gaussian import _batch
-from gradflow.kernels import Kernel, UnitDistribution, Unknown, multiply_kernel
+from gradflow.kernels import Kernel, Shifted, UnitDistribution, Unknown, multiply_kernel
 
 __all__ = ["BatchNorm"]
 
@@ -73,16 +73,24 @@ class BatchNorm(AbstractBlock):
 
         Raises
         ------
+        NoTheory
+            If the signal is not Gaussian over units.
         InputError
-            If the signal is not Gaussian over units, or the batch has fewer than 4 inputs.
+            If the batch has fewer than 4 inputs.
         """
-        if not kernel.gaussian:
-            raise InputError(
+        kernel = kernel.common()
+        law, known = kernel.distribution, kernel.covariance
+        if isinstance(law, Shifted):
+            # A unit's mean that all inputs have goes away with that over the batch.
+            apart = law.shifts - jnp.mean(law.shifts, axis=0, keepdims=True)
+            alike = jnp.max(jnp.abs(apart)) <= 1e-6 * jnp.max(jnp.abs(law.shifts))
+            known = jnp.where(alike, law.gaussian_part(known), jnp.nan)
+        elif not kernel.gaussian:
+            raise NoTheory(
                 "BatchNorm gets a signal that is not Gaussian over units; the theory needs it "
                 "before the activation, after a random matrix"
             )
-        kernel = kernel.common()
-        law = _BatchNormalised(kernel.covariance, kernel.tangent, self.gain)
+        law = _BatchNormalised(known, kernel.tangent, self.gain)
         through = law.through(kernel, activations.linear)
         out = kernel.derived(through.covariance, through.mean, through.tangent, law)
         return out.relative_to(kernel)

@@ -180,7 +180,9 @@ class Convolution(AbstractLayer):
     the whole filter all the same, of its zeros too.
     """
 
-    activation: Activation = eqx.field(static=True, default=activations.tanh)
+    activation: Activation = eqx.field(
+        static=True, converter=activations.get, default=activations.tanh
+    )
     shape: tuple[int, ...] = eqx.field(static=True, default=(3,), converter=_lengths)
     size: int | tuple[int, ...] = eqx.field(static=True, default=3, converter=_lengths)
     padding: str = eqx.field(static=True, default="circular")
@@ -189,6 +191,9 @@ class Convolution(AbstractLayer):
     sigma_b: ScalarLike | None = None
     distribution: Distribution = eqx.field(static=True, default=ensembles.gaussian)
     delta: bool = eqx.field(static=True, default=False)
+    mu_w: ScalarLike | None = None
+    mu_b: ScalarLike | None = None
+    bias_distribution: Distribution = eqx.field(static=True, default=ensembles.gaussian)
 
     def __check_init__(self) -> None:
         _ = self.patches
@@ -201,7 +206,7 @@ class Convolution(AbstractLayer):
     @property
     def linear(self) -> Linear:
         """The filters, as a matrix from patches, or from each position alone, to channels."""
-        return Linear(self.units, self.sigma_w, self.sigma_b, self.distribution)
+        return self._as_linear()
 
     def apply(
         self, signal: Float[Array, "sites n_in"], multiply: Multiply, key: PRNGKeyArray

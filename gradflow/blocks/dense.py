@@ -22,7 +22,9 @@ __all__ = ["AbstractLayer", "Activate", "Dense", "Linear"]
 class Activate(AbstractBlock):
     """h = φ(z): E[φ(u) φ(v)] of Gaussian u and v (Poole et al. 2016, arXiv:1606.05340, eq. 5)."""
 
-    activation: Activation = eqx.field(static=True, default=activations.tanh)
+    activation: Activation = eqx.field(
+        static=True, converter=activations.get, default=activations.tanh
+    )
 
     def apply(
         self,
@@ -48,16 +50,28 @@ class Activate(AbstractBlock):
 
 
 class Linear(AbstractBlock):
-    """z = W h + b, with Var W = σ_w²/fan_in and b ~ N(0, σ_b²) shared by the sites.
+    """z = W h + b, with Var W = σ_w²/fan_in and b ~ N(μ_b, σ_b²) shared by the sites.
 
-    ``sigma_b=None`` is a layer without biases, also for a compiled program; with 0.0 it has biases
-    that start at 0.
+    ``sigma_b=None`` and ``mu_b=None`` are a layer without biases, also for a compiled program; with
+    0.0 it has biases that start at 0, with ``mu_b`` alone they are all that number. Biases of
+    another law have a ``bias_distribution``. With ``mu_w`` the mean of W is μ_w/fan_in: a mean over
+    units is multiplied by μ_w, and is common to all units.
     """
 
     units: int = eqx.field(static=True, default=100)
     sigma_w: ScalarLike = 1.0
     sigma_b: ScalarLike | None = None
     distribution: Distribution = eqx.field(static=True, default=ensembles.gaussian)
+    mu_w: ScalarLike | None = None
+    mu_b: ScalarLike | None = None
+    bias_distribution: Distribution = eqx.field(static=True, default=ensembles.gaussian)
+
+    @property
+    def _law(self) -> dict[str, Any]:
+        """The law of W, as a ``multiply`` takes it."""
+        mean = {} if self.mu_w is None else {"mu_w": self.mu_w}
+        law = {"sigma_w": self.sigma_w, "width": self.units, "distribution": self.distribution}
+        return law | mean
 
     def apply(
         self, signal: Float[Array, "sites n_in"], multiply: Multiply, key: PRNGKeyArray
@@ -65,26 +79,19 @@ class Linear(AbstractBlock):
         """Return W h + b."""
         # Without biases the key serves the weights alone: splitting takes time to compile.
         weights_key, bias_key = (key, key) if self.sigma_b is None else jax.random.split(key)
-        out = multiply(
-            weights_key,
-            signal,
-            sigma_w=self.sigma_w,
-            width=self.units,
-            distribution=self.distribution,
-        )
-        return add_bias(bias_key, out, self.sigma_b, multiply)
+        out = multiply(weights_key, signal, **self._law)
+        biases = (self.sigma_b, self.mu_b, self.bias_distribution)
+        return add_bias(bias_key, out, multiply, *biases)
 
     def kernel(self, kernel: Kernel, multiply: Multiply = multiply_kernel) -> Kernel:
-        """Return σ_w² E[h_a h_b] + σ_b² (Poole et al. 2016, eq. 3)."""
-        out = multiply(
-            kernel, sigma_w=self.sigma_w, width=self.units, distribution=self.distribution
-        )
-        return out if self.sigma_b is None else out.shifted(self.sigma_b**2)
+        """Return σ_w² E[h_a h_b] + σ_b² (Poole et al. 2016, eq. 3), about means where there are."""
+        out = multiply(kernel, **self._law)
+        return out.with_bias(self.sigma_b, self.mu_b, self.bias_distribution)
 
     @property
     def homogeneous(self) -> bool:
         """Whether there is no bias."""
-        return self.sigma_b is None
+        return self.sigma_b is None and self.mu_b is None
 
     @property
     def is_layer(self) -> bool:
@@ -118,6 +125,10 @@ class AbstractLayer(AbstractBlock):
     @abc.abstractmethod
     def linear(self) -> Linear:
         """The random matrix and the biases."""
+
+    def _as_linear(self) -> Linear:
+        """The fields that a `Linear` has, as one."""
+        return Linear(**{f.name: getattr(self, f.name) for f in dataclasses.fields(Linear)})
 
     @property
     def homogeneous(self) -> bool:
@@ -155,16 +166,21 @@ class Dense(AbstractLayer):
     and 5), and χ = σ_w² E[φ'²] (Schoenholz et al. 2017, arXiv:1611.01232, eq. 7).
     """
 
-    activation: Activation = eqx.field(static=True, default=activations.tanh)
+    activation: Activation = eqx.field(
+        static=True, converter=activations.get, default=activations.tanh
+    )
     units: int = eqx.field(static=True, default=100)
     sigma_w: ScalarLike = 1.0
     sigma_b: ScalarLike | None = None
     distribution: Distribution = eqx.field(static=True, default=ensembles.gaussian)
+    mu_w: ScalarLike | None = None
+    mu_b: ScalarLike | None = None
+    bias_distribution: Distribution = eqx.field(static=True, default=ensembles.gaussian)
 
     @property
     def linear(self) -> Linear:
         """The layer without its activation."""
-        return Linear(self.units, self.sigma_w, self.sigma_b, self.distribution)
+        return self._as_linear()
 
     def apply(
         self, signal: Float[Array, "sites n_in"], multiply: Multiply, key: PRNGKeyArray

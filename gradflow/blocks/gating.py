@@ -109,7 +109,7 @@ class Maxout(AbstractBlock):
         """Return the moments of the two halves' sum."""
         one, other = (self.linear.kernel(kernel, multiply) for _ in range(2))
         half = one.plus(other).scaled(0.5)  # (u + v)/2, and in law (u - v)/2
-        return half.plus(half.renewed().through(_absolute))
+        return half.plus(half.centred().renewed().through(_absolute))
 
     @property
     def homogeneous(self) -> bool:

@@ -116,7 +116,9 @@ class GRU(_GatedStep):
     """
 
     units: int = eqx.field(static=True, default=100)
-    activation: Activation = eqx.field(static=True, default=activations.tanh)
+    activation: Activation = eqx.field(
+        static=True, converter=activations.get, default=activations.tanh
+    )
     sigma_w: ScalarLike = 1.0
     sigma_b: ScalarLike | None = None
     reset_bias: ScalarLike | None = 0.0

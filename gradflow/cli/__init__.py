@@ -11,8 +11,10 @@ from typing import Annotated, NoReturn
 import typer
 
 import gradflow
+from gradflow import _imports
 from gradflow.cli import (  # each adds its commands
     _comparing,  # noqa: F401
+    _correlating,  # noqa: F401
     _noting,  # noqa: F401
     _process,
     _studying,  # noqa: F401
@@ -64,7 +66,8 @@ def main() -> None:
 
 def _run() -> int:
     try:
-        code = app(standalone_mode=False)
+        with _imports.allowed(True):  # for what stands in the command itself
+            code = app(standalone_mode=False)
         if sys.stdout is not None:
             sys.stdout.flush()
     except InputError as error:

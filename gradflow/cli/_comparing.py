@@ -1,14 +1,14 @@
 """Commands that put theory beside simulation, of one network or of all remedies for it."""
 
+import dataclasses
 import json
 import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import numpy as np
 import typer
-import xarray
 from rich.table import Table
 
 from gradflow._checks import check_count
@@ -19,8 +19,10 @@ from gradflow.cli._options import (
     app,
     check_depth,
     check_deviation,
+    chosen_inputs,
     described_by,
     file_name,
+    is_given,
     network_options,
     results_folder,
     shape_label,
@@ -34,59 +36,66 @@ from gradflow.cli._output import (
     write_json,
     write_netcdf,
 )
-from gradflow.errors import InputError
+
+if TYPE_CHECKING:
+    import xarray
 
 
 @app.command(
     cls=described_by(
-        every=True, activation="tanh", weights="glorot", sigma_b=0.0, width=1000, depth=50
+        every=True, batch=2, activation="tanh", weights="glorot", width=1000, depth=50
     ),
     epilog="Examples:\n\n"
     "- `gradflow compare --activation tanh --weights glorot --width 1000 --depth 50`\n"
     "- `gradflow compare --activation relu --weights he --widths 784,300,100,10 --networks 5000`\n"
     "- `gradflow compare --activation erf --sigma-w 1.2 --sigma-b 0.1 --json`\n"
-    "- `gradflow compare --kind residual --scale depth --norm layer --width 200`",
+    "- `gradflow compare --kind residual --scale depth --norm layer --width 200`\n"
+    "- `gradflow compare --activation relu --weights he --widths 2,50,50,1 --input coordinates`\n"
+    "- `gradflow compare --data inputs.csv --inputs 4 --mean-square 1`\n"
+    "- `gradflow compare --correlation 0.9 --width 200`",
 )
 def compare(
     context: typer.Context,
     networks: Annotated[int, typer.Option(help="How many random networks.")] = 1000,
-    inputs: Annotated[int, typer.Option(help="How many digit images go through each.")] = 2,
     sampler: Annotated[str, typer.Option(help="dense, matrix_free, or auto.")] = "auto",
+    saturation_threshold: Annotated[
+        float,
+        typer.Option(help="A unit is saturated where |φ'| is below this share of its largest."),
+    ] = 4 * 0.01 * 0.99,
     seed: Seed = 0,
     out: Out = None,
     as_json: Json = False,
 ) -> None:
     """One family of networks: theory beside simulation, as a table, figures and a netCDF file.
 
-    The input is a digit image of 64 pixels, or resized to another width.
+    Inputs are images of digits, of 64 pixels or resized to another width; of fewer than 64
+    components, random directions; and others with --input, --data, --mean-square or --correlation.
     """
-    from gradflow import _schema, comparison, data  # noqa: PLC0415  (JAX is slow to import)
+    from gradflow import _schema, comparison  # noqa: PLC0415  (JAX is slow to import)
 
     described = network_options(context)
     check_count("width", context.params["width"])
     check_depth(context.params["depth"])
     check_count("networks", networks)
-    check_deviation("sigma_b", context.params["sigma_b"])
-    images = data.digits()[: check_count("inputs", inputs)]
-    if len(images) < inputs:
-        raise InputError(f"inputs is {inputs}; there are {len(images)} digit images")
-    if "widths" not in described:
-        described.setdefault("input_width", images.shape[1])
-    network = _schema.network(described)
+    check_deviation("sigma_b", context.params["sigma_b"] or 0.0)
+    inputs = chosen_inputs(context, described)
+    network = dataclasses.replace(
+        _schema.network(described), saturation_threshold=saturation_threshold
+    )
     named = [name for name in ("activation", "weights") if name in described]
     folder = results_folder(context, *named, out=out)
 
     with show_progress() as report:
         result = comparison.compare(
             network,
-            data.resized(images, network.input_width),
+            inputs.rows,
             key=seed,
             networks=networks,
             sampler=sampler,
             histograms=True,
             progress=lambda done, total: report(network.name, done, total),
         )
-    dataset = result.to_xarray().assign_attrs(seed=seed)
+    dataset = result.to_xarray().assign_attrs(seed=seed, **inputs.record)
     written = [write_netcdf(dataset, folder / "results.nc")]
     written += _figures(network.name, dataset, folder)
 
@@ -95,6 +104,7 @@ def compare(
         yield _table_of_statistics(result)
         yield f"verdict   {result.verdict.sentence}"
         yield f"agreement {result.agreement}"
+        yield f"inputs    {inputs.record['inputs']}"
         for line in _float_ranges(result):
             yield f"range     {line}"
         yield (
@@ -102,11 +112,11 @@ def compare(
             f"in {simulation.seconds:.2f} s, after {simulation.compile_seconds:.1f} s of compiling"
         )
 
-    summary = comparison_as_json(result, dataset)
+    summary = comparison_as_json(result, dataset) | {"inputs": inputs.record}
     show(summary, parts, as_json=as_json, folder=folder, written=written)
 
 
-def _figures(name: str, dataset: xarray.Dataset, folder: Path) -> list[Path]:
+def _figures(name: str, dataset: "xarray.Dataset", folder: Path) -> list[Path]:
     from gradflow import figures  # noqa: PLC0415  (matplotlib is slow to import)
 
     family = {name: {"all inputs": dataset}}
@@ -117,16 +127,25 @@ def _figures(name: str, dataset: xarray.Dataset, folder: Path) -> list[Path]:
 
 
 @app.command(
-    cls=described_by(activation="logistic", weights="unscaled", sigma_b=0.0, width=200, depth=30),
+    cls=described_by(
+        *("sigma_w", "sigma_w2", "distribution", "sigma_b2", "input_width"),
+        *("last", "norm", "norm_position", "keep_rate"),
+        batch=4,
+        activation="logistic",
+        weights="unscaled",
+        sigma_b=None,
+        width=200,
+        depth=30,
+    ),
     epilog="Examples:\n\n"
     "- `gradflow remedies`\n"
     "- `gradflow remedies --activation relu --weights glorot --depth 50`\n"
-    "- `gradflow remedies --activation tanh --weights unscaled --width 100 --json`",
+    "- `gradflow remedies --activation tanh --sigma-w 2 --norm layer --width 100 --json`\n"
+    "- `gradflow remedies --activation tanh --data inputs.npy --inputs 8`",
 )
 def remedies(
     context: typer.Context,
     networks: Annotated[int, typer.Option(help="How many random networks of each.")] = 200,
-    inputs: Annotated[int, typer.Option(help="How many digit images go through each.")] = 4,
     seed: Seed = 0,
     out: Out = None,
     as_json: Json = False,
@@ -134,29 +153,42 @@ def remedies(
     """How to tackle vanishing or exploding gradients: a sick network, and every remedy beside it.
 
     Each remedy's theory and simulation at the start of training, ranked by the depth that trains.
+    An input has as many components as a layer has units, unless --input, --data or --input-width
+    says otherwise.
     """
-    from gradflow import figures  # noqa: PLC0415  (JAX is slow to import)
+    from gradflow import _schema, figures  # noqa: PLC0415  (JAX is slow to import)
     from gradflow import remedies as remedies_of  # noqa: PLC0415
 
-    sick = network_options(context)
+    described = network_options(context)
     check_count("networks", networks, 2)
-    check_count("inputs", inputs, 4)
-    check_depth(check_count("depth", sick["depth"], 3))
-    check_deviation("sigma_b", sick["sigma_b"])
-    check_count("width", sick["width"], 2)
-    folder = results_folder(context, "activation", "weights", out=out)
+    check_count("inputs", context.params["batch"], 4)
+    check_depth(check_count("depth", described["depth"], 3))
+    check_deviation("sigma_b", context.params["sigma_b"] or 0.0)
+    check_count("width", described["width"], 2)
+    if not (is_given(context, "input") or is_given(context, "data")):
+        described.setdefault("input_width", described["width"])
+    inputs = chosen_inputs(context, described)
+    _, sick = _schema.arguments_of(described)
+    sick |= {name: described[name] for name in ("width", "depth")}
+    del sick["widths"]
+    folder = results_folder(
+        context, *(name for name in ("activation", "weights") if name in described), out=out
+    )
     with show_progress() as report:
         ranked = remedies_of.run(
-            **sick, inputs=inputs, networks_each=networks, seed=seed, progress=report
+            **sick, inputs=inputs.rows, networks_each=networks, seed=seed, progress=report
         )
     outcomes = (ranked.sick, *ranked.outcomes)
     datasets = {o.remedy.name: o.comparison.to_xarray() for o in outcomes}
     written = [
-        write_netcdf(dataset.assign_attrs(seed=seed), folder / f"{file_name(name)}.nc")
+        write_netcdf(
+            dataset.assign_attrs(seed=seed, **inputs.record), folder / f"{file_name(name)}.nc"
+        )
         for name, dataset in datasets.items()
     ]
     written.append(figures.save(figures.remedies(datasets), folder / "remedies.png"))
     summary = {
+        "inputs": inputs.record,
         "remedies": [_outcome_as_json(outcome) for outcome in outcomes],
         "not_applicable": ranked.not_applicable,
     }
@@ -165,6 +197,7 @@ def remedies(
     def parts() -> Iterator[Table | str]:
         network = ranked.sick.network
         yield _table_of_remedies(f"{network.name}: {shape_label(network.widths)}", outcomes)
+        yield f"inputs    {inputs.record['inputs']}"
         for name, reason in ranked.not_applicable.items():
             yield f"left out  {name}: {reason}"
         yield (
@@ -298,7 +331,7 @@ def first_middle_last(depth: int) -> list[int]:
     return sorted({0, (depth - 1) // 2, depth - 1})
 
 
-def comparison_as_json(result: Any, dataset: xarray.Dataset) -> dict[str, Any]:
+def comparison_as_json(result: Any, dataset: "xarray.Dataset") -> dict[str, Any]:
     """A comparison and its labelled data as JSON has them."""
     verdict = result.verdict
     return {

@@ -2,10 +2,9 @@
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-import xarray
 from rich.table import Table
 
 from gradflow._checks import check_count
@@ -22,6 +21,9 @@ from gradflow.cli._options import (
 )
 from gradflow.cli._output import show, table, write_json, write_netcdf
 from gradflow.cli._running import run
+
+if TYPE_CHECKING:
+    import xarray
 
 
 @app.command(
@@ -94,7 +96,7 @@ def note(
     show(report, parts, as_json=as_json, folder=folder, written=written)
 
 
-def _figures(findings: Any, datasets: dict[str, xarray.Dataset], folder: Path) -> list[Path]:
+def _figures(findings: Any, datasets: "dict[str, xarray.Dataset]", folder: Path) -> list[Path]:
     from gradflow import figures  # noqa: PLC0415
 
     panels: dict[str, dict[str, xarray.Dataset]] = {}

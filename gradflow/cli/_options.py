@@ -11,12 +11,13 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
+import numpy as np
 import typer
 from typer.core import TyperCommand
 
-from gradflow._checks import LARGEST_COUNT, check_count
+from gradflow._checks import LARGEST_COUNT, check_count, check_number
 from gradflow._files import writable_file as writable_file
 from gradflow._files import writable_folder as writable_folder
 from gradflow.errors import InputError
@@ -34,6 +35,10 @@ _LAYER = 1 << 14
 # Characters of a folder's name that is made of options.
 _LONGEST_NAME = 120
 LARGEST_DEVIATION = 1e150
+# Names that options of the schema have beside their own.
+_OTHER_NAMES = {"batch": ("--inputs",)}
+# The width from which on the inputs of commands are images, unless others are asked for.
+_WIDTH_OF_IMAGES = 64
 
 Out = Annotated[
     str | None,
@@ -45,17 +50,24 @@ Seed = Annotated[
 ]
 
 
-def described_by(*, every: bool = False, **defaults: Any) -> type[TyperCommand]:
+def described_by(
+    *others: str, every: bool = False, batch: int | None = None, **defaults: Any
+) -> type[TyperCommand]:
     """Make the class of a command with options that describe a network.
 
     They are made when the command is used: `gradflow._schema` imports JAX, which is slow.
 
     Parameters
     ----------
+    others
+        Options without a default.
     every
-        Whether it has every option of the schema, or those with a default here alone.
+        Whether it has every option of the schema, or those that are named here alone.
+    batch
+        How many inputs go through each network by default, of a command that has the options of
+        inputs (`chosen_inputs`).
     defaults
-        The command's own default of options, by name; None for none.
+        The command's own default of options, by name.
     """
 
     class Command(TyperCommand):
@@ -63,9 +75,11 @@ def described_by(*, every: bool = False, **defaults: Any) -> type[TyperCommand]:
         def _described(self) -> list[Any]:
             from gradflow import _schema  # noqa: PLC0415  (JAX is slow to import)
 
-            names = dict.fromkeys((*defaults, *(_schema.options() if every else ())))
-            options = [_schema.options()[name] for name in names]
-            return _as_parameters({o: defaults.get(o.name) for o in options})
+            known = {**_schema.options(), **_schema.input_options()}
+            names = dict.fromkeys((*defaults, *others, *(_schema.options() if every else ())))
+            own = dict.fromkeys(_schema.input_options() if batch else ()) | {"batch": batch}
+            values = {n: defaults.get(n) for n in names} | (own if batch else {})
+            return _as_parameters({known[name]: value for name, value in values.items()})
 
         def get_params(self, ctx: Any) -> list[Any]:
             """The command's own parameters, and before them those that describe a network."""
@@ -86,13 +100,15 @@ def _as_parameters(defaults: Mapping[Any, Any]) -> list[Any]:
 
     def parameter(option: Any, default: Any) -> inspect.Parameter:
         kind = str if option.or_names else kinds.get(option.value_type, str)
+        name = f"--{option.name.replace('_', '-')}"
         info = typer.Option(
-            f"--{option.name.replace('_', '-')}",
+            *_OTHER_NAMES.get(option.name, ()),
+            name if option.default is not True else f"{name}/--no-{name.removeprefix('--')}",
             help=option.help,
             metavar="N,N,…" if option.value_type is list else None,
             show_default=default is not None,
         )
-        if kind is bool:
+        if kind is bool and option.default is not True:
             default = bool(default)
         annotation: Any = kind if default is not None else kind | None
         return inspect.Parameter(
@@ -131,14 +147,22 @@ def network_options(context: typer.Context) -> dict[str, Any]:
     """
     from gradflow import _schema  # noqa: PLC0415  (JAX is slow to import)
 
-    options = _schema.options()
+    options, own = _schema.options(), {one.name for one in context.command.params}
+    kind = options["kind"].check("kind", context.params.get("kind") or options["kind"].default)
+
+    def is_meant(name: str) -> bool:
+        """Whether an option is given, or has a default, which is of this kind of networks."""
+        value = context.params[name]
+        of_kind = kind in options[name].kinds and value is not None and value is not False
+        return is_given(context, name) or of_kind
+
     values = {
         name: _parsed(options[name], value)
         for name, value in context.params.items()
-        if name in options and value is not None and value is not False
+        if name in options and name not in own and is_meant(name)
     }
     for ways in _schema.ALTERNATIVES:
-        given = [way for way in ways if is_given(context, way)]
+        given = [way for way in ways if way not in own and is_given(context, way)]
         if len(given) > 1:
             check_instead(context, given[-1], given[0])
         for way in ways if given else ():
@@ -147,10 +171,77 @@ def network_options(context: typer.Context) -> dict[str, Any]:
     return values
 
 
+def variances(described: Mapping[str, Any]) -> dict[str, Any]:
+    """``sigma_w2`` and ``sigma_b2`` of a description that has them, or their roots.
+
+    Raises
+    ------
+    InputError
+        If a standard deviation is below 0, or its square is beyond a float's range.
+    """
+    found = {name: described[name] for name in ("sigma_w2", "sigma_b2") if name in described}
+    for name in ("sigma_w", "sigma_b"):
+        if name in described:
+            check_number(name, described[name])
+            check_deviation(name, described[name])
+            found[f"{name}2"] = described[name] ** 2
+    return found
+
+
+class Inputs(NamedTuple):
+    """Inputs, shape (inputs, components), and what they are: in words, and by option."""
+
+    rows: np.ndarray
+    record: dict[str, Any]
+
+
+def chosen_inputs(context: typer.Context, described: dict[str, Any]) -> Inputs:
+    """The inputs that a command's options ask for, of the width of a network's description.
+
+    Where the description has no width of inputs, it gets that which the inputs have of themselves.
+    Without options they are images of digits, and random directions where those would be squeezed
+    into too few components.
+
+    Raises
+    ------
+    InputError
+        As `data.inputs` does, and if the description is not whole.
+    """
+    from gradflow import _input_rows, _schema, data  # noqa: PLC0415  (JAX is slow to import)
+
+    _schema.arguments_of(described)  # which says what is missing of it
+    own = {n: v for n in _schema.input_options() if (v := context.params[n]) is not None}
+    width, shape = _schema.input_shape(described)
+    if not any(is_given(context, name) for name in own if name != "batch"):
+        wide = width is None or width >= _WIDTH_OF_IMAGES
+        fits = shape in ((), _input_rows.IMAGE_SHAPES["digits"])
+        own["input"] = "digits" if wide and fits else "sphere"
+    kind = _input_rows.kind_of(own.get("input"), own.get("data"))
+    if width is None:
+        width = _input_rows.natural_width(kind) or check_count("width", described["width"])
+    if "width" in described:
+        described["input_width"] = width
+    there = _input_rows.most(kind, check_count("input_width", width))
+    if there is not None and not is_given(context, "batch"):
+        own["batch"] = min(own["batch"], there)
+    rows = data.inputs(width, **own)
+    record = {"inputs": _input_rows.described(kind, rows), **own}
+    rows = _input_rows.sites(kind, rows, shape)
+    if _input_rows.is_file(kind):
+        record["data_sha256"] = _input_rows.digest(kind)
+    return Inputs(rows, record)
+
+
 def _parsed(option: Any, value: Any) -> Any:
     """A value as the schema has it: lists and numbers from text."""
-    if option.value_type is list:
+    if option.name == "widths":
         return parse_widths(value)
+    if option.value_type is list:
+        try:
+            numbers: Any = [int(part) for part in value.split(",")]
+        except ValueError:
+            numbers = value
+        return option.check(option.name, numbers)
     if option.or_names:
         try:
             return float(value)

@@ -11,10 +11,9 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import typer
-import xarray
 from rich import box
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -24,6 +23,9 @@ from rich.text import Text
 from gradflow._files import complete
 from gradflow.cli._process import say
 from gradflow.errors import printable
+
+if TYPE_CHECKING:
+    import xarray
 
 # Characters of a line: more is a file's mistake.
 _LONGEST_LINE = 10_000
@@ -149,7 +151,7 @@ def finite_or_text(value: Any) -> float | str | None:
     return None if math.isnan(plain) else plain if math.isfinite(plain) else str(plain)
 
 
-def write_netcdf(dataset: xarray.Dataset, path: Path) -> Path:
+def write_netcdf(dataset: "xarray.Dataset", path: Path) -> Path:
     """Write the dataset, whole or not at all.
 
     As netCDF 3, which every reader knows, and which takes a tenth of the time of netCDF 4 (HDF5).

@@ -3,10 +3,9 @@
 import math
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-import xarray
 from rich.table import Table
 
 from gradflow._checks import check_count
@@ -26,9 +25,17 @@ from gradflow.cli._output import make_console, show, table, write_netcdf, write_
 from gradflow.cli._running import distributed, duration, run
 from gradflow.errors import InputError
 
+if TYPE_CHECKING:
+    import xarray
+
+    from gradflow.studies import Study
+
 File = Annotated[Path, typer.Argument(help="The study file (TOML).", show_default=False)]
 Folder = Annotated[
     Path, typer.Argument(help="The --out of a `gradflow study FILE`.", show_default=False)
+]
+AllowImports = Annotated[
+    bool, typer.Option("--allow-imports", help="Let the file import: activation = module:function.")
 ]
 # Programs that `plan` lists, at most.
 _LISTED = 20
@@ -59,6 +66,7 @@ def study(
         str | None,
         typer.Option(help="Draw a part, as 2/8; `gradflow merge` puts all together."),
     ] = None,
+    allow_imports: AllowImports = False,
     as_json: Json = False,
 ) -> None:
     """Draw what a study file describes, a grid of random networks, and compare it with theory.
@@ -69,9 +77,9 @@ def study(
     Without a FILE it is the main job, `gradflow note`, with its default numbers.
     """
     if file is None:
-        for option in ("auto", "coordinator", "processes", "process", "share"):
+        for option in ("auto", "coordinator", "processes", "process", "share", "allow_imports"):
             if is_given(context, option):
-                name = {"auto": "distributed"}.get(option, option)
+                name = {"auto": "distributed"}.get(option, option).replace("_", "-")
                 raise InputError(
                     f"--{name} goes with a study file; the main job's is scripts/paper.toml"
                 )
@@ -86,17 +94,22 @@ def study(
         )
     folder = given_folder(out, Path("results") / file.stem)
     with distributed(auto, coordinator, processes, process):
-        _run_file(file, folder, share, as_json)
+        from gradflow.studies import _study_file  # noqa: PLC0415  (JAX is slow to import)
+
+        described = _study_file.load(file, allow_imports=allow_imports)
+        _run_file(described, file.name, folder, share, as_json)
 
 
-def _run_file(file: Path, folder: Path, share: str | None, as_json: bool) -> None:
-    """Run a study file, or a share of it, into a folder, and show the results."""
+def _run_file(
+    described: "Study", name: str, folder: Path, share: str | None, as_json: bool
+) -> None:
+    """Run a study, or a share of it, into a folder, and show the results."""
     import jax  # noqa: PLC0415
 
-    from gradflow.studies import _results, _study_file  # noqa: PLC0415
+    from gradflow.studies import _results  # noqa: PLC0415
 
     part = None if share is None else _part(share)
-    networks = run(_study_file.load(file), folder, part)
+    networks = run(described, folder, part)
     if jax.process_index() > 0:
         return
     written = folder / _results.FILE
@@ -104,7 +117,7 @@ def _run_file(file: Path, folder: Path, share: str | None, as_json: bool) -> Non
 
     def parts() -> Iterator[Table | str]:
         with _results.open_results(written) as dataset:
-            yield from _results_in_words(dataset.attrs["title"] or file.name, dataset)
+            yield from _results_in_words(dataset.attrs["title"] or name, dataset)
         yield f"written   {written}; gradflow show {folder}"
 
     show(report, parts, as_json=as_json)
@@ -132,11 +145,11 @@ def _part(text: str) -> Any:
     "- `gradflow plan scripts/phase-diagram.toml`\n"
     "- `gradflow plan study.toml --json`"
 )
-def plan(file: File, as_json: Json = False) -> None:
+def plan(file: File, allow_imports: AllowImports = False, as_json: Json = False) -> None:
     """Say what a study file would take: programs, networks, memory and time; nothing is run."""
     from gradflow.studies import _plan, _results, _study_file  # noqa: PLC0415
 
-    described = _study_file.load(file)
+    described = _study_file.load(file, allow_imports=allow_imports)
     made = _plan.first_round(described)
     _results.check(described)
     sampling = described.sampling
@@ -244,7 +257,7 @@ def show_study(folder: Folder, as_json: Json = False) -> None:
         show(report, lambda: _results_in_words(described.title, dataset), as_json=as_json)
 
 
-def _results_in_words(title: str, dataset: xarray.Dataset) -> Iterator[Table | str]:
+def _results_in_words(title: str, dataset: "xarray.Dataset") -> Iterator[Table | str]:
     """What a finished study has: its grid, and by statistic how measurement and theory agree."""
     from gradflow.studies import _results  # noqa: PLC0415
 

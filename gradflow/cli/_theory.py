@@ -9,6 +9,7 @@ import typer
 from rich.table import Table
 
 from gradflow._checks import check_count
+from gradflow.cli._layers import is_plain, show_layers, some_layers
 from gradflow.cli._options import (
     LARGEST_DEVIATION,
     Json,
@@ -23,6 +24,7 @@ from gradflow.cli._options import (
     network_options,
     results_folder,
     shape_label,
+    variances,
 )
 from gradflow.cli._output import (
     digits,
@@ -43,10 +45,20 @@ _PHASE_POINT, _SPECTRUM_POINT = 40_000, 100_000
 
 
 @app.command(
-    cls=described_by(activation="tanh", sigma_w2=1.0, sigma_b2=0.0, depth=10, width=1000),
+    cls=described_by(
+        every=True,
+        batch=2,
+        activation="tanh",
+        sigma_w2=1.0,
+        sigma_b2=0.0,
+        depth=10,
+        width=1000,
+    ),
     epilog="Examples:\n\n"
     "- `gradflow theory --activation tanh --sigma-w2 1.5 --sigma-b2 0.05`\n"
-    "- `gradflow theory --activation gelu --sigma-w2 2 --sigma-b2 0.05 --json`",
+    "- `gradflow theory --activation gelu --sigma-w 1.4 --sigma-b 0.2 --json`\n"
+    "- `gradflow theory --activation relu --kind residual --scale depth --norm layer`\n"
+    "- `gradflow theory --activation tanh --weights glorot --widths 2,50,50,1 --input coordinates`",
 )
 def theory(
     context: typer.Context,
@@ -58,19 +70,23 @@ def theory(
 ) -> None:
     """Where signals of infinitely wide networks settle, on which depth scales, and what trains.
 
-    Depth and width are for what depends on them, the first order in 1/width among others.
+    Depth and width are for what depends on them, the first order in 1/width among others. With
+    any other option of a network or of its inputs, it is the theory of that network with those
+    inputs, layer by layer: of equal layers alone are there fixed points.
     """
+    described = network_options(context)
+    if not is_plain(context):
+        show_layers(context, described, as_json=as_json)
+        return
     from gradflow import activations  # noqa: PLC0415  (JAX is slow to import)
     from gradflow.theory import summary  # noqa: PLC0415
 
-    described = network_options(context)
     depth = described["depth"]
     by_text = _parse_correlations(correlations)
     check_count("width", described["width"])
     quantities = summary.summarise(
         activations.get(described["activation"]),
-        described["sigma_w2"],
-        described["sigma_b2"],
+        **variances(described),
         start=start,
         correlations=list(by_text.values()),
         depth=check_depth(depth),
@@ -91,7 +107,7 @@ def theory(
         for title, columns in _LAYER_TABLES.items():
             rows = [
                 {"layer": number, **{name: report["layers"][number][name] for name in columns}}
-                for number in _some_layers(depth)
+                for number in (str(layer + 1) for layer in some_layers(depth))
             ]
             yield _table_of_points(title, rows)
 
@@ -99,7 +115,7 @@ def theory(
 
 
 @app.command(
-    cls=described_by(activation="tanh", sigma_b2=None, sigma_w2=None),
+    cls=described_by("sigma_b2", "sigma_w2", "sigma_b", "sigma_w", activation="tanh"),
     epilog="Examples:\n\n"
     "- `gradflow critical --activation tanh --sigma-b2 0.05`\n"
     "- `gradflow critical --activation logistic --sigma-w2 200 --json`",
@@ -116,8 +132,8 @@ def critical(context: typer.Context, as_json: Json = False) -> None:
 
     described = network_options(context)
     phi = activations.get(described["activation"])
-    sigma_w2 = described.get("sigma_w2")
-    sigma_b2 = described.get("sigma_b2", 0.0 if sigma_w2 is None else None)
+    given = variances(described) or {"sigma_b2": 0.0}
+    sigma_w2, sigma_b2 = given.get("sigma_w2"), given.get("sigma_b2")
     with jax.enable_x64(True):
         points = criticality.critical_points(phi, sigma_b2=sigma_b2, sigma_w2=sigma_w2)
         half = criticality.half_stable_points(phi)
@@ -144,6 +160,12 @@ def critical(context: typer.Context, as_json: Json = False) -> None:
     show(report, parts, as_json=as_json)
 
 
+_Squares = Annotated[
+    tuple[float, float] | None,
+    typer.Option(help="The same as a range of its square.", show_default=False),
+]
+
+
 @app.command(
     cls=described_by(activation="tanh"),
     epilog="Examples:\n\n"
@@ -154,6 +176,8 @@ def phase(
     context: typer.Context,
     sigma_w: Annotated[tuple[float, float], typer.Option(help="σ_w from, to.")] = (0.5, 3.0),
     sigma_b: Annotated[tuple[float, float], typer.Option(help="σ_b from, to.")] = (0.0, 1.0),
+    sigma_w2: _Squares = None,
+    sigma_b2: _Squares = None,
     points: Annotated[int, typer.Option(help="Points along each side of the grid.")] = 100,
     start: Annotated[float, typer.Option(help="q of the first layer.")] = 1.0,
     out: Out = None,
@@ -165,12 +189,8 @@ def phase(
 
     phi = activations.get(context.params["activation"])
     check_memory("points", check_count("points", points, 2), points**2 * _PHASE_POINT)
-    for name, (low, high) in {"sigma_w": sigma_w, "sigma_b": sigma_b}.items():
-        if not 0 <= low < high <= LARGEST_DEVIATION:
-            raise InputError(
-                f"{name} is from {low:g} to {high:g}; it is from a number of 0 or more to a larger "
-                f"one, of at most {LARGEST_DEVIATION:g}"
-            )
+    sigma_w = _deviations(context, "sigma_w", sigma_w, sigma_w2)
+    sigma_b = _deviations(context, "sigma_b", sigma_b, sigma_b2)
     folder = results_folder(context, "activation", out=out)
     dataset = criticality.phase_diagram(
         phi, np.linspace(*sigma_w, points), np.linspace(*sigma_b, points), start=start
@@ -207,8 +227,29 @@ def phase(
     show(report, parts, as_json=as_json, folder=folder, written=written)
 
 
+def _deviations(
+    context: typer.Context,
+    name: str,
+    deviations: tuple[float, float],
+    squares: tuple[float, float] | None,
+) -> tuple[float, float]:
+    """A range of σ_w or σ_b, which may be given as one of its square."""
+    check_instead(context, f"{name}2", name)
+    if squares is not None and all(square >= 0 for square in squares):
+        deviations = (math.sqrt(squares[0]), math.sqrt(squares[1]))
+    low, high = deviations if squares is None else squares
+    if not (0 <= low < high and deviations[1] <= LARGEST_DEVIATION):
+        raise InputError(
+            f"{name if squares is None else f'{name}2'} is from {low:g} to {high:g}; it is from a "
+            f"number of 0 or more to a larger one, and {name} is at most {LARGEST_DEVIATION:g}"
+        )
+    return deviations
+
+
 @app.command(
-    cls=described_by(activation="tanh", sigma_w2=1.5, sigma_b2=0.05, depth=10),
+    cls=described_by(
+        "sigma_w", "sigma_b", activation="tanh", sigma_w2=1.5, sigma_b2=0.05, depth=10
+    ),
     epilog="Examples:\n\n"
     "- `gradflow spectrum --activation tanh --sigma-w2 1.76 --sigma-b2 0.05 --depth 10`\n"
     "- `gradflow spectrum --activation relu --sigma-w2 2 --depth 5 --weights orthogonal`\n"
@@ -231,20 +272,22 @@ def spectrum(
     """Show the law of the end-to-end Jacobian's singular values: moments, atoms, edges, density."""
     from gradflow import activations, figures, spectra  # noqa: PLC0415  (JAX is slow to import)
 
-    described = {name: context.params[name] for name in ("sigma_w2", "sigma_b2", "depth")}
-    phi = activations.get(context.params["activation"])
+    described = network_options(context)
+    phi = activations.get(described["activation"])
     check_memory("points", check_count("points", points, 2), points * _SPECTRUM_POINT)
     check_count("width", width)
     check_count("depth", described["depth"])
     check_beside(context, "width", "simulate")
-    check_instead(context, "q", "sigma_b2")
+    for name in ("sigma_b2", "sigma_b"):
+        check_instead(context, "q", name)
     if check_count("simulate", simulate, 0):
         # A network's layer Jacobians, and some copies of one, in float64.
         check_memory("width", width, 8 * width**2 * (described["depth"] + 4))
     folder = results_folder(context, "activation", "weights", out=out)
     dataset, report = spectra.run(
         phi,
-        **described,
+        **variances(described),
+        depth=described["depth"],
         q=q,
         weights=weights,
         points=points,
@@ -274,7 +317,7 @@ def spectrum(
 
 
 @app.command(
-    cls=described_by(activation="tanh", width=1000, depth=50, widths=None, sigma_b2=None),
+    cls=described_by("widths", "sigma_b2", "sigma_b", activation="tanh", width=1000, depth=50),
     epilog="Examples:\n\n"
     "- `gradflow prescribe --activation tanh --depth 100`\n"
     "- `gradflow prescribe --activation gelu --widths 784,512,512,512,10 --dtype bfloat16`\n"
@@ -312,7 +355,7 @@ def prescribe(
         described["activation"],
         widths,
         dtype=dtype,
-        sigma_b2=described.get("sigma_b2"),
+        sigma_b2=variances(described).get("sigma_b2"),
         q=q,
         transform=transform,
         target=target,
@@ -467,12 +510,6 @@ _LAYER_TABLES = {
         "V4_over_K2",
     ),
 }
-
-
-def _some_layers(depth: int) -> list[str]:
-    """Numbers of the first layers, ever fewer of the others, and of the last."""
-    round_ones = (digit * 10**power for power in range(9) for digit in (1, 2, 5))
-    return [str(number) for number in sorted({*(n for n in round_ones if n <= depth), depth})]
 
 
 def _plain_report(value: Any) -> Any:

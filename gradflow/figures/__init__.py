@@ -10,13 +10,16 @@ remedy
     Remedies beside the network that they are meant to mend.
 phases
     Where gradients vanish and where they explode: over (σ_w, σ_b), and over the width.
+correlations
+    The map of two inputs' correlation through a layer.
 jacobian
     Spectra of end-to-end Jacobians.
 training
     Networks in training: the experiments' figures.
 """
 
-from gradflow.figures import _training, by_layer, jacobian, phases, remedy
+from gradflow.figures import _correlations, _training, by_layer, jacobian, phases, remedy
+from gradflow.figures._correlations import *
 from gradflow.figures._drawing import Figure, save
 from gradflow.figures._training import *
 from gradflow.figures.by_layer import *
@@ -26,7 +29,7 @@ from gradflow.figures.remedy import *
 
 __all__ = ["OF_COMPARISONS", "Figure", "save"]
 __all__ += [*by_layer.__all__, *phases.__all__, *remedy.__all__]
-__all__ += [*jacobian.__all__, *_training.__all__]
+__all__ += [*jacobian.__all__, *_training.__all__, *_correlations.__all__]
 
 # The figures that any comparison has, by name.
 OF_COMPARISONS = {name: getattr(by_layer, name) for name in by_layer.__all__}

@@ -17,9 +17,11 @@ from jax.scipy.special import erfc
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, ScalarLike
 
+from gradflow import activations
 from gradflow._checks import check_scale, is_traced, unknown_name
 from gradflow._closed_forms import Values
-from gradflow.activations import Activation
+from gradflow._programs import program
+from gradflow.activations import Activation, ActivationLike
 from gradflow.errors import InputError
 from gradflow.gaussian._quadrature import (
     Z_MAX,
@@ -69,7 +71,7 @@ _INTEGRANDS: dict[str, Callable[[Activation, Array], Array]] = {
 }
 
 
-def moments(activation: Activation, q: Values) -> Moments:
+def moments(activation: ActivationLike, q: Values) -> Moments:
     """All `Moments` of an activation for pre-activations of variance q.
 
     Parameters
@@ -89,11 +91,12 @@ def moments(activation: Activation, q: Values) -> Moments:
     InputError
         If q is negative or not finite (seen outside jit only).
     """
+    activation = activations.get(activation)
     check_scale("q", q)
     return Moments(**some_moments(activation, Moments._fields, q))
 
 
-def moment(activation: Activation, name: str, q: Values) -> Float[Array, "..."]:
+def moment(activation: ActivationLike, name: str, q: Values) -> Float[Array, "..."]:
     """One moment of an activation for pre-activations of variance q.
 
     Parameters
@@ -115,6 +118,7 @@ def moment(activation: Activation, name: str, q: Values) -> Float[Array, "..."]:
     InputError
         If there is no such moment, or q is negative or not finite (seen outside jit only).
     """
+    activation = activations.get(activation)
     check_scale("q", q)
     if name == "variance":
         return _variance(activation, q)
@@ -143,7 +147,7 @@ def _closed(form: Callable[[Array], Array | float], q: Values) -> Array:
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def some_moments(activation: Activation, names: tuple[str, ...], q: Values) -> dict[str, Array]:
+def some_moments(activation: ActivationLike, names: tuple[str, ...], q: Values) -> dict[str, Array]:
     """Return some of the `Moments`, by name, each of q's shape.
 
     Closed forms, and one pass of quadrature for all the rest: cheaper than one `moment` at a time.
@@ -157,6 +161,7 @@ def some_moments(activation: Activation, names: tuple[str, ...], q: Values) -> d
     q
         The variance, >= 0, of any shape.
     """
+    activation = activations.get(activation)
     values = {n: _closed(activation.moments[n], q) for n in names if n in activation.moments}
     jumps = [jump for _, jump in activation.slope_jumps]
     known = not any(is_traced(jump) for jump in jumps)
@@ -191,14 +196,15 @@ def _delta_terms(activation: Activation, q: Array) -> Array:
     return total
 
 
-_checked: weakref.WeakSet[Activation] = weakref.WeakSet()
+# Those of gradflow are known to have them.
+_checked: weakref.WeakSet[Activation] = weakref.WeakSet(activations.ALL)
 
 
-def check(activation: Activation) -> None:
+def check(activation: ActivationLike) -> None:
     """Raise or warn if an activation has no Gaussian averages, or undeclared kinks.
 
-    Averages are taken at variance 1, where every activation in use has most of its features, and
-    once for each activation; one whose parameters are traced is not checked.
+    Averages are taken at a standard deviation of 1/frequency, where every activation in use has
+    most of its features, and once for each; one whose parameters are traced is not checked.
 
     Parameters
     ----------
@@ -216,28 +222,11 @@ def check(activation: Activation) -> None:
         If E[φ²], E[φ'²] or E[φ'] is uncertain by more than 1e-8 of its value: φ has kinks that
         are not among its ``kinks``.
     """
+    activation = activations.get(activation)
     if activation in _checked:
         return
-
-    def squares(x: Array) -> Array:
-        return jnp.stack([activation(x), activation.derivative(x)]) ** 2
-
-    def averages(x: Array) -> Array:
-        # The slope too: where it changes its sign alone, as that of |x - 1|, its square is smooth.
-        return jnp.concatenate([squares(x), activation.derivative(x)[None]])
-
-    edge = Z_MAX - 2.0
-
-    def outermost(x: Array) -> Array:
-        return jnp.where(jnp.abs(x) > edge, squares(x), 0)
-
-    @jax.jit
-    def estimates(one: Array) -> tuple[Array, Array, Array]:
-        tails = expectation(outermost, one, kinks=(*activation.kinks, edge))
-        return *expectation_with_error(averages, one, kinks=activation.kinks), tails
-
-    with jax.enable_x64(True), jax.ensure_compile_time_eval():
-        values, errors, tails = estimates(jnp.ones(()))
+    with jax.enable_x64(True):
+        values, errors, tails = _estimates(activation)
     if isinstance(values, jax.core.Tracer):
         return
     # The mean slope is compared with its root mean square, and its tails are those of its square.
@@ -260,6 +249,28 @@ def check(activation: Activation) -> None:
     _checked.add(activation)
 
 
+@program("activation")
+def _estimates(activation: Activation) -> tuple[Array, Array, Array]:
+    """E[φ²], E[φ'²] and E[φ'] where φ varies, their errors, and the tails of the first two."""
+
+    def squares(x: Array) -> Array:
+        return jnp.stack([activation(x), activation.derivative(x)]) ** 2
+
+    def averages(x: Array) -> Array:
+        # The slope too: where it changes its sign alone, as that of |x - 1|, its square is smooth.
+        return jnp.concatenate([squares(x), activation.derivative(x)[None]])
+
+    scale = 1 / activation.frequency
+    edge = (Z_MAX - 2.0) * scale
+
+    def outermost(x: Array) -> Array:
+        return jnp.where(jnp.abs(x) > edge, squares(x), 0)
+
+    q = jnp.asarray(scale**2)
+    tails = expectation(outermost, q, kinks=(*activation.kinks, edge))
+    return *expectation_with_error(averages, q, kinks=activation.kinks), tails
+
+
 def log_limits(dtype: DTypeLike) -> tuple[float, float]:
     """Natural logarithms of the least and largest variance q at which averages are integrated.
 
@@ -271,7 +282,7 @@ def log_limits(dtype: DTypeLike) -> tuple[float, float]:
 
 
 def growth(
-    activation: Activation, log_scale: Float[Array, "..."]
+    activation: ActivationLike, log_scale: Float[Array, "..."]
 ) -> tuple[Float[Array, "..."], Float[Array, "..."], Float[Array, "..."]]:
     """Factors by which averages over x ~ N(0, q) change where q is beyond `log_limits`.
 
@@ -288,6 +299,7 @@ def growth(
         The logarithms of the factors of √E[φ²], of √E[φ'²], and of the standard deviation of φ(x),
         each of ``log_scale``'s shape; NaN where φ is no power of |x| (as sin at ±∞).
     """
+    activation = activations.get(activation)
     if activation.homogeneous:
         return log_scale, jnp.zeros_like(log_scale), log_scale
     at_zero, beyond = activation.powers
@@ -304,7 +316,7 @@ def growth(
     )
 
 
-def saturation(activation: Activation, q: Values, threshold: float) -> Float[Array, "..."]:
+def saturation(activation: ActivationLike, q: Values, threshold: float) -> Float[Array, "..."]:
     """P(|φ'(x)| < threshold · max|φ'|), x ~ N(0, q): the fraction of saturated units.
 
     Parameters
@@ -326,6 +338,7 @@ def saturation(activation: Activation, q: Values, threshold: float) -> Float[Arr
     InputError
         If the threshold is not in (0, 1].
     """
+    activation = activations.get(activation)
     intervals = activation.saturated_intervals(threshold)
     # On |x|, each interval is at most two; erfc then keeps its digits far out in the tail.
     low = np.concatenate([np.maximum(intervals[:, 0], 0), np.maximum(-intervals[:, 1], 0)])

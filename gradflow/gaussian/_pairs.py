@@ -20,9 +20,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from gradflow import activations
 from gradflow._checks import check_scale, is_traced
 from gradflow._closed_forms import PairMoment, gram_determinant
-from gradflow.activations import Activation
+from gradflow.activations import Activation, ActivationLike
 from gradflow.errors import InputError
 from gradflow.gaussian._moments import moment, some_moments
 from gradflow.gaussian._quadrature import (
@@ -36,14 +37,17 @@ from gradflow.gaussian._quadrature import (
     smallest_variance,
 )
 
-__all__ = ["derivative_kernel", "equal_pair", "hermite_coefficients", "kernel", "pair_expectation"]
+__all__ = ["DERIVATIVES", "derivative_kernel", "equal_pair", "hermite_coefficients"]
+__all__ += ["integrate_pair", "kernel", "pair_expectation"]
 
-_DERIVATIVES = (Activation.__call__, Activation.derivative, Activation.second_derivative)
+DERIVATIVES = (Activation.__call__, Activation.derivative, Activation.second_derivative)
 _DIAGONAL = ("phi2", "dphi2")
 _FAR = 1e6  # out of sight, in units of a standard deviation
 
 
-def kernel(activation: Activation, k: Float[Array, "sites sites"]) -> Float[Array, "sites sites"]:
+def kernel(
+    activation: ActivationLike, k: Float[Array, "sites sites"]
+) -> Float[Array, "sites sites"]:
     """E[φ(u_a) φ(u_b)], u ~ N(0, k): the kernel of one layer.
 
     Its derivative is Price's theorem: at a pair of coincident inputs, k = [[q, q], [q, q]],
@@ -69,6 +73,7 @@ def kernel(activation: Activation, k: Float[Array, "sites sites"]) -> Float[Arra
     InputError
         If k is no covariance: a negative variance, a correlation beyond ±1 (outside jit only).
     """
+    activation = activations.get(activation)
     _check_covariance(k)
     return _kernel(activation, 0, k)
 
@@ -115,7 +120,7 @@ def equal_pair(
 
 
 def derivative_kernel(
-    activation: Activation, k: Float[Array, "sites sites"]
+    activation: ActivationLike, k: Float[Array, "sites sites"]
 ) -> Float[Array, "sites sites"]:
     """E[φ'(u_a) φ'(u_b)], u ~ N(0, k): the kernel of a layer's slopes.
 
@@ -137,6 +142,7 @@ def derivative_kernel(
         If k is no covariance: a negative variance, a correlation beyond ±1 (outside jit only).
         When differentiated, if φ' jumps: the derivative is then infinite at coincident inputs.
     """
+    activation = activations.get(activation)
     _check_covariance(k)
     return _kernel(activation, 1, k)
 
@@ -164,7 +170,7 @@ def pair_expectation(
     """
 
     def one(pair: tuple[Array, Array, Array]) -> Array:
-        return _integrate_pair(f, *pair, tuple(kinks))
+        return integrate_pair(f, *pair, tuple(kinks))
 
     flat = jax.lax.map(one, tuple(jnp.ravel(x) for x in (q_u, q_v, k)))
     return jnp.moveaxis(flat.reshape(*jnp.shape(k), *flat.shape[1:]), (-2, -1), (0, 1))
@@ -235,10 +241,10 @@ def _averages(activation: Activation, order: int, q_u: Array, q_v: Array, k: Arr
     closed = _closed_kernel(activation, order)
     if closed is not None:
         return jnp.broadcast_to(jnp.asarray(closed(q_u, q_v, k), k.dtype), k.shape)
-    f = functools.partial(_DERIVATIVES[order], activation)
+    f = functools.partial(DERIVATIVES[order], activation)
 
     def one(pair: tuple[Array, Array, Array]) -> Array:
-        return _integrate_pair(lambda x: f(x)[None], *pair, activation.kinks)[0, 0]
+        return integrate_pair(lambda x: f(x)[None], *pair, activation.kinks)[0, 0]
 
     # One pair after another: a pair's 2e5 points are parallel enough, and need not all be stored.
     return jax.lax.map(one, (q_u, q_v, k))
@@ -264,11 +270,11 @@ def _averages_and_slopes(
         by_k = _averages(activation, 1, q_u, q_v, k)
         value = u_side = v_side = _averages(activation, 0, q_u, q_v, k)
     else:
-        f = functools.partial(_DERIVATIVES[order], activation)
-        df = functools.partial(_DERIVATIVES[order + 1], activation)
+        f = functools.partial(DERIVATIVES[order], activation)
+        df = functools.partial(DERIVATIVES[order + 1], activation)
 
         def one(pair: tuple[Array, Array, Array]) -> tuple[Array, Array, Array, Array]:
-            average = _integrate_pair(
+            average = integrate_pair(
                 lambda x: jnp.stack([f(x), df(x), x * df(x)]), *pair, activation.kinks
             )
             return average[0, 0], average[1, 1], average[2, 0], average[0, 2]
@@ -288,10 +294,17 @@ def _averages_and_slopes_jvp(activation, *_):  # type: ignore[no-untyped-def]
     )
 
 
-def _integrate_pair(
-    f: Callable[[Array], Array], q_u: Array, q_v: Array, k: Array, kinks: tuple[float, ...]
+def integrate_pair(
+    f: Callable[[Array], Array],
+    q_u: Array,
+    q_v: Array,
+    k: Array,
+    kinks: tuple[float, ...],
+    means: tuple[Array, Array] | None = None,
 ) -> Array:
     """Return the matrix E[f_i(u) f_j(v)] of a vector of functions f: (n,) -> (rows, n).
+
+    Means are 0 unless they are given.
 
     The outer average is over the variable of the larger variance, x; the inner one over the other,
     y, given x, whose mean is slope·x, with |slope| <= 1, and whose deviation is s. As a function of
@@ -301,6 +314,10 @@ def _integrate_pair(
     smallest = smallest_variance(k)
     larger = jnp.maximum(jnp.maximum(q_u, q_v), smallest)
     smaller = jnp.minimum(q_u, q_v)
+    outer_mean = inner_mean = jnp.zeros_like(k)
+    if means is not None:
+        outer_mean = jnp.where(q_u >= q_v, means[0], means[1])
+        inner_mean = jnp.where(q_u >= q_v, means[1], means[0])
     root, limit = jnp.sqrt(larger), jnp.sqrt(smaller / larger)
     slope = jnp.clip(k / larger, -limit, limit)
     deviation = jnp.sqrt(gram_determinant(larger, smaller, k) / larger)
@@ -309,22 +326,23 @@ def _integrate_pair(
     steps = jnp.asarray(PAIR_STEPS, k.dtype)
 
     def given(x: Array) -> Array:
-        mean = slope * x
+        mean = inner_mean + slope * x
         z, weight = normal_rule((points - mean) / jnp.maximum(deviation, smallest))
         return dot(f(mean + deviation * z), weight)
 
     steep = jnp.where(jnp.abs(slope * root) < smallest, smallest, slope * root)
-    crossing = jnp.clip(kink_points / steep, -_FAR, _FAR)
+    crossing = jnp.clip((kink_points - inner_mean) / steep, -_FAR, _FAR)
     spread = jnp.minimum(deviation / jnp.abs(steep), _FAR)
     around = crossing[:, None] + spread * steps[None, :]
-    z, weight = normal_rule(jnp.concatenate([points / root, around.reshape(-1)]))
+    ends = jnp.concatenate([(points - outer_mean) / root, around.reshape(-1)])
+    z, weight = normal_rule(ends)
     x = root * z
-    average = dot(f(x), weight[:, None] * jax.vmap(given)(x))
+    average = dot(f(outer_mean + x), weight[:, None] * jax.vmap(given)(x))
     return jnp.where(q_u >= q_v, average, average.T)
 
 
 def hermite_coefficients(
-    activation: Activation, q: Float[Array, ""], terms: int
+    activation: ActivationLike, q: Float[Array, ""], terms: int
 ) -> Float[Array, " terms"]:
     """Hermite coefficients a_k = E[φ(√q Z) he_k(Z)], Z ~ N(0, 1), k = 0 … terms - 1.
 
@@ -341,6 +359,7 @@ def hermite_coefficients(
         Their number, up to about 1000. Where φ has no kinks but at 0, the nodes do not depend on q,
         and a vmap over q becomes one matrix product.
     """
+    activation = activations.get(activation)
     scales = [0.0, *2.0 ** np.arange(-12, 1), *range(2, Z_MAX + 1)]
     edges = jnp.asarray(scales, q.dtype)
     away = np.setdiff1d(np.abs(activation.kinks), 0)

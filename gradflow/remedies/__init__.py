@@ -10,15 +10,19 @@ import dataclasses
 import math
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from numbers import Integral
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import ArrayLike
 
 from gradflow import activations, data, ensembles, networks
-from gradflow._arguments import from_seed
-from gradflow._checks import check_count
-from gradflow.activations import Activation
+from gradflow._arguments import as_real, from_seed
+from gradflow._checks import check_count, unknown_name
+from gradflow._programs import program
+from gradflow.activations import ActivationLike
 from gradflow.comparison import Comparison, compare
 from gradflow.ensembles import Ensemble
 from gradflow.errors import InputError
@@ -99,16 +103,17 @@ _Progress = Callable[[str, int, int], None]
 
 
 def run(
-    activation: Activation | str = "logistic",
+    activation: ActivationLike = "logistic",
     weights: Ensemble | str = "unscaled",
     *,
     sigma_b: float | None = None,
     width: int = 200,
     depth: int = 30,
-    inputs: int = 8,
+    inputs: int | ArrayLike = 8,
     networks_each: int = 200,
     seed: int = 0,
     progress: _Progress | None = None,
+    **options: Any,
 ) -> Remedies:
     """Compare theory and simulation for a sick network and for every remedy, and rank remedies.
 
@@ -117,16 +122,20 @@ def run(
     activation, weights, sigma_b
         Of the sick network; the note's, the logistic with N(0, 1) weights, without them.
     width, depth
-        Units a layer, and layers; as many inputs as units (an image's pixels, repeated).
+        Units a layer, and layers.
     inputs
-        How many digit images go through each network: at least 4, the least batch that BatchNorm's
-        theory has an answer for.
+        Those that go through each network, shape (inputs, components), or how many digit images,
+        resized to as many components as units: at least 4, the least batch that BatchNorm's theory
+        has an answer for.
     networks_each
         How many networks to draw for each remedy, at least 2.
     seed
         Of everything that is random.
     progress
         Called with (remedy, networks done, networks in all).
+    options
+        Others of the sick network, by their names in `builders.mlp`: norm, norm_position,
+        keep_rate, last.
 
     Raises
     ------
@@ -135,11 +144,13 @@ def run(
     """
     width, depth = check_count("width", width, 2), check_count("depth", depth, 3)
     check_count("networks_each", networks_each, 2)
-    images = data.digits()[: check_count("inputs", inputs, 4)]
-    if len(images) < inputs:
-        raise InputError(f"inputs is {inputs}; there are {len(images)} digit images")
-    x = jnp.asarray(data.resized(images, width))
-    proposed, missing = proposals(activation, weights, width, depth, sigma_b=sigma_b)
+    if isinstance(inputs, Integral | bool):
+        inputs = data.inputs(width, input="digits", batch=check_count("inputs", inputs, 4))
+    x = as_real("inputs", inputs)
+    if x.ndim != 2 or len(x) < 4:
+        raise InputError(f"inputs has shape {x.shape}; it is (inputs, components), at least 4")
+    options["inputs"] = x.shape[1]
+    proposed, missing = proposals(activation, weights, width, depth, sigma_b=sigma_b, **options)
     key = from_seed(seed)
     size = _size(proposed[0][1])
 
@@ -152,7 +163,9 @@ def run(
             networks=networks_each,
             progress=progress and (lambda done, total: progress(remedy.name, done, total)),
         )
-        condition = _log10_condition_number(network, x[0], jax.random.fold_in(key, index))
+        condition = _log10_condition_number(
+            network, jnp.asarray(x[0]), jax.random.fold_in(key, index)
+        )
         return _outcome(remedy, network, comparison, condition, size)
 
     # Two at a time: while one compiles, which uses a single core, the other runs.
@@ -163,19 +176,23 @@ def run(
 
 
 def proposals(
-    activation: Activation | str,
+    activation: ActivationLike,
     weights: Ensemble | str,
     width: int,
     depth: int,
     *,
     sigma_b: float | None = None,
+    inputs: int | None = None,
+    **options: Any,
 ) -> tuple[list[tuple[Remedy, Network]], dict[str, str]]:
     """The sick network and the networks of all remedies, and why other remedies do not apply.
 
     Parameters
     ----------
-    activation, weights, sigma_b, width, depth
+    activation, weights, sigma_b, width, depth, options
         As for `run`.
+    inputs
+        Components of an input; as many as a layer has units without it.
 
     Raises
     ------
@@ -183,7 +200,11 @@ def proposals(
         If a number is out of range or a name is unknown.
     """
     phi, ensemble = activations.get(activation), ensembles.get(weights)
-    sick = SickNetwork(phi, ensemble, width, depth, sigma_b)
+    allowed = ("norm", "norm_position", "keep_rate", "last")
+    for name in options:
+        if name not in allowed:
+            raise unknown_name("option", name, allowed)
+    sick = SickNetwork(phi, ensemble, width, depth, sigma_b, inputs, options=options)
     applicable = [(AS_IT_IS, sick.mlp())]
     missing: dict[str, str] = {}
     for remedy in ALL:
@@ -255,7 +276,7 @@ def _log10_condition_number(network: Network, x: jax.Array, key: jax.Array) -> f
     return float(np.median(np.asarray(logs))) / math.log(10)
 
 
-@jax.jit
+@program(seconds=1.0, twice=True)
 def _log_condition_numbers(network: Network, x: jax.Array, keys: jax.Array) -> jax.Array:
     def one(key: jax.Array) -> jax.Array:
         # Without the first layer, which goes from the inputs' width to the layers'.

@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -47,6 +47,9 @@ class SickNetwork:
         Components of an input; as many as units without it.
     classes
         Units of one more layer that makes logits of the last; there is none without it.
+    options
+        Others of `builders.mlp`: norm, norm_position, keep_rate and last. Remedies keep what they
+        do not change of them, and do not apply where they cannot.
     """
 
     activation: Activation
@@ -56,6 +59,7 @@ class SickNetwork:
     sigma_b: float | None = None
     inputs: int | None = None
     classes: int | None = None
+    options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     @property
     def widths(self) -> tuple[int, ...]:
@@ -71,6 +75,7 @@ class SickNetwork:
         **options: Any,
     ) -> Network:
         """The network itself; with weights of another ensemble, another activation, or options."""
+        options = {**self.options, **options}
         if weights is None:
             options.setdefault("sigma_b", self.sigma_b)
         activation = self.activation if activation is None else activation
@@ -79,7 +84,9 @@ class SickNetwork:
 
     def residual(self, **options: Any) -> Network:
         """A residual network, with these options of `builders.residual`."""
-        options = {"weights": self.weights, "sigma_b": self.sigma_b} | options
+        self.check_plain(allowed=("norm", "norm_position", "keep_rate"))
+        own = {"weights": self.weights, "sigma_b": self.sigma_b, **self.options}
+        options = own | options
         body = builders.residual(
             self.widths[0], self.width, self.depth - 1, self.activation, **options
         )
@@ -87,10 +94,23 @@ class SickNetwork:
 
     def of_blocks(self, block: AbstractBlock) -> Network:
         """A network of these blocks, which have weights of variance 1/fan_in."""
+        self.check_plain()
         first = Linear(self.width)
         return self._with_logits(
             builders.stack(self.widths[0], [first, (block, self.depth - 1)], "linear")
         )
+
+    def normed(self, norm: str) -> Network | None:
+        """The network with this normalisation before φ; None if it has it already."""
+        known = {"norm_position": "pre"} | dict(self.options)
+        own = {"norm": norm, "norm_position": "pre"}
+        return None if known | own == known else self.mlp(**own)
+
+    def check_plain(self, allowed: Sequence[str] = ()) -> None:
+        """Raise `InputError` if the network has other options than those that are allowed."""
+        for name, value in self.options.items():
+            if name not in allowed:
+                raise InputError(f"it is of networks without {name}, which is {value!r}")
 
     def _with_logits(self, body: Network) -> Network:
         if self.classes is None:
@@ -135,6 +155,7 @@ def _critical(
     sick: SickNetwork, distribution: str | None = None, phi: Activation | None = None
 ) -> Network:
     """Weights and biases at the critical point of φ."""
+    sick.check_plain()
     phi = phi or sick.activation
     prescribed = prescription.prescribe(phi, sick.widths)
     if not math.isfinite(prescribed.sigma_w2):
@@ -278,7 +299,7 @@ ALL = (
     Remedy(
         "BatchNorm before φ",
         "normalisation",
-        lambda sick: sick.mlp(norm="batch"),
+        lambda sick: sick.normed("batch"),
         "mean and variance over the batch; two parameters a unit",
         "gradients explode with depth; examples of a batch depend on one another",
         league=("logistic, Glorot", "tanh, Glorot", "ReLU, He"),
@@ -287,7 +308,7 @@ ALL = (
     Remedy(
         "LayerNorm before φ",
         "normalisation",
-        lambda sick: sick.mlp(norm="layer"),
+        lambda sick: sick.normed("layer"),
         "mean and variance over units; two parameters a unit",
         "fixes lengths; gradients still go by φ",
         league=("ReLU, He",),
@@ -296,7 +317,7 @@ ALL = (
     Remedy(
         "RMSNorm before φ",
         "normalisation",
-        lambda sick: sick.mlp(norm="rms"),
+        lambda sick: sick.normed("rms"),
         "mean square over units; a parameter a unit",
         "fixes lengths; gradients still go by φ",
     ),
@@ -336,7 +357,9 @@ ALL = (
     Remedy(
         "pre-LN residual, 1/√L, LeCun weights",
         "paths",
-        lambda sick: sick.residual(scale="depth", norm="layer", weights="lecun", sigma_b=None),
+        lambda sick: sick.residual(
+            scale="depth", norm="layer", norm_position="pre", weights="lecun", sigma_b=None
+        ),
         "an addition and a LayerNorm a layer",
         "the stream's variance grows, so later branches matter less",
     ),

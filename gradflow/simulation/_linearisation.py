@@ -50,13 +50,14 @@ def apply_block(
 
 
 class WeightSpec(NamedTuple):
-    """A weight matrix before it is drawn: σ_w/√n_in times entries of variance 1."""
+    """A weight matrix before it is drawn: σ_w/√n_in times entries of variance 1, and μ_w/n_in."""
 
     key: PRNGKeyArray
     shape: tuple[int, int]  # n_out, n_in
     distribution: Distribution
     dtype: jnp.dtype
     sigma_w: Any
+    mu_w: Any = None
 
 
 def weight_specs(
@@ -76,10 +77,11 @@ def weight_specs(
         sigma_w: Any,
         width: int,
         distribution: Distribution,
+        mu_w: Any = None,
         full_input: Array | None = None,
     ) -> Array:
         del full_input
-        specs.append(WeightSpec(key, (width, x.shape[1]), distribution, x.dtype, sigma_w))
+        specs.append(WeightSpec(key, (width, x.shape[1]), distribution, x.dtype, sigma_w, mu_w))
         return jnp.zeros((x.shape[0], width), x.dtype)
 
     recorder = _Multiply(product, key)
@@ -175,12 +177,11 @@ def forward(
     def product(
         _: PRNGKeyArray, x: Array, *, sigma_w: Any, full_input: Array | None = None, **law: Any
     ) -> Array:
-        del law
         out, matrix = matrices[len(products)].times(_scaled(key, sigma_w, x))
         products.append(out)
         inputs.append(x if full_input is None else full_input)
         used.append(matrix)
-        return out
+        return _with_mean(key, out, x, law)
 
     out = apply_block(block, key, signal, product)
     return Forward(out, Point(key, signal, tuple(products)), tuple(inputs), tuple(used))
@@ -203,6 +204,11 @@ def _scaled(key: LayerKey, sigma_w: Any, x: Array) -> Array:
     return jnp.asarray(sigma_w, x.dtype) / x.shape[-1] ** 0.5 * x
 
 
+def _with_mean(key: LayerKey, product: Array, x: Array, law: dict[str, Any]) -> Array:
+    """Add the product with the mean of the weights, which given weights have in them."""
+    return product if key.weights is not None else _samplers.with_mean(product, x, law.get("mu_w"))
+
+
 def _of_products(block: AbstractBlock, key: LayerKey) -> Callable:
     """Return the function (signal, products) -> (output, what each matrix multiplies)."""
 
@@ -210,9 +216,8 @@ def _of_products(block: AbstractBlock, key: LayerKey) -> Callable:
         remaining, inputs = iter(products), []
 
         def product(_: PRNGKeyArray, x: Array, *, sigma_w: Any, **law: Any) -> Array:
-            del law
             inputs.append(_scaled(key, sigma_w, x))
-            return next(remaining)
+            return _with_mean(key, next(remaining), x, law)
 
         return apply_block(block, key, signal, product), tuple(inputs)
 

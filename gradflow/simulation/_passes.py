@@ -62,7 +62,7 @@ class Passes(NamedTuple):
 
     values: Values
     forward: list[Any]  # (signal, log_scale) of each stage, with an axis of layers
-    backward: list[Any]  # (gradient, log_norm) of each stage
+    backward: list[Any]  # (gradient, log_norm) of each stage, if it was made
 
 
 _NOTHING_GIVEN, _SIGNALS = Given(), Keep()
@@ -79,7 +79,7 @@ def run(
     given: Given = _NOTHING_GIVEN,
     collect: bool = False,
 ) -> Passes:
-    """Make both passes through the network that this key draws."""
+    """Make both passes through the network that this key draws; the backward one if wanted."""
     if given.weights is not None:
         check_weights(network, given.weights)
     else:
@@ -90,13 +90,15 @@ def run(
     top_key, pieces = keys[0], _pieces(network, keys[1:], keep, given.weights)
     (signal, log_scale), stages = _forward(network, inputs, pieces, sampler, forward, keep, collect)
     delta = _top_gradient(signal, log_scale, top_key, given.cotangent)
-    collected, logs = _backward(network, delta, stages, collect)
-    measured = jnp.concatenate([stage.measured for stage in stages])
-    rows = [
-        jax.vmap(lambda s: _row([b.measure(s) for b in backward], inputs.dtype))(sample)
-        for sample in _backward_samples(network, logs)
-    ]
-    values = jnp.concatenate([measured, jnp.concatenate(rows)], axis=1)
+    values = jnp.concatenate([stage.measured for stage in stages])
+    collected: list[Any] = []
+    if backward or collect:
+        collected, logs = _backward(network, delta, stages, collect)
+        rows = [
+            jax.vmap(lambda s: _row([b.measure(s) for b in backward], inputs.dtype))(sample)
+            for sample in _backward_samples(network, logs)
+        ]
+        values = jnp.concatenate([values, jnp.concatenate(rows)], axis=1)
     names = (s.key for s in (*forward, *backward))
     return Passes(
         Values(zip(names, values.T, strict=True)), [stage.signals for stage in stages], collected
@@ -168,7 +170,7 @@ def _forward(
     collect: bool,
 ) -> tuple[tuple[Array, Array], list[_Stage]]:
     """Return the signal at the top beside the logarithm of its scale, and each piece."""
-    max_slope = network.activation.max_slope
+    saturated_slope = network.activation.saturated_slope(network.saturation_threshold)
 
     def measure(signal: Array, log_scale: Array) -> Array:
         sample = ForwardSample(
@@ -176,7 +178,7 @@ def _forward(
             activation=network.activation(signal),
             slope=network.activation.derivative(signal),
             log_scale=log_scale,
-            max_slope=max_slope,
+            saturated_slope=saturated_slope,
         )
         return _row([s.measure(sample) for s in wanted], signal.dtype)
 

@@ -20,6 +20,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, PRNGKeyArray
 
 from gradflow import _compilation
+from gradflow._programs import Program
 from gradflow.networks import Network
 from gradflow.simulation import _threefry, propagation, singular_values
 from gradflow.statistics import Statistic
@@ -63,8 +64,11 @@ class RandomNetworks(eqx.Module):
     @classmethod
     def of(cls, network: Network, inputs: Array, key: PRNGKeyArray) -> "RandomNetworks":
         """Return the networks of a single law."""
-        one = cls(network.as_arrays(inputs.dtype), inputs, key)
-        return jax.tree.map(lambda leaf: leaf[None], one)
+        numbers = network.as_arrays(inputs.dtype), inputs, jax.random.key_data(key)
+        # By NumPy, as JAX would compile.
+        laws, rows, words = jax.tree.map(lambda leaf: np.asarray(leaf)[None], numbers)
+        impl = jax.random.key_impl(key)
+        return cls(laws, rows, jax.random.wrap_key_data(jax.device_put(words), impl=impl))
 
 
 def compiled(
@@ -113,6 +117,9 @@ def compiled(
     mesh = Mesh(np.array(devices), (_NETWORKS,))
     whole, each = PartitionSpec(), PartitionSpec(_NETWORKS)
     put = functools.partial(on_devices, mesh)
+    constants: dict[str, Any] = {"sampler": sampler, "measured": measured, "keep": keep}
+    constants |= {"block": block, "spectrum": spectrum}
+    zeros = np.zeros(chunk, np.int32)
 
     def arguments(
         networks: RandomNetworks, which: np.ndarray, numbers: np.ndarray
@@ -120,17 +127,13 @@ def compiled(
         shared = jax.tree.map(functools.partial(put, whole), networks)
         return shared, put(each, which), put(each, numbers)
 
-    zeros = np.zeros(chunk, np.int32)
-    lowered = _run.lower(
-        *arguments(networks, zeros, zeros),
-        sampler=sampler,
-        measured=measured,
-        keep=keep,
-        block=block,
-        spectrum=spectrum,
-        mesh=mesh,
-    )
-    program = lowered.compile(_compilation.options(seconds, computes_twice=True))
+    program: Callable
+    if devices == (jax.devices()[0],):
+        program = Program.of(_run, (networks, zeros, zeros), seconds, twice=True, **constants)
+        program.compile()
+    else:
+        lowered = _run.lower(*arguments(networks, zeros, zeros), mesh=mesh, **constants)
+        program = lowered.compile(_compilation.options(seconds, computes_twice=True))
 
     def run(
         networks: RandomNetworks, which: np.ndarray, numbers: np.ndarray
@@ -171,8 +174,8 @@ def _run(
     measured: tuple[Statistic, ...],
     keep: tuple[bool, bool],
     block: int,
-    mesh: Mesh,
     spectrum: bool = False,
+    mesh: Mesh | None = None,
 ) -> tuple[Array, ...]:
     """Measure the statistics of one chunk of random networks, (statistics, chunk, layers).
 
@@ -208,7 +211,7 @@ def _run(
         )
         return values.swapaxes(0, 1), *logs
 
-    if mesh.size == 1:
+    if mesh is None or mesh.size == 1:
         return on_one_device(networks, which, numbers)
     everywhere, each = PartitionSpec(), PartitionSpec(_NETWORKS)
     shared = jax.shard_map(

@@ -37,7 +37,7 @@ from gradflow.networks import Network
 from gradflow.simulation import _matrices
 from gradflow.simulation._matrices import Matrix
 
-__all__ = ["SAMPLERS", "choose", "dense", "given", "matrix_free", "seconds"]
+__all__ = ["SAMPLERS", "choose", "dense", "given", "matrix_free", "seconds", "with_mean"]
 
 _matmul = functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
 
@@ -50,11 +50,12 @@ def dense(
     sigma_w: ScalarLike,
     width: int,
     distribution: Distribution,
+    mu_w: ScalarLike | None = None,
     full_input: Float[Array, "sites n_all"] | None = None,
 ) -> Float[Array, "sites width"]:
-    """Return x Wᵀ with W drawn: any distribution, entries of variance σ_w²/n_in."""
+    """Return x Wᵀ with W drawn: any law, entries of mean μ_w/n_in and variance σ_w²/n_in."""
     matrix = _matrices.redrawn(key, (width, x.shape[1]), distribution, x.dtype)
-    return _scaled(matrix, sigma_w, x, tap, full_input)
+    return _scaled(matrix, sigma_w, mu_w, x, tap, full_input)
 
 
 def matrix_free(
@@ -65,9 +66,10 @@ def matrix_free(
     sigma_w: ScalarLike,
     width: int,
     distribution: Distribution,
+    mu_w: ScalarLike | None = None,
     full_input: Float[Array, "sites n_all"] | None = None,
 ) -> Float[Array, "sites width"]:
-    """Return x Wᵀ in law, exactly, without W: entries of variance σ_w²/n_in.
+    """Return x Wᵀ in law, exactly, without W: entries of mean μ_w/n_in and variance σ_w²/n_in.
 
     Raises
     ------
@@ -75,7 +77,7 @@ def matrix_free(
         If the distribution is neither of independent Gaussian entries nor Haar-orthogonal.
     """
     matrix = _matrices.deferred(key, (width, x.shape[1]), distribution, x.dtype)
-    return _scaled(matrix, sigma_w, x, tap, full_input)
+    return _scaled(matrix, sigma_w, mu_w, x, tap, full_input)
 
 
 def given(weights: Sequence[Float[Array, "n_out n_in"]]) -> Callable[..., Array]:
@@ -130,14 +132,29 @@ _tapped.defvjp(_tapped_forward, _tapped_backward)
 
 
 def _scaled(
-    matrix: Matrix, sigma_w: ScalarLike, x: Array, tap: Array, full_input: Array | None
+    matrix: Matrix,
+    sigma_w: ScalarLike,
+    mu_w: ScalarLike | None,
+    x: Array,
+    tap: Array,
+    full_input: Array | None,
 ) -> Array:
     """Scale a product with entries of variance 1; the tap is that of the scaled weights.
 
     It is put behind the scale, so that weights of scale 0 have a gradient, as they do.
     """
     scale = jnp.asarray(sigma_w, x.dtype) / x.shape[1] ** 0.5
-    return _tapped(scale * _product(matrix, x), x if full_input is None else full_input, tap)
+    out = with_mean(scale * _product(matrix, x), x, mu_w)
+    return _tapped(out, x if full_input is None else full_input, tap)
+
+
+def with_mean(
+    product: Float[Array, "sites n"], x: Float[Array, "sites n_in"], mu_w: ScalarLike | None
+) -> Float[Array, "sites n"]:
+    """The product with weights of mean 0, and that with their mean μ_w/n_in, if there is one."""
+    if mu_w is None:
+        return product
+    return product + jnp.asarray(mu_w, x.dtype) * jnp.mean(x, axis=-1, keepdims=True)
 
 
 SAMPLERS: dict[str, Callable[..., Array]] = {"dense": dense, "matrix_free": matrix_free}

@@ -8,7 +8,6 @@ been initialised; only the networks' statistics go from one device to another.
 """
 
 import dataclasses
-import functools
 import math
 import time
 from collections.abc import Callable, Sequence
@@ -16,7 +15,6 @@ from typing import NamedTuple
 
 import equinox as eqx
 import jax
-import jax.numpy as jnp
 import numpy as np
 import xarray
 from jax.typing import ArrayLike
@@ -27,6 +25,7 @@ from gradflow._arguments import as_key
 from gradflow._checks import check_count, check_progress
 from gradflow._inputs import as_inputs
 from gradflow._labels import Values, checked, key_of, labelled, layers
+from gradflow._programs import Program
 from gradflow.errors import InputError
 from gradflow.estimation import Estimate, Histogram
 from gradflow.networks import Network
@@ -241,12 +240,12 @@ class _Run(NamedTuple):
         if progress:
             progress(0, self.networks)
         law, chunk = RandomNetworks.of(self.network, self.inputs, self.key), self._chunk()
-        program = self._compile(law, chunk)
+        measure = self._compile(law, chunk)
         ready = time.perf_counter()
         of_the_law = np.zeros(chunk, np.int32)
 
         def call(first: int) -> dict[str, np.ndarray]:
-            return program(law, of_the_law, np.arange(first, first + chunk, dtype=np.int32))
+            return measure(law, of_the_law, np.arange(first, first + chunk, dtype=np.int32))
 
         parts: dict[str, list[Estimate]] = {s.key: [] for s in self.wanted}
         samples: dict[str, list[np.ndarray]] = {s.key: [] for s in self.wanted if keep_samples}
@@ -304,10 +303,11 @@ class _Run(NamedTuple):
             self.networks, _HISTOGRAM_NETWORKS, math.ceil(_HISTOGRAM_VALUES / (sites * widest))
         )
 
-        numbers = self.network.as_arrays(self.inputs.dtype)
-        drawn = jax.device_get(
-            _draw_signals(numbers, self.inputs, self.key, jnp.arange(count), self.sampler)
-        )
+        network, numbers = self.network.as_arrays(self.inputs.dtype), np.arange(count)
+        seconds = count * _samplers.seconds(self.sampler, self.network, sites)
+        arguments = network, self.inputs, self.key, numbers
+        draw = Program.of(_draw_signals, arguments, seconds, sampler=self.sampler)
+        drawn, activations = jax.device_get(draw(*arguments))
         layers = [
             (stage, layer)
             for stage, z in enumerate(drawn.preactivation)
@@ -320,10 +320,9 @@ class _Run(NamedTuple):
         z, log_scale = every(drawn.preactivation), every(drawn.log_scale)
         delta, log_norm = every(drawn.gradient), every(drawn.log_gradient_norm)
         # Signals have a scale beside them only where φ is linear for them.
-        h = [np.asarray(self.network.activation(jnp.asarray(value))) for value in z]
         return {
             "preactivation": _histograms.histogram(z, log_scale),
-            "activation": _histograms.histogram(h, log_scale),
+            "activation": _histograms.histogram(every(activations), log_scale),
             "gradient": _histograms.histogram(delta, log_norm),
         }
 
@@ -339,12 +338,15 @@ def _chunk_size(networks: int, block: int, workers: int, values: int) -> int:
     return block * min(most, -(-blocks // calls))
 
 
-@functools.partial(jax.jit, static_argnames="sampler")
 def _draw_signals(
-    network: Network, inputs: Array, key: Array, numbers: Array, sampler: str
-) -> propagation.Signals:
-    """Every signal of networks number ``numbers``, each array with a leading axis of networks."""
-    return jax.lax.map(
+    network: Network, inputs: Array, key: Array, numbers: Array | np.ndarray, sampler: str
+) -> tuple[propagation.Signals, list[Array]]:
+    """Every signal of networks number ``numbers``, and φ of their pre-activations.
+
+    Each array has a leading axis of networks.
+    """
+    signals = jax.lax.map(
         lambda i: propagation.signals(network, inputs, jax.random.fold_in(key, i), sampler=sampler),
         numbers,
     )
+    return signals, [network.activation(z) for z in signals.preactivation]

@@ -352,7 +352,7 @@ class _Uniform(NamedTuple):
     def of(cls, point: Point) -> "_Uniform | None":
         """Return a point's networks, or None if they are of another kind or too shallow."""
         network = point.network()
-        if network.depth < _LEAST_DEPTH or len(network.stages) != 2:
+        if network.depth < _LEAST_DEPTH or len(network.stages) != 2 or not network.centred:
             return None
         first, rest = (stage.block for stage in network.stages)
         if not (isinstance(first, Dense) and isinstance(rest, Dense)):
@@ -378,7 +378,7 @@ def _asymptotic(points: Mapping[int, _Uniform]) -> dict[int, Analysis]:
         numbers.setdefault(point.activation, []).append(number)
     arguments = [np.array([points[n][1:4] for n in group]).T for group in numbers.values()]
     programs = [
-        Float64Program.of(_analysis(phi), tuple(columns), _SECONDS * len(columns[0]))
+        Float64Program(_analysis(phi), tuple(columns), _SECONDS * len(columns[0]))
         for phi, columns in zip(numbers, arguments, strict=True)
     ]
     with ThreadPoolExecutor(min(os.cpu_count() or 1, 8)) as pool:

@@ -243,8 +243,8 @@ def programs(study: Study) -> tuple[Program, ...]:
     first: dict[tuple, Network] = {}
     for points in of_structure.values():
         point = study.point(points[0][0])
-        network = dataclasses.replace(point.network(), name="")
-        key = (jax.tree.structure(network), point.settings["batch"], network.input_width)
+        network = point.network().unnamed()
+        key = (jax.tree.structure(network), point.sites, network.input_width)
         first.setdefault(key, network)
         members.setdefault(key, []).extend(points)
     listed, measured = [], study.spectrum is not None

@@ -4,26 +4,25 @@ import dataclasses
 import functools
 import hashlib
 import json
+import math
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Any
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, ArrayLike, Key, PRNGKeyArray, PyTreeDef, UInt32
 
-from gradflow import _schema, networks
+from gradflow import _input_rows, _schema, networks
+from gradflow import data as datasets
 from gradflow._arguments import PRNG
-from gradflow._entries import Number, OneOf, Whole, scale, shown
+from gradflow._entries import shown
 from gradflow._schema import NONE, Option
 from gradflow.errors import InputError
 from gradflow.networks import Network
 
-__all__ = ["DIGITS_IMAGES", "DIGITS_WIDTH", "INPUTS", "Family", "Point", "keys", "resolved"]
-__all__ += ["varies_as_number"]
+__all__ = ["Family", "Point", "keys", "resolved", "varies_as_number"]
 
-# Of scikit-learn's images of digits: how many there are, and the pixels of each.
-DIGITS_IMAGES, DIGITS_WIDTH = 1797, 64
 # Inputs that a family keeps: of few points where each has its own, of all where they share them.
 _INPUTS_KEPT = 64
 
@@ -48,8 +47,14 @@ class Point:
 
     @functools.cached_property
     def name(self) -> int:
-        """A number of 64 bits that identifies the settings: the beginning of their SHA-256."""
-        text = _ENCODER.encode(self.settings)
+        """A number of 64 bits that identifies the settings: the beginning of their SHA-256.
+
+        A file of inputs is known by its content.
+        """
+        known = dict(self.settings)
+        if _input_rows.is_file(known.get("data")):
+            known["data"] = _input_rows.digest(known["data"])
+        text = _ENCODER.encode(known)
         return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big")
 
     @property
@@ -71,7 +76,7 @@ class Point:
                 continue
             if _option(field).value_type is float and not isinstance(value, str):
                 value = bool(value)
-            elif field == "widths":
+            elif isinstance(value, list):
                 value = tuple(value)
             structure.append((field, value))
         return tuple(structure)
@@ -89,18 +94,12 @@ class Point:
             If the fields do not go together.
         """
         try:
-            batch, width = self.settings["batch"], _input_width(self.settings)
-            if self.settings.get("data", NONE) != NONE:
-                if width < DIGITS_WIDTH:
-                    self.inputs()  # of few pixels there may be nothing but zeros
-            elif batch > width:
-                raise InputError(
-                    f"inputs.batch is {batch}, and the input's width {width}; there are at most as "
-                    "many inputs as it has components"
-                )
+            width = _input_width(self.settings)
+            if _kind(self.settings) != "cosines" or self.settings["batch"] > width:
+                self.inputs()  # there may be none
             options = _schema.options()
             described = {field: v for field, v in self.settings.items() if field in options}
-            if "widths" not in described:
+            if "width" in described:
                 described["input_width"] = width
             network = _schema.network(described)
         except InputError as error:
@@ -109,9 +108,18 @@ class Point:
         return networks.with_biases(network) if biased and not network.homogeneous else network
 
     def inputs(self) -> np.ndarray:
-        """Return the inputs, shape (batch, n_0), in float64."""
-        own = {field: value for field, value in self.settings.items() if field in INPUTS}
-        return _inputs(_input_width(self.settings), **own)
+        """Return the inputs, shape (sites, n_0), in float64; a site is a position of an image."""
+        options = _schema.input_options()
+        own = {field: value for field, value in self.settings.items() if field in options}
+        rows = datasets.inputs(_input_width(self.settings), **own)
+        _, shape = _schema.input_shape(self.settings)
+        return _input_rows.sites(_kind(self.settings), rows, shape)
+
+    @property
+    def sites(self) -> int:
+        """How many rows its inputs have."""
+        _, shape = _schema.input_shape(self.settings)
+        return int(self.settings["batch"] * math.prod(shape[:-1]))
 
     @property
     def description(self) -> str:
@@ -145,11 +153,15 @@ class Family:
         # field that decides it.
         self._scales: dict[tuple[str, float | str], list] = {}
         self._decided_by: dict[int, str] = {}
+        self._of_inputs = frozenset(_schema.input_options())
+        # By all fields that may decide them: not the numbers of a network.
         self._inputs: dict[str, np.ndarray] = {}
+        self._numbers = {name for name, o in _schema.options().items() if o.value_type is float}
+        self._numbers = (self._numbers | {"seed"}) - self._of_inputs
         self._separate = True
 
     def __call__(self, points: Sequence[Point]) -> tuple[Network, np.ndarray]:
-        """A network whose scales have shape (points,), and inputs, (points, batch, n_0); float64.
+        """A network whose scales have an axis of points, and inputs, (points, sites, n_0); float64.
 
         Raises
         ------
@@ -159,76 +171,92 @@ class Family:
         scales = self._by_field(points) if self._separate else None
         if scales is None:
             self._separate = False
-            scales = np.array([_flat(point)[0] for point in points], float).T
+            each = [_flat(point)[0] for point in points]
+            scales = [np.array(column, float) for column in zip(*each, strict=True)]
         inputs = np.stack([self._inputs_of(point) for point in points])
-        return jax.tree.unflatten(self._structure, list(scales)), inputs
+        return jax.tree.unflatten(self._structure, scales), inputs
 
-    def _by_field(self, points: Sequence[Point]) -> np.ndarray | None:
-        """The scales, (scales, points); None where several fields decide one together."""
-        scales = np.empty((len(self._base), len(points)))
-        scales[:] = np.array(self._base, float)[:, None]
+    def _by_field(self, points: Sequence[Point]) -> list[np.ndarray] | None:
+        """Every scale, with an axis of points; None where several fields decide one together."""
+        fields = self._first.settings.keys()
+        if any(point.settings.keys() != fields for point in points):
+            return None
+        columns = [[base] * len(points) for base in self._base]
         for field, first in self._first.settings.items():
-            if field == "seed" or field in INPUTS:
+            values = [point.settings[field] for point in points]
+            decides = field != "seed" and field not in self._of_inputs
+            if not decides or all(value == first for value in values):
                 continue
-            column = [point.settings[field] for point in points]
-            if all(value == first for value in column):
-                continue
-            for value in set(column):
-                if not self._is_separate(field, value):
-                    return None
-            decided = [n for n, by in self._decided_by.items() if by == field]
-            own = [[self._scales[field, value][n] for n in decided] for value in column]
-            scales[decided] = np.array(own, float).T
+            if any(isinstance(value, list) for value in values):
+                return None
+            if not all(self._is_separate(field, value) for value in set(values)):
+                return None
+            for n in [n for n, by in self._decided_by.items() if by == field]:
+                columns[n] = [self._scales[field, value][n] for value in values]
         # What two fields decide together shows where both differ from the first point's.
         made, structure = _flat(points[-1])
-        same = structure == self._structure and made == scales[:, -1].tolist()
-        return scales if same else None
+        last = [column[-1] for column in columns]
+        if structure != self._structure or not all(map(np.array_equal, made, last)):
+            return None
+        return [np.array(column, float) for column in columns]
 
     def _is_separate(self, field: str, value: float | str) -> bool:
         """Whether a field's value changes no scale that another field decides."""
         if (field, value) not in self._scales:
-            changed = dataclasses.replace(
-                self._first, settings={**self._first.settings, field: value}
-            )
-            scales, structure = _flat(changed)
+            settings = {**self._first.settings, field: value}
+            scales, structure = _flat(dataclasses.replace(self._first, settings=settings))
             if structure != self._structure:
                 return False
             for n, (scale, base) in enumerate(zip(scales, self._base, strict=True)):
-                if scale != base and self._decided_by.setdefault(n, field) != field:
+                own = np.array_equal(scale, base)
+                if not own and self._decided_by.setdefault(n, field) != field:
                     return False
             self._scales[field, value] = scales
         return True
 
     def _inputs_of(self, point: Point) -> np.ndarray:
-        own = str([(f, v) for f, v in point.settings.items() if f in _OF_INPUTS])
+        own = str([(f, v) for f, v in point.settings.items() if f not in self._numbers])
         if own not in self._inputs:
-            if len(self._inputs) > _INPUTS_KEPT:
+            if len(self._inputs) >= _INPUTS_KEPT:
                 self._inputs.clear()
             self._inputs[own] = point.inputs()
         return self._inputs[own]
 
 
 def _flat(point: Point) -> tuple[list, PyTreeDef]:
-    """The scales of a point's network, and its structure without a name."""
-    return jax.tree.flatten(dataclasses.replace(point.network(), name=""))
+    """The scales of a point's network, and its structure."""
+    return jax.tree.flatten(point.network().unnamed())
 
 
 _ENCODER = json.JSONEncoder(sort_keys=True)
 
 
 def resolved(fields: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings of a point, with no field that makes no difference to it."""
+    """The settings of a point, with no field that makes no difference to it.
+
+    Images are its ``data``, however they are asked for.
+    """
     settings = {**_DEFAULTS, **fields}
+    kind = _kind(settings)
+    if kind in _input_rows.IMAGES:
+        settings.pop("input", None)
+        settings["data"] = kind
+    elif kind == "cosines":
+        settings.pop("input", None)
+        settings = {**_DEFAULTS_OF_COSINES, **settings}
     idle = [field for field in settings if _schema.is_idle(field, settings)]
-    if settings.get("data", NONE) != NONE:
-        idle += ["mean_square", "correlation"]
-    if settings["batch"] == 1:
+    if settings["batch"] == 1 or kind not in _input_rows.CORRELATED:
         idle.append("correlation")
     return {field: value for field, value in settings.items() if field not in idle}
 
 
+def _kind(settings: Mapping[str, Any]) -> str:
+    return _input_rows.kind_of(settings.get("input"), settings.get("data"))
+
+
 def _option(field: str) -> Option:
-    return INPUTS[field] if field in INPUTS else _schema.options()[field]
+    inputs = _schema.input_options()
+    return inputs[field] if field in inputs else _schema.options()[field]
 
 
 def varies_as_number(field: str) -> bool:
@@ -238,60 +266,10 @@ def varies_as_number(field: str) -> bool:
 
 
 def _input_width(settings: Mapping[str, Any]) -> int:
-    if "widths" in settings:
-        return int(settings["widths"][0])
-    own = settings["width"] if settings.get("data", NONE) == NONE else DIGITS_WIDTH
-    return int(settings.get("input_width", own))
+    own, _ = _schema.input_shape(settings)
+    return own or _input_rows.natural_width(_kind(settings)) or int(settings["width"])
 
 
-def _inputs(
-    width: int,
-    *,
-    batch: Annotated[int, Whole(10_000)] = 1,
-    mean_square: Annotated[float, scale] = 1.0,
-    correlation: Annotated[float, Number("a number from -1 to 1", lambda v: -1 <= v <= 1)] = 0.0,
-    data: Annotated[str, OneOf("data", ("digits",))] | None = None,
-) -> np.ndarray:
-    """A batch of inputs x_a with (1/n_0) x_a·x_b = mean_square · (correlation, or 1 where a = b).
-
-    They are combinations of a discrete cosine transform's rows, which are orthogonal, not sparse,
-    and but for the last have mean 0 over components. Images are `data.resized` to the width.
-
-    Parameters
-    ----------
-    width
-        n_0, the number of components.
-    batch
-        The number of inputs that go through each network.
-    mean_square
-        The mean square of an input's components.
-    correlation
-        The correlation of each two inputs.
-    data
-        Real inputs in the place of these: digits, scikit-learn's images.
-    """
-    if data not in (None, NONE):
-        from gradflow import data as datasets  # noqa: PLC0415  (scikit-learn is slow to import)
-
-        images = datasets.digits()
-        if batch > len(images):
-            raise InputError(f"inputs.batch is {batch}; there are {len(images)} digit images")
-        return datasets.resized(np.asarray(images[:batch], np.float64), width)
-    if batch > width:
-        raise InputError(f"inputs.batch is {batch}; a width of {width} has at most {width} inputs")
-    order = np.roll(np.arange(width), -1)[:batch, None]
-    rows = np.cos(np.pi * order * (np.arange(width) + 0.5) / width)
-    rows *= np.sqrt(np.where(order > 0, 2, 1))
-    # The symmetric root of the matrix of correlations, whose eigenvalues are two.
-    alike, apart = np.sqrt(max(1 + (batch - 1) * correlation, 0)), np.sqrt(1 - correlation)
-    root = apart * np.eye(batch) + (alike - apart) / batch
-    return np.asarray(np.sqrt(mean_square) * root @ rows)
-
-
-# What stands in [inputs], by name.
-INPUTS = {name: o for name, o in _schema.read_options(_inputs).items() if name != "width"}
-# The fields that decide a point's inputs.
-_OF_INPUTS = (*INPUTS, "width", "input_width", "widths")
 # The fields that each point has, given or not: its name depends on them.
 _DEFAULTS: dict[str, Any] = {"kind": "mlp", "norm": NONE, "batch": 1}
-_DEFAULTS |= {"mean_square": 1.0, "correlation": 0.0}
+_DEFAULTS_OF_COSINES: dict[str, Any] = {"mean_square": 1.0, "correlation": 0.0}

@@ -12,7 +12,7 @@ import jax
 import numpy as np
 import xarray
 
-from gradflow import _files
+from gradflow import _files, _input_rows
 from gradflow._differences import differences
 from gradflow._labels import labelled, layers
 from gradflow.errors import InputError
@@ -122,6 +122,9 @@ def _depth(programs: Sequence[Program]) -> int:
 
 def _attributes(store: Store, programs: Sequence[Program]) -> dict[str, Any]:
     study = store.study
+    along = [axis.values["data"] for axis in study.axes if "data" in axis.values]
+    sources = along[0] if along else (study.base.get("data"),)
+    files = {name: _input_rows.digest(name) for name in sources if _input_rows.is_file(name)}
     return {
         "title": study.title,
         "question": study.question,
@@ -134,6 +137,7 @@ def _attributes(store: Store, programs: Sequence[Program]) -> dict[str, Any]:
         "gradflow.studies.Study.point(number)",
         "drawn_with": json.dumps(store.drawn_with, sort_keys=True),
         "samplers": json.dumps(sorted({f"{p.sampler}: {p.reason}" for p in programs})),
+        **({"data_sha256": json.dumps(files, sort_keys=True)} if files else {}),
     }
 
 

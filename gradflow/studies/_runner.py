@@ -244,7 +244,7 @@ class TaskRunner:
     def _theory_of(self, points: Sequence[Point]) -> dict[str, np.ndarray]:
         """`theory` of as many points as are worked out together."""
         networks, inputs = self._family(points)
-        prediction, corrections = self._theory(networks, inputs)
+        prediction, _, corrections = self._theory(networks, inputs)
         each = [prediction.values]
         each += [corrections.shift, corrections.standard_deviation] if corrections else []
         keys = [statistic.key for statistic in self.study.statistics]

@@ -122,11 +122,11 @@ def theory(network: Network, log_q: np.ndarray, bins: HistogramRange) -> dict[st
     block: Any = network.stages[-1].block
     q = _one_q(network.activation, log_q)
     # Independent entries of any law have one limit; rows that sum to 0 are not independent.
-    if block.distribution.centred or not 0 < q < np.inf:
+    if block.distribution.centred or not network.centred or not 0 < q < np.inf:
         return unknown(bins)
     arguments = (q, float(block.sigma_w) ** 2, bins.edges)
     how = {"depth": network.depth, "orthogonal": block.distribution.haar}
-    program = Float64Program.of(_theory, arguments, _SECONDS, activation=network.activation, **how)
+    program = Float64Program(_theory, arguments, _SECONDS, activation=network.activation, **how)
     return dict(zip(unknown(bins), program(*arguments), strict=True))
 
 

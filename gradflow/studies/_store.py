@@ -169,7 +169,8 @@ class Store:
         header = first or copy
         if header is None:
             raise _header_is_gone(folder)
-        store = cls(folder, _study_file.parse(header["text"]), Share(*header["share"]))
+        study = _study_file.parse(header["text"], allow_imports=None)
+        store = cls(folder, study, Share(*header["share"]))
         rounds = store.rounds
         for name, content in zip(_HEADERS, (first, copy), strict=True):
             if content is None:

@@ -2,7 +2,7 @@
 
     title = "Tanh: order and chaos"
 
-    [network]                  # the options of `schema`: with kind = "residual" those of `residual`
+    [network]                  # the options of `schema`; of another kind those of its builder
     activation = "tanh"
     width = 1000
     depth = 50
@@ -12,7 +12,7 @@
     [[axes]]                   # several fields of one axis go together, value by value
     sigma_b2 = [0.0, 0.05]
 
-    [inputs]                   # the same for all networks of a point
+    [inputs]                   # the arguments of `data.inputs`; a point's networks have the same
     batch = 2
     correlation = 0.5
 
@@ -45,12 +45,11 @@ from typing import Any
 
 import numpy as np
 
-from gradflow import _entries, _schema, statistics
+from gradflow import _entries, _imports, _input_rows, _schema, statistics
 from gradflow._entries import Check, OneOf, Whole, path_of, shown
 from gradflow._schema import NONE, Option
 from gradflow.errors import InputError
 from gradflow.statistics import Statistic
-from gradflow.studies import _point
 from gradflow.studies._study import MOST_NETWORKS, Axis, HistogramRange, Sampling, Study
 
 __all__ = ["load", "parse"]
@@ -74,8 +73,15 @@ _COUNTED = (
 )
 
 
-def load(path: Path) -> Study:
+def load(path: Path, *, allow_imports: bool = False) -> Study:
     """Read the study that a file describes.
+
+    Parameters
+    ----------
+    path
+        Of the file.
+    allow_imports
+        Whether an activation may be a ``module:function``, which is then imported, and so run.
 
     Raises
     ------
@@ -96,23 +102,36 @@ def load(path: Path) -> Study:
         ) from error
     except UnicodeDecodeError as error:
         raise InputError(f"file is {str(path)!r}, which is not text in UTF-8") from error
-    return parse(text)
+    return parse(text, allow_imports=allow_imports)
 
 
-def parse(text: str) -> Study:
+def parse(text: str, *, allow_imports: bool | None = False) -> Study:
     """Read the study that a file's text describes.
+
+    Parameters
+    ----------
+    text
+        Of the file.
+    allow_imports
+        Whether an activation may be a ``module:function``, which is then imported, and so run.
+        With None it may, and is not looked for: its networks cannot be drawn.
 
     Raises
     ------
     InputError
         If the text is not TOML or an entry is wrong; the sentence begins with the entry's path.
     """
+    with _imports.allowed(allow_imports):
+        return _parsed(text)
+
+
+def _parsed(text: str) -> Study:
     file = _read_toml(text)
     _entries.check_known("", file, _TABLES)
     title = _entries.text("title", file.get("title", ""))
     question = _entries.text("question", file.get("question", ""))
     network = _read_options("network", file, _schema.options())
-    inputs = _read_options("inputs", file, _point.INPUTS)
+    inputs = _read_options("inputs", file, _schema.input_options())
     axes = _axes(file.get("axes", []))
     sampling = _sampling(_entries.table("sampling", file), axes)
     base = {"seed": sampling.seed, **network, **inputs}
@@ -208,12 +227,15 @@ def _check_network(given: Mapping[str, str], base: Mapping[str, Any], axes: Sequ
 
 def _check_inputs(given: Mapping[str, str], base: Mapping[str, Any], axes: Sequence[Axis]) -> None:
     """Raise `InputError` if there are no such inputs somewhere."""
-    for field in ("mean_square", "correlation"):
-        if "data" in given and field in given:
-            raise InputError(f"{given[field]} takes the place of {given['data']}; give one of them")
+    if "input" in given and "data" in given:
+        raise InputError(f"{given['input']} takes the place of {given['data']}; give one of them")
+    kinds = _kinds_of_inputs(base, axes)
+    if "correlation" in given and not set(kinds) & set(_input_rows.CORRELATED):
+        raise InputError(
+            f"{given['correlation']} does not go with inputs of kind {kinds[0]!r}, which have "
+            f"their own; it is of {', '.join(_input_rows.CORRELATED)}"
+        )
     most = max(_values_of("batch", base, axes) or [1])
-    if "data" in given and most > _point.DIGITS_IMAGES:
-        raise InputError(f"inputs.batch is {most}; there are {_point.DIGITS_IMAGES} digit images")
     least = min(_values_of("correlation", base, axes) or [0.0])
     if "correlation" in given and most == 1:
         raise InputError(f"{given['correlation']} is between inputs, and inputs.batch is 1")
@@ -224,9 +246,16 @@ def _check_inputs(given: Mapping[str, str], base: Mapping[str, Any], axes: Seque
         )
 
 
+def _kinds_of_inputs(base: Mapping[str, Any], axes: Sequence[Axis]) -> list[str]:
+    """The kinds of the inputs that there are somewhere."""
+    kinds = [_input_rows.kind_of(name, None) for name in _values_of("input", base, axes)]
+    kinds += [_input_rows.kind_of(None, name) for name in _values_of("data", base, axes)]
+    return kinds or ["cosines"]
+
+
 def _axis_options() -> dict[str, Option]:
     """What an axis may go over: every option but a list, the seed, and how many networks."""
-    options = [*_schema.options().values(), *_point.INPUTS.values(), *_COUNTED]
+    options = [*_schema.options().values(), *_schema.input_options().values(), *_COUNTED]
     return {option.name: option for option in options if option.value_type is not list}
 
 
@@ -439,8 +468,10 @@ def _check_spectrum(
             raise InputError(f"{given[field]} does not go with [spectrum]; leave it out")
     widths = {n for value in values("widths") for n in value} or set(values("width"))
     below, there = set(values("input_width")), given.get("input_width")
-    if "data" in given:
-        below, there = {_point.DIGITS_WIDTH}, given["data"]
+    if not below and "widths" not in given:
+        own = map(_input_rows.natural_width, _kinds_of_inputs(base, axes))
+        below = {width for width in own if width is not None}
+        there = given.get("data", given.get("input"))
     if len(widths) > 1 and "widths" in given:
         raise InputError(
             f"{given['widths']} has several widths; with [spectrum] input and layers are as wide"

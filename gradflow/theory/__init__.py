@@ -26,22 +26,16 @@ summary
     Everything that the theory says at one σ_w² and σ_b².
 """
 
-from gradflow.theory import (
-    architectures,
-    criticality,
-    finite_width,
-    fixed_points,
-    float64,
-    linear_regime,
-    mean_field,
-    prescription,
-    shared_weights,
-    spectral_density,
-    spectrum,
-    summary,
-    transformations,
-)
+import importlib
+from types import ModuleType
 
 __all__ = ["architectures", "criticality", "finite_width", "fixed_points", "float64"]
 __all__ += ["linear_regime", "mean_field", "prescription", "shared_weights", "spectrum"]
 __all__ += ["spectral_density", "summary", "transformations"]
+
+
+def __getattr__(name: str) -> ModuleType:
+    """A module of these, imported on first use."""
+    if name in __all__:
+        return importlib.import_module(f"{__name__}.{name}")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -16,7 +16,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from gradflow.blocks import AbstractBlock
-from gradflow.kernels import Kernel, multiply_kernel
+from gradflow.kernels import Kernel, UnitDistribution, multiply_kernel
 from gradflow.networks import Network
 from gradflow.statistics import BackwardLimit
 from gradflow.theory._loops import joined, map_layers, scan_layers
@@ -72,6 +72,8 @@ def _down(network: Network, entering: Sequence[Kernel]) -> BackwardLimit:
     log_variance = jnp.concatenate([jnp.cumsum(above[::-1], axis=0)[::-1], top])
     # C is the mean over the inputs, whose gradients are independent: squares add, over sites².
     log_weight = jax.nn.logsumexp(log_variance + jnp.concatenate(by_weights), axis=1)
+    # Of a gradient that is 0 already a layer has no factor.
+    above = jnp.where(jnp.isneginf(log_variance[1:]), jnp.nan, above)
     return BackwardLimit(
         log_variance,
         jnp.concatenate([above, jnp.full_like(top, jnp.nan)]),
@@ -223,14 +225,14 @@ def _gains(block: AbstractBlock, share: _Share, entering: Kernel) -> tuple[Array
     No average over pairs of sites is taken.
     """
 
-    def alone(q: Array, mean: Array, log_scale: Array) -> tuple[Array, Array]:
-        one = Kernel.of(
-            q[None, None], mean[None], distribution=entering.distribution, log_scale=log_scale[None]
-        )
+    def alone(q: Array, mean: Array, log_scale: Array, law: UnitDistribution) -> tuple:
+        law = jax.tree.map(lambda x: x[None], law)
+        one = Kernel.of(q[None, None], mean[None], distribution=law, log_scale=log_scale[None])
         factor, log_factor, weights = _pull_back(block, share, one, jnp.ones_like(one.mean))
         return jnp.log(factor[0]) + log_factor, weights
 
-    return jax.vmap(alone)(jnp.diagonal(entering.covariance), entering.mean, entering.log_scale)
+    q = jnp.diagonal(entering.covariance)
+    return jax.vmap(alone)(q, entering.mean, entering.log_scale, entering.distribution)
 
 
 def _pull_back(

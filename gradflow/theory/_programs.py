@@ -4,11 +4,10 @@ Tracing and calling are apart, so that theory may be worked out in one thread wh
 simulates: a traced program traces nothing when it is called.
 """
 
-import dataclasses
 import functools
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -19,16 +18,17 @@ from gradflow._inputs import checked_inputs
 from gradflow._programs import Float64Program
 from gradflow.networks import Network
 from gradflow.predictions import Corrections, Prediction
-from gradflow.theory import _limits, mean_field
-from gradflow.theory._limits import limits, prediction
+from gradflow.theory import _limits
+from gradflow.theory._densities import UnitLimits
+from gradflow.theory._limits import SECONDS_A_LAYER, limits, prediction
 from gradflow.theory.finite_width import _carried_means, _layers, first_order
 from gradflow.theory.finite_width._layers import finite_layers
 
-__all__ = ["PreparedNetworks", "arguments_of", "layers_ahead", "prepare"]
+__all__ = ["PreparedNetworks", "Theory", "arguments_of", "layers_ahead", "prepare"]
 __all__ += ["prepare_asymptotic_log_chi", "program"]
 
-# Seconds that the theory takes for each layer: 2 ms with closed forms, 13 ms without.
-_SECONDS_A_LAYER = 0.005
+# Seconds that the averages take over a pair of inputs in a layer.
+_SECONDS_A_PAIR = 0.008
 # χ is looked at this many times the depth further up, because χ may tend to 1 only as 1 - a/l.
 _LOOK_AHEAD = 64
 _MOST_LAYERS_AHEAD = 20_000
@@ -37,16 +37,34 @@ _MOST_LAYERS_AHEAD = 20_000
 _SETTLED = 1e-10
 
 
+class Theory(NamedTuple):
+    """What theory says of a network.
+
+    Attributes
+    ----------
+    prediction
+        The infinite-width limit of every statistic.
+    units
+        The limits that single units' signals have; None if layers differ in their sites.
+    corrections
+        What the width does; None where it is not known, or not wanted.
+    """
+
+    prediction: Prediction
+    units: UnitLimits | None
+    corrections: Corrections | None
+
+
 def prepare(
     network: Network, inputs: ArrayLike, *, finite_width: bool = True
-) -> Callable[[], tuple[Prediction, Corrections | None]]:
-    """Trace `float64.predict_and_correct`: a function without arguments, for any thread."""
+) -> Callable[[], Theory]:
+    """Trace the theory of a network: a function without arguments, for any thread."""
     arguments = arguments_of(network, inputs)
     return functools.partial(_run, _programs(arguments[0], arguments, finite_width), arguments)
 
 
 class PreparedNetworks:
-    """`float64.predict_and_correct` of many networks of one structure, ``together`` at a time."""
+    """The theory of many networks of one structure, ``together`` at a time."""
 
     # Networks that a call takes, and the most pairs of inputs that they have in all.
     _NETWORKS, _PAIRS = 64, 256
@@ -73,8 +91,8 @@ class PreparedNetworks:
         for each in self._programs:
             each.compile()
 
-    def __call__(self, networks: Network, inputs: np.ndarray) -> tuple[Prediction, Any]:
-        """The results for at most ``together`` networks, with a leading axis of them.
+    def __call__(self, networks: Network, inputs: np.ndarray) -> Theory:
+        """The theory of at most ``together`` networks, with a leading axis of them.
 
         Parameters
         ----------
@@ -121,18 +139,13 @@ def arguments_of(network: Network, inputs: ArrayLike) -> tuple[Network, np.ndarr
     By NumPy, as JAX would trace.
     """
     x = np.asarray(checked_inputs(inputs, network), np.float64)
-    return dataclasses.replace(network, name=""), x @ x.T / x.shape[1], x.mean(axis=1)
+    return network.unnamed(), x @ x.T / x.shape[1], x.mean(axis=1)
 
 
-def _run(
-    programs: Sequence[Float64Program], arguments: tuple
-) -> tuple[Prediction, Corrections | None]:
+def _run(programs: Sequence[Float64Program], arguments: tuple) -> Theory:
     """The results of `_programs` for their arguments."""
-    result = programs[0](*arguments)
-    if isinstance(result, Prediction):
-        return result, None
-    predicted, more = result
-    return predicted, programs[1](more) if len(programs) > 1 else more
+    predicted, units, more = programs[0](*arguments)
+    return Theory(predicted, units, programs[1](more) if len(programs) > 1 else more)
 
 
 def _programs(
@@ -144,46 +157,52 @@ def _programs(
     leading axis of networks like this one; so many are worked out side by side, ``most`` in all.
     """
 
-    def of(function: Callable, *arguments: Any) -> Float64Program:
-        if not each:
-            return program(function, *arguments, depth=network.depth)
-        return program(_of_each(function, each), *arguments, depth=most * network.depth)
+    def of(function: Callable, *arguments: Any, pairs: int = 0) -> Float64Program:
+        if each:
+            function = functools.partial(_of_each, function, each)
+        return program(function, *arguments, depth=most * network.depth, pairs=most * pairs)
 
     if finite_width and _carried_means.covers(network):
         return [of(_predict_and_correct_carried_means, *arguments)]
     if not (finite_width and _layers.covers(network)):
-        return [of(mean_field.predict, *arguments)]
-    predicts = of(_predict_and_prepare, *arguments)
-    return [predicts, of(first_order.correct_layers, predicts.result[1])]
+        return [of(_predict, *arguments)]
+    pairs = _layers.count_pairs(arguments[1].shape[-1], network)
+    predicts = of(_predict_and_prepare, *arguments, pairs=pairs)
+    return [predicts, of(first_order.correct_layers, predicts.result[2])]
 
 
-@functools.lru_cache(maxsize=32)
-def _of_each(function: Callable, side_by_side: int) -> Callable:
-    """The function for each of the networks along a leading axis."""
-    return functools.partial(_mapped, function, side_by_side)
-
-
-def _mapped(function: Callable, side_by_side: int, *arguments: Any) -> Any:
+def _of_each(function: Callable, side_by_side: int, *arguments: Any) -> Any:
+    """The results of a function for each of the networks along a leading axis."""
     return jax.lax.map(lambda one: function(*one), arguments, batch_size=side_by_side)
+
+
+def _predict(network: Network, gram: ArrayLike, mean: ArrayLike) -> Theory:
+    both = limits(network, gram, mean)
+    return Theory(prediction(*both), UnitLimits.of(*both), None)
 
 
 def _predict_and_prepare(
     network: Network, gram: ArrayLike, mean: ArrayLike
-) -> tuple[Prediction, FiniteLayers]:
+) -> tuple[Prediction, UnitLimits | None, FiniteLayers]:
     both = limits(network, gram, mean)
-    return prediction(*both), finite_layers(network, *both)
+    return prediction(*both), UnitLimits.of(*both), finite_layers(network, *both)
 
 
 def _predict_and_correct_carried_means(
     network: Network, gram: ArrayLike, mean: ArrayLike
-) -> tuple[Prediction, Corrections]:
+) -> Theory:
     both = limits(network, gram, mean)
-    return prediction(*both), _carried_means.correct_limits(network, *both)
+    corrections = _carried_means.correct_limits(network, *both)
+    return Theory(prediction(*both), UnitLimits.of(*both), corrections)
 
 
 def program(
-    function: Callable, *arguments: Any, depth: int | None = None, **static: int
+    function: Callable, *arguments: Any, depth: int | None = None, pairs: int = 0, **static: int
 ) -> Float64Program:
-    """The program of a function of a network, or of layers of this depth."""
-    seconds = _SECONDS_A_LAYER * (arguments[0].depth if depth is None else depth)
-    return Float64Program.of(function, arguments, seconds, **static)
+    """The program of a function of a network, or of layers of this depth.
+
+    It averages over so many pairs of inputs in all layers together.
+    """
+    layers = arguments[0].depth if depth is None else depth
+    seconds = SECONDS_A_LAYER * layers + _SECONDS_A_PAIR * pairs
+    return Float64Program(function, arguments, seconds, **static)

@@ -28,7 +28,7 @@ from jaxtyping import Array, ArrayLike, Float, Int
 from gradflow import activations, gaussian
 from gradflow._checks import check_count, check_scale, is_number, is_traced
 from gradflow._roots import Valued, implicit, newton
-from gradflow.activations import Activation
+from gradflow.activations import Activation, ActivationLike
 from gradflow.blocks import AbstractBlock, Patches
 from gradflow.errors import InputError
 from gradflow.gaussian import _batch, _pairs
@@ -108,7 +108,7 @@ def walk(block: AbstractBlock, q0: ArrayLike, depth: int) -> Walk:
     return Walk(q, jnp.exp(log_chi), jnp.cumsum(log_chi))
 
 
-def batch_norm_chi(activation: Activation | str, size: int | float) -> Float[Array, ""]:
+def batch_norm_chi(activation: ActivationLike, size: int | float) -> Float[Array, ""]:
     """Return χ of W φ(BatchNorm(z)) + b, deep in a network: it depends on φ and the batch alone.
 
     At the fixed point, where all inputs of the batch are alike,
@@ -201,7 +201,7 @@ class DropoutAnalysis(NamedTuple):
 
 
 def dropout(
-    activation: Activation | str,
+    activation: ActivationLike,
     sigma_w2: ArrayLike,
     sigma_b2: ArrayLike = 0.0,
     *,
@@ -286,7 +286,7 @@ def _pair(q: Array, c: Array) -> Float[Array, "2 2"]:
     return q * jnp.stack([jnp.stack([jnp.ones_like(c), c]), jnp.stack([c, jnp.ones_like(c)])])
 
 
-def critical_dropout(activation: Activation | str, keep_rate: ArrayLike) -> Float[Array, "..."]:
+def critical_dropout(activation: ActivationLike, keep_rate: ArrayLike) -> Float[Array, "..."]:
     """Return the σ_w² at which q stays as it is under dropout, for a homogeneous φ: p/E[φ(Z)²].
 
     2p for ReLU (2/E[ε²] with a mask ε of E[ε²] = 1/p).

@@ -21,25 +21,33 @@ Deep Learning Theory', ch. 5).
 import enum
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import xarray
 from jaxtyping import Array, ArrayLike, Float, Int
 
 from gradflow import activations, gaussian
-from gradflow._arguments import as_numbers
+from gradflow._arguments import as_grids, as_numbers
 from gradflow._checks import check_scale
 from gradflow._programs import program
 from gradflow._roots import Roots, Valued, implicit, rounding, sign_changes
-from gradflow.activations import Activation
+from gradflow.activations import Activation, ActivationLike
 from gradflow.errors import InputError
 from gradflow.theory._correlations import correlation_curvature
 from gradflow.theory._depth_scales import depth_scale
-from gradflow.theory._moment_table import Averages, Table, averages_at, over_grid
+from gradflow.theory._moment_table import (
+    Averages,
+    Table,
+    averages_at,
+    over_grid,
+    seconds_over_grid,
+)
 from gradflow.theory.fixed_points import Analysis, Status, analyse
+
+if TYPE_CHECKING:
+    import xarray
 
 __all__ = ["CriticalPoints", "HalfStable", "Phase", "UniversalityClass", "critical_at_infinity"]
 __all__ += ["critical_line", "critical_points", "half_stable_points", "phase", "phase_diagram"]
@@ -100,7 +108,7 @@ class UniversalityClass(enum.Enum):
 # The critical line --------------------------------------------------------------------------------
 
 
-def critical_line(activation: Activation, q: ArrayLike) -> CriticalPoints:
+def critical_line(activation: ActivationLike, q: ArrayLike) -> CriticalPoints:
     """Return the critical point with q* = q, for each q > 0.
 
     Parameters
@@ -121,14 +129,15 @@ def critical_line(activation: Activation, q: ArrayLike) -> CriticalPoints:
     InputError
         If a q is negative or not finite (seen outside jit only); if φ has no Gaussian moments.
     """
+    activation = activations.get(activation)
     check_scale("q", q)
     gaussian.check(activation)
-    q = jnp.asarray(q, jnp.result_type(q, 0.0))
-    return _line(activation, q[..., None])
+    return _line(activation, *as_grids(q=q))
 
 
-@program("activation")
+@program("activation", seconds=seconds_over_grid)
 def _line(activation: Activation, q: Array) -> CriticalPoints:
+    q = q[..., None]
     m = gaussian.some_moments(activation, ("phi2", "dphi2", "x_phi_dphi"), q)
     sigma_w2 = 1 / m["dphi2"]
     sigma_b2 = q - m["phi2"] * sigma_w2
@@ -155,7 +164,7 @@ def _points(
 
 
 def critical_points(
-    activation: Activation,
+    activation: ActivationLike,
     *,
     sigma_b2: ArrayLike | None = None,
     sigma_w2: ArrayLike | None = None,
@@ -193,7 +202,7 @@ def critical_points(
     ((name, value),) = given.items()
     check_scale(name, value)
     gaussian.check(activation)
-    return _critical_points(activation, name, jnp.asarray(value, jnp.result_type(value, 0.0)))
+    return _critical_points(activation, name, *as_grids(**given))
 
 
 @program("activation", "given")
@@ -213,8 +222,9 @@ def _for_sigma_b2(activation: Activation, table: Table, sigma_b2: Array) -> Crit
         return (near.dphi2 - near.ratio) / slope - bias, size
 
     q, roots = _solve(surplus, (table, sigma_b2))
+    sloping = table.zero.dphi2 > 0  # else no finite σ_w² is critical at 0
     origin = _Origin(
-        present=(sigma_b2 == 0) & ((table.square_at_zero == 0) | roots.neutral),
+        present=(sigma_b2 == 0) & ((table.square_at_zero == 0) & sloping | roots.neutral),
         any_q=(sigma_b2 == 0) & roots.neutral,
         sigma_w2=1 / table.zero.dphi2,
     )
@@ -310,7 +320,7 @@ def _bias(near: Averages, q: Array) -> Array:
 
 
 def critical_at_infinity(
-    activation: Activation, sigma_b2: ArrayLike = 0.0, *, start: ArrayLike | None = None
+    activation: ActivationLike, sigma_b2: ArrayLike = 0.0, *, start: ArrayLike | None = None
 ) -> Float[Array, "*grid"]:
     """Return the σ_w² at which the length grows without limit and χ₁ tends to 1.
 
@@ -337,16 +347,16 @@ def critical_at_infinity(
     InputError
         If an argument is out of range (seen outside jit only); if φ has no Gaussian moments.
     """
+    activation = activations.get(activation)
     check_scale("sigma_b2", sigma_b2)
     if start is not None:
         check_scale("start", start, positive=True)
     gaussian.check(activation)
-    sigma_b2 = jnp.asarray(sigma_b2, jnp.result_type(sigma_b2, 0.0))
-    begin = jnp.asarray(_LARGE if start is None else start, sigma_b2.dtype)
-    return _critical_at_infinity(activation, *jnp.broadcast_arrays(sigma_b2, begin))
+    begin = _LARGE if start is None else start
+    return _critical_at_infinity(activation, *as_grids(sigma_b2=sigma_b2, start=begin))
 
 
-@program("activation")
+@program("activation", seconds=seconds_over_grid)
 def _critical_at_infinity(activation: Activation, sigma_b2: Array, start: Array) -> Array:
     slope = Table.of(activation, sigma_b2.dtype).infinity.dphi2
     usable = jnp.isfinite(slope) & (slope > 0)
@@ -355,7 +365,7 @@ def _critical_at_infinity(activation: Activation, sigma_b2: Array, start: Array)
     return jnp.where(usable & (status == Status.DIVERGES), sigma_w2, jnp.nan)
 
 
-def half_stable_points(activation: Activation, dtype: str = "float") -> HalfStable:
+def half_stable_points(activation: ActivationLike, dtype: str = "float") -> HalfStable:
     """Return the points with χ₁ = χ∥ = 1 at q* > 0, where E[φ φ''] = 0.
 
     There the length map touches the line V(q) = q: it attracts from one side, algebraically, and
@@ -402,7 +412,7 @@ def _half_stable_points(activation: Activation, dtype: str) -> HalfStable:
     )
 
 
-def universality_class(activation: Activation) -> UniversalityClass:
+def universality_class(activation: ActivationLike) -> UniversalityClass:
     """Return the class of an activation at criticality, computed in float64.
 
     Parameters
@@ -428,12 +438,13 @@ def universality_class(activation: Activation) -> UniversalityClass:
     with jax.enable_x64(True):
         if activation.homogeneous:
             return UniversalityClass.SCALE_INVARIANT
-        origin, slope, gain = _near_zero(activation, jnp.asarray([2.0**-10, 2.0**-4]))
+        near = _near_zero(activation, *as_grids(q=[2.0**-10, 2.0**-4]))
+        origin, slope, gain = map(np.asarray, near)
         # Where φ is linear up to its kinks (hard_tanh), q decreases visibly only near them.
         nearest = gain[0] if abs(gain[0] / slope - 1) > _SEEN else gain[1]
         if origin == 0 and slope > 0 and nearest < slope:  # q decreases, just above 0
             return UniversalityClass.K_STAR_ZERO
-        if not jnp.all(jnp.isnan(half_stable_points(activation).q_star)):
+        if not np.all(np.isnan(half_stable_points(activation).q_star)):
             return UniversalityClass.HALF_STABLE
         return UniversalityClass.NONE
 
@@ -489,12 +500,12 @@ _LABELS = {
 
 
 def phase_diagram(
-    activation: Activation,
+    activation: ActivationLike,
     sigma_w: Float[ArrayLike, " columns"],
     sigma_b: Float[ArrayLike, " rows"],
     *,
     start: float = 1.0,
-) -> xarray.Dataset:
+) -> "xarray.Dataset":
     """Return `fixed_points.analyse` over a grid of σ_w and σ_b, and the critical line.
 
     Parameters
@@ -522,6 +533,8 @@ def phase_diagram(
         If an argument is negative or not finite, or no row of numbers; if φ has no Gaussian
         moments.
     """
+    import xarray  # noqa: PLC0415  (slow to import)
+
     activation = activations.get(activation)
     axes = {
         name: np.asarray(as_numbers(name, values, float), float)

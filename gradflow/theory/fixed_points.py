@@ -30,19 +30,24 @@ import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Float, Int
 
 from gradflow import activations, gaussian
-from gradflow._arguments import as_numbers
+from gradflow._arguments import as_grids, as_numbers
 from gradflow._checks import check_scale, unknown_name
 from gradflow._programs import program
 from gradflow._roots import implicit, rounding, sign_changes
-from gradflow.activations import Activation
-from gradflow.errors import InputError
+from gradflow.activations import Activation, ActivationLike
 from gradflow.theory._approach import approach_of_correlation, approach_of_length
 from gradflow.theory._correlations import correlation_fixed_point
 from gradflow.theory._depth_scales import depth_scale, depth_scale_near_1
-from gradflow.theory._moment_table import Table, averages_at, over_grid
+from gradflow.theory._moment_table import (
+    Table,
+    averages_at,
+    in_parts,
+    over_grid,
+    seconds_over_grid,
+)
 
 __all__ = ["LABELS", "Analysis", "LengthFixedPoints", "Stability", "Status", "analyse", "length"]
-__all__ += ["representable_depth", "trainable_depth"]
+__all__ += ["length_and_analyses", "representable_depth", "trainable_depth"]
 
 
 class Stability(enum.IntEnum):
@@ -132,7 +137,7 @@ LABELS = {
 }
 
 
-def trainable_depth(xi: Float[Array, "..."]) -> Float[Array, "..."]:
+def trainable_depth(xi: Float[ArrayLike, "..."]) -> Float[Array, "..."]:
     """Return 6 |ξ|, the depth up to which networks train: a rule of thumb, not a law.
 
     Parameters
@@ -154,7 +159,12 @@ def trainable_depth(xi: Float[Array, "..."]) -> Float[Array, "..."]:
     ----------
     Schoenholz et al. 2017, arXiv:1611.01232, section 5.
     """
-    return 6 * jnp.abs(jnp.asarray(as_numbers("xi", xi, float)))
+    return _six_times(*as_grids(xi=as_numbers("xi", xi, float)))
+
+
+@program()
+def _six_times(xi: Array) -> Array:
+    return 6 * jnp.abs(xi)
 
 
 def representable_depth(
@@ -187,17 +197,20 @@ def representable_depth(
     except (TypeError, ValueError):
         raise unknown_name("dtype", dtype, ("bfloat16", "float16", "float32", "float64")) from None
     check_scale("chi", chi)
-    log = jnp.log(jnp.asarray(chi))
-    limit = jnp.where(log < 0, math.log(float(limits.tiny)), math.log(float(limits.max)))
+    least, largest = math.log(float(limits.tiny)), math.log(float(limits.max))
+    return _representable(as_grids(chi=chi)[0], least=least, largest=largest)
+
+
+@program()
+def _representable(chi: Array, least: ArrayLike, largest: ArrayLike) -> Array:
+    log = jnp.log(chi)
+    limit = jnp.where(log < 0, least, largest)
     critical = jnp.abs(log) <= rounding(log.dtype)
     return jnp.where(critical, jnp.inf, 2 * limit / jnp.where(critical, 1, log))
 
 
-# The length map -----------------------------------------------------------------------------------
-
-
 def length(
-    activation: Activation, sigma_w2: ArrayLike, sigma_b2: ArrayLike = 0.0
+    activation: ActivationLike, sigma_w2: ArrayLike, sigma_b2: ArrayLike = 0.0
 ) -> LengthFixedPoints:
     """Return all fixed points q* of the length map, with their stability.
 
@@ -223,47 +236,75 @@ def length(
     """
     activation = activations.get(activation)
     gaussian.check(activation)
-    sigma_w2, sigma_b2 = _as_scales(sigma_w2, sigma_b2)
-    return _length(activation, sigma_w2, sigma_b2)
-
-
-def _as_scales(sigma_w2: ArrayLike, sigma_b2: ArrayLike) -> tuple[Array, Array]:
-    """Return both as floats of one shape."""
     for name, value in (("sigma_w2", sigma_w2), ("sigma_b2", sigma_b2)):
         check_scale(name, value)
-    try:
-        sigma_w2, sigma_b2 = jnp.broadcast_arrays(jnp.asarray(sigma_w2), jnp.asarray(sigma_b2))
-    except ValueError as error:
-        raise InputError(
-            f"sigma_w2 has shape {jnp.shape(sigma_w2)} and sigma_b2 {jnp.shape(sigma_b2)}; they "
-            "are of shapes that broadcast to one"
-        ) from error
-    if not sigma_w2.size:
-        raise InputError("sigma_w2 or sigma_b2 is empty; each is one number or more")
-    dtype = jnp.promote_types(jnp.result_type(sigma_w2, sigma_b2), jnp.result_type(0.0))
-    return sigma_w2.astype(dtype), sigma_b2.astype(dtype)
+    return _length(activation, *as_grids(sigma_w2=sigma_w2, sigma_b2=sigma_b2))
 
 
-@program("activation")
+@program("activation", seconds=seconds_over_grid)
 def _length(activation: Activation, sigma_w2: Array, sigma_b2: Array) -> LengthFixedPoints:
     table = Table.of(activation, sigma_w2.dtype)
 
     def one(sigma_w2: Array, sigma_b2: Array) -> LengthFixedPoints:
-        points = _length_at(activation, table, sigma_w2, sigma_b2).points
-        present = points.stability != Stability.ABSENT
-        order = jnp.argsort(~present, stable=True)
-        fields = points._asdict()
-        stability = fields.pop("stability")[order]
-        sorted_fields = {
-            name: jnp.where(present, values, jnp.nan)[order] for name, values in fields.items()
-        }
-        return LengthFixedPoints(**sorted_fields, stability=stability)
+        return _present_first(_length_at(activation, table, sigma_w2, sigma_b2).points)
 
     return over_grid(one, sigma_w2, sigma_b2)
 
 
+def _present_first(points: LengthFixedPoints) -> LengthFixedPoints:
+    """The fixed points of one map, absent ones last and NaN."""
+    present = points.stability != Stability.ABSENT
+    order = jnp.argsort(~present, stable=True)
+    fields = points._asdict()
+    stability = fields.pop("stability")[order]
+    sorted_fields = {
+        name: jnp.where(present, values, jnp.nan)[order] for name, values in fields.items()
+    }
+    return LengthFixedPoints(**sorted_fields, stability=stability)
+
+
+def length_and_analyses(
+    activation: ActivationLike,
+    sigma_w2: ArrayLike,
+    sigma_b2: ArrayLike,
+    starts: ArrayLike,
+) -> tuple[LengthFixedPoints, Analysis]:
+    """`length` at one σ_w² and σ_b², and `analyse` from several starts: less work than each alone.
+
+    Parameters
+    ----------
+    activation, sigma_w2, sigma_b2
+        As for `length`, σ_w² and σ_b² two numbers.
+    starts
+        q of the first layer, > 0, shape (starts,).
+
+    Raises
+    ------
+    InputError
+        As `analyse` does.
+    """
+    activation = activations.get(activation)
+    gaussian.check(activation)
+    check_scale("starts", starts, positive=True)
+    for name, value in (("sigma_w2", sigma_w2), ("sigma_b2", sigma_b2)):
+        check_scale(name, value)
+    w2, b2, q = as_grids(sigma_w2=sigma_w2, sigma_b2=sigma_b2, starts=starts)
+    return _length_and_analyses(activation, w2[0], b2[0], q)
+
+
+@program("activation")
+def _length_and_analyses(
+    activation: Activation, sigma_w2: Array, sigma_b2: Array, starts: Float[Array, " starts"]
+) -> tuple[LengthFixedPoints, Analysis]:
+    table = Table.of(activation, sigma_w2.dtype)
+    lengths = _length_at(activation, table, sigma_w2, sigma_b2)
+    settled = jax.vmap(lambda start: _settled(table, lengths, sigma_w2, sigma_b2, start))(starts)
+    scales = (jnp.broadcast_to(scale, starts.shape) for scale in (sigma_w2, sigma_b2))
+    return _present_first(lengths.points), _analysis(activation, table, *settled, *scales)
+
+
 def analyse(
-    activation: Activation,
+    activation: ActivationLike,
     sigma_w2: ArrayLike,
     sigma_b2: ArrayLike = 0.0,
     *,
@@ -298,17 +339,36 @@ def analyse(
     activation = activations.get(activation)
     check_scale("start", start, positive=True)
     gaussian.check(activation)
-    sigma_w2, sigma_b2 = _as_scales(sigma_w2, sigma_b2)
-    start = jnp.asarray(start, sigma_w2.dtype)
-    return _analyse(activation, *jnp.broadcast_arrays(sigma_w2, sigma_b2, start))
+    for name, value in (("sigma_w2", sigma_w2), ("sigma_b2", sigma_b2)):
+        check_scale(name, value)
+    return _analyse(activation, *as_grids(sigma_w2=sigma_w2, sigma_b2=sigma_b2, start=start))
 
 
-@program("activation")
+@program("activation", seconds=seconds_over_grid)
 def _analyse(activation: Activation, sigma_w2: Array, sigma_b2: Array, start: Array) -> Analysis:
     table = Table.of(activation, sigma_w2.dtype)
-    status, point, moment_error = over_grid(
-        functools.partial(_settled, activation, table), sigma_w2, sigma_b2, start
-    )
+
+    def one(sigma_w2: Array, sigma_b2: Array, start: Array) -> tuple:
+        lengths = _length_at(activation, table, sigma_w2, sigma_b2)
+        return _settled(table, lengths, sigma_w2, sigma_b2, start)
+
+    def part(sigma_w2: Array, sigma_b2: Array, start: Array) -> Analysis:
+        status, point, error = jax.vmap(one)(sigma_w2, sigma_b2, start)
+        return _analysis(activation, table, status, point, error, sigma_w2, sigma_b2)
+
+    return in_parts(part, sigma_w2, sigma_b2, start)
+
+
+def _analysis(
+    activation: Activation,
+    table: Table,
+    status: Array,
+    point: LengthFixedPoints,
+    moment_error: Array,
+    sigma_w2: Array,
+    sigma_b2: Array,
+) -> Analysis:
+    """The analysis of lengths whose fate `_settled` knows."""
     q = point.q_star
     diverges, neutral = status == Status.DIVERGES, status == Status.NEUTRAL
     collapses_algebraically = status == Status.COLLAPSES_ALGEBRAICALLY
@@ -445,7 +505,8 @@ def _error_of_length(
 
     The error of V(q)/q, times the response of q* to it.
     """
-    near, eps = table.at(q), jnp.finfo(q.dtype).eps
+    near, slope = jax.jvp(table.at, (q,), (jnp.ones_like(q),))
+    eps = jnp.finfo(q.dtype).eps
     of_moment = table.error_at(q)
     straight = sigma_w2 * near.limit
     terms = jnp.abs(straight - 1) + sigma_w2 * near.sizes[0] + sigma_b2 / q
@@ -453,7 +514,7 @@ def _error_of_length(
     exact = jnp.frexp(near.limit)[0] == 0.5
     error = sigma_w2 * of_moment + 4 * eps * terms + jnp.where(exact, 0, eps * straight)
     away = jnp.abs(near.excess(near.gain, sigma_w2))
-    bend = sigma_w2 * q * jnp.abs(jax.grad(lambda q: table.at(q).gain)(q))
+    bend = sigma_w2 * q * jnp.abs(slope.gain)
     # Where the maps touch, the square root: (q - q*)² V''/2 is the error.
     linear, root = (
         jnp.where(x > 0, y / jnp.where(x > 0, x, 1), jnp.inf)
@@ -465,10 +526,9 @@ def _error_of_length(
 
 
 def _settled(
-    activation: Activation, table: Table, sigma_w2: Array, sigma_b2: Array, start: Array
+    table: Table, lengths: _Lengths, sigma_w2: Array, sigma_b2: Array, start: Array
 ) -> tuple[Array, LengthFixedPoints, Array]:
     """Return the status, the fixed point, and E[φ²]'s error, of the length from ``start``."""
-    lengths = _length_at(activation, table, sigma_w2, sigma_b2)
     points = lengths.points
     present = (points.stability != Stability.ABSENT).at[0].set(True)
     excess, _, size = _excess(table, start, sigma_w2, sigma_b2)

@@ -11,8 +11,7 @@ from gradflow._checks import check_instance
 from gradflow.estimation import Histogram
 from gradflow.networks import Network, check_network
 from gradflow.predictions import Corrections, Prediction
-from gradflow.theory import _densities, mean_field
-from gradflow.theory._limits import limits
+from gradflow.theory import _densities
 from gradflow.theory._programs import arguments_of, prepare, prepare_asymptotic_log_chi, program
 from gradflow.theory.finite_width import _carried_means, first_order
 
@@ -39,8 +38,7 @@ def predict(network: Network, inputs: ArrayLike) -> Prediction:
     InputError
         If the inputs are not of the network's width, or the theory does not know a block.
     """
-    arguments = arguments_of(network, inputs)
-    return program(mean_field.predict, *arguments)(*arguments)
+    return prepare(network, inputs, finite_width=False)().prediction
 
 
 def correct(network: Network, inputs: ArrayLike) -> Corrections | None:
@@ -83,7 +81,8 @@ def predict_and_correct(
     InputError
         As `predict` does.
     """
-    return prepare(network, inputs, finite_width=finite_width)()
+    theory = prepare(network, inputs, finite_width=finite_width)()
+    return theory.prediction, theory.corrections
 
 
 def densities(
@@ -98,9 +97,8 @@ def densities(
     histograms
         By the name of the signal, as a simulation has them.
     """
-    arguments = arguments_of(network, inputs)
-    forward, backward = program(limits, *arguments)(*arguments)
-    return _densities.predicted(network, forward, backward, histograms)
+    units = prepare(network, inputs, finite_width=False)().units
+    return _densities.predicted(network, units, histograms)
 
 
 def asymptotic_log_chi(network: Network, theory: Prediction) -> float:

@@ -39,6 +39,8 @@ def weight_variances(widths: Sequence[int], weights: Ensemble | str) -> np.ndarr
     needs = "the input's width and every layer's"
     widths = [check_count("width", n) for n in check_sequence("widths", widths, needs)]
     ensemble = ensembles.get(weights)
+    if ensemble.mean is not None or ensemble.distribution.structured:
+        raise InputError(f"weights is {ensemble.name!r}; the linear regime is of weights of mean 0")
     return np.array([ensemble.variance(m, n) for m, n in zip(widths[:-1], widths[1:], strict=True)])
 
 

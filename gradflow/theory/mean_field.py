@@ -27,14 +27,15 @@ from jaxtyping import Array, ArrayLike, Float, Num
 from gradflow import activations, gaussian
 from gradflow._arguments import as_real
 from gradflow._checks import check_count, check_scale, is_traced
-from gradflow.activations import Activation
+from gradflow._programs import program
+from gradflow.activations import ActivationLike
 from gradflow.blocks import Dense
 from gradflow.errors import InputError
 from gradflow.kernels import Kernel
-from gradflow.networks import Network
+from gradflow.networks import Network, check_network
 from gradflow.predictions import Prediction
 from gradflow.theory._backward import log_gain
-from gradflow.theory._limits import limits, prediction
+from gradflow.theory._limits import SECONDS_A_LAYER, checked_gram, limits, prediction
 
 __all__ = [
     "chi",
@@ -76,7 +77,7 @@ def input_gram(inputs: Num[ArrayLike, "sites n_in"]) -> Float[Array, "sites site
 
 
 def length_map(
-    activation: Activation,
+    activation: ActivationLike,
     q: Float[Array, ""],
     sigma_w2: ArrayLike,
     sigma_b2: ArrayLike = 0.0,
@@ -88,7 +89,7 @@ def length_map(
     return jnp.asarray(sigma_w2 * gaussian.moment(activation, "phi2", q) + sigma_b2)
 
 
-def chi(activation: Activation, q: Float[Array, ""], sigma_w2: ArrayLike) -> Float[Array, ""]:
+def chi(activation: ActivationLike, q: Float[Array, ""], sigma_w2: ArrayLike) -> Float[Array, ""]:
     """χ(q) = σ_w² E[φ'(√q Z)²] (Schoenholz et al. 2017, eq. 7); χ₁ at q = q*."""
     activation = activations.get(activation)
     check_scale("sigma_w2", sigma_w2)
@@ -96,7 +97,7 @@ def chi(activation: Activation, q: Float[Array, ""], sigma_w2: ArrayLike) -> Flo
 
 
 def correlation_map(
-    activation: Activation,
+    activation: ActivationLike,
     covariance: Float[Array, "sites sites"],
     sigma_w2: ArrayLike,
     sigma_b2: ArrayLike = 0.0,
@@ -109,7 +110,7 @@ def correlation_map(
 
 
 def profile(
-    activation: Activation,
+    activation: ActivationLike,
     q1: Float[Array, ""],
     sigma_w2: ArrayLike,
     sigma_b2: ArrayLike = 0.0,
@@ -166,7 +167,7 @@ def profile(
 
 
 def direction_gains(
-    activation: Activation,
+    activation: ActivationLike,
     x_sq_over_n: ArrayLike,
     sigma_w2: ArrayLike,
     sigma_b2: ArrayLike = 0.0,
@@ -265,4 +266,10 @@ def predict(
     ----------
     Poole et al. 2016 (arXiv:1606.05340), Schoenholz et al. 2017 (arXiv:1611.01232).
     """
+    check_network(network)
+    return _predict(network.unnamed(), *checked_gram(gram, mean))
+
+
+@program(seconds=lambda network, *_: SECONDS_A_LAYER * network.depth)
+def _predict(network: Network, gram: Array, mean: Array | None) -> Prediction:
     return prediction(*limits(network, gram, mean))

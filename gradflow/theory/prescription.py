@@ -20,11 +20,12 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, ArrayLike, Float
 
 from gradflow import activations, builders, ensembles
 from gradflow._checks import check_count, check_scale
-from gradflow.activations import Activation
+from gradflow._programs import program
+from gradflow.activations import Activation, ActivationLike
 from gradflow.errors import InputError
 from gradflow.networks import Network
 from gradflow.theory import criticality, fixed_points, mean_field, transformations
@@ -126,7 +127,7 @@ class Prescription:
 
 
 def prescribe(
-    activation: Activation | str,
+    activation: ActivationLike,
     widths: Sequence[int],
     *,
     dtype: str = "float32",
@@ -242,7 +243,7 @@ def _critical_point(
         # The stable point of least q*, if any is stable.
         stable = present[np.asarray(points.chi_par)[present] <= 1 + 1e-9]
         index = int((stable if stable.size else present)[0])
-    return _Point(*(float(getattr(points, field)[index]) for field in _Point._fields))
+    return _Point(*(float(np.asarray(getattr(points, field))[index]) for field in _Point._fields))
 
 
 @dataclass(frozen=True)
@@ -320,29 +321,27 @@ def _expect(
     longest = max(network.stages[1:] or network.stages, key=lambda stage: stage.repeats).block
     w2 = float(longest.sigma_w) ** 2  # type: ignore[attr-defined]
     b2 = float(longest.sigma_b or 0.0) ** 2  # type: ignore[attr-defined]
-    log_q, log_gradient = _ends(network.as_arrays(jnp.float64), jnp.full((1, 1), input_scale**2))
+    ends = _ends(network.as_arrays(jnp.float64), input_scale**2)
+    log_q, log_gradient = map(np.asarray, ends)
     phi = network.activation
     if q_star is None:
         analysis = fixed_points.analyse(phi, w2, b2, start=math.exp(float(log_q[0])))
-        status = Status(int(analysis.status))
-        length, chi1, xi_c = analysis.q_star, analysis.chi1, analysis.xi_c
+        status, length = Status(int(analysis.status)), float(analysis.q_star)
+        chi1, xi_c, xi_grad = map(float, (analysis.chi1, analysis.xi_c, analysis.xi_grad))
     else:
-        status, length = Status.CONVERGES, jnp.asarray(q_star)
-        chi1 = mean_field.chi(phi, length, w2)
-        scales = jnp.asarray(w2), jnp.asarray(b2)
-        xi_c = depth_scale(correlation_fixed_point(phi, length, *scales, chi1)[1])
-    xi_grad = depth_scale(jnp.asarray(chi1))
-    trainable = fixed_points.trainable_depth(jnp.minimum(xi_c, jnp.abs(xi_grad)))
+        status, length = Status.CONVERGES, q_star
+        chi1, xi_c, xi_grad = map(float, _at_length(phi, q_star, w2, b2))
+    trainable = fixed_points.trainable_depth(np.minimum(xi_c, abs(xi_grad)))
     per_layer = math.exp(float(log_gradient) / max(network.depth - 1, 1))
     return Expectation(
         name=name,
         sigma_w2=w2,
         sigma_b2=b2,
         status=status,
-        q_star=float(length),
-        chi1=float(chi1),
-        xi_c=float(xi_c),
-        xi_grad=float(xi_grad),
+        q_star=length,
+        chi1=chi1,
+        xi_c=xi_c,
+        xi_grad=xi_grad,
         gradient_factor=per_layer,
         log10_gradient=float(log_gradient) / math.log(10),
         q_top=math.exp(float(log_q[-1])),
@@ -351,9 +350,20 @@ def _expect(
     )
 
 
-@jax.jit
-def _ends(network: Network, gram: Float[Array, "1 1"]) -> tuple[Float[Array, " layers"], Array]:
+@program("activation")
+def _at_length(
+    activation: Activation, q: ArrayLike, sigma_w2: ArrayLike, sigma_b2: ArrayLike
+) -> tuple[Array, Array, Array]:
+    """Return χ₁, ξ_c and ξ_∇ at a fixed point q of the length."""
+    q, sigma_w2, sigma_b2 = map(jnp.asarray, (q, sigma_w2, sigma_b2))
+    chi1 = mean_field.chi(activation, q, sigma_w2)
+    chi_c = correlation_fixed_point(activation, q, sigma_w2, sigma_b2, chi1)[1]
+    return chi1, depth_scale(chi_c), depth_scale(chi1)
+
+
+@program()
+def _ends(network: Network, square: ArrayLike) -> tuple[Float[Array, " layers"], Array]:
     """Return log q, and the log of the gradient's norm at the bottom, relative to the top."""
-    predicted = mean_field.predict(network, gram)
+    predicted = mean_field.predict(network, jnp.asarray(square).reshape(1, 1))
     log_norm = jnp.asarray(predicted.values["log_gradient_norm"])
     return jnp.asarray(predicted.values["log_q"]), log_norm[0] - log_norm[-1]

@@ -74,7 +74,7 @@ def predict_steps(
     """
     if not isinstance(block, GRU | LSTM):
         raise InputError(f"block is a {type(block).__name__}; it is a GRU or an LSTM")
-    if block.distribution.centred:
+    if block.distribution.centred or block.distribution.structured:
         raise InputError(
             f"distribution is {block.distribution.name!r}; here weights are independent"
         )

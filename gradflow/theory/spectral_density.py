@@ -15,6 +15,7 @@ import numpy as np
 from jaxtyping import Array, ArrayLike, Float
 
 from gradflow._checks import check_scale
+from gradflow._programs import program
 from gradflow.errors import InputError
 from gradflow.theory._jacobian_law import Layers, SlopeLaw, as_layers, on_negative_axis
 
@@ -88,7 +89,7 @@ _FINAL = 30  # the most iterations at θ = 0
 _SOLVED = 1e-6  # the largest residual of a solution
 
 
-@jax.jit
+@program(seconds=1.0)
 def _density(layers: Layers, at: Array) -> tuple[Array, Array]:
     """Return ρ(λ) and its estimated relative error at λ > 0, of any shape."""
     dtype = layers.law.values.dtype

@@ -19,7 +19,7 @@ from jaxtyping import Array, ArrayLike, Float
 from gradflow import activations, gaussian
 from gradflow._checks import check_count, check_scale
 from gradflow._roots import bisect
-from gradflow.activations import Activation
+from gradflow.activations import Activation, ActivationLike
 from gradflow.errors import InputError
 from gradflow.theory._jacobian_law import Layers, SlopeLaw, as_layers, on_negative_axis
 
@@ -27,7 +27,7 @@ __all__ = ["SlopeLaw", "Support", "mean_and_variance", "mean_singular_value", "m
 __all__ += ["slope_law", "support"]
 
 
-def slope_law(activation: Activation | str, q: ArrayLike) -> SlopeLaw:
+def slope_law(activation: ActivationLike, q: ArrayLike) -> SlopeLaw:
     """Return the law of φ'(z)², z ~ N(0, q).
 
     Parameters

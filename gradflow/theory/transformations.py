@@ -38,9 +38,9 @@ from jaxtyping import Array, Float
 
 from gradflow import activations, gaussian
 from gradflow._checks import check_count, unknown_name
-from gradflow._closed_forms import PairMoment
+from gradflow._programs import program
 from gradflow._roots import bisect
-from gradflow.activations import Activation
+from gradflow.activations import Activation, ActivationLike
 from gradflow.blocks import Dense
 from gradflow.errors import InputError
 from gradflow.gaussian import _quadrature
@@ -76,7 +76,7 @@ class LocalMaps(NamedTuple):
     c_curvature: Float[Array, ""]  # C''(1); infinite if φ' jumps
 
 
-def local_maps(activation: Activation | str) -> LocalMaps:
+def local_maps(activation: ActivationLike) -> LocalMaps:
     """Return the `LocalMaps` of an activation, transformed or not.
 
     Parameters
@@ -98,7 +98,7 @@ def local_maps(activation: Activation | str) -> LocalMaps:
     return LocalMaps(m.phi2, m.x_phi_dphi, m.phi**2 / m.phi2, m.dphi2 / m.phi2, m.ddphi2 / m.phi2)
 
 
-def apply(activation: Activation | str, transformation: Transformation) -> Activation:
+def apply(activation: ActivationLike, transformation: Transformation) -> Activation:
     """Return φ̂ as an `Activation`, with its kinks.
 
     Without shifts, φ̂ has φ's closed kernels. In a number format of relative precision ε, φ̂ has an
@@ -136,26 +136,11 @@ def _apply(phi: Activation, t: Transformation) -> Activation:
         name = f"{t.output_scale:.4g}*({phi.name}({argument}){t.output_shift:+.4g})"
         kinks = tuple((kink - t.input_shift) / t.input_scale for kink in phi.kinks)
         return Activation(name, transformed, kinks)
-    return Activation(
-        f"{t.output_scale:.4g}*{phi.name}({t.input_scale:.4g}*x)",
-        transformed,
-        kinks=tuple(kink / t.input_scale for kink in phi.kinks),
-        homogeneous=phi.homogeneous,
-        kernel=_scaled(phi.kernel, t.input_scale**2, t.output_scale**2),
-        derivative_kernel=_scaled(
-            phi.derivative_kernel, t.input_scale**2, (t.input_scale * t.output_scale) ** 2
-        ),
-    )
+    name = f"{t.output_scale:.4g}*{phi.name}({t.input_scale:.4g}*x)"
+    return phi.scaled(t.output_scale, t.input_scale, name)
 
 
-def _scaled(form: PairMoment | None, inside: float, outside: float) -> PairMoment | None:
-    """Return a closed form in (q_u, q_v, k) with its arguments and its values scaled."""
-    if form is None:
-        return None
-    return lambda q_u, q_v, k: outside * form(inside * q_u, inside * q_v, inside * k)
-
-
-def normalising_gain(activation: Activation | str) -> float:
+def normalising_gain(activation: ActivationLike) -> float:
     """Return γ = 1/√Var φ(z), z ~ N(0, 1), with which γ·φ has a variance of 1.
 
     PyTorch's gains are other numbers: 5/3 for tanh and 3/4 for SELU, where γ is 1.593 and 1.
@@ -228,7 +213,7 @@ def applied(network: Network, method: str = "tat", target: float | None = None) 
 
 
 def by_name(
-    method: str, activation: Activation | str, depth: int, target: float | None = None
+    method: str, activation: ActivationLike, depth: int, target: float | None = None
 ) -> tuple[Activation, Transformation | None]:
     """Return φ̂ of a method, and its transformation; None where φ̂ is another leaky ReLU.
 
@@ -304,8 +289,8 @@ def tailored_leaky_relu(depth: int, eta: float = 0.9) -> Activation:
     return apply(activations.leaky_relu(slope), Transformation(output_scale=scale))
 
 
-@jax.jit
-def _leaky_relu_slope(eta: Array, depth: Array) -> tuple[Array, Array]:
+@program()
+def _leaky_relu_slope(eta: Array, depth: Array | int) -> tuple[Array, Array]:
     """Return the slope α in [0, 1] at which C_f(0) = η, and C_f(0) of ReLUs, the largest."""
 
     def correlation(slope: Array) -> Array:
@@ -404,7 +389,7 @@ def _tat(n: _Nonlinearity, target: Array, sign: Array) -> _Trial:
 
 
 def deep_kernel_shaping(
-    activation: Activation | str, depth: int, zeta: float = 1.5
+    activation: ActivationLike, depth: int, zeta: float = 1.5
 ) -> Transformation:
     """Return the transformation of Deep Kernel Shaping: Q(1) = Q'(1) = 1, C_f(0) = 0, C_f'(1) = ζ.
 
@@ -451,7 +436,7 @@ def deep_kernel_shaping(
     return solution
 
 
-def tailored(activation: Activation | str, depth: int, tau: float = 0.3) -> Transformation:
+def tailored(activation: ActivationLike, depth: int, tau: float = 0.3) -> Transformation:
     """Return TAT's transformation of a smooth φ: Q(1) = Q'(1) = C_f'(1) = 1, C_f''(1) = τ.
 
     Of several solutions, the one whose input shift is nearest to 0; of two at ±, the positive.
@@ -543,7 +528,7 @@ def _starts(activation: Activation, target: float) -> Iterator[tuple[float, floa
         yield math.log(a) + 0.5, float(b)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
+@program("method", "activation", seconds=1.0)
 def _newton(
     method: _Method,
     activation: Activation,

@@ -72,7 +72,8 @@ def _drawn(stage: Stage, signal: Array, key: Array) -> LayerWeights:
 
     def weights(spec: _linearisation.WeightSpec) -> Array:
         entries = _matrices.drawn(spec.key, spec.shape, spec.distribution, spec.dtype).weights
-        return jnp.asarray(spec.sigma_w, spec.dtype) / spec.shape[1] ** 0.5 * entries
+        drawn = jnp.asarray(spec.sigma_w, spec.dtype) / spec.shape[1] ** 0.5 * entries
+        return drawn if spec.mu_w is None else drawn + jnp.asarray(spec.mu_w) / spec.shape[1]
 
     return LayerWeights(tuple(map(weights, specs)), biases)
 

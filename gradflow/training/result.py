@@ -1,6 +1,5 @@
 """The result of training: what was recorded along the way, labelled, with theory beside it."""
 
-import dataclasses
 import math
 from pathlib import Path
 from typing import Any
@@ -256,10 +255,10 @@ def _predicted(network: Network, monitor: np.ndarray) -> dict[str, np.ndarray]:
     known = {s.key: s for s in statistics.ALL}
     if network.mixes_sites:
         return {key: np.full(network.depth, np.nan) for key in known}
-    unnamed = dataclasses.replace(network, name="")
+    unnamed = network.unnamed()
     q = np.mean(np.square(monitor.astype(np.float64)), axis=1)
     arguments = (unnamed, q)
-    of_each = Float64Program.of(_of_each, arguments, _SECONDS_A_LAYER * network.depth)(*arguments)
+    of_each = Float64Program(_of_each, arguments, _SECONDS_A_LAYER * network.depth)(*arguments)
     pairs = ("correlation", "log_weight_gradient_variance")
     values = {}
     for key in known:

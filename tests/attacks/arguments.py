@@ -29,6 +29,10 @@ CALLS = (
     ["compare", *_SMALL, "--networks", "4", "--sampler", "dense", "--distribution", "uniform"],
     ["note", *_SMALL, "--networks", "2", "--uniform-networks", "2"],
     ["compare", *_SMALL, "--kind", "residual", "--scale", "depth", "--norm", "layer"],
+    ["compare", *_SMALL, "--input", "normal", "--inputs", "2", "--correlation", "0.5"],
+    ["compare", "--data", "own.npy", "--inputs", "2", "--mean-square", "1", "--out", "made"],
+    ["theory", "--kind", "recurrent", "--steps", "2", "--width", "8", "--sigma-u", "0.5"],
+    ["theory", "--kind", "convolutional", "--shape", "8,8", "--channels", "1,2", "--size", "3"],
     ["study", "study.toml", "--out", "made", "--share", "1/2"],
     ["plan", "study.toml", "--json"],
     ["show", "made"],
@@ -40,6 +44,7 @@ CALLS = (
     ["theory", "--correlations", "-0.5,0.9", "--depth", "3", "--width", "8", "--json"],
     ["critical", "--activation", "tanh", "--sigma-b2", "0.05"],
     ["critical", "--sigma-w2", "2"],
+    ["correlation", "--sigma-w2", "1.5", "--sigma-b2", "0.1", "--points", "3", "--start", "1"],
     ["phase", "--sigma-w", "1", "2", "--sigma-b", "0", "1", "--points", "3", "--start", "1"],
     [
         "spectrum",

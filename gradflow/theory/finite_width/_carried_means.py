@@ -63,6 +63,7 @@ def covers(network: Network) -> bool:
     first, *rest = [s.block for s in network.stages]
     return (
         network.iid_gaussian
+        and network.centred
         and not network.tied
         and not network.mixes_sites
         and isinstance(first, Linear)

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from gradflow import gaussian, statistics
+from gradflow import gaussian
 from gradflow._first_order import (
     FUNCTIONS,
     PAIR_FUNCTIONS,
@@ -25,7 +25,7 @@ from gradflow.gaussian import _pairs, _quadrature
 from gradflow.networks import Network, check_network
 from gradflow.statistics import BackwardLimit, ForwardLimit
 
-__all__ = ["covers", "finite_layers"]
+__all__ = ["count_pairs", "covers", "finite_layers"]
 
 # Averages over two inputs' pre-activations to compute, one for each pair and layer: some 10 s.
 _MOST_PAIRS = 4000
@@ -67,13 +67,14 @@ def finite_layers(
         covariance=k,
         log_scale=scale,
         backward=gradients,
-        averages=_averages(network.activation, k),
+        averages=_averages(network.activation, network.saturation_threshold, k),
     )
 
 
-def _averages(activation: Activation, k: Array) -> Averages:
+def _averages(activation: Activation, threshold: float, k: Array) -> Averages:
     q, sites = diagonal(k), k.shape[1]
-    flat = np.asarray(activation.saturated_intervals(statistics.SATURATION_THRESHOLD))
+    flat = np.asarray(activation.saturated_intervals(threshold))
+    level = activation.saturated_slope(threshold)
     ends = flat[np.isfinite(flat)].tolist()
     few = len(ends) <= _MOST_ENDS
     kinks = tuple({*activation.kinks, *(ends if few else ())})
@@ -82,7 +83,7 @@ def _averages(activation: Activation, k: Array) -> Averages:
         phi, slope = activation(x), activation.derivative(x)
         # About φ(0), so that no large constant is squared and subtracted.
         shifted = phi - activation(jnp.zeros_like(x))
-        saturated = jnp.abs(slope) < statistics.SATURATION_THRESHOLD * activation.max_slope
+        saturated = jnp.abs(slope) < level
         saturated = jnp.where(saturated, 1.0, 0.0) if few else jnp.full_like(x, jnp.nan)
         rows = (shifted, shifted**2, phi**2, slope**2, slope, x * slope, saturated)
         return jnp.stack(rows)
@@ -119,9 +120,7 @@ def _averages(activation: Activation, k: Array) -> Averages:
         dphi2=dphi2,
         mean=mean,
         variance=square.less_square_of(mean),
-        saturation=Series.of(
-            lambda v: gaussian.saturation(activation, v, statistics.SATURATION_THRESHOLD), q
-        ),
+        saturation=Series.of(lambda v: gaussian.saturation(activation, v, threshold), q),
         alone=own,
         pairs=pairs,
     )
@@ -162,12 +161,19 @@ def _with_deltas(
     return total.at[bent, bent].add(powers @ both @ powers.T)
 
 
+def count_pairs(sites: int, network: Network) -> int:
+    """The number of pairs of inputs in all layers that averages are computed over."""
+    every = math.comb(sites, 2) * network.depth
+    return every if every <= _MOST_PAIRS else 0
+
+
 def covers(network: Network) -> bool:
     """Whether `correct` has an answer: dense layers, each with Gaussian weights of its own."""
     check_network(network)
     first, *rest = [s.block for s in network.stages for _ in range(min(s.repeats, 2))]
     return (
         network.iid_gaussian
+        and network.centred
         and not network.tied
         and isinstance(first, Dense)
         and all(isinstance(b, Dense) and b.activation == network.activation for b in rest)

@@ -33,7 +33,7 @@ from jaxtyping import Array, ArrayLike, Float
 
 from gradflow import activations, gaussian
 from gradflow._checks import check_count, check_scale, check_sequence, is_traced
-from gradflow.activations import Activation
+from gradflow.activations import Activation, ActivationLike
 from gradflow.errors import InputError
 
 __all__ = [
@@ -101,7 +101,7 @@ def _check_widths(widths: Sequence[int]) -> tuple[int, ...]:
     return checked
 
 
-def _homogeneous(activation: Activation | str) -> tuple[Activation, Array, Array]:
+def _homogeneous(activation: ActivationLike) -> tuple[Activation, Array, Array]:
     """φ, E[φ(g)²] and E[φ(g)⁴]."""
     phi = activations.get(activation)
     if not phi.homogeneous:
@@ -114,7 +114,7 @@ def _homogeneous(activation: Activation | str) -> tuple[Activation, Array, Array
 
 
 def gain_moments(
-    activation: Activation | str,
+    activation: ActivationLike,
     widths: Sequence[int],
     sigma_w2: ArrayLike = 1.0,
     *,
@@ -232,7 +232,7 @@ def _log_of_chi_squared(phi: Activation, n: int) -> tuple[Array, Array, Array]:
 
 
 def log_normal(
-    activation: Activation | str, widths: Sequence[int], sigma_w2: ArrayLike = 1.0
+    activation: ActivationLike, widths: Sequence[int], sigma_w2: ArrayLike = 1.0
 ) -> LogNormal:
     """The log-normal limit of `gain_moments`: log m - β/2 and β = Σ_l c/n_l.
 
@@ -261,7 +261,7 @@ def log_normal(
 
 
 def forward_moments(
-    activation: Activation | str,
+    activation: ActivationLike,
     q1: ArrayLike,
     sigma_w2: ArrayLike,
     sigma_b2: ArrayLike = 0.0,
@@ -313,7 +313,7 @@ def forward_moments(
 
 
 def vertex(
-    activation: Activation | str,
+    activation: ActivationLike,
     q1: ArrayLike,
     sigma_w2: ArrayLike,
     sigma_b2: ArrayLike = 0.0,
