@@ -152,7 +152,11 @@ def costs(kind, folder, chunk_values):
             timed("average on the host", _runner.TaskRunner.measurements),
         ),
         (_store.Store, "add", timed("write and merge", _store.Store.add)),
-        (_runner, "theory", timed("theory of all points", _runner.theory)),
+        (
+            _runner.TaskRunner,
+            "theory",
+            timed("theory of all points", _runner.TaskRunner.theory),
+        ),
         (_plan, "_CHUNK_VALUES", chunk_values or _plan._CHUNK_VALUES),
     ]
     before = [getattr(owner, name) for owner, name, _ in patched]

@@ -4,12 +4,14 @@ import random
 import re
 import sys
 
+import jax
 import numpy as np
 import pytest
 
 from gradflow import cli, data
 from gradflow.errors import InputError
 from gradflow.studies import _plan, _study_file
+from gradflow.studies._point import Family, Point
 
 GOOD = """
 title = "Order and chaos"
@@ -366,3 +368,43 @@ def test_a_file_that_is_none_is_refused(tmp_path, content, message):
         file.write_bytes(content)
     with pytest.raises(InputError, match=message):
         _study_file.load(file)
+
+
+GRID = """
+[network]
+kind = "residual"
+activation = "tanh"
+width = 12
+depth = 3
+[[axes]]
+sigma_w2 = [0.5, 1.0, 2.0]
+[[axes]]
+sigma_b2 = [0.1, 0.2]
+[[axes]]
+scale = [0.3, 0.5]
+keep_rate = [0.9, 1.0]
+[[axes]]
+mean_square = [0.5, 2.0]
+[sampling]
+networks = 1
+"""
+
+
+@pytest.mark.parametrize("joint", [False, True])
+def test_points_made_together_are_those_made_one_by_one(monkeypatch, joint):
+    points = list(_study_file.parse(GRID).points())
+    if joint:  # σ_w decided by two fields together
+        own = Point.network
+
+        def network(point):
+            factor = 1 + point.settings["sigma_b2"] * point.settings["scale"]
+            return jax.tree.map(lambda leaf: leaf * factor, own(point))
+
+        monkeypatch.setattr(Point, "network", network)
+    family = Family(points[0])
+    for some in (points[:5], points[5:]):
+        networks, inputs = family(some)
+        for row, point in enumerate(some):
+            alone = jax.tree.leaves(point.network())
+            assert alone == [leaf[row] for leaf in jax.tree.leaves(networks)]
+            np.testing.assert_array_equal(inputs[row], point.inputs())

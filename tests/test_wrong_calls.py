@@ -193,7 +193,7 @@ CALLS = [
     ("float64.predict_and_correct(net,None)", "inputs is None"),
     ("comparison.explain_differences(3,x,key=key)", "comparison is 3"),
     ("float64.asymptotic_log_chi(net,3)", "theory is 3"),
-    ("theory_programs.compile_programs(3,x)", "network is 3"),
+    ("theory_programs.PreparedNetworks(3,x,1)", "network is 3"),
     ("mean_field.predict(net,np.ones((2,3)))", "gram has shape (2, 3)"),
     ("mean_field.predict(net,np.ones(3))", "gram has shape (3,)"),
     ("mean_field.predict(3,np.eye(2))", "network is 3"),

@@ -191,7 +191,7 @@ def _theory_by_all(runner: TaskRunner, rows: np.ndarray) -> dict[str, np.ndarray
     processes = jax.process_count()
     # Each computes the same number, some points twice, so that arrays of one shape are sent.
     own = np.resize(rows, -(-len(rows) // processes) * processes)[jax.process_index() :: processes]
-    arrays = _runner.theory(runner.study, runner.points(own))
+    arrays = runner.theory(own)
     if processes == 1:
         return arrays
     # In bytes: JAX would send numbers of 64 bits as ones of 32.

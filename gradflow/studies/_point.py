@@ -5,13 +5,13 @@ import functools
 import hashlib
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, ArrayLike, Key, PRNGKeyArray, UInt32
+from jaxtyping import Array, ArrayLike, Key, PRNGKeyArray, PyTreeDef, UInt32
 
 from gradflow import _input_rows, _schema, networks
 from gradflow import data as datasets
@@ -21,7 +21,10 @@ from gradflow._schema import NONE, Option
 from gradflow.errors import InputError
 from gradflow.networks import Network
 
-__all__ = ["Point", "keys", "resolved", "varies_as_number"]
+__all__ = ["Family", "Point", "keys", "resolved", "varies_as_number"]
+
+# Inputs that a family keeps: of few points where each has its own, of all where they share them.
+_INPUTS_KEPT = 64
 
 
 @dataclasses.dataclass(frozen=True)
@@ -133,6 +136,96 @@ def keys(words: UInt32[ArrayLike, "points 3"]) -> Key[Array, " points"]:
         return jax.random.fold_in(jax.random.fold_in(key, of[1]), of[2])
 
     return jax.vmap(one)(jnp.asarray(words))
+
+
+class Family:
+    """The networks and inputs of points of one program, as arrays with an axis of points.
+
+    Where each scale of a network is decided by one field, as in almost every grid, a network is
+    made for each value of a field, and not for each point.
+    """
+
+    def __init__(self, first: Point) -> None:
+        """Prepare for the points of this one's program."""
+        self._first = first
+        self._base, self._structure = _flat(first)
+        # By field and value: the scales of the first network with that value; and by scale, the
+        # field that decides it.
+        self._scales: dict[tuple[str, float | str], list] = {}
+        self._decided_by: dict[int, str] = {}
+        self._of_inputs = frozenset(_schema.input_options())
+        # By all fields that may decide them: not the numbers of a network.
+        self._inputs: dict[str, np.ndarray] = {}
+        self._numbers = {name for name, o in _schema.options().items() if o.value_type is float}
+        self._numbers = (self._numbers | {"seed"}) - self._of_inputs
+        self._separate = True
+
+    def __call__(self, points: Sequence[Point]) -> tuple[Network, np.ndarray]:
+        """A network whose scales have an axis of points, and inputs, (points, sites, n_0); float64.
+
+        Raises
+        ------
+        InputError
+            If a point's fields do not go together.
+        """
+        scales = self._by_field(points) if self._separate else None
+        if scales is None:
+            self._separate = False
+            each = [_flat(point)[0] for point in points]
+            scales = [np.array(column, float) for column in zip(*each, strict=True)]
+        inputs = np.stack([self._inputs_of(point) for point in points])
+        return jax.tree.unflatten(self._structure, scales), inputs
+
+    def _by_field(self, points: Sequence[Point]) -> list[np.ndarray] | None:
+        """Every scale, with an axis of points; None where several fields decide one together."""
+        fields = self._first.settings.keys()
+        if any(point.settings.keys() != fields for point in points):
+            return None
+        columns = [[base] * len(points) for base in self._base]
+        for field, first in self._first.settings.items():
+            values = [point.settings[field] for point in points]
+            decides = field != "seed" and field not in self._of_inputs
+            if not decides or all(value == first for value in values):
+                continue
+            if any(isinstance(value, list) for value in values):
+                return None
+            if not all(self._is_separate(field, value) for value in set(values)):
+                return None
+            for n in [n for n, by in self._decided_by.items() if by == field]:
+                columns[n] = [self._scales[field, value][n] for value in values]
+        # What two fields decide together shows where both differ from the first point's.
+        made, structure = _flat(points[-1])
+        last = [column[-1] for column in columns]
+        if structure != self._structure or not all(map(np.array_equal, made, last)):
+            return None
+        return [np.array(column, float) for column in columns]
+
+    def _is_separate(self, field: str, value: float | str) -> bool:
+        """Whether a field's value changes no scale that another field decides."""
+        if (field, value) not in self._scales:
+            settings = {**self._first.settings, field: value}
+            scales, structure = _flat(dataclasses.replace(self._first, settings=settings))
+            if structure != self._structure:
+                return False
+            for n, (scale, base) in enumerate(zip(scales, self._base, strict=True)):
+                own = np.array_equal(scale, base)
+                if not own and self._decided_by.setdefault(n, field) != field:
+                    return False
+            self._scales[field, value] = scales
+        return True
+
+    def _inputs_of(self, point: Point) -> np.ndarray:
+        own = str([(f, v) for f, v in point.settings.items() if f not in self._numbers])
+        if own not in self._inputs:
+            if len(self._inputs) >= _INPUTS_KEPT:
+                self._inputs.clear()
+            self._inputs[own] = point.inputs()
+        return self._inputs[own]
+
+
+def _flat(point: Point) -> tuple[list, PyTreeDef]:
+    """The scales of a point's network, and its structure."""
+    return jax.tree.flatten(point.network().unnamed())
 
 
 _ENCODER = json.JSONEncoder(sort_keys=True)

@@ -10,7 +10,7 @@ import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -23,12 +23,11 @@ from gradflow.statistics import Statistic
 from gradflow.studies import _spectra
 from gradflow.studies._measurements import Measurements
 from gradflow.studies._plan import Program, Task
-from gradflow.studies._point import Point, keys
+from gradflow.studies._point import Family, Point, keys
 from gradflow.studies._study import HistogramRange, Study
-from gradflow.theory import _programs as theory_programs
-from gradflow.theory import float64
+from gradflow.theory._programs import PreparedNetworks
 
-__all__ = ["SPECTRUM", "THEORY", "WORKERS", "Chunk", "TaskRunner", "theory"]
+__all__ = ["SPECTRUM", "THEORY", "WORKERS", "Chunk", "TaskRunner"]
 
 # Chunks at a time: one is drawn while another's values are averaged. And programs that are compiled
 # at a time, each of which uses a core, while the one before draws.
@@ -83,6 +82,10 @@ class TaskRunner:
         """Return the points in rows of the task."""
         return [self.study.point(int(self._numbers[row])) for row in rows]
 
+    @functools.cached_property
+    def _family(self) -> Family:
+        return Family(*self.points([0]))
+
     @property
     def _x64(self) -> bool:
         return self.study.sampling.dtype == "float64"
@@ -99,8 +102,16 @@ class TaskRunner:
 
     def compile_theory(self) -> None:
         """Compile the theory of the points that are drawn for the first time, if there are any."""
-        for point in self.points(np.flatnonzero(self.task.theory)[:1]):
-            _compile_theory(self.study, point)
+        if self.task.theory.any():
+            self._theory.compile()
+
+    @functools.cached_property
+    def _theory(self) -> PreparedNetworks:
+        rows = np.flatnonzero(self.task.theory)
+        (point,) = self.points(rows[:1])
+        return PreparedNetworks(
+            point.network(), point.inputs(), len(rows), finite_width=self.study.finite_width
+        )
 
     @functools.cached_property
     def _compiled(
@@ -167,9 +178,8 @@ class TaskRunner:
         last = len(self.task.names) - 1
         points = self.points([min(row + n, last) for n in range(self.task.points_a_call)])
         dtype = np.dtype(self.study.sampling.dtype)
-        unnamed = [point.network().unnamed() for point in points]
-        network = jax.tree.map(lambda *leaves: np.array(leaves, dtype), *unnamed)
-        inputs = np.stack([point.inputs().astype(dtype) for point in points])
+        network, inputs = self._family(points)
+        network, inputs = jax.tree.map(lambda leaf: leaf.astype(dtype), (network, inputs))
         words = np.array([point.key_words for point in points], np.uint32)
         return RandomNetworks(network, inputs, keys(words))
 
@@ -209,6 +219,48 @@ class TaskRunner:
             if bins is None or log_singular_values is None
             else _spectra.counted(log_singular_values, point, bins),
         )
+
+    def theory(self, rows: Sequence[int] | np.ndarray) -> dict[str, np.ndarray]:
+        """The theory of the points in rows of the task, in float64.
+
+        Returns
+        -------
+        dict
+            ``names``; ``predicted``, ``shift`` and ``deviation``, shape (points, statistics,
+            layers), in the unit that each statistic is kept in. ``shift`` is the effect of the
+            width, to first order in 1/width, and ``deviation`` the standard deviation over networks
+            that the width makes, of a logarithm as a share of the mean; NaN where there is no
+            theory, or the study does not ask for it. And, if singular values are measured, the
+            arrays of `_spectra.theory`, each with an axis of points.
+        """
+        points, together = self.points(rows), self._theory.together
+        parts = [points[n : n + together] for n in range(0, len(points), together)]
+        self._theory.compile()
+        with ThreadPoolExecutor(min(os.cpu_count() or 1, 8)) as pool:
+            found = list(pool.map(self._theory_of, parts))
+        names = np.array([point.name for point in points], np.uint64)
+        return {"names": names} | {k: np.concatenate([f[k] for f in found]) for k in found[0]}
+
+    def _theory_of(self, points: Sequence[Point]) -> dict[str, np.ndarray]:
+        """`theory` of as many points as are worked out together."""
+        networks, inputs = self._family(points)
+        prediction, _, corrections = self._theory(networks, inputs)
+        each = [prediction.values]
+        each += [corrections.shift, corrections.standard_deviation] if corrections else []
+        keys = [statistic.key for statistic in self.study.statistics]
+        shape = len(THEORY), len(points), len(keys), networks.depth
+        values = np.full(shape, np.nan)
+        for row, by_key in zip(values, each, strict=False):
+            row[:] = np.stack([by_key[key] for key in keys], axis=1)
+        arrays: dict[str, np.ndarray] = dict(zip(THEORY, values, strict=True))
+        if self.study.spectrum is not None:
+            log_q = np.asarray(prediction.values["log_q"])
+            spectra = [
+                _spectra.theory(point.network(), own, self.study.spectrum)
+                for point, own in zip(points, log_q, strict=True)
+            ]
+            arrays |= {f"{SPECTRUM}{k}": np.stack([one[k] for one in spectra]) for k in spectra[0]}
+        return arrays
 
     def largest_z(
         self, measurements: Measurements, predicted: Mapping[str, np.ndarray]
@@ -264,49 +316,3 @@ def _binned(values: np.ndarray, point: np.ndarray, bins: HistogramRange) -> np.n
     rows, layers = np.nonzero(~np.isnan(values))
     np.add.at(counts, (point[rows], layers, column[rows, layers]), 1)
     return counts
-
-
-def theory(study: Study, points: Sequence[Point]) -> dict[str, np.ndarray]:
-    """Return the theory of points of one program, in float64.
-
-    Returns
-    -------
-    dict
-        ``names``; ``predicted``, ``shift`` and ``deviation``, shape (points, statistics, layers),
-        in the unit that each statistic is kept in. ``shift`` is the effect of the width, to first
-        order in 1/width, and ``deviation`` the standard deviation over networks that the width
-        makes, of a logarithm as a share of the mean; NaN where there is no theory, or the study
-        does not ask for it. And, if singular values are measured, the arrays of `_spectra.theory`,
-        each with an axis of points.
-    """
-    statistics = [statistic.key for statistic in study.statistics]
-
-    def of(point: Point) -> dict[str, np.ndarray]:
-        network, inputs = point.network(), point.inputs()
-        prediction, corrections = float64.predict_and_correct(
-            network, inputs, finite_width=study.finite_width
-        )
-        each = [prediction.values]
-        each += [corrections.shift, corrections.standard_deviation] if corrections else []
-        values = np.full((len(THEORY), len(statistics), network.depth), np.nan)
-        values[: len(each)] = [[by_key[key] for key in statistics] for by_key in each]
-        arrays: dict[str, Any] = dict(zip(THEORY, values, strict=True))
-        if study.spectrum is not None:
-            log_q = np.asarray(prediction.values["log_q"])
-            spectrum = _spectra.theory(network, log_q, study.spectrum)
-            arrays |= {f"{SPECTRUM}{name}": value for name, value in spectrum.items()}
-        return arrays
-
-    _compile_theory(study, points[0])
-    with ThreadPoolExecutor(min(os.cpu_count() or 1, 8)) as pool:
-        by_point = list(pool.map(of, points))
-    names = np.array([point.name for point in points], np.uint64)
-    stacked = {key: np.stack([each[key] for each in by_point]) for key in by_point[0]}
-    return {"names": names} | stacked
-
-
-def _compile_theory(study: Study, point: Point) -> None:
-    """Compile the theory of points of this one's program, if it is not compiled yet."""
-    theory_programs.compile_programs(
-        point.network(), point.inputs(), finite_width=study.finite_width
-    )

@@ -4,10 +4,12 @@ Tracing and calling are apart, so that theory may be worked out in one thread wh
 simulates: a traced program traces nothing when it is called.
 """
 
+import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 from jax.typing import ArrayLike
 
@@ -22,7 +24,7 @@ from gradflow.theory._limits import SECONDS_A_LAYER, limits, prediction
 from gradflow.theory.finite_width import _carried_means, _layers, first_order
 from gradflow.theory.finite_width._layers import finite_layers
 
-__all__ = ["Theory", "arguments_of", "compile_programs", "layers_ahead", "prepare"]
+__all__ = ["PreparedNetworks", "Theory", "arguments_of", "layers_ahead", "prepare"]
 __all__ += ["prepare_asymptotic_log_chi", "program"]
 
 # Seconds that the averages take over a pair of inputs in a layer.
@@ -58,25 +60,52 @@ def prepare(
 ) -> Callable[[], Theory]:
     """Trace the theory of a network: a function without arguments, for any thread."""
     arguments = arguments_of(network, inputs)
-    predicts, *corrects = _programs(*arguments, finite_width)
-
-    def run() -> Theory:
-        prediction, units, more = predicts(*arguments)
-        return Theory(prediction, units, corrects[0](more) if corrects else more)
-
-    return run
+    return functools.partial(_run, _programs(arguments[0], arguments, finite_width), arguments)
 
 
-def compile_programs(network: Network, inputs: ArrayLike, *, finite_width: bool = True) -> None:
-    """Compile `float64.predict_and_correct` for networks of this structure, unless it is compiled.
+class PreparedNetworks:
+    """The theory of many networks of one structure, ``together`` at a time."""
 
-    Parameters
-    ----------
-    network, inputs, finite_width
-        As for `float64.predict_and_correct`.
-    """
-    for program in _programs(*arguments_of(network, inputs), finite_width):
-        program.compile()
+    # Networks that a call takes, and the most pairs of inputs that they have in all.
+    _NETWORKS, _PAIRS = 64, 256
+    # Of a call's networks, those that are worked out side by side: their numbers fit into a cache.
+    _SIDE_BY_SIDE = 8
+
+    def __init__(
+        self, network: Network, inputs: ArrayLike, most: int, *, finite_width: bool = True
+    ) -> None:
+        """Trace the programs for networks of the structure of this one, with as many inputs.
+
+        There will be ``most`` of them.
+        """
+        arguments = arguments_of(network, inputs)
+        sites = len(arguments[1])
+        allowed = max(1, self._PAIRS // (sites * (sites + 1) // 2))
+        each = min(self._SIDE_BY_SIDE, allowed, most)
+        self.together = each * min(allowed // each, self._NETWORKS // each, -(-most // each))
+        several = jax.tree.map(lambda leaf: np.stack([leaf] * self.together), arguments)
+        self._programs = _programs(arguments[0], several, finite_width, each, most)
+
+    def compile(self) -> None:
+        """Compile the programs now, before the first call."""
+        for each in self._programs:
+            each.compile()
+
+    def __call__(self, networks: Network, inputs: np.ndarray) -> Theory:
+        """The theory of at most ``together`` networks, with a leading axis of them.
+
+        Parameters
+        ----------
+        networks
+            A network whose scales are arrays with that axis.
+        inputs
+            Shape (networks, sites, n_0), float64.
+        """
+        gram = inputs @ inputs.swapaxes(1, 2) / inputs.shape[2]
+        arguments = networks, gram, inputs.mean(axis=2)
+        filled = np.minimum(np.arange(self.together), len(inputs) - 1)
+        results = _run(self._programs, jax.tree.map(lambda leaf: leaf[filled], arguments))
+        return jax.tree.map(lambda leaf: leaf[: len(inputs)], results)
 
 
 def prepare_asymptotic_log_chi(network: Network) -> Callable[[Prediction], float]:
@@ -113,23 +142,38 @@ def arguments_of(network: Network, inputs: ArrayLike) -> tuple[Network, np.ndarr
     return network.unnamed(), x @ x.T / x.shape[1], x.mean(axis=1)
 
 
+def _run(programs: Sequence[Float64Program], arguments: tuple) -> Theory:
+    """The results of `_programs` for their arguments."""
+    predicted, units, more = programs[0](*arguments)
+    return Theory(predicted, units, programs[1](more) if len(programs) > 1 else more)
+
+
 def _programs(
-    network: Network, gram: np.ndarray, mean: np.ndarray, finite_width: bool
+    network: Network, arguments: tuple, finite_width: bool, each: int = 0, most: int = 1
 ) -> list[Float64Program]:
     """The program of the prediction and, where it is a second one, that of the corrections.
 
-    The first then also returns the second one's argument.
+    The first then also returns the second one's argument. With ``each``, all arguments have a
+    leading axis of networks like this one; so many are worked out side by side, ``most`` in all.
     """
-    arguments = (network, gram, mean)
+
+    def of(function: Callable, *arguments: Any, pairs: int = 0) -> Float64Program:
+        if each:
+            function = functools.partial(_of_each, function, each)
+        return program(function, *arguments, depth=most * network.depth, pairs=most * pairs)
+
     if finite_width and _carried_means.covers(network):
-        return [program(_predict_and_correct_carried_means, *arguments)]
+        return [of(_predict_and_correct_carried_means, *arguments)]
     if not (finite_width and _layers.covers(network)):
-        return [program(_predict, *arguments)]
-    predicts = program(
-        _predict_and_prepare, *arguments, pairs=_layers.count_pairs(len(gram), network)
-    )
-    layers = predicts.result[2]
-    return [predicts, program(first_order.correct_layers, layers, depth=network.depth)]
+        return [of(_predict, *arguments)]
+    pairs = _layers.count_pairs(arguments[1].shape[-1], network)
+    predicts = of(_predict_and_prepare, *arguments, pairs=pairs)
+    return [predicts, of(first_order.correct_layers, predicts.result[2])]
+
+
+def _of_each(function: Callable, side_by_side: int, *arguments: Any) -> Any:
+    """The results of a function for each of the networks along a leading axis."""
+    return jax.lax.map(lambda one: function(*one), arguments, batch_size=side_by_side)
 
 
 def _predict(network: Network, gram: ArrayLike, mean: ArrayLike) -> Theory:
