@@ -64,12 +64,7 @@ def inputs_with(q, c, sigma_w2, sigma_b2):
 @pytest.mark.medium
 @pytest.mark.parametrize(
     ("activation", "phase"),
-    [
-        case(a, phase)
-        for a in activations.ALL
-        for phase in SLOPES
-        if a.name not in REPELLED
-    ],
+    [case(a, phase) for a in activations.ALL for phase in SLOPES if a.name not in REPELLED],
 )
 def test_theory_meets_simulation(activation, phase):
     """Means and spreads over 2000 networks of width 300, every statistic at every layer.
