@@ -1,4 +1,4 @@
-"""What is known of a unit's signals at all sites beyond their second moments: laws over units."""
+"""The joint distribution over units of one unit's signals at all sites, beyond second moments."""
 
 import abc
 from typing import Any

@@ -15,7 +15,7 @@ from gradflow.errors import InputError
 
 # Options of networks that `theory` answers by fixed points; any other makes it go layer by layer.
 _PLAIN = ("activation", "sigma_w", "sigma_w2", "sigma_b", "sigma_b2", "depth", "width")
-# What is printed of each layer, as columns that fit on a page.
+# The columns of the tables by layer, few enough to fit on a page.
 _TABLES = {
     "signals": ("q", "activation_mean", "activation_variance", "saturation", "correlation"),
     "gradients": ("chi", "gradient_variance", "log_gradient_norm", "weight_gradient_variance"),

@@ -179,13 +179,14 @@ def over_grid(function: Callable[..., _Pytree], *grids: Array) -> _Pytree:
 def in_parts(function: Callable[..., _Pytree], *grids: Array) -> _Pytree:
     """Apply a function of arrays of one axis to grids of one shape, part after part."""
     shape, points = grids[0].shape, grids[0].size
-    parts = max(-(-points // _MOST_AT_ONCE), 1)
-    each = -(-points // parts)
-    flat = (jnp.pad(grid.reshape(-1), (0, parts * each - points), mode="edge") for grid in grids)
-    stacked = tuple(values.reshape(parts, each) for values in flat)
-    if parts == 1:
-        out = function(*(values[0] for values in stacked))
+    flat = [grid.reshape(-1) for grid in grids]
+    if points <= _MOST_AT_ONCE:
+        out = function(*flat)
     else:
+        parts = -(-points // _MOST_AT_ONCE)
+        each = -(-points // parts)
+        padded = (jnp.pad(values, (0, parts * each - points), mode="edge") for values in flat)
+        stacked = tuple(values.reshape(parts, each) for values in padded)
         of_parts = jax.lax.map(lambda part: function(*part), stacked)
         out = jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:])[:points], of_parts)
     return jax.tree.map(lambda leaf: leaf.reshape(shape + leaf.shape[1:]), out)

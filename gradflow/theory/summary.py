@@ -210,7 +210,7 @@ def _numbers(
 
 
 class _AtLength(NamedTuple):
-    """What is known where every layer has one length."""
+    """Slope moments, correlation maps and Jacobian of a network whose layers all have length q."""
 
     slope_moments: Array  # E φ'² and E φ'⁴
     maps: dict[str, Array]
@@ -240,7 +240,7 @@ def _at_length(
 
 
 class _Profiles(NamedTuple):
-    """What is known of each layer, all of shape (layers,)."""
+    """Lengths, gains of tangents and vertices of each layer, all of shape (layers,)."""
 
     profile: dict[str, Array]
     gains: dict[str, Array]
