@@ -32,7 +32,7 @@ HERE = Path(__file__)
 
 
 class Row(NamedTuple):
-    """What is asked; ``{n}`` stands for a number that differs between processes."""
+    """A row of the table: a command or a program, ``{n}`` in it a number of each process."""
 
     ask: str
     # Ratios to `import jax`: warm, and cold.

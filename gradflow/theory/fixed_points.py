@@ -23,7 +23,7 @@ any order.
 import enum
 import functools
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -234,11 +234,20 @@ def length(
         If σ_w² or σ_b² is negative or not finite (seen outside jit only); if φ has no Gaussian
         moments.
     """
+    return _length(*_checked(activation, sigma_w2, sigma_b2))
+
+
+def _checked(
+    activation: ActivationLike, sigma_w2: ArrayLike, sigma_b2: ArrayLike, **starts: ArrayLike
+) -> tuple[Any, ...]:
+    """An activation, and the numbers beside it as floats of one shape."""
     activation = activations.get(activation)
+    for name, value in starts.items():
+        check_scale(name, value, positive=True)
     gaussian.check(activation)
     for name, value in (("sigma_w2", sigma_w2), ("sigma_b2", sigma_b2)):
         check_scale(name, value)
-    return _length(activation, *as_grids(sigma_w2=sigma_w2, sigma_b2=sigma_b2))
+    return activation, *as_grids(sigma_w2=sigma_w2, sigma_b2=sigma_b2, **starts)
 
 
 @program("activation", seconds=seconds_over_grid)
@@ -283,13 +292,8 @@ def length_and_analyses(
     InputError
         As `analyse` does.
     """
-    activation = activations.get(activation)
-    gaussian.check(activation)
-    check_scale("starts", starts, positive=True)
-    for name, value in (("sigma_w2", sigma_w2), ("sigma_b2", sigma_b2)):
-        check_scale(name, value)
-    w2, b2, q = as_grids(sigma_w2=sigma_w2, sigma_b2=sigma_b2, starts=starts)
-    return _length_and_analyses(activation, w2[0], b2[0], q)
+    phi, w2, b2, q = _checked(activation, sigma_w2, sigma_b2, starts=starts)
+    return _length_and_analyses(phi, w2[0], b2[0], q)
 
 
 @program("activation")
@@ -336,12 +340,7 @@ def analyse(
         If σ_w² or σ_b² is negative, or ``start`` not above 0, or one not finite (seen outside jit
         only); if φ has no Gaussian moments.
     """
-    activation = activations.get(activation)
-    check_scale("start", start, positive=True)
-    gaussian.check(activation)
-    for name, value in (("sigma_w2", sigma_w2), ("sigma_b2", sigma_b2)):
-        check_scale(name, value)
-    return _analyse(activation, *as_grids(sigma_w2=sigma_w2, sigma_b2=sigma_b2, start=start))
+    return _analyse(*_checked(activation, sigma_w2, sigma_b2, start=start))
 
 
 @program("activation", seconds=seconds_over_grid)
