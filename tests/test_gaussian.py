@@ -505,7 +505,9 @@ def test_independent_inputs_have_the_product_of_the_means(phi):
             found[0.2, 6.0, 0.0][0, 1], product, rtol=PROMISED, atol=ROUNDING
         )
         correlated = found[0.2, 6.0, 0.5][0, 1]
-        assert phi.name == "linear" or abs(correlated - product) > 1e-5
+        mean, square = (gaussian.moment(phi, of, q[0]) for of in ("dphi", "dphi2"))
+        straight = square - mean**2 < 1e-9  # as hard_sigmoid is where q is small
+        assert (key == "slope" and straight) or abs(correlated - product) > 1e-5
 
 
 @each_kernel
@@ -557,7 +559,8 @@ def test_the_derivative_of_a_kernel_is_the_limit_of_differences(phi):
         slope = along(found["jacobian"][GENERAL], direction)
         np.testing.assert_allclose(slope, limit, atol=DIFFERENCE)
         elsewhere = along(found["jacobian"][0.2, 6.0, 0.5], direction)
-        assert phi.homogeneous or np.abs(elsewhere - limit).max() > 1e4 * DIFFERENCE
+        least = 1e4 * DIFFERENCE * min(1, phi.max_slope**2)
+        assert phi.homogeneous or np.abs(elsewhere - limit).max() > least
 
 
 @each_kernel
