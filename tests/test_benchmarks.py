@@ -76,3 +76,13 @@ def test_first_answer_sets_a_process_beside_importing_jax():
     found = report["rows"]["help"]
     assert 0 < found["warm"]["cpu"] < 10 * report["import jax"]["cpu"]
     assert found["cold"]["memory_gib"] > 0
+
+
+@pytest.mark.medium
+def test_architectures_are_set_beside_their_peers():
+    report = load("architectures").main(["--quick", "--json"])
+    rates = [
+        row["networks_per_second"] for rows in report["cases"].values() for row in rows.values()
+    ]
+    assert len(rates) >= 2
+    assert all(rate > 0 for rate in rates)
