@@ -148,7 +148,7 @@ def test_a_builders_parameter_is_an_option_of_the_command_line(monkeypatch, caps
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(comparison, "compare", stop)
-    assert "The branch's factor." in " ".join(said("--help").split())
+    assert "The branch's factor." in " ".join(said("--help").replace("│", " ").split())
     assert "damped by 0.25" in said("--kind", "residual", "--damping", "0.25", "--depth", "3")
     assert "damped by 1, flat" in said("--kind", "residual", "--flat", "--depth", "3")
     assert "damping is of networks of kind 'residual'" in said("--damping", "0.25")
