@@ -29,7 +29,7 @@ def drawn(networks):
 @pytest.mark.parametrize("devices", [1, 2])
 @pytest.mark.parametrize(
     "counts",
-    [[7, 100, 64, 1, 65], [1] * 9, [300], [5, 5, 5, 5]],
+    [[7, 200, 64, 1, 65], [1] * 9, [300], [5, 5, 5, 5]],
     ids=lambda counts: str(counts[:3]),
 )
 def test_averages_are_those_of_the_values(monkeypatch, counts, devices, on_host):
