@@ -42,7 +42,7 @@ from gradflow.inspection._values import (
     variable,
 )
 
-__all__ = ["RULES", "apply"]
+__all__ = ["RULES", "apply", "lifted"]
 
 Rule: TypeAlias = Callable[[Equation, Sequence[Value], Sequence[tuple[int, ...]]], Any]
 # Second moments are kept of all pairs of sites.
@@ -204,14 +204,14 @@ def _piece(function: Callable[..., Any], sums: Sequence[Sum], literal: Sequence[
     variables: list[Sum] = []
     numbers: list[np.ndarray] = []
     children = [
-        constant(float(s.constant[0])) if known else _lifted(s, variables, numbers)
+        constant(float(s.constant[0])) if known else lifted(s, variables, numbers)
         for s, known in zip(sums, literal, strict=True)
     ]
     piece = Piece(of_function(function, *children), tuple(variables), tuple(numbers))
     return Sum.of(piece, sums[0].sites)
 
 
-def _lifted(sum_: Sum, variables: list[Sum], numbers: list[np.ndarray]) -> Node:
+def lifted(sum_: Sum, variables: list[Sum], numbers: list[np.ndarray]) -> Node:
     """A sum as a function of sums of fields, which are added to the variables."""
     base, a, b = sum_.affine
     if not base.parts:
@@ -240,12 +240,12 @@ def _of_pieces(
     terms = []
     fields: dict[Part, Any] = {p: m for p, m in base.parts.items() if isinstance(p, Field)}
     if fields:
-        terms.append(_lifted(Sum(base.constant, fields), variables, numbers))
+        terms.append(lifted(Sum(base.constant, fields), variables, numbers))
     elif base.constant.any():
         numbers.append(base.constant)
         terms.append(number(len(numbers) - 1))
     for piece in pieces:
-        below = [_lifted(v, variables, numbers) for v in piece.variables]
+        below = [lifted(v, variables, numbers) for v in piece.variables]
         node = piece.node.placed(below, len(numbers))
         numbers.extend(piece.numbers)
         coefficient = gathered[piece]
@@ -293,7 +293,7 @@ def as_field(weights: Weights, units: tuple[int, ...]) -> Sum:
     constant_ = np.full(sites, weights.mean)
     if not weights.variance:
         return Sum(constant_, {})
-    field = Field(weights.variance * same, gaussian=weights.gaussian, tie=weights.tie)
+    field = Field(weights.variance * same, tie=weights.tie)
     return Sum(constant_, {field: identity(sites)})
 
 

@@ -23,7 +23,8 @@ import numpy as np
 from scipy import sparse
 
 __all__ = ["Field", "Known", "NoRule", "Node", "Part", "Piece", "Product", "Signal", "Sum", "Value"]
-__all__ += ["Unknown", "Weights", "constant", "of_function", "variable"]
+__all__ += ["Factor", "Unknown", "Weights", "add", "constant", "factors", "identity", "multiply"]
+__all__ += ["number", "of_function", "selection", "variable"]
 
 _serial = itertools.count()
 Map: TypeAlias = sparse.csr_array
@@ -170,6 +171,13 @@ class Node:
     def __init__(self, kind: str, value: Any, children: tuple["Node", ...]) -> None:
         self.kind, self.value, self.children = kind, value, children
 
+    @functools.cached_property
+    def places(self) -> frozenset[int]:
+        """The places of the variables that it depends on."""
+        if self.kind == "variable":
+            return frozenset((self.value,))
+        return frozenset[int]().union(*(child.places for child in self.children))
+
     def evaluate(self, variables: Sequence[Any], numbers: Sequence[Any] = ()) -> Any:
         """Its values in JAX, for arrays of the variables and numbers."""
         done: dict[Node, Any] = {}
@@ -258,6 +266,52 @@ class Piece:
     def fields(self) -> frozenset[Field]:
         """The fields that it is a function of."""
         return frozenset[Field]().union(*(sum_.fields for sum_ in self.variables))
+
+
+class Factor(Piece):
+    """A factor of a piece: a function of some of its variables, whose places are ``slots``."""
+
+    slots: tuple[int, ...]
+
+    def own(self, slot: int | None) -> int | None:
+        """The place here of one of the piece's variables; None if it is none of these."""
+        return self.slots.index(slot) if slot in self.slots else None
+
+
+def factors(piece: Piece) -> tuple[Factor, ...]:
+    """The factors of a piece that are functions of different fields, and one of numbers alone."""
+    known = piece.__dict__.get("factors")
+    if known is not None:
+        return known
+    groups: list[tuple[frozenset[Field], list[Node]]] = []
+    for node in _factors(piece.node):
+        fields = frozenset[Field]().union(*(piece.variables[i].fields for i in node.places))
+        nodes = [node]
+        for other in [g for g in groups if g[0] & fields or not (g[0] or fields)]:
+            groups.remove(other)
+            fields, nodes = fields | other[0], [*other[1], *nodes]
+        groups.append((fields, nodes))
+    made = []
+    for _, nodes in groups:
+        slots = tuple(sorted(set[int]().union(*(node.places for node in nodes))))
+        node = functools.reduce(lambda x, y: of_function(multiply, x, y), nodes)
+        places = [
+            variable(slots.index(i) if i in slots else 0) for i in range(len(piece.variables))
+        ]
+        one = Factor(
+            node.placed(places, 0), tuple(piece.variables[i] for i in slots), piece.numbers
+        )
+        one.slots = slots
+        made.append(one)
+    piece.__dict__["factors"] = tuple(made)
+    return tuple(made)
+
+
+def _factors(node: Node) -> list[Node]:
+    """The nodes whose product it is."""
+    if node.kind == "function" and node.value is multiply:
+        return [factor for child in node.children for factor in _factors(child)]
+    return [node]
 
 
 Part: TypeAlias = Field | Piece
