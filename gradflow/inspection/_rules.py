@@ -7,7 +7,6 @@ that is imported below, and one line in `RULES`.
 """
 
 import dataclasses
-import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias
@@ -17,36 +16,34 @@ import jax.numpy as jnp
 import numpy as np
 
 from gradflow.inspection import _forcing
+from gradflow.inspection._building import (
+    as_field,
+    check_sites,
+    fresh,
+    lifted,
+    made_by,
+    move,
+    patches,
+    piece_of,
+)
 from gradflow.inspection._layers import ELEMENTWISE, SHAPES
 from gradflow.inspection._reading import Equation
 from gradflow.inspection._values import (
-    Field,
     Known,
-    Node,
     NoRule,
-    Part,
-    Piece,
     Product,
     Signal,
     Sum,
     Unknown,
     Value,
     Weights,
-    add,
-    constant,
-    identity,
     multiply,
-    number,
-    of_function,
     selection,
-    variable,
 )
 
 __all__ = ["RULES", "apply", "lifted"]
 
 Rule: TypeAlias = Callable[[Equation, Sequence[Value], Sequence[tuple[int, ...]]], Any]
-# Second moments are kept of all pairs of sites.
-MOST_SITES = 2048
 
 
 def apply(
@@ -151,7 +148,7 @@ def elementwise(
     literal = [isinstance(v, Known) and v.literal and v.value.size == 1 for v in values]
     made = _linear(name, sums, literal)
     if made is None:
-        made = _piece(_Function(equation) if name != "mul" else multiply, sums, literal)
+        made = piece_of(_Function(equation) if name != "mul" else multiply, sums, literal)
     if not made.parts:
         shape = [1 if i in like.units else n for i, n in enumerate(like.shape)]
         return Known(np.broadcast_to(made.constant.reshape(shape), shapes[0]))
@@ -199,72 +196,6 @@ def _linear(name: str, sums: Sequence[Sum], literal: Sequence[bool]) -> Sum | No
     return one.scaled(two.constant if name == "mul" else 1 / two.constant, literal=literal[1])
 
 
-def _piece(function: Callable[..., Any], sums: Sequence[Sum], literal: Sequence[bool]) -> Sum:
-    """A function of sums as a piece of its own."""
-    variables: list[Sum] = []
-    numbers: list[np.ndarray] = []
-    children = [
-        constant(float(s.constant[0])) if known else lifted(s, variables, numbers)
-        for s, known in zip(sums, literal, strict=True)
-    ]
-    piece = Piece(of_function(function, *children), tuple(variables), tuple(numbers))
-    return Sum.of(piece, sums[0].sites)
-
-
-def lifted(sum_: Sum, variables: list[Sum], numbers: list[np.ndarray]) -> Node:
-    """A sum as a function of sums of fields, which are added to the variables."""
-    base, a, b = sum_.affine
-    if not base.parts:
-        numbers.append(sum_.constant)
-        return number(len(numbers) - 1)
-    gathered = {part: _diagonal(map_) for part, map_ in base.parts.items()}
-    pieces = [part for part in base.parts if isinstance(part, Piece)]
-    if not pieces or any(gathered[part] is None for part in pieces):
-        if not any(base is v for v in variables):
-            variables.append(base)
-        node = variable(next(i for i, v in enumerate(variables) if v is base))
-    else:
-        node = _of_pieces(base, pieces, gathered, variables, numbers)
-    node = node if a == 1 else of_function(multiply, constant(a), node)
-    return node if b == 0 else of_function(add, node, constant(b))
-
-
-def _of_pieces(
-    base: Sum,
-    pieces: Sequence[Piece],
-    gathered: dict[Any, np.ndarray | None],
-    variables: list[Sum],
-    numbers: list[np.ndarray],
-) -> Node:
-    """A sum of pieces at the same sites, and of fields, as a function of sums of fields."""
-    terms = []
-    fields: dict[Part, Any] = {p: m for p, m in base.parts.items() if isinstance(p, Field)}
-    if fields:
-        terms.append(lifted(Sum(base.constant, fields), variables, numbers))
-    elif base.constant.any():
-        numbers.append(base.constant)
-        terms.append(number(len(numbers) - 1))
-    for piece in pieces:
-        below = [lifted(v, variables, numbers) for v in piece.variables]
-        node = piece.node.placed(below, len(numbers))
-        numbers.extend(piece.numbers)
-        coefficient = gathered[piece]
-        assert coefficient is not None
-        if (coefficient != 1).any():
-            numbers.append(coefficient)
-            node = of_function(multiply, number(len(numbers) - 1), node)
-        terms.append(node)
-    return functools.reduce(lambda x, y: of_function(add, x, y), terms)
-
-
-def _diagonal(map_: Any) -> np.ndarray | None:
-    """The factors of a map that leaves each site where it is; else None."""
-    if map_.shape[0] != map_.shape[1]:
-        return None
-    factors = map_.diagonal()
-    return factors if map_.count_nonzero() == np.count_nonzero(factors) else None
-
-
 def _aligned(value: Value, like: Signal) -> Sum:
     """A value as a sum over the sites of a signal, unit by unit."""
     if isinstance(value, Signal):
@@ -274,27 +205,6 @@ def _aligned(value: Value, like: Signal) -> Sum:
     if not isinstance(value, Weights):
         raise NoRule("a value is not known")
     return as_field(value, like.units)
-
-
-def as_field(weights: Weights, units: tuple[int, ...]) -> Sum:
-    """Weights as a sum over sites: independent for each unit, common to sites unless they vary."""
-    shape = weights.shape
-    if any(shape[i] > 1 and i not in weights.varying for i in units):
-        raise NoRule("parameters are shared by units")
-    site_shape = [n for i, n in enumerate(shape) if i not in units]
-    axes = [i for i in range(len(shape)) if i not in units]
-    sites = math.prod(site_shape)
-    _check_sites(sites)
-    marks = np.zeros(site_shape, int)
-    for place, i in enumerate(axes):
-        if i in weights.varying:
-            marks = marks * shape[i] + np.indices(site_shape)[place]
-    same = marks.reshape(-1, 1) == marks.reshape(1, -1)
-    constant_ = np.full(sites, weights.mean)
-    if not weights.variance:
-        return Sum(constant_, {})
-    field = Field(weights.variance * same, tie=weights.tie)
-    return Sum(constant_, {field: identity(sites)})
 
 
 def _of_weights(equation: Equation, values: Sequence[Value]) -> Value:
@@ -351,30 +261,6 @@ def moved(equation: Equation, values: Sequence[Value], shapes: Sequence[tuple[in
         raise NoRule("some units are taken apart from others")
     first = tuple(0 if i in units else slice(None) for i in range(site.ndim))
     return Signal(shapes[0], units, value.sum.taken(site[first].reshape(-1)))
-
-
-def move(equation: Equation, array: np.ndarray) -> np.ndarray:
-    """A primitive that moves elements, on a NumPy array."""
-    params = equation.params
-    match equation.primitive:
-        case "transpose":
-            return np.transpose(array, params["permutation"])
-        case "reshape":
-            return array.reshape(params["new_sizes"])
-        case "rev":
-            return np.flip(array, params["dimensions"])
-        case "squeeze":
-            return np.squeeze(array, tuple(params["dimensions"]))
-        case "expand_dims":
-            return np.expand_dims(array, tuple(params["dimensions"]))
-        case "broadcast_in_dim":
-            shape = [1] * len(params["shape"])
-            for axis, length in zip(params["broadcast_dimensions"], array.shape, strict=True):
-                shape[axis] = length
-            return np.broadcast_to(array.reshape(shape), params["shape"])
-        case _:
-            (out,) = equation.evaluate(array.astype(np.int32))
-            return np.asarray(out)
 
 
 # Sums and products -------------------------------------------------------------------------------
@@ -434,7 +320,7 @@ def dot_general(
     if isinstance(other, Known):
         rows = np.moveaxis(np.asarray(other.value, float), h_sum, range(-len(h_sum), 0))
         rows = rows.reshape(math.prod(rows.shape[: rows.ndim - len(h_sum)]), -1)
-        _check_sites(len(rows))
+        check_sites(len(rows))
         product = Product(
             None, (), rows.shape[1], units, weights.variance, weights.error, rows @ rows.T, size
         )
@@ -445,39 +331,6 @@ def dot_general(
         maps = patches(other, [i for i in h_sum if i not in other.units])
         product = fresh(other, maps, weights, units, size)
     return Signal(shapes[0], axes, made_by(product, weights))
-
-
-def patches(signal: Signal, over: Sequence[int]) -> tuple[Any, ...]:
-    """For each place along some axes of sites the map from all sites to those at that place."""
-    index = np.arange(signal.sum.sites).reshape(signal.site_shape)
-    axes = [signal.site_axes.index(i) for i in over]
-    _check_sites(index.size)
-    rows = np.moveaxis(index, axes, range(len(axes)))
-    rows = rows.reshape(math.prod(rows.shape[: len(axes)]), -1)
-    return tuple(selection(row, index.size) for row in rows)
-
-
-def fresh(
-    signal: Signal, maps: tuple[Any, ...], weights: Weights, units: int, size: int
-) -> Product:
-    """The product of weights with a signal at these places of its patches."""
-    _check_sites(signal.sum.sites)
-    second = _forcing.second_moments(signal.sum)
-    gram = signal.width * sum(map_ @ second @ map_.T for map_ in maps)
-    return Product(
-        signal.sum, maps, signal.width, units, weights.variance, weights.error, gram, size
-    )
-
-
-def made_by(product: Product, weights: Weights) -> Sum:
-    """The sum that a product makes: a field."""
-    field = Field(product.variance * product.gram, product=product, tie=weights.tie)
-    return Sum.of(field, len(product.gram))
-
-
-def _check_sites(sites: int) -> None:
-    if sites > MOST_SITES:
-        raise NoRule(f"{sites} sites, more than {MOST_SITES}, whose pairs would have to be kept")
 
 
 RULES: dict[str, Rule] = {

@@ -23,6 +23,7 @@ from gradflow._unit_distributions import Shifted
 from gradflow.activations import Activation
 from gradflow.inspection import _forcing, _rules
 from gradflow.inspection._activations import activation_of
+from gradflow.inspection._building import lifted
 from gradflow.inspection._laws import Law
 from gradflow.inspection._layers import Layer
 from gradflow.inspection._reading import Program
@@ -292,7 +293,7 @@ def _activation(value: Value, z: Signal) -> Activation | None:
         return activations.linear
     variables: list[Sum] = []
     numbers: list[np.ndarray] = []
-    node = _rules.lifted(value.sum, variables, numbers)
+    node = lifted(value.sum, variables, numbers)
     base, a, b = z.sum.affine
     if variables != [base] or a != 1 or b or any(np.ptp(x) for x in numbers):
         return None
