@@ -1,0 +1,1 @@
+"""Any JAX model, read as it is: measured, predicted, and mended."""
