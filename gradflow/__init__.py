@@ -19,6 +19,7 @@ theory             predictions for wide networks, layer by layer, without sampli
 simulation         the same statistics, measured in many random networks at once
 verdict            whether gradients vanish or explode, in words and as a factor a layer
 comparison         theory beside simulation: z-scores and a verdict
+inspection         any JAX model, read as it is: measured, predicted and mended
 training           many networks in training, with the statistics of every layer along the way
 data               inputs that are made, read or real, and real ones with labels, to train on
 figures            one function a figure
@@ -45,6 +46,7 @@ if TYPE_CHECKING:
     from gradflow.comparison import compare as compare
     from gradflow.ensembles import Ensemble as Ensemble
     from gradflow.errors import InputError as InputError
+    from gradflow.inspection.watch import watch as watch
     from gradflow.networks import Network as Network
     from gradflow.networks import Stage as Stage
     from gradflow.simulation.monte_carlo import simulate as simulate
@@ -90,6 +92,7 @@ _MODULES = {
     "simulate": "simulation.monte_carlo",
     "stack": "builders",
     "train": "training.train",
+    "watch": "inspection.watch",
 }
 __all__ = list(_MODULES)
 
