@@ -2,15 +2,15 @@
 
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from gradflow.inspection import _forcing
-from gradflow.inspection._reading import Equation
 from gradflow.inspection._values import (
     Field,
+    Map,
     Node,
     NoRule,
     Part,
@@ -29,7 +29,7 @@ from gradflow.inspection._values import (
     variable,
 )
 
-__all__ = ["as_field", "check_sites", "fresh", "lifted", "made_by", "move", "patches", "piece_of"]
+__all__ = ["as_field", "check_sites", "fresh", "lifted", "made_by", "patches", "piece_of"]
 
 # Second moments are kept of all pairs of sites.
 MOST_SITES = 2048
@@ -53,7 +53,9 @@ def lifted(sum_: Sum, variables: list[Sum], numbers: list[np.ndarray]) -> Node:
     if not base.parts:
         numbers.append(sum_.constant)
         return number(len(numbers) - 1)
-    gathered = {part: _diagonal(map_) for part, map_ in base.parts.items()}
+    gathered = {
+        part: _selected(map_) for part, map_ in base.parts.items() if isinstance(part, Piece)
+    }
     pieces = [part for part in base.parts if isinstance(part, Piece)]
     if not pieces or any(gathered[part] is None for part in pieces):
         if not any(base is v for v in variables):
@@ -68,11 +70,11 @@ def lifted(sum_: Sum, variables: list[Sum], numbers: list[np.ndarray]) -> Node:
 def _of_pieces(
     base: Sum,
     pieces: Sequence[Piece],
-    gathered: dict[Any, np.ndarray | None],
+    gathered: Mapping[Any, tuple[np.ndarray, np.ndarray] | None],
     variables: list[Sum],
     numbers: list[np.ndarray],
 ) -> Node:
-    """A sum of pieces at the same sites, and of fields, as a function of sums of fields."""
+    """A sum of pieces, each at one site, and of fields, as a function of sums of fields."""
     terms = []
     fields: dict[Part, Any] = {p: m for p, m in base.parts.items() if isinstance(p, Field)}
     if fields:
@@ -81,11 +83,12 @@ def _of_pieces(
         numbers.append(base.constant)
         terms.append(number(len(numbers) - 1))
     for piece in pieces:
-        below = [lifted(v, variables, numbers) for v in piece.variables]
+        found = gathered[piece]
+        assert found is not None
+        coefficient, sites = found
+        below = [lifted(_taken(v, sites), variables, numbers) for v in piece.variables]
         node = piece.node.placed(below, len(numbers))
-        numbers.extend(piece.numbers)
-        coefficient = gathered[piece]
-        assert coefficient is not None
+        numbers.extend(x[sites] for x in piece.numbers)
         if (coefficient != 1).any():
             numbers.append(coefficient)
             node = of_function(multiply, number(len(numbers) - 1), node)
@@ -93,12 +96,32 @@ def _of_pieces(
     return functools.reduce(lambda x, y: of_function(add, x, y), terms)
 
 
-def _diagonal(map_: Any) -> np.ndarray | None:
-    """The factors of a map that leaves each site where it is; else None."""
-    if map_.shape[0] != map_.shape[1]:
+def _selected(map_: Map) -> tuple[np.ndarray, np.ndarray] | None:
+    """The factor and the site of a map that takes each of its rows from one site; else None."""
+    map_ = map_.copy()
+    map_.eliminate_zeros()
+    count = np.diff(map_.indptr)
+    if (count > 1).any():
         return None
-    factors = map_.diagonal()
-    return factors if map_.count_nonzero() == np.count_nonzero(factors) else None
+    rows = np.flatnonzero(count)
+    factors, sites = np.zeros(len(count)), np.zeros(len(count), int)
+    factors[rows], sites[rows] = map_.data, map_.indices
+    if map_.shape[0] == map_.shape[1] and (sites == np.arange(len(count)))[rows].all():
+        sites = np.arange(len(count))
+    return factors, sites
+
+
+def _taken(sum_: Sum, sites: np.ndarray) -> Sum:
+    """A sum at some sites, the same object for the same sites."""
+    copies = sum_.__dict__.setdefault("taken", {})
+    key = sites.tobytes()
+    if key not in copies:
+        base, a, b = sum_.affine
+        made = sum_.taken(sites)
+        if base is not sum_ and made is not sum_:
+            made = Sum(made.constant, made.parts, (_taken(base, sites), a, b))
+        copies[key] = made
+    return copies[key]
 
 
 def as_field(weights: Weights, units: tuple[int, ...]) -> Sum:
@@ -120,30 +143,6 @@ def as_field(weights: Weights, units: tuple[int, ...]) -> Sum:
         return Sum(constant_, {})
     field = Field(weights.variance * same, tie=weights.tie)
     return Sum(constant_, {field: identity(sites)})
-
-
-def move(equation: Equation, array: np.ndarray) -> np.ndarray:
-    """A primitive that moves elements, on a NumPy array."""
-    params = equation.params
-    match equation.primitive:
-        case "transpose":
-            return np.transpose(array, params["permutation"])
-        case "reshape":
-            return array.reshape(params["new_sizes"])
-        case "rev":
-            return np.flip(array, params["dimensions"])
-        case "squeeze":
-            return np.squeeze(array, tuple(params["dimensions"]))
-        case "expand_dims":
-            return np.expand_dims(array, tuple(params["dimensions"]))
-        case "broadcast_in_dim":
-            shape = [1] * len(params["shape"])
-            for axis, length in zip(params["broadcast_dimensions"], array.shape, strict=True):
-                shape[axis] = length
-            return np.broadcast_to(array.reshape(shape), params["shape"])
-        case _:
-            (out,) = equation.evaluate(array.astype(np.int32))
-            return np.asarray(out)
 
 
 def patches(signal: Signal, over: Sequence[int]) -> tuple[Any, ...]:

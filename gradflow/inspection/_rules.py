@@ -16,13 +16,15 @@ import jax.numpy as jnp
 import numpy as np
 
 from gradflow.inspection import _forcing
+from gradflow.inspection import _rules_compound as compound
+from gradflow.inspection import _rules_moving as moving
+from gradflow.inspection import _rules_windows as windows
 from gradflow.inspection._building import (
     as_field,
     check_sites,
     fresh,
     lifted,
     made_by,
-    move,
     patches,
     piece_of,
 )
@@ -53,11 +55,17 @@ def apply(
     for value in values:
         if isinstance(value, Unknown):
             return [value] * len(shapes)
+    where = equation.path or "the model"
+    try:
+        made = compound.through(apply, equation, values, shapes)
+    except NoRule as reason:
+        made = Unknown(f"theory ends at {where}: `{equation.primitive}`, {reason}")
+    if made is not None:
+        return made if isinstance(made, list) else [made] * len(shapes)
     if all(isinstance(value, Known) for value in values):
         out: Any = _evaluated(equation, [v.value for v in values if isinstance(v, Known)])
         return [Known(array) for array in out]
     rule = RULES.get(equation.primitive)
-    where = equation.path or "the model"
     if rule is None:
         return [Unknown(f"theory ends at {where}: no rule for `{equation.primitive}`")] * len(
             shapes
@@ -225,44 +233,6 @@ def _of_weights(equation: Equation, values: Sequence[Value]) -> Value:
     raise NoRule("a function of parameters")
 
 
-# Moving elements ---------------------------------------------------------------------------------
-
-
-def moved(equation: Equation, values: Sequence[Value], shapes: Sequence[tuple[int, ...]]) -> Value:
-    """Primitives that move elements, repeat them or leave some out, and compute nothing."""
-    value = values[0]
-    if isinstance(value, Weights):
-        axes = [i for i, n in enumerate(value.shape) if n > 1]
-        marks = np.stack([np.indices(value.shape, sparse=True)[i] + np.zeros(value.shape, int)
-                          for i in axes] or [np.zeros(value.shape, int)])  # fmt: skip
-        own = [n for n, i in enumerate(axes) if i in value.varying]
-        code = np.zeros(value.shape, np.int64)
-        for n in own:
-            code = code * value.shape[axes[n]] + marks[n]
-        after = move(equation, code)
-        varying = frozenset(i for i in range(after.ndim) if (np.diff(after, axis=i) != 0).any())
-        if math.prod(after.shape[i] for i in varying) != len(np.unique(after)):
-            raise NoRule("parameters are repeated")
-        return dataclasses.replace(value, shape=after.shape, varying=varying)
-    assert isinstance(value, Signal)
-    index = [np.arange(n) for n in value.shape]
-    unit = np.zeros(value.shape, np.int64)
-    site = np.zeros(value.shape, np.int64)
-    for i, along in enumerate(np.ix_(*index)):
-        if i in value.units:
-            unit = unit * value.shape[i] + along
-        else:
-            site = site * value.shape[i] + along
-    unit, site = move(equation, unit), move(equation, site)
-    units = tuple(i for i in range(unit.ndim) if (np.diff(unit, axis=i) != 0).any())
-    if any((np.diff(site, axis=i) != 0).any() for i in units):
-        raise NoRule("units and sites are mixed")
-    if math.prod(unit.shape[i] for i in units) != value.width:
-        raise NoRule("some units are taken apart from others")
-    first = tuple(0 if i in units else slice(None) for i in range(site.ndim))
-    return Signal(shapes[0], units, value.sum.taken(site[first].reshape(-1)))
-
-
 # Sums and products -------------------------------------------------------------------------------
 
 
@@ -335,9 +305,21 @@ def dot_general(
 
 RULES: dict[str, Rule] = {
     **dict.fromkeys(ELEMENTWISE, elementwise),
-    **dict.fromkeys(SHAPES, moved),
+    **dict.fromkeys((*SHAPES, "dynamic_slice", "pad", "slice"), moving.moved),
     "custom_jvp_call": custom,
     "custom_vjp_call": custom,
+    "concatenate": moving.concatenate,
+    "conv_general_dilated": windows.convolution,
+    "cumsum": windows.cumulative_sum,
     "dot_general": dot_general,
+    "gather": moving.gather,
+    "reduce_max": windows.largest,
+    "reduce_min": windows.largest,
     "reduce_sum": reduce_sum,
+    "reduce_window_max": windows.window_largest,
+    "reduce_window_min": windows.window_largest,
+    "reduce_window_sum": windows.window_sum,
+    "split": moving.split,
+    "stack": moving.stack,
+    "unstack": moving.unstack,
 }

@@ -23,7 +23,19 @@ import numpy as np
 from scipy import sparse
 
 __all__ = ["Field", "Known", "NoRule", "Node", "Part", "Piece", "Product", "Signal", "Sum", "Value"]
-__all__ += ["Factor", "Unknown", "Weights", "add", "constant", "factors", "identity", "multiply"]
+__all__ += [
+    "Factor",
+    "Flattened",
+    "Groups",
+    "Noise",
+    "Unknown",
+    "Weights",
+    "add",
+    "constant",
+    "factors",
+    "identity",
+    "multiply",
+]
 __all__ += ["number", "of_function", "selection", "variable"]
 
 _serial = itertools.count()
@@ -97,6 +109,8 @@ class Field:
         The product that made it; None of a bias.
     tie
         As in `Weights`.
+    origin
+        Of a field that is some of another's units: which.
     """
 
     def __init__(
@@ -106,14 +120,35 @@ class Field:
         gaussian: bool = True,
         product: "Product | None" = None,
         tie: tuple[Any, ...] = (),
+        origin: "Origin | None" = None,
     ) -> None:
         self.covariance, self.gaussian, self.product, self.tie = covariance, gaussian, product, tie
+        self.origin = origin
         self.serial = next(_serial)
 
     @property
     def fields(self) -> frozenset["Field"]:
         """The fields that it is a function of: itself."""
         return frozenset((self,))
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Origin:
+    """Where a field of some units of another comes from.
+
+    Attributes
+    ----------
+    field
+        The other.
+    share
+        Which part of its units each of these sites has.
+    maps
+        From sites of the other, for each set of units that are independent of all others.
+    """
+
+    field: Field
+    share: float
+    maps: tuple[Map, ...]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -391,6 +426,8 @@ class Sum:
     def mapped(self, map_: Map) -> "Sum":
         """Linear functions of its sites."""
         parts = {part: sparse.csr_array(map_ @ own) for part, own in self.parts.items()}
+        # A sum over steps of which one step is taken is that step.
+        parts = {part: own for part, own in parts.items() if own.count_nonzero()}
         return Sum(map_ @ self.constant, parts)
 
     def taken(self, sites: np.ndarray) -> "Sum":
@@ -463,4 +500,77 @@ class Signal:
         return flat[:, 0].astype(float)
 
 
-Value: TypeAlias = Known | Weights | Signal | Unknown
+@dataclasses.dataclass(frozen=True)
+class Groups:
+    """Signals side by side along an axis of units, each with a law of its own.
+
+    Attributes
+    ----------
+    shape
+        Its shape.
+    axis
+        The axis of units.
+    parts
+        In order along it; alike in shape but for this axis.
+    """
+
+    shape: tuple[int, ...]
+    axis: int
+    parts: tuple[Signal, ...]
+
+    @property
+    def ends(self) -> tuple[int, ...]:
+        """Where parts begin and end along the axis: one more than there are parts."""
+        return (0, *itertools.accumulate(part.shape[self.axis] for part in self.parts))
+
+
+@dataclasses.dataclass(frozen=True)
+class Flattened:
+    """A signal of which some neighbouring axes, of sites and of units, have become one.
+
+    Attributes
+    ----------
+    shape
+        Its shape.
+    axis
+        The axis that was several.
+    signal
+        As it was: axes from ``axis`` on, as many as it has more, are those.
+    """
+
+    shape: tuple[int, ...]
+    axis: int
+    signal: Signal
+
+
+@dataclasses.dataclass(frozen=True)
+class Noise:
+    """Random numbers that are drawn anew for each network and are no parameters; or a key.
+
+    Attributes
+    ----------
+    shape
+        Its shape; along axes that are not in ``varying`` they are the same.
+    varying
+        Axes along which they are independent.
+    values
+        Equally likely values of each; None of a key.
+    tie
+        The draw that it comes from.
+    """
+
+    shape: tuple[int, ...]
+    varying: frozenset[int]
+    values: np.ndarray | None
+    tie: int
+
+    @property
+    def weights(self) -> Weights:
+        """The same as `Weights`: mean and variance of independent entries."""
+        if self.values is None:
+            raise NoRule("a random key")
+        mean, variance = float(self.values.mean()), float(self.values.var())
+        return Weights(self.shape, self.varying, mean, variance, 0.0, False, ("noise", self.tie))
+
+
+Value: TypeAlias = Known | Weights | Signal | Groups | Flattened | Noise | Unknown
