@@ -141,7 +141,9 @@ def as_field(weights: Weights, units: tuple[int, ...]) -> Sum:
     constant_ = np.full(sites, weights.mean)
     if not weights.variance:
         return Sum(constant_, {})
-    field = Field(weights.variance * same, tie=weights.tie)
+    # A bias is a small part of what it is added to; a mask is not.
+    gaussian = weights.tie[0] != "noise"
+    field = Field(weights.variance * same, gaussian=gaussian, tie=weights.tie)
     return Sum(constant_, {field: identity(sites)})
 
 

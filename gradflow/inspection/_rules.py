@@ -57,11 +57,12 @@ def apply(
             return [value] * len(shapes)
     where = equation.path or "the model"
     try:
-        made = compound.through(apply, equation, values, shapes)
+        several = compound.through(apply, equation, values, shapes)
     except NoRule as reason:
-        made = Unknown(f"theory ends at {where}: `{equation.primitive}`, {reason}")
-    if made is not None:
-        return made if isinstance(made, list) else [made] * len(shapes)
+        several = [Unknown(f"theory ends at {where}: `{equation.primitive}`, {reason}")]
+        several *= len(shapes)
+    if several is not None:
+        return several
     if all(isinstance(value, Known) for value in values):
         out: Any = _evaluated(equation, [v.value for v in values if isinstance(v, Known)])
         return [Known(array) for array in out]
@@ -169,10 +170,12 @@ def spread(value: Value, shape: tuple[int, ...]) -> Value:
         return value
     if isinstance(value, Known):
         return Known(np.broadcast_to(value.value, shape), value.literal)
-    if value.shape == shape or not value.shape:
+    if value.shape in (shape, ()):
         return value
     if isinstance(value, Weights):
         return dataclasses.replace(value, shape=shape)
+    if not isinstance(value, Signal):
+        raise NoRule("a value is not known")
     if any(value.shape[i] != shape[i] for i in value.units):
         raise NoRule("one unit meets many")
     index = np.arange(value.sum.sites).reshape(
@@ -188,6 +191,12 @@ def _linear(name: str, sums: Sequence[Sum], literal: Sequence[bool]) -> Sum | No
         return sums[0]
     if name == "neg":
         return sums[0].scaled(np.array(-1.0), literal=True)
+    if name == "select_n" and len(sums) == 3 and not sums[0].parts:
+        chosen = sums[0].constant != 0
+        no, yes = (s.scaled(by) for s, by in zip(sums[1:], (~chosen, chosen), strict=True))
+        # What is not chosen may be infinite.
+        made = no.plus(yes)
+        return Sum(np.where(chosen, sums[2].constant, sums[1].constant), made.parts)
     if name not in ("add", "add_any", "sub", "mul", "div"):
         return None
     one, two = sums

@@ -96,7 +96,7 @@ def move(equation: Equation, others: Sequence[np.ndarray], array: np.ndarray) ->
 
 
 def rearranged(value: Value, move: Move, shape: tuple[int, ...], fill: float = 0.0) -> Value:
-    """A value whose elements are moved as those of an array of numbers, from 1 on; 0 is ``fill``."""
+    """A value whose elements are moved as those of an array of numbers from 1 on; 0 is filled."""
     if isinstance(value, Weights):
         return _moved_weights(value, move)
     if isinstance(value, Noise):
@@ -153,7 +153,7 @@ def _varies(numbers: np.ndarray, axis: int) -> bool:
 
 
 def _flattening(value: Signal, shape: tuple[int, ...]) -> int | None:
-    """The axis that a reshape makes of neighbouring axes of sites and units; None if it does not."""
+    """The axis that a reshape makes of neighbouring axes of sites and units, if it does."""
     gone = len(value.shape) - len(shape)
     if gone < 1:
         return None

@@ -23,19 +23,8 @@ import numpy as np
 from scipy import sparse
 
 __all__ = ["Field", "Known", "NoRule", "Node", "Part", "Piece", "Product", "Signal", "Sum", "Value"]
-__all__ += [
-    "Factor",
-    "Flattened",
-    "Groups",
-    "Noise",
-    "Unknown",
-    "Weights",
-    "add",
-    "constant",
-    "factors",
-    "identity",
-    "multiply",
-]
+__all__ += ["Factor", "Flattened", "Groups", "Map", "Noise", "Origin", "Unknown", "Weights", "add"]
+__all__ += ["constant", "factors", "identity", "multiply"]
 __all__ += ["number", "of_function", "selection", "variable"]
 
 _serial = itertools.count()

@@ -30,6 +30,7 @@ from gradflow.inspection._reading import Program
 from gradflow.inspection._values import (
     Field,
     Known,
+    Noise,
     NoRule,
     Signal,
     Sum,
@@ -121,6 +122,9 @@ def _upwards(
             values.update((i, Known(_array(v))) for i, v in zip(numbers, given[name], strict=True))
         elif name == "parameters":
             values.update((i, _parameter(program, i, laws)) for i in numbers)
+        elif name == "key":
+            keys = (Noise(tuple(program.avals[i].shape), frozenset(), None, -1) for i in numbers)
+            values.update(zip(numbers, keys, strict=True))
         else:
             values.update((i, Unknown(f"theory ends at what depends on {name}")) for i in numbers)
     for equation in program.equations:
@@ -188,10 +192,13 @@ def _downwards(
             why.update((n, reason) for n in _below(program, layers, output))
     while pending:
         _, field = heapq.heappop(pending)
-        product = field.product
+        product, gradient = field.product, found[field]
+        if field.origin is not None:
+            origin = field.origin
+            matrix = origin.share * sum(map_.T @ gradient.matrix @ map_ for map_ in origin.maps)
+            _add(found, pending, origin.field, _Gradient.of(matrix, gradient.log))
         if product is None or product.source is None:
             continue
-        gradient = found[field]
         scale = product.variance * product.units
         matrix = scale * sum(map_.T @ gradient.matrix @ map_ for map_ in product.maps)
         reason = _spread(found, pending, product.source, _Gradient.of(matrix, gradient.log))
@@ -225,15 +232,20 @@ def _spread(
                     assert isinstance(field, Field)
                     below = of_one.parts[field].T @ inner @ of_other.parts[field]
                     below = below if one is other else below + below.T
-                    new = _Gradient.of(below, at.log)
-                    if field in found:
-                        found[field] = found[field].plus(new)
-                    else:
-                        found[field] = new
-                        heapq.heappush(pending, (-field.serial, field))
+                    _add(found, pending, field, _Gradient.of(below, at.log))
     except NoRule as reason:
         return f"theory of gradients ends: {reason}"
     return ""
+
+
+def _add(
+    found: dict[Field, _Gradient], pending: list[tuple[int, Field]], field: Field, new: _Gradient
+) -> None:
+    if field in found:
+        found[field] = found[field].plus(new)
+    else:
+        found[field] = new
+        heapq.heappush(pending, (-field.serial, field))
 
 
 def _fields(value: Value) -> frozenset[Field]:
@@ -324,25 +336,25 @@ def _backward_limit(
     """The limit of the gradient at a layer, or the reason why there is none."""
     layer = layers[place]
     own = _own(values, layer)
-    if own is None:
+    if not own:
         value = values[layer.product]
         return value.reason if isinstance(value, Unknown) else "not random"
-    gradient = gradients.get(own)
-    product = own.product
-    assert product is not None
+    gradient = gradients.get(own[0])
+    products = [field.product for field in own if field.product is not None]
     if gradient is None:
         return "the outputs do not depend on it"
     outputs = [v for v in (values[o] for o in program.outputs) if isinstance(v, Signal)]
     top = sum(v.sum.sites for v in outputs)
     with np.errstate(divide="ignore"):
         log_variance = np.log(np.diagonal(gradient.matrix)) + gradient.log
-        weight = float((gradient.matrix * product.gram).sum()) * product.units / product.weights
+        weight = sum(float((gradient.matrix * p.gram).sum()) * p.units for p in products)
+        weight /= sum(p.weights for p in products)
         log_weight = math.log(weight) + gradient.log - 2 * math.log(top)
     above = getattr(layer, "above", None)
     ratio = np.full_like(log_variance, np.nan)
     if above is not None:
-        next_field = _own(values, layers[above])
-        upper = gradients.get(next_field) if next_field is not None else None
+        next_fields = _own(values, layers[above])
+        upper = gradients.get(next_fields[0]) if next_fields else None
         if upper is not None:
             log_upper = np.log(np.diagonal(upper.matrix)) + upper.log
             if log_upper.shape == log_variance.shape:
@@ -354,18 +366,17 @@ def _backward_limit(
             "log_variance": log_variance,
             "log_ratio": ratio,
             "log_weight_variance": np.asarray(log_weight),
-            "width": np.asarray(float(product.units)),
+            "width": np.asarray(float(products[0].units)),
         }
     )
 
 
-def _own(values: Mapping[int, Value], layer: Layer) -> Field | None:
-    """The field that a layer's product made."""
+def _own(values: Mapping[int, Value], layer: Layer) -> list[Field]:
+    """The fields that a layer's product made: one for each group of the units that it summed."""
     value = values[layer.product]
-    if not isinstance(value, Signal) or len(value.sum.parts) != 1:
-        return None
-    (part,) = value.sum.parts
-    return part if isinstance(part, Field) and part.product is not None else None
+    parts = list(value.sum.parts) if isinstance(value, Signal) else []
+    fields = [p for p in parts if isinstance(p, Field) and p.product is not None]
+    return fields if len(fields) == len(parts) else []
 
 
 def _log_mean(log: np.ndarray) -> float:
