@@ -113,7 +113,7 @@ def _selected(map_: Map) -> tuple[np.ndarray, np.ndarray] | None:
 
 def _taken(sum_: Sum, sites: np.ndarray) -> Sum:
     """A sum at some sites, the same object for the same sites."""
-    copies = sum_.__dict__.setdefault("taken", {})
+    copies = sum_.__dict__.setdefault("of_sites", {})
     key = sites.tobytes()
     if key not in copies:
         base, a, b = sum_.affine

@@ -305,8 +305,12 @@ def dot_general(
         )
     else:
         assert isinstance(other, Signal)
-        if not set(other.units) <= set(h_sum):
-            raise NoRule("a product over sites, with units that are not summed")
+        summed = [i for i in other.units if i in h_sum]
+        if not summed and other.width > 1:
+            return windows.over_sites(
+                other, h_sum, weights, shapes[0], axes if place[1] else axes[: rank - free]
+            )
+        other = moving.units_as_sites(other, summed)
         maps = patches(other, [i for i in h_sum if i not in other.units])
         product = fresh(other, maps, weights, units, size)
     return Signal(shapes[0], axes, made_by(product, weights))

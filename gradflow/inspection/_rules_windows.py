@@ -24,7 +24,8 @@ from gradflow.inspection._values import (
     selection,
 )
 
-__all__ = ["convolution", "cumulative_sum", "largest", "window_largest", "window_sum"]
+__all__ = ["convolution", "cumulative_sum", "largest", "over_sites", "window_largest"]
+__all__ += ["window_sum"]
 
 # A function of more sites than these has no average here.
 _MOST_COMPARED = 64
@@ -132,6 +133,57 @@ def convolution(
         for part in made.parts:
             part.gaussian = False  # type: ignore[union-attr]
     return Signal(shapes[0], (out_feature,), made)
+
+
+class _OverSites(Product):
+    """A product over an axis of sites: ``maps`` is one pair, from and to (others, axis)."""
+
+    def down(self, gradient: np.ndarray) -> np.ndarray:
+        below, above = self.maps
+        others, axis = below.shape[0] // self.fan_in, self.fan_in
+        moved = np.asarray(above @ gradient @ above.T)
+        at = moved.reshape(others, len(moved) // others, others, -1)
+        same = np.einsum("imjm->ij", at)
+        whole = np.kron(same, np.eye(axis))
+        return np.asarray(self.variance * below.T @ whole @ below)
+
+
+def over_sites(
+    signal: Signal,
+    summed: Sequence[int],
+    weights: Weights,
+    shape: tuple[int, ...],
+    new: Sequence[int],
+) -> Signal:
+    """A product over axes of sites, the same for all units, as that of a mixer's tokens.
+
+    Where many sites are summed, each output has K'[(i, m), (j, n)] = δ_mn variance Σ_p K[ip, jp].
+    """
+    index = np.arange(signal.sum.sites).reshape(signal.site_shape)
+    over = [signal.site_axes.index(i) for i in summed]
+    fan_in = math.prod(signal.shape[i] for i in summed)
+    rows = np.moveaxis(index, over, range(index.ndim - len(over), index.ndim)).reshape(-1)
+    below = selection(rows, signal.sum.sites)
+    others = signal.sum.sites // fan_in
+    many = math.prod(shape[i] for i in new)
+    # The output's axes: those that are left in order, and the new ones.
+    left = [i for i in range(len(signal.shape)) if i not in summed]
+    place = [i for i in range(len(shape)) if i not in new]
+    units = tuple(p for p, i in zip(place, left, strict=True) if i in signal.units)
+    kept = [p for p in place if p not in units]
+    sites = np.arange(others * many).reshape([shape[i] for i in (*kept, *new)])
+    order = sorted(range(len(kept) + len(new)), key=[*kept, *new].__getitem__)
+    to = np.transpose(sites, order).reshape(-1)
+    above = selection(to, others * many).T.tocsr()
+    check_sites(max(len(to), signal.sum.sites))
+    second = below @ _forcing.second_moments(signal.sum) @ below.T
+    same = np.einsum("ipjp->ij", np.asarray(second).reshape(others, fan_in, others, fan_in))
+    gram = above.T @ np.kron(same, np.eye(many)) @ above
+    product = _OverSites(
+        signal.sum, (below, above), fan_in, signal.width, weights.variance, weights.error,
+        np.asarray(gram), math.prod(weights.shape),
+    )  # fmt: skip
+    return Signal(shape, units, made_by(product, weights))
 
 
 def _shape(value: Value) -> tuple[int, ...]:

@@ -175,6 +175,11 @@ class Product:
     gram: np.ndarray
     weights: int
 
+    def down(self, gradient: np.ndarray) -> np.ndarray:
+        """Second moments over sites of the gradient at the source, from those at the product."""
+        total = sum(map_.T @ gradient @ map_ for map_ in self.maps)
+        return np.asarray(self.variance * self.units * total)
+
 
 class Node:
     """An elementwise function of variables and of numbers for each site, as a tree.

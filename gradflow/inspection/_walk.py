@@ -119,7 +119,10 @@ def _upwards(
     given = {"inputs": inputs, "state": state or ()}
     for name, numbers in program.arguments.items():
         if name in given and len(given[name]) == len(numbers):
-            values.update((i, Known(_array(v))) for i, v in zip(numbers, given[name], strict=True))
+            arrays = [_array(v) for v in given[name]]
+            for i, array in zip(numbers, arrays, strict=True):
+                kind = program.avals[i].dtype
+                values[i] = Known(array.astype(kind) if np.issubdtype(kind, np.integer) else array)
         elif name == "parameters":
             values.update((i, _parameter(program, i, laws)) for i in numbers)
         elif name == "key":
@@ -199,8 +202,7 @@ def _downwards(
             _add(found, pending, origin.field, _Gradient.of(matrix, gradient.log))
         if product is None or product.source is None:
             continue
-        scale = product.variance * product.units
-        matrix = scale * sum(map_.T @ gradient.matrix @ map_ for map_ in product.maps)
+        matrix = product.down(gradient.matrix)
         reason = _spread(found, pending, product.source, _Gradient.of(matrix, gradient.log))
         if reason:
             fields = product.source.fields
