@@ -57,9 +57,12 @@ def sampled(program, found, shapes, x):
         a = jnp.moveaxis(a, units, range(-len(units), 0))
         return jnp.mean(a**2, axis=tuple(range(-len(units), 0))).reshape(-1)
 
+    def draw(key, shape):
+        return jax.random.normal(key, shape, jnp.float32)
+
     def one(key):
         keys = jax.random.split(key, len(shapes) + 2)
-        drawn = [jax.random.normal(k, s) * v**0.5 for k, (s, v) in zip(keys, shapes, strict=False)]
+        drawn = [draw(k, s) * v**0.5 for k, (s, v) in zip(keys, shapes, strict=False)]
         given = {
             **dict(zip(program.arguments["parameters"], drawn, strict=True)),
             program.arguments["key"][0]: keys[-1],
@@ -77,9 +80,9 @@ def sampled(program, found, shapes, x):
                     values[number] = value
             return values[program.outputs[0]], zs
 
-        zero = [jnp.zeros(program.avals[layer.product].shape) for layer in found]
+        zero = [jnp.zeros(program.avals[layer.product].shape, jnp.float32) for layer in found]
         out, pull, zs = jax.vjp(run, zero, has_aux=True)
-        (by_z,) = pull(jax.random.normal(keys[-2], out.shape))
+        (by_z,) = pull(draw(keys[-2], out.shape))
         return [
             (second(z, layer.units), second(d, layer.units))
             for z, d, layer in zip(zs, by_z, found, strict=True)
@@ -106,7 +109,9 @@ def strides_and_dilation(p, key, x):
     del key
     h = RELU(conv(x, p[0]))
     h = RELU(conv(h, p[1], (2, 2)))
-    h = RELU(jax.lax.conv_transpose(h, p[2], (2, 2), dimension_numbers=("NHWC", "HWIO", "NHWC")))
+    h = RELU(
+        jax.lax.conv_transpose(h, p[2], (2, 2), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
+    )
     return conv(h, p[3], rhs_dilation=(2, 2))
 
 
@@ -200,7 +205,7 @@ def test_signals_and_gradients_are_those_of_random_networks(f):
         for expected, values in zip(limit, map(np.asarray, drawn), strict=True):
             error = values.std(axis=0) / NETWORKS**0.5
             off = abs(values.mean(axis=0) - expected) - 4 / WIDTH * expected
-            assert (off < 4.5 * error).all(), (layer.name, (off / error).max())
+            assert (off <= 4.5 * error).all(), layer.name
 
 
 @pytest.mark.medium
