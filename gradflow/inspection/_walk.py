@@ -141,7 +141,7 @@ def _parameter(program: Program, number: int, laws: Mapping[int, Law]) -> Value:
     if law.values is not None:
         return Known(np.broadcast_to(law.values, shape))
     error = law.standard_error / law.variance if law.variance else 0.0
-    axes = frozenset(range(len(shape)))
+    axes = frozenset(i for i, n in enumerate(shape) if n > 1)
     return Weights(shape, axes, law.mean, law.variance, error, law.gaussian, (number,))
 
 
