@@ -23,6 +23,7 @@ from gradflow.inspection._values import (
     Piece,
     Sum,
     factors,
+    independent,
 )
 from gradflow.kernels import Gaussian, Kernel
 
@@ -54,21 +55,24 @@ def mean(sum_: Sum) -> np.ndarray:
 def second_moments(sum_: Sum) -> np.ndarray:
     """E of the products of a unit at all pairs of sites, (sites, sites)."""
     known = sum_.__dict__.get("second")
-    if known is not None:
-        return known
-    c = sum_.constant
-    out = np.zeros((sum_.sites, sum_.sites))
-    if c.any():
-        m = mean(sum_)
-        out += np.outer(m, c) + np.outer(c, m) - np.outer(c, c)
-    parts = list(sum_.parts.items())
-    for i, (p, left) in enumerate(parts):
-        for q, right in parts[: i + 1]:
+    if known is None:
+        known = sum_.__dict__["second"] = _products(sum_, sum_)
+    return known
+
+
+def _products(one: Sum, other: Sum) -> np.ndarray:
+    """E of the products of a unit of one sum with that of another, (sites, sites)."""
+    out = np.zeros((one.sites, other.sites))
+    if one.constant.any() or other.constant.any():
+        c, d = one.constant, other.constant
+        out += np.outer(mean(one), d) + np.outer(c, mean(other)) - np.outer(c, d)
+    others = list(other.parts.items())
+    for i, (p, left) in enumerate(one.parts.items()):
+        for q, right in others[: i + 1] if one is other else others:
             joint = together(Term(p, None), Term(q, None))
             if joint is not None:
                 both = left @ joint @ right.T
-                out += both if p is q else both + both.T
-    sum_.__dict__["second"] = out
+                out += both + both.T if one is other and p is not q else both
     return out
 
 
@@ -76,10 +80,26 @@ def covariance(one: Sum, other: Sum) -> np.ndarray:
     """The covariance of two sums of fields, (sites, sites)."""
     out = np.zeros((one.sites, other.sites))
     for field, left in one.parts.items():
+        assert isinstance(field, Field)
         if field in other.parts:
-            assert isinstance(field, Field)
             out += left @ field.covariance @ other.parts[field].T
+        for tied in field.tied & other.fields:
+            out += left @ _tied(field, tied) @ other.parts[tied].T
     return out
+
+
+def _tied(one: Field, other: Field) -> np.ndarray:
+    """The covariance of what the same weights make of two signals: variance · fan_in · E[h g]."""
+    p, q = one.product, other.product
+    assert p is not None
+    assert q is not None
+    if p.source is not None and q.source is not None and len(p.maps) == len(q.maps):
+        second = _products(p.source, q.source)
+        maps = zip(p.maps, q.maps, strict=True)
+        return p.variance * p.fan_in * sum(left @ second @ right.T for left, right in maps)
+    if p.rows is not None and q.rows is not None:
+        return p.variance * p.rows @ q.rows.T
+    raise NoRule("weights are used for a random signal and for a known one")
 
 
 def terms(sum_: Sum) -> list[tuple[Term, Any, Sum]]:
@@ -110,13 +130,15 @@ def together(one: Term, other: Term) -> np.ndarray | None:
     """E[one_s other_t], (sites, sites) of both; None where it is 0."""
     p, q = one.part, other.part
     if isinstance(p, Field) and isinstance(q, Field) and one.slot is None and other.slot is None:
-        return p.covariance if p is q else None
+        if p is q:
+            return p.covariance
+        return _tied(p, q) if q in p.tied else None
     if isinstance(p, Field) and one.slot is None:
         return _by_parts(p, other)
     if isinstance(q, Field) and other.slot is None:
         by_parts = _by_parts(q, one)
         return None if by_parts is None else by_parts.T
-    if isinstance(p, Field) or isinstance(q, Field) or p.fields.isdisjoint(q.fields):
+    if isinstance(p, Field) or isinstance(q, Field) or independent(p.fields, q.fields):
         return np.outer(average(one), average(other))
     if p is q:
         out: Any = 1.0
@@ -132,7 +154,7 @@ def _by_parts(field: Field, other: Term) -> np.ndarray | None:
     piece = other.part
     if isinstance(piece, Field):
         return None
-    if field not in piece.fields:
+    if independent(field.fields, piece.fields):
         return None
     if other.slot is not None:
         raise NoRule("a signal and the slope of a function of it")
@@ -141,7 +163,7 @@ def _by_parts(field: Field, other: Term) -> np.ndarray | None:
     for i, v in enumerate(piece.variables):
         if not v.gaussian:
             raise NoRule("a function of a signal that is not Gaussian")
-        if field in v.parts:
+        if not independent(field.fields, v.fields):
             out += covariance(own, v) * average(Term(piece, i))
     return out
 

@@ -29,18 +29,21 @@ from gradflow.inspection._reading import Program
 from gradflow.inspection._values import (
     Field,
     Known,
+    Leaf,
     NoRule,
     Signal,
     Sum,
     Unknown,
     Value,
     Weights,
+    apart,
 )
 from gradflow.networks import Network
 from gradflow.statistics import BackwardLimit, ForwardLimit
 
 __all__ = ["Predicted", "predict"]
 
+_CASTS = ("convert_element_type", "copy", "copy_p", "reduce_precision")
 _STATISTICS = tuple((s, s.predict) for s in statistics.ALL if s.predict is not None)
 
 
@@ -122,11 +125,48 @@ def _upwards(
             values.update((i, _parameter(program, i, laws)) for i in numbers)
         else:
             values.update((i, Unknown(f"theory ends at what depends on {name}")) for i in numbers)
+    products: dict[Any, list[Field]] = {}
     for equation in program.equations:
         shapes = [tuple(program.avals[i].shape) for i in equation.outputs]
-        out = _rules.apply(equation, [values[i] for i in equation.inputs], shapes)
+        entering = [values[i] for i in equation.inputs]
+        out = [
+            _traced(value, entering, (equation.signature, place))
+            for place, value in enumerate(_rules.apply(equation, entering, shapes))
+        ]
+        out = [_with_ties(value, products, equation.path) for value in out]
         values.update(zip(equation.outputs, out, strict=True))
     return values
+
+
+def _traced(value: Value, given: Sequence[Value], step: tuple[Any, ...]) -> Value:
+    """Weights with what was done to their leaf, by which it is seen whether two are the same."""
+    if not isinstance(value, Weights) or step[0][0] in _CASTS:
+        return value
+    leaf = next((v for v in given if isinstance(v, Weights)), value)
+    return dataclasses.replace(value, tie=(*leaf.tie, step))
+
+
+def _with_ties(value: Value, products: dict[Any, list[Field]], path: str) -> Value:
+    """What a product made, tied to what products with the same weights made before."""
+    if not isinstance(value, Signal):
+        return value
+    for field in value.sum.parts:
+        if not isinstance(field, Field) or field.product is None or not field.tie:
+            continue
+        others = products.setdefault(field.tie[0], [])
+        if field in others:
+            continue
+        for other in others:
+            if other.tie == field.tie:
+                field.tied.add(other)
+                other.tied.add(field)
+            elif not apart(field.tie, other.tie):
+                return Unknown(
+                    f"theory ends at {path or 'the model'}: weights are used in two ways, as those "
+                    "of a layer and of its transpose are"
+                )
+        others.append(field)
+    return value
 
 
 def _array(value: Any) -> np.ndarray:
@@ -142,7 +182,7 @@ def _parameter(program: Program, number: int, laws: Mapping[int, Law]) -> Value:
         return Known(np.broadcast_to(law.values, shape))
     error = law.standard_error / law.variance if law.variance else 0.0
     axes = frozenset(i for i, n in enumerate(shape) if n > 1)
-    return Weights(shape, axes, law.mean, law.variance, error, law.gaussian, (number,))
+    return Weights(shape, axes, law.mean, law.variance, error, law.gaussian, (Leaf(),))
 
 
 # Downwards ---------------------------------------------------------------------------------------
@@ -337,7 +377,7 @@ def _backward_limit(
         log_variance = np.log(np.diagonal(gradient.matrix)) + gradient.log
         weight = float((gradient.matrix * product.gram).sum()) * product.units / product.weights
         log_weight = math.log(weight) + gradient.log - 2 * math.log(top)
-    above = getattr(layer, "above", None)
+    above = layer.above
     ratio = np.full_like(log_variance, np.nan)
     if above is not None:
         next_field = _own(values, layers[above])
