@@ -16,6 +16,7 @@ from gradflow._unit_distributions import Shifted
 from gradflow.activations import Activation
 from gradflow.gaussian import _pairs
 from gradflow.inspection._activations import activation_of
+from gradflow.inspection._over_sites import Normalised
 from gradflow.inspection._values import (
     Field,
     NoRule,
@@ -27,7 +28,8 @@ from gradflow.inspection._values import (
 )
 from gradflow.kernels import Gaussian, Kernel
 
-__all__ = ["Term", "average", "covariance", "mean", "second_moments", "terms", "together"]
+__all__ = ["Term", "average", "covariance", "mean", "normalised", "second_moments", "terms"]
+__all__ += ["together"]
 
 # Terms of Hermite series of pairs, and what they may leave out, relative.
 _TERMS, _LEFT_OUT = 256, 1e-14
@@ -109,9 +111,30 @@ def terms(sum_: Sum) -> list[tuple[Term, Any, Sum]]:
         if isinstance(part, Field):
             found.append((Term(part, 0), map_, Sum.of(part, len(part.covariance))))
         elif any(not v.gaussian for v in part.variables):
-            raise NoRule("a function of a signal that is not Gaussian over units")
+            continue
         else:
             found += [(Term(part, i), map_, v) for i, v in enumerate(part.variables)]
+    return found
+
+
+def normalised(sum_: Sum) -> list[tuple[Normalised, Any]]:
+    """The parts of a sum that mix sites, with their maps.
+
+    Raises
+    ------
+    NoRule
+        If one of them is not known, or is not independent of the other parts.
+    """
+    found = []
+    for part, map_ in sum_.parts.items():
+        if isinstance(part, Piece) and any(not v.gaussian for v in part.variables):
+            rest = [other.fields for other in sum_.parts if other is not part]
+            own = _factor(factors(part)[0])
+            if not isinstance(own, Normalised) or len(factors(part)) > 1:
+                raise NoRule("a product with a signal that BatchNorm has normalised")
+            if not all(independent(part.fields, fields) for fields in rest):
+                raise NoRule("a signal beside what BatchNorm makes of it")
+            found.append((own, map_))
     return found
 
 
@@ -171,7 +194,7 @@ def _by_parts(field: Field, other: Term) -> np.ndarray | None:
 # Averages of one factor --------------------------------------------------------------------------
 
 
-def _factor(piece: Piece) -> "_Averages":
+def _factor(piece: Piece) -> "_Averages | Normalised":
     """The averages of a piece that is no product of independent ones."""
     known = piece.__dict__.get("averages")
     if known is None:
@@ -179,11 +202,11 @@ def _factor(piece: Piece) -> "_Averages":
     return known
 
 
-def _averages(piece: Piece) -> "_Averages":
+def _averages(piece: Piece) -> "_Averages | Normalised":
     if not piece.variables:
         return _OfNumbers(piece)
     if any(not v.gaussian for v in piece.variables):
-        raise NoRule("a function of a signal that is not Gaussian over units")
+        return Normalised(piece, lambda x: covariance(x, x))
     uniform = all(not np.ptp(numbers) for numbers in piece.numbers)
     if len(piece.variables) == 1 and uniform:
         return _OfOne(piece)

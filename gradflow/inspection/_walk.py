@@ -194,20 +194,25 @@ class _Gradient:
 
     matrix: np.ndarray
     log: float
+    ties: frozenset[Any] = frozenset()  # weights used several times that it came down through
 
     @classmethod
-    def of(cls, matrix: np.ndarray, log: float) -> "_Gradient":
+    def of(cls, matrix: np.ndarray, log: float, ties: frozenset[Any] = frozenset()) -> "_Gradient":
         """Of a matrix of any size."""
         size = float(np.abs(matrix).max(initial=0.0))
-        return cls(matrix / size, log + math.log(size)) if size else cls(matrix, -math.inf)
+        if not size:
+            return cls(matrix, -math.inf, ties)
+        return cls(matrix / size, log + math.log(size), ties)
 
     def plus(self, other: "_Gradient") -> "_Gradient":
-        """The sum, at the larger scale."""
-        log = max(self.log, other.log)
+        """The sum, at the larger scale; raises `NoRule` where they are not independent."""
+        if self.ties & other.ties:
+            raise NoRule("gradients meet that came down through the same weights")
+        log, ties = max(self.log, other.log), self.ties | other.ties
         if math.isinf(log):
-            return self
+            return _Gradient(self.matrix, log, ties)
         parts = (x.matrix * math.exp(x.log - log) for x in (self, other))
-        return _Gradient.of(sum(parts, np.zeros_like(self.matrix)), log)
+        return _Gradient.of(sum(parts, np.zeros_like(self.matrix)), log, ties)
 
 
 def _downwards(
@@ -233,7 +238,9 @@ def _downwards(
         gradient = found[field]
         scale = product.variance * product.units
         matrix = scale * sum(map_.T @ gradient.matrix @ map_ for map_ in product.maps)
-        reason = _spread(found, pending, product.source, _Gradient.of(matrix, gradient.log))
+        ties = frozenset((field.tie,)) if field.tied else frozenset()
+        below = _Gradient.of(matrix, gradient.log, ties)
+        reason = _spread(found, pending, product.source, below)
         if reason:
             fields = product.source.fields
             why.update(
@@ -250,26 +257,37 @@ def _spread(
     found: dict[Field, _Gradient], pending: list[tuple[int, Field]], sum_: Sum, at: _Gradient
 ) -> str:
     """Add what a sum's gradient gives the fields below it; the reason where that is not known."""
+    own: dict[Field, np.ndarray] = {}
+
+    def add(one: Sum, inner: np.ndarray, other: Sum) -> None:
+        for field in one.parts:
+            if field in other.parts:
+                assert isinstance(field, Field)
+                below = one.parts[field].T @ inner @ other.parts[field]
+                below = below if one is other else below + below.T
+                own[field] = own[field] + below if field in own else below
+
     try:
+        for batch, map_ in _forcing.normalised(sum_):
+            add(batch.x, batch.pulled(map_.T @ at.matrix @ map_), batch.x)
         terms = _forcing.terms(sum_)
         for i, (one, left, of_one) in enumerate(terms):
             for other, right, of_other in terms[: i + 1]:
-                shared = [field for field in of_one.parts if field in of_other.parts]
-                if not shared:
+                if of_one.fields.isdisjoint(of_other.fields):
                     continue
-                slopes = _forcing.together(one, other)
                 inner = left.T @ at.matrix @ right
+                slopes = _forcing.together(one, other)
                 inner = inner if slopes is None else inner * slopes
-                for field in shared:
-                    assert isinstance(field, Field)
-                    below = of_one.parts[field].T @ inner @ of_other.parts[field]
-                    below = below if one is other else below + below.T
-                    new = _Gradient.of(below, at.log)
-                    if field in found:
-                        found[field] = found[field].plus(new)
-                    else:
-                        found[field] = new
-                        heapq.heappush(pending, (-field.serial, field))
+                if one is not other and of_one is of_other:
+                    inner, of_one = inner + inner.T, of_other
+                add(of_one, inner, of_other)
+        for field, matrix in own.items():
+            new = _Gradient.of(matrix, at.log, at.ties)
+            if field in found:
+                found[field] = found[field].plus(new)
+            else:
+                found[field] = new
+                heapq.heappush(pending, (-field.serial, field))
     except NoRule as reason:
         return f"theory of gradients ends: {reason}"
     return ""
