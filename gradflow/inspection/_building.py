@@ -10,6 +10,7 @@ import numpy as np
 from gradflow.inspection import _forcing
 from gradflow.inspection._values import (
     Field,
+    Leaf,
     Map,
     Node,
     NoRule,
@@ -20,6 +21,7 @@ from gradflow.inspection._values import (
     Sum,
     Weights,
     add,
+    apart,
     constant,
     identity,
     multiply,
@@ -129,7 +131,7 @@ def as_field(weights: Weights, units: tuple[int, ...]) -> Sum:
     shape = weights.shape
     if any(shape[i] > 1 and i not in weights.varying for i in units):
         raise NoRule("parameters are shared by units")
-    site_shape = [n for i, n in enumerate(shape) if i not in units]
+    site_shape = tuple(n for i, n in enumerate(shape) if i not in units)
     axes = [i for i in range(len(shape)) if i not in units]
     sites = math.prod(site_shape)
     check_sites(sites)
@@ -141,10 +143,16 @@ def as_field(weights: Weights, units: tuple[int, ...]) -> Sum:
     constant_ = np.full(sites, weights.mean)
     if not weights.variance:
         return Sum(constant_, {})
-    # A bias is a small part of what it is added to; a mask is not.
-    gaussian = weights.tie[0] != "noise"
-    field = Field(weights.variance * same, gaussian=gaussian, tie=weights.tie)
-    return Sum(constant_, {field: identity(sites)})
+    leaf = weights.tie[0]
+    known = leaf.fields if isinstance(leaf, Leaf) else {}
+    key = weights.tie, units, site_shape
+    if any(tie != weights.tie and not apart(tie, weights.tie) for tie, *_ in known):
+        raise NoRule("a parameter is used in two ways")
+    if key not in known:
+        # A bias is a small part of what it is added to; a mask is not.
+        gaussian = leaf != "noise"
+        known[key] = Field(weights.variance * same, gaussian=gaussian, tie=weights.tie)
+    return Sum(constant_, {known[key]: identity(sites)})
 
 
 def patches(signal: Signal, over: Sequence[int]) -> tuple[Any, ...]:

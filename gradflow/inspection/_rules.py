@@ -29,7 +29,7 @@ from gradflow.inspection._building import (
     piece_of,
 )
 from gradflow.inspection._layers import ELEMENTWISE, SHAPES
-from gradflow.inspection._reading import Equation
+from gradflow.inspection._reading import Equation, definition
 from gradflow.inspection._values import (
     Known,
     NoRule,
@@ -39,6 +39,7 @@ from gradflow.inspection._values import (
     Unknown,
     Value,
     Weights,
+    absolute,
     multiply,
     selection,
 )
@@ -197,6 +198,8 @@ def _linear(name: str, sums: Sequence[Sum], literal: Sequence[bool]) -> Sum | No
         # What is not chosen may be infinite.
         made = no.plus(yes)
         return Sum(np.where(chosen, sums[2].constant, sums[1].constant), made.parts)
+    if name in ("max", "min"):
+        return _larger(name, *sums)
     if name not in ("add", "add_any", "sub", "mul", "div"):
         return None
     one, two = sums
@@ -211,6 +214,15 @@ def _linear(name: str, sums: Sequence[Sum], literal: Sequence[bool]) -> Sum | No
     if two.parts:
         return None
     return one.scaled(two.constant if name == "mul" else 1 / two.constant, literal=literal[1])
+
+
+def _larger(name: str, one: Sum, two: Sum) -> Sum | None:
+    """The larger of two Gaussian signals, (u + v)/2 + |u - v|/2, or the smaller."""
+    if not (one.parts and two.parts and one.gaussian and two.gaussian):
+        return None
+    half, other = np.array(0.5), two.scaled(np.array(-1.0), literal=True)
+    apart = piece_of(absolute, [one.plus(other)], [False])
+    return one.plus(two).scaled(half).plus(apart.scaled(half if name == "max" else -half))
 
 
 def _aligned(value: Value, like: Signal) -> Sum:
@@ -301,7 +313,15 @@ def dot_general(
         rows = rows.reshape(math.prod(rows.shape[: rows.ndim - len(h_sum)]), -1)
         check_sites(len(rows))
         product = Product(
-            None, (), rows.shape[1], units, weights.variance, weights.error, rows @ rows.T, size
+            None,
+            (),
+            rows.shape[1],
+            units,
+            weights.variance,
+            weights.error,
+            rows @ rows.T,
+            size,
+            rows,
         )
     else:
         assert isinstance(other, Signal)
@@ -316,9 +336,20 @@ def dot_general(
     return Signal(shapes[0], axes, made_by(product, weights))
 
 
+def cond(equation: Equation, values: Sequence[Value], shapes: Sequence[tuple[int, ...]]) -> Any:  # noqa: ARG001
+    """A branch that is known."""
+    chosen, *operands = values
+    if not isinstance(chosen, Known):
+        raise NoRule("of which the branch is random")
+    branches = equation.params["branches"]
+    branch = branches[int(np.clip(chosen.value, 0, len(branches) - 1))]
+    return _inner(dataclasses.replace(equation, inner=definition(branch)), operands)
+
+
 RULES: dict[str, Rule] = {
     **dict.fromkeys(ELEMENTWISE, elementwise),
     **dict.fromkeys((*SHAPES, "dynamic_slice", "pad", "slice"), moving.moved),
+    "cond": cond,
     "custom_jvp_call": custom,
     "custom_vjp_call": custom,
     "concatenate": moving.concatenate,

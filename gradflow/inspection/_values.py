@@ -19,12 +19,23 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeAlias
 
+import jax.numpy as jnp
 import numpy as np
 from scipy import sparse
 
 __all__ = ["Field", "Known", "NoRule", "Node", "Part", "Piece", "Product", "Signal", "Sum", "Value"]
-__all__ += ["Factor", "Flattened", "Groups", "Map", "Noise", "Origin", "Unknown", "Weights", "add"]
-__all__ += ["constant", "factors", "identity", "multiply"]
+__all__ += ["Factor", "Flattened", "Groups", "Leaf", "Map", "Noise", "Origin", "Unknown"]
+__all__ += [
+    "Weights",
+    "absolute",
+    "add",
+    "apart",
+    "constant",
+    "factors",
+    "identity",
+    "independent",
+    "multiply",
+]
 __all__ += ["number", "of_function", "selection", "variable"]
 
 _serial = itertools.count()
@@ -67,7 +78,7 @@ class Weights:
     gaussian
         Whether entries are known to be Gaussian.
     tie
-        What it is a part of: products with one ``tie`` have the same weights.
+        Its `Leaf`, and what was done to it: products with one ``tie`` have the same weights.
     """
 
     shape: tuple[int, ...]
@@ -83,6 +94,23 @@ class Weights:
         return dataclasses.replace(
             self, mean=self.mean * factor, variance=self.variance * factor**2
         )
+
+
+class Leaf:
+    """A leaf of the parameters, and the fields that it is as a bias, by how it is used."""
+
+    def __init__(self) -> None:
+        self.fields: dict[Any, Field] = {}
+
+
+def apart(one: tuple[Any, ...], other: tuple[Any, ...]) -> bool:
+    """Whether two ways from a leaf to weights take different entries of it."""
+    for a, b in zip(one[1:], other[1:], strict=False):
+        if a != b:
+            if isinstance(a, bytes) and isinstance(b, bytes):
+                return not np.isin(np.frombuffer(a, np.int64), np.frombuffer(b, np.int64)).any()
+            return isinstance(a, tuple) and isinstance(b, tuple) and a[0] == b[0]
+    return False
 
 
 class Field:
@@ -112,8 +140,22 @@ class Field:
         origin: "Origin | None" = None,
     ) -> None:
         self.covariance, self.gaussian, self.product, self.tie = covariance, gaussian, product, tie
+        self._tied: set[Field] = set()
         self.origin = origin
         self.serial = next(_serial)
+
+    @property
+    def tied(self) -> set["Field"]:
+        """Others that products with the same weights made; of some units, those of others."""
+        if self.origin is None:
+            return self._tied
+        copies = (field.__dict__.get("copies", {}) for field in self.origin.field.tied)
+        return {each[self.tie[-1]] for each in copies if self.tie[-1] in each}
+
+    def tie_to(self, other: "Field") -> None:
+        """Note that another was made with the same weights."""
+        self._tied.add(other)
+        other._tied.add(self)
 
     @property
     def fields(self) -> frozenset["Field"]:
@@ -164,6 +206,8 @@ class Product:
         Σ_o P_o K P_oᵀ · fan_in: by sites, the sums over all that an entry of the product sums.
     weights
         How many different weights there are.
+    rows
+        Of a source that is known, (sites, fan_in): what each site sums.
     """
 
     source: "Sum | None"
@@ -174,6 +218,7 @@ class Product:
     error: float
     gram: np.ndarray
     weights: int
+    rows: np.ndarray | None = None
 
     def down(self, gradient: np.ndarray) -> np.ndarray:
         """Second moments over sites of the gradient at the source, from those at the product."""
@@ -272,6 +317,11 @@ def multiply(a: Any, b: Any) -> Any:
     return a * b
 
 
+def absolute(a: Any) -> Any:
+    """The absolute value: one function for all nodes that take it."""
+    return jnp.abs(a)
+
+
 class Piece:
     """An elementwise function of sums: of each unit and each site alone.
 
@@ -319,7 +369,7 @@ def factors(piece: Piece) -> tuple[Factor, ...]:
             continue
         fields = frozenset[Field]().union(*(piece.variables[i].fields for i in node.places))
         nodes = [node]
-        for other in [g for g in groups if g[0] & fields or not (g[0] or fields)]:
+        for other in [g for g in groups if not independent(g[0], fields) or not (g[0] or fields)]:
             groups.remove(other)
             fields, nodes = fields | other[0], [*other[1], *nodes]
         groups.append((fields, nodes))
@@ -350,6 +400,11 @@ def _factors(node: Node) -> list[Node]:
 
 
 Part: TypeAlias = Field | Piece
+
+
+def independent(one: frozenset[Field], other: frozenset[Field]) -> bool:
+    """Whether functions of these fields are independent: no field, and no weights, in common."""
+    return one.isdisjoint(other) and all(field.tied.isdisjoint(other) for field in one)
 
 
 class Sum:

@@ -30,6 +30,7 @@ from gradflow.inspection._reading import Program
 from gradflow.inspection._values import (
     Field,
     Known,
+    Leaf,
     Noise,
     NoRule,
     Signal,
@@ -37,12 +38,14 @@ from gradflow.inspection._values import (
     Unknown,
     Value,
     Weights,
+    apart,
 )
 from gradflow.networks import Network
 from gradflow.statistics import BackwardLimit, ForwardLimit
 
 __all__ = ["Predicted", "predict"]
 
+_CASTS = ("convert_element_type", "copy", "copy_p", "reduce_precision")
 _STATISTICS = tuple((s, s.predict) for s in statistics.ALL if s.predict is not None)
 
 
@@ -130,11 +133,46 @@ def _upwards(
             values.update(zip(numbers, keys, strict=True))
         else:
             values.update((i, Unknown(f"theory ends at what depends on {name}")) for i in numbers)
+    products: dict[Any, list[Field]] = {}
     for equation in program.equations:
         shapes = [tuple(program.avals[i].shape) for i in equation.outputs]
-        out = _rules.apply(equation, [values[i] for i in equation.inputs], shapes)
+        entering = [values[i] for i in equation.inputs]
+        out = [
+            _traced(value, (equation.signature, place))
+            for place, value in enumerate(_rules.apply(equation, entering, shapes))
+        ]
+        out = [_with_ties(value, products, equation.path) for value in out]
         values.update(zip(equation.outputs, out, strict=True))
     return values
+
+
+def _traced(value: Value, step: tuple[Any, ...]) -> Value:
+    """Weights with what was done to their leaf, by which it is seen whether two are the same."""
+    if not isinstance(value, Weights) or step[0][0] in _CASTS:
+        return value
+    return dataclasses.replace(value, tie=(*value.tie, step))
+
+
+def _with_ties(value: Value, products: dict[Any, list[Field]], path: str) -> Value:
+    """What a product made, tied to what products with the same weights made before."""
+    if not isinstance(value, Signal):
+        return value
+    for field in value.sum.parts:
+        if not isinstance(field, Field) or field.product is None or not field.tie:
+            continue
+        others = products.setdefault(field.tie[0], [])
+        if field in others:
+            continue
+        for other in others:
+            if other.tie == field.tie:
+                field.tie_to(other)
+            elif not apart(field.tie, other.tie):
+                return Unknown(
+                    f"theory ends at {path or 'the model'}: weights are used in two ways, as those "
+                    "of a layer and of its transpose are"
+                )
+        others.append(field)
+    return value
 
 
 def _array(value: Any) -> np.ndarray:
@@ -149,8 +187,8 @@ def _parameter(program: Program, number: int, laws: Mapping[int, Law]) -> Value:
     if law.values is not None:
         return Known(np.broadcast_to(law.values, shape))
     error = law.standard_error / law.variance if law.variance else 0.0
-    axes = frozenset(range(len(shape)))
-    return Weights(shape, axes, law.mean, law.variance, error, law.gaussian, (number,))
+    axes = frozenset(i for i, n in enumerate(shape) if n > 1)
+    return Weights(shape, axes, law.mean, law.variance, error, law.gaussian, (Leaf(),))
 
 
 # Downwards ---------------------------------------------------------------------------------------
@@ -162,20 +200,25 @@ class _Gradient:
 
     matrix: np.ndarray
     log: float
+    ties: frozenset[Any] = frozenset()  # weights used several times that it came down through
 
     @classmethod
-    def of(cls, matrix: np.ndarray, log: float) -> "_Gradient":
+    def of(cls, matrix: np.ndarray, log: float, ties: frozenset[Any] = frozenset()) -> "_Gradient":
         """Of a matrix of any size."""
         size = float(np.abs(matrix).max(initial=0.0))
-        return cls(matrix / size, log + math.log(size)) if size else cls(matrix, -math.inf)
+        if not size:
+            return cls(matrix, -math.inf, ties)
+        return cls(matrix / size, log + math.log(size), ties)
 
     def plus(self, other: "_Gradient") -> "_Gradient":
-        """The sum, at the larger scale."""
-        log = max(self.log, other.log)
+        """The sum, at the larger scale; raises `NoRule` where they are not independent."""
+        if self.ties & other.ties:
+            raise NoRule("gradients meet that came down through the same weights")
+        log, ties = max(self.log, other.log), self.ties | other.ties
         if math.isinf(log):
-            return self
+            return _Gradient(self.matrix, log, ties)
         parts = (x.matrix * math.exp(x.log - log) for x in (self, other))
-        return _Gradient.of(sum(parts, np.zeros_like(self.matrix)), log)
+        return _Gradient.of(sum(parts, np.zeros_like(self.matrix)), log, ties)
 
 
 def _downwards(
@@ -199,11 +242,14 @@ def _downwards(
         if field.origin is not None:
             origin = field.origin
             matrix = origin.share * sum(map_.T @ gradient.matrix @ map_ for map_ in origin.maps)
-            _add(found, pending, origin.field, _Gradient.of(matrix, gradient.log))
+            below = _Gradient.of(matrix, gradient.log, gradient.ties)
+            _add(found, pending, origin.field, below)
         if product is None or product.source is None:
             continue
         matrix = product.down(gradient.matrix)
-        reason = _spread(found, pending, product.source, _Gradient.of(matrix, gradient.log))
+        ties = frozenset((field.tie,)) if field.tied else frozenset()
+        below = _Gradient.of(matrix, gradient.log, ties)
+        reason = _spread(found, pending, product.source, below)
         if reason:
             fields = product.source.fields
             why.update(
@@ -220,21 +266,32 @@ def _spread(
     found: dict[Field, _Gradient], pending: list[tuple[int, Field]], sum_: Sum, at: _Gradient
 ) -> str:
     """Add what a sum's gradient gives the fields below it; the reason where that is not known."""
+    own: dict[Field, np.ndarray] = {}
+
+    def add(one: Sum, inner: np.ndarray, other: Sum) -> None:
+        for field in one.parts:
+            if field in other.parts:
+                assert isinstance(field, Field)
+                below = one.parts[field].T @ inner @ other.parts[field]
+                below = below if one is other else below + below.T
+                own[field] = own[field] + below if field in own else below
+
     try:
+        for batch, map_ in _forcing.normalised(sum_):
+            add(batch.x, batch.pulled(map_.T @ at.matrix @ map_), batch.x)
         terms = _forcing.terms(sum_)
         for i, (one, left, of_one) in enumerate(terms):
             for other, right, of_other in terms[: i + 1]:
-                shared = [field for field in of_one.parts if field in of_other.parts]
-                if not shared:
+                if of_one.fields.isdisjoint(of_other.fields):
                     continue
-                slopes = _forcing.together(one, other)
                 inner = left.T @ at.matrix @ right
+                slopes = _forcing.together(one, other)
                 inner = inner if slopes is None else inner * slopes
-                for field in shared:
-                    assert isinstance(field, Field)
-                    below = of_one.parts[field].T @ inner @ of_other.parts[field]
-                    below = below if one is other else below + below.T
-                    _add(found, pending, field, _Gradient.of(below, at.log))
+                if one is not other and of_one is of_other:
+                    inner, of_one = inner + inner.T, of_other
+                add(of_one, inner, of_other)
+        for field, matrix in own.items():
+            _add(found, pending, field, _Gradient.of(matrix, at.log, at.ties))
     except NoRule as reason:
         return f"theory of gradients ends: {reason}"
     return ""
@@ -352,7 +409,7 @@ def _backward_limit(
         weight = sum(float((gradient.matrix * p.gram).sum()) * p.units for p in products)
         weight /= sum(p.weights for p in products)
         log_weight = math.log(weight) + gradient.log - 2 * math.log(top)
-    above = getattr(layer, "above", None)
+    above = layer.above
     ratio = np.full_like(log_variance, np.nan)
     if above is not None:
         next_fields = _own(values, layers[above])
