@@ -210,7 +210,6 @@ def adapt(model, *inputs, apply=None, **kwargs):
     return _adapters.adapt(model, apply, inputs, kwargs)
 
 
-@pytest.mark.medium
 @pytest.mark.parametrize("name", LIBRARIES)
 def test_weights_have_the_library_s_names_and_law(name):
     """Null: the law's variance. 4 networks of 64² entries; |z| < 5, one alarm in two million.
@@ -237,7 +236,6 @@ def test_weights_have_the_library_s_names_and_law(name):
     assert many.shape == (4, 4, 3)
 
 
-@pytest.mark.medium
 @pytest.mark.parametrize("name", LIBRARIES)
 def test_a_network_with_batch_norm_and_dropout_is_applied_as_the_library_trains_it(name):
     own = library(name)
