@@ -11,12 +11,11 @@ import dataclasses
 import math
 import time
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import equinox as eqx
 import jax
 import numpy as np
-import xarray
 from jax.typing import ArrayLike
 from jaxtyping import Array, PRNGKeyArray
 
@@ -32,6 +31,9 @@ from gradflow.networks import Network
 from gradflow.simulation import _memory, _programs, _samplers, propagation
 from gradflow.simulation._programs import OVERFLOWED, VANISHED, RandomNetworks
 from gradflow.statistics import Statistic
+
+if TYPE_CHECKING:
+    import xarray
 
 __all__ = ["Progress", "Simulation", "simulate"]
 
@@ -99,8 +101,10 @@ class Simulation(eqx.Module):
             f"{self.dtype}: {', '.join(self.estimates)}"
         )
 
-    def to_xarray(self) -> xarray.Dataset:
+    def to_xarray(self) -> "xarray.Dataset":
         """Return the labelled estimates: mean, standard deviation and error over networks."""
+        import xarray  # noqa: PLC0415  (slow to import)
+
         arrays: dict[str, np.ndarray] = {}
         for statistic in self.statistics:
             name, key = statistic.name, statistic.key
@@ -244,8 +248,13 @@ class _Run(NamedTuple):
         ready = time.perf_counter()
         of_the_law = np.zeros(chunk, np.int32)
 
+        measured = [s.key for s in self._measured]
+
         def call(first: int) -> dict[str, np.ndarray]:
-            return measure(law, of_the_law, np.arange(first, first + chunk, dtype=np.int32))
+            numbers = np.arange(first, first + chunk, dtype=np.int32)
+            values = _programs.to_host(measure(law, of_the_law, numbers)[0])
+            # The last chunk is padded with networks beyond the last.
+            return dict(zip(measured, values[:, : self.networks - first], strict=True))
 
         parts: dict[str, list[Estimate]] = {s.key: [] for s in self.wanted}
         samples: dict[str, list[np.ndarray]] = {s.key: [] for s in self.wanted if keep_samples}
@@ -278,6 +287,10 @@ class _Run(NamedTuple):
             compile_seconds=ready - begun,
         )
 
+    @property
+    def _measured(self) -> tuple[Statistic, ...]:
+        return (*self.wanted, OVERFLOWED, VANISHED)
+
     def _chunk(self) -> int:
         values = self.network.depth * (len(self.wanted) + 2)
         together = self.plan.block * len(self.devices)
@@ -290,7 +303,7 @@ class _Run(NamedTuple):
             chunk,
             self.devices,
             self.networks * each,
-            measured=(*self.wanted, OVERFLOWED, VANISHED),
+            measured=self._measured,
             sampler=self.sampler,
             keep=(self.plan.keep, self.plan.checkpoint),
             block=self.plan.block,
