@@ -124,7 +124,7 @@ def _name_phases(axes: Axes, dataset: xarray.Dataset) -> None:
 
 
 def _room(there: np.ndarray, steps: np.ndarray) -> np.ndarray:
-    """The distance of each point of a grid to the nearest one that is not there, or off the grid."""
+    """The distance of each point of a grid to the nearest that is not there, or is off the grid."""
     squared = np.where(np.pad(there, 1), np.inf, 0.0)
     for step in reversed(steps):  # the nearest along one axis, and then along the other
         apart = step * np.subtract.outer(*[np.arange(squared.shape[1])] * 2)
