@@ -12,7 +12,7 @@ import functools
 import heapq
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -29,18 +29,21 @@ from gradflow.inspection._reading import Program
 from gradflow.inspection._values import (
     Field,
     Known,
+    Leaf,
     NoRule,
     Signal,
     Sum,
     Unknown,
     Value,
     Weights,
+    apart,
 )
 from gradflow.networks import Network
 from gradflow.statistics import BackwardLimit, ForwardLimit
 
 __all__ = ["Predicted", "predict"]
 
+_CASTS = ("convert_element_type", "copy", "copy_p", "reduce_precision")
 _STATISTICS = tuple((s, s.predict) for s in statistics.ALL if s.predict is not None)
 
 
@@ -94,8 +97,8 @@ def predict(
         for n in range(len(layers))
     ]
     out = {s.key: np.full(len(layers), np.nan) for s, _ in _STATISTICS}
-    for limits, is_backward in ((forward, False), (backward, True)):
-        _evaluate(out, limits, is_backward)
+    for limits in (forward, backward):
+        _evaluate(out, limits)
     reasons = tuple(
         next((x for x in (up, down) if isinstance(x, str)), "")
         for up, down in zip(forward, backward, strict=True)
@@ -122,11 +125,48 @@ def _upwards(
             values.update((i, _parameter(program, i, laws)) for i in numbers)
         else:
             values.update((i, Unknown(f"theory ends at what depends on {name}")) for i in numbers)
+    products: dict[Any, list[Field]] = {}
     for equation in program.equations:
         shapes = [tuple(program.avals[i].shape) for i in equation.outputs]
-        out = _rules.apply(equation, [values[i] for i in equation.inputs], shapes)
+        entering = [values[i] for i in equation.inputs]
+        out = [
+            _traced(value, entering, (equation.signature, place))
+            for place, value in enumerate(_rules.apply(equation, entering, shapes))
+        ]
+        out = [_with_ties(value, products, equation.path) for value in out]
         values.update(zip(equation.outputs, out, strict=True))
     return values
+
+
+def _traced(value: Value, given: Sequence[Value], step: tuple[Any, ...]) -> Value:
+    """Weights with what was done to their leaf, by which it is seen whether two are the same."""
+    if not isinstance(value, Weights) or step[0][0] in _CASTS:
+        return value
+    leaf = next((v for v in given if isinstance(v, Weights)), value)
+    return dataclasses.replace(value, tie=(*leaf.tie, step))
+
+
+def _with_ties(value: Value, products: dict[Any, list[Field]], path: str) -> Value:
+    """What a product made, tied to what products with the same weights made before."""
+    if not isinstance(value, Signal):
+        return value
+    for field in value.sum.parts:
+        if not isinstance(field, Field) or field.product is None or not field.tie:
+            continue
+        others = products.setdefault(field.tie[0], [])
+        if field in others:
+            continue
+        for other in others:
+            if other.tie == field.tie:
+                field.tied.add(other)
+                other.tied.add(field)
+            elif not apart(field.tie, other.tie):
+                return Unknown(
+                    f"theory ends at {path or 'the model'}: weights are used in two ways, as those "
+                    "of a layer and of its transpose are"
+                )
+        others.append(field)
+    return value
 
 
 def _array(value: Any) -> np.ndarray:
@@ -141,8 +181,8 @@ def _parameter(program: Program, number: int, laws: Mapping[int, Law]) -> Value:
     if law.values is not None:
         return Known(np.broadcast_to(law.values, shape))
     error = law.standard_error / law.variance if law.variance else 0.0
-    axes = frozenset(range(len(shape)))
-    return Weights(shape, axes, law.mean, law.variance, error, law.gaussian, (number,))
+    axes = frozenset(i for i, n in enumerate(shape) if n > 1)
+    return Weights(shape, axes, law.mean, law.variance, error, law.gaussian, (Leaf(),))
 
 
 # Downwards ---------------------------------------------------------------------------------------
@@ -154,20 +194,25 @@ class _Gradient:
 
     matrix: np.ndarray
     log: float
+    ties: frozenset[Any] = frozenset()  # weights used several times that it came down through
 
     @classmethod
-    def of(cls, matrix: np.ndarray, log: float) -> "_Gradient":
+    def of(cls, matrix: np.ndarray, log: float, ties: frozenset[Any] = frozenset()) -> "_Gradient":
         """Of a matrix of any size."""
         size = float(np.abs(matrix).max(initial=0.0))
-        return cls(matrix / size, log + math.log(size)) if size else cls(matrix, -math.inf)
+        if not size:
+            return cls(matrix, -math.inf, ties)
+        return cls(matrix / size, log + math.log(size), ties)
 
     def plus(self, other: "_Gradient") -> "_Gradient":
-        """The sum, at the larger scale."""
-        log = max(self.log, other.log)
+        """The sum, at the larger scale; raises `NoRule` where they are not independent."""
+        if self.ties & other.ties:
+            raise NoRule("gradients meet that came down through the same weights")
+        log, ties = max(self.log, other.log), self.ties | other.ties
         if math.isinf(log):
-            return self
+            return _Gradient(self.matrix, log, ties)
         parts = (x.matrix * math.exp(x.log - log) for x in (self, other))
-        return _Gradient.of(sum(parts, np.zeros_like(self.matrix)), log)
+        return _Gradient.of(sum(parts, np.zeros_like(self.matrix)), log, ties)
 
 
 def _downwards(
@@ -193,7 +238,9 @@ def _downwards(
         gradient = found[field]
         scale = product.variance * product.units
         matrix = scale * sum(map_.T @ gradient.matrix @ map_ for map_ in product.maps)
-        reason = _spread(found, pending, product.source, _Gradient.of(matrix, gradient.log))
+        ties = frozenset((field.tie,)) if field.tied else frozenset()
+        below = _Gradient.of(matrix, gradient.log, ties)
+        reason = _spread(found, pending, product.source, below)
         if reason:
             fields = product.source.fields
             why.update(
@@ -210,26 +257,37 @@ def _spread(
     found: dict[Field, _Gradient], pending: list[tuple[int, Field]], sum_: Sum, at: _Gradient
 ) -> str:
     """Add what a sum's gradient gives the fields below it; the reason where that is not known."""
+    own: dict[Field, np.ndarray] = {}
+
+    def add(one: Sum, inner: np.ndarray, other: Sum) -> None:
+        for field in one.parts:
+            if field in other.parts:
+                assert isinstance(field, Field)
+                below = one.parts[field].T @ inner @ other.parts[field]
+                below = below if one is other else below + below.T
+                own[field] = own[field] + below if field in own else below
+
     try:
+        for batch, map_ in _forcing.normalised(sum_):
+            add(batch.x, batch.pulled(map_.T @ at.matrix @ map_), batch.x)
         terms = _forcing.terms(sum_)
         for i, (one, left, of_one) in enumerate(terms):
             for other, right, of_other in terms[: i + 1]:
-                shared = [field for field in of_one.parts if field in of_other.parts]
-                if not shared:
+                if of_one.fields.isdisjoint(of_other.fields):
                     continue
-                slopes = _forcing.together(one, other)
                 inner = left.T @ at.matrix @ right
+                slopes = _forcing.together(one, other)
                 inner = inner if slopes is None else inner * slopes
-                for field in shared:
-                    assert isinstance(field, Field)
-                    below = of_one.parts[field].T @ inner @ of_other.parts[field]
-                    below = below if one is other else below + below.T
-                    new = _Gradient.of(below, at.log)
-                    if field in found:
-                        found[field] = found[field].plus(new)
-                    else:
-                        found[field] = new
-                        heapq.heappush(pending, (-field.serial, field))
+                if one is not other and of_one is of_other:
+                    inner, of_one = inner + inner.T, of_other
+                add(of_one, inner, of_other)
+        for field, matrix in own.items():
+            new = _Gradient.of(matrix, at.log, at.ties)
+            if field in found:
+                found[field] = found[field].plus(new)
+            else:
+                found[field] = new
+                heapq.heappush(pending, (-field.serial, field))
     except NoRule as reason:
         return f"theory of gradients ends: {reason}"
     return ""
@@ -253,7 +311,7 @@ def _below(program: Program, layers: Sequence[Layer], value: int) -> list[int]:
 # Statistics --------------------------------------------------------------------------------------
 
 
-def _forward_limit(values: Mapping[int, Value], layer: Layer) -> ForwardLimit | str:
+def _forward_limit(values: Mapping[int, Value], layer: Layer) -> "_Limit | str":
     """The limit of a layer's signals, or the reason why there is none."""
     z = values[layer.preactivation]
     if not isinstance(z, Signal):
@@ -269,19 +327,33 @@ def _forward_limit(values: Mapping[int, Value], layer: Layer) -> ForwardLimit | 
     scale = np.where(q > 0, (np.minimum(log_q - low, 0) + np.maximum(log_q - high, 0)) / 2, 0)
     by = np.exp(-scale)
     phi = _activation(values[layer.activation], z)
-    shifts: Any = (mean * by)[:, None]
-    arrays: dict[str, Any] = {
+    arrays = {
         "covariance": second * np.outer(by, by),
         "mean": mean * by,
         "log_scale": scale,
         "gaussian": np.asarray(z.sum.gaussian and phi is not None),
-        "about": Shifted(shifts, shifts**0) if mean.any() else None,
     }
-    return ForwardLimit(
-        activation=phi or activations.linear,
-        saturation_threshold=Network.saturation_threshold,
-        **arrays,
-    )
+    return _Limit(arrays, phi or activations.linear, about=bool(mean.any()))
+
+
+class _Limit(NamedTuple):
+    """A limit's arrays, and what is static: of a gradient no activation."""
+
+    arrays: dict[str, np.ndarray]
+    activation: Activation | None = None
+    about: bool = False
+
+    def limit(self, arrays: Any) -> ForwardLimit | BackwardLimit:
+        """The limit with these arrays."""
+        if self.activation is None:
+            return BackwardLimit(**arrays)
+        about = Shifted.at(arrays["mean"]) if self.about else None
+        return ForwardLimit(
+            activation=self.activation,
+            saturation_threshold=Network.saturation_threshold,
+            about=about,
+            **arrays,
+        )
 
 
 def _activation(value: Value, z: Signal) -> Activation | None:
@@ -305,7 +377,7 @@ def _backward_limit(
     layers: Sequence[Layer],
     place: int,
     gradients: Mapping[Field, _Gradient],
-) -> BackwardLimit | str:
+) -> _Limit | str:
     """The limit of the gradient at a layer, or the reason why there is none."""
     layer = layers[place]
     own = _own(values, layer)
@@ -323,7 +395,7 @@ def _backward_limit(
         log_variance = np.log(np.diagonal(gradient.matrix)) + gradient.log
         weight = float((gradient.matrix * product.gram).sum()) * product.units / product.weights
         log_weight = math.log(weight) + gradient.log - 2 * math.log(top)
-    above = getattr(layer, "above", None)
+    above = layer.above
     ratio = np.full_like(log_variance, np.nan)
     if above is not None:
         next_field = _own(values, layers[above])
@@ -334,8 +406,14 @@ def _backward_limit(
                 ratio = log_variance - log_upper
             else:
                 ratio[:] = _log_mean(log_variance) - _log_mean(log_upper)
-    arrays: Any = log_variance, ratio, np.asarray(log_weight), np.asarray(float(product.units))
-    return BackwardLimit(*arrays)
+    return _Limit(
+        {
+            "log_variance": log_variance,
+            "log_ratio": ratio,
+            "log_weight_variance": np.asarray(log_weight),
+            "width": np.asarray(float(product.units)),
+        }
+    )
 
 
 def _own(values: Mapping[int, Value], layer: Layer) -> Field | None:
@@ -351,26 +429,30 @@ def _log_mean(log: np.ndarray) -> float:
     return float(np.logaddexp.reduce(log) - math.log(len(log)))
 
 
-def _evaluate(out: dict[str, np.ndarray], limits: Sequence[Any], backward: bool) -> None:
+def _evaluate(out: dict[str, np.ndarray], limits: "Sequence[_Limit | str]") -> None:
     """Fill in the statistics of layers, those of one structure together."""
     groups: dict[Any, list[int]] = {}
     for n, limit in enumerate(limits):
         if not isinstance(limit, str):
-            leaves, structure = jax.tree.flatten(limit)
-            groups.setdefault((structure, tuple(np.shape(x) for x in leaves)), []).append(n)
-    for (_, shapes), places in groups.items():
-        many = 1 << (len(places) - 1).bit_length()
-        rows = np.resize(places, many)
-        stacked = jax.tree.map(lambda *x: np.stack(x), *(limits[n] for n in rows))
+            shapes = tuple(x.shape for x in limit.arrays.values())
+            groups.setdefault((*limit[1:], shapes), []).append(n)
+    for (*static, _), places in groups.items():
+        many = np.resize(places, 1 << (len(places) - 1).bit_length())
+        rows = [limits[n] for n in many]
+        names = rows[0].arrays
+        stacked = {name: np.stack([row.arrays[name] for row in rows]) for name in names}
         with jax.enable_x64(True):
-            for key, values in _read(stacked, backward, shapes[0][-1]).items():
+            for key, values in _read(stacked, *static).items():
                 out[key][places] = np.asarray(values)[: len(places)]
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2))
-def _read(limits: Any, backward: bool, sites: int) -> dict[str, Any]:
+def _read(arrays: dict[str, Any], activation: Activation | None, about: bool) -> dict[str, Any]:
+    one = _Limit({}, activation, about)
+    backward = activation is None
+    sites = math.inf if backward else arrays["mean"].shape[-1]
     return {
-        s.key: jax.vmap(predict)(limits)
+        s.key: jax.vmap(lambda x, predict=predict: predict(one.limit(x)))(arrays)
         for s, predict in _STATISTICS
         if s.backward is backward and s.sites <= sites
     }
