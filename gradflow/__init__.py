@@ -46,6 +46,7 @@ if TYPE_CHECKING:
     from gradflow.comparison import compare as compare
     from gradflow.ensembles import Ensemble as Ensemble
     from gradflow.errors import InputError as InputError
+    from gradflow.inspection._cure import mended as mended
     from gradflow.inspection.watch import watch as watch
     from gradflow.networks import Network as Network
     from gradflow.networks import Stage as Stage
@@ -82,6 +83,7 @@ _MODULES = {
     "critical_points": "theory.criticality",
     "extreme_singular_values": "simulation.singular_values",
     "log_singular_values": "simulation.singular_values",
+    "mended": "inspection._cure",
     "mlp": "builders",
     "phase_diagram": "theory.criticality",
     "predict": "theory.float64",
