@@ -46,6 +46,7 @@ if TYPE_CHECKING:
     from gradflow.comparison import compare as compare
     from gradflow.ensembles import Ensemble as Ensemble
     from gradflow.errors import InputError as InputError
+    from gradflow.inspection.watch import watch as watch
     from gradflow.networks import Network as Network
     from gradflow.networks import Stage as Stage
     from gradflow.simulation.monte_carlo import simulate as simulate
@@ -91,6 +92,7 @@ _MODULES = {
     "simulate": "simulation.monte_carlo",
     "stack": "builders",
     "train": "training.train",
+    "watch": "inspection.watch",
 }
 __all__ = list(_MODULES)
 

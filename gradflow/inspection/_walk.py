@@ -1,0 +1,458 @@
+"""The theory of a program: abstract values upwards, gradients' second moments downwards.
+
+Upwards each equation has its rule (`_rules`). Downwards a gradient is known by its second moments
+over sites, Λ, at each field that a product made: fresh weights are independent of what they
+multiply, so that the gradients which a sum h gets from several products add,
+Λ_h = variance · units · Σ_o P_oᵀ Λ P_o, and at a field below it is Σ E[D_s D_t] Λ_h, D the slope of
+h by the field. Means over units are constants to gradients: their part is 1/width.
+"""
+
+import dataclasses
+import functools
+import heapq
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from gradflow import activations, gaussian, statistics
+from gradflow._unit_distributions import Shifted
+from gradflow.activations import Activation
+from gradflow.inspection import _forcing, _rules
+from gradflow.inspection._activations import activation_of
+from gradflow.inspection._laws import Law
+from gradflow.inspection._layers import Layer
+from gradflow.inspection._reading import Program
+from gradflow.inspection._values import (
+    Field,
+    Known,
+    Leaf,
+    NoRule,
+    Signal,
+    Sum,
+    Unknown,
+    Value,
+    Weights,
+    apart,
+)
+from gradflow.networks import Network
+from gradflow.statistics import BackwardLimit, ForwardLimit
+
+__all__ = ["Predicted", "predict"]
+
+_CASTS = ("convert_element_type", "copy", "copy_p", "reduce_precision")
+_STATISTICS = tuple((s, s.predict) for s in statistics.ALL if s.predict is not None)
+
+
+@dataclasses.dataclass(frozen=True)
+class Predicted:
+    """The infinite-width theory of a program's layers.
+
+    Attributes
+    ----------
+    values
+        Of each statistic, by key, shape (layers,); NaN where it is not known.
+    error
+        Absolute numerical errors, of the same shape.
+    reasons
+        Of each layer why something of it is not known; empty where all is.
+    ends
+        Where and why theory first ends; None where it does not.
+    """
+
+    values: dict[str, np.ndarray]
+    error: dict[str, np.ndarray]
+    reasons: tuple[str, ...]
+    ends: str | None
+
+
+def predict(
+    program: Program,
+    layers: Sequence[Layer],
+    laws: Mapping[int, Law],
+    inputs: Sequence[Any],
+    *,
+    state: Sequence[Any] | None = None,
+) -> Predicted:
+    """Every statistic of every layer at infinite width, as far as the rules reach.
+
+    Parameters
+    ----------
+    program, layers
+        The program, and its layers.
+    laws
+        Of each leaf of the parameters, by number.
+    inputs, state
+        The leaves of these arguments, which are known.
+    """
+    values = _upwards(program, laws, inputs, state)
+    ends = next((v.reason for v in values.values() if isinstance(v, Unknown)), None)
+    gradients, why = _downwards(program, layers, values)
+    forward = [_forward_limit(values, layer) for layer in layers]
+    backward = [
+        why.get(n) or _backward_limit(program, values, layers, n, gradients)
+        for n in range(len(layers))
+    ]
+    out = {s.key: np.full(len(layers), np.nan) for s, _ in _STATISTICS}
+    for limits in (forward, backward):
+        _evaluate(out, limits)
+    reasons = tuple(
+        next((x for x in (up, down) if isinstance(x, str)), "")
+        for up, down in zip(forward, backward, strict=True)
+    )
+    error = {key: np.where(np.isnan(x), np.nan, 0.0) for key, x in out.items()}
+    return Predicted(out, error, reasons, ends)
+
+
+# Upwards -----------------------------------------------------------------------------------------
+
+
+def _upwards(
+    program: Program, laws: Mapping[int, Law], inputs: Sequence[Any], state: Sequence[Any] | None
+) -> dict[int, Value]:
+    """The abstract value of every number of the program."""
+    values: dict[int, Value] = {
+        i: Known(_array(v), literal=True) for i, v in program.constants.items()
+    }
+    given = {"inputs": inputs, "state": state or ()}
+    for name, numbers in program.arguments.items():
+        if name in given and len(given[name]) == len(numbers):
+            values.update((i, Known(_array(v))) for i, v in zip(numbers, given[name], strict=True))
+        elif name == "parameters":
+            values.update((i, _parameter(program, i, laws)) for i in numbers)
+        else:
+            values.update((i, Unknown(f"theory ends at what depends on {name}")) for i in numbers)
+    products: dict[Any, list[Field]] = {}
+    for equation in program.equations:
+        shapes = [tuple(program.avals[i].shape) for i in equation.outputs]
+        entering = [values[i] for i in equation.inputs]
+        out = [
+            _traced(value, entering, (equation.signature, place))
+            for place, value in enumerate(_rules.apply(equation, entering, shapes))
+        ]
+        out = [_with_ties(value, products, equation.path) for value in out]
+        values.update(zip(equation.outputs, out, strict=True))
+    return values
+
+
+def _traced(value: Value, given: Sequence[Value], step: tuple[Any, ...]) -> Value:
+    """Weights with what was done to their leaf, by which it is seen whether two are the same."""
+    if not isinstance(value, Weights) or step[0][0] in _CASTS:
+        return value
+    leaf = next((v for v in given if isinstance(v, Weights)), value)
+    return dataclasses.replace(value, tie=(*leaf.tie, step))
+
+
+def _with_ties(value: Value, products: dict[Any, list[Field]], path: str) -> Value:
+    """What a product made, tied to what products with the same weights made before."""
+    if not isinstance(value, Signal):
+        return value
+    for field in value.sum.parts:
+        if not isinstance(field, Field) or field.product is None or not field.tie:
+            continue
+        others = products.setdefault(field.tie[0], [])
+        if field in others:
+            continue
+        for other in others:
+            if other.tie == field.tie:
+                field.tied.add(other)
+                other.tied.add(field)
+            elif not apart(field.tie, other.tie):
+                return Unknown(
+                    f"theory ends at {path or 'the model'}: weights are used in two ways, as those "
+                    "of a layer and of its transpose are"
+                )
+        others.append(field)
+    return value
+
+
+def _array(value: Any) -> np.ndarray:
+    if jnp.issubdtype(jnp.asarray(value).dtype, jax.dtypes.prng_key):
+        return value
+    array = np.asarray(value)
+    return array.astype(np.float64) if jnp.issubdtype(array.dtype, jnp.floating) else array
+
+
+def _parameter(program: Program, number: int, laws: Mapping[int, Law]) -> Value:
+    law, shape = laws[number], tuple(program.avals[number].shape)
+    if law.values is not None:
+        return Known(np.broadcast_to(law.values, shape))
+    error = law.standard_error / law.variance if law.variance else 0.0
+    axes = frozenset(i for i, n in enumerate(shape) if n > 1)
+    return Weights(shape, axes, law.mean, law.variance, error, law.gaussian, (Leaf(),))
+
+
+# Downwards ---------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass
+class _Gradient:
+    """Second moments over sites, exp(log) times a matrix whose largest entry is 1."""
+
+    matrix: np.ndarray
+    log: float
+    ties: frozenset[Any] = frozenset()  # weights used several times that it came down through
+
+    @classmethod
+    def of(cls, matrix: np.ndarray, log: float, ties: frozenset[Any] = frozenset()) -> "_Gradient":
+        """Of a matrix of any size."""
+        size = float(np.abs(matrix).max(initial=0.0))
+        if not size:
+            return cls(matrix, -math.inf, ties)
+        return cls(matrix / size, log + math.log(size), ties)
+
+    def plus(self, other: "_Gradient") -> "_Gradient":
+        """The sum, at the larger scale; raises `NoRule` where they are not independent."""
+        if self.ties & other.ties:
+            raise NoRule("gradients meet that came down through the same weights")
+        log, ties = max(self.log, other.log), self.ties | other.ties
+        if math.isinf(log):
+            return _Gradient(self.matrix, log, ties)
+        parts = (x.matrix * math.exp(x.log - log) for x in (self, other))
+        return _Gradient.of(sum(parts, np.zeros_like(self.matrix)), log, ties)
+
+
+def _downwards(
+    program: Program, layers: Sequence[Layer], values: Mapping[int, Value]
+) -> tuple[dict[Field, _Gradient], dict[int, str]]:
+    """The gradient at each field, and of layers where it is not known why."""
+    why: dict[int, str] = {}
+    found: dict[Field, _Gradient] = {}
+    pending: list[tuple[int, Field]] = []
+    for output in dict.fromkeys(program.outputs):
+        value = values[output]
+        if isinstance(value, Signal):
+            reason = _spread(found, pending, value.sum, _Gradient(np.eye(value.sum.sites), 0.0))
+        else:
+            reason = value.reason if isinstance(value, Unknown) else "theory has no gradient of means over units"  # fmt: skip  # noqa: E501
+        if reason:
+            why.update((n, reason) for n in _below(program, layers, output))
+    while pending:
+        _, field = heapq.heappop(pending)
+        product = field.product
+        if product is None or product.source is None:
+            continue
+        gradient = found[field]
+        scale = product.variance * product.units
+        matrix = scale * sum(map_.T @ gradient.matrix @ map_ for map_ in product.maps)
+        ties = frozenset((field.tie,)) if field.tied else frozenset()
+        below = _Gradient.of(matrix, gradient.log, ties)
+        reason = _spread(found, pending, product.source, below)
+        if reason:
+            fields = product.source.fields
+            why.update(
+                (n, reason)
+                for n, layer in enumerate(layers)
+                if not fields.isdisjoint(_fields(values[layer.product]))
+            )
+            for n in [n for n in why if why[n] == reason]:
+                why.update((m, reason) for m in _below(program, layers, layers[n].signal))
+    return found, why
+
+
+def _spread(
+    found: dict[Field, _Gradient], pending: list[tuple[int, Field]], sum_: Sum, at: _Gradient
+) -> str:
+    """Add what a sum's gradient gives the fields below it; the reason where that is not known."""
+    own: dict[Field, np.ndarray] = {}
+
+    def add(one: Sum, inner: np.ndarray, other: Sum) -> None:
+        for field in one.parts:
+            if field in other.parts:
+                assert isinstance(field, Field)
+                below = one.parts[field].T @ inner @ other.parts[field]
+                below = below if one is other else below + below.T
+                own[field] = own[field] + below if field in own else below
+
+    try:
+        for batch, map_ in _forcing.normalised(sum_):
+            add(batch.x, batch.pulled(map_.T @ at.matrix @ map_), batch.x)
+        terms = _forcing.terms(sum_)
+        for i, (one, left, of_one) in enumerate(terms):
+            for other, right, of_other in terms[: i + 1]:
+                if of_one.fields.isdisjoint(of_other.fields):
+                    continue
+                inner = left.T @ at.matrix @ right
+                slopes = _forcing.together(one, other)
+                inner = inner if slopes is None else inner * slopes
+                if one is not other and of_one is of_other:
+                    inner, of_one = inner + inner.T, of_other
+                add(of_one, inner, of_other)
+        for field, matrix in own.items():
+            new = _Gradient.of(matrix, at.log, at.ties)
+            if field in found:
+                found[field] = found[field].plus(new)
+            else:
+                found[field] = new
+                heapq.heappush(pending, (-field.serial, field))
+    except NoRule as reason:
+        return f"theory of gradients ends: {reason}"
+    return ""
+
+
+def _fields(value: Value) -> frozenset[Field]:
+    return value.sum.fields if isinstance(value, Signal) else frozenset()
+
+
+def _below(program: Program, layers: Sequence[Layer], value: int) -> list[int]:
+    """The layers that a value depends on."""
+    producers, pending, seen = program.producers(), [value], set()
+    while pending:
+        number = pending.pop()
+        if number in producers and number not in seen:
+            seen.add(number)
+            pending += program.equations[producers[number]].inputs
+    return [n for n, layer in enumerate(layers) if layer.product in seen]
+
+
+# Statistics --------------------------------------------------------------------------------------
+
+
+def _forward_limit(values: Mapping[int, Value], layer: Layer) -> "_Limit | str":
+    """The limit of a layer's signals, or the reason why there is none."""
+    z = values[layer.preactivation]
+    if not isinstance(z, Signal):
+        return z.reason if isinstance(z, Unknown) else "not random"
+    try:
+        second, mean = _forcing.second_moments(z.sum), _forcing.mean(z.sum)
+    except NoRule as reason:
+        return str(reason)
+    q = np.diagonal(second)
+    low, high = gaussian.log_limits(np.dtype(np.float64))
+    with np.errstate(divide="ignore"):
+        log_q = np.log(q)
+    scale = np.where(q > 0, (np.minimum(log_q - low, 0) + np.maximum(log_q - high, 0)) / 2, 0)
+    by = np.exp(-scale)
+    phi = _activation(values[layer.activation], z)
+    arrays = {
+        "covariance": second * np.outer(by, by),
+        "mean": mean * by,
+        "log_scale": scale,
+        "gaussian": np.asarray(z.sum.gaussian and phi is not None),
+    }
+    return _Limit(arrays, phi or activations.linear, about=bool(mean.any()))
+
+
+class _Limit(NamedTuple):
+    """A limit's arrays, and what is static: of a gradient no activation."""
+
+    arrays: dict[str, np.ndarray]
+    activation: Activation | None = None
+    about: bool = False
+
+    def limit(self, arrays: Any) -> ForwardLimit | BackwardLimit:
+        """The limit with these arrays."""
+        if self.activation is None:
+            return BackwardLimit(**arrays)
+        about = Shifted.at(arrays["mean"]) if self.about else None
+        return ForwardLimit(
+            activation=self.activation,
+            saturation_threshold=Network.saturation_threshold,
+            about=about,
+            **arrays,
+        )
+
+
+def _activation(value: Value, z: Signal) -> Activation | None:
+    """The function φ of a layer's activations φ(z), None where it is none."""
+    if not isinstance(value, Signal):
+        return None
+    if value.sum is z.sum:
+        return activations.linear
+    variables: list[Sum] = []
+    numbers: list[np.ndarray] = []
+    node = _rules.lifted(value.sum, variables, numbers)
+    base, a, b = z.sum.affine
+    if variables != [base] or a != 1 or b or any(np.ptp(x) for x in numbers):
+        return None
+    return activation_of(node, tuple(float(x[0]) for x in numbers))
+
+
+def _backward_limit(
+    program: Program,
+    values: Mapping[int, Value],
+    layers: Sequence[Layer],
+    place: int,
+    gradients: Mapping[Field, _Gradient],
+) -> _Limit | str:
+    """The limit of the gradient at a layer, or the reason why there is none."""
+    layer = layers[place]
+    own = _own(values, layer)
+    if own is None:
+        value = values[layer.product]
+        return value.reason if isinstance(value, Unknown) else "not random"
+    gradient = gradients.get(own)
+    product = own.product
+    assert product is not None
+    if gradient is None:
+        return "the outputs do not depend on it"
+    outputs = [v for v in (values[o] for o in program.outputs) if isinstance(v, Signal)]
+    top = sum(v.sum.sites for v in outputs)
+    with np.errstate(divide="ignore"):
+        log_variance = np.log(np.diagonal(gradient.matrix)) + gradient.log
+        weight = float((gradient.matrix * product.gram).sum()) * product.units / product.weights
+        log_weight = math.log(weight) + gradient.log - 2 * math.log(top)
+    above = layer.above
+    ratio = np.full_like(log_variance, np.nan)
+    if above is not None:
+        next_field = _own(values, layers[above])
+        upper = gradients.get(next_field) if next_field is not None else None
+        if upper is not None:
+            log_upper = np.log(np.diagonal(upper.matrix)) + upper.log
+            if log_upper.shape == log_variance.shape:
+                ratio = log_variance - log_upper
+            else:
+                ratio[:] = _log_mean(log_variance) - _log_mean(log_upper)
+    return _Limit(
+        {
+            "log_variance": log_variance,
+            "log_ratio": ratio,
+            "log_weight_variance": np.asarray(log_weight),
+            "width": np.asarray(float(product.units)),
+        }
+    )
+
+
+def _own(values: Mapping[int, Value], layer: Layer) -> Field | None:
+    """The field that a layer's product made."""
+    value = values[layer.product]
+    if not isinstance(value, Signal) or len(value.sum.parts) != 1:
+        return None
+    (part,) = value.sum.parts
+    return part if isinstance(part, Field) and part.product is not None else None
+
+
+def _log_mean(log: np.ndarray) -> float:
+    return float(np.logaddexp.reduce(log) - math.log(len(log)))
+
+
+def _evaluate(out: dict[str, np.ndarray], limits: "Sequence[_Limit | str]") -> None:
+    """Fill in the statistics of layers, those of one structure together."""
+    groups: dict[Any, list[int]] = {}
+    for n, limit in enumerate(limits):
+        if not isinstance(limit, str):
+            shapes = tuple(x.shape for x in limit.arrays.values())
+            groups.setdefault((*limit[1:], shapes), []).append(n)
+    for (*static, _), places in groups.items():
+        many = np.resize(places, 1 << (len(places) - 1).bit_length())
+        rows = [limits[n] for n in many]
+        names = rows[0].arrays
+        stacked = {name: np.stack([row.arrays[name] for row in rows]) for name in names}
+        with jax.enable_x64(True):
+            for key, values in _read(stacked, *static).items():
+                out[key][places] = np.asarray(values)[: len(places)]
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2))
+def _read(arrays: dict[str, Any], activation: Activation | None, about: bool) -> dict[str, Any]:
+    one = _Limit({}, activation, about)
+    backward = activation is None
+    sites = math.inf if backward else arrays["mean"].shape[-1]
+    return {
+        s.key: jax.vmap(lambda x, predict=predict: predict(one.limit(x)))(arrays)
+        for s, predict in _STATISTICS
+        if s.backward is backward and s.sites <= sites
+    }
