@@ -17,12 +17,12 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from gradflow._files import complete
+from gradflow._files import write_text
 from gradflow._tables import PAGE, PlainConsole
 from gradflow.cli._process import say
 
 if TYPE_CHECKING:
-    import xarray
+    pass
 
 # Columns of text that a table needs at least.
 _LEAST_WIDTH = 60
@@ -66,30 +66,9 @@ def finite_or_text(value: Any) -> float | str | None:
     return None if math.isnan(plain) else plain if math.isfinite(plain) else str(plain)
 
 
-def write_netcdf(dataset: "xarray.Dataset", path: Path) -> Path:
-    """Write the dataset, whole or not at all.
-
-    As netCDF 3, which every reader knows, and which takes a tenth of the time of netCDF 4 (HDF5).
-    It has no integers of 64 bits: a seed that needs them is written as text.
-    """
-    large = {
-        k: str(v) for k, v in dataset.attrs.items() if isinstance(v, int) and abs(v) >= 1 << 31
-    }
-    with complete(path) as beside:
-        dataset.assign_attrs(large).to_netcdf(beside, engine="scipy")
-    return path
-
-
 def write_json(summary: Mapping[str, Any], path: Path) -> Path:
     """Write JSON, whole or not at all."""
     return write_text(_dumps(summary), path)
-
-
-def write_text(text: str, path: Path) -> Path:
-    """Write text, whole or not at all."""
-    with complete(path) as beside:
-        beside.write_text(text, encoding="utf-8")
-    return path
 
 
 def make_console() -> Console:
