@@ -127,18 +127,23 @@ def scaling(kind, folder, chunk_values):
 
 def costs(kind, folder, chunk_values):
     """The mean seconds of each step of a chunk, and the bytes that it copies and stores."""
-    from gradflow.studies import _execution, _plan, _runner, _store, _study_file
+    import jax
+
+    from gradflow.studies import _averages, _execution, _plan, _runner, _store, _study_file
 
     spent = collections.defaultdict(list)
 
     def timed(name, function):
         def run(*arguments, **options):
             start = time.perf_counter()
-            result = function(*arguments, **options)
+            result = jax.block_until_ready(function(*arguments, **options))
             spent[name].append(time.perf_counter() - start)
-            if name == "average on the host":
-                spent["bytes handed back"].append(sum(v.nbytes for v in arguments[2].values()))
+            if name == "average":
+                seconds = spent[name][-1]
+                spent["values averaged a second"].append(arguments[2].size / seconds)
                 spent["bytes kept"].append(result.nbytes)
+            if name == "merge pieces":
+                spent["bytes handed back"].append(sum(a.nbytes for a in arguments[0]))
             return result
 
         return run
@@ -146,11 +151,8 @@ def costs(kind, folder, chunk_values):
     compiled = _runner._programs.compiled
     patched = [
         (_runner._programs, "compiled", lambda *a, **k: timed("draw", compiled(*a, **k))),
-        (
-            _runner.TaskRunner,
-            "measurements",
-            timed("average on the host", _runner.TaskRunner.measurements),
-        ),
+        (_runner.TaskRunner, "measurements", timed("average", _runner.TaskRunner.measurements)),
+        (_averages, "_merged", timed("merge pieces", _averages._merged)),
         (_store.Store, "add", timed("write and merge", _store.Store.add)),
         (
             _runner.TaskRunner,

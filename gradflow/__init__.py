@@ -19,6 +19,7 @@ theory             predictions for wide networks, layer by layer, without sampli
 simulation         the same statistics, measured in many random networks at once
 verdict            whether gradients vanish or explode, in words and as a factor a layer
 comparison         theory beside simulation: z-scores and a verdict
+inspection         any JAX model, read as it is: measured, predicted and mended
 training           many networks in training, with the statistics of every layer along the way
 data               inputs that are made, read or real, and real ones with labels, to train on
 figures            one function a figure

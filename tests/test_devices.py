@@ -35,7 +35,8 @@ law = _programs.RandomNetworks.of(square, jax.numpy.asarray(x[:1]), jax.random.k
 chunk, which = 12, np.zeros(12, np.int32)
 how = {"measured": (statistics.q,), "sampler": "dense", "keep": (False, False), "block": 2}
 run = _programs.compiled(law, chunk, tuple(jax.devices()), 1.0, spectrum=True, **how)
-found["spectra"] = np.exp(run(law, which, np.arange(chunk, dtype=np.int32))["log_singular_values"])
+_, logs = run(law, which, np.arange(chunk, dtype=np.int32))
+found["spectra"] = np.exp(_programs.to_host(logs))
 if processes == 1:
     x = np.sin(np.arange(240, dtype=np.float32)).reshape(20, 12)
     wanted = (statistics.q, statistics.weight_gradient_variance)

@@ -18,6 +18,7 @@ import xarray
 
 from gradflow import comparison
 from gradflow.errors import InputError
+from gradflow.estimation import Estimate
 from gradflow.simulation import _programs, monte_carlo
 from gradflow.studies import _execution, _plan, _results, _runner, _study_file
 from gradflow.studies._measurements import Measurements, merged
@@ -213,7 +214,7 @@ def _without_drawing(monkeypatch, reference):
     monkeypatch.setattr(_programs, "compiled", lambda *_, **__: lambda *chunk: VALUES[_of(*chunk)])
 
 
-VALUES: dict[bytes, dict[str, np.ndarray]] = {}
+VALUES: dict[bytes, tuple[jax.Array, ...]] = {}
 
 
 def _of(laws, which, numbers):
@@ -451,6 +452,12 @@ def test_what_is_no_set_of_shares_is_not_merged(reference, tmp_path):
         run(tmp_path / "target", TARGET, share=Share(0, 2))
 
 
+def estimated(values):
+    """Of values (networks, 2, layers), the second logarithms; with an axis of one point."""
+    each = [Estimate.of(values[:, n], log=bool(n)) for n in range(2)]
+    return jax.tree.map(lambda *leaves: np.stack(leaves)[None], *each)
+
+
 def test_what_is_merged_is_as_if_it_had_been_estimated_together():
     draw = np.random.default_rng(0)
     values = draw.normal(size=(30, 2, 5))
@@ -458,10 +465,10 @@ def test_what_is_merged_is_as_if_it_had_been_estimated_together():
     study = _study_file.parse(TEXT)
     parts = []
     for first, last in ((0, 7), (7, 9), (9, 30)):
-        estimate = _runner._estimate(values[first:last, None], np.array([False, True]))
+        estimate = estimated(values[first:last])
         failures = np.full((1, 2, 5), last - first)
         parts.append(Measurements(np.array([4], np.uint64), estimate, failures, {}))
-    whole = _runner._estimate(values[:, None], np.array([False, True]))
+    whole = estimated(values)
     other = Measurements(np.array([9], np.uint64), whole, np.zeros((1, 2, 5), np.int64), {})
     found = merged([parts[0], other, *parts[1:]])
     np.testing.assert_array_equal(found.names, [4, 9])

@@ -1,5 +1,6 @@
 """The layers of a program: its products with weights, in order of data flow, by their names."""
 
+import collections
 import dataclasses
 import math
 import re
@@ -87,7 +88,7 @@ def layers(program: Program) -> list[Layer]:
         parameter = _leaf(program, producers, weight)
         found.append(
             Layer(
-                name=_name(equation.path, program.names.get(parameter, kind)),
+                name=equation.path,
                 kind=kind,
                 equation=place,
                 signal=signal,
@@ -100,12 +101,7 @@ def layers(program: Program) -> list[Layer]:
                 parameter=parameter,
             )
         )
-    return _distinct(found)
-
-
-def _name(path: str, parameter: str) -> str:
-    """A layer's name: its path, with its parameter's where that has no words."""
-    return path if re.search("[A-Za-z]", path) else f"{parameter}{path}"
+    return _named(program, found)
 
 
 def _operands(
@@ -202,13 +198,24 @@ def _after(program: Program, consumers: dict[int, list[int]], z: int) -> int:
             shape = program.avals[z].shape
             if alone and all(program.avals[i].shape == shape for i in equation.outputs):
                 made.update(equation.outputs)
+    outside = {
+        value: places
+        for value in made
+        if (places := [p for p in consumers.get(value, []) if made.isdisjoint(
+            program.equations[p].outputs)]) or value in program.outputs
+    }  # fmt: skip
+    # Where z itself goes on, what is only summed is a statistic of it, as of a norm.
     used_outside = [
         value
-        for value in made - {z}
-        if value in program.outputs
-        or any(made.isdisjoint(program.equations[p].outputs) for p in consumers.get(value, []))
+        for value, places in outside.items()
+        if value != z
+        and not (z in outside and places and all(_reduces(program.equations[p]) for p in places))
     ]
     return used_outside[0] if len(used_outside) == 1 else z
+
+
+def _reduces(equation: Equation) -> bool:
+    return equation.primitive.startswith("reduce_") and equation.primitive != "reduce_precision"
 
 
 def _leaf(program: Program, producers: dict[int, int], weights: int) -> int:
@@ -224,15 +231,39 @@ def _leaf(program: Program, producers: dict[int, int], weights: int) -> int:
     return weights
 
 
+def _named(program: Program, found: list[Layer]) -> list[Layer]:
+    """The layers by their modules' paths, by their weights' where those do not tell them apart."""
+    leaves: dict[str, set[int]] = {}
+    for layer in found:
+        leaves.setdefault(layer.name, set()).add(layer.parameter)
+
+    def name(layer: Layer) -> str:
+        if re.search("[A-Za-z]", layer.name) and len(leaves[layer.name]) == 1:
+            return layer.name
+        leaf = program.names.get(layer.parameter, "")
+        step = "".join(re.findall(r"\[\d+\]", layer.name))
+        return (_module(leaf) or leaf or layer.kind) + step
+
+    return _distinct([dataclasses.replace(layer, name=name(layer)) for layer in found])
+
+
+def _module(leaf: str) -> str:
+    """The path of a leaf's module: `layers[0]` of `.layers[0].weight`."""
+    parts = re.findall(r"\.\w+|\[[^\]]*\]", leaf.removesuffix(".value"))
+    if parts and not re.fullmatch(r"\[\d+\]", parts[-1]):
+        parts.pop()
+    return re.sub(r"\['([^']*)'\]", r"/\1", "".join(parts)).strip("./")
+
+
 def _distinct(found: list[Layer]) -> list[Layer]:
     """The layers, with a number behind the names that several have."""
-    total: dict[str, int] = {}
-    for layer in found:
-        total[layer.name] = total.get(layer.name, 0) + 1
-    count: dict[str, int] = {}
+    total = collections.Counter(layer.name for layer in found)
+    count: collections.Counter[str] = collections.Counter()
     out = []
     for layer in found:
-        number = count[layer.name] = count.get(layer.name, -1) + 1
-        name = layer.name if total[layer.name] == 1 else f"{layer.name}[{number}]"
-        out.append(dataclasses.replace(layer, name=name))
+        name = layer.name
+        number, count[name] = count[name], count[name] + 1
+        out.append(
+            dataclasses.replace(layer, name=name if total[name] == 1 else f"{name}[{number}]")
+        )
     return out

@@ -25,7 +25,9 @@ __all__ = ["Equation", "Program", "label", "read"]
 _PRODUCTS = frozenset({"dot_general", "conv_general_dilated", "ragged_dot"})
 _MAX_EQUATIONS = 200_000
 # Names that JAX adds to the stack of names and that no user wrote.
-_WRAPPER = re.compile(r"(?:jit|pjit|jvp|transpose|checkpoint|remat|rematted_computation)\((.*)\)")
+_WRAPPER = re.compile(
+    r"(?:p?jit|[pv]map|jvp|transpose|linearize|checkpoint|remat(?:ted_computation)?)\((.*)\)"
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,7 +84,7 @@ class Program:
     avals
         Of each value its shape and dtype, `jax.ShapeDtypeStruct`, by number.
     constants
-        Values that are known numbers, in every network the same.
+        Values that are known, in every network the same: NumPy arrays, and keys.
     arguments
         The numbers of its arguments by name: ``"parameters"``, ``"state"``, ``"key"``,
         ``"inputs"``, each in the order of `jax.tree.leaves`.
@@ -95,7 +97,7 @@ class Program:
     """
 
     avals: dict[int, jax.ShapeDtypeStruct]
-    constants: dict[int, np.ndarray]
+    constants: dict[int, Any]
     arguments: dict[str, tuple[int, ...]]
     names: dict[int, str]
     equations: list[Equation]
@@ -169,7 +171,7 @@ def read(function: Callable[..., Any], **arguments: Any) -> Program:
 def label(path: str) -> str:
     """A path of modules without what JAX adds to it."""
     parts = []
-    for part in re.split(r"/(?![^(]*\))", path):
+    for part in re.split(r"/(?![^(]*\))", path):  # a slash in parentheses is of a module's name
         while match := _WRAPPER.fullmatch(part):
             part = match[1]
         if part:
@@ -225,7 +227,7 @@ class _Reader:
 
     def __init__(self) -> None:
         self.avals: dict[int, jax.ShapeDtypeStruct] = {}
-        self.constants: dict[int, np.ndarray] = {}
+        self.constants: dict[int, Any] = {}
         self.equations: list[Equation] = []
         self.variable: set[int] = set()  # what depends on an argument
 
@@ -236,7 +238,7 @@ class _Reader:
 
     def constant(self, value: Any) -> int:
         number = self.new(jax.typeof(value))
-        self.constants[number] = value
+        self.constants[number] = _on_host(value)
         return number
 
     def inline(
@@ -303,7 +305,7 @@ class _Reader:
         if self.variable.isdisjoint(inputs) and not name.startswith("random_"):
             with jax.ensure_compile_time_eval():
                 values = equation.evaluate(*(self.constants[i] for i in inputs))
-            self.constants.update(zip(outputs, values, strict=True))
+            self.constants.update(zip(outputs, map(_on_host, values), strict=True))
         else:
             self.variable.update(outputs)
             self.equations.append(equation)
@@ -362,6 +364,11 @@ def _trailing(variables: Sequence[Any], ranks: Sequence[int]) -> int:
 
 def _as_array(literal: Any) -> np.ndarray:
     return np.asarray(literal.val, literal.aval.dtype)
+
+
+def _on_host(value: Any) -> Any:
+    """A NumPy array; a key, which is none, as it is."""
+    return value if jnp.issubdtype(value.dtype, jax.dtypes.prng_key) else np.asarray(value)
 
 
 def _empty(aval: Any) -> Array:

@@ -25,11 +25,9 @@ from gradflow.networks import Network
 from gradflow.simulation import _threefry, propagation, singular_values
 from gradflow.statistics import Statistic
 
-__all__ = ["LOG_SINGULAR_VALUES", "OVERFLOWED", "VANISHED", "RandomNetworks", "compiled"]
-__all__ += ["in_order", "on_devices", "own_networks"]
+__all__ = ["OVERFLOWED", "VANISHED", "RandomNetworks", "compiled", "in_order", "on_devices"]
+__all__ += ["own_networks", "own_part", "to_host"]
 
-# The key of the end-to-end Jacobian's singular values in a program's results.
-LOG_SINGULAR_VALUES = "log_singular_values"
 # The axis of a mesh of devices.
 _NETWORKS = "networks"
 
@@ -82,13 +80,12 @@ def compiled(
     keep: tuple[bool, bool],
     block: int,
     spectrum: bool = False,
-    everywhere: bool = True,
-) -> Callable[[RandomNetworks, np.ndarray, np.ndarray], dict[str, np.ndarray]]:
+) -> Callable[[RandomNetworks, np.ndarray, np.ndarray], tuple[Array, ...]]:
     """Compile the function from random networks and a chunk of their numbers to their statistics.
 
     It takes as many laws as ``networks`` has, of the same structure, and for each of ``chunk``
-    networks the index of its law, and its number; both are int32. It returns each statistic by its
-    key, shape (chunk, layers).
+    networks the index of its law, and its number; both are int32. It returns the statistics, shape
+    (statistics, chunk, layers), on the devices, each of which has its own stretch of the networks.
 
     Parameters
     ----------
@@ -109,10 +106,8 @@ def compiled(
     block
         How many networks one vmap holds.
     spectrum
-        Whether `singular_values.end_to_end` of the same networks is returned too, shape (chunk, k),
-        as `LOG_SINGULAR_VALUES`; with the sampler ``"dense"`` and one input.
-    everywhere
-        Whether every process has the values of all networks; else those of `own_networks` alone.
+        Whether `singular_values.end_to_end` of the same networks is returned too, shape (chunk, k);
+        with the sampler ``"dense"`` and one input.
     """
     mesh = Mesh(np.array(devices), (_NETWORKS,))
     whole, each = PartitionSpec(), PartitionSpec(_NETWORKS)
@@ -135,19 +130,14 @@ def compiled(
         lowered = _run.lower(*arguments(networks, zeros, zeros), mesh=mesh, **constants)
         program = lowered.compile(_compilation.options(seconds, computes_twice=True))
 
-    def run(
-        networks: RandomNetworks, which: np.ndarray, numbers: np.ndarray
-    ) -> dict[str, np.ndarray]:
-        arrays = program(*arguments(networks, which, numbers))
-        if mesh.is_multi_process and everywhere:
-            arrays = multihost_utils.process_allgather(arrays, tiled=True)
-        elif mesh.is_multi_process:
-            arrays = [_own_part(array, axis) for axis, array in zip((1, 0), arrays, strict=False)]
-        values, *logs = map(np.asarray, arrays)
-        named = dict(zip((s.key for s in measured), values, strict=True))
-        return named | dict(zip([LOG_SINGULAR_VALUES], logs, strict=False))
+    return lambda *given: program(*arguments(*given))
 
-    return run
+
+def to_host(values: Array) -> np.ndarray:
+    """The values of a chunk on the host: those of all processes."""
+    if not values.is_fully_addressable:
+        values = multihost_utils.process_allgather(values, tiled=True)
+    return np.asarray(values)
 
 
 def own_networks(chunk: int, devices: Sequence[jax.Device]) -> np.ndarray:
@@ -156,8 +146,10 @@ def own_networks(chunk: int, devices: Sequence[jax.Device]) -> np.ndarray:
     return np.flatnonzero(np.repeat(own, chunk // len(devices)))
 
 
-def _own_part(array: Array, axis: int) -> np.ndarray:
-    """Return this process's part of an array that is shared among devices along an axis."""
+def own_part(array: Array, axis: int) -> np.ndarray:
+    """The part of this process's devices of an array that is shared among devices along an axis."""
+    if array.is_fully_addressable:
+        return np.asarray(array)
     parts = sorted(array.addressable_shards, key=lambda part: part.index[axis].start)
     return np.concatenate([part.data for part in parts], axis=axis)
 
@@ -240,10 +232,10 @@ VANISHED = Statistic(
 
 
 def in_order(call: Callable, networks: int, chunk: int, workers: int) -> Iterator[tuple[int, Any]]:
-    """Run the chunks, several at a time, and yield their values in order, on the host.
+    """Run the chunks, several at a time, and yield their results in order.
 
-    ``call`` takes a chunk's first number and returns arrays with an axis of networks in
-    front. Yielded are the number of networks that are done, and the values of those just added.
+    ``call`` takes a chunk's first number. Yielded are the number of networks that are done, and
+    the result for those just added.
     """
     with ThreadPoolExecutor(workers) as pool:
         waiting: collections.deque[tuple[int, Future]] = collections.deque()
@@ -257,9 +249,7 @@ def in_order(call: Callable, networks: int, chunk: int, workers: int) -> Iterato
                 if not waiting:
                     return
                 first, future = waiting.popleft()
-                # The last chunk is padded with networks beyond the last.
-                count = min(chunk, networks - first)
-                yield first + count, jax.tree.map(lambda v, stop=count: v[:stop], future.result())
+                yield min(first + chunk, networks), future.result()
         finally:
             for _, future in waiting:
                 future.cancel()

@@ -244,8 +244,13 @@ class _Run(NamedTuple):
         ready = time.perf_counter()
         of_the_law = np.zeros(chunk, np.int32)
 
+        measured = [s.key for s in self._measured]
+
         def call(first: int) -> dict[str, np.ndarray]:
-            return measure(law, of_the_law, np.arange(first, first + chunk, dtype=np.int32))
+            numbers = np.arange(first, first + chunk, dtype=np.int32)
+            values = _programs.to_host(measure(law, of_the_law, numbers)[0])
+            # The last chunk is padded with networks beyond the last.
+            return dict(zip(measured, values[:, : self.networks - first], strict=True))
 
         parts: dict[str, list[Estimate]] = {s.key: [] for s in self.wanted}
         samples: dict[str, list[np.ndarray]] = {s.key: [] for s in self.wanted if keep_samples}
@@ -278,6 +283,10 @@ class _Run(NamedTuple):
             compile_seconds=ready - begun,
         )
 
+    @property
+    def _measured(self) -> tuple[Statistic, ...]:
+        return (*self.wanted, OVERFLOWED, VANISHED)
+
     def _chunk(self) -> int:
         values = self.network.depth * (len(self.wanted) + 2)
         together = self.plan.block * len(self.devices)
@@ -290,7 +299,7 @@ class _Run(NamedTuple):
             chunk,
             self.devices,
             self.networks * each,
-            measured=(*self.wanted, OVERFLOWED, VANISHED),
+            measured=self._measured,
             sampler=self.sampler,
             keep=(self.plan.keep, self.plan.checkpoint),
             block=self.plan.block,

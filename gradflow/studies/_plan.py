@@ -41,12 +41,12 @@ _POINTS_BYTES, _MOST_POINTS_A_CALL = 1 << 26, 1 << 12
 _PART_BYTES = 1 << 25
 # Seconds to trace and compile a program and its theory, where others are at the same time; to trace
 # and compile an activation's fixed points; and of the host, for a point.
-_COMPILE_SECONDS, _FIXED_POINT_SECONDS, _POINT_SECONDS = 3.0, 3.0, 4e-3
+_COMPILE_SECONDS, _FIXED_POINT_SECONDS, _POINT_SECONDS = 3.0, 3.0, 2e-3
 # Seconds on one core, measured: of a statistic, for a unit; of theory, for a layer of one input and
 # for each pair of inputs more, without a closed form; and the same of its first order in 1/width.
 _STATISTIC_SECONDS = 0.6e-9
-_THEORY_SECONDS, _THEORY_SECONDS_A_PAIR = 1e-4, 1e-3
-_SHIFT_SECONDS, _SHIFT_SECONDS_A_PAIR = 1e-4, 1e-2
+_THEORY_SECONDS, _THEORY_SECONDS_A_PAIR = 3.5e-5, 1e-3
+_SHIFT_SECONDS, _SHIFT_SECONDS_A_PAIR = 5.5e-5, 1e-2
 # Of the theory of a spectrum, for a point.
 _SPECTRUM_SECONDS = 0.5
 

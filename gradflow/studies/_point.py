@@ -161,7 +161,12 @@ class Family:
         self._separate = True
 
     def __call__(self, points: Sequence[Point]) -> tuple[Network, np.ndarray]:
-        """A network whose scales have an axis of points, and inputs, (points, sites, n_0); float64.
+        """Their `networks` and their inputs, (points, sites, n_0), float64."""
+        inputs = np.stack([self._inputs_of(point) for point in points])
+        return self.networks(points), inputs
+
+    def networks(self, points: Sequence[Point]) -> Network:
+        """A network whose scales have an axis of points, in float64.
 
         Raises
         ------
@@ -173,8 +178,7 @@ class Family:
             self._separate = False
             each = [_flat(point)[0] for point in points]
             scales = [np.array(column, float) for column in zip(*each, strict=True)]
-        inputs = np.stack([self._inputs_of(point) for point in points])
-        return jax.tree.unflatten(self._structure, scales), inputs
+        return jax.tree.unflatten(self._structure, scales)
 
     def _by_field(self, points: Sequence[Point]) -> list[np.ndarray] | None:
         """Every scale, with an axis of points; None where several fields decide one together."""

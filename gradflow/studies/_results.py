@@ -23,6 +23,7 @@ from gradflow.statistics import Statistic
 from gradflow.studies import _depth_scales, _gradient_spread, _plan, _spectra
 from gradflow.studies._measurements import Measurements
 from gradflow.studies._plan import Program
+from gradflow.studies._point import Family
 from gradflow.studies._runner import SPECTRUM, THEORY
 from gradflow.studies._store import Store
 from gradflow.studies._study import Axis, Study, coordinate_name
@@ -342,8 +343,8 @@ class _Table:
     def add(self, program: Program, total: Measurements, theory: Mapping[str, np.ndarray]) -> None:
         """Put everything that is known of a program's points."""
         points = [self.study.point(int(number)) for number in program.numbers]
-        variance = np.stack([_weight_variance(point.network()) for point in points])
-        self.put("weight_variance", program, variance)
+        scaled = Family(points[0]).networks(points)
+        self.put("weight_variance", program, _weight_variance(program.network, scaled))
         for index, statistic in enumerate(self.study.statistics):
             by_kind = {kind: theory[kind][:, index] for kind in THEORY}
             self._add_statistic(program, statistic, total.statistic(index), by_kind)
@@ -405,18 +406,20 @@ class _Table:
                 self.put(variable, program, values)
 
 
-def _weight_variance(network: Network) -> np.ndarray:
-    """Return the variance of each layer's weights over all entries of its matrices, (layers,)."""
+def _weight_variance(network: Network, scaled: Network) -> np.ndarray:
+    """The variance of each layer's weights over all entries of its matrices, (points, layers).
+
+    The second network is the first one with the scales of all points, along a first axis.
+    """
     variances = []
     widths = iter(network.shapes)
-    for stage in network.stages:
+    for stage in scaled.stages:
         layers = jax.tree.leaves(stage.block, is_leaf=lambda b: hasattr(b, "sigma_w"))
-        scales = np.array([b.sigma_w for b in layers if hasattr(b, "sigma_w")], float)
+        scales = np.array([b.sigma_w for b in layers if hasattr(b, "sigma_w")])
         for _ in range(stage.repeats):
             shapes = np.array(next(widths), float).reshape(-1, 2)
             entries = shapes.prod(axis=1)
             known = len(entries) == len(scales) > 0
-            variances.append(
-                np.sum(entries * scales**2 / shapes[:, 1]) / entries.sum() if known else np.nan
-            )
-    return np.array(variances)
+            each = entries / shapes[:, 1] / entries.sum() @ scales**2 if known else np.nan
+            variances.append(np.broadcast_to(each, len(jax.tree.leaves(scaled)[0])))
+    return np.stack(variances, axis=1)

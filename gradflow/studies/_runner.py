@@ -14,13 +14,14 @@ from typing import NamedTuple
 
 import jax
 import numpy as np
+from jaxtyping import Array
 
 from gradflow._differences import differences
-from gradflow.estimation import Estimate
 from gradflow.simulation import _programs
 from gradflow.simulation._programs import RandomNetworks
 from gradflow.statistics import Statistic
 from gradflow.studies import _spectra
+from gradflow.studies._averages import Averages
 from gradflow.studies._measurements import Measurements
 from gradflow.studies._plan import Program, Task
 from gradflow.studies._point import Family, Point, keys
@@ -114,9 +115,7 @@ class TaskRunner:
         )
 
     @functools.cached_property
-    def _compiled(
-        self,
-    ) -> Callable[[RandomNetworks, np.ndarray, np.ndarray], dict[str, np.ndarray]]:
+    def _compiled(self) -> Callable[[RandomNetworks, np.ndarray, np.ndarray], tuple[Array, ...]]:
         task = self.task
         with jax.enable_x64(self._x64):
             return _programs.compiled(
@@ -128,7 +127,6 @@ class TaskRunner:
                 sampler=task.sampler,
                 keep=(task.keep, task.checkpoint),
                 block=task.block,
-                everywhere=False,
                 spectrum=self.study.spectrum is not None,
             )
 
@@ -153,15 +151,14 @@ class TaskRunner:
                 task.chunk_size,
                 workers,
             )
-            for done, values in drawn:
+            for done, measurements in drawn:
                 now = time.perf_counter()
                 chunk = (start + done - 1) // task.chunk_size
-                measurements = self.measurements(chunk, values)
                 yield Chunk(chunk, start + done, measurements, now - begun)
                 begun = now
 
-    def _draw(self, chunk: int) -> dict[str, np.ndarray]:
-        """Draw a chunk: values by statistic of this process's own networks, (networks, layers)."""
+    def _draw(self, chunk: int) -> Measurements | None:
+        """Draw a chunk and average the networks that this process's devices drew of it."""
         rows, first, count = self.task.stretch(*self.task.span(chunk, chunk))
         networks = int(count.sum())
         which, numbers = np.zeros((2, self._size), np.int32)
@@ -169,9 +166,10 @@ class TaskRunner:
         own = [np.arange(n, n + k) for n, k in zip(first, count, strict=True)]
         numbers[:networks] = self.task.share.numbers(np.concatenate(own))
         with jax.enable_x64(self._x64):
-            values = self._compiled(self._networks(int(rows[0])), which, numbers)
-        ours = np.searchsorted(self._own, networks)
-        return {name: value[:ours] for name, value in values.items()}
+            values, *log_singular_values = self._compiled(
+                self._networks(int(rows[0])), which, numbers
+            )
+        return self.measurements(chunk, values, *log_singular_values)
 
     def _networks(self, row: int) -> RandomNetworks:
         """Return the networks of the points from a row of the task on, as many as a call takes."""
@@ -183,42 +181,44 @@ class TaskRunner:
         words = np.array([point.key_words for point in points], np.uint32)
         return RandomNetworks(network, inputs, keys(words))
 
-    def measurements(self, chunk: int, values: Mapping[str, np.ndarray]) -> Measurements | None:
-        """Return the averages of this process's values of a chunk; None if it has none."""
+    @functools.cached_property
+    def _averages(self) -> Averages:
+        logs = [statistic.log for statistic in self.study.statistics]
+        depth = self.program.network.depth
+        return Averages.of(logs, self.task.count, self.task.points_a_call, depth)
+
+    def measurements(
+        self, chunk: int, values: Array, log_singular_values: Array | None = None
+    ) -> Measurements | None:
+        """The averages of this process's networks of a chunk; None if it has none.
+
+        Parameters
+        ----------
+        chunk
+            Its number.
+        values
+            Shape (statistics and then failures, networks, layers), on the devices.
+        log_singular_values
+            Shape (networks, k), on the devices.
+        """
         start, stop = self.task.span(chunk, chunk)
         start, stop = start + int(self._own[0]), min(start + int(self._own[-1]) + 1, stop)
         if start >= stop:
             return None
         rows, _, count = self.task.stretch(start, stop)
-        statistics = self.study.statistics
-        table = np.stack([values[s.key] for s in statistics], axis=1)
-        logs = np.array([s.log for s in statistics])
-        starts = np.cumsum([0, *count])
-        failures = np.stack([values[s.key] != 0 for s in self._measured[len(statistics) :]], axis=1)
-        estimates, failed = [], []
-        for first, last, each in _runs(count):
-            part = slice(starts[first], starts[last])
-            # Points of equally many networks together: (networks, points, statistics, layers).
-            by_point = table[part].reshape(last - first, each, *table.shape[1:]).swapaxes(0, 1)
-            estimates.append(_estimate(by_point, logs))
-            counted = failures[part].reshape(last - first, each, *failures.shape[1:])
-            failed.append(np.count_nonzero(counted, axis=1))
+        estimates, failures = self._averages(values, count)
         point = np.repeat(np.arange(len(rows)), count)
-        bins = self.study.spectrum
-        log_singular_values = values.get(_programs.LOG_SINGULAR_VALUES)
-        return Measurements(
-            names=self.task.names[rows],
-            estimates=jax.tree.map(lambda *parts: np.concatenate(parts), *estimates),
-            failures=np.concatenate(failed),
-            histograms={
-                s.name: _binned(values[s.key], point, self.study.histograms[s.name])
-                for s in statistics
-                if s.name in self.study.histograms
-            },
-            spectra={}
-            if bins is None or log_singular_values is None
-            else _spectra.counted(log_singular_values, point, bins),
-        )
+        bins, histograms, spectra = self.study.spectrum, {}, {}
+        if self.study.histograms:
+            on_host = _programs.own_part(values, 1)[:, : len(point)]
+            for statistic, own in zip(self.study.statistics, on_host, strict=False):
+                if statistic.name in self.study.histograms:
+                    wanted = self.study.histograms[statistic.name]
+                    histograms[statistic.name] = _binned(own, point, wanted)
+        if bins is not None and log_singular_values is not None:
+            own = _programs.own_part(log_singular_values, 0)[: len(point)]
+            spectra = _spectra.counted(own, point, bins)
+        return Measurements(self.task.names[rows], estimates, failures, histograms, spectra)
 
     def theory(self, rows: Sequence[int] | np.ndarray) -> dict[str, np.ndarray]:
         """The theory of the points in rows of the task, in float64.
@@ -284,27 +284,6 @@ class TaskRunner:
             largest[statistic.name] = float(np.max(np.abs(z), where=np.isfinite(z), initial=0.0))
         name = max(largest, key=lambda name: largest[name])
         return largest[name], name
-
-
-def _runs(counts: np.ndarray) -> Iterator[tuple[int, int, int]]:
-    """Yield (first, last, count) of stretches of equal counts."""
-    ends = [*(np.flatnonzero(np.diff(counts)) + 1).tolist(), len(counts)]
-    for first, last in zip([0, *ends], ends, strict=False):
-        yield first, last, int(counts[first])
-
-
-def _estimate(values: np.ndarray, logs: np.ndarray) -> Estimate:
-    """Return the estimate of values of shape (networks, points, statistics, layers)."""
-    plain, logarithmic = (
-        Estimate.of(values[:, :, which], log=log) for which, log in ((~logs, False), (logs, True))
-    )
-
-    def together(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-        joined = np.empty((len(a), len(logs), *a.shape[2:]), np.result_type(a, b))
-        joined[:, ~logs], joined[:, logs] = a, b
-        return joined
-
-    return jax.tree.map(together, plain, logarithmic)
 
 
 def _binned(values: np.ndarray, point: np.ndarray, bins: HistogramRange) -> np.ndarray:
