@@ -26,8 +26,8 @@ __all__ = ["inspected_layers", "inspected_parameters"]
 # The most names along an axis, the most characters of one, and the most bars.
 _MOST_NAMES, _LONGEST, _MOST_BARS = 40, 36, 60
 _PANELS = {
-    "log_gradient_norm": "log₁₀ ‖∂C/∂z‖",
-    "log_relative_weight_gradient": "log₁₀ ‖∂C/∂W‖/‖W‖",
+    "log_gradient_norm": ("gradient", "log₁₀ ‖∂C/∂z‖"),
+    "log_relative_weight_gradient": ("weight gradient", "log₁₀ ‖∂C/∂W‖/‖W‖"),
 }
 
 
@@ -51,17 +51,17 @@ def inspected_layers(dataset: xarray.Dataset) -> Figure:
     figure = Figure(figsize=(min(12.0, 5.0 + 0.12 * count), 6.2), layout="constrained")
     panels = figure.subplots(len(_PANELS), 1, sharex=True)
     trunk = dataset.on_trunk.values.astype(bool)
-    for axes, (key, label) in zip(panels, _PANELS.items(), strict=True):
+    for axes, (key, (title, label)) in zip(panels, _PANELS.items(), strict=True):
         if trunk.any():
-            _draw(axes, dataset, key, trunk, 0, "layers that every signal passes")
+            _draw(axes, dataset, key, trunk, 0, "on every way from inputs to outputs")
         if not trunk.all():
-            _draw(axes, dataset, key, ~trunk, 1, "layers in branches")
+            _draw(axes, dataset, key, ~trunk, 1, "in a branch")
+        axes.set_title(title, fontsize=10)
         axes.set_ylabel(label, fontsize=9)
         axes.set_ylim(*at_least(axes.get_ylim(), LEAST_SPAN))
         axes.margins(x=0.02)
         axes.grid(axis="y", color="0.9", linewidth=0.6)
-    if not trunk.all():
-        panels[0].legend(frameon=False, fontsize=8)
+        axes.legend(frameon=False, fontsize=8)
     _name_ticks(panels[-1], dataset.layer.values, dataset.layer_name.values)
     panels[-1].set_xlabel("layer, from the inputs to the outputs", fontsize=9)
     single = dataset.attrs.get("networks") == 1
@@ -90,20 +90,27 @@ def inspected_parameters(dataset: xarray.Dataset) -> Figure:
     middle = float(np.median(values)) if len(values) else 0.0
     figure = Figure(figsize=(7.5, 1.4 + 0.19 * max(len(values), 3)), layout="constrained")
     axes = figure.subplots()
-    axes.barh(
-        places,
-        values - middle,
-        left=middle,
-        xerr=np.where(np.isfinite(errors), ERRORS * errors, 0.0),
-        color=[COLOURS[1] if v > middle else COLOURS[0] for v in values],
-        error_kw={"elinewidth": 0.8, "ecolor": "0.2"},
-        height=0.7,
-    )
+    for side, colour, name in (
+        (values <= middle, COLOURS[0], "at the median or below"),
+        (values > middle, COLOURS[1], "above it"),
+    ):
+        axes.barh(
+            places[side],
+            (values - middle)[side],
+            left=middle,
+            xerr=np.where(np.isfinite(errors), ERRORS * errors, 0.0)[side],
+            color=colour,
+            error_kw={"elinewidth": 0.8, "ecolor": "0.2"},
+            height=0.7,
+            label=name,
+        )
     axes.set_yticks(places, [_short(str(n)) for n in shown.parameter.values], fontsize=7)
     axes.set_ylim(len(values) - 0.4, -0.6)
     axes.set_xlim(*at_least(axes.get_xlim(), LEAST_SPAN))
     axes.grid(axis="x", color="0.9", linewidth=0.6)
     axes.set_axisbelow(True)
+    axes.legend(frameon=False, fontsize=8)
+    axes.set_title("gradient of each leaf, relative to its size", fontsize=10)
     axes.set_xlabel(f"log₁₀ ‖∂C/∂W‖/‖W‖, from the median of all, ±{ERRORS} s.e.", fontsize=9)
     some = f", {len(values)} of {count}" if len(values) < count else ""
     zeros = dataset.sizes["parameter"] - count
