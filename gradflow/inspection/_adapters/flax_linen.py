@@ -1,0 +1,49 @@
+"""Flax linen: a module, a bound one, or a module with its variables.
+
+The collection ``params`` is what trains; all others are the state, and what a call makes of them is
+dropped.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+from jaxtyping import PRNGKeyArray, PyTree
+
+from gradflow.inspection._adapters import _calls
+from gradflow.inspection._model import Model
+
+
+def adapt(model: Any, inputs: Sequence[Any], kwargs: Mapping[str, Any]) -> Model | None:
+    """The model of an `nn.Module`; None for anything else."""
+    module, variables = model, None
+    if isinstance(model, tuple) and len(model) == 2:
+        module, variables = model
+        module = getattr(module, "__self__", module)  # of the pair (module.init, module.apply)
+    if not _calls.comes_from(module, "flax.linen"):
+        return None
+    if module.scope is not None:
+        module, variables = module.unbind()
+    named, mode = _calls.in_training(module.__call__, kwargs)
+
+    def split(variables: Mapping[str, PyTree]) -> tuple[PyTree, PyTree]:
+        others = {name: value for name, value in variables.items() if name != "params"}
+        return variables.get("params", {}), others
+
+    def init(key: PRNGKeyArray) -> tuple[PyTree, PyTree]:
+        return split(module.init(_rngs(key), *inputs, **named))
+
+    def apply(parameters: PyTree, state: PyTree, key: PRNGKeyArray, *values: Any) -> Any:
+        variables = {"params": parameters, **state}
+        outputs, _ = module.apply(variables, *values, rngs=_rngs(key), mutable=[*state], **named)
+        return outputs
+
+    given = None
+    if isinstance(variables, Mapping):
+        given = split(variables if "params" in variables else {"params": variables})
+    return Model(type(module).__name__, init, apply, given, mode=mode)
+
+
+def _rngs(key: PRNGKeyArray) -> dict[str, PRNGKeyArray]:
+    """Keys by the names that modules ask for; Flax gives ``params``'s where there is no other."""
+    return dict(zip(("params", "dropout"), jax.random.split(key), strict=True))

@@ -1,0 +1,76 @@
+"""A function or class that makes a model of any kind, from nothing, a key, or ``nnx.Rngs``.
+
+Of a module that holds its weights, it is the law of these.
+"""
+
+import functools
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+from jaxtyping import PRNGKeyArray, PyTree
+
+from gradflow._arguments import from_seed
+from gradflow.errors import InputError
+from gradflow.inspection import _adapters
+from gradflow.inspection._adapters import _calls
+from gradflow.inspection._model import Model
+
+
+def adapt(model: Any, inputs: Sequence[Any], kwargs: Mapping[str, Any]) -> Model | None:
+    """The model that ``model()``, ``model(key)`` or ``model(rngs)`` is; None for anything else."""
+    make = maker_of(model)
+    if make is None:
+        return None
+    key = from_seed(0)
+    name = getattr(model, "__name__", "model")
+    try:
+        made = make(key)
+    except Exception as error:  # whatever the maker raises
+        raise _calls.failure(name, (), error) from error
+    found = _adapters.adapted(made, inputs, kwargs)
+    if found is None:
+        raise InputError(f"{name} returns an object of {type(made).__name__}; {_adapters.ALLOWED}")
+    if found.init is not None:
+        return found
+
+    def init(key: PRNGKeyArray) -> tuple[PyTree, PyTree]:
+        again = _adapters.adapted(make(key), inputs, kwargs)
+        assert again is not None
+        assert again.given is not None
+        return again.given
+
+    try:
+        jax.eval_shape(init, key)
+        traceable = True
+    except Exception:  # whatever the maker raises
+        traceable = False
+    return Model(found.name, init, found.apply, None, traceable, found.mode)
+
+
+def maker_of(model: Any) -> Callable[[PRNGKeyArray], Any] | None:
+    """The model as a function of a key, if it can be called with no more than that."""
+    if not (inspect.isroutine(model) or isinstance(model, type | functools.partial)):
+        return None
+    arguments = _calls.parameters_of(model).values()
+    rest = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    needed = [a for a in arguments if a.default is a.empty and a.kind not in rest]
+    keys = [a for a in arguments if a.name in _calls.KEY_NAMES and a.kind not in rest]
+    if any(a not in keys for a in needed) or len(keys) > 1:
+        return None
+    if not keys:
+        return lambda _: model()
+    argument = keys[0]
+
+    def make(key: PRNGKeyArray) -> Any:
+        value: Any = key
+        if argument.name == "rngs":
+            from flax import nnx  # noqa: PLC0415
+
+            value = nnx.Rngs(key)
+        if argument.kind is argument.POSITIONAL_ONLY:
+            return model(value)
+        return model(**{argument.name: value})
+
+    return make
