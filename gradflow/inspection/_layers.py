@@ -50,6 +50,10 @@ class Layer:
         How many terms each unit sums; 1 for an embedding.
     parameter
         The number of the leaf of the parameters that its weights come from; of several, the first.
+    above
+        The place, in the list of layers, of the one that takes all of its signal through a chain:
+        nothing else does, and on the way no other layer's signal is added to it or multiplies it.
+        None where there is no such layer.
     """
 
     name: str
@@ -63,6 +67,7 @@ class Layer:
     units: tuple[int, ...]
     fan_in: int
     parameter: int
+    above: int | None = None
 
 
 def of_weights(program: Program) -> frozenset[int]:

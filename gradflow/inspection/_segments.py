@@ -1,0 +1,224 @@
+"""A program cut at its layers: equal segments are one compiled program, forward and backward.
+
+A segment is what a layer's pre-activation needs beyond the layers below. Its forward program takes
+the values that enter and returns those that leave; its backward program takes the cotangents of
+those that leave, at unit scale beside logarithms, and returns those of what enters. Programs are
+kept by what they compute, up to names, so that 300 equal layers compile once. All run for many
+networks at a time, by `jax.vmap`.
+"""
+
+import dataclasses
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array
+
+from gradflow.inspection._layers import Layer
+from gradflow.inspection._reading import Equation, Program
+
+__all__ = ["Segment", "Stretch", "cut", "is_float", "stretch"]
+
+# Equations that a segment has at most: what compiles in about a second.
+_MOST_EQUATIONS = 100
+# What no gradient passes.
+_ENDS = frozenset({"while", "stop_gradient"})
+
+
+@dataclasses.dataclass(frozen=True)
+class Segment:
+    """Equations of a program, in order, and the numbers of the values that enter and leave.
+
+    Attributes
+    ----------
+    equations, inputs, outputs
+        Inputs are all values from outside but constants of one number.
+    products, layers
+        Places, in the list of layers, of those whose product is here; whose pre-activation is.
+    """
+
+    equations: tuple[Equation, ...]
+    inputs: tuple[int, ...]
+    outputs: tuple[int, ...]
+    products: tuple[int, ...]
+    layers: tuple[int, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Stretch:
+    """Equations with names of their own: inputs are 0, 1, …; equal keys compute the same.
+
+    Attributes
+    ----------
+    key
+        Hashable: the primitives, their parameters, wiring, shapes and inlined constants.
+    steps
+        Each equation with the names of its inputs and outputs.
+    constants
+        Inlined ones, by name.
+    names
+        The name of each value of the program.
+    """
+
+    key: tuple[Any, ...]
+    steps: tuple[tuple[Equation, tuple[int, ...], tuple[int, ...]], ...]
+    constants: dict[int, Any]
+    names: dict[int, int]
+
+    def run(
+        self, values: Sequence[Any], taps: dict[int, tuple[int, Any]] | None = None
+    ) -> dict[int, Any]:
+        """Every value by its name; traceable.
+
+        ``taps`` are arrays that are added to an operand, by the place of the equation: the place
+        among its operands, and the array.
+        """
+        env = {**self.constants, **dict(enumerate(values))}
+        for place, (equation, ins, outs) in enumerate(self.steps):
+            operands = [env[i] for i in ins]
+            if taps and place in taps:
+                operand, tap = taps[place]
+                operands[operand] += tap
+            if equation.primitive in _ENDS:
+                operands = [jax.lax.stop_gradient(x) if is_float(x) else x for x in operands]
+            env.update(zip(outs, equation.evaluate(*operands), strict=True))
+        return env
+
+    def sources(self, output: int, floats: frozenset[int]) -> tuple[set[int], set[int]]:
+        """Names that a gradient at ``output`` reaches, among floats; and places of equations."""
+        reached, places = {output}, set()
+        for place in range(len(self.steps) - 1, -1, -1):
+            equation, ins, outs = self.steps[place]
+            if equation.primitive not in _ENDS and not reached.isdisjoint(outs):
+                places.add(place)
+                reached.update(i for i in ins if i in floats)
+        return reached, places
+
+
+def is_float(value: Any) -> bool:
+    """Whether a value, or its shape, is of a float type."""
+    return bool(jnp.issubdtype(value.dtype, jnp.floating))
+
+
+def cut(program: Program, layers: Sequence[Layer]) -> list[Segment]:
+    """The segments of a program, in an order of data flow: one for each layer, and the rest.
+
+    Each has what its layer needs and none before it has made, so that paths side by side are
+    segments of their own, and each may have a scale of its own.
+    """
+    producers, consumers = program.producers(), program.consumers()
+    taken: dict[int, int] = {}  # the segment of each equation
+    groups: list[list[int]] = []
+    ends = [[layer.preactivation] for layer in layers]
+    for values in [*ends, list(program.outputs)]:
+        for piece in _pieces(program, _needed(program, producers, values, taken)):
+            taken.update(dict.fromkeys(piece, len(groups)))
+            groups.append(piece)
+    at_z = {layer.preactivation: place for place, layer in enumerate(layers)}
+    at_product = {layer.product: place for place, layer in enumerate(layers)}
+    kept = {*program.outputs, *at_z}
+    segments = []
+    for number, places in enumerate(groups):
+        equations = tuple(program.equations[place] for place in places)
+        made = [v for equation in equations for v in equation.outputs]
+        inputs = dict.fromkeys(
+            i
+            for equation in equations
+            for i in equation.inputs
+            if i not in set(made) and not _is_inlined(program, i)
+        )
+        leaving = [
+            v
+            for v in made
+            if v in kept or any(taken.get(p) not in (number, None) for p in consumers.get(v, []))
+        ]
+        segments.append(
+            Segment(
+                equations,
+                tuple(inputs),
+                tuple(leaving),
+                tuple(at_product[v] for v in made if v in at_product),
+                tuple(at_z[v] for v in made if v in at_z),
+            )
+        )
+    return segments
+
+
+def _needed(
+    program: Program, producers: dict[int, int], values: list[int], taken: dict[int, int]
+) -> list[int]:
+    """Places of the equations that these values need and no segment has."""
+    found: set[int] = set()
+    pending = list(values)
+    while pending:
+        place = producers.get(pending.pop())
+        if place is not None and place not in taken and place not in found:
+            found.add(place)
+            pending += program.equations[place].inputs
+    return sorted(found)
+
+
+def _pieces(program: Program, places: list[int]) -> Iterable[list[int]]:
+    """Cut at what takes loops' arrays apart, and so that none is too long to compile."""
+    piece: list[int] = []
+    for place in places:
+        alone = program.equations[place].primitive == "unstack"
+        if piece and (alone or len(piece) == _MOST_EQUATIONS):
+            yield piece
+            piece = []
+        piece.append(place)
+        if alone:
+            yield piece
+            piece = []
+    if piece:
+        yield piece
+
+
+def _is_inlined(program: Program, value: int) -> bool:
+    constant = program.constants.get(value)
+    return isinstance(constant, np.ndarray) and constant.size == 1
+
+
+def stretch(program: Program, equations: Sequence[Equation], inputs: Sequence[int]) -> Stretch:
+    """Equations with names of their own; constants that are no inputs are inlined."""
+    names = {value: name for name, value in enumerate(inputs)}
+    constants: dict[int, Any] = {}
+    steps, key = [], []
+    for equation in equations:
+        for value in equation.inputs:
+            if value not in names:
+                constants[len(names)] = program.constants[value]
+                names[value] = len(names)
+        ins = tuple(names[i] for i in equation.inputs)
+        for value in equation.outputs:
+            names.setdefault(value, len(names))
+        outs = tuple(names[i] for i in equation.outputs)
+        steps.append((equation, ins, outs))
+        key.append((equation.signature, ins, outs))
+    avals = tuple((program.avals[i].shape, str(program.avals[i].dtype)) for i in inputs)
+    inlined = tuple((n, str(c.dtype), c.shape, c.tobytes()) for n, c in constants.items())
+    return Stretch((tuple(key), avals, inlined), tuple(steps), constants, names)
+
+
+_PROGRAMS: dict[Any, Callable] = {}
+_MOST_PROGRAMS = 1000
+
+
+def compiled(key: Any, function: Callable, in_axes: Any, out_axes: Any) -> Callable:
+    """The function over networks, jitted; one that computes the same where there was one."""
+    key = (key, str(in_axes), str(out_axes))
+    if key not in _PROGRAMS:
+        if len(_PROGRAMS) >= _MOST_PROGRAMS:
+            _PROGRAMS.pop(next(iter(_PROGRAMS)))
+        _PROGRAMS[key] = jax.jit(jax.vmap(function, in_axes=in_axes, out_axes=out_axes))
+    return _PROGRAMS[key]
+
+
+def rows(x: Array, units: Sequence[int]) -> Array:
+    """A layer's array as (sites, units), in float32 at least."""
+    others = [i for i in range(x.ndim) if i not in units]
+    wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    moved = jnp.transpose(wide, [*others, *units])
+    return moved.reshape(int(np.prod([x.shape[i] for i in others], dtype=int)), -1)
