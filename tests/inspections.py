@@ -23,7 +23,7 @@ def residual(blocks=3, width=16, branch=32):
             shapes |= {f"up_{i}": (width, branch), f"down_{i}": (branch, width)}
         return {n: jax.random.normal(next(keys), s) / s[0] ** 0.5 for n, s in shapes.items()}, {}
 
-    def apply(p, state, key, x):
+    def apply(p, _state, _key, x):
         h = x @ p["in"]
         for i in range(blocks):
             with jax.named_scope(f"ResNet/Block_{i}"):
@@ -42,7 +42,7 @@ def dense(depth=10, width=8):
             {"w": jax.random.normal(k, (width, width)), "b": jnp.zeros(width)} for k in keys
         ], {}
 
-    def apply(p, state, key, x):
+    def apply(p, _state, _key, x):
         for i, layer in enumerate(p):
             with jax.named_scope(f"MLP/Dense_{i}"):
                 x = jnp.tanh(x @ layer["w"] + layer["b"])
@@ -87,8 +87,8 @@ def found(model, inputs=8, *, slope=-0.9, networks=20, seed=0, known=1.0, **meas
         of_weights = number in numbers
         gradient = 2 * slope * up[numbers.get(number, 0)] - 3
         leaves[program.names[number]] = {
-            "log_weight": np.full(networks, -2.0 if of_weights else -np.inf),
-            "log_gradient": gradient + 0.02 * draw.normal(size=networks),
+            "log_mean_square": np.full(networks, -2.0 if of_weights else -np.inf),
+            "log_gradient_mean_square": gradient + 0.02 * draw.normal(size=networks),
         }
     values = {key: value + noise[key] for key, value in theory.items()}
     return assemble(
@@ -96,7 +96,8 @@ def found(model, inputs=8, *, slope=-0.9, networks=20, seed=0, known=1.0, **meas
         program,
         of_program,
         types.SimpleNamespace(
-            **{"values": values, "parameters": leaves, "networks": networks, "born": None}
+            **{"values": values, "parameters": leaves, "networks": networks}
+            | {"born": None, "ends": ""}
             | measured
         ),
         types.SimpleNamespace(

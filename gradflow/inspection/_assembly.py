@@ -15,13 +15,13 @@ from gradflow._differences import (
     differences,
     significance_threshold,
 )
-from gradflow._labels import BY_KEY
 from gradflow.estimation import Estimate
 from gradflow.inspection import _wording
 from gradflow.inspection._layers import Layer
 from gradflow.inspection._model import Model
 from gradflow.inspection._places import Places
 from gradflow.inspection._reading import Program
+from gradflow.inspection._wording import BY_KEY
 from gradflow.inspection.result import Inspection, Leaves, relative_theory
 from gradflow.predictions import Prediction
 
@@ -76,6 +76,7 @@ def assemble(
         networks=measured.networks,
         threshold=threshold,
         born=measured.born,
+        gradients_end=measured.ends,
     )
 
 

@@ -20,8 +20,8 @@ _CAPTIONS = {
     ),
 }
 _ABOUT = (
-    "q: second moment of pre-activations; flat: units where the slope of φ is far below its "
-    "largest; c: correlation of two inputs; z: the largest difference of theory and measurement in "
+    "q: second moment of pre-activations; flat, dead: units where the slope of φ is far below "
+    "its largest, and where it is 0 for all inputs; c: correlation of two inputs; z: the largest difference of theory and measurement in "
     "the row, in standard errors. Beside what was measured stands theory, of infinite width."
 )
 

@@ -6,12 +6,16 @@ from collections.abc import Mapping
 import numpy as np
 
 from gradflow._differences import StatisticComparison, Status
-from gradflow._labels import BY_KEY
 from gradflow.estimation import Estimate
+from gradflow.inspection._births import Born
+from gradflow.inspection._measuring import STATISTICS
 from gradflow.inspection._places import Places
 from gradflow.verdict import Verdict, word
 
-__all__ = ["agreement", "judge"]
+__all__ = ["BY_KEY", "agreement", "judge"]
+
+# Every statistic of an inspection by its key.
+BY_KEY = {statistic.key: statistic for statistic in STATISTICS}
 
 _VERBS = {
     "vanishing": "gradients vanish",
@@ -32,7 +36,7 @@ def judge(
     theory: Mapping[str, np.ndarray],
     relative: tuple[np.ndarray, np.ndarray],
     *,
-    born: str | None = None,
+    born: Born | None = None,
     why: str = "",
 ) -> Verdict:
     """The verdict on a model, about the norm ‖∂C/∂z‖ that arrives at layers that are alike.
@@ -46,7 +50,7 @@ def judge(
     relative
         log ‖∂C/∂W‖/‖W‖ of each layer, (layers,): measured, and by theory.
     born
-        Where the first value that is not finite comes from, in words, or None.
+        Where the first value that is not finite comes from, or None.
     why
         The cause and what mends it, in words, or empty.
     """
@@ -69,7 +73,7 @@ def judge(
         others = [parts[0]] if math.isfinite(here) else []
         parts = [f"dead: {none} at {places.names[bottom]}", *others]
     if born is not None:
-        parts = [f"not finite: {born}", *(parts if math.isfinite(here) else [])]
+        parts = [f"not finite: {_birth(born)}", *(parts if math.isfinite(here) else [])]
     parts += [why] if why else []
     flat = _flat_from(estimates)
     if flat is not None:
@@ -91,7 +95,7 @@ def judge(
     )
 
 
-def _kind(steps: int, change: float, dead: float, born: str | None) -> str:
+def _kind(steps: int, change: float, dead: float, born: Born | None) -> str:
     if dead >= _DEAD and born is None:
         return "dead"
     return "undefined" if steps == 0 or math.isnan(change) else word(change)
@@ -112,6 +116,16 @@ def _first(kind: str, places: Places, ends: tuple[int, int], change: float, theo
     return (
         f"{verb} ×{_a_layer(change, steps):.3g} a layer ({known}) {ends_at}{over}, in the norm of "
         "∂C/∂z"
+    )
+
+
+def _birth(born: Born) -> str:
+    """Where the first value that is not finite comes from, in words."""
+    way = "up" if born.direction == "forward" else "down"
+    at = f" in {born.path}" if born.path else ""
+    below = f", next to {born.layer}" if born.layer and born.layer != born.path else ""
+    return (
+        f"the first NaN or infinite number on the way {way} comes from {born.primitive}{at}{below}"
     )
 
 

@@ -17,11 +17,13 @@ from gradflow._differences import (
     Status,
 )
 from gradflow._files import write_netcdf, write_text
-from gradflow._labels import BY_KEY, key_of, labelled, layers, with_names
+from gradflow._labels import key_of, labelled, layers, with_names
 from gradflow._tables import PAGE, PlainConsole, number, table
 from gradflow.estimation import Estimate
 from gradflow.inspection import _wording
+from gradflow.inspection._births import Born
 from gradflow.inspection._places import Places
+from gradflow.inspection._wording import BY_KEY
 from gradflow.predictions import Prediction
 from gradflow.verdict import Verdict
 
@@ -66,7 +68,7 @@ class Leaves:
         """The leaves from log mean squares of weights and of gradients, (networks,), by path."""
         weight, gradient = (
             np.array([np.asarray(one[name], np.float64) / 2 for one in measured.values()]).T
-            for name in ("log_weight", "log_gradient")
+            for name in ("log_mean_square", "log_gradient_mean_square")
         )
         with np.errstate(invalid="ignore"):  # of weights without gradients, both are -inf
             relative = gradient - weight
@@ -116,7 +118,9 @@ class Inspection:
     threshold
         The z-score beyond which a difference is significant.
     born
-        Where the first value that is not finite comes from, in words, or None.
+        Where the first value that is not finite comes from, or None.
+    gradients_end
+        Where measured gradients end and how to have them, in a sentence, or empty.
     cause, factors
         Why gradients vanish or explode, in words, and by what to multiply each leaf of the
         parameters, by its path; empty where nothing is to be mended.
@@ -133,7 +137,8 @@ class Inspection:
     leaves: Leaves
     networks: int
     threshold: float
-    born: str | None = None
+    born: Born | None = None
+    gradients_end: str = ""
     cause: str = ""
     factors: Mapping[str, float] = dataclasses.field(default_factory=dict)
 
@@ -199,6 +204,7 @@ class Inspection:
             self.verdict.sentence,
             f"agreement: {self.agreement}",
             f"theory: {self.theory_ends}",
+            *([f"gradients: {self.gradients_end}"] if self.gradients_end else []),
             f"{self.name}{mode}: {len(self.places)} layers, {len(self.leaves.names)} leaves of "
             f"parameters, {drawn}",
         ]
@@ -216,7 +222,7 @@ class Inspection:
     def rows(self) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
         """The table's head and its rows of text, one a layer; of very many, some."""
         head = (
-            *("layer", "shape", "q", "theory", "flat", "c", "theory ", "log₁₀\n‖∂C/∂z‖"),
+            *("layer", "shape", "q", "theory", "flat/dead", "c", "theory ", "log₁₀\n‖∂C/∂z‖"),
             *("theory  ", "log₁₀\n‖∂C/∂W‖/‖W‖", "theory   ", "z", ""),
         )
         count = len(self.places)
@@ -233,13 +239,13 @@ class Inspection:
             return float(values[layer]), float(self.theory.values[key][layer])
 
         q, correlation, norm = (pair(key) for key in ("log_q", "correlation", "log_gradient_norm"))
-        flat = pair("saturation")[0]
+        flat, dead = (100 * pair(key)[0] for key in ("saturation", "dead"))
         one, status = self._worst(layer)
         return (
             self.places.names[layer],
             "×".join(map(str, self.places.shapes[layer])),
             *(number(x, 3, log=True) for x in q),
-            "-" if math.isnan(flat) else f"{100 * flat:.0f} %",
+            "-" if math.isnan(flat) else f"{flat:.0f}/{dead:.0f} %",
             *("-" if math.isnan(x) else f"{x:.3f}" for x in correlation),
             *(_log10(x) for x in norm),
             *(_log10(x[layer]) for x in (relative, theory)),
@@ -307,7 +313,7 @@ class Inspection:
             dataset[name] = ("parameter", values)
         factors = [self.factors.get(name, 1.0) for name in self.leaves.names]
         dataset["factor"] = ("parameter", np.array(factors))
-        return labelled(dataset).assign_attrs(
+        return labelled(dataset, BY_KEY.values()).assign_attrs(
             model=self.name,
             model_mode=self.mode,  # scipy keeps its own ``mode`` beside attributes
             networks=self.networks,
@@ -316,7 +322,7 @@ class Inspection:
             cause=self.cause,
             agreement=self.agreement,
             theory=self.theory_ends,
-            born=self.born or "",
+            gradients_end=self.gradients_end,
             z_threshold=self.threshold,
         )
 
