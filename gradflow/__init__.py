@@ -46,8 +46,8 @@ if TYPE_CHECKING:
     from gradflow.comparison import compare as compare
     from gradflow.ensembles import Ensemble as Ensemble
     from gradflow.errors import InputError as InputError
+    from gradflow.inspection import Inspection as Inspection
     from gradflow.inspection import inspect as inspect
-    from gradflow.inspection.result import Inspection as Inspection
     from gradflow.networks import Network as Network
     from gradflow.networks import Stage as Stage
     from gradflow.simulation.monte_carlo import simulate as simulate
@@ -73,7 +73,7 @@ _MODULES = {
     "Comparison": "comparison",
     "Ensemble": "ensembles",
     "InputError": "errors",
-    "Inspection": "inspection.result",
+    "Inspection": "inspection",
     "Network": "networks",
     "Stage": "networks",
     "Statistic": "statistics",

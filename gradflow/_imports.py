@@ -69,7 +69,7 @@ def object_at(text: str, name: str) -> Any:
         value: Any = importlib.import_module(module)
     except ModuleNotFoundError as error:
         raise InputError(f"{given}, and there is no module {error.name!r}") from error
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         reason = " ".join(str(error).split())
         raise InputError(
             f"{given}, and importing {module!r} raised {type(error).__name__}: {reason[:200]}"

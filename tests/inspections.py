@@ -45,7 +45,7 @@ def dense(depth=10, width=8):
     def apply(p, _state, _key, x):
         for i, layer in enumerate(p):
             with jax.named_scope(f"MLP/Dense_{i}"):
-                x = jnp.tanh(x @ layer["w"] + layer["b"])
+                x = jnp.tanh(x @ layer["w"] + layer["b"][None])
         return x
 
     return Model("MLP", init, apply)

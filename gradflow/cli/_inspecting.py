@@ -20,7 +20,7 @@ from gradflow.cli._output import finite_or_text, show, show_progress
 from gradflow.errors import InputError
 
 if TYPE_CHECKING:
-    from gradflow.inspection.result import Inspection
+    from gradflow.inspection import Inspection
 
 _SPEC = re.compile(r"(?P<shape>\d+(?:,\d+)*)(?::(?P<dtype>\w+))?(?:<(?P<bound>\d+))?")
 _INTEGERS = ("int", "int8", "int16", "int32", "int64", "uint8", "uint16", "uint32")

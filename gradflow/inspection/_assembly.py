@@ -1,6 +1,7 @@
 """An inspection from its parts: estimates over networks, theory beside them, and the verdict."""
 
 import dataclasses
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -18,11 +19,12 @@ from gradflow._differences import (
 from gradflow.estimation import Estimate
 from gradflow.inspection import _wording
 from gradflow.inspection._layers import Layer
+from gradflow.inspection._leaves import Leaves, relative_theory
 from gradflow.inspection._model import Model
 from gradflow.inspection._places import Places
 from gradflow.inspection._reading import Program
+from gradflow.inspection._result import Inspection
 from gradflow.inspection._wording import BY_KEY
-from gradflow.inspection.result import Inspection, Leaves, relative_theory
 from gradflow.predictions import Prediction
 
 __all__ = ["assemble"]
@@ -51,7 +53,7 @@ def assemble(
         key: np.asarray(predicted.values.get(key, nothing), float) for key in estimates
     }
     errors = {key: np.nan_to_num(predicted.error.get(key, nothing)) for key in estimates}
-    leaves = Leaves.of(_in_order(program, measured.parameters))
+    leaves = Leaves.of(_in_order(program, measured.parameters), _sizes(program))
     compared, threshold = _compare(
         places, estimates, values, errors, networks=measured.networks, dtype=_dtype(program, layers)
     )
@@ -88,6 +90,12 @@ def _in_order(program: Program, leaves: Mapping[str, _Leaf]) -> dict[str, _Leaf]
         for number in program.arguments["parameters"]
     }
     return dict(sorted(leaves.items(), key=lambda item: used.get(item[0], len(used))))
+
+
+def _sizes(program: Program) -> dict[str, int]:
+    """How many elements each leaf of the parameters has."""
+    numbers = program.arguments["parameters"]
+    return {program.names[i]: math.prod(program.avals[i].shape) for i in numbers}
 
 
 def _dtype(program: Program, layers: Sequence[Layer]) -> str:

@@ -1,11 +1,8 @@
 """The report of an inspection: one page of HTML without other files."""
 
-from typing import TYPE_CHECKING
+from typing import Any
 
 from gradflow._pages import facts, figure_part, page_of, safe, table
-
-if TYPE_CHECKING:
-    from gradflow.inspection.result import Inspection
 
 __all__ = ["page"]
 
@@ -20,14 +17,15 @@ _CAPTIONS = {
     ),
 }
 _ABOUT = (
-    "q: second moment of pre-activations; flat, dead: units where the slope of φ is far below "
-    "its largest, and where it is 0 for all inputs; c: correlation of two inputs; z: the largest difference of theory and measurement in "
-    "the row, in standard errors. Beside what was measured stands theory, of infinite width."
+    "q: second moment of pre-activations; flat/dead: units where the slope of φ is far below its "
+    "largest, and where it is 0 for all inputs; c: correlation of two inputs; z: the largest "
+    "difference of theory and measurement in the row, in standard errors. Beside what was measured "
+    "stands theory, of infinite width."
 )
 
 
-def page(inspection: "Inspection") -> str:
-    """The report of an inspection, as one page of HTML."""
+def page(inspection: Any) -> str:
+    """The report of an `Inspection`, as one page of HTML."""
     drawn = inspection.networks
     head, rows = inspection.rows()
     return page_of(

@@ -55,7 +55,7 @@ def judge(
         The cause and what mends it, in words, or empty.
     """
     alike = places.comparable()
-    bottom, top = alike[np.argmin(places.depth[alike])], alike[np.argmax(places.depth[alike])]
+    bottom, top = (int(alike[end(places.depth[alike])]) for end in (np.argmin, np.argmax))
     steps = int(places.depth[top] - places.depth[bottom])
     norm = estimates["log_gradient_norm"]
     over_sites = np.log(np.maximum(places.sites, 1)) / 2

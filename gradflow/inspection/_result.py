@@ -22,6 +22,7 @@ from gradflow._tables import PAGE, PlainConsole, number, table
 from gradflow.estimation import Estimate
 from gradflow.inspection import _wording
 from gradflow.inspection._births import Born
+from gradflow.inspection._leaves import Leaves, relative_theory
 from gradflow.inspection._places import Places
 from gradflow.inspection._wording import BY_KEY
 from gradflow.predictions import Prediction
@@ -30,7 +31,7 @@ from gradflow.verdict import Verdict
 if TYPE_CHECKING:
     from gradflow.figures import Figure
 
-__all__ = ["Inspection", "Leaves", "relative_theory"]
+__all__ = ["Inspection"]
 
 # The most rows of a table of layers; of more layers so many are shown, evenly chosen.
 _MOST_ROWS = 60
@@ -41,56 +42,6 @@ _WORDS = {
     Status.FINITE_WIDTH: "finite width",
     Status.DIFFERS: "differs",
 }
-
-
-@dataclasses.dataclass(frozen=True)
-class Leaves:
-    """The leaves of the parameters, in the order of their use; every array is of shape (leaves,).
-
-    Attributes
-    ----------
-    names
-        Their paths, as ``"['params']['Dense_0']['kernel']"``.
-    log_weight, log_gradient
-        log ‖W‖ and log ‖∂C/∂W‖, over the root of the number of elements: means over networks.
-    log_relative, log_relative_error
-        log ‖∂C/∂W‖/‖W‖, and its standard error over networks; NaN of weights that are 0.
-    """
-
-    names: tuple[str, ...]
-    log_weight: np.ndarray
-    log_gradient: np.ndarray
-    log_relative: np.ndarray
-    log_relative_error: np.ndarray
-
-    @classmethod
-    def of(cls, measured: Mapping[str, Mapping[str, np.ndarray]]) -> "Leaves":
-        """The leaves from log mean squares of weights and of gradients, (networks,), by path."""
-        weight, gradient = (
-            np.array([np.asarray(one[name], np.float64) / 2 for one in measured.values()]).T
-            for name in ("log_mean_square", "log_gradient_mean_square")
-        )
-        with np.errstate(invalid="ignore"):  # of weights without gradients, both are -inf
-            relative = gradient - weight
-        relative = Estimate.of(np.where(np.isfinite(weight), relative, np.nan))
-        return cls(
-            names=tuple(measured),
-            log_weight=_mean(weight),
-            log_gradient=_mean(gradient),
-            log_relative=relative.value,
-            log_relative_error=relative.standard_error,
-        )
-
-    def at(self, paths: tuple[str, ...]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Log ‖W‖, log ‖∂C/∂W‖/‖W‖ and its error of these leaves; NaN where one is named twice."""
-        index = {name: i for i, name in enumerate(self.names)}
-        known = [index[p] if p in index and paths.count(p) == 1 else None for p in paths]
-
-        def chosen(values: np.ndarray) -> np.ndarray:
-            return np.array([math.nan if i is None else values[i] for i in known])
-
-        values = (self.log_weight, self.log_relative, self.log_relative_error)
-        return chosen(values[0]), chosen(values[1]), chosen(values[2])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -164,6 +115,12 @@ class Inspection:
         sentence = f"theory reaches {known} of {len(self.places)} layers"
         why = self.theory.why_missing
         return f"{sentence}; {why}" if why else sentence
+
+    @property
+    def log_gradient_norms(self) -> dict[str, float]:
+        """Log ‖∂C/∂W‖ of each leaf of the parameters, by its path: means over networks."""
+        values = self.leaves.log_gradient + np.log(self.leaves.sizes) / 2
+        return dict(zip(self.leaves.names, map(float, values), strict=True))
 
     @property
     def relative_weight_gradient(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -371,17 +328,6 @@ class Inspection:
                 strict=True,
             )
         ]
-
-
-def relative_theory(theory: Mapping[str, Any], log_weight: np.ndarray) -> np.ndarray:
-    """Log ‖∂C/∂W‖/‖W‖ of each layer by theory, of weights of this size."""
-    variance = theory.get("log_weight_gradient_variance")
-    return np.full_like(log_weight, np.nan) if variance is None else variance / 2 - log_weight
-
-
-def _mean(values: np.ndarray) -> np.ndarray:
-    """The mean over networks; -inf of what is 0 in all."""
-    return np.asarray(values, np.float64).mean(axis=0)
 
 
 def _log10(log: float) -> str:
