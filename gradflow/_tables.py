@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, TextIO
+from typing import Any
 
 from rich import box
 from rich.console import Console
@@ -102,7 +102,7 @@ def percent(share: float) -> str:
 class PlainConsole(Console):
     """A terminal that texts do not drive, whatever file they are from: no markup, no escapes."""
 
-    def __init__(self, width: int, file: TextIO | None = None) -> None:
+    def __init__(self, width: int, file: Any = None) -> None:
         super().__init__(
             width=width, file=file, highlight=False, markup=False, emoji=False, soft_wrap=False
         )
