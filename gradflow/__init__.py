@@ -48,6 +48,7 @@ if TYPE_CHECKING:
     from gradflow.errors import InputError as InputError
     from gradflow.inspection import Inspection as Inspection
     from gradflow.inspection import inspect as inspect
+    from gradflow.inspection.watch import watch as watch
     from gradflow.networks import Network as Network
     from gradflow.networks import Stage as Stage
     from gradflow.simulation.monte_carlo import simulate as simulate
@@ -95,6 +96,7 @@ _MODULES = {
     "simulate": "simulation.monte_carlo",
     "stack": "builders",
     "train": "training.train",
+    "watch": "inspection.watch",
 }
 __all__ = list(_MODULES)
 

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, ScalarLike
 
+from gradflow._cached_property import cached_property
 from gradflow._checks import is_number
 from gradflow._closed_forms import Moment, PairMoment, Values
 from gradflow._programs import program
@@ -129,7 +130,7 @@ class Activation:
         jumps = self.derivative(points + step) - self.derivative(points - step)
         return tuple(zip(self.kinks, jumps, strict=True))
 
-    @functools.cached_property
+    @cached_property
     def _known_slope_jumps(self) -> tuple[tuple[float, float], ...] | None:
         """The `slope_jumps`, or None if parameters are traced, because tracers must not be kept."""
         if not self.kinks:
@@ -146,7 +147,7 @@ class Activation:
             (float(k), float(j)) for k, j in zip(points, jumps, strict=True) if abs(j) > 1e-12
         )
 
-    @functools.cached_property
+    @cached_property
     def max_slope(self) -> float:
         """The supremum of |φ'|; one-sided at kinks.
 
@@ -167,7 +168,7 @@ class Activation:
             centre, width = float(near[slopes.argmax()]), width / 100
         return best
 
-    @functools.cached_property
+    @cached_property
     def _scan(self) -> tuple[np.ndarray, np.ndarray]:
         """Points that resolve φ', and φ' there."""
         half = np.concatenate(
@@ -179,7 +180,7 @@ class Activation:
         x = np.unique(np.concatenate([-half, half, kinks - beside, kinks + beside]))
         return x, known_slopes(self, x)
 
-    @functools.cached_property
+    @cached_property
     def bounds(self) -> tuple[float, float] | None:
         """The least and largest value of φ, or None if it is unbounded.
 
@@ -201,7 +202,7 @@ class Activation:
         """
         return self._known_powers or _powers(self, _PROBES)
 
-    @functools.cached_property
+    @cached_property
     def _known_powers(self) -> tuple["_Powers", "_Powers"] | None:
         """The `powers`, or None if parameters are traced, because tracers must not be kept."""
         with jax.enable_x64(True):

@@ -1,12 +1,19 @@
 """The folder in which programs are kept between processes. Importing this module starts no JAX."""
 
+import functools
 import hashlib
+import json
 import os
 import platform
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
-__all__ = ["SETTINGS", "mend", "usable"]
+from gradflow._files import complete
+from gradflow.errors import InputError
+
+__all__ = ["SETTINGS", "code", "kept", "mend", "usable"]
 
 # JAX's settings for the folder: its size in bytes, and what is worth keeping.
 SETTINGS = {
@@ -33,6 +40,32 @@ def usable() -> Path | None:
     except (OSError, RuntimeError):
         return None
     return folder if os.access(folder, os.W_OK) else None
+
+
+@functools.cache
+def code() -> str:
+    """A digest of gradflow's source code."""
+    digest = hashlib.sha256()
+    folder = Path(__file__).parent
+    for path in sorted(folder.rglob("*.py")):
+        digest.update(str(path.relative_to(folder)).encode() + b"\0" + path.read_bytes())
+    return digest.hexdigest()
+
+
+def kept(name: str, make: Callable[[], Any]) -> Any:
+    """A value that gradflow's code alone decides, of what JSON knows: made once, and then read."""
+    folder = usable()
+    if folder is None:
+        return make()
+    path = folder / f"{name}.json"
+    with suppress(OSError, ValueError, KeyError, TypeError):
+        found = json.loads(path.read_text(encoding="utf-8"))
+        if found["code"] == code():
+            return found["value"]
+    value = make()
+    with suppress(InputError), complete(path) as file:
+        file.write_text(json.dumps({"code": code(), "value": value}), encoding="utf-8")
+    return value
 
 
 def mend(folder: Path) -> None:

@@ -13,7 +13,6 @@ import importlib.metadata
 import inspect
 import sys
 from collections.abc import Callable, Iterable
-from pathlib import Path
 from types import FunctionType, MethodType
 from typing import Any
 
@@ -21,6 +20,8 @@ import jax
 import jaxlib.version
 import numpy as np
 from jax.tree_util import PyTreeDef, default_registry
+
+from gradflow._cache_folder import code
 
 __all__ = [
     "NotStorableError",
@@ -43,13 +44,9 @@ class NotStorableError(Exception):
 @functools.cache
 def source() -> str:
     """A digest of gradflow's source code and of the versions of what it computes with."""
-    digest = hashlib.sha256()
-    folder = Path(__file__).parent
-    for path in sorted(folder.rglob("*.py")):
-        digest.update(str(path.relative_to(folder)).encode() + b"\0" + path.read_bytes())
     versions = (sys.version, jax.__version__, jaxlib.version.__version__, np.__version__)
-    digest.update(repr((*versions, importlib.metadata.version("equinox"))).encode())
-    return digest.hexdigest()
+    everything = (code(), *versions, importlib.metadata.version("equinox"))
+    return hashlib.sha256(repr(everything).encode()).hexdigest()
 
 
 def identity(value: Any) -> str:

@@ -23,6 +23,7 @@ import jax.export
 import numpy as np
 from jaxtyping import PyTreeDef
 
+from gradflow._cached_property import cached_property
 from gradflow._compilation import cache_folder, caching, options
 from gradflow._identity import (
     NotStorableError,
@@ -104,7 +105,7 @@ class Program:
         self._lowered = jax.jit(traced).lower(*shapes)
         self.result = jax.tree.unflatten(self._structure, jax.tree.leaves(self._lowered.out_info))
 
-    @functools.cached_property
+    @cached_property
     def _compiled(self) -> Callable:
         """The compiled program, of and to leaves."""
         with caching():

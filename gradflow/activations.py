@@ -32,7 +32,7 @@ from gradflow._activation import Activation, Elementwise
 from gradflow._checks import check_sequence, is_number, unknown_name
 from gradflow.errors import InputError
 
-__all__ = ["ALL", "Activation", "ActivationLike", "custom", "get", "leaky_relu"]
+__all__ = ["ALIASES", "ALL", "Activation", "ActivationLike", "custom", "get", "leaky_relu"]
 
 # What `get` takes: an activation, its name, or a function that is one.
 ActivationLike: TypeAlias = Activation | str | Elementwise
@@ -163,7 +163,7 @@ def _by_name(text: str) -> Activation:
     if reason := _REFUSED.get(key):
         raise InputError(f"activation is {text!r}, {reason}")
     if key not in _NAMES:
-        raise unknown_name("activation", text, (*_BY_NAME, *_ALIASES, "module:function"))
+        raise unknown_name("activation", text, (*_BY_NAME, *ALIASES, "module:function"))
     name = _NAMES[key]
     if arguments is None:
         return _BY_NAME[name] if name in _BY_NAME else get(name)
@@ -487,7 +487,7 @@ snake = _family(
 
 _BY_NAME = {name: value for name, value in list(vars().items()) if isinstance(value, Activation)}
 # Other names, those of PyTorch, Keras and JAX among them.
-_ALIASES = {
+ALIASES = {
     "sigmoid": "logistic",
     "expit": "logistic",
     "identity": "linear",
@@ -502,7 +502,7 @@ _ALIASES = {
     "lecun_tanh": "tanh(1.7159, 2/3)",
 }
 _NAMES = {_key(name): name for name in _BY_NAME}
-_NAMES |= {_key(name): target for name, target in _ALIASES.items()}
+_NAMES |= {_key(name): target for name, target in ALIASES.items()}
 _STEP = (
     "a step, whose slope is 0: no gradient passes it, at any depth; tanh(1, 10) is a smooth step, "
     "and hard_tanh has the slope of a straight-through estimator"

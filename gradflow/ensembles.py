@@ -54,7 +54,8 @@ from gradflow._initializers import PROBE, Measured, measure, probe
 from gradflow._weight_names import Function, Reader, as_text, split
 from gradflow.errors import InputError
 
-__all__ = ["ALL", "Distribution", "Ensemble", "by_layer", "fan_in", "from_initializer", "get"]
+__all__ = ["ALIASES", "ALL", "Distribution", "Ensemble", "by_layer", "fan_in"]
+__all__ += ["from_initializer", "get"]
 
 _Rule = Callable[[int, int], float]
 
@@ -439,7 +440,7 @@ ALL = tuple(value for value in list(vars().values()) if isinstance(value, Ensemb
 
 # Other names: of frameworks, where Keras' and JAX's glorot_normal, he_normal and lecun_normal are
 # truncated, and PyTorch's xavier_normal and kaiming_normal are not; and of arrays.
-_ALIASES = {
+ALIASES = {
     "xavier": glorot,
     "xavier_normal": glorot,
     "xavier_uniform": glorot_uniform,
@@ -500,7 +501,7 @@ _FUNCTIONS: dict[str, Function] = {
 
 @functools.lru_cache(maxsize=1024)
 def _read(text: str) -> Ensemble:
-    return Reader(text, {e.name: e for e in ALL} | _ALIASES, _FUNCTIONS).read()
+    return Reader(text, {e.name: e for e in ALL} | ALIASES, _FUNCTIONS).read()
 
 
 def get(ensemble: Any) -> Ensemble:

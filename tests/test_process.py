@@ -36,6 +36,24 @@ def test_an_output_that_is_full_is_one_sentence(arguments):
     assert (done.returncode, done.stderr) == (2, said)
 
 
+def test_names_are_listed_without_jax_from_the_second_time_on(tmp_path):
+    code = f"import sys\ntry:\n  {MAIN.replace('; ', chr(10) + '  ')}\n"
+    code += "finally:\n  print('jax' in sys.modules)"
+    there = {"GRADFLOW_CACHE": str(tmp_path)}
+    said = [
+        python(code, "list", environment=there, stdout=subprocess.PIPE).stdout.splitlines()
+        for _ in range(2)
+    ]
+    assert said[0][:-1] == said[1][:-1]
+    assert [lines[-1] for lines in said] == ["True", "False"]
+    assert "  swish                     silu" in said[0]
+    (file,) = tmp_path.rglob("names.json")
+    of_other_code = file.read_text(encoding="utf-8").replace("swish", "swoosh")
+    file.write_text(of_other_code.replace('"code": "', '"code": "0'), encoding="utf-8")
+    third = python(code, "list", environment=there, stdout=subprocess.PIPE).stdout.splitlines()
+    assert third == said[0]
+
+
 @pytest.mark.medium
 def test_streams_that_are_closed_or_have_no_such_letters_are_no_reason_to_fail():
     for environment in ({"PYTHONIOENCODING": "ascii"}, {"COLUMNS": "20"}, {"COLUMNS": "1"}):

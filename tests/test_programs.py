@@ -2,6 +2,8 @@
 
 import functools
 import json
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +20,7 @@ from gradflow import (
     ensembles,
     statistics,
 )
+from gradflow._cached_property import cached_property
 from gradflow._identity import NotStorableError, identity, tree_from_plain, tree_to_plain
 from gradflow.theory.fixed_points import Analysis
 
@@ -180,3 +183,26 @@ def test_a_constant_may_have_any_name():
         lambda x, given, function: x + given * function
     )
     assert float(program(jnp.array(1.0), 2, function=3)) == 7
+
+
+def test_a_kept_property_of_one_object_does_not_wait_for_anothers():
+    """As Python 3.11's does: two threads that each trace, and need one, would wait for ever."""
+    begun, kept = threading.Event(), threading.Event()
+
+    class Kept:
+        def __init__(self, waits):
+            self.waits = waits
+
+        @cached_property
+        def value(self):
+            if not self.waits:
+                return True
+            begun.set()
+            return kept.wait(timeout=10)
+
+    with ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(lambda: Kept(waits=True).value)
+        assert begun.wait(timeout=10)
+        assert Kept(waits=False).value
+        kept.set()
+        assert waiting.result()

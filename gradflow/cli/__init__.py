@@ -6,12 +6,12 @@ made in one place (`_output`).
 
 import signal
 import sys
-from typing import Annotated, NoReturn
+from typing import Annotated, Any, NoReturn
 
 import typer
 
 import gradflow
-from gradflow import _imports
+from gradflow import _cache_folder, _imports
 from gradflow.cli import (  # each adds its commands
     _comparing,  # noqa: F401
     _correlating,  # noqa: F401
@@ -35,15 +35,7 @@ _NOT_KNOWN_TO_JAX = ("Unable to initialize backend", "for environment", "for JAX
 @app.command(name="list")
 def _list_names(as_json: Json = False) -> None:
     """Every activation, weight ensemble and statistic, by name."""
-    from gradflow import activations, ensembles, statistics  # noqa: PLC0415
-
-    names = {
-        "activations": [a.name for a in activations.ALL],
-        "weights": [e.name for e in ensembles.ALL],
-        "distributions": sorted(ensembles.DISTRIBUTIONS),
-        "samplers": ["auto", "dense", "matrix_free"],
-        "statistics": {s.name: s.label for s in statistics.ALL},
-    }
+    names = _cache_folder.kept("names", _names)
     if as_json:
         print_json(names)
         return
@@ -52,6 +44,20 @@ def _list_names(as_json: Json = False) -> None:
         lines = those.items() if isinstance(those, dict) else ((name, "") for name in those)
         for name, label in lines:
             typer.echo(f"  {name:<26}{label}".rstrip())
+
+
+def _names() -> dict[str, Any]:
+    from gradflow import activations, ensembles, statistics  # noqa: PLC0415  (which import JAX)
+
+    return {
+        "activations": [a.name for a in activations.ALL],
+        "activation_aliases": activations.ALIASES,
+        "weights": [e.name for e in ensembles.ALL],
+        "weight_aliases": {name: e.name for name, e in ensembles.ALIASES.items()},
+        "distributions": sorted(ensembles.DISTRIBUTIONS),
+        "samplers": ["auto", "dense", "matrix_free"],
+        "statistics": {s.name: s.label for s in statistics.ALL},
+    }
 
 
 def main() -> None:

@@ -1,5 +1,6 @@
 """The process that a command runs in: its streams, its signals, and what its environment asks."""
 
+import atexit
 import gc
 import logging
 import os
@@ -44,6 +45,8 @@ def prepare() -> None:
     # Imports and programs are a million objects that stay: a seventh of a short command's time went
     # into looking for those that do not.
     gc.set_threshold(50_000, 20, 20)
+    # At the end nothing is looked for: that took as long as importing JAX.
+    atexit.register(gc.freeze)
     # XLA's own log has nothing for a user: what goes wrong is raised.
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     warnings.filterwarnings("ignore", "Error (reading|writing) persistent compilation cache")

@@ -11,12 +11,11 @@ import dataclasses
 import math
 import time
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import equinox as eqx
 import jax
 import numpy as np
-import xarray
 from jax.typing import ArrayLike
 from jaxtyping import Array, PRNGKeyArray
 
@@ -32,6 +31,9 @@ from gradflow.networks import Network
 from gradflow.simulation import _memory, _programs, _samplers, propagation
 from gradflow.simulation._programs import OVERFLOWED, VANISHED, RandomNetworks
 from gradflow.statistics import Statistic
+
+if TYPE_CHECKING:
+    import xarray
 
 __all__ = ["Progress", "Simulation", "simulate"]
 
@@ -99,8 +101,10 @@ class Simulation(eqx.Module):
             f"{self.dtype}: {', '.join(self.estimates)}"
         )
 
-    def to_xarray(self) -> xarray.Dataset:
+    def to_xarray(self) -> "xarray.Dataset":
         """Return the labelled estimates: mean, standard deviation and error over networks."""
+        import xarray  # noqa: PLC0415  (slow to import)
+
         arrays: dict[str, np.ndarray] = {}
         for statistic in self.statistics:
             name, key = statistic.name, statistic.key

@@ -20,8 +20,8 @@ from gradflow.inspection._model import Model
 __all__ = ["ALLOWED", "adapt", "adapted", "check_numbers"]
 
 ALLOWED = (
-    "it is a module of Flax, Equinox or Keras on JAX, a pair of functions (init, apply), as "
-    "Haiku's are, a Network, or a function of nothing, of a key, or of rngs that returns one"
+    "it is a module of Flax, Equinox, Keras on JAX or PyTorch, a pair of functions (init, apply), "
+    "as Haiku's are, a Network, or a function of nothing, of a key, or of rngs that returns one"
 )
 
 
@@ -33,9 +33,10 @@ def adapt(
     Parameters
     ----------
     model
-        A module of Flax (linen or NNX), Equinox or Keras; a module with its weights or state; a
-        function of Haiku, transformed or not; a pair ``(init, apply)`` or ``(parameters, apply)``;
-        a `Network`; or a function or class that makes one of these from nothing, a key, or rngs.
+        A module of Flax (linen or NNX), Equinox, Keras or PyTorch; a module with its weights or
+        state; a function of Haiku, transformed or not; a pair ``(init, apply)`` or
+        ``(parameters, apply)``; a `Network`; or a function or class that makes one of these from
+        nothing, a key, or rngs.
     apply
         With ``init`` or parameters as ``model``, the function of them.
     inputs

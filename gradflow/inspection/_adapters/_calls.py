@@ -121,8 +121,11 @@ def trainable(tree: PyTree) -> tuple[PyTree, PyTree]:
     return eqx.partition(arrays, eqx.is_inexact_array)
 
 
-def failure(name: str, inputs: Sequence[Any], error: Exception) -> InputError:
-    """What went wrong in a model's own code, as one sentence with the line where it did."""
+def failure(name: str, inputs: Sequence[Any] | None, error: Exception) -> InputError:
+    """What went wrong in a model's own code, as one sentence with the line where it did.
+
+    ``inputs`` is None where it was not called with them.
+    """
     frames = [
         frame
         for frame in traceback.extract_tb(error.__traceback__)
@@ -135,5 +138,7 @@ def failure(name: str, inputs: Sequence[Any], error: Exception) -> InputError:
         return InputError(
             f"{name} cannot be traced: {reason}; it is made of JAX operations that need no values"
         )
+    if inputs is None:
+        return InputError(f"{name} fails: {reason}; it makes a model")
     shapes = ", ".join(f"{x.dtype} {tuple(x.shape)}" for x in inputs)
     return InputError(f"inputs is {shapes}; {name} cannot be applied to it: {reason}")

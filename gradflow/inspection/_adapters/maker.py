@@ -14,7 +14,7 @@ from jaxtyping import PRNGKeyArray, PyTree
 from gradflow._arguments import from_seed
 from gradflow.errors import InputError
 from gradflow.inspection import _adapters
-from gradflow.inspection._adapters import _calls
+from gradflow.inspection._adapters import _calls, torch
 from gradflow.inspection._model import Model
 
 
@@ -28,11 +28,13 @@ def adapt(model: Any, inputs: Sequence[Any], kwargs: Mapping[str, Any]) -> Model
     try:
         made = make(key)
     except Exception as error:  # whatever the maker raises
-        raise _calls.failure(name, (), error) from error
+        raise _calls.failure(f"{name}()", None, error) from error
     found = _adapters.adapted(made, inputs, kwargs)
     if found is None:
-        raise InputError(f"{name} returns an object of {type(made).__name__}; {_adapters.ALLOWED}")
-    if found.init is not None:
+        raise InputError(f"{name} makes an object of {type(made).__name__}; {_adapters.ALLOWED}")
+    if _calls.comes_from(made, "torch.nn") and not _key_arguments(model):
+        make = torch.seeded(model)
+    elif found.init is not None or not _key_arguments(model):
         return found
 
     def init(key: PRNGKeyArray) -> tuple[PyTree, PyTree]:
@@ -41,23 +43,24 @@ def adapt(model: Any, inputs: Sequence[Any], kwargs: Mapping[str, Any]) -> Model
         assert again.given is not None
         return again.given
 
+    return Model(found.name, init, found.apply, None, _traceable(init, key), found.mode)
+
+
+def _traceable(init: Callable, key: PRNGKeyArray) -> bool:
     try:
         jax.eval_shape(init, key)
-        traceable = True
     except Exception:  # whatever the maker raises
-        traceable = False
-    return Model(found.name, init, found.apply, None, traceable, found.mode)
+        return False
+    return True
 
 
 def maker_of(model: Any) -> Callable[[PRNGKeyArray], Any] | None:
     """The model as a function of a key, if it can be called with no more than that."""
     if not (inspect.isroutine(model) or isinstance(model, type | functools.partial)):
         return None
-    arguments = _calls.parameters_of(model).values()
-    rest = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
-    needed = [a for a in arguments if a.default is a.empty and a.kind not in rest]
-    keys = [a for a in arguments if a.name in _calls.KEY_NAMES and a.kind not in rest]
-    if any(a not in keys for a in needed) or len(keys) > 1:
+    keys = _key_arguments(model)
+    needed = [a for a in _arguments(model) if a.default is a.empty and a not in keys]
+    if needed or len(keys) > 1:
         return None
     if not keys:
         return lambda _: model()
@@ -74,3 +77,15 @@ def maker_of(model: Any) -> Callable[[PRNGKeyArray], Any] | None:
         return model(**{argument.name: value})
 
     return make
+
+
+def _arguments(model: Any) -> list[inspect.Parameter]:
+    """The named arguments of a function, or of a class."""
+    of_class = isinstance(model, type)  # whose own signature its metaclass may hide
+    arguments = list(_calls.parameters_of(model.__init__ if of_class else model).values())
+    rest = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    return [a for a in arguments[1 if of_class else 0 :] if a.kind not in rest]
+
+
+def _key_arguments(model: Any) -> list[inspect.Parameter]:
+    return [a for a in _arguments(model) if a.name in _calls.KEY_NAMES]

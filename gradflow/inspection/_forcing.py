@@ -1,0 +1,305 @@
+"""Averages over units of sums: what a product with weights, or a mean over units, asks of them.
+
+Of one Gaussian variable by gradflow's own averages (`gradflow.gaussian`), in float64 whatever the
+model's type. Pieces that are products of independent ones factorise.
+"""
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from gradflow import gaussian
+from gradflow._unit_distributions import Shifted
+from gradflow.activations import Activation
+from gradflow.gaussian import _pairs
+from gradflow.inspection._activations import activation_of
+from gradflow.inspection._values import (
+    Field,
+    NoRule,
+    Part,
+    Piece,
+    Sum,
+    factors,
+)
+from gradflow.kernels import Gaussian, Kernel
+
+__all__ = ["Term", "average", "covariance", "mean", "second_moments", "terms", "together"]
+
+# Terms of Hermite series of pairs, and what they may leave out, relative.
+_TERMS, _LEFT_OUT = 256, 1e-14
+
+
+class Term(NamedTuple):
+    """A part of a sum (``slot`` None), or its derivative by one of its variables.
+
+    A field is its own variable.
+    """
+
+    part: Part
+    slot: int | None
+
+
+def mean(sum_: Sum) -> np.ndarray:
+    """E of a unit at each site, (sites,)."""
+    out = sum_.constant.astype(float)
+    for part, map_ in sum_.parts.items():
+        if isinstance(part, Piece):
+            out = out + map_ @ average(Term(part, None))
+    return out
+
+
+def second_moments(sum_: Sum) -> np.ndarray:
+    """E of the products of a unit at all pairs of sites, (sites, sites)."""
+    known = sum_.__dict__.get("second")
+    if known is not None:
+        return known
+    c = sum_.constant
+    out = np.zeros((sum_.sites, sum_.sites))
+    if c.any():
+        m = mean(sum_)
+        out += np.outer(m, c) + np.outer(c, m) - np.outer(c, c)
+    parts = list(sum_.parts.items())
+    for i, (p, left) in enumerate(parts):
+        for q, right in parts[: i + 1]:
+            joint = together(Term(p, None), Term(q, None))
+            if joint is not None:
+                both = left @ joint @ right.T
+                out += both if p is q else both + both.T
+    sum_.__dict__["second"] = out
+    return out
+
+
+def covariance(one: Sum, other: Sum) -> np.ndarray:
+    """The covariance of two sums of fields, (sites, sites)."""
+    out = np.zeros((one.sites, other.sites))
+    for field, left in one.parts.items():
+        if field in other.parts:
+            assert isinstance(field, Field)
+            out += left @ field.covariance @ other.parts[field].T
+    return out
+
+
+def terms(sum_: Sum) -> list[tuple[Term, Any, Sum]]:
+    """The derivatives of a sum by its parts' variables: each a term, the part's map, a variable."""
+    found: list[tuple[Term, Any, Sum]] = []
+    for part, map_ in sum_.parts.items():
+        if isinstance(part, Field):
+            found.append((Term(part, 0), map_, Sum.of(part, len(part.covariance))))
+        elif any(not v.gaussian for v in part.variables):
+            raise NoRule("a function of a signal that is not Gaussian over units")
+        else:
+            found += [(Term(part, i), map_, v) for i, v in enumerate(part.variables)]
+    return found
+
+
+def average(term: Term) -> np.ndarray:
+    """E of a term, (sites,)."""
+    part, slot = term
+    if isinstance(part, Field):
+        return np.full(len(part.covariance), 0.0 if slot is None else 1.0)
+    out: Any = 1.0
+    for one in factors(part):
+        out = out * _factor(one).average(one.own(slot))
+    return np.broadcast_to(out, (part.variables[0].sites,))
+
+
+def together(one: Term, other: Term) -> np.ndarray | None:
+    """E[one_s other_t], (sites, sites) of both; None where it is 0."""
+    p, q = one.part, other.part
+    if isinstance(p, Field) and isinstance(q, Field) and one.slot is None and other.slot is None:
+        return p.covariance if p is q else None
+    if isinstance(p, Field) and one.slot is None:
+        return _by_parts(p, other)
+    if isinstance(q, Field) and other.slot is None:
+        by_parts = _by_parts(q, one)
+        return None if by_parts is None else by_parts.T
+    if isinstance(p, Field) or isinstance(q, Field) or p.fields.isdisjoint(q.fields):
+        return np.outer(average(one), average(other))
+    if p is q:
+        out: Any = 1.0
+        for factor in factors(p):
+            own = factor.own(one.slot), factor.own(other.slot)
+            out = out * _factor(factor).pair(*own)
+        return np.broadcast_to(out, (p.variables[0].sites,) * 2)
+    raise NoRule("two signals are added of which one is a function of the other")
+
+
+def _by_parts(field: Field, other: Term) -> np.ndarray | None:
+    """E[f_s p_t] = Σ_i Cov(f_s, v_i_t) E[∂_i p_t], of a field and a function of variables v."""
+    piece = other.part
+    if isinstance(piece, Field):
+        return None
+    if field not in piece.fields:
+        return None
+    if other.slot is not None:
+        raise NoRule("a signal and the slope of a function of it")
+    own = Sum.of(field, len(field.covariance))
+    out = np.zeros((own.sites, piece.variables[0].sites))
+    for i, v in enumerate(piece.variables):
+        if not v.gaussian:
+            raise NoRule("a function of a signal that is not Gaussian")
+        if field in v.parts:
+            out += covariance(own, v) * average(Term(piece, i))
+    return out
+
+
+# Averages of one factor --------------------------------------------------------------------------
+
+
+def _factor(piece: Piece) -> "_Averages":
+    """The averages of a piece that is no product of independent ones."""
+    known = piece.__dict__.get("averages")
+    if known is None:
+        known = piece.__dict__["averages"] = _averages(piece)
+    return known
+
+
+def _averages(piece: Piece) -> "_Averages":
+    if not piece.variables:
+        return _OfNumbers(piece)
+    if any(not v.gaussian for v in piece.variables):
+        raise NoRule("a function of a signal that is not Gaussian over units")
+    uniform = all(not np.ptp(numbers) for numbers in piece.numbers)
+    if len(piece.variables) == 1 and uniform:
+        return _OfOne(piece)
+    return _OfSeveral(piece)
+
+
+class _Averages:
+    """Averages of a function of Gaussian variables; ``slot`` None is the function itself."""
+
+    def average(self, slot: int | None) -> np.ndarray:
+        """E of the function or of a derivative, (sites,)."""
+        raise NotImplementedError
+
+    def pair(self, one: int | None, other: int | None) -> np.ndarray:
+        """E at pairs of sites, (sites, sites)."""
+        raise NotImplementedError
+
+
+class _OfNumbers(_Averages):
+    """A function of known numbers."""
+
+    def __init__(self, piece: Piece) -> None:
+        with jax.enable_x64(True):
+            self.value = np.asarray(piece.node.evaluate((), piece.numbers), np.float64)
+
+    def average(self, slot: int | None) -> np.ndarray:
+        return self.value if slot is None else 0 * self.value
+
+    def pair(self, one: int | None, other: int | None) -> np.ndarray:
+        return np.outer(self.average(one), self.average(other))
+
+
+class _OfOne(_Averages):
+    """A function of one variable, Gaussian about its means."""
+
+    def __init__(self, piece: Piece) -> None:
+        (z,) = piece.variables
+        numbers = tuple(float(x[0]) for x in piece.numbers)
+        self.phi = activation_of(piece.node, numbers)
+        self.mean = z.constant if z.constant.any() else None
+        self.k = covariance(z, z)
+
+    @functools.cached_property
+    def values(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """E[φφ], E[φ], E[φ'φ']."""
+        if self.phi.name == "linear":
+            m = np.zeros(len(self.k)) if self.mean is None else self.mean
+            return self.k + np.outer(m, m), m, np.ones_like(self.k)
+        with jax.enable_x64(True):
+            if self.mean is None and self.phi.kernel is None and _in_range(self.k):
+                return _by_series(self.phi, self.k)
+            made = _through(self.phi, self.k, self.mean)
+            return tuple(map(np.asarray, made))  # type: ignore[return-value]
+
+    def average(self, slot: int | None) -> np.ndarray:
+        """E[φ] or E[φ'], (sites,)."""
+        if slot is None:
+            return self.values[1]
+        with jax.enable_x64(True):
+            q = np.diagonal(self.k)
+            if self.mean is None:
+                return np.asarray(gaussian.moment(self.phi, "dphi", q))
+            shifts: Any = self.mean[:, None]
+            law: tuple[Any, ...] = shifts, np.ones_like(shifts), q
+            return np.asarray(gaussian.shifted_moment(self.phi, "dphi", *law))
+
+    def pair(self, one: int | None, other: int | None) -> np.ndarray:
+        """E[φφ] or E[φ'φ'], (sites, sites)."""
+        if (one is None) != (other is None):
+            raise NoRule("a signal and its slope")
+        return self.values[0] if one is None else self.values[2]
+
+
+class _OfSeveral(_Averages):
+    """A function of several variables, or of one and of numbers of each site."""
+
+    def __init__(self, piece: Piece) -> None:  # noqa: ARG002
+        raise NoRule("a function of several signals")
+
+
+def _in_range(k: np.ndarray) -> bool:
+    """Whether second moments are where averages are integrated."""
+    q, (low, high) = np.diagonal(k), gaussian.log_limits(np.dtype(np.float64))
+    return bool((q >= np.exp(low)).all() and (q <= np.exp(high)).all())
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _through(phi: Activation, k: Any, shift: Any) -> tuple[Any, Any, Any]:
+    """E[φφ], E[φ] and E[φ'φ'] of Gaussian signals of this covariance about their means."""
+    law: Any = Gaussian() if shift is None else Shifted.at(shift)
+    second = k if shift is None else k + jnp.outer(shift, shift)
+    z = Kernel.of(second, shift, tangent=jnp.ones_like(k), distribution=law)
+    h = z.through(phi).plain()
+    return h.covariance, h.mean, h.tangent
+
+
+def _by_series(phi: Activation, k: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """E[φφ], E[φ] and E[φ'φ'] by Mehler's series where it has converged, else pair by pair.
+
+    Σ_k a_k(s) a_k(t) c^k and Σ_k k a_k(s) a_k(t) c^{k-1}/√(q_s q_t); what is left out is bounded by
+    what of E[φ²] and E[φ'²] the terms do not have.
+    """
+    q = np.diagonal(k)
+    root = np.sqrt(q)
+    a, second, first, slope = map(np.asarray, _series(phi, q))
+    order = np.arange(_TERMS)
+    b = a[:, 1:] * np.sqrt(order[1:]) / root[:, None]
+    c = np.clip(k / np.outer(root, root), -1, 1)
+    own = np.eye(len(q), dtype=bool)
+    found = []
+    for derivative, (coefficients, total) in enumerate(((a, second), (b, slope))):
+        left = np.sqrt(np.maximum(total - (coefficients**2).sum(1), 0) + 4e-16 * total)
+        out = _power_series(coefficients, c)
+        bound = np.outer(left, left) * np.abs(c) ** coefficients.shape[1]
+        size = np.sqrt(np.outer(total, total))
+        rest = np.argwhere(np.triu(~own & (bound > _LEFT_OUT * size)))
+        if len(rest):
+            i, j = rest.T
+            pad = np.resize(np.arange(len(rest)), 1 << int(len(rest) - 1).bit_length())
+            i, j = i[pad], j[pad]
+            pairs = _pairs._averages(phi, derivative, q[i], q[j], k[i, j])
+            out[i, j] = out[j, i] = np.asarray(pairs)
+        out[own] = total
+        found.append(out)
+    return found[0], first, found[1]
+
+
+def _power_series(coefficients: np.ndarray, c: np.ndarray) -> np.ndarray:
+    """Σ_k a_k(s) a_k(t) c_st^k by Horner's rule."""
+    out = np.zeros_like(c)
+    for row in coefficients.T[::-1]:
+        out = out * c + np.outer(row, row)
+    return out
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _series(phi: Activation, q: Any) -> tuple[Any, Any, Any, Any]:
+    """Hermite coefficients of φ(√q z), (sites, terms), and E[φ²], E[φ], E[φ'²]."""
+    a = jax.vmap(lambda v: gaussian.hermite_coefficients(phi, v, _TERMS))(q)
+    m = gaussian.some_moments(phi, ("phi2", "phi", "dphi2"), q)
+    return a, m["phi2"], m["phi"], m["dphi2"]

@@ -1,0 +1,490 @@
+"""The rules of the theory: what each primitive makes of abstract values, in one table.
+
+A rule takes an `Equation`, the values of its inputs, of which at least one is no `Known`, and the
+shapes of its outputs; it returns the value of its output, or a list for several. Where it has no
+answer it raises `NoRule` with the reason. To add a rule, write one function here or in a module
+that is imported below, and one line in `RULES`.
+"""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, TypeAlias
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from gradflow.inspection import _forcing
+from gradflow.inspection._layers import ELEMENTWISE, SHAPES
+from gradflow.inspection._reading import Equation
+from gradflow.inspection._values import (
+    Field,
+    Known,
+    Node,
+    NoRule,
+    Part,
+    Piece,
+    Product,
+    Signal,
+    Sum,
+    Unknown,
+    Value,
+    Weights,
+    add,
+    constant,
+    identity,
+    multiply,
+    number,
+    of_function,
+    selection,
+    variable,
+)
+
+__all__ = ["RULES", "apply", "lifted"]
+
+Rule: TypeAlias = Callable[[Equation, Sequence[Value], Sequence[tuple[int, ...]]], Any]
+# Second moments are kept of all pairs of sites.
+MOST_SITES = 2048
+
+
+def apply(
+    equation: Equation, values: Sequence[Value], shapes: Sequence[tuple[int, ...]]
+) -> list[Value]:
+    """The values of an equation's outputs, `Unknown` where there is no rule or it has no answer."""
+    for value in values:
+        if isinstance(value, Unknown):
+            return [value] * len(shapes)
+    if all(isinstance(value, Known) for value in values):
+        out: Any = _evaluated(equation, [v.value for v in values if isinstance(v, Known)])
+        return [Known(array) for array in out]
+    rule = RULES.get(equation.primitive)
+    where = equation.path or "the model"
+    if rule is None:
+        return [Unknown(f"theory ends at {where}: no rule for `{equation.primitive}`")] * len(
+            shapes
+        )
+    try:
+        made = rule(equation, values, shapes)
+    except NoRule as reason:
+        return [Unknown(f"theory ends at {where}: `{equation.primitive}`, {reason}")] * len(shapes)
+    return made if isinstance(made, list) else [made]
+
+
+# Elementwise functions ---------------------------------------------------------------------------
+
+
+class _Function:
+    """The elementwise function of an equation, in float64 whatever the model's own type."""
+
+    def __init__(self, equation: Equation) -> None:
+        self.equation, self.signature = equation, equation.signature
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Function) and self.signature == other.signature
+
+    def __hash__(self) -> int:
+        return hash(self.signature)
+
+    def __call__(self, *arguments: Any) -> Any:
+        """Its value for arrays, or numbers, in JAX."""
+        equation = self.equation
+        arrays = jnp.broadcast_arrays(*(_as_float64(x) for x in arguments))
+        if equation.primitive in ("copy", "copy_p", "reduce_precision"):
+            return arrays[0]
+        if equation.primitive == "convert_element_type":
+            kind = equation.params["new_dtype"]
+            return arrays[0] if jnp.issubdtype(kind, jnp.inexact) else arrays[0].astype(kind)
+        return equation.evaluate(*arrays)[0]
+
+
+def _as_float64(x: Any) -> Any:
+    x = jnp.asarray(x)
+    return x.astype(jnp.float64) if jnp.issubdtype(x.dtype, jnp.floating) else x
+
+
+def _evaluated(equation: Equation, arrays: Sequence[np.ndarray]) -> list[np.ndarray]:
+    """The outputs of an equation for known arrays, real numbers in float64."""
+    with jax.enable_x64(True):
+        if equation.primitive in ELEMENTWISE and equation.inner is None:
+            return [np.asarray(_Function(equation)(*arrays))]
+        if equation.inner is not None:
+            values = [Known(np.asarray(x)) for x in arrays]
+            return [v.value for v in _inner(equation, values) if isinstance(v, Known)]
+        return [np.asarray(out) for out in equation.evaluate(*map(_as_float64, arrays))]
+
+
+def _inner(equation: Equation, values: Sequence[Value]) -> list[Value]:
+    """The values of a function that has its own derivative, by its definition."""
+    program = equation.inner
+    if program is None:
+        raise NoRule("its definition is not known")
+    env: dict[int, Value] = {i: Known(np.asarray(v), True) for i, v in program.constants.items()}
+    env.update(zip(program.arguments["inputs"], values, strict=True))
+    for each in program.equations:
+        shapes = [program.avals[i].shape for i in each.outputs]
+        env.update(
+            zip(each.outputs, apply(each, [env[i] for i in each.inputs], shapes), strict=True)
+        )
+    return [env[i] for i in program.outputs]
+
+
+def custom(equation: Equation, values: Sequence[Value], shapes: Sequence[tuple[int, ...]]) -> Any:  # noqa: ARG001
+    """A function with its own derivative, by its definition."""
+    return _inner(equation, values)
+
+
+def elementwise(
+    equation: Equation, values: Sequence[Value], shapes: Sequence[tuple[int, ...]]
+) -> Value:
+    """Functions of each element: linear ones of sums, others as new pieces."""
+    name = equation.primitive
+    if not any(isinstance(value, Signal) for value in values):
+        return _of_weights(equation, values)
+    values = [spread(value, shapes[0]) for value in values]
+    signals = [value for value in values if isinstance(value, Signal)]
+    like = signals[0]
+    if any(value.units != like.units or value.shape != like.shape for value in signals):
+        raise NoRule("signals whose units are along different axes meet")
+    sums = [_aligned(value, like) for value in values]
+    literal = [isinstance(v, Known) and v.literal and v.value.size == 1 for v in values]
+    made = _linear(name, sums, literal)
+    if made is None:
+        made = _piece(_Function(equation) if name != "mul" else multiply, sums, literal)
+    if not made.parts:
+        shape = [1 if i in like.units else n for i, n in enumerate(like.shape)]
+        return Known(np.broadcast_to(made.constant.reshape(shape), shapes[0]))
+    return Signal(like.shape, like.units, made)
+
+
+def spread(value: Value, shape: tuple[int, ...]) -> Value:
+    """A value repeated along axes of length 1, to this shape; scalars stay."""
+    if isinstance(value, Unknown) or isinstance(value, Known) and not value.value.ndim:
+        return value
+    if isinstance(value, Known):
+        return Known(np.broadcast_to(value.value, shape), value.literal)
+    if value.shape == shape or not value.shape:
+        return value
+    if isinstance(value, Weights):
+        return dataclasses.replace(value, shape=shape)
+    if any(value.shape[i] != shape[i] for i in value.units):
+        raise NoRule("one unit meets many")
+    index = np.arange(value.sum.sites).reshape(
+        [1 if i in value.units else n for i, n in enumerate(value.shape)]
+    )
+    to = np.broadcast_to(index, [1 if i in value.units else n for i, n in enumerate(shape)])
+    return Signal(shape, value.units, value.sum.taken(to.reshape(-1)))
+
+
+def _linear(name: str, sums: Sequence[Sum], literal: Sequence[bool]) -> Sum | None:
+    """The sum that a linear function makes of sums; None if it is not linear."""
+    if name in ("convert_element_type", "copy", "copy_p", "reduce_precision"):
+        return sums[0]
+    if name == "neg":
+        return sums[0].scaled(np.array(-1.0), literal=True)
+    if name not in ("add", "add_any", "sub", "mul", "div"):
+        return None
+    one, two = sums
+    if name in ("add", "add_any", "sub"):
+        sign = -1.0 if name == "sub" else 1.0
+        if literal[1]:
+            return one.shifted(sign * two.constant, literal=True)
+        two = two if sign == 1 else two.scaled(np.array(-1.0), literal=True)
+        return two.shifted(one.constant, literal=True) if literal[0] else one.plus(two)
+    if name == "mul" and not one.parts:
+        one, two, literal = two, one, literal[::-1]
+    if two.parts:
+        return None
+    return one.scaled(two.constant if name == "mul" else 1 / two.constant, literal=literal[1])
+
+
+def _piece(function: Callable[..., Any], sums: Sequence[Sum], literal: Sequence[bool]) -> Sum:
+    """A function of sums as a piece of its own."""
+    variables: list[Sum] = []
+    numbers: list[np.ndarray] = []
+    children = [
+        constant(float(s.constant[0])) if known else lifted(s, variables, numbers)
+        for s, known in zip(sums, literal, strict=True)
+    ]
+    piece = Piece(of_function(function, *children), tuple(variables), tuple(numbers))
+    return Sum.of(piece, sums[0].sites)
+
+
+def lifted(sum_: Sum, variables: list[Sum], numbers: list[np.ndarray]) -> Node:
+    """A sum as a function of sums of fields, which are added to the variables."""
+    base, a, b = sum_.affine
+    if not base.parts:
+        numbers.append(sum_.constant)
+        return number(len(numbers) - 1)
+    gathered = {part: _diagonal(map_) for part, map_ in base.parts.items()}
+    pieces = [part for part in base.parts if isinstance(part, Piece)]
+    if not pieces or any(gathered[part] is None for part in pieces):
+        if not any(base is v for v in variables):
+            variables.append(base)
+        node = variable(next(i for i, v in enumerate(variables) if v is base))
+    else:
+        node = _of_pieces(base, pieces, gathered, variables, numbers)
+    node = node if a == 1 else of_function(multiply, constant(a), node)
+    return node if b == 0 else of_function(add, node, constant(b))
+
+
+def _of_pieces(
+    base: Sum,
+    pieces: Sequence[Piece],
+    gathered: dict[Any, np.ndarray | None],
+    variables: list[Sum],
+    numbers: list[np.ndarray],
+) -> Node:
+    """A sum of pieces at the same sites, and of fields, as a function of sums of fields."""
+    terms = []
+    fields: dict[Part, Any] = {p: m for p, m in base.parts.items() if isinstance(p, Field)}
+    if fields:
+        terms.append(lifted(Sum(base.constant, fields), variables, numbers))
+    elif base.constant.any():
+        numbers.append(base.constant)
+        terms.append(number(len(numbers) - 1))
+    for piece in pieces:
+        below = [lifted(v, variables, numbers) for v in piece.variables]
+        node = piece.node.placed(below, len(numbers))
+        numbers.extend(piece.numbers)
+        coefficient = gathered[piece]
+        assert coefficient is not None
+        if (coefficient != 1).any():
+            numbers.append(coefficient)
+            node = of_function(multiply, number(len(numbers) - 1), node)
+        terms.append(node)
+    return functools.reduce(lambda x, y: of_function(add, x, y), terms)
+
+
+def _diagonal(map_: Any) -> np.ndarray | None:
+    """The factors of a map that leaves each site where it is; else None."""
+    if map_.shape[0] != map_.shape[1]:
+        return None
+    factors = map_.diagonal()
+    return factors if map_.count_nonzero() == np.count_nonzero(factors) else None
+
+
+def _aligned(value: Value, like: Signal) -> Sum:
+    """A value as a sum over the sites of a signal, unit by unit."""
+    if isinstance(value, Signal):
+        return value.sum
+    if isinstance(value, Known):
+        return Sum(like.per_site(value.value), {})
+    if not isinstance(value, Weights):
+        raise NoRule("a value is not known")
+    return as_field(value, like.units)
+
+
+def as_field(weights: Weights, units: tuple[int, ...]) -> Sum:
+    """Weights as a sum over sites: independent for each unit, common to sites unless they vary."""
+    shape = weights.shape
+    if any(shape[i] > 1 and i not in weights.varying for i in units):
+        raise NoRule("parameters are shared by units")
+    site_shape = [n for i, n in enumerate(shape) if i not in units]
+    axes = [i for i in range(len(shape)) if i not in units]
+    sites = math.prod(site_shape)
+    _check_sites(sites)
+    marks = np.zeros(site_shape, int)
+    for place, i in enumerate(axes):
+        if i in weights.varying:
+            marks = marks * shape[i] + np.indices(site_shape)[place]
+    same = marks.reshape(-1, 1) == marks.reshape(1, -1)
+    constant_ = np.full(sites, weights.mean)
+    if not weights.variance:
+        return Sum(constant_, {})
+    field = Field(weights.variance * same, tie=weights.tie)
+    return Sum(constant_, {field: identity(sites)})
+
+
+def _of_weights(equation: Equation, values: Sequence[Value]) -> Value:
+    """Elementwise functions of parameters that are described still: multiples of them."""
+    name = equation.primitive
+    weights = [value for value in values if isinstance(value, Weights)]
+    known = [value for value in values if isinstance(value, Known)]
+    if len(weights) == 1 and len(weights) + len(known) == len(values):
+        one = weights[0]
+        if name in ("convert_element_type", "copy", "copy_p", "reduce_precision"):
+            return one
+        if name == "neg":
+            return one.scaled(-1.0)
+        uniform = known and np.ptp(known[0].value) == 0
+        if uniform and (name == "mul" or (name == "div" and isinstance(values[0], Weights))):
+            factor = float(known[0].value.flat[0])
+            return one.scaled(factor if name == "mul" else 1 / factor)
+    raise NoRule("a function of parameters")
+
+
+# Moving elements ---------------------------------------------------------------------------------
+
+
+def moved(equation: Equation, values: Sequence[Value], shapes: Sequence[tuple[int, ...]]) -> Value:
+    """Primitives that move elements, repeat them or leave some out, and compute nothing."""
+    value = values[0]
+    if isinstance(value, Weights):
+        axes = [i for i, n in enumerate(value.shape) if n > 1]
+        marks = np.stack([np.indices(value.shape, sparse=True)[i] + np.zeros(value.shape, int)
+                          for i in axes] or [np.zeros(value.shape, int)])  # fmt: skip
+        own = [n for n, i in enumerate(axes) if i in value.varying]
+        code = np.zeros(value.shape, np.int64)
+        for n in own:
+            code = code * value.shape[axes[n]] + marks[n]
+        after = move(equation, code)
+        varying = frozenset(i for i in range(after.ndim) if (np.diff(after, axis=i) != 0).any())
+        if math.prod(after.shape[i] for i in varying) != len(np.unique(after)):
+            raise NoRule("parameters are repeated")
+        return dataclasses.replace(value, shape=after.shape, varying=varying)
+    assert isinstance(value, Signal)
+    index = [np.arange(n) for n in value.shape]
+    unit = np.zeros(value.shape, np.int64)
+    site = np.zeros(value.shape, np.int64)
+    for i, along in enumerate(np.ix_(*index)):
+        if i in value.units:
+            unit = unit * value.shape[i] + along
+        else:
+            site = site * value.shape[i] + along
+    unit, site = move(equation, unit), move(equation, site)
+    units = tuple(i for i in range(unit.ndim) if (np.diff(unit, axis=i) != 0).any())
+    if any((np.diff(site, axis=i) != 0).any() for i in units):
+        raise NoRule("units and sites are mixed")
+    if math.prod(unit.shape[i] for i in units) != value.width:
+        raise NoRule("some units are taken apart from others")
+    first = tuple(0 if i in units else slice(None) for i in range(site.ndim))
+    return Signal(shapes[0], units, value.sum.taken(site[first].reshape(-1)))
+
+
+def move(equation: Equation, array: np.ndarray) -> np.ndarray:
+    """A primitive that moves elements, on a NumPy array."""
+    params = equation.params
+    match equation.primitive:
+        case "transpose":
+            return np.transpose(array, params["permutation"])
+        case "reshape":
+            return array.reshape(params["new_sizes"])
+        case "rev":
+            return np.flip(array, params["dimensions"])
+        case "squeeze":
+            return np.squeeze(array, tuple(params["dimensions"]))
+        case "expand_dims":
+            return np.expand_dims(array, tuple(params["dimensions"]))
+        case "broadcast_in_dim":
+            shape = [1] * len(params["shape"])
+            for axis, length in zip(params["broadcast_dimensions"], array.shape, strict=True):
+                shape[axis] = length
+            return np.broadcast_to(array.reshape(shape), params["shape"])
+        case _:
+            (out,) = equation.evaluate(array.astype(np.int32))
+            return np.asarray(out)
+
+
+# Sums and products -------------------------------------------------------------------------------
+
+
+def reduce_sum(
+    equation: Equation, values: Sequence[Value], shapes: Sequence[tuple[int, ...]]
+) -> Value:
+    """Sums: over units n times an expectation, over sites linear."""
+    value, axes = values[0], equation.params["axes"]
+    if not isinstance(value, Signal):
+        raise NoRule("a sum of parameters")
+    over = tuple(i for i in axes if i not in value.units)
+    left = [n for i, n in enumerate(value.shape) if i not in value.units and i not in over]
+    kept = np.arange(math.prod(left)).reshape(left)
+    to = np.broadcast_to(
+        np.expand_dims(kept, [value.site_axes.index(i) for i in over]), value.site_shape
+    ).reshape(-1)
+    out = value.sum
+    if over:
+        out = out.mapped(selection(to, kept.size).T.tocsr())
+    if len(over) == len(axes):
+        units = tuple(i - sum(j < i for j in over) for i in value.units)
+        return Signal(shapes[0], units, out)
+    times = math.prod(value.shape[i] for i in axes if i in value.units)
+    mean = times * _forcing.mean(out)
+    remaining = [i for i in range(len(value.shape)) if i not in axes]
+    shape = [1 if i in value.units else value.shape[i] for i in remaining]
+    return Known(np.broadcast_to(mean.reshape(shape), shapes[0]))
+
+
+def dot_general(
+    equation: Equation, values: Sequence[Value], shapes: Sequence[tuple[int, ...]]
+) -> Value:
+    """Products with weights: new fields."""
+    (sums, batches) = equation.params["dimension_numbers"]
+    if any(len(batch) for batch in batches):
+        raise NoRule("a product with weights of its own for each of a batch")
+    place = [isinstance(value, Weights) for value in values]
+    if sum(place) != 1:
+        raise NoRule("a product of two signals" if not any(place) else "a product of parameters")
+    weights, other = values[place.index(True)], values[place.index(False)]
+    assert isinstance(weights, Weights)
+    w_sum, h_sum = sums[place.index(True)], sums[place.index(False)]
+    if any(n > 1 and i not in weights.varying for i, n in enumerate(weights.shape)):
+        raise NoRule("weights are repeated")
+    if weights.mean:
+        raise NoRule("weights have a mean that is not 0")
+    units = math.prod(n for i, n in enumerate(weights.shape) if i not in w_sum)
+    if isinstance(other, Unknown):
+        raise NoRule("what is multiplied is not known")
+    shape = other.value.shape if isinstance(other, Known) else other.shape
+    free = len(shape) - len(h_sum)
+    rank = len(shapes[0])
+    axes = tuple(range(free, rank)) if place[1] else tuple(range(rank - free))
+    size = math.prod(weights.shape)
+    if isinstance(other, Known):
+        rows = np.moveaxis(np.asarray(other.value, float), h_sum, range(-len(h_sum), 0))
+        rows = rows.reshape(math.prod(rows.shape[: rows.ndim - len(h_sum)]), -1)
+        _check_sites(len(rows))
+        product = Product(
+            None, (), rows.shape[1], units, weights.variance, weights.error, rows @ rows.T, size
+        )
+    else:
+        assert isinstance(other, Signal)
+        if not set(other.units) <= set(h_sum):
+            raise NoRule("a product over sites, with units that are not summed")
+        maps = patches(other, [i for i in h_sum if i not in other.units])
+        product = fresh(other, maps, weights, units, size)
+    return Signal(shapes[0], axes, made_by(product, weights))
+
+
+def patches(signal: Signal, over: Sequence[int]) -> tuple[Any, ...]:
+    """For each place along some axes of sites the map from all sites to those at that place."""
+    index = np.arange(signal.sum.sites).reshape(signal.site_shape)
+    axes = [signal.site_axes.index(i) for i in over]
+    _check_sites(index.size)
+    rows = np.moveaxis(index, axes, range(len(axes)))
+    rows = rows.reshape(math.prod(rows.shape[: len(axes)]), -1)
+    return tuple(selection(row, index.size) for row in rows)
+
+
+def fresh(
+    signal: Signal, maps: tuple[Any, ...], weights: Weights, units: int, size: int
+) -> Product:
+    """The product of weights with a signal at these places of its patches."""
+    _check_sites(signal.sum.sites)
+    second = _forcing.second_moments(signal.sum)
+    gram = signal.width * sum(map_ @ second @ map_.T for map_ in maps)
+    return Product(
+        signal.sum, maps, signal.width, units, weights.variance, weights.error, gram, size
+    )
+
+
+def made_by(product: Product, weights: Weights) -> Sum:
+    """The sum that a product makes: a field."""
+    field = Field(product.variance * product.gram, product=product, tie=weights.tie)
+    return Sum.of(field, len(product.gram))
+
+
+def _check_sites(sites: int) -> None:
+    if sites > MOST_SITES:
+        raise NoRule(f"{sites} sites, more than {MOST_SITES}, whose pairs would have to be kept")
+
+
+RULES: dict[str, Rule] = {
+    **dict.fromkeys(ELEMENTWISE, elementwise),
+    **dict.fromkeys(SHAPES, moved),
+    "custom_jvp_call": custom,
+    "custom_vjp_call": custom,
+    "dot_general": dot_general,
+    "reduce_sum": reduce_sum,
+}

@@ -1,0 +1,460 @@
+"""Abstract values: what is known of an intermediate of a program at infinite width.
+
+`Known` are the same numbers in every network. `Weights` are parameters, or what moves and scales
+them. A `Signal` is random: some of its axes are units, in each of which the same happens with
+numbers of its own, all others are sites; its `Sum` says what a unit is at all sites. `Unknown` ends
+the theory, with the reason.
+
+A `Sum` is a constant for each site, and parts, each behind a linear map of its sites. A part is a
+`Field`, which a product with fresh weights makes (Gaussian over units, its second moments known),
+or a `Piece`, an elementwise function of other sums. Parts are the same where they are one object:
+so sums of paths that share a part are exact. Whatever is linear in sites (means over positions,
+centring over a batch) changes the maps alone.
+"""
+
+import dataclasses
+import functools
+import itertools
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeAlias
+
+import numpy as np
+from scipy import sparse
+
+__all__ = ["Field", "Known", "NoRule", "Node", "Part", "Piece", "Product", "Signal", "Sum", "Value"]
+__all__ += ["Factor", "Unknown", "Weights", "add", "constant", "factors", "identity", "multiply"]
+__all__ += ["number", "of_function", "selection", "variable"]
+
+_serial = itertools.count()
+Map: TypeAlias = sparse.csr_array
+
+
+class NoRule(Exception):
+    """Theory ends here: the message is why."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Known:
+    """The same array in every network; ``literal`` if it is written in the program."""
+
+    value: np.ndarray
+    literal: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class Unknown:
+    """A value of which nothing is known, and why."""
+
+    reason: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Weights:
+    """Parameters of independent entries, or what moves and scales them.
+
+    Attributes
+    ----------
+    shape
+        Its shape; along axes that are not in ``varying`` the entries are the same.
+    varying
+        Axes along which entries are independent.
+    mean, variance
+        Of an entry.
+    error
+        The relative standard error of ``variance``; 0 where it is exact.
+    gaussian
+        Whether entries are known to be Gaussian.
+    tie
+        What it is a part of: products with one ``tie`` have the same weights.
+    """
+
+    shape: tuple[int, ...]
+    varying: frozenset[int]
+    mean: float
+    variance: float
+    error: float
+    gaussian: bool
+    tie: tuple[Any, ...]
+
+    def scaled(self, factor: float) -> "Weights":
+        """The weights times a number."""
+        return dataclasses.replace(
+            self, mean=self.mean * factor, variance=self.variance * factor**2
+        )
+
+
+class Field:
+    """Gaussian over units, of mean 0: what a product with fresh weights, or a bias, adds to them.
+
+    Attributes
+    ----------
+    covariance
+        Shape (sites, sites).
+    gaussian
+        Whether it is Gaussian; if not, its second moments are all that is known.
+    product
+        The product that made it; None of a bias.
+    tie
+        As in `Weights`.
+    """
+
+    def __init__(
+        self,
+        covariance: np.ndarray,
+        *,
+        gaussian: bool = True,
+        product: "Product | None" = None,
+        tie: tuple[Any, ...] = (),
+    ) -> None:
+        self.covariance, self.gaussian, self.product, self.tie = covariance, gaussian, product, tie
+        self.serial = next(_serial)
+
+    @property
+    def fields(self) -> frozenset["Field"]:
+        """The fields that it is a function of: itself."""
+        return frozenset((self,))
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Product:
+    """A product of weights with a signal, or with numbers that are known.
+
+    The second moments of what it makes are variance · Σ_o P_o K P_oᵀ + …, K those of its signal,
+    with a map P_o of sites for each place of a patch: of a dense layer there is one, the identity.
+    A gradient goes down by the transpose, variance · units · Σ_o P_oᵀ Λ P_o.
+
+    Attributes
+    ----------
+    source
+        The signal; None if it is known.
+    maps
+        P_o, (sites, sites of the source).
+    fan_in
+        Units of the source that are summed at each place.
+    units
+        Units that it makes.
+    variance, error
+        Of an entry of the weights, and its relative standard error.
+    gram
+        Σ_o P_o K P_oᵀ · fan_in: by sites, the sums over all that an entry of the product sums.
+    weights
+        How many different weights there are.
+    """
+
+    source: "Sum | None"
+    maps: tuple[Map, ...]
+    fan_in: int
+    units: int
+    variance: float
+    error: float
+    gram: np.ndarray
+    weights: int
+
+
+class Node:
+    """An elementwise function of variables and of numbers for each site, as a tree.
+
+    Equal ones are one object, so that what is compiled for one layer serves all equal layers. Made
+    by `variable`, `constant` and `of_function`.
+
+    Attributes
+    ----------
+    kind
+        ``"variable"``, ``"number"`` (for each site), ``"constant"``, or ``"function"``.
+    value
+        The place among variables or numbers; the constant; the function, of float64 arrays.
+    children
+        The arguments of a function.
+    """
+
+    def __init__(self, kind: str, value: Any, children: tuple["Node", ...]) -> None:
+        self.kind, self.value, self.children = kind, value, children
+
+    @functools.cached_property
+    def places(self) -> frozenset[int]:
+        """The places of the variables that it depends on."""
+        if self.kind == "variable":
+            return frozenset((self.value,))
+        return frozenset[int]().union(*(child.places for child in self.children))
+
+    def evaluate(self, variables: Sequence[Any], numbers: Sequence[Any] = ()) -> Any:
+        """Its values in JAX, for arrays of the variables and numbers."""
+        done: dict[Node, Any] = {}
+
+        def of(node: Node) -> Any:
+            if node not in done:
+                if node.kind == "variable":
+                    done[node] = variables[node.value]
+                elif node.kind == "number":
+                    done[node] = numbers[node.value]
+                elif node.kind == "constant":
+                    done[node] = node.value
+                else:
+                    done[node] = node.value(*map(of, node.children))
+            return done[node]
+
+        return of(self)
+
+    def placed(self, variables: Sequence["Node"], numbers: int) -> "Node":
+        """The same function of other nodes, its numbers behind so many others."""
+        if self.kind == "variable":
+            return variables[self.value]
+        if self.kind == "number":
+            return number(self.value + numbers)
+        if self.kind == "constant":
+            return self
+        children = tuple(child.placed(variables, numbers) for child in self.children)
+        return _node("function", self.value, children)
+
+
+@functools.lru_cache(maxsize=1 << 14)
+def _node(kind: str, value: Any, children: tuple[Node, ...] = ()) -> Node:
+    return Node(kind, value, children)
+
+
+def variable(place: int) -> Node:
+    """The variable at a place."""
+    return _node("variable", place)
+
+
+def number(place: int) -> Node:
+    """The numbers for each site at a place."""
+    return _node("number", place)
+
+
+def constant(value: float) -> Node:
+    """A number that is written in the program."""
+    return _node("constant", float(value))
+
+
+def of_function(function: Callable[..., Any], *children: Node) -> Node:
+    """A function of nodes; equal functions are hashed and compared as such."""
+    return _node("function", function, children)
+
+
+def add(a: Any, b: Any) -> Any:
+    """The sum: one function for all nodes that add."""
+    return a + b
+
+
+def multiply(a: Any, b: Any) -> Any:
+    """The product: one function for all nodes that multiply."""
+    return a * b
+
+
+class Piece:
+    """An elementwise function of sums: of each unit and each site alone.
+
+    Attributes
+    ----------
+    node
+        The function.
+    variables
+        Sums of fields; or, where sites mix behind a function (BatchNorm, pooling), of pieces.
+    numbers
+        Shape (sites,) each: what the function takes beside the variables.
+    """
+
+    def __init__(
+        self, node: Node, variables: tuple["Sum", ...], numbers: tuple[np.ndarray, ...]
+    ) -> None:
+        self.node, self.variables, self.numbers = node, variables, numbers
+        self.serial = next(_serial)
+
+    @functools.cached_property
+    def fields(self) -> frozenset[Field]:
+        """The fields that it is a function of."""
+        return frozenset[Field]().union(*(sum_.fields for sum_ in self.variables))
+
+
+class Factor(Piece):
+    """A factor of a piece: a function of some of its variables, whose places are ``slots``."""
+
+    slots: tuple[int, ...]
+
+    def own(self, slot: int | None) -> int | None:
+        """The place here of one of the piece's variables; None if it is none of these."""
+        return self.slots.index(slot) if slot in self.slots else None
+
+
+def factors(piece: Piece) -> tuple[Factor, ...]:
+    """The factors of a piece that are functions of different fields, and one of numbers alone."""
+    known = piece.__dict__.get("factors")
+    if known is not None:
+        return known
+    groups: list[tuple[frozenset[Field], list[Node]]] = []
+    for node in _factors(piece.node):
+        fields = frozenset[Field]().union(*(piece.variables[i].fields for i in node.places))
+        nodes = [node]
+        for other in [g for g in groups if g[0] & fields or not (g[0] or fields)]:
+            groups.remove(other)
+            fields, nodes = fields | other[0], [*other[1], *nodes]
+        groups.append((fields, nodes))
+    made = []
+    for _, nodes in groups:
+        slots = tuple(sorted(set[int]().union(*(node.places for node in nodes))))
+        node = functools.reduce(lambda x, y: of_function(multiply, x, y), nodes)
+        places = [
+            variable(slots.index(i) if i in slots else 0) for i in range(len(piece.variables))
+        ]
+        one = Factor(
+            node.placed(places, 0), tuple(piece.variables[i] for i in slots), piece.numbers
+        )
+        one.slots = slots
+        made.append(one)
+    piece.__dict__["factors"] = tuple(made)
+    return tuple(made)
+
+
+def _factors(node: Node) -> list[Node]:
+    """The nodes whose product it is."""
+    if node.kind == "function" and node.value is multiply:
+        return [factor for child in node.children for factor in _factors(child)]
+    return [node]
+
+
+Part: TypeAlias = Field | Piece
+
+
+class Sum:
+    """A unit at all sites: a constant, and parts behind linear maps of their sites.
+
+    Attributes
+    ----------
+    constant
+        Shape (sites,).
+    parts
+        Of each part the map (sites, sites of the part).
+    affine
+        ``(base, a, b)`` where it is a · base + b with numbers that are written in the program.
+    """
+
+    def __init__(
+        self,
+        constant: np.ndarray,
+        parts: Mapping[Part, Map],
+        affine: "tuple[Sum, float, float] | None" = None,
+    ) -> None:
+        self.constant, self.parts = constant, dict(parts)
+        self.affine = affine or (self, 1.0, 0.0)
+
+    @classmethod
+    def of(cls, part: Part, sites: int) -> "Sum":
+        """A part alone."""
+        return cls(np.zeros(sites), {part: identity(sites)})
+
+    @property
+    def sites(self) -> int:
+        """The number of sites."""
+        return len(self.constant)
+
+    @functools.cached_property
+    def fields(self) -> frozenset[Field]:
+        """The fields that it is a function of."""
+        return frozenset[Field]().union(*(part.fields for part in self.parts))
+
+    @property
+    def gaussian(self) -> bool:
+        """Whether it is Gaussian over units about the constant."""
+        return all(isinstance(part, Field) and part.gaussian for part in self.parts)
+
+    def plus(self, other: "Sum") -> "Sum":
+        """The sum of both, exact where they share parts."""
+        parts = dict(self.parts)
+        for part, map_ in other.parts.items():
+            parts[part] = parts[part] + map_ if part in parts else map_
+        return Sum(self.constant + other.constant, parts)
+
+    def shifted(self, by: np.ndarray, *, literal: bool = False) -> "Sum":
+        """The sum and a number for each site."""
+        base, a, b = self.affine
+        affine = (base, a, b + float(by.flat[0])) if literal else None
+        return Sum(self.constant + by, self.parts, affine)
+
+    def scaled(self, by: np.ndarray, *, literal: bool = False) -> "Sum":
+        """The sum times a number for each site."""
+        by = np.broadcast_to(by, self.constant.shape)
+        base, a, b = self.affine
+        factor = float(by[0]) if literal and by.size else 1.0
+        affine = (base, a * factor, b * factor) if literal else None
+        rows = sparse.dia_array((by[None], [0]), shape=(by.size, by.size))
+        parts = {part: sparse.csr_array(rows @ map_) for part, map_ in self.parts.items()}
+        return Sum(self.constant * by, parts, affine)
+
+    def mapped(self, map_: Map) -> "Sum":
+        """Linear functions of its sites."""
+        parts = {part: sparse.csr_array(map_ @ own) for part, own in self.parts.items()}
+        return Sum(map_ @ self.constant, parts)
+
+    def taken(self, sites: np.ndarray) -> "Sum":
+        """The sum at these sites, in this order."""
+        if len(sites) == self.sites and (sites == np.arange(self.sites)).all():
+            return self
+        return self.mapped(selection(sites, self.sites))
+
+
+@functools.lru_cache(maxsize=64)
+def identity(sites: int) -> Map:
+    """The map that changes nothing."""
+    return sparse.csr_array(sparse.eye_array(sites))
+
+
+def selection(sites: np.ndarray, of: int) -> Map:
+    """The map to these of so many sites; 0 where one is -1."""
+    there = np.flatnonzero(sites >= 0)
+    ones = np.ones(len(there))
+    return sparse.csr_array((ones, (there, sites[there])), shape=(len(sites), of))
+
+
+@dataclasses.dataclass(frozen=True)
+class Signal:
+    """A random array: axes of units, in which the same happens, and sites in the order of the rest.
+
+    Attributes
+    ----------
+    shape
+        Its shape.
+    units
+        Axes that are units, ascending.
+    sum
+        A unit at all sites.
+    """
+
+    shape: tuple[int, ...]
+    units: tuple[int, ...]
+    sum: Sum
+
+    @property
+    def site_axes(self) -> tuple[int, ...]:
+        """Axes that are sites."""
+        return tuple(i for i in range(len(self.shape)) if i not in self.units)
+
+    @property
+    def site_shape(self) -> tuple[int, ...]:
+        """Lengths of the axes that are sites."""
+        return tuple(self.shape[i] for i in self.site_axes)
+
+    @property
+    def width(self) -> int:
+        """The number of units."""
+        return math.prod(self.shape[i] for i in self.units)
+
+    def per_site(self, array: np.ndarray) -> np.ndarray:
+        """A known array of its shape as numbers for each site.
+
+        Raises
+        ------
+        NoRule
+            If it differs between units.
+        """
+        if array.ndim == 0:
+            return np.broadcast_to(array, (self.sum.sites,)).astype(float)
+        moved = np.moveaxis(array, self.units, range(-len(self.units), 0))
+        flat = moved.reshape(self.sum.sites, -1)
+        if (flat != flat[:, :1]).any():
+            raise NoRule("numbers that differ between units meet random signals")
+        return flat[:, 0].astype(float)
+
+
+Value: TypeAlias = Known | Weights | Signal | Unknown

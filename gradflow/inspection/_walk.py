@@ -1,0 +1,376 @@
+"""The theory of a program: abstract values upwards, gradients' second moments downwards.
+
+Upwards each equation has its rule (`_rules`). Downwards a gradient is known by its second moments
+over sites, Λ, at each field that a product made: fresh weights are independent of what they
+multiply, so that the gradients which a sum h gets from several products add,
+Λ_h = variance · units · Σ_o P_oᵀ Λ P_o, and at a field below it is Σ E[D_s D_t] Λ_h, D the slope of
+h by the field. Means over units are constants to gradients: their part is 1/width.
+"""
+
+import dataclasses
+import functools
+import heapq
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from gradflow import activations, gaussian, statistics
+from gradflow._unit_distributions import Shifted
+from gradflow.activations import Activation
+from gradflow.inspection import _forcing, _rules
+from gradflow.inspection._activations import activation_of
+from gradflow.inspection._laws import Law
+from gradflow.inspection._layers import Layer
+from gradflow.inspection._reading import Program
+from gradflow.inspection._values import (
+    Field,
+    Known,
+    NoRule,
+    Signal,
+    Sum,
+    Unknown,
+    Value,
+    Weights,
+)
+from gradflow.networks import Network
+from gradflow.statistics import BackwardLimit, ForwardLimit
+
+__all__ = ["Predicted", "predict"]
+
+_STATISTICS = tuple((s, s.predict) for s in statistics.ALL if s.predict is not None)
+
+
+@dataclasses.dataclass(frozen=True)
+class Predicted:
+    """The infinite-width theory of a program's layers.
+
+    Attributes
+    ----------
+    values
+        Of each statistic, by key, shape (layers,); NaN where it is not known.
+    error
+        Absolute numerical errors, of the same shape.
+    reasons
+        Of each layer why something of it is not known; empty where all is.
+    ends
+        Where and why theory first ends; None where it does not.
+    """
+
+    values: dict[str, np.ndarray]
+    error: dict[str, np.ndarray]
+    reasons: tuple[str, ...]
+    ends: str | None
+
+
+def predict(
+    program: Program,
+    layers: Sequence[Layer],
+    laws: Mapping[int, Law],
+    inputs: Sequence[Any],
+    *,
+    state: Sequence[Any] | None = None,
+) -> Predicted:
+    """Every statistic of every layer at infinite width, as far as the rules reach.
+
+    Parameters
+    ----------
+    program, layers
+        The program, and its layers.
+    laws
+        Of each leaf of the parameters, by number.
+    inputs, state
+        The leaves of these arguments, which are known.
+    """
+    values = _upwards(program, laws, inputs, state)
+    ends = next((v.reason for v in values.values() if isinstance(v, Unknown)), None)
+    gradients, why = _downwards(program, layers, values)
+    forward = [_forward_limit(values, layer) for layer in layers]
+    backward = [
+        why.get(n) or _backward_limit(program, values, layers, n, gradients)
+        for n in range(len(layers))
+    ]
+    out = {s.key: np.full(len(layers), np.nan) for s, _ in _STATISTICS}
+    for limits, is_backward in ((forward, False), (backward, True)):
+        _evaluate(out, limits, is_backward)
+    reasons = tuple(
+        next((x for x in (up, down) if isinstance(x, str)), "")
+        for up, down in zip(forward, backward, strict=True)
+    )
+    error = {key: np.where(np.isnan(x), np.nan, 0.0) for key, x in out.items()}
+    return Predicted(out, error, reasons, ends)
+
+
+# Upwards -----------------------------------------------------------------------------------------
+
+
+def _upwards(
+    program: Program, laws: Mapping[int, Law], inputs: Sequence[Any], state: Sequence[Any] | None
+) -> dict[int, Value]:
+    """The abstract value of every number of the program."""
+    values: dict[int, Value] = {
+        i: Known(_array(v), literal=True) for i, v in program.constants.items()
+    }
+    given = {"inputs": inputs, "state": state or ()}
+    for name, numbers in program.arguments.items():
+        if name in given and len(given[name]) == len(numbers):
+            values.update((i, Known(_array(v))) for i, v in zip(numbers, given[name], strict=True))
+        elif name == "parameters":
+            values.update((i, _parameter(program, i, laws)) for i in numbers)
+        else:
+            values.update((i, Unknown(f"theory ends at what depends on {name}")) for i in numbers)
+    for equation in program.equations:
+        shapes = [tuple(program.avals[i].shape) for i in equation.outputs]
+        out = _rules.apply(equation, [values[i] for i in equation.inputs], shapes)
+        values.update(zip(equation.outputs, out, strict=True))
+    return values
+
+
+def _array(value: Any) -> np.ndarray:
+    if jnp.issubdtype(jnp.asarray(value).dtype, jax.dtypes.prng_key):
+        return value
+    array = np.asarray(value)
+    return array.astype(np.float64) if jnp.issubdtype(array.dtype, jnp.floating) else array
+
+
+def _parameter(program: Program, number: int, laws: Mapping[int, Law]) -> Value:
+    law, shape = laws[number], tuple(program.avals[number].shape)
+    if law.values is not None:
+        return Known(np.broadcast_to(law.values, shape))
+    error = law.standard_error / law.variance if law.variance else 0.0
+    axes = frozenset(range(len(shape)))
+    return Weights(shape, axes, law.mean, law.variance, error, law.gaussian, (number,))
+
+
+# Downwards ---------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass
+class _Gradient:
+    """Second moments over sites, exp(log) times a matrix whose largest entry is 1."""
+
+    matrix: np.ndarray
+    log: float
+
+    @classmethod
+    def of(cls, matrix: np.ndarray, log: float) -> "_Gradient":
+        """Of a matrix of any size."""
+        size = float(np.abs(matrix).max(initial=0.0))
+        return cls(matrix / size, log + math.log(size)) if size else cls(matrix, -math.inf)
+
+    def plus(self, other: "_Gradient") -> "_Gradient":
+        """The sum, at the larger scale."""
+        log = max(self.log, other.log)
+        if math.isinf(log):
+            return self
+        parts = (x.matrix * math.exp(x.log - log) for x in (self, other))
+        return _Gradient.of(sum(parts, np.zeros_like(self.matrix)), log)
+
+
+def _downwards(
+    program: Program, layers: Sequence[Layer], values: Mapping[int, Value]
+) -> tuple[dict[Field, _Gradient], dict[int, str]]:
+    """The gradient at each field, and of layers where it is not known why."""
+    why: dict[int, str] = {}
+    found: dict[Field, _Gradient] = {}
+    pending: list[tuple[int, Field]] = []
+    for output in dict.fromkeys(program.outputs):
+        value = values[output]
+        if isinstance(value, Signal):
+            reason = _spread(found, pending, value.sum, _Gradient(np.eye(value.sum.sites), 0.0))
+        else:
+            reason = value.reason if isinstance(value, Unknown) else "theory has no gradient of means over units"  # fmt: skip  # noqa: E501
+        if reason:
+            why.update((n, reason) for n in _below(program, layers, output))
+    while pending:
+        _, field = heapq.heappop(pending)
+        product = field.product
+        if product is None or product.source is None:
+            continue
+        gradient = found[field]
+        scale = product.variance * product.units
+        matrix = scale * sum(map_.T @ gradient.matrix @ map_ for map_ in product.maps)
+        reason = _spread(found, pending, product.source, _Gradient.of(matrix, gradient.log))
+        if reason:
+            fields = product.source.fields
+            why.update(
+                (n, reason)
+                for n, layer in enumerate(layers)
+                if not fields.isdisjoint(_fields(values[layer.product]))
+            )
+            for n in [n for n in why if why[n] == reason]:
+                why.update((m, reason) for m in _below(program, layers, layers[n].signal))
+    return found, why
+
+
+def _spread(
+    found: dict[Field, _Gradient], pending: list[tuple[int, Field]], sum_: Sum, at: _Gradient
+) -> str:
+    """Add what a sum's gradient gives the fields below it; the reason where that is not known."""
+    try:
+        terms = _forcing.terms(sum_)
+        for i, (one, left, of_one) in enumerate(terms):
+            for other, right, of_other in terms[: i + 1]:
+                shared = [field for field in of_one.parts if field in of_other.parts]
+                if not shared:
+                    continue
+                slopes = _forcing.together(one, other)
+                inner = left.T @ at.matrix @ right
+                inner = inner if slopes is None else inner * slopes
+                for field in shared:
+                    assert isinstance(field, Field)
+                    below = of_one.parts[field].T @ inner @ of_other.parts[field]
+                    below = below if one is other else below + below.T
+                    new = _Gradient.of(below, at.log)
+                    if field in found:
+                        found[field] = found[field].plus(new)
+                    else:
+                        found[field] = new
+                        heapq.heappush(pending, (-field.serial, field))
+    except NoRule as reason:
+        return f"theory of gradients ends: {reason}"
+    return ""
+
+
+def _fields(value: Value) -> frozenset[Field]:
+    return value.sum.fields if isinstance(value, Signal) else frozenset()
+
+
+def _below(program: Program, layers: Sequence[Layer], value: int) -> list[int]:
+    """The layers that a value depends on."""
+    producers, pending, seen = program.producers(), [value], set()
+    while pending:
+        number = pending.pop()
+        if number in producers and number not in seen:
+            seen.add(number)
+            pending += program.equations[producers[number]].inputs
+    return [n for n, layer in enumerate(layers) if layer.product in seen]
+
+
+# Statistics --------------------------------------------------------------------------------------
+
+
+def _forward_limit(values: Mapping[int, Value], layer: Layer) -> ForwardLimit | str:
+    """The limit of a layer's signals, or the reason why there is none."""
+    z = values[layer.preactivation]
+    if not isinstance(z, Signal):
+        return z.reason if isinstance(z, Unknown) else "not random"
+    try:
+        second, mean = _forcing.second_moments(z.sum), _forcing.mean(z.sum)
+    except NoRule as reason:
+        return str(reason)
+    q = np.diagonal(second)
+    low, high = gaussian.log_limits(np.dtype(np.float64))
+    with np.errstate(divide="ignore"):
+        log_q = np.log(q)
+    scale = np.where(q > 0, (np.minimum(log_q - low, 0) + np.maximum(log_q - high, 0)) / 2, 0)
+    by = np.exp(-scale)
+    phi = _activation(values[layer.activation], z)
+    shifts: Any = (mean * by)[:, None]
+    arrays: dict[str, Any] = {
+        "covariance": second * np.outer(by, by),
+        "mean": mean * by,
+        "log_scale": scale,
+        "gaussian": np.asarray(z.sum.gaussian and phi is not None),
+        "about": Shifted(shifts, shifts**0) if mean.any() else None,
+    }
+    return ForwardLimit(
+        activation=phi or activations.linear,
+        saturation_threshold=Network.saturation_threshold,
+        **arrays,
+    )
+
+
+def _activation(value: Value, z: Signal) -> Activation | None:
+    """The function φ of a layer's activations φ(z), None where it is none."""
+    if not isinstance(value, Signal):
+        return None
+    if value.sum is z.sum:
+        return activations.linear
+    variables: list[Sum] = []
+    numbers: list[np.ndarray] = []
+    node = _rules.lifted(value.sum, variables, numbers)
+    base, a, b = z.sum.affine
+    if variables != [base] or a != 1 or b or any(np.ptp(x) for x in numbers):
+        return None
+    return activation_of(node, tuple(float(x[0]) for x in numbers))
+
+
+def _backward_limit(
+    program: Program,
+    values: Mapping[int, Value],
+    layers: Sequence[Layer],
+    place: int,
+    gradients: Mapping[Field, _Gradient],
+) -> BackwardLimit | str:
+    """The limit of the gradient at a layer, or the reason why there is none."""
+    layer = layers[place]
+    own = _own(values, layer)
+    if own is None:
+        value = values[layer.product]
+        return value.reason if isinstance(value, Unknown) else "not random"
+    gradient = gradients.get(own)
+    product = own.product
+    assert product is not None
+    if gradient is None:
+        return "the outputs do not depend on it"
+    outputs = [v for v in (values[o] for o in program.outputs) if isinstance(v, Signal)]
+    top = sum(v.sum.sites for v in outputs)
+    with np.errstate(divide="ignore"):
+        log_variance = np.log(np.diagonal(gradient.matrix)) + gradient.log
+        weight = float((gradient.matrix * product.gram).sum()) * product.units / product.weights
+        log_weight = math.log(weight) + gradient.log - 2 * math.log(top)
+    above = getattr(layer, "above", None)
+    ratio = np.full_like(log_variance, np.nan)
+    if above is not None:
+        next_field = _own(values, layers[above])
+        upper = gradients.get(next_field) if next_field is not None else None
+        if upper is not None:
+            log_upper = np.log(np.diagonal(upper.matrix)) + upper.log
+            if log_upper.shape == log_variance.shape:
+                ratio = log_variance - log_upper
+            else:
+                ratio[:] = _log_mean(log_variance) - _log_mean(log_upper)
+    arrays: Any = log_variance, ratio, np.asarray(log_weight), np.asarray(float(product.units))
+    return BackwardLimit(*arrays)
+
+
+def _own(values: Mapping[int, Value], layer: Layer) -> Field | None:
+    """The field that a layer's product made."""
+    value = values[layer.product]
+    if not isinstance(value, Signal) or len(value.sum.parts) != 1:
+        return None
+    (part,) = value.sum.parts
+    return part if isinstance(part, Field) and part.product is not None else None
+
+
+def _log_mean(log: np.ndarray) -> float:
+    return float(np.logaddexp.reduce(log) - math.log(len(log)))
+
+
+def _evaluate(out: dict[str, np.ndarray], limits: Sequence[Any], backward: bool) -> None:
+    """Fill in the statistics of layers, those of one structure together."""
+    groups: dict[Any, list[int]] = {}
+    for n, limit in enumerate(limits):
+        if not isinstance(limit, str):
+            leaves, structure = jax.tree.flatten(limit)
+            groups.setdefault((structure, tuple(np.shape(x) for x in leaves)), []).append(n)
+    for (_, shapes), places in groups.items():
+        many = 1 << (len(places) - 1).bit_length()
+        rows = np.resize(places, many)
+        stacked = jax.tree.map(lambda *x: np.stack(x), *(limits[n] for n in rows))
+        with jax.enable_x64(True):
+            for key, values in _read(stacked, backward, shapes[0][-1]).items():
+                out[key][places] = np.asarray(values)[: len(places)]
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2))
+def _read(limits: Any, backward: bool, sites: int) -> dict[str, Any]:
+    return {
+        s.key: jax.vmap(predict)(limits)
+        for s, predict in _STATISTICS
+        if s.backward is backward and s.sites <= sites
+    }
