@@ -201,7 +201,7 @@ class _Run:
         walk, weights = self.walk, self.program.arguments["parameters"]
         sizes = {i: _log_mean_square(arguments[i]) for i in weights if _is_floating(arguments[i])}
         up = walk.up(arguments)
-        self._look_up(arguments, up)
+        self.born = self.born or born_above(walk, up)
         top = self._top(keys[:, 2])
         down = walk.down(up.values, top)
         host = jax.device_get({
@@ -212,7 +212,8 @@ class _Run:
             "parameters": down.parameters,
             "finite": down.finite,
         })  # fmt: skip
-        self._look_down(arguments, keys[:, 2], host.pop("finite"))
+        finite = host.pop("finite")
+        self.born = self.born or born_below(walk, arguments, lambda: self._top(keys[:, 2]), finite)
         logs = ("gradients", "weights", "parameters")
         for name in logs:  # sums of two floats
             host[name] = {i: x.astype(np.float64).sum(1) for i, x in host[name].items()}
@@ -241,14 +242,6 @@ class _Run:
                 part = _cotangents(keys, place, aval.shape, aval.dtype, axis, given)
                 top.setdefault(i, []).append(part)
         return {i: _sum(parts, self.walk.axes.get(i)) for i, parts in top.items()}
-
-    def _look_up(self, arguments: dict[int, Any], up: Any) -> None:
-        if self.born is None:
-            self.born = born_above(self.walk, arguments, up)
-
-    def _look_down(self, arguments: dict[int, Any], keys: Array, finite: dict[int, Any]) -> None:
-        if self.born is None:
-            self.born = born_below(self.walk, arguments, lambda: self._top(keys), finite)
 
     # On the host ---------------------------------------------------------------------------------
 
@@ -299,10 +292,10 @@ class _Run:
             samples.append(
                 BackwardSample(
                     log_norm=norms[i],
-                    log_ratio=ratio,
+                    log_ratio=ratio,  # type: ignore[arg-type]
                     log_weight_norm=weight,
-                    width=np.full(networks, float(widths[i])),
-                    weights=np.full(networks, float(count)),
+                    width=np.full(networks, float(widths[i])),  # type: ignore[arg-type]
+                    weights=np.full(networks, float(count)),  # type: ignore[arg-type]
                 )
             )
         return samples

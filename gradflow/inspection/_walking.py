@@ -6,7 +6,7 @@ and pulls each back by itself: those of two values may lie further apart than a 
 
 import dataclasses
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -45,7 +45,7 @@ class Down(NamedTuple):
     parameters
         By leaf, or step of a leaf: log ‖∂C/∂θ‖, (networks, 2).
     finite
-        By segment: whether the cotangents of its inputs are finite, (networks, inputs).
+        By segment, from the last: whether its inputs' cotangents are finite, (networks, inputs).
     """
 
     gradients: dict[int, Array]
@@ -192,13 +192,28 @@ class Walk:
 
         return compiled(key, up, in_axes, out_axes)
 
+    def of_network(self, values: Mapping[int, Any], value: int, network: int) -> Any:
+        """A value of one network."""
+        return values[value][network] if value in self._varying else values[value]
+
     # Down ----------------------------------------------------------------------------------------
 
     def down(self, values: dict[int, Any], top: Mapping[int, Scaled]) -> Down:
         """Gradients from the cotangents of the outputs, by number; ``values`` is used up."""
         found = Down({}, {}, {}, {})
         cotangents = dict(top)
+        for _ in self.descend(values, cotangents, found):
+            pass
+        for value in self.leaves.keys() & cotangents.keys():
+            found.parameters[value] = _log_norms(cotangents[value])
+        return found
+
+    def descend(
+        self, values: dict[int, Any], cotangents: dict[int, Scaled], found: Down
+    ) -> Iterator[int]:
+        """Walk down, segment by segment: the number of each, before its cotangents are pulled."""
         for number in range(len(self.segments) - 1, -1, -1):
+            yield number
             segment = self.segments[number]
             given = [i for i in segment.outputs if i in cotangents]
             plan = self._down_program(number, given, cotangents)
@@ -219,9 +234,6 @@ class Walk:
             for value in segment.outputs:
                 cotangents.pop(value, None)
                 values.pop(value, None)
-        for value in self.leaves.keys() & cotangents.keys():
-            found.parameters[value] = _log_norms(cotangents[value])
-        return found
 
     def _down_program(
         self, number: int, given: list[int], cotangents: Mapping[int, Any]
@@ -348,6 +360,7 @@ class _Pull:
         leaves = [_log_norm(parts[name]) for name in self.leaves]
         products = [_log_norm(tapped[place]) for place, _, _ in self.taps]
         finite = [jnp.all(jnp.isfinite(part.unit)) for part in kept]
+        finite += [log[0] < jnp.inf for log in leaves]  # false of NaN too
         flags = jnp.stack(finite) if finite else jnp.ones(0, bool)
         return _Pulled(kept, leaves, self._rows(given), products, flags)
 
