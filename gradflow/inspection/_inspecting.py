@@ -1,7 +1,8 @@
 """One model inspected: adapted, read, measured, predicted, and all put together."""
 
-import types
+import dataclasses
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import jax
@@ -16,18 +17,21 @@ from gradflow.errors import InputError
 from gradflow.inspection import _adapters
 from gradflow.inspection._adapters import _calls
 from gradflow.inspection._assembly import assemble
-from gradflow.inspection._layers import layers
+from gradflow.inspection._laws import laws
+from gradflow.inspection._layers import Layer, layers
 from gradflow.inspection._measuring import measure
 from gradflow.inspection._model import Model
 from gradflow.inspection._programs import program_of
 from gradflow.inspection._reading import Program
 from gradflow.inspection._result import Inspection
 from gradflow.inspection._tracing import trace, weight_shapes
+from gradflow.inspection._walk import Predicted, predict
 from gradflow.simulation.monte_carlo import Progress
 
 __all__ = ["inspect"]
 
-_NO_THEORY = types.SimpleNamespace(values={}, error={}, ends="no theory of programs yet")
+# The fold of the key that laws of weights are drawn with: no network's number.
+_FOR_LAWS = (1 << 31) - 1
 
 
 def inspect(
@@ -97,11 +101,31 @@ def inspect(
     adapted = _adapters.adapt(model, apply, arrays, dict(kwargs or {}))
     program = _program(adapted, arrays, loss, behind)
     found, given = layers(program), _given(adapted, parameters, arrays, key)
-    measured = measure(
-        adapted, program, found, arrays, key,
-        networks=networks, targets=behind, parameters=given, progress=progress,
-    )  # fmt: skip
-    return assemble(adapted, program, found, measured, _NO_THEORY)
+    with ThreadPoolExecutor(1) as pool:  # both spend much of their time in the compiler
+        theory = pool.submit(_predicted, adapted, program, found, arrays, key, given)
+        measured = measure(
+            adapted, program, found, arrays, key,
+            networks=networks, targets=behind, parameters=given, progress=progress,
+        )  # fmt: skip
+    return assemble(adapted, program, found, measured, theory.result())
+
+
+def _predicted(
+    model: Model,
+    program: Program,
+    found: Sequence[Layer],
+    inputs: Sequence[Array],
+    key: PRNGKeyArray,
+    given: tuple[PyTree, PyTree] | None,
+) -> Predicted:
+    """Theory of the program, of drawn weights or of those at hand."""
+    if given is not None:
+        model = dataclasses.replace(model, init=None, given=given)
+    of_weights = laws(model, program, jax.random.fold_in(key, _FOR_LAWS))
+    _, state = given or model.draw(key[None])
+    if given is None:
+        state = jax.tree.map(lambda leaf: leaf[0], state)
+    return predict(program, found, of_weights, inputs, state=jax.tree.leaves(state))
 
 
 def _arrays(name: str, value: Any) -> tuple[Array, ...]:
