@@ -269,7 +269,7 @@ class _Reader:
     ) -> Sequence[int]:
         """Read one equation; the numbers of its outputs."""
         name, inner = eqn.primitive.name, _inner_jaxpr(eqn.params)
-        own_derivative = name.startswith("custom_")
+        own_derivative = name.startswith(("custom_jvp", "custom_vjp"))
         named = (*calls, _name_of(eqn.params, inner)) if inner is not None else calls
         if name == "scan":
             return self.scan(eqn, inputs, path, calls)

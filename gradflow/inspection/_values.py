@@ -284,7 +284,10 @@ def factors(piece: Piece) -> tuple[Factor, ...]:
     if known is not None:
         return known
     groups: list[tuple[frozenset[Field], list[Node]]] = []
+    constants = [node for node in _factors(piece.node) if node.kind == "constant"]
     for node in _factors(piece.node):
+        if node in constants:
+            continue
         fields = frozenset[Field]().union(*(piece.variables[i].fields for i in node.places))
         nodes = [node]
         for other in [g for g in groups if g[0] & fields or not (g[0] or fields)]:
@@ -292,6 +295,9 @@ def factors(piece: Piece) -> tuple[Factor, ...]:
             fields, nodes = fields | other[0], [*other[1], *nodes]
         groups.append((fields, nodes))
     made = []
+    # What is written in the program stays beside a variable: 0.5 x (1 + tanh x) is one function.
+    groups.sort(key=lambda group: not group[0])
+    groups[0][1].extend(constants)
     for _, nodes in groups:
         slots = tuple(sorted(set[int]().union(*(node.places for node in nodes))))
         node = functools.reduce(lambda x, y: of_function(multiply, x, y), nodes)

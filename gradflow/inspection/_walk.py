@@ -12,7 +12,7 @@ import functools
 import heapq
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -94,8 +94,8 @@ def predict(
         for n in range(len(layers))
     ]
     out = {s.key: np.full(len(layers), np.nan) for s, _ in _STATISTICS}
-    for limits, is_backward in ((forward, False), (backward, True)):
-        _evaluate(out, limits, is_backward)
+    for limits in (forward, backward):
+        _evaluate(out, limits)
     reasons = tuple(
         next((x for x in (up, down) if isinstance(x, str)), "")
         for up, down in zip(forward, backward, strict=True)
@@ -141,7 +141,7 @@ def _parameter(program: Program, number: int, laws: Mapping[int, Law]) -> Value:
     if law.values is not None:
         return Known(np.broadcast_to(law.values, shape))
     error = law.standard_error / law.variance if law.variance else 0.0
-    axes = frozenset(range(len(shape)))
+    axes = frozenset(i for i, n in enumerate(shape) if n > 1)
     return Weights(shape, axes, law.mean, law.variance, error, law.gaussian, (number,))
 
 
@@ -253,7 +253,7 @@ def _below(program: Program, layers: Sequence[Layer], value: int) -> list[int]:
 # Statistics --------------------------------------------------------------------------------------
 
 
-def _forward_limit(values: Mapping[int, Value], layer: Layer) -> ForwardLimit | str:
+def _forward_limit(values: Mapping[int, Value], layer: Layer) -> "_Limit | str":
     """The limit of a layer's signals, or the reason why there is none."""
     z = values[layer.preactivation]
     if not isinstance(z, Signal):
@@ -269,19 +269,33 @@ def _forward_limit(values: Mapping[int, Value], layer: Layer) -> ForwardLimit | 
     scale = np.where(q > 0, (np.minimum(log_q - low, 0) + np.maximum(log_q - high, 0)) / 2, 0)
     by = np.exp(-scale)
     phi = _activation(values[layer.activation], z)
-    shifts: Any = (mean * by)[:, None]
-    arrays: dict[str, Any] = {
+    arrays = {
         "covariance": second * np.outer(by, by),
         "mean": mean * by,
         "log_scale": scale,
         "gaussian": np.asarray(z.sum.gaussian and phi is not None),
-        "about": Shifted(shifts, shifts**0) if mean.any() else None,
     }
-    return ForwardLimit(
-        activation=phi or activations.linear,
-        saturation_threshold=Network.saturation_threshold,
-        **arrays,
-    )
+    return _Limit(arrays, phi or activations.linear, about=bool(mean.any()))
+
+
+class _Limit(NamedTuple):
+    """A limit's arrays, and what is static: of a gradient no activation."""
+
+    arrays: dict[str, np.ndarray]
+    activation: Activation | None = None
+    about: bool = False
+
+    def limit(self, arrays: Any) -> ForwardLimit | BackwardLimit:
+        """The limit with these arrays."""
+        if self.activation is None:
+            return BackwardLimit(**arrays)
+        about = Shifted.at(arrays["mean"]) if self.about else None
+        return ForwardLimit(
+            activation=self.activation,
+            saturation_threshold=Network.saturation_threshold,
+            about=about,
+            **arrays,
+        )
 
 
 def _activation(value: Value, z: Signal) -> Activation | None:
@@ -305,7 +319,7 @@ def _backward_limit(
     layers: Sequence[Layer],
     place: int,
     gradients: Mapping[Field, _Gradient],
-) -> BackwardLimit | str:
+) -> _Limit | str:
     """The limit of the gradient at a layer, or the reason why there is none."""
     layer = layers[place]
     own = _own(values, layer)
@@ -334,8 +348,14 @@ def _backward_limit(
                 ratio = log_variance - log_upper
             else:
                 ratio[:] = _log_mean(log_variance) - _log_mean(log_upper)
-    arrays: Any = log_variance, ratio, np.asarray(log_weight), np.asarray(float(product.units))
-    return BackwardLimit(*arrays)
+    return _Limit(
+        {
+            "log_variance": log_variance,
+            "log_ratio": ratio,
+            "log_weight_variance": np.asarray(log_weight),
+            "width": np.asarray(float(product.units)),
+        }
+    )
 
 
 def _own(values: Mapping[int, Value], layer: Layer) -> Field | None:
@@ -351,26 +371,30 @@ def _log_mean(log: np.ndarray) -> float:
     return float(np.logaddexp.reduce(log) - math.log(len(log)))
 
 
-def _evaluate(out: dict[str, np.ndarray], limits: Sequence[Any], backward: bool) -> None:
+def _evaluate(out: dict[str, np.ndarray], limits: "Sequence[_Limit | str]") -> None:
     """Fill in the statistics of layers, those of one structure together."""
     groups: dict[Any, list[int]] = {}
     for n, limit in enumerate(limits):
         if not isinstance(limit, str):
-            leaves, structure = jax.tree.flatten(limit)
-            groups.setdefault((structure, tuple(np.shape(x) for x in leaves)), []).append(n)
-    for (_, shapes), places in groups.items():
-        many = 1 << (len(places) - 1).bit_length()
-        rows = np.resize(places, many)
-        stacked = jax.tree.map(lambda *x: np.stack(x), *(limits[n] for n in rows))
+            shapes = tuple(x.shape for x in limit.arrays.values())
+            groups.setdefault((*limit[1:], shapes), []).append(n)
+    for (*static, _), places in groups.items():
+        many = np.resize(places, 1 << (len(places) - 1).bit_length())
+        rows = [limits[n] for n in many]
+        names = rows[0].arrays
+        stacked = {name: np.stack([row.arrays[name] for row in rows]) for name in names}
         with jax.enable_x64(True):
-            for key, values in _read(stacked, backward, shapes[0][-1]).items():
+            for key, values in _read(stacked, *static).items():
                 out[key][places] = np.asarray(values)[: len(places)]
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2))
-def _read(limits: Any, backward: bool, sites: int) -> dict[str, Any]:
+def _read(arrays: dict[str, Any], activation: Activation | None, about: bool) -> dict[str, Any]:
+    one = _Limit({}, activation, about)
+    backward = activation is None
+    sites = math.inf if backward else arrays["mean"].shape[-1]
     return {
-        s.key: jax.vmap(predict)(limits)
+        s.key: jax.vmap(lambda x, predict=predict: predict(one.limit(x)))(arrays)
         for s, predict in _STATISTICS
         if s.backward is backward and s.sites <= sites
     }
