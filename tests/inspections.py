@@ -103,6 +103,7 @@ def found(model, inputs=8, *, slope=-0.9, networks=20, seed=0, known=1.0, **meas
         types.SimpleNamespace(
             values={key: value + reaches for key, value in theory.items()},
             error={key: np.zeros(count) for key in theory},
+            reasons=tuple("" if np.isfinite(x) else "no rule" for x in reaches),
             ends="" if known == 1.0 else "theory ends at MLP/Custom_2: `sort` over units",
         ),
     )

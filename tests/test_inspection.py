@@ -57,10 +57,9 @@ def test_dead_networks_and_numbers_that_are_not_finite_come_first():
     assert verdict.kind == "dead"
     assert verdict.dead == 0.25
     assert verdict.sentence.startswith("dead: 5 of 20 networks have no gradient at MLP/Dense_0")
-    born = Born("MLP/Exp_3", "exp", "MLP/Dense_3", "forward", 2)
+    born = Born("NaN", "forward", "exp", "MLP/Exp_3", "MLP/Dense_3", 2)
     verdict = inspections.found(inspections.dense(10), born=born).verdict
-    assert verdict.sentence.startswith("not finite: the first NaN or infinite number on the way up")
-    assert "exp in MLP/Exp_3, next to MLP/Dense_3" in verdict.sentence
+    assert verdict.sentence.startswith("not finite: first NaN in `MLP/Exp_3` (exp), after MLP/Den")
 
 
 def test_layers_in_branches_are_told_from_those_that_every_signal_passes():

@@ -71,7 +71,9 @@ def assemble(
         mode=model.mode,
         places=places,
         estimates=estimates,
-        theory=Prediction(values=values, why_missing=predicted.ends or None),
+        theory=Prediction(
+            values=values, why_missing=predicted.ends if any(predicted.reasons) else None
+        ),
         theory_error=errors,
         by_statistic=compared,
         leaves=leaves,

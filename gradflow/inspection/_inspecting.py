@@ -17,7 +17,7 @@ from gradflow.errors import InputError
 from gradflow.inspection import _adapters
 from gradflow.inspection._adapters import _calls
 from gradflow.inspection._assembly import assemble
-from gradflow.inspection._laws import laws
+from gradflow.inspection._laws import NETWORKS, laws
 from gradflow.inspection._layers import Layer, layers
 from gradflow.inspection._measuring import measure
 from gradflow.inspection._model import Model
@@ -121,10 +121,13 @@ def _predicted(
     """Theory of the program, of drawn weights or of those at hand."""
     if given is not None:
         model = dataclasses.replace(model, init=None, given=given)
-    of_weights = laws(model, program, jax.random.fold_in(key, _FOR_LAWS))
-    _, state = given or model.draw(key[None])
-    if given is None:
-        state = jax.tree.map(lambda leaf: leaf[0], state)
+    apart = jax.random.fold_in(key, _FOR_LAWS)
+    state: PyTree = None
+    if given is not None:
+        state = given[1]
+    elif program.arguments["state"]:  # as many networks as `laws` draws: nothing more to compile
+        state = jax.tree.map(lambda leaf: leaf[0], model.draw(jax.random.split(apart, NETWORKS))[1])
+    of_weights = laws(model, program, apart, networks=NETWORKS)
     return predict(program, found, of_weights, inputs, state=jax.tree.leaves(state))
 
 

@@ -385,7 +385,12 @@ def _log_mean_square(x: Array) -> Array:
 
 @functools.partial(jax.jit, static_argnums=(2, 3, 4, 5))
 def _cotangents(
-    keys: Array, place: Array | int, shape: tuple[int, ...], dtype: Any, axis: int | None, ones: bool
+    keys: Array,
+    place: Array | int,
+    shape: tuple[int, ...],
+    dtype: Any,
+    axis: int | None,
+    ones: bool,
 ) -> Scaled:
     def one(key: PRNGKeyArray) -> Scaled:
         random = jax.random.normal(jax.random.fold_in(key, place), shape, dtype)

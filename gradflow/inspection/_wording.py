@@ -73,7 +73,7 @@ def judge(
         others = [parts[0]] if math.isfinite(here) else []
         parts = [f"dead: {none} at {places.names[bottom]}", *others]
     if born is not None:
-        parts = [f"not finite: {_birth(born)}", *(parts if math.isfinite(here) else [])]
+        parts = [f"not finite: {born}", *(parts if math.isfinite(here) else [])]
     parts += [why] if why else []
     flat = _flat_from(estimates)
     if flat is not None:
@@ -116,16 +116,6 @@ def _first(kind: str, places: Places, ends: tuple[int, int], change: float, theo
     return (
         f"{verb} ×{_a_layer(change, steps):.3g} a layer ({known}) {ends_at}{over}, in the norm of "
         "∂C/∂z"
-    )
-
-
-def _birth(born: Born) -> str:
-    """Where the first value that is not finite comes from, in words."""
-    way = "up" if born.direction == "forward" else "down"
-    at = f" in {born.path}" if born.path else ""
-    below = f", next to {born.layer}" if born.layer and born.layer != born.path else ""
-    return (
-        f"the first NaN or infinite number on the way {way} comes from {born.primitive}{at}{below}"
     )
 
 
