@@ -147,6 +147,7 @@ def two_layers():
     return init, apply
 
 
+@pytest.mark.medium
 def test_given_weights_with_a_loss_have_the_gradients_of_that_loss():
     init, apply = two_layers()
     parameters = init(jax.random.key(3))

@@ -292,10 +292,10 @@ class _Run:
             samples.append(
                 BackwardSample(
                     log_norm=norms[i],
-                    log_ratio=ratio,  # type: ignore[arg-type]
+                    log_ratio=ratio,
                     log_weight_norm=weight,
-                    width=np.full(networks, float(widths[i])),  # type: ignore[arg-type]
-                    weights=np.full(networks, float(count)),  # type: ignore[arg-type]
+                    width=np.full(networks, float(widths[i])),
+                    weights=np.full(networks, float(count)),
                 )
             )
         return samples
