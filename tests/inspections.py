@@ -80,6 +80,7 @@ def found(model, inputs=8, *, slope=-0.9, networks=20, seed=0, known=1.0, **meas
     }
     theory = {s.key: exact.get(s.key, np.zeros(count)) for s in statistics.ALL}
     noise = {key: 0.01 * draw.normal(size=(networks, count)) for key in theory}
+    why = "theory ends at MLP/Custom_2: `sort` over units"
     reaches = np.where(np.arange(count) < known * count, 0.0, np.nan)
     numbers = {layer.parameter: i for i, layer in enumerate(of_program)}
     leaves = {}
@@ -103,7 +104,6 @@ def found(model, inputs=8, *, slope=-0.9, networks=20, seed=0, known=1.0, **meas
         types.SimpleNamespace(
             values={key: value + reaches for key, value in theory.items()},
             error={key: np.zeros(count) for key in theory},
-            reasons=tuple("" if np.isfinite(x) else "no rule" for x in reaches),
-            ends="" if known == 1.0 else "theory ends at MLP/Custom_2: `sort` over units",
+            reasons=tuple("" if np.isfinite(x) else why for x in reaches),
         ),
     )

@@ -84,6 +84,12 @@ def assemble(
     )
 
 
+def _why_missing(log_q: np.ndarray, reasons: Sequence[str]) -> str | None:
+    """Why theory does not know the first layer that it does not know; None if it knows all."""
+    unknown = [reason for reason, value in zip(reasons, log_q, strict=True) if np.isnan(value)]
+    return next(filter(None, (*unknown, *reasons)), None)
+
+
 def _in_order(program: Program, leaves: Mapping[str, _Leaf]) -> dict[str, _Leaf]:
     """The leaves of the parameters in the order in which the program uses them."""
     consumers = program.consumers()
