@@ -16,6 +16,7 @@ from gradflow._unit_distributions import Shifted
 from gradflow.activations import Activation
 from gradflow.gaussian import _pairs
 from gradflow.inspection._activations import activation_of
+from gradflow.inspection._over_sites import Normalised
 from gradflow.inspection._values import (
     Field,
     NoRule,
@@ -23,10 +24,12 @@ from gradflow.inspection._values import (
     Piece,
     Sum,
     factors,
+    independent,
 )
 from gradflow.kernels import Gaussian, Kernel
 
-__all__ = ["Term", "average", "covariance", "mean", "second_moments", "terms", "together"]
+__all__ = ["Term", "average", "covariance", "mean", "normalised", "second_moments", "terms"]
+__all__ += ["together"]
 
 # Terms of Hermite series of pairs, and what they may leave out, relative.
 _TERMS, _LEFT_OUT = 256, 1e-14
@@ -54,21 +57,24 @@ def mean(sum_: Sum) -> np.ndarray:
 def second_moments(sum_: Sum) -> np.ndarray:
     """E of the products of a unit at all pairs of sites, (sites, sites)."""
     known = sum_.__dict__.get("second")
-    if known is not None:
-        return known
-    c = sum_.constant
-    out = np.zeros((sum_.sites, sum_.sites))
-    if c.any():
-        m = mean(sum_)
-        out += np.outer(m, c) + np.outer(c, m) - np.outer(c, c)
-    parts = list(sum_.parts.items())
-    for i, (p, left) in enumerate(parts):
-        for q, right in parts[: i + 1]:
+    if known is None:
+        known = sum_.__dict__["second"] = _products(sum_, sum_)
+    return known
+
+
+def _products(one: Sum, other: Sum) -> np.ndarray:
+    """E of the products of a unit of one sum with that of another, (sites, sites)."""
+    out = np.zeros((one.sites, other.sites))
+    if one.constant.any() or other.constant.any():
+        c, d = one.constant, other.constant
+        out += np.outer(mean(one), d) + np.outer(c, mean(other)) - np.outer(c, d)
+    others = list(other.parts.items())
+    for i, (p, left) in enumerate(one.parts.items()):
+        for q, right in others[: i + 1] if one is other else others:
             joint = together(Term(p, None), Term(q, None))
             if joint is not None:
                 both = left @ joint @ right.T
-                out += both if p is q else both + both.T
-    sum_.__dict__["second"] = out
+                out += both + both.T if one is other and p is not q else both
     return out
 
 
@@ -76,10 +82,26 @@ def covariance(one: Sum, other: Sum) -> np.ndarray:
     """The covariance of two sums of fields, (sites, sites)."""
     out = np.zeros((one.sites, other.sites))
     for field, left in one.parts.items():
+        assert isinstance(field, Field)
         if field in other.parts:
-            assert isinstance(field, Field)
             out += left @ field.covariance @ other.parts[field].T
+        for tied in field.tied & other.fields:
+            out += left @ _tied(field, tied) @ other.parts[tied].T
     return out
+
+
+def _tied(one: Field, other: Field) -> np.ndarray:
+    """The covariance of what the same weights make of two signals: variance · fan_in · E[h g]."""
+    p, q = one.product, other.product
+    assert p is not None
+    assert q is not None
+    if p.source is not None and q.source is not None and len(p.maps) == len(q.maps):
+        second = _products(p.source, q.source)
+        maps = zip(p.maps, q.maps, strict=True)
+        return p.variance * p.fan_in * sum(left @ second @ right.T for left, right in maps)
+    if p.rows is not None and q.rows is not None:
+        return p.variance * p.rows @ q.rows.T
+    raise NoRule("weights are used for a random signal and for a known one")
 
 
 def terms(sum_: Sum) -> list[tuple[Term, Any, Sum]]:
@@ -89,9 +111,30 @@ def terms(sum_: Sum) -> list[tuple[Term, Any, Sum]]:
         if isinstance(part, Field):
             found.append((Term(part, 0), map_, Sum.of(part, len(part.covariance))))
         elif any(not v.gaussian for v in part.variables):
-            raise NoRule("a function of a signal that is not Gaussian over units")
+            continue
         else:
             found += [(Term(part, i), map_, v) for i, v in enumerate(part.variables)]
+    return found
+
+
+def normalised(sum_: Sum) -> list[tuple[Normalised, Any]]:
+    """The parts of a sum that mix sites, with their maps.
+
+    Raises
+    ------
+    NoRule
+        If one of them is not known, or is not independent of the other parts.
+    """
+    found = []
+    for part, map_ in sum_.parts.items():
+        if isinstance(part, Piece) and any(not v.gaussian for v in part.variables):
+            rest = [other.fields for other in sum_.parts if other is not part]
+            own = _factor(factors(part)[0])
+            if not isinstance(own, Normalised) or len(factors(part)) > 1:
+                raise NoRule("a product with a signal that BatchNorm has normalised")
+            if not all(independent(part.fields, fields) for fields in rest):
+                raise NoRule("a signal beside what BatchNorm makes of it")
+            found.append((own, map_))
     return found
 
 
@@ -110,13 +153,15 @@ def together(one: Term, other: Term) -> np.ndarray | None:
     """E[one_s other_t], (sites, sites) of both; None where it is 0."""
     p, q = one.part, other.part
     if isinstance(p, Field) and isinstance(q, Field) and one.slot is None and other.slot is None:
-        return p.covariance if p is q else None
+        if p is q:
+            return p.covariance
+        return _tied(p, q) if q in p.tied else None
     if isinstance(p, Field) and one.slot is None:
         return _by_parts(p, other)
     if isinstance(q, Field) and other.slot is None:
         by_parts = _by_parts(q, one)
         return None if by_parts is None else by_parts.T
-    if isinstance(p, Field) or isinstance(q, Field) or p.fields.isdisjoint(q.fields):
+    if isinstance(p, Field) or isinstance(q, Field) or independent(p.fields, q.fields):
         return np.outer(average(one), average(other))
     if p is q:
         out: Any = 1.0
@@ -132,7 +177,7 @@ def _by_parts(field: Field, other: Term) -> np.ndarray | None:
     piece = other.part
     if isinstance(piece, Field):
         return None
-    if field not in piece.fields:
+    if independent(field.fields, piece.fields):
         return None
     if other.slot is not None:
         raise NoRule("a signal and the slope of a function of it")
@@ -141,7 +186,7 @@ def _by_parts(field: Field, other: Term) -> np.ndarray | None:
     for i, v in enumerate(piece.variables):
         if not v.gaussian:
             raise NoRule("a function of a signal that is not Gaussian")
-        if field in v.parts:
+        if not independent(field.fields, v.fields):
             out += covariance(own, v) * average(Term(piece, i))
     return out
 
@@ -149,7 +194,7 @@ def _by_parts(field: Field, other: Term) -> np.ndarray | None:
 # Averages of one factor --------------------------------------------------------------------------
 
 
-def _factor(piece: Piece) -> "_Averages":
+def _factor(piece: Piece) -> "_Averages | Normalised":
     """The averages of a piece that is no product of independent ones."""
     known = piece.__dict__.get("averages")
     if known is None:
@@ -157,11 +202,11 @@ def _factor(piece: Piece) -> "_Averages":
     return known
 
 
-def _averages(piece: Piece) -> "_Averages":
+def _averages(piece: Piece) -> "_Averages | Normalised":
     if not piece.variables:
         return _OfNumbers(piece)
     if any(not v.gaussian for v in piece.variables):
-        raise NoRule("a function of a signal that is not Gaussian over units")
+        return Normalised(piece, lambda x: covariance(x, x))
     uniform = all(not np.ptp(numbers) for numbers in piece.numbers)
     if len(piece.variables) == 1 and uniform:
         return _OfOne(piece)

@@ -20,7 +20,7 @@ from jaxtyping import Array
 
 from gradflow.errors import InputError
 
-__all__ = ["Equation", "Program", "label", "read"]
+__all__ = ["Equation", "Program", "definition", "label", "read"]
 
 _PRODUCTS = frozenset({"dot_general", "conv_general_dilated", "ragged_dot"})
 _MAX_EQUATIONS = 200_000
@@ -280,9 +280,9 @@ class _Reader:
         called = inner is not None and name not in ("while", "cond") and not own_derivative
         if called or (name.startswith("custom_jvp") and _holds_product(inner)):
             return self.inline(inner, inputs, path, named)
-        definition = _definition(inner) if own_derivative and inner is not None else None
+        known = definition(inner) if own_derivative and inner is not None else None
         return self.step(
-            name, inputs, [v.aval for v in eqn.outvars], eqn.params, path, named, definition,
+            name, inputs, [v.aval for v in eqn.outvars], eqn.params, path, named, known,
             eqn.primitive,
         )  # fmt: skip
 
@@ -385,8 +385,8 @@ def _name_of(params: Mapping[str, Any], inner: Any) -> str:
     return "" if name.startswith("<") else name
 
 
-def _definition(inner: Any) -> Program:
-    """The program of a function that has its own derivative."""
+def definition(inner: Any) -> Program:
+    """The program of a function inside another: its own derivative's, or a branch's."""
     reader = _Reader()
     jaxpr = _jaxpr_of(inner)
     numbers = [reader.new(v.aval) for v in jaxpr.invars]

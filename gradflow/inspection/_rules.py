@@ -18,7 +18,7 @@ import numpy as np
 
 from gradflow.inspection import _forcing
 from gradflow.inspection._layers import ELEMENTWISE, SHAPES
-from gradflow.inspection._reading import Equation
+from gradflow.inspection._reading import Equation, definition
 from gradflow.inspection._values import (
     Field,
     Known,
@@ -33,6 +33,7 @@ from gradflow.inspection._values import (
     Value,
     Weights,
     add,
+    apart,
     constant,
     identity,
     multiply,
@@ -281,7 +282,7 @@ def as_field(weights: Weights, units: tuple[int, ...]) -> Sum:
     shape = weights.shape
     if any(shape[i] > 1 and i not in weights.varying for i in units):
         raise NoRule("parameters are shared by units")
-    site_shape = [n for i, n in enumerate(shape) if i not in units]
+    site_shape = tuple(n for i, n in enumerate(shape) if i not in units)
     axes = [i for i in range(len(shape)) if i not in units]
     sites = math.prod(site_shape)
     _check_sites(sites)
@@ -293,8 +294,13 @@ def as_field(weights: Weights, units: tuple[int, ...]) -> Sum:
     constant_ = np.full(sites, weights.mean)
     if not weights.variance:
         return Sum(constant_, {})
-    field = Field(weights.variance * same, tie=weights.tie)
-    return Sum(constant_, {field: identity(sites)})
+    known = weights.tie[0].fields
+    key = weights.tie, units, site_shape
+    if any(tie != weights.tie and not apart(tie, weights.tie) for tie, *_ in known):
+        raise NoRule("a parameter is used in two ways")
+    if key not in known:
+        known[key] = Field(weights.variance * same, tie=weights.tie)
+    return Sum(constant_, {known[key]: identity(sites)})
 
 
 def _of_weights(equation: Equation, values: Sequence[Value]) -> Value:
@@ -436,7 +442,15 @@ def dot_general(
         rows = rows.reshape(math.prod(rows.shape[: rows.ndim - len(h_sum)]), -1)
         _check_sites(len(rows))
         product = Product(
-            None, (), rows.shape[1], units, weights.variance, weights.error, rows @ rows.T, size
+            None,
+            (),
+            rows.shape[1],
+            units,
+            weights.variance,
+            weights.error,
+            rows @ rows.T,
+            size,
+            rows,
         )
     else:
         assert isinstance(other, Signal)
@@ -480,9 +494,20 @@ def _check_sites(sites: int) -> None:
         raise NoRule(f"{sites} sites, more than {MOST_SITES}, whose pairs would have to be kept")
 
 
+def cond(equation: Equation, values: Sequence[Value], shapes: Sequence[tuple[int, ...]]) -> Any:  # noqa: ARG001
+    """A branch that is known."""
+    chosen, *operands = values
+    if not isinstance(chosen, Known):
+        raise NoRule("of which the branch is random")
+    branches = equation.params["branches"]
+    branch = branches[int(np.clip(chosen.value, 0, len(branches) - 1))]
+    return _inner(dataclasses.replace(equation, inner=definition(branch)), operands)
+
+
 RULES: dict[str, Rule] = {
     **dict.fromkeys(ELEMENTWISE, elementwise),
     **dict.fromkeys(SHAPES, moved),
+    "cond": cond,
     "custom_jvp_call": custom,
     "custom_vjp_call": custom,
     "dot_general": dot_general,

@@ -23,7 +23,17 @@ import numpy as np
 from scipy import sparse
 
 __all__ = ["Field", "Known", "NoRule", "Node", "Part", "Piece", "Product", "Signal", "Sum", "Value"]
-__all__ += ["Factor", "Unknown", "Weights", "add", "constant", "factors", "identity", "multiply"]
+__all__ += [
+    "Factor",
+    "Unknown",
+    "Weights",
+    "add",
+    "constant",
+    "factors",
+    "identity",
+    "independent",
+    "multiply",
+]
 __all__ += ["number", "of_function", "selection", "variable"]
 
 _serial = itertools.count()
@@ -66,7 +76,7 @@ class Weights:
     gaussian
         Whether entries are known to be Gaussian.
     tie
-        What it is a part of: products with one ``tie`` have the same weights.
+        Its `Leaf`, and what was done to it: products with one ``tie`` have the same weights.
     """
 
     shape: tuple[int, ...]
@@ -82,6 +92,21 @@ class Weights:
         return dataclasses.replace(
             self, mean=self.mean * factor, variance=self.variance * factor**2
         )
+
+
+class Leaf:
+    """A leaf of the parameters, and the fields that it is as a bias, by how it is used."""
+
+    def __init__(self) -> None:
+        self.fields: dict[Any, Field] = {}
+
+
+def apart(one: tuple[Any, ...], other: tuple[Any, ...]) -> bool:
+    """Whether two ways from a leaf to weights take different entries of it."""
+    for (a, i), (b, j) in zip(one[1:], other[1:], strict=False):
+        if (a, i) != (b, j):
+            return a == b or (a[0] == b[0] and a[0] in ("slice", "gather", "dynamic_slice"))
+    return False
 
 
 class Field:
@@ -108,6 +133,7 @@ class Field:
         tie: tuple[Any, ...] = (),
     ) -> None:
         self.covariance, self.gaussian, self.product, self.tie = covariance, gaussian, product, tie
+        self.tied: set[Field] = set()  # others that products with the same weights made
         self.serial = next(_serial)
 
     @property
@@ -140,6 +166,8 @@ class Product:
         Σ_o P_o K P_oᵀ · fan_in: by sites, the sums over all that an entry of the product sums.
     weights
         How many different weights there are.
+    rows
+        Of a source that is known, (sites, fan_in): what each site sums.
     """
 
     source: "Sum | None"
@@ -150,6 +178,7 @@ class Product:
     error: float
     gram: np.ndarray
     weights: int
+    rows: np.ndarray | None = None
 
 
 class Node:
@@ -290,7 +319,7 @@ def factors(piece: Piece) -> tuple[Factor, ...]:
             continue
         fields = frozenset[Field]().union(*(piece.variables[i].fields for i in node.places))
         nodes = [node]
-        for other in [g for g in groups if g[0] & fields or not (g[0] or fields)]:
+        for other in [g for g in groups if not independent(g[0], fields) or not (g[0] or fields)]:
             groups.remove(other)
             fields, nodes = fields | other[0], [*other[1], *nodes]
         groups.append((fields, nodes))
@@ -321,6 +350,11 @@ def _factors(node: Node) -> list[Node]:
 
 
 Part: TypeAlias = Field | Piece
+
+
+def independent(one: frozenset[Field], other: frozenset[Field]) -> bool:
+    """Whether functions of these fields are independent: no field, and no weights, in common."""
+    return one.isdisjoint(other) and all(field.tied.isdisjoint(other) for field in one)
 
 
 class Sum:

@@ -29,18 +29,21 @@ from gradflow.inspection._reading import Program
 from gradflow.inspection._values import (
     Field,
     Known,
+    Leaf,
     NoRule,
     Signal,
     Sum,
     Unknown,
     Value,
     Weights,
+    apart,
 )
 from gradflow.networks import Network
 from gradflow.statistics import BackwardLimit, ForwardLimit
 
 __all__ = ["Predicted", "predict"]
 
+_CASTS = ("convert_element_type", "copy", "copy_p", "reduce_precision")
 _STATISTICS = tuple((s, s.predict) for s in statistics.ALL if s.predict is not None)
 
 
@@ -122,11 +125,48 @@ def _upwards(
             values.update((i, _parameter(program, i, laws)) for i in numbers)
         else:
             values.update((i, Unknown(f"theory ends at what depends on {name}")) for i in numbers)
+    products: dict[Any, list[Field]] = {}
     for equation in program.equations:
         shapes = [tuple(program.avals[i].shape) for i in equation.outputs]
-        out = _rules.apply(equation, [values[i] for i in equation.inputs], shapes)
+        entering = [values[i] for i in equation.inputs]
+        out = [
+            _traced(value, entering, (equation.signature, place))
+            for place, value in enumerate(_rules.apply(equation, entering, shapes))
+        ]
+        out = [_with_ties(value, products, equation.path) for value in out]
         values.update(zip(equation.outputs, out, strict=True))
     return values
+
+
+def _traced(value: Value, given: Sequence[Value], step: tuple[Any, ...]) -> Value:
+    """Weights with what was done to their leaf, by which it is seen whether two are the same."""
+    if not isinstance(value, Weights) or step[0][0] in _CASTS:
+        return value
+    leaf = next((v for v in given if isinstance(v, Weights)), value)
+    return dataclasses.replace(value, tie=(*leaf.tie, step))
+
+
+def _with_ties(value: Value, products: dict[Any, list[Field]], path: str) -> Value:
+    """What a product made, tied to what products with the same weights made before."""
+    if not isinstance(value, Signal):
+        return value
+    for field in value.sum.parts:
+        if not isinstance(field, Field) or field.product is None or not field.tie:
+            continue
+        others = products.setdefault(field.tie[0], [])
+        if field in others:
+            continue
+        for other in others:
+            if other.tie == field.tie:
+                field.tied.add(other)
+                other.tied.add(field)
+            elif not apart(field.tie, other.tie):
+                return Unknown(
+                    f"theory ends at {path or 'the model'}: weights are used in two ways, as those "
+                    "of a layer and of its transpose are"
+                )
+        others.append(field)
+    return value
 
 
 def _array(value: Any) -> np.ndarray:
@@ -142,7 +182,7 @@ def _parameter(program: Program, number: int, laws: Mapping[int, Law]) -> Value:
         return Known(np.broadcast_to(law.values, shape))
     error = law.standard_error / law.variance if law.variance else 0.0
     axes = frozenset(i for i, n in enumerate(shape) if n > 1)
-    return Weights(shape, axes, law.mean, law.variance, error, law.gaussian, (number,))
+    return Weights(shape, axes, law.mean, law.variance, error, law.gaussian, (Leaf(),))
 
 
 # Downwards ---------------------------------------------------------------------------------------
@@ -154,20 +194,25 @@ class _Gradient:
 
     matrix: np.ndarray
     log: float
+    ties: frozenset[Any] = frozenset()  # weights used several times that it came down through
 
     @classmethod
-    def of(cls, matrix: np.ndarray, log: float) -> "_Gradient":
+    def of(cls, matrix: np.ndarray, log: float, ties: frozenset[Any] = frozenset()) -> "_Gradient":
         """Of a matrix of any size."""
         size = float(np.abs(matrix).max(initial=0.0))
-        return cls(matrix / size, log + math.log(size)) if size else cls(matrix, -math.inf)
+        if not size:
+            return cls(matrix, -math.inf, ties)
+        return cls(matrix / size, log + math.log(size), ties)
 
     def plus(self, other: "_Gradient") -> "_Gradient":
-        """The sum, at the larger scale."""
-        log = max(self.log, other.log)
+        """The sum, at the larger scale; raises `NoRule` where they are not independent."""
+        if self.ties & other.ties:
+            raise NoRule("gradients meet that came down through the same weights")
+        log, ties = max(self.log, other.log), self.ties | other.ties
         if math.isinf(log):
-            return self
+            return _Gradient(self.matrix, log, ties)
         parts = (x.matrix * math.exp(x.log - log) for x in (self, other))
-        return _Gradient.of(sum(parts, np.zeros_like(self.matrix)), log)
+        return _Gradient.of(sum(parts, np.zeros_like(self.matrix)), log, ties)
 
 
 def _downwards(
@@ -193,7 +238,9 @@ def _downwards(
         gradient = found[field]
         scale = product.variance * product.units
         matrix = scale * sum(map_.T @ gradient.matrix @ map_ for map_ in product.maps)
-        reason = _spread(found, pending, product.source, _Gradient.of(matrix, gradient.log))
+        ties = frozenset((field.tie,)) if field.tied else frozenset()
+        below = _Gradient.of(matrix, gradient.log, ties)
+        reason = _spread(found, pending, product.source, below)
         if reason:
             fields = product.source.fields
             why.update(
@@ -210,26 +257,37 @@ def _spread(
     found: dict[Field, _Gradient], pending: list[tuple[int, Field]], sum_: Sum, at: _Gradient
 ) -> str:
     """Add what a sum's gradient gives the fields below it; the reason where that is not known."""
+    own: dict[Field, np.ndarray] = {}
+
+    def add(one: Sum, inner: np.ndarray, other: Sum) -> None:
+        for field in one.parts:
+            if field in other.parts:
+                assert isinstance(field, Field)
+                below = one.parts[field].T @ inner @ other.parts[field]
+                below = below if one is other else below + below.T
+                own[field] = own[field] + below if field in own else below
+
     try:
+        for batch, map_ in _forcing.normalised(sum_):
+            add(batch.x, batch.pulled(map_.T @ at.matrix @ map_), batch.x)
         terms = _forcing.terms(sum_)
         for i, (one, left, of_one) in enumerate(terms):
             for other, right, of_other in terms[: i + 1]:
-                shared = [field for field in of_one.parts if field in of_other.parts]
-                if not shared:
+                if of_one.fields.isdisjoint(of_other.fields):
                     continue
-                slopes = _forcing.together(one, other)
                 inner = left.T @ at.matrix @ right
+                slopes = _forcing.together(one, other)
                 inner = inner if slopes is None else inner * slopes
-                for field in shared:
-                    assert isinstance(field, Field)
-                    below = of_one.parts[field].T @ inner @ of_other.parts[field]
-                    below = below if one is other else below + below.T
-                    new = _Gradient.of(below, at.log)
-                    if field in found:
-                        found[field] = found[field].plus(new)
-                    else:
-                        found[field] = new
-                        heapq.heappush(pending, (-field.serial, field))
+                if one is not other and of_one is of_other:
+                    inner, of_one = inner + inner.T, of_other
+                add(of_one, inner, of_other)
+        for field, matrix in own.items():
+            new = _Gradient.of(matrix, at.log, at.ties)
+            if field in found:
+                found[field] = found[field].plus(new)
+            else:
+                found[field] = new
+                heapq.heappush(pending, (-field.serial, field))
     except NoRule as reason:
         return f"theory of gradients ends: {reason}"
     return ""
@@ -337,7 +395,7 @@ def _backward_limit(
         log_variance = np.log(np.diagonal(gradient.matrix)) + gradient.log
         weight = float((gradient.matrix * product.gram).sum()) * product.units / product.weights
         log_weight = math.log(weight) + gradient.log - 2 * math.log(top)
-    above = getattr(layer, "above", None)
+    above = layer.above
     ratio = np.full_like(log_variance, np.nan)
     if above is not None:
         next_field = _own(values, layers[above])
