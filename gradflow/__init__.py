@@ -48,6 +48,7 @@ if TYPE_CHECKING:
     from gradflow.errors import InputError as InputError
     from gradflow.inspection import Inspection as Inspection
     from gradflow.inspection import inspect as inspect
+    from gradflow.inspection._cure import mended as mended
     from gradflow.inspection.watch import watch as watch
     from gradflow.networks import Network as Network
     from gradflow.networks import Stage as Stage
@@ -86,6 +87,7 @@ _MODULES = {
     "extreme_singular_values": "simulation.singular_values",
     "log_singular_values": "simulation.singular_values",
     "inspect": "inspection",
+    "mended": "inspection._cure",
     "mlp": "builders",
     "phase_diagram": "theory.criticality",
     "predict": "theory.float64",
