@@ -8,6 +8,7 @@ import numpy as np
 
 from gradflow import statistics
 from gradflow.inspection._assembly import assemble
+from gradflow.inspection._cure import Cure
 from gradflow.inspection._layers import layers
 from gradflow.inspection._model import Model
 from gradflow.inspection._reading import read
@@ -64,7 +65,10 @@ def read_model(model, inputs):
     return program, layers(program)
 
 
-def found(model, inputs=8, *, slope=-0.9, networks=20, seed=0, known=1.0, **measured):
+WELL = Cure("", {}, "", None)
+
+
+def found(model, inputs=8, *, slope=-0.9, networks=20, seed=0, known=1.0, cure=WELL, **measured):
     """An inspection in which log ‖∂C/∂z‖ changes by ``slope`` a layer going down; theory agrees."""
     program, of_program = read_model(model, inputs)
     count = len(of_program)
@@ -106,4 +110,5 @@ def found(model, inputs=8, *, slope=-0.9, networks=20, seed=0, known=1.0, **meas
             error={key: np.zeros(count) for key in theory},
             reasons=tuple("" if np.isfinite(x) else why for x in reaches),
         ),
+        cure,
     )

@@ -303,6 +303,7 @@ PAIRS = {
         ),
         lambda p, x: 2.0 * x @ p["w"] + 1,
     ),
+    "a maker of parts": (functools.partial(Affine), lambda p, x: jnp.tanh(x @ p["w"])),
     "a maker of nothing": (lambda: (dense, affine), affine),
     "a maker of a key": (lambda key: Affine(key), lambda p, x: jnp.tanh(x @ p["w"])),
     "a class": (Affine, lambda p, x: jnp.tanh(x @ p["w"])),
@@ -327,6 +328,19 @@ def test_a_pair_with_a_state_and_a_key_gives_its_outputs_alone():
     assert one.shape == (4, 3)
     assert not np.allclose(one, other)
     np.testing.assert_allclose(one, stateful(parameters, 0, from_seed(1), rows(), 2.0)[0])
+
+
+def test_an_init_that_needs_the_value_of_its_key_is_called_key_by_key():
+    def init(key):
+        seed = int(jax.random.bits(key))
+        return {"w": np.random.default_rng(seed).normal(size=(WIDTH, 3)), "b": np.zeros(3)}
+
+    model = adapt(init, rows(), apply=affine)
+    assert not model.traceable
+    drawn, _ = model.draw(jax.random.split(from_seed(0), 2))
+    assert drawn["w"].shape == (2, WIDTH, 3)
+    assert not np.allclose(*drawn["w"])
+    assert adapt((dense, affine), rows()).traceable
 
 
 def test_given_weights_are_a_model_without_a_law():
@@ -390,7 +404,7 @@ BAD = {
         lambda: eqx.nn.Linear(5, 3, key=from_seed(0)),
         r"inputs is float\d\d \(4, 64\); Linear cannot be applied to it: ",
     ),
-    "too few arguments": (lambda: (dense, lambda p: p["w"]), "1 inputs are given, and it takes 0"),
+    "too few arguments": (lambda: (dense, lambda p: p["w"]), "it takes 0 inputs, not 1"),
     "NaN": (
         lambda: (not_a_number(from_seed(0)), affine),
         r"affine\['b'\] has 3 values of 3 that are NaN or infinite; all are finite",

@@ -33,6 +33,8 @@ CASES = {
         6, [Linear(9), networks.Stage(GRU(9, sigma_b=0.2), 4, tied=True)], "tanh"
     ),
 }
+# Those that stand for all: a chain, one that mixes inputs, one that shares its weights.
+QUICK = {"mlp", "batch", "recurrent"}
 # Products are of scaled entries here, and scaled products there; float32, through few layers.
 ROUNDING = 2e-5
 # Compiled as a whole: op by op, each takes a program of its own.
@@ -53,7 +55,10 @@ def assert_same(found, expected, tolerance=ROUNDING):
 
 
 @pytest.mark.medium
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(
+    "name",
+    [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in CASES],
+)
 def test_given_weights_give_the_statistics_of_the_network_they_were_drawn_for(name):
     network, key = CASES[name], jax.random.key(5)
     x = inputs_of(network)

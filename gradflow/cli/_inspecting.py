@@ -131,6 +131,8 @@ def _parts(result: "Inspection") -> Iterator[Table | str]:
     yield result.table()
     yield f"agreement {result.agreement}"
     yield f"theory    {result.theory_ends}"
+    if result.remedies:
+        yield f"remedies  {result.remedies}"
     if result.mode:
         yield f"noted     {result.name} is applied with {result.mode}"
 
@@ -150,6 +152,7 @@ def _as_json(result: "Inspection") -> dict[str, Any]:
         "networks": result.networks,
         "verdict": verdict,
         "cause": result.cause,
+        "remedies": result.remedies,
         "factors": dict(result.factors),
         "agreement": result.agreement,
         "theory": result.theory_ends,

@@ -18,6 +18,7 @@ from gradflow._differences import (
 )
 from gradflow.estimation import Estimate
 from gradflow.inspection import _wording
+from gradflow.inspection._cure import Cure
 from gradflow.inspection._layers import Layer
 from gradflow.inspection._leaves import Leaves, relative_theory
 from gradflow.inspection._model import Model
@@ -33,7 +34,12 @@ _Leaf = Mapping[str, np.ndarray]
 
 
 def assemble(
-    model: Model, program: Program, layers: Sequence[Layer], measured: Any, predicted: Any
+    model: Model,
+    program: Program,
+    layers: Sequence[Layer],
+    measured: Any,
+    predicted: Any,
+    cure: Cure,
 ) -> Inspection:
     """Put theory beside measurement.
 
@@ -43,6 +49,8 @@ def assemble(
         What was inspected.
     measured, predicted
         What was measured in its networks, and the theory of its program.
+    cure
+        Why its gradients vanish or explode, and what mends them.
     """
     places = Places.of(program, layers)
     estimates = {
@@ -64,6 +72,7 @@ def assemble(
         values,
         (relative, relative_theory(values, weight)),
         born=measured.born,
+        why=_why(cure),
     )
     return Inspection(
         verdict=verdict,
@@ -81,7 +90,15 @@ def assemble(
         threshold=threshold,
         born=measured.born,
         gradients_end=measured.ends,
+        cure=cure,
     )
+
+
+def _why(cure: Cure) -> str:
+    """The cause and what mends it, as a part of a sentence; empty where all is well."""
+    if not cure.cause:
+        return ""
+    return (cure.cause.partition("; ")[2] if cure.factors else cure.effect).rstrip(".")
 
 
 def _why_missing(log_q: np.ndarray, reasons: Sequence[str]) -> str | None:

@@ -1,7 +1,7 @@
 """Where the first NaN or infinite number comes from: the equation, its module, the layer before."""
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -51,9 +51,16 @@ class Born:
         )
 
 
-def born_above(walk: Walk, up: Up) -> Born | None:
-    """The first of a walk up, from the values that it handed on; None where all are finite."""
-    finite = jax.device_get(up.finite)
+def also(born: Born | None, more: Born | None) -> Born | None:
+    """What was found in some networks, with how many of others have any."""
+    if born is None or more is None:
+        return born or more
+    return dataclasses.replace(born, networks=born.networks + more.networks)
+
+
+def born_above(walk: Walk, up: Up, count: int) -> Born | None:
+    """The first of a walk up, in the first ``count`` networks; None where all is finite."""
+    finite = [flags[:count] for flags in jax.device_get(up.finite)]
     bad = [number for number, flags in enumerate(finite) if not flags.all()]
     if not bad:
         return None
@@ -66,8 +73,7 @@ def born_above(walk: Walk, up: Up) -> Born | None:
         (equation, [values[i] for i in equation.inputs], [values[i] for i in equation.outputs])
         for equation in segment.equations
     ]
-    count = int(np.sum(~np.concatenate([f.all(1)[:, None] for f in finite], 1).all(1)))
-    return _first(walk, made, "forward", count)
+    return _first(walk, made, "forward", _any(finite))
 
 
 def born_below(
@@ -75,8 +81,10 @@ def born_below(
     arguments: Mapping[int, Any],
     top: Callable[[], dict[int, Scaled]],
     finite: dict[int, Any],
+    count: int,
 ) -> Born | None:
     """The first of a walk down, by whether each segment's cotangents are finite, (networks, …)."""
+    finite = {number: flags[:count] for number, flags in finite.items()}
     bad = [number for number, flags in finite.items() if not flags.all()]
     if not bad:
         return None
@@ -96,8 +104,12 @@ def born_below(
     values = {**walk.program.constants, **values}
     _evaluate(segment.equations, values)
     made = list(_pulled(segment, values, arrays))
-    count = int(np.sum(~np.concatenate([f.all(1)[:, None] for f in finite.values()], 1).all(1)))
-    return _first(walk, made, "backward", count)
+    return _first(walk, made, "backward", _any(finite.values()))
+
+
+def _any(finite: Iterable[np.ndarray]) -> int:
+    """How many networks have a number that is not finite."""
+    return int(np.sum(~np.stack([flags.all(1) for flags in finite]).all(0)))
 
 
 def _evaluate(equations: Sequence[Equation], values: dict[int, Any]) -> None:

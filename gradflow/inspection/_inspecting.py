@@ -17,7 +17,8 @@ from gradflow.errors import InputError
 from gradflow.inspection import _adapters
 from gradflow.inspection._adapters import _calls
 from gradflow.inspection._assembly import assemble
-from gradflow.inspection._laws import NETWORKS, laws
+from gradflow.inspection._cure import find
+from gradflow.inspection._laws import NETWORKS, Law, laws
 from gradflow.inspection._layers import Layer, layers
 from gradflow.inspection._measuring import measure
 from gradflow.inspection._model import Model
@@ -102,23 +103,28 @@ def inspect(
     program = _program(adapted, arrays, loss, behind)
     found, given = layers(program), _given(adapted, parameters, arrays, key)
     with ThreadPoolExecutor(1) as pool:  # both spend much of their time in the compiler
-        theory = pool.submit(_predicted, adapted, program, found, arrays, key, given)
+        theory = pool.submit(_theory, adapted, program, found, arrays, key, given)
         measured = measure(
             adapted, program, found, arrays, key,
             networks=networks, targets=behind, parameters=given, progress=progress,
         )  # fmt: skip
-    return assemble(adapted, program, found, measured, theory.result())
+        of_weights, predicted = theory.result()
+    cure = find(
+        adapted, program, found, arrays, key,
+        laws=of_weights, predicted=predicted, targets=behind, given=given,
+    )  # fmt: skip
+    return assemble(adapted, program, found, measured, predicted, cure)
 
 
-def _predicted(
+def _theory(
     model: Model,
     program: Program,
     found: Sequence[Layer],
     inputs: Sequence[Array],
     key: PRNGKeyArray,
     given: tuple[PyTree, PyTree] | None,
-) -> Predicted:
-    """Theory of the program, of drawn weights or of those at hand."""
+) -> tuple[Mapping[int, Law], Predicted]:
+    """The laws of weights, drawn or at hand, and the theory of the program."""
     if given is not None:
         model = dataclasses.replace(model, init=None, given=given)
     apart = jax.random.fold_in(key, _FOR_LAWS)
@@ -128,7 +134,7 @@ def _predicted(
     elif program.arguments["state"]:  # as many networks as `laws` draws: nothing more to compile
         state = jax.tree.map(lambda leaf: leaf[0], model.draw(jax.random.split(apart, NETWORKS))[1])
     of_weights = laws(model, program, apart, networks=NETWORKS)
-    return predict(program, found, of_weights, inputs, state=jax.tree.leaves(state))
+    return of_weights, predict(program, found, of_weights, inputs, state=jax.tree.leaves(state))
 
 
 def _arrays(name: str, value: Any) -> tuple[Array, ...]:

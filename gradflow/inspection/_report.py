@@ -40,6 +40,7 @@ def page(inspection: Any) -> str:
                     "mode": inspection.mode or "-",
                     "agreement": inspection.agreement,
                     "theory": inspection.theory_ends,
+                    "remedies": inspection.remedies or "none needed",
                 }
             ),
             *(

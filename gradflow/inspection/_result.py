@@ -22,6 +22,7 @@ from gradflow._tables import PAGE, PlainConsole, number, table
 from gradflow.estimation import Estimate
 from gradflow.inspection import _wording
 from gradflow.inspection._births import Born
+from gradflow.inspection._cure import Cure
 from gradflow.inspection._leaves import Leaves, relative_theory
 from gradflow.inspection._places import Places
 from gradflow.inspection._wording import BY_KEY
@@ -72,9 +73,9 @@ class Inspection:
         Where the first value that is not finite comes from, or None.
     gradients_end
         Where measured gradients end and how to have them, in a sentence, or empty.
-    cause, factors
-        Why gradients vanish or explode, in words, and by what to multiply each leaf of the
-        parameters, by its path; empty where nothing is to be mended.
+    cure
+        Why gradients vanish or explode, by what to multiply which leaf of the parameters, what that
+        does, and what known initialisations would do.
     """
 
     verdict: Verdict
@@ -90,8 +91,7 @@ class Inspection:
     threshold: float
     born: Born | None = None
     gradients_end: str = ""
-    cause: str = ""
-    factors: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    cure: Cure | None = None
 
     def __getitem__(self, name: str) -> StatisticComparison:
         """A statistic's comparison, by its name or its key.
@@ -107,6 +107,28 @@ class Inspection:
     def agreement(self) -> str:
         """One sentence on how theory and measurement agree."""
         return _wording.agreement(self.places, self.by_statistic, self.networks, self.threshold)
+
+    @property
+    def cause(self) -> str:
+        """Why gradients vanish or explode, in a sentence; empty where they keep their size."""
+        return "" if self.cure is None else self.cure.cause
+
+    @property
+    def factors(self) -> Mapping[str, float]:
+        """By what to multiply each leaf of the parameters, by its path; empty if by nothing."""
+        return {} if self.cure is None else self.cure.factors
+
+    @property
+    def remedies(self) -> str:
+        """One sentence on what the factors do, and known initialisations; empty if all is well."""
+        if self.cure is None or not self.cure.cause:
+            return ""
+        others = ", ".join(
+            f"{trial.name} ×{number(trial.gradient, 3, log=True)}"
+            for trial in self.cure.alternatives
+        )
+        known = f" From end to end others would make it {others}." if others else ""
+        return f"{self.cure.effect}{known}"
 
     @property
     def theory_ends(self) -> str:
@@ -162,6 +184,7 @@ class Inspection:
             f"agreement: {self.agreement}",
             f"theory: {self.theory_ends}",
             *([f"gradients: {self.gradients_end}"] if self.gradients_end else []),
+            *([f"remedies: {self.remedies}"] if self.remedies else []),
             f"{self.name}{mode}: {len(self.places)} layers, {len(self.leaves.names)} leaves of "
             f"parameters, {drawn}",
         ]
@@ -277,6 +300,7 @@ class Inspection:
             verdict=self.verdict.sentence,
             verdict_kind=self.verdict.kind,
             cause=self.cause,
+            remedies=self.remedies,
             agreement=self.agreement,
             theory=self.theory_ends,
             gradients_end=self.gradients_end,

@@ -42,7 +42,7 @@ def adapt(model: Any, inputs: Sequence[Any], kwargs: Mapping[str, Any]) -> Model
     name = getattr(function, "__name__", type(function).__name__)
     name = "model" if name.startswith("apply") else name
     if callable(first):
-        return Model(name, init, apply, mode=mode)
+        return Model(name, init, apply, traceable=_calls.traceable(init), mode=mode)
     return Model(name, None, apply, given=split(first), mode=mode)
 
 
