@@ -27,7 +27,7 @@ def network(block, steps, tied, start=1.0):
         pytest.param(GRU(400, sigma_w=1.2, sigma_b=0.5, update_bias=1.0), marks=pytest.mark.medium),
         pytest.param(GRU(400, sigma_w=1.2, sigma_b=0.5, reset_bias=None), marks=pytest.mark.slow),
         pytest.param(
-            LSTM(400, 1.2, 0.5, forget_bias=0.0, drive=Drive(0.5)), marks=pytest.mark.medium
+            LSTM(400, 1.2, 0.5, forget_bias=0.0, drive=Drive(0.5)), marks=pytest.mark.slow
         ),
         pytest.param(LSTM(400, 1.2, 0.5, forget_bias=1.0), marks=pytest.mark.slow),
     ],

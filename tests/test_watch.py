@@ -147,16 +147,22 @@ def test_sharded_weights_are_recorded_where_they_are():
     np.testing.assert_allclose(record.log_norms[0, 0], np.log(np.linalg.norm(np.asarray(p["w"]))))
 
 
-def test_the_first_step_that_is_not_finite_is_exact():
+@pytest.mark.parametrize(
+    ("where", "seen"),
+    [((slice(None), 2), 7), ((1, slice(None)), 7), ((1, 2), 10)],  # one entry: when recorded
+)
+def test_the_first_step_that_is_not_finite_is_said(where, seen):
     good = jax.tree.map(jnp.ones_like, parameters())
     record = Record.begin(good, every=10)
-    bad = eqx.tree_at(lambda p: p["first"]["w"], good, good["first"]["w"].at[1, 1].set(jnp.inf))
+    bad = eqx.tree_at(lambda p: p["first"]["w"], good, good["first"]["w"].at[where].set(jnp.inf))
     for step in range(12):
         record = record.observe(good, bad if step >= 7 else good, good)
     dataset = record.to_xarray()
-    assert list(dataset.first_nonfinite.values) == [-1, 7, -1]
+    assert list(dataset.first_nonfinite.values) == [-1, seen, -1]
     assert dataset.nonfinite.values.tolist() == [[False] * 3, [False, True, False]]
-    assert record.sentences() == ("The gradient of ['first']['w'] is not finite first at step 7.",)
+    assert record.sentences() == (
+        f"The gradient of ['first']['w'] is not finite first at step {seen}.",
+    )
 
 
 def scaled(record, *factors):

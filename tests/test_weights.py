@@ -312,7 +312,10 @@ def compared(network, sites=2, networks=300, **options):
 
 
 @pytest.mark.medium
-@pytest.mark.parametrize(("weights", "options"), [("he", {"bias": 0.3}), ("torch", {})])
+@pytest.mark.parametrize(
+    ("weights", "options"),
+    [pytest.param("he", {"bias": 0.3}, marks=pytest.mark.slow), ("torch", {})],
+)
 def test_theory_of_biases_meets_simulation(weights, options):
     """No value differs but by the width: a false alarm in 1 % of runs, and the key is fixed."""
     found = compared(builders.mlp([40, 60, 60, 60], "relu", weights, **options))
@@ -321,7 +324,16 @@ def test_theory_of_biases_meets_simulation(weights, options):
 
 
 @pytest.mark.medium
-@pytest.mark.parametrize("weights", ["uniform(0,1)", "constant(0.1)", "normal(0.017,0.067)"])
+@pytest.mark.parametrize(
+    "weights",
+    [
+        "uniform(0,1)",
+        *(
+            pytest.param(name, marks=pytest.mark.slow)
+            for name in ("constant(0.1)", "normal(0.017,0.067)")
+        ),
+    ],
+)
 def test_theory_of_weights_with_a_mean_meets_simulation(weights):
     """Wide enough for what is left of the width's effect to be below a standard error.
 

@@ -14,21 +14,23 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, PRNGKeyArray
 
 from gradflow import statistics
 from gradflow._programs import Float64Program
 from gradflow.errors import InputError
 from gradflow.inspection import _scaled
-from gradflow.inspection._births import Born, born_above, born_below
+from gradflow.inspection._births import Born, also, born_above, born_below
+from gradflow.inspection._drawing import drawing
 from gradflow.inspection._layers import Layer
 from gradflow.inspection._model import Model
 from gradflow.inspection._programs import top_sites
 from gradflow.inspection._reading import Program
 from gradflow.inspection._scaled import Scaled
-from gradflow.inspection._segments import is_float
+from gradflow.inspection._segments import is_float, work
 from gradflow.inspection._walking import Walk
-from gradflow.simulation import _memory
+from gradflow.simulation import _memory, _threefry
 from gradflow.statistics import BackwardSample, Statistic
 
 __all__ = ["STATISTICS", "Measured", "dead", "measure"]
@@ -47,6 +49,8 @@ STATISTICS = (*statistics.ALL, dead)
 
 # Arrays of a segment's size that are alive at once while it is pulled back.
 _WORKING_COPIES = 3
+# Evaluations of a program that a walk up and down amounts to.
+_PASSES = 4
 # Chunks that networks are cut into at least, so that progress shows.
 _CHUNKS = 2
 
@@ -127,21 +131,25 @@ def measure(
         layer's signals are not finite.
     """
     _check(model, program, layers)
+    _check_arrays(program, "inputs", inputs)
+    _check_arrays(program, "targets", targets)
+    if parameters is not None:
+        _check_arrays(program, "parameters", parameters[0])
     networks = networks if parameters is None else 1
-    run = _Run(model, program, layers, inputs, key, targets, parameters, tuple(devices or ()))
-    chunk, done = run.chunk(networks), 0
+    several = tuple(devices or jax.devices())
+    run = _Run(model, program, layers, inputs, key, targets, parameters, several, networks)
+    chunk, done = run.chunk(), 0
     parts = []
     if progress:
         progress(0, networks)
     while done < networks:
         count = min(chunk, networks - done)
-        part = run.measured(np.arange(done, done + chunk))
-        parts.append(jax.tree.map(lambda x, stop=count: x[:stop], part))
+        parts.append(run.measured(np.arange(done, done + chunk), count))
         done += count
         if progress:
             progress(done, networks)
     whole = jax.tree.map(lambda *x: np.concatenate(x), *parts)
-    return run.result(whole, networks)
+    return run.result(whole)
 
 
 def _check(model: Model, program: Program, layers: Sequence[Layer]) -> None:
@@ -156,6 +164,23 @@ def _check(model: Model, program: Program, layers: Sequence[Layer]) -> None:
         raise InputError(f"{model.name} returns no floating-point array; gradients need one")
 
 
+def _check_arrays(program: Program, name: str, tree: Any) -> None:
+    """Raise `InputError` unless arrays are of the program's shapes, and finite."""
+    leaves, numbers = jax.tree.leaves(tree), program.arguments.get(name, ())
+    if len(leaves) != len(numbers):
+        raise InputError(f"{name} are {len(leaves)} arrays; the model was read with {len(numbers)}")
+    for leaf, number in zip(leaves, numbers, strict=True):
+        which = f"{name}{program.names[number]}"
+        aval = program.avals[number]
+        if jnp.shape(leaf) != aval.shape:
+            raise InputError(
+                f"{which} is of shape {jnp.shape(leaf)}; the model was read with {aval.shape}"
+            )
+        if is_float(aval) and not bool(jnp.all(jnp.isfinite(leaf))):
+            what = "NaN" if bool(jnp.any(jnp.isnan(leaf))) else "infinite numbers"
+            raise InputError(f"{which} has {what} in it; all of its numbers are finite")
+
+
 @dataclasses.dataclass
 class _Run:
     """Chunks of networks: drawn, walked up and down, and read on the host."""
@@ -168,15 +193,22 @@ class _Run:
     targets: tuple[Any, ...]
     parameters: tuple[Any, Any] | None
     devices: tuple[jax.Device, ...]
+    networks: int
     born: Born | None = None
 
     @functools.cached_property
     def walk(self) -> Walk:
-        return Walk(self.program, self.layers, tuple(s for s in STATISTICS if not s.backward))
+        forward = tuple(s for s in STATISTICS if not s.backward)
+        seconds = _PASSES * self.networks * work(self.program)
+        return Walk(self.program, self.layers, forward, seconds=seconds)
 
-    def chunk(self, networks: int) -> int:
+    @functools.cached_property
+    def _draw(self) -> Callable[[Array], tuple[Any, Any]]:
+        return drawing(self.model, self.networks)
+
+    def chunk(self) -> int:
         """How many networks are walked at once: as many as memory holds."""
-        count = len(self.devices or jax.devices())
+        count, networks = len(self.devices), self.networks
         avals = self.program.avals
         kept = {i for s in self.walk.segments for i in s.outputs}
         kept.update(self.program.arguments["parameters"])
@@ -187,13 +219,16 @@ class _Run:
         needed = 2 * sum(_bytes(avals[i]) for i in kept) + _WORKING_COPIES * largest
         most = max(1, _memory.available() // 2 // max(1, needed))
         chunk = min(-(-networks // min(_CHUNKS, networks)), most * count)
-        return -(-chunk // count) * count if networks > 1 else 1
+        return -(-chunk // count) * count if self.parameters is None else 1
 
-    def measured(self, numbers: np.ndarray) -> dict[str, Any]:
-        """What one chunk of networks has, on the host; every array's axis 0 is that of networks."""
+    def measured(self, numbers: np.ndarray, count: int) -> dict[str, Any]:
+        """What the first ``count`` networks of a chunk have, on the host: (networks, …) each."""
+        mesh = Mesh(np.array(self.devices), ("networks",))
         keys = _network_keys(self.key, jnp.asarray(numbers))
+        if len(numbers) % len(self.devices) == 0:
+            keys = jax.device_put(keys, NamedSharding(mesh, PartitionSpec("networks")))
         parameters, state = (
-            self.model.draw(keys[:, 0])
+            self._draw(keys[:, 0])
             if self.parameters is None
             else jax.tree.map(lambda x: jnp.asarray(x)[None], self.parameters)
         )
@@ -201,7 +236,7 @@ class _Run:
         walk, weights = self.walk, self.program.arguments["parameters"]
         sizes = {i: _log_mean_square(arguments[i]) for i in weights if _is_floating(arguments[i])}
         up = walk.up(arguments)
-        self._look_up(arguments, up)
+        forward = born_above(walk, up, count)
         top = self._top(keys[:, 2])
         down = walk.down(up.values, top)
         host = jax.device_get({
@@ -212,11 +247,13 @@ class _Run:
             "parameters": down.parameters,
             "finite": down.finite,
         })  # fmt: skip
-        self._look_down(arguments, keys[:, 2], host.pop("finite"))
+        finite = host.pop("finite")
+        backward = born_below(walk, arguments, lambda: self._top(keys[:, 2]), finite, count)
+        self.born = also(self.born, forward or backward)
         logs = ("gradients", "weights", "parameters")
         for name in logs:  # sums of two floats
             host[name] = {i: x.astype(np.float64).sum(1) for i, x in host[name].items()}
-        return host
+        return jax.tree.map(lambda x: x[:count], host)
 
     def _arguments(self, parameters: Any, state: Any, keys: Array) -> dict[int, Any]:
         arguments: dict[int, Any] = {}
@@ -242,19 +279,16 @@ class _Run:
                 top.setdefault(i, []).append(part)
         return {i: _sum(parts, self.walk.axes.get(i)) for i, parts in top.items()}
 
-    def _look_up(self, arguments: dict[int, Any], up: Any) -> None:
-        if self.born is None:
-            self.born = born_above(self.walk, arguments, up)
-
-    def _look_down(self, arguments: dict[int, Any], keys: Array, finite: dict[int, Any]) -> None:
-        if self.born is None:
-            self.born = born_below(self.walk, arguments, lambda: self._top(keys), finite)
-
     # On the host ---------------------------------------------------------------------------------
 
-    def result(self, whole: dict[str, Any], networks: int) -> Measured:
+    def result(self, whole: dict[str, Any]) -> Measured:
         """All statistics, from what the chunks have."""
-        layers, avals = self.layers, self.program.avals
+        layers, avals, networks = self.layers, self.program.avals, self.networks
+        born = self.born
+        if born and born.direction == "forward" and not born.layer and born.networks == networks:
+            raise InputError(
+                f"{self.model.name} is not finite from its first layer on, in any network: {born}"
+            )
         shapes = tuple(avals[layer.preactivation].shape for layer in layers)
         widths = tuple(
             math.prod(shape[i] for i in layer.units)
@@ -264,24 +298,25 @@ class _Run:
         forward = [s for s in STATISTICS if not s.backward]
         up = np.stack([whole["up"][i] for i in range(len(layers))], axis=1).astype(np.float64)
         values = {s.key: up[..., n] for n, s in enumerate(forward)}
-        below = self._samples(whole, widths, sites, networks)
+        below = self._samples(whole, widths, sites)
         values |= _backward_values(below, [s for s in STATISTICS if s.backward], networks)
         return Measured(
             values=values,
-            parameters=self._of_parameters(whole, networks),
+            parameters=self._of_parameters(whole),
             layers=tuple(layers),
             networks=networks,
             widths=widths,
             sites=sites,
             shapes=shapes,
-            born=self.born,
+            born=born,
             ends=self._ends(),
         )
 
     def _samples(
-        self, whole: dict[str, Any], widths: Sequence[int], sites: Sequence[int], networks: int
-    ) -> list[BackwardSample]:
-        """Each layer's gradients; arrays have an axis of networks in front."""
+        self, whole: dict[str, Any], widths: Sequence[int], sites: Sequence[int]
+    ) -> list[dict[str, np.ndarray]]:
+        """The fields of each layer's `BackwardSample`, with an axis of networks in front."""
+        networks = self.networks
         unknown = np.full((networks, 1), np.nan)
         norms = [whole["gradients"].get(i, np.repeat(unknown, n, 1)) for i, n in enumerate(sites)]
         squares = [2 * x - math.log(w) for x, w in zip(norms, widths, strict=True)]
@@ -296,20 +331,16 @@ class _Run:
                 ratio = np.broadcast_to((means[0] - means[1])[:, None], ratio.shape)
             weight = whole["weights"].get(i, unknown[:, 0]) - top
             count = math.prod(self.program.avals[layer.weights].shape)
-            samples.append(
-                BackwardSample(
-                    log_norm=norms[i],
-                    log_ratio=ratio,
-                    log_weight_norm=weight,
-                    width=np.full(networks, float(widths[i])),
-                    weights=np.full(networks, float(count)),
-                )
-            )
+            samples.append({
+                "log_norm": norms[i],
+                "log_ratio": ratio,
+                "log_weight_norm": weight,
+                "width": np.full(networks, float(widths[i])),
+                "weights": np.full(networks, float(count)),
+            })  # fmt: skip
         return samples
 
-    def _of_parameters(
-        self, whole: dict[str, Any], networks: int
-    ) -> dict[str, dict[str, np.ndarray]]:
+    def _of_parameters(self, whole: dict[str, Any]) -> dict[str, dict[str, np.ndarray]]:
         top = math.log(top_sites(self.program, list(self.layers)))
         of_leaf: dict[int, list[np.ndarray]] = {}
         for i, log in whole["parameters"].items():
@@ -318,11 +349,10 @@ class _Run:
         for i, size in whole["sizes"].items():
             count = math.prod(self.program.avals[i].shape)
             squares = of_leaf.get(i)
-            gradient = (
-                np.logaddexp.reduce(squares) - math.log(count)
-                if squares and count
-                else np.full(networks, np.nan)
-            )
+            gradient = np.full(self.networks, np.nan)
+            if squares and count:
+                with np.errstate(invalid="ignore"):  # infinite ones
+                    gradient = np.logaddexp.reduce(squares) - math.log(count)
             found[self.program.names[i]] = {
                 "log_mean_square": size.astype(np.float64),
                 "log_gradient_mean_square": gradient,
@@ -341,13 +371,13 @@ class _Run:
 
 
 def _backward_values(
-    samples: list[BackwardSample], wanted: list[Statistic], networks: int
+    samples: list[dict[str, np.ndarray]], wanted: list[Statistic], networks: int
 ) -> dict[str, np.ndarray]:
     """The backward statistics, (networks, layers) each, in float64, by runs of equal sites."""
     values = {s.key: np.full((networks, len(samples)), np.nan) for s in wanted}
     by_sites: dict[int, list[int]] = {}
     for layer, sample in enumerate(samples):
-        by_sites.setdefault(sample.log_norm.shape[1], []).append(layer)
+        by_sites.setdefault(sample["log_norm"].shape[1], []).append(layer)
     for places in by_sites.values():
         stack = jax.tree.map(lambda *x: np.stack(x, 1), *(samples[i] for i in places))
         program = Float64Program(_read_backward, (stack,), 0.1, wanted=tuple(wanted))
@@ -356,8 +386,9 @@ def _backward_values(
     return values
 
 
-def _read_backward(samples: BackwardSample, wanted: tuple[Statistic, ...]) -> list[Array]:
-    def one(sample: BackwardSample) -> list[Array]:
+def _read_backward(samples: dict[str, Array], wanted: tuple[Statistic, ...]) -> list[Array]:
+    def one(fields: dict[str, Array]) -> list[Array]:
+        sample = BackwardSample(**fields)
         return [jnp.asarray(s.measure(sample)) for s in wanted]
 
     return jax.vmap(jax.vmap(one))(samples)
@@ -378,7 +409,10 @@ def _is_floating(array: Any) -> bool:
 @jax.jit
 def _network_keys(key: PRNGKeyArray, numbers: Array) -> Array:
     """Of each network three keys: for its weights, its dropout, and its cotangents."""
-    return jax.vmap(lambda i: jax.random.split(jax.random.fold_in(key, i), 3))(numbers)
+    fused = _threefry.fused(key)
+    keys = jax.vmap(lambda i: jax.random.split(jax.random.fold_in(fused, i), 3))(numbers)
+    impl = jax.random.key_impl(key)
+    return jax.random.wrap_key_data(jax.random.key_data(keys), impl=impl)
 
 
 @jax.jit
@@ -392,10 +426,16 @@ def _log_mean_square(x: Array) -> Array:
 
 @functools.partial(jax.jit, static_argnums=(2, 3, 4, 5))
 def _cotangents(
-    keys: Array, place: int, shape: tuple[int, ...], dtype: Any, axis: int | None, ones: bool
+    keys: Array,
+    place: Array | int,
+    shape: tuple[int, ...],
+    dtype: Any,
+    axis: int | None,
+    ones: bool,
 ) -> Scaled:
     def one(key: PRNGKeyArray) -> Scaled:
-        random = jax.random.normal(jax.random.fold_in(key, place), shape, dtype)
+        key = jax.random.fold_in(_threefry.fused(key), place)
+        random = jax.random.normal(key, shape, dtype)
         wide = jnp.promote_types(dtype, jnp.float32)
         log = jnp.zeros(1 if axis is None else shape[axis], wide)
         return _scaled.normalised(jnp.ones_like(random) if ones else random, log, log, axis)

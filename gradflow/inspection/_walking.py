@@ -6,7 +6,7 @@ and pulls each back by itself: those of two values may lie further apart than a 
 
 import dataclasses
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -45,7 +45,7 @@ class Down(NamedTuple):
     parameters
         By leaf, or step of a leaf: log ‖∂C/∂θ‖, (networks, 2).
     finite
-        By segment: whether the cotangents of its inputs are finite, (networks, inputs).
+        By segment, from the last: whether its inputs' cotangents are finite, (networks, inputs).
     """
 
     gradients: dict[int, Array]
@@ -67,12 +67,15 @@ class Walk:
     axes
         Of each value whose sites do not mix the axis of the batch, along which every site's
         cotangent has a scale of its own.
+    seconds
+        How long it will take for all networks, on one core, roughly.
     """
 
     program: Program
     layers: Sequence[Layer]
     wanted: tuple[Statistic, ...]
     axes: Mapping[int, int] = dataclasses.field(default_factory=dict)
+    seconds: float = 1.0
 
     @functools.cached_property
     def segments(self) -> list[Segment]:
@@ -82,6 +85,10 @@ class Walk:
     @functools.cached_property
     def _stretches(self) -> list[Stretch]:
         return [stretch(self.program, s.equations, s.inputs) for s in self.segments]
+
+    @functools.cached_property
+    def _packed(self) -> list[Any]:
+        return [jax.device_put(local.packed) for local in self._stretches]
 
     @functools.cached_property
     def _varying(self) -> frozenset[int]:
@@ -144,11 +151,13 @@ class Walk:
     def up(self, arguments: Mapping[int, Any]) -> Up:
         """Every value that segments hand on, the statistics of each layer, and what is finite."""
         values: dict[int, Any] = {**self._constants, **arguments}
+        each = next(values[i] for i in arguments if i in self._varying)  # an axis of networks
         statistics: dict[int, Array] = {}
         finite: list[Array] = []
         for number, segment in enumerate(self.segments):
             program = self._up_programs[number]
-            outputs, rows_of, flags = program([values[i] for i in segment.inputs])
+            entering = [values[i] for i in segment.inputs]
+            outputs, rows_of, flags = program(entering, self._packed[number], each)
             values.update(zip(segment.outputs, outputs, strict=True))
             statistics.update(zip(segment.layers, rows_of, strict=True))
             finite.append(flags)
@@ -177,20 +186,25 @@ class Walk:
             n for n, i, v in zip(names, segment.outputs, varying, strict=True)
             if v and is_float(self.program.avals[i])
         ]  # fmt: skip
-        in_axes = ([0 if i in self._varying else None for i in segment.inputs],)
+        in_axes = ([0 if i in self._varying else None for i in segment.inputs], None, 0)
         out_axes = ([0 if v else None for v in varying], 0, 0)
         key: Any = ("up", local.key, tuple(names), tuple(checked), self.wanted)
         key += tuple((name, units, reading.key) for name, units, reading in readings)
         wanted = self.wanted
 
-        def up(values: list[Array]) -> tuple[list[Array], list[Array], Array]:
-            env = local.run(values)
+        def up(values: list[Any], packed: Any, each: Any) -> tuple[list[Any], list[Array], Array]:
+            del each
+            env = local.run(values, packed)
             read = [_measured(env[name], units, piece, wanted) for name, units, piece in readings]
             finite = [jnp.all(jnp.isfinite(env[name])) for name in checked]
             flags = jnp.stack(finite) if finite else jnp.ones(0, bool)
             return [env[name] for name in names], read, flags
 
-        return compiled(key, up, in_axes, out_axes)
+        return compiled(key, up, in_axes, out_axes, self.seconds)
+
+    def of_network(self, values: Mapping[int, Any], value: int, network: int) -> Any:
+        """A value of one network."""
+        return values[value][network] if value in self._varying else values[value]
 
     # Down ----------------------------------------------------------------------------------------
 
@@ -198,7 +212,18 @@ class Walk:
         """Gradients from the cotangents of the outputs, by number; ``values`` is used up."""
         found = Down({}, {}, {}, {})
         cotangents = dict(top)
+        for _ in self.descend(values, cotangents, found):
+            pass
+        for value in self.leaves.keys() & cotangents.keys():
+            found.parameters[value] = _log_norms(cotangents[value])
+        return found
+
+    def descend(
+        self, values: dict[int, Any], cotangents: dict[int, Scaled], found: Down
+    ) -> Iterator[int]:
+        """Walk down, segment by segment: the number of each, before its cotangents are pulled."""
         for number in range(len(self.segments) - 1, -1, -1):
+            yield number
             segment = self.segments[number]
             given = [i for i in segment.outputs if i in cotangents]
             plan = self._down_program(number, given, cotangents)
@@ -206,6 +231,7 @@ class Walk:
                 program, result, sums = plan
                 out = program(
                     [values[i] for i in segment.inputs],
+                    self._packed[number],
                     [cotangents[i] for i in given],
                     [cotangents[i] for i in sums],
                 )
@@ -219,9 +245,6 @@ class Walk:
             for value in segment.outputs:
                 cotangents.pop(value, None)
                 values.pop(value, None)
-        for value in self.leaves.keys() & cotangents.keys():
-            found.parameters[value] = _log_norms(cotangents[value])
-        return found
 
     def _down_program(
         self, number: int, given: list[int], cotangents: Mapping[int, Any]
@@ -256,7 +279,7 @@ class Walk:
         leaves = [i for i in wanted if i in self.leaves and self._first_use[i] == number]
         kept = [i for i in wanted if i not in leaves]
         added = [i for i in sums if i in wanted]
-        made = {i: p for p, (e, _, _) in enumerate(local.steps) for i in e.outputs}
+        made = {i: p for p, step in enumerate(local.steps) for i in step.equation.outputs}
         products = [i for i in segment.products if made[self.layers[i].product] in places]
         at_z = [i for i in segment.layers if self.layers[i].preactivation in given]
         pull = _Pull(
@@ -276,15 +299,15 @@ class Walk:
                 if i in self.axes
             ),
         )
-        in_axes = ([0 if i in self._varying else None for i in segment.inputs], 0, 0)
+        in_axes = ([0 if i in self._varying else None for i in segment.inputs], None, 0, 0)
         function = pull.apart if apart else pull.back
-        program = compiled(("down", apart, pull.key), function, in_axes, 0)
+        program = compiled(("down", apart, pull.key), function, in_axes, 0, self.seconds)
         return program, _Pulled(kept, leaves, at_z, products, ()), added
 
     def _tap(self, local: Stretch, layer: int, place: int) -> tuple[int, int, Any]:
         """The place of a layer's product, which operand its weights are, their shape and dtype."""
         weights = self.layers[layer].weights
-        return place, local.steps[place][0].inputs.index(weights), self.program.avals[weights]
+        return place, local.steps[place].equation.inputs.index(weights), self.program.avals[weights]
 
 
 class _Pulled(NamedTuple):
@@ -318,7 +341,9 @@ class _Pull:
         taps = tuple((p, o, aval.shape, str(aval.dtype)) for p, o, aval in self.taps)
         return (self.local.key, *others, taps)
 
-    def back(self, values: list[Array], given: list[Scaled], sums: list[Scaled]) -> _Pulled:
+    def back(
+        self, values: list[Array], packed: Any, given: list[Scaled], sums: list[Scaled]
+    ) -> _Pulled:
         """Pull each output's cotangent back, and add what comes to each input."""
         axes = dict(self.axes)
         parts: dict[Any, list[Scaled]] = {name: [] for name in (*self.kept, *self.leaves)}
@@ -333,13 +358,13 @@ class _Pull:
             taps = [tap for tap in self.taps if tap[0] in places]
             of_sites = [name for name in inputs if output in axes and name in axes]
             if of_sites:
-                grads, _ = self._vjp(values, output, of_sites, [], cotangent.unit)
+                grads, _ = self._vjp((values, packed), output, of_sites, [], cotangent.unit)
                 for name, grad in grads.items():
                     parts[name].append(Scaled(grad, cotangent.high, cotangent.low))
             others = [name for name in inputs if name not in of_sites]
             if others or taps:
                 unit, high, low = _scaled.relative(cotangent, axes.get(output))
-                grads, weights = self._vjp(values, output, others, taps, unit)
+                grads, weights = self._vjp((values, packed), output, others, taps, unit)
                 for name, grad in grads.items():
                     parts[name].append(Scaled(grad, high, low))
                 for place, grad in weights.items():
@@ -348,23 +373,25 @@ class _Pull:
         leaves = [_log_norm(parts[name]) for name in self.leaves]
         products = [_log_norm(tapped[place]) for place, _, _ in self.taps]
         finite = [jnp.all(jnp.isfinite(part.unit)) for part in kept]
+        finite += [log[0] < jnp.inf for log in leaves]  # false of NaN too
         flags = jnp.stack(finite) if finite else jnp.ones(0, bool)
         return _Pulled(kept, leaves, self._rows(given), products, flags)
 
     def _vjp(
         self,
-        values: list[Array],
+        entering: tuple[list[Array], Any],
         output: int,
         inputs: list[int],
         taps: list[tuple[int, int, Any]],
         unit: Array,
     ) -> tuple[dict[int, Array], dict[int, Array]]:
         """The pull-back of one output's cotangent to inputs, and to the weights of products."""
+        values, packed = entering
 
         def value(some: dict[int, Array], tapped: dict[int, Array]) -> Array:
-            entering = [some.get(name, v) for name, v in enumerate(values)]
+            inner = [some.get(name, v) for name, v in enumerate(values)]
             at = {place: (operand, tapped[place]) for place, operand, _ in taps}
-            return self.local.run(entering, at)[output]
+            return self.local.run(inner, packed, at)[output]
 
         some = {name: values[name] for name in inputs}
         zeros = {place: jnp.zeros(aval.shape, aval.dtype) for place, _, aval in taps}
@@ -384,13 +411,16 @@ class _Pull:
             out.append(jnp.stack(_scaled.plus(high, low, norm)))
         return out
 
-    def apart(self, values: list[Array], given: list[Scaled], sums: list[Scaled]) -> _Pulled:
+    def apart(
+        self, values: list[Array], packed: Any, given: list[Scaled], sums: list[Scaled]
+    ) -> _Pulled:
         """Of an array that a loop takes apart: the cotangents of the steps, put together."""
-        del values
+        del values, packed
         name = self.kept[0]
         steps = dict(zip(self.given, given, strict=True))
-        _, _, outs = self.local.steps[0]
-        whole = _scaled.stacked([steps.get(out) for out in outs], dict(self.axes).get(name))
+        whole = _scaled.stacked(
+            [steps.get(out) for out in self.local.steps[0].outs], dict(self.axes).get(name)
+        )
         parts = [whole, *sums]
         kept = _scaled.added(parts, dict(self.axes).get(name))
         return _Pulled([kept], [], [], [], jnp.all(jnp.isfinite(kept.unit))[None])
