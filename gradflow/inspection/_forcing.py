@@ -116,11 +116,21 @@ def terms(sum_: Sum) -> list[tuple[Term, Any, Sum]]:
     for part, map_ in sum_.parts.items():
         if isinstance(part, Field):
             found.append((Term(part, 0), map_, Sum.of(part, len(part.covariance))))
-        elif any(not v.gaussian for v in part.variables):
-            continue
-        else:
-            found += [(Term(part, i), map_, v) for i, v in enumerate(part.variables)]
+        elif not _mixes_sites(part):
+            places = [i for i, v in enumerate(part.variables) if v.gaussian]
+            found += [(Term(part, i), map_, part.variables[i]) for i in places]
     return found
+
+
+def _mixes_sites(piece: Piece) -> bool:
+    """Whether it is a function of a variable that is not Gaussian, but for a mask that it is times.
+
+    No gradient goes on from a mask.
+    """
+    others = {i for i, v in enumerate(piece.variables) if not v.gaussian}
+    masks = {f.slots[0] for f in factors(piece) if f.node.kind == "variable"}
+    masks = {i for i in masks if not any(f.leads_down for f in piece.variables[i].fields)}
+    return not others <= masks
 
 
 def normalised(sum_: Sum) -> list[tuple[Normalised, Any]]:
@@ -133,7 +143,7 @@ def normalised(sum_: Sum) -> list[tuple[Normalised, Any]]:
     """
     found = []
     for part, map_ in sum_.parts.items():
-        if isinstance(part, Piece) and any(not v.gaussian for v in part.variables):
+        if isinstance(part, Piece) and _mixes_sites(part):
             rest = [other.fields for other in sum_.parts if other is not part]
             own = _factor(factors(part)[0])
             if not isinstance(own, Normalised) or len(factors(part)) > 1:

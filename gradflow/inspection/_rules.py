@@ -29,6 +29,7 @@ from gradflow.inspection._building import (
     piece_of,
 )
 from gradflow.inspection._layers import ELEMENTWISE, SHAPES
+from gradflow.inspection._nodes import multiply
 from gradflow.inspection._reading import Equation, definition
 from gradflow.inspection._values import (
     Known,
@@ -40,7 +41,6 @@ from gradflow.inspection._values import (
     Value,
     Weights,
     absolute,
-    multiply,
     selection,
 )
 
