@@ -28,7 +28,7 @@ from gradflow.inspection._nodes import Node, multiply, of_function, variable
 __all__ = ["Factor", "Field", "Flattened", "Groups", "Known", "Leaf", "Map", "NoRule"]
 __all__ += ["Noise", "Origin", "Part", "Piece", "Product", "Signal", "Sum", "Unknown"]
 __all__ += ["Value", "Weights", "absolute", "apart", "factors", "identity", "independent"]
-__all__ += ["selection"]
+__all__ += ["node_factors", "selection"]
 
 _serial = itertools.count()
 Map: TypeAlias = sparse.csr_array
@@ -245,6 +245,7 @@ class Piece:
         self, node: Node, variables: tuple["Sum", ...], numbers: tuple[np.ndarray, ...]
     ) -> None:
         self.node, self.variables, self.numbers = node, variables, numbers
+        self.square_of: Sum | None = None  # whose square it is, if it is one
         self.serial = next(_serial)
 
     @functools.cached_property
@@ -269,8 +270,8 @@ def factors(piece: Piece) -> tuple[Factor, ...]:
     if known is not None:
         return known
     groups: list[tuple[frozenset[Field], list[Node]]] = []
-    constants = [node for node in _factors(piece.node) if node.kind == "constant"]
-    for node in _factors(piece.node):
+    constants = [node for node in node_factors(piece.node) if node.kind == "constant"]
+    for node in node_factors(piece.node):
         if node in constants:
             continue
         fields = frozenset[Field]().union(*(piece.variables[i].fields for i in node.places))
@@ -298,10 +299,10 @@ def factors(piece: Piece) -> tuple[Factor, ...]:
     return tuple(made)
 
 
-def _factors(node: Node) -> list[Node]:
+def node_factors(node: Node) -> list[Node]:
     """The nodes whose product it is."""
     if node.kind == "function" and node.value is multiply:
-        return [factor for child in node.children for factor in _factors(child)]
+        return [factor for child in node.children for factor in node_factors(child)]
     return [node]
 
 
