@@ -103,7 +103,7 @@ def rearranged(value: Value, move: Move, shape: tuple[int, ...], fill: float = 0
         if value.values is None:
             return dataclasses.replace(value, shape=shape, varying=frozenset())
         as_weights = _moved_weights(value.weights, move)
-        return Noise(as_weights.shape, as_weights.varying, value.values, value.tie)
+        return dataclasses.replace(value, shape=as_weights.shape, varying=as_weights.varying)
     if not isinstance(value, Signal):
         raise NoRule("elements of signals side by side are moved")
     unit = move(_numbered(value.shape, value.units))
