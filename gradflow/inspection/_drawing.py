@@ -8,7 +8,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import PRNGKeyArray
+from jaxtyping import Array
 
 from gradflow.inspection._model import Model
 from gradflow.inspection._reading import read
@@ -19,7 +19,7 @@ from gradflow.simulation import _threefry
 __all__ = ["drawing"]
 
 
-def drawing(model: Model, networks: int) -> Callable[[PRNGKeyArray], tuple[Any, Any]]:
+def drawing(model: Model, networks: int) -> Callable[[Array], tuple[Any, Any]]:
     """The function of keys to parameters and state, as `Model.draw` is, and faster.
 
     ``networks`` is how many will be drawn, in all calls.
@@ -32,7 +32,7 @@ def drawing(model: Model, networks: int) -> Callable[[PRNGKeyArray], tuple[Any, 
     program = read(init, key=key)
     walk = Walk(program, (), (), seconds=networks * work(program))
 
-    def draw(keys: PRNGKeyArray) -> tuple[Any, Any]:
+    def draw(keys: Array) -> tuple[Any, Any]:
         values = walk.up({program.arguments["key"][0]: _threefry.fused(keys)}).values
         constants = {i: jnp.asarray(v) for i, v in program.constants.items()}
         leaves = [

@@ -131,6 +131,10 @@ def measure(
         layer's signals are not finite.
     """
     _check(model, program, layers)
+    _check_arrays(program, "inputs", inputs)
+    _check_arrays(program, "targets", targets)
+    if parameters is not None:
+        _check_arrays(program, "parameters", parameters[0])
     networks = networks if parameters is None else 1
     several = tuple(devices or jax.devices())
     run = _Run(model, program, layers, inputs, key, targets, parameters, several, networks)
@@ -160,6 +164,23 @@ def _check(model: Model, program: Program, layers: Sequence[Layer]) -> None:
         raise InputError(f"{model.name} returns no floating-point array; gradients need one")
 
 
+def _check_arrays(program: Program, name: str, tree: Any) -> None:
+    """Raise `InputError` unless arrays are of the program's shapes, and finite."""
+    leaves, numbers = jax.tree.leaves(tree), program.arguments.get(name, ())
+    if len(leaves) != len(numbers):
+        raise InputError(f"{name} are {len(leaves)} arrays; the model was read with {len(numbers)}")
+    for leaf, number in zip(leaves, numbers, strict=True):
+        which = f"{name}{program.names[number]}"
+        aval = program.avals[number]
+        if jnp.shape(leaf) != aval.shape:
+            raise InputError(
+                f"{which} is of shape {jnp.shape(leaf)}; the model was read with {aval.shape}"
+            )
+        if is_float(aval) and not bool(jnp.all(jnp.isfinite(leaf))):
+            what = "NaN" if bool(jnp.any(jnp.isnan(leaf))) else "infinite numbers"
+            raise InputError(f"{which} has {what} in it; all of its numbers are finite")
+
+
 @dataclasses.dataclass
 class _Run:
     """Chunks of networks: drawn, walked up and down, and read on the host."""
@@ -182,7 +203,7 @@ class _Run:
         return Walk(self.program, self.layers, forward, seconds=seconds)
 
     @functools.cached_property
-    def _draw(self) -> Callable[[PRNGKeyArray], tuple[Any, Any]]:
+    def _draw(self) -> Callable[[Array], tuple[Any, Any]]:
         return drawing(self.model, self.networks)
 
     def chunk(self) -> int:
@@ -263,6 +284,11 @@ class _Run:
     def result(self, whole: dict[str, Any]) -> Measured:
         """All statistics, from what the chunks have."""
         layers, avals, networks = self.layers, self.program.avals, self.networks
+        born = self.born
+        if born and born.direction == "forward" and not born.layer and born.networks == networks:
+            raise InputError(
+                f"{self.model.name} is not finite from its first layer on, in any network: {born}"
+            )
         shapes = tuple(avals[layer.preactivation].shape for layer in layers)
         widths = tuple(
             math.prod(shape[i] for i in layer.units)
@@ -282,14 +308,14 @@ class _Run:
             widths=widths,
             sites=sites,
             shapes=shapes,
-            born=self.born,
+            born=born,
             ends=self._ends(),
         )
 
     def _samples(
         self, whole: dict[str, Any], widths: Sequence[int], sites: Sequence[int]
-    ) -> list[BackwardSample]:
-        """Each layer's gradients; arrays have an axis of networks in front."""
+    ) -> list[dict[str, np.ndarray]]:
+        """The fields of each layer's `BackwardSample`, with an axis of networks in front."""
         networks = self.networks
         unknown = np.full((networks, 1), np.nan)
         norms = [whole["gradients"].get(i, np.repeat(unknown, n, 1)) for i, n in enumerate(sites)]
@@ -305,15 +331,13 @@ class _Run:
                 ratio = np.broadcast_to((means[0] - means[1])[:, None], ratio.shape)
             weight = whole["weights"].get(i, unknown[:, 0]) - top
             count = math.prod(self.program.avals[layer.weights].shape)
-            samples.append(
-                BackwardSample(
-                    log_norm=norms[i],
-                    log_ratio=ratio,  # type: ignore[arg-type]
-                    log_weight_norm=weight,
-                    width=np.full(networks, float(widths[i])),  # type: ignore[arg-type]
-                    weights=np.full(networks, float(count)),  # type: ignore[arg-type]
-                )
-            )
+            samples.append({
+                "log_norm": norms[i],
+                "log_ratio": ratio,
+                "log_weight_norm": weight,
+                "width": np.full(networks, float(widths[i])),
+                "weights": np.full(networks, float(count)),
+            })  # fmt: skip
         return samples
 
     def _of_parameters(self, whole: dict[str, Any]) -> dict[str, dict[str, np.ndarray]]:
@@ -347,13 +371,13 @@ class _Run:
 
 
 def _backward_values(
-    samples: list[BackwardSample], wanted: list[Statistic], networks: int
+    samples: list[dict[str, np.ndarray]], wanted: list[Statistic], networks: int
 ) -> dict[str, np.ndarray]:
     """The backward statistics, (networks, layers) each, in float64, by runs of equal sites."""
     values = {s.key: np.full((networks, len(samples)), np.nan) for s in wanted}
     by_sites: dict[int, list[int]] = {}
     for layer, sample in enumerate(samples):
-        by_sites.setdefault(sample.log_norm.shape[1], []).append(layer)
+        by_sites.setdefault(sample["log_norm"].shape[1], []).append(layer)
     for places in by_sites.values():
         stack = jax.tree.map(lambda *x: np.stack(x, 1), *(samples[i] for i in places))
         program = Float64Program(_read_backward, (stack,), 0.1, wanted=tuple(wanted))
@@ -362,8 +386,9 @@ def _backward_values(
     return values
 
 
-def _read_backward(samples: BackwardSample, wanted: tuple[Statistic, ...]) -> list[Array]:
-    def one(sample: BackwardSample) -> list[Array]:
+def _read_backward(samples: dict[str, Array], wanted: tuple[Statistic, ...]) -> list[Array]:
+    def one(fields: dict[str, Array]) -> list[Array]:
+        sample = BackwardSample(**fields)
         return [jnp.asarray(s.measure(sample)) for s in wanted]
 
     return jax.vmap(jax.vmap(one))(samples)
@@ -401,7 +426,12 @@ def _log_mean_square(x: Array) -> Array:
 
 @functools.partial(jax.jit, static_argnums=(2, 3, 4, 5))
 def _cotangents(
-    keys: Array, place: int, shape: tuple[int, ...], dtype: Any, axis: int | None, ones: bool
+    keys: Array,
+    place: Array | int,
+    shape: tuple[int, ...],
+    dtype: Any,
+    axis: int | None,
+    ones: bool,
 ) -> Scaled:
     def one(key: PRNGKeyArray) -> Scaled:
         key = jax.random.fold_in(_threefry.fused(key), place)

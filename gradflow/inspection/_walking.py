@@ -151,12 +151,13 @@ class Walk:
     def up(self, arguments: Mapping[int, Any]) -> Up:
         """Every value that segments hand on, the statistics of each layer, and what is finite."""
         values: dict[int, Any] = {**self._constants, **arguments}
+        each = next(values[i] for i in arguments if i in self._varying)  # an axis of networks
         statistics: dict[int, Array] = {}
         finite: list[Array] = []
         for number, segment in enumerate(self.segments):
             program = self._up_programs[number]
             entering = [values[i] for i in segment.inputs]
-            outputs, rows_of, flags = program(entering, self._packed[number])
+            outputs, rows_of, flags = program(entering, self._packed[number], each)
             values.update(zip(segment.outputs, outputs, strict=True))
             statistics.update(zip(segment.layers, rows_of, strict=True))
             finite.append(flags)
@@ -185,13 +186,14 @@ class Walk:
             n for n, i, v in zip(names, segment.outputs, varying, strict=True)
             if v and is_float(self.program.avals[i])
         ]  # fmt: skip
-        in_axes = ([0 if i in self._varying else None for i in segment.inputs], None)
+        in_axes = ([0 if i in self._varying else None for i in segment.inputs], None, 0)
         out_axes = ([0 if v else None for v in varying], 0, 0)
         key: Any = ("up", local.key, tuple(names), tuple(checked), self.wanted)
         key += tuple((name, units, reading.key) for name, units, reading in readings)
         wanted = self.wanted
 
-        def up(values: list[Array], packed: Any) -> tuple[list[Array], list[Array], Array]:
+        def up(values: list[Any], packed: Any, each: Any) -> tuple[list[Any], list[Array], Array]:
+            del each
             env = local.run(values, packed)
             read = [_measured(env[name], units, piece, wanted) for name, units, piece in readings]
             finite = [jnp.all(jnp.isfinite(env[name])) for name in checked]
