@@ -84,7 +84,7 @@ def born_below(
     count: int,
 ) -> Born | None:
     """The first of a walk down, by whether each segment's cotangents are finite, (networks, …)."""
-    finite = {number: flags[:count] for number, flags in finite.items()}
+    finite = {number: finite[number][:count] for number in sorted(finite, reverse=True)}
     bad = [number for number, flags in finite.items() if not flags.all()]
     if not bad:
         return None
