@@ -260,6 +260,31 @@ def test_paths_side_by_side_have_scales_of_their_own(bottom):
     assert np.abs(logs[plain]).max() < 20
 
 
+def test_sites_that_do_not_mix_have_scales_of_their_own():
+    """Slopes of half the sites are 1e-3 at each of 40 layers, by a factor that their input says."""
+
+    def init(key):
+        return [normal(k, 5, 5).astype("float32") for k in jax.random.split(key, 40)]
+
+    def apply(p, x):
+        size = jnp.where(x[:, :1] > 0, 1.0, 1e-3).astype("float32")
+        for w in p:
+            z = x @ w
+            x = size * z + jax.lax.stop_gradient(z - size * z)
+        return x
+
+    x = X.at[:, 0].set(jnp.array([1, -1, 1, -1, 1, -1])).astype("float32")
+    result = measured(init, apply, x, loss=jnp.sum, given=True)
+    weights = [np.asarray(w, np.float64) for w in init(KEY)]
+    logs = np.log(np.where(np.asarray(x[:, :1]) > 0, 1.0, 1e-3)).ravel()
+    delta = np.ones((6, 5))
+    for i in range(39, -1, -1):
+        expected = np.log(np.linalg.norm(delta, axis=1)) + (40 - i) * logs
+        close(result.values["log_gradient_norm"][0, i], expected.mean(), 1e-4)
+        delta = delta @ weights[i].T
+    assert expected.min() < expected.max() - 200
+
+
 def test_where_the_first_nan_comes_from_is_said():
     def init(key):
         return {"a": normal(key, 5, 8), "b": normal(key, 8, 3)}

@@ -8,7 +8,7 @@ the mean over the sites at the top. With a loss all gradients are those of the l
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import jax
@@ -29,6 +29,7 @@ from gradflow.inspection._programs import top_sites
 from gradflow.inspection._reading import Program
 from gradflow.inspection._scaled import Scaled
 from gradflow.inspection._segments import is_float, work
+from gradflow.inspection._sites import site_axes
 from gradflow.inspection._walking import Walk
 from gradflow.simulation import _memory, _threefry
 from gradflow.statistics import BackwardSample, Statistic
@@ -51,6 +52,8 @@ STATISTICS = (*statistics.ALL, dead)
 _WORKING_COPIES = 3
 # Evaluations of a program that a walk up and down amounts to.
 _PASSES = 4
+# Logarithms by which sites' gradients may differ at one scale; float32 ends at 87.
+_LOGS_APART = 60.0
 # Chunks that networks are cut into at least, so that progress shows.
 _CHUNKS = 2
 
@@ -233,27 +236,28 @@ class _Run:
             else jax.tree.map(lambda x: jnp.asarray(x)[None], self.parameters)
         )
         arguments = self._arguments(parameters, state, keys[:, 1])
-        walk, weights = self.walk, self.program.arguments["parameters"]
+        host = self._walked(arguments, keys[:, 2], count)
+        if not self.walk.axes and _sites_apart(host["gradients"].values()):
+            axes = site_axes(self.walk, arguments)
+            if axes:
+                self.walk = dataclasses.replace(self.walk, axes=axes)
+                host = self._walked(arguments, keys[:, 2], count)
+        self.born = also(self.born, host.pop("born"))
+        weights = self.program.arguments["parameters"]
         sizes = {i: _log_mean_square(arguments[i]) for i in weights if _is_floating(arguments[i])}
-        up = walk.up(arguments)
-        forward = born_above(walk, up, count)
-        top = self._top(keys[:, 2])
-        down = walk.down(up.values, top)
-        host = jax.device_get({
-            "sizes": sizes,
-            "up": up.statistics,
-            "gradients": down.gradients,
-            "weights": down.weights,
-            "parameters": down.parameters,
-            "finite": down.finite,
-        })  # fmt: skip
+        return jax.tree.map(lambda x: x[:count], host | {"sizes": jax.device_get(sizes)})
+
+    def _walked(self, arguments: dict[int, Any], keys: Array, count: int) -> dict[str, Any]:
+        """What is measured going up and coming down, and where the first NaN comes from."""
+        up = self.walk.up(arguments)
+        born = born_above(self.walk, up, count)
+        down = self.walk.down(up.values, self._top(keys))
+        host = jax.device_get({"up": up.statistics, **down._asdict()})
         finite = host.pop("finite")
-        backward = born_below(walk, arguments, lambda: self._top(keys[:, 2]), finite, count)
-        self.born = also(self.born, forward or backward)
-        logs = ("gradients", "weights", "parameters")
-        for name in logs:  # sums of two floats
+        born = born or born_below(self.walk, arguments, lambda: self._top(keys), finite, count)
+        for name in ("gradients", "weights", "parameters"):  # sums of two floats
             host[name] = {i: x.astype(np.float64).sum(1) for i, x in host[name].items()}
-        return jax.tree.map(lambda x: x[:count], host)
+        return host | {"born": born}
 
     def _arguments(self, parameters: Any, state: Any, keys: Array) -> dict[int, Any]:
         arguments: dict[int, Any] = {}
@@ -392,6 +396,18 @@ def _read_backward(samples: dict[str, Array], wanted: tuple[Statistic, ...]) -> 
         return [jnp.asarray(s.measure(sample)) for s in wanted]
 
     return jax.vmap(jax.vmap(one))(samples)
+
+
+def _sites_apart(logs: Iterable[np.ndarray]) -> bool:
+    """Whether gradients of some sites are so much smaller than others' that floats may lose them.
+
+    ``logs`` are (networks, sites) each.
+    """
+    for log in logs:
+        largest = log.max(1, keepdims=True)
+        if ((log < largest - _LOGS_APART) & np.isfinite(largest)).any():
+            return True
+    return False
 
 
 def _log_mean_exp(x: np.ndarray) -> np.ndarray:
