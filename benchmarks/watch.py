@@ -1,4 +1,4 @@
-"""What does `gradflow.watch` cost a training, as a ratio of times of one run?
+"""What does `gradflow.watch` cost a training, as a ratio of CPU times of one run?
 
 Each model trains twice, by its optimiser and by `gradflow.watch` of it, in one compiled loop over
 minibatches of random inputs. Both are warm and run in turn, several times; the cost is the median

@@ -32,6 +32,7 @@ _LINE_NODES, _PAIR_NODES = (20, 14), (14, 10)  # in a panel
 _ENOUGH = {2: 1e-10, 3: 1e-6, 4: 1e-6}
 _REPLICATES, _LOG2_POINTS = 8, 13  # of quasi-Monte Carlo; each point is used with its negative
 _MAX_SOBOL = 21_201  # dimensions that SciPy has direction numbers for
+_WORK = 1 << 34  # multiplications for a replicate, all sites at once
 _MEMORY = 1 << 25  # numbers at once
 _FAR = 1e6  # out of sight, in units of a standard deviation
 _GRID, _BISECTIONS = 401, 60  # where kinks are looked for
@@ -351,8 +352,8 @@ def _over_pair(
 
 
 @functools.lru_cache(maxsize=16)
-def _normals(dimensions: int, replicate: int) -> np.ndarray:
-    """Scrambled Sobol points as normal variables z, then -z, (points, dimensions)."""
+def _normals(dimensions: int, replicate: int, points: int) -> np.ndarray:
+    """Scrambled Sobol points as normal variables z, then -z, (2 points, dimensions)."""
     from scipy.special import ndtri  # noqa: PLC0415 - SciPy is slow to import
     from scipy.stats import qmc  # noqa: PLC0415
 
@@ -362,7 +363,7 @@ def _normals(dimensions: int, replicate: int) -> np.ndarray:
             f"up to {_MAX_SOBOL}"
         )
     sequence = qmc.Sobol(dimensions, scramble=True, seed=np.random.default_rng(replicate))
-    uniform = sequence.random_base2(_LOG2_POINTS)
+    uniform = sequence.random(points)
     z = ndtri(np.clip(uniform, 2.0**-40, 1 - 2.0**-40))
     return np.concatenate([z, -z])
 
@@ -380,7 +381,7 @@ def _sampled(
     numbers = (2 << _LOG2_POINTS) * (variables + len(integrand))
     values = []
     for replicate in range(_REPLICATES):
-        z = _normals(variables, replicate).T
+        z = _normals(variables, replicate, 1 << _LOG2_POINTS).T
         run = functools.partial(_points, integrand, z)
         values.append(_in_chunks(run, numbers, factor, mean, known)[0])
     return _of_replicates(values)
@@ -401,17 +402,21 @@ def sampled_sites(
 ) -> Value:
     """E[left_a right_b] over all pairs of sites.
 
-    Covariance is (m · sites, m · sites), of m fields, means (m, sites), known (sites, n).
+    Covariance is (m, m, sites, sites), of m fields, means (m, sites), known (sites, n).
     """
     m, sites = means.shape
-    factor = _factor(covariance)
+    joint = np.moveaxis(covariance, 1, 2).reshape(m * sites, m * sites)
+    factor = _factor(joint)
     # What is singular needs no points of its own.
     rank = max(1, int(np.sum(factor.any(axis=0))))
     factor = factor[:, :rank].reshape(m, sites, rank)
+    # Fewer points where there are so many sites that each costs much.
+    work = _WORK // (m * sites * rank)
+    points = 1 << int(np.clip(work.bit_length(), 8, _LOG2_POINTS))
     values = []
     with jax.enable_x64(True):
         for replicate in range(_REPLICATES):
-            z = _normals(rank, replicate)
+            z = _normals(rank, replicate, points)
             values.append(np.asarray(_site_points(left, right, z, factor, means, known)))
     return _of_replicates(values)
 

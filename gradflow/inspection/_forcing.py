@@ -5,6 +5,7 @@ model's type. Pieces that are products of independent ones factorise.
 """
 
 import functools
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -16,6 +17,7 @@ from gradflow._unit_distributions import Shifted
 from gradflow.activations import Activation
 from gradflow.gaussian import _pairs
 from gradflow.inspection._activations import activation_of
+from gradflow.inspection._expectations import SiteAverages
 from gradflow.inspection._over_sites import Normalised
 from gradflow.inspection._values import (
     Field,
@@ -92,6 +94,10 @@ def covariance(one: Sum, other: Sum) -> np.ndarray:
 
 def _tied(one: Field, other: Field) -> np.ndarray:
     """The covariance of what the same weights make of two signals: variance · fan_in · E[h g]."""
+    if one.origin is not None and other.origin is not None:
+        whole = _tied(one.origin.field, other.origin.field)
+        many = len(one.covariance) // len(whole)
+        return whole if many == 1 else np.kron(whole, np.eye(many))
     p, q = one.product, other.product
     assert p is not None
     assert q is not None
@@ -169,7 +175,35 @@ def together(one: Term, other: Term) -> np.ndarray | None:
             own = factor.own(one.slot), factor.own(other.slot)
             out = out * _factor(factor).pair(*own)
         return np.broadcast_to(out, (p.variables[0].sites,) * 2)
-    raise NoRule("two signals are added of which one is a function of the other")
+    return _across(p, one.slot, q, other.slot)
+
+
+def _across(p: Piece, one: int | None, q: Piece, other: int | None) -> np.ndarray:
+    """E[p_s q_t], or of their derivatives, of pieces that have fields in common."""
+    variables: list[Sum] = []
+    places = []
+    for piece in (p, q):
+        own = []
+        for v in piece.variables:
+            if not v.gaussian:
+                raise NoRule("a function of a signal that is not Gaussian over units")
+            if not any(v is u for u in variables):
+                variables.append(v)
+            own.append(next(i for i, u in enumerate(variables) if u is v))
+        places.append(own)
+    if len({v.sites for v in variables}) > 1:
+        raise NoRule("two signals of different sites, of which one is a function of the other")
+    at_sites = _at_sites(variables, (*p.numbers, *q.numbers))
+    start = len(variables)
+    middle = start + len(p.numbers)
+    functions = []
+    for piece, own, slot, numbers in (
+        (p, places[0], one, slice(start, middle)),
+        (q, places[1], other, slice(middle, None)),
+    ):
+        f = _of_scalars(piece, own, numbers)
+        functions.append(at_sites.read(f if slot is None else jax.grad(f, own[slot])))
+    return at_sites.second(*functions)[0]
 
 
 def _by_parts(field: Field, other: Term) -> np.ndarray | None:
@@ -205,6 +239,8 @@ def _factor(piece: Piece) -> "_Averages | Normalised":
 def _averages(piece: Piece) -> "_Averages | Normalised":
     if not piece.variables:
         return _OfNumbers(piece)
+    if piece.node.kind == "variable":
+        return _OfSum(piece.variables[piece.node.value])
     if any(not v.gaussian for v in piece.variables):
         return Normalised(piece, lambda x: covariance(x, x))
     uniform = all(not np.ptp(numbers) for numbers in piece.numbers)
@@ -283,8 +319,54 @@ class _OfOne(_Averages):
 class _OfSeveral(_Averages):
     """A function of several variables, or of one and of numbers of each site."""
 
-    def __init__(self, piece: Piece) -> None:  # noqa: ARG002
-        raise NoRule("a function of several signals")
+    def __init__(self, piece: Piece) -> None:
+        self.piece = piece
+        self.at_sites = _at_sites(piece.variables, piece.numbers)
+        self.read: dict[int | None, Any] = {}
+
+    def function(self, slot: int | None) -> Any:
+        """The function, or its derivative by a variable, as the averages take it."""
+        if slot not in self.read:
+            many = len(self.piece.variables)
+            f = _of_scalars(self.piece, range(many), slice(many, None))
+            self.read[slot] = self.at_sites.read(f if slot is None else jax.grad(f, slot))
+        return self.read[slot]
+
+    def average(self, slot: int | None) -> np.ndarray:
+        return self.at_sites.mean(self.function(slot))[0]
+
+    def pair(self, one: int | None, other: int | None) -> np.ndarray:
+        return self.at_sites.second(self.function(one), self.function(other))[0]
+
+
+class _OfSum(_Averages):
+    """A sum itself, of whatever law."""
+
+    def __init__(self, sum_: Sum) -> None:
+        self.sum = sum_
+
+    def average(self, slot: int | None) -> np.ndarray:
+        return mean(self.sum) if slot is None else np.ones(self.sum.sites)
+
+    def pair(self, one: int | None, other: int | None) -> np.ndarray:
+        if one is None and other is None:
+            return second_moments(self.sum)
+        return np.outer(self.average(one), self.average(other))
+
+
+def _at_sites(variables: Sequence[Sum], numbers: Sequence[np.ndarray]) -> SiteAverages:
+    """Averages of functions of Gaussian variables."""
+    k = np.array([[covariance(u, v) for v in variables] for u in variables])
+    return SiteAverages(k, np.array([v.constant for v in variables]), numbers)
+
+
+def _of_scalars(piece: Piece, places: Sequence[int], numbers: slice) -> Callable[..., Any]:
+    """The piece as a function of scalars, its variables at these places, its numbers at those."""
+
+    def f(*scalars: Any) -> Any:
+        return piece.node.evaluate([scalars[i] for i in places], scalars[numbers])
+
+    return f
 
 
 def _in_range(k: np.ndarray) -> bool:

@@ -7,7 +7,6 @@ that is imported below, and one line in `RULES`.
 """
 
 import dataclasses
-import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias
@@ -17,37 +16,37 @@ import jax.numpy as jnp
 import numpy as np
 
 from gradflow.inspection import _forcing
+from gradflow.inspection import _rules_compound as compound
+from gradflow.inspection import _rules_moving as moving
+from gradflow.inspection import _rules_windows as windows
+from gradflow.inspection._building import (
+    as_field,
+    check_sites,
+    fresh,
+    lifted,
+    made_by,
+    patches,
+    piece_of,
+)
 from gradflow.inspection._layers import ELEMENTWISE, SHAPES
 from gradflow.inspection._reading import Equation, definition
 from gradflow.inspection._values import (
-    Field,
     Known,
-    Node,
     NoRule,
-    Part,
-    Piece,
     Product,
     Signal,
     Sum,
     Unknown,
     Value,
     Weights,
-    add,
-    apart,
-    constant,
-    identity,
+    absolute,
     multiply,
-    number,
-    of_function,
     selection,
-    variable,
 )
 
 __all__ = ["RULES", "apply", "lifted"]
 
 Rule: TypeAlias = Callable[[Equation, Sequence[Value], Sequence[tuple[int, ...]]], Any]
-# Second moments are kept of all pairs of sites.
-MOST_SITES = 2048
 
 
 def apply(
@@ -57,11 +56,18 @@ def apply(
     for value in values:
         if isinstance(value, Unknown):
             return [value] * len(shapes)
+    where = equation.path or "the model"
+    try:
+        several = compound.through(apply, equation, values, shapes)
+    except NoRule as reason:
+        several = [Unknown(f"theory ends at {where}: `{equation.primitive}`, {reason}")]
+        several *= len(shapes)
+    if several is not None:
+        return several
     if all(isinstance(value, Known) for value in values):
         out: Any = _evaluated(equation, [v.value for v in values if isinstance(v, Known)])
         return [Known(array) for array in out]
     rule = RULES.get(equation.primitive)
-    where = equation.path or "the model"
     if rule is None:
         return [Unknown(f"theory ends at {where}: no rule for `{equation.primitive}`")] * len(
             shapes
@@ -152,7 +158,7 @@ def elementwise(
     literal = [isinstance(v, Known) and v.literal and v.value.size == 1 for v in values]
     made = _linear(name, sums, literal)
     if made is None:
-        made = _piece(_Function(equation) if name != "mul" else multiply, sums, literal)
+        made = piece_of(_Function(equation) if name != "mul" else multiply, sums, literal)
     if not made.parts:
         shape = [1 if i in like.units else n for i, n in enumerate(like.shape)]
         return Known(np.broadcast_to(made.constant.reshape(shape), shapes[0]))
@@ -165,10 +171,12 @@ def spread(value: Value, shape: tuple[int, ...]) -> Value:
         return value
     if isinstance(value, Known):
         return Known(np.broadcast_to(value.value, shape), value.literal)
-    if value.shape == shape or not value.shape:
+    if value.shape in (shape, ()):
         return value
     if isinstance(value, Weights):
         return dataclasses.replace(value, shape=shape)
+    if not isinstance(value, Signal):
+        raise NoRule("a value is not known")
     if any(value.shape[i] != shape[i] for i in value.units):
         raise NoRule("one unit meets many")
     index = np.arange(value.sum.sites).reshape(
@@ -184,6 +192,14 @@ def _linear(name: str, sums: Sequence[Sum], literal: Sequence[bool]) -> Sum | No
         return sums[0]
     if name == "neg":
         return sums[0].scaled(np.array(-1.0), literal=True)
+    if name == "select_n" and len(sums) == 3 and not sums[0].parts:
+        chosen = sums[0].constant != 0
+        no, yes = (s.scaled(by) for s, by in zip(sums[1:], (~chosen, chosen), strict=True))
+        # What is not chosen may be infinite.
+        made = no.plus(yes)
+        return Sum(np.where(chosen, sums[2].constant, sums[1].constant), made.parts)
+    if name in ("max", "min"):
+        return _larger(name, *sums)
     if name not in ("add", "add_any", "sub", "mul", "div"):
         return None
     one, two = sums
@@ -200,70 +216,13 @@ def _linear(name: str, sums: Sequence[Sum], literal: Sequence[bool]) -> Sum | No
     return one.scaled(two.constant if name == "mul" else 1 / two.constant, literal=literal[1])
 
 
-def _piece(function: Callable[..., Any], sums: Sequence[Sum], literal: Sequence[bool]) -> Sum:
-    """A function of sums as a piece of its own."""
-    variables: list[Sum] = []
-    numbers: list[np.ndarray] = []
-    children = [
-        constant(float(s.constant[0])) if known else lifted(s, variables, numbers)
-        for s, known in zip(sums, literal, strict=True)
-    ]
-    piece = Piece(of_function(function, *children), tuple(variables), tuple(numbers))
-    return Sum.of(piece, sums[0].sites)
-
-
-def lifted(sum_: Sum, variables: list[Sum], numbers: list[np.ndarray]) -> Node:
-    """A sum as a function of sums of fields, which are added to the variables."""
-    base, a, b = sum_.affine
-    if not base.parts:
-        numbers.append(sum_.constant)
-        return number(len(numbers) - 1)
-    gathered = {part: _diagonal(map_) for part, map_ in base.parts.items()}
-    pieces = [part for part in base.parts if isinstance(part, Piece)]
-    if not pieces or any(gathered[part] is None for part in pieces):
-        if not any(base is v for v in variables):
-            variables.append(base)
-        node = variable(next(i for i, v in enumerate(variables) if v is base))
-    else:
-        node = _of_pieces(base, pieces, gathered, variables, numbers)
-    node = node if a == 1 else of_function(multiply, constant(a), node)
-    return node if b == 0 else of_function(add, node, constant(b))
-
-
-def _of_pieces(
-    base: Sum,
-    pieces: Sequence[Piece],
-    gathered: dict[Any, np.ndarray | None],
-    variables: list[Sum],
-    numbers: list[np.ndarray],
-) -> Node:
-    """A sum of pieces at the same sites, and of fields, as a function of sums of fields."""
-    terms = []
-    fields: dict[Part, Any] = {p: m for p, m in base.parts.items() if isinstance(p, Field)}
-    if fields:
-        terms.append(lifted(Sum(base.constant, fields), variables, numbers))
-    elif base.constant.any():
-        numbers.append(base.constant)
-        terms.append(number(len(numbers) - 1))
-    for piece in pieces:
-        below = [lifted(v, variables, numbers) for v in piece.variables]
-        node = piece.node.placed(below, len(numbers))
-        numbers.extend(piece.numbers)
-        coefficient = gathered[piece]
-        assert coefficient is not None
-        if (coefficient != 1).any():
-            numbers.append(coefficient)
-            node = of_function(multiply, number(len(numbers) - 1), node)
-        terms.append(node)
-    return functools.reduce(lambda x, y: of_function(add, x, y), terms)
-
-
-def _diagonal(map_: Any) -> np.ndarray | None:
-    """The factors of a map that leaves each site where it is; else None."""
-    if map_.shape[0] != map_.shape[1]:
+def _larger(name: str, one: Sum, two: Sum) -> Sum | None:
+    """The larger of two Gaussian signals, (u + v)/2 + |u - v|/2, or the smaller."""
+    if not (one.parts and two.parts and one.gaussian and two.gaussian):
         return None
-    factors = map_.diagonal()
-    return factors if map_.count_nonzero() == np.count_nonzero(factors) else None
+    half, other = np.array(0.5), two.scaled(np.array(-1.0), literal=True)
+    apart = piece_of(absolute, [one.plus(other)], [False])
+    return one.plus(two).scaled(half).plus(apart.scaled(half if name == "max" else -half))
 
 
 def _aligned(value: Value, like: Signal) -> Sum:
@@ -275,32 +234,6 @@ def _aligned(value: Value, like: Signal) -> Sum:
     if not isinstance(value, Weights):
         raise NoRule("a value is not known")
     return as_field(value, like.units)
-
-
-def as_field(weights: Weights, units: tuple[int, ...]) -> Sum:
-    """Weights as a sum over sites: independent for each unit, common to sites unless they vary."""
-    shape = weights.shape
-    if any(shape[i] > 1 and i not in weights.varying for i in units):
-        raise NoRule("parameters are shared by units")
-    site_shape = tuple(n for i, n in enumerate(shape) if i not in units)
-    axes = [i for i in range(len(shape)) if i not in units]
-    sites = math.prod(site_shape)
-    _check_sites(sites)
-    marks = np.zeros(site_shape, int)
-    for place, i in enumerate(axes):
-        if i in weights.varying:
-            marks = marks * shape[i] + np.indices(site_shape)[place]
-    same = marks.reshape(-1, 1) == marks.reshape(1, -1)
-    constant_ = np.full(sites, weights.mean)
-    if not weights.variance:
-        return Sum(constant_, {})
-    known = weights.tie[0].fields
-    key = weights.tie, units, site_shape
-    if any(tie != weights.tie and not apart(tie, weights.tie) for tie, *_ in known):
-        raise NoRule("a parameter is used in two ways")
-    if key not in known:
-        known[key] = Field(weights.variance * same, tie=weights.tie)
-    return Sum(constant_, {known[key]: identity(sites)})
 
 
 def _of_weights(equation: Equation, values: Sequence[Value]) -> Value:
@@ -319,68 +252,6 @@ def _of_weights(equation: Equation, values: Sequence[Value]) -> Value:
             factor = float(known[0].value.flat[0])
             return one.scaled(factor if name == "mul" else 1 / factor)
     raise NoRule("a function of parameters")
-
-
-# Moving elements ---------------------------------------------------------------------------------
-
-
-def moved(equation: Equation, values: Sequence[Value], shapes: Sequence[tuple[int, ...]]) -> Value:
-    """Primitives that move elements, repeat them or leave some out, and compute nothing."""
-    value = values[0]
-    if isinstance(value, Weights):
-        axes = [i for i, n in enumerate(value.shape) if n > 1]
-        marks = np.stack([np.indices(value.shape, sparse=True)[i] + np.zeros(value.shape, int)
-                          for i in axes] or [np.zeros(value.shape, int)])  # fmt: skip
-        own = [n for n, i in enumerate(axes) if i in value.varying]
-        code = np.zeros(value.shape, np.int64)
-        for n in own:
-            code = code * value.shape[axes[n]] + marks[n]
-        after = move(equation, code)
-        varying = frozenset(i for i in range(after.ndim) if (np.diff(after, axis=i) != 0).any())
-        if math.prod(after.shape[i] for i in varying) != len(np.unique(after)):
-            raise NoRule("parameters are repeated")
-        return dataclasses.replace(value, shape=after.shape, varying=varying)
-    assert isinstance(value, Signal)
-    index = [np.arange(n) for n in value.shape]
-    unit = np.zeros(value.shape, np.int64)
-    site = np.zeros(value.shape, np.int64)
-    for i, along in enumerate(np.ix_(*index)):
-        if i in value.units:
-            unit = unit * value.shape[i] + along
-        else:
-            site = site * value.shape[i] + along
-    unit, site = move(equation, unit), move(equation, site)
-    units = tuple(i for i in range(unit.ndim) if (np.diff(unit, axis=i) != 0).any())
-    if any((np.diff(site, axis=i) != 0).any() for i in units):
-        raise NoRule("units and sites are mixed")
-    if math.prod(unit.shape[i] for i in units) != value.width:
-        raise NoRule("some units are taken apart from others")
-    first = tuple(0 if i in units else slice(None) for i in range(site.ndim))
-    return Signal(shapes[0], units, value.sum.taken(site[first].reshape(-1)))
-
-
-def move(equation: Equation, array: np.ndarray) -> np.ndarray:
-    """A primitive that moves elements, on a NumPy array."""
-    params = equation.params
-    match equation.primitive:
-        case "transpose":
-            return np.transpose(array, params["permutation"])
-        case "reshape":
-            return array.reshape(params["new_sizes"])
-        case "rev":
-            return np.flip(array, params["dimensions"])
-        case "squeeze":
-            return np.squeeze(array, tuple(params["dimensions"]))
-        case "expand_dims":
-            return np.expand_dims(array, tuple(params["dimensions"]))
-        case "broadcast_in_dim":
-            shape = [1] * len(params["shape"])
-            for axis, length in zip(params["broadcast_dimensions"], array.shape, strict=True):
-                shape[axis] = length
-            return np.broadcast_to(array.reshape(shape), params["shape"])
-        case _:
-            (out,) = equation.evaluate(array.astype(np.int32))
-            return np.asarray(out)
 
 
 # Sums and products -------------------------------------------------------------------------------
@@ -440,7 +311,7 @@ def dot_general(
     if isinstance(other, Known):
         rows = np.moveaxis(np.asarray(other.value, float), h_sum, range(-len(h_sum), 0))
         rows = rows.reshape(math.prod(rows.shape[: rows.ndim - len(h_sum)]), -1)
-        _check_sites(len(rows))
+        check_sites(len(rows))
         product = Product(
             None,
             (),
@@ -454,44 +325,15 @@ def dot_general(
         )
     else:
         assert isinstance(other, Signal)
-        if not set(other.units) <= set(h_sum):
-            raise NoRule("a product over sites, with units that are not summed")
+        summed = [i for i in other.units if i in h_sum]
+        if not summed and other.width > 1:
+            return windows.over_sites(
+                other, h_sum, weights, shapes[0], axes if place[1] else axes[: rank - free]
+            )
+        other = moving.units_as_sites(other, summed)
         maps = patches(other, [i for i in h_sum if i not in other.units])
         product = fresh(other, maps, weights, units, size)
     return Signal(shapes[0], axes, made_by(product, weights))
-
-
-def patches(signal: Signal, over: Sequence[int]) -> tuple[Any, ...]:
-    """For each place along some axes of sites the map from all sites to those at that place."""
-    index = np.arange(signal.sum.sites).reshape(signal.site_shape)
-    axes = [signal.site_axes.index(i) for i in over]
-    _check_sites(index.size)
-    rows = np.moveaxis(index, axes, range(len(axes)))
-    rows = rows.reshape(math.prod(rows.shape[: len(axes)]), -1)
-    return tuple(selection(row, index.size) for row in rows)
-
-
-def fresh(
-    signal: Signal, maps: tuple[Any, ...], weights: Weights, units: int, size: int
-) -> Product:
-    """The product of weights with a signal at these places of its patches."""
-    _check_sites(signal.sum.sites)
-    second = _forcing.second_moments(signal.sum)
-    gram = signal.width * sum(map_ @ second @ map_.T for map_ in maps)
-    return Product(
-        signal.sum, maps, signal.width, units, weights.variance, weights.error, gram, size
-    )
-
-
-def made_by(product: Product, weights: Weights) -> Sum:
-    """The sum that a product makes: a field."""
-    field = Field(product.variance * product.gram, product=product, tie=weights.tie)
-    return Sum.of(field, len(product.gram))
-
-
-def _check_sites(sites: int) -> None:
-    if sites > MOST_SITES:
-        raise NoRule(f"{sites} sites, more than {MOST_SITES}, whose pairs would have to be kept")
 
 
 def cond(equation: Equation, values: Sequence[Value], shapes: Sequence[tuple[int, ...]]) -> Any:  # noqa: ARG001
@@ -506,10 +348,22 @@ def cond(equation: Equation, values: Sequence[Value], shapes: Sequence[tuple[int
 
 RULES: dict[str, Rule] = {
     **dict.fromkeys(ELEMENTWISE, elementwise),
-    **dict.fromkeys(SHAPES, moved),
+    **dict.fromkeys((*SHAPES, "dynamic_slice", "pad", "slice"), moving.moved),
     "cond": cond,
     "custom_jvp_call": custom,
     "custom_vjp_call": custom,
+    "concatenate": moving.concatenate,
+    "conv_general_dilated": windows.convolution,
+    "cumsum": windows.cumulative_sum,
     "dot_general": dot_general,
+    "gather": moving.gather,
+    "reduce_max": windows.largest,
+    "reduce_min": windows.largest,
     "reduce_sum": reduce_sum,
+    "reduce_window_max": windows.window_largest,
+    "reduce_window_min": windows.window_largest,
+    "reduce_window_sum": windows.window_sum,
+    "split": moving.split,
+    "stack": moving.stack,
+    "unstack": moving.unstack,
 }

@@ -19,15 +19,17 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeAlias
 
+import jax.numpy as jnp
 import numpy as np
 from scipy import sparse
 
 __all__ = ["Field", "Known", "NoRule", "Node", "Part", "Piece", "Product", "Signal", "Sum", "Value"]
+__all__ += ["Factor", "Flattened", "Groups", "Leaf", "Map", "Noise", "Origin", "Unknown"]
 __all__ += [
-    "Factor",
-    "Unknown",
     "Weights",
+    "absolute",
     "add",
+    "apart",
     "constant",
     "factors",
     "identity",
@@ -103,9 +105,11 @@ class Leaf:
 
 def apart(one: tuple[Any, ...], other: tuple[Any, ...]) -> bool:
     """Whether two ways from a leaf to weights take different entries of it."""
-    for (a, i), (b, j) in zip(one[1:], other[1:], strict=False):
-        if (a, i) != (b, j):
-            return a == b or (a[0] == b[0] and a[0] in ("slice", "gather", "dynamic_slice"))
+    for a, b in zip(one[1:], other[1:], strict=False):
+        if a != b:
+            if isinstance(a, bytes) and isinstance(b, bytes):
+                return not np.isin(np.frombuffer(a, np.int64), np.frombuffer(b, np.int64)).any()
+            return isinstance(a, tuple) and isinstance(b, tuple) and a[0] == b[0]
     return False
 
 
@@ -122,6 +126,8 @@ class Field:
         The product that made it; None of a bias.
     tie
         As in `Weights`.
+    origin
+        Of a field that is some of another's units: which.
     """
 
     def __init__(
@@ -131,15 +137,49 @@ class Field:
         gaussian: bool = True,
         product: "Product | None" = None,
         tie: tuple[Any, ...] = (),
+        origin: "Origin | None" = None,
     ) -> None:
         self.covariance, self.gaussian, self.product, self.tie = covariance, gaussian, product, tie
-        self.tied: set[Field] = set()  # others that products with the same weights made
+        self._tied: set[Field] = set()
+        self.origin = origin
         self.serial = next(_serial)
+
+    @property
+    def tied(self) -> set["Field"]:
+        """Others that products with the same weights made; of some units, those of others."""
+        if self.origin is None:
+            return self._tied
+        copies = (field.__dict__.get("copies", {}) for field in self.origin.field.tied)
+        return {each[self.tie[-1]] for each in copies if self.tie[-1] in each}
+
+    def tie_to(self, other: "Field") -> None:
+        """Note that another was made with the same weights."""
+        self._tied.add(other)
+        other._tied.add(self)
 
     @property
     def fields(self) -> frozenset["Field"]:
         """The fields that it is a function of: itself."""
         return frozenset((self,))
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Origin:
+    """Where a field of some units of another comes from.
+
+    Attributes
+    ----------
+    field
+        The other.
+    share
+        Which part of its units each of these sites has.
+    maps
+        From sites of the other, for each set of units that are independent of all others.
+    """
+
+    field: Field
+    share: float
+    maps: tuple[Map, ...]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -179,6 +219,11 @@ class Product:
     gram: np.ndarray
     weights: int
     rows: np.ndarray | None = None
+
+    def down(self, gradient: np.ndarray) -> np.ndarray:
+        """Second moments over sites of the gradient at the source, from those at the product."""
+        total = sum(map_.T @ gradient @ map_ for map_ in self.maps)
+        return np.asarray(self.variance * self.units * total)
 
 
 class Node:
@@ -270,6 +315,11 @@ def add(a: Any, b: Any) -> Any:
 def multiply(a: Any, b: Any) -> Any:
     """The product: one function for all nodes that multiply."""
     return a * b
+
+
+def absolute(a: Any) -> Any:
+    """The absolute value: one function for all nodes that take it."""
+    return jnp.abs(a)
 
 
 class Piece:
@@ -425,6 +475,8 @@ class Sum:
     def mapped(self, map_: Map) -> "Sum":
         """Linear functions of its sites."""
         parts = {part: sparse.csr_array(map_ @ own) for part, own in self.parts.items()}
+        # A sum over steps of which one step is taken is that step.
+        parts = {part: own for part, own in parts.items() if own.count_nonzero()}
         return Sum(map_ @ self.constant, parts)
 
     def taken(self, sites: np.ndarray) -> "Sum":
@@ -497,4 +549,77 @@ class Signal:
         return flat[:, 0].astype(float)
 
 
-Value: TypeAlias = Known | Weights | Signal | Unknown
+@dataclasses.dataclass(frozen=True)
+class Groups:
+    """Signals side by side along an axis of units, each with a law of its own.
+
+    Attributes
+    ----------
+    shape
+        Its shape.
+    axis
+        The axis of units.
+    parts
+        In order along it; alike in shape but for this axis.
+    """
+
+    shape: tuple[int, ...]
+    axis: int
+    parts: tuple[Signal, ...]
+
+    @property
+    def ends(self) -> tuple[int, ...]:
+        """Where parts begin and end along the axis: one more than there are parts."""
+        return (0, *itertools.accumulate(part.shape[self.axis] for part in self.parts))
+
+
+@dataclasses.dataclass(frozen=True)
+class Flattened:
+    """A signal of which some neighbouring axes, of sites and of units, have become one.
+
+    Attributes
+    ----------
+    shape
+        Its shape.
+    axis
+        The axis that was several.
+    signal
+        As it was: axes from ``axis`` on, as many as it has more, are those.
+    """
+
+    shape: tuple[int, ...]
+    axis: int
+    signal: Signal
+
+
+@dataclasses.dataclass(frozen=True)
+class Noise:
+    """Random numbers that are drawn anew for each network and are no parameters; or a key.
+
+    Attributes
+    ----------
+    shape
+        Its shape; along axes that are not in ``varying`` they are the same.
+    varying
+        Axes along which they are independent.
+    values
+        Equally likely values of each; None of a key.
+    tie
+        The draw that it comes from.
+    """
+
+    shape: tuple[int, ...]
+    varying: frozenset[int]
+    values: np.ndarray | None
+    tie: int
+
+    @property
+    def weights(self) -> Weights:
+        """The same as `Weights`: mean and variance of independent entries."""
+        if self.values is None:
+            raise NoRule("a random key")
+        mean, variance = float(self.values.mean()), float(self.values.var())
+        return Weights(self.shape, self.varying, mean, variance, 0.0, False, ("noise", self.tie))
+
+
+Value: TypeAlias = Known | Weights | Signal | Groups | Flattened | Noise | Unknown

@@ -23,6 +23,7 @@ from gradflow._unit_distributions import Shifted
 from gradflow.activations import Activation
 from gradflow.inspection import _forcing, _rules
 from gradflow.inspection._activations import activation_of
+from gradflow.inspection._building import lifted
 from gradflow.inspection._laws import Law
 from gradflow.inspection._layers import Layer
 from gradflow.inspection._reading import Program
@@ -30,6 +31,7 @@ from gradflow.inspection._values import (
     Field,
     Known,
     Leaf,
+    Noise,
     NoRule,
     Signal,
     Sum,
@@ -61,12 +63,15 @@ class Predicted:
         Of each layer why something of it is not known; empty where all is.
     ends
         Where and why theory first ends; None where it does not.
+    activations
+        Of each layer φ, where it is one function of z that is Gaussian; else None.
     """
 
     values: dict[str, np.ndarray]
     error: dict[str, np.ndarray]
     reasons: tuple[str, ...]
     ends: str | None
+    activations: tuple[Activation | None, ...] = ()
 
 
 def predict(
@@ -104,7 +109,11 @@ def predict(
         for up, down in zip(forward, backward, strict=True)
     )
     error = {key: np.where(np.isnan(x), np.nan, 0.0) for key, x in out.items()}
-    return Predicted(out, error, reasons, ends)
+    phis = tuple(
+        up.activation if isinstance(up, _Limit) and up.arrays["gaussian"] else None
+        for up in forward
+    )
+    return Predicted(out, error, reasons, ends, phis)
 
 
 # Upwards -----------------------------------------------------------------------------------------
@@ -120,9 +129,15 @@ def _upwards(
     given = {"inputs": inputs, "state": state or ()}
     for name, numbers in program.arguments.items():
         if name in given and len(given[name]) == len(numbers):
-            values.update((i, Known(_array(v))) for i, v in zip(numbers, given[name], strict=True))
+            arrays = [_array(v) for v in given[name]]
+            for i, array in zip(numbers, arrays, strict=True):
+                kind = program.avals[i].dtype
+                values[i] = Known(array.astype(kind) if np.issubdtype(kind, np.integer) else array)
         elif name == "parameters":
             values.update((i, _parameter(program, i, laws)) for i in numbers)
+        elif name == "key":
+            keys = (Noise(tuple(program.avals[i].shape), frozenset(), None, -1) for i in numbers)
+            values.update(zip(numbers, keys, strict=True))
         else:
             values.update((i, Unknown(f"theory ends at what depends on {name}")) for i in numbers)
     products: dict[Any, list[Field]] = {}
@@ -130,7 +145,7 @@ def _upwards(
         shapes = [tuple(program.avals[i].shape) for i in equation.outputs]
         entering = [values[i] for i in equation.inputs]
         out = [
-            _traced(value, entering, (equation.signature, place))
+            _traced(value, (equation.signature, place))
             for place, value in enumerate(_rules.apply(equation, entering, shapes))
         ]
         out = [_with_ties(value, products, equation.path) for value in out]
@@ -138,12 +153,11 @@ def _upwards(
     return values
 
 
-def _traced(value: Value, given: Sequence[Value], step: tuple[Any, ...]) -> Value:
+def _traced(value: Value, step: tuple[Any, ...]) -> Value:
     """Weights with what was done to their leaf, by which it is seen whether two are the same."""
     if not isinstance(value, Weights) or step[0][0] in _CASTS:
         return value
-    leaf = next((v for v in given if isinstance(v, Weights)), value)
-    return dataclasses.replace(value, tie=(*leaf.tie, step))
+    return dataclasses.replace(value, tie=(*value.tie, step))
 
 
 def _with_ties(value: Value, products: dict[Any, list[Field]], path: str) -> Value:
@@ -158,8 +172,7 @@ def _with_ties(value: Value, products: dict[Any, list[Field]], path: str) -> Val
             continue
         for other in others:
             if other.tie == field.tie:
-                field.tied.add(other)
-                other.tied.add(field)
+                field.tie_to(other)
             elif not apart(field.tie, other.tie):
                 return Unknown(
                     f"theory ends at {path or 'the model'}: weights are used in two ways, as those "
@@ -232,12 +245,15 @@ def _downwards(
             why.update((n, reason) for n in _below(program, layers, output))
     while pending:
         _, field = heapq.heappop(pending)
-        product = field.product
+        product, gradient = field.product, found[field]
+        if field.origin is not None:
+            origin = field.origin
+            matrix = origin.share * sum(map_.T @ gradient.matrix @ map_ for map_ in origin.maps)
+            below = _Gradient.of(matrix, gradient.log, gradient.ties)
+            _add(found, pending, origin.field, below)
         if product is None or product.source is None:
             continue
-        gradient = found[field]
-        scale = product.variance * product.units
-        matrix = scale * sum(map_.T @ gradient.matrix @ map_ for map_ in product.maps)
+        matrix = product.down(gradient.matrix)
         ties = frozenset((field.tie,)) if field.tied else frozenset()
         below = _Gradient.of(matrix, gradient.log, ties)
         reason = _spread(found, pending, product.source, below)
@@ -282,15 +298,20 @@ def _spread(
                     inner, of_one = inner + inner.T, of_other
                 add(of_one, inner, of_other)
         for field, matrix in own.items():
-            new = _Gradient.of(matrix, at.log, at.ties)
-            if field in found:
-                found[field] = found[field].plus(new)
-            else:
-                found[field] = new
-                heapq.heappush(pending, (-field.serial, field))
+            _add(found, pending, field, _Gradient.of(matrix, at.log, at.ties))
     except NoRule as reason:
         return f"theory of gradients ends: {reason}"
     return ""
+
+
+def _add(
+    found: dict[Field, _Gradient], pending: list[tuple[int, Field]], field: Field, new: _Gradient
+) -> None:
+    if field in found:
+        found[field] = found[field].plus(new)
+    else:
+        found[field] = new
+        heapq.heappush(pending, (-field.serial, field))
 
 
 def _fields(value: Value) -> frozenset[Field]:
@@ -364,7 +385,7 @@ def _activation(value: Value, z: Signal) -> Activation | None:
         return activations.linear
     variables: list[Sum] = []
     numbers: list[np.ndarray] = []
-    node = _rules.lifted(value.sum, variables, numbers)
+    node = lifted(value.sum, variables, numbers)
     base, a, b = z.sum.affine
     if variables != [base] or a != 1 or b or any(np.ptp(x) for x in numbers):
         return None
@@ -381,25 +402,25 @@ def _backward_limit(
     """The limit of the gradient at a layer, or the reason why there is none."""
     layer = layers[place]
     own = _own(values, layer)
-    if own is None:
+    if not own:
         value = values[layer.product]
         return value.reason if isinstance(value, Unknown) else "not random"
-    gradient = gradients.get(own)
-    product = own.product
-    assert product is not None
+    gradient = gradients.get(own[0])
+    products = [field.product for field in own if field.product is not None]
     if gradient is None:
         return "the outputs do not depend on it"
     outputs = [v for v in (values[o] for o in program.outputs) if isinstance(v, Signal)]
     top = sum(v.sum.sites for v in outputs)
     with np.errstate(divide="ignore"):
         log_variance = np.log(np.diagonal(gradient.matrix)) + gradient.log
-        weight = float((gradient.matrix * product.gram).sum()) * product.units / product.weights
+        weight = sum(float((gradient.matrix * p.gram).sum()) * p.units for p in products)
+        weight /= sum(p.weights for p in products)
         log_weight = math.log(weight) + gradient.log - 2 * math.log(top)
     above = layer.above
     ratio = np.full_like(log_variance, np.nan)
     if above is not None:
-        next_field = _own(values, layers[above])
-        upper = gradients.get(next_field) if next_field is not None else None
+        next_fields = _own(values, layers[above])
+        upper = gradients.get(next_fields[0]) if next_fields else None
         if upper is not None:
             log_upper = np.log(np.diagonal(upper.matrix)) + upper.log
             if log_upper.shape == log_variance.shape:
@@ -411,18 +432,17 @@ def _backward_limit(
             "log_variance": log_variance,
             "log_ratio": ratio,
             "log_weight_variance": np.asarray(log_weight),
-            "width": np.asarray(float(product.units)),
+            "width": np.asarray(float(products[0].units)),
         }
     )
 
 
-def _own(values: Mapping[int, Value], layer: Layer) -> Field | None:
-    """The field that a layer's product made."""
+def _own(values: Mapping[int, Value], layer: Layer) -> list[Field]:
+    """The fields that a layer's product made: one for each group of the units that it summed."""
     value = values[layer.product]
-    if not isinstance(value, Signal) or len(value.sum.parts) != 1:
-        return None
-    (part,) = value.sum.parts
-    return part if isinstance(part, Field) and part.product is not None else None
+    parts = list(value.sum.parts) if isinstance(value, Signal) else []
+    fields = [p for p in parts if isinstance(p, Field) and p.product is not None]
+    return fields if len(fields) == len(parts) else []
 
 
 def _log_mean(log: np.ndarray) -> float:
