@@ -19,7 +19,7 @@ from gradflow.inspection._layers import Layer
 from gradflow.inspection._model import Model
 from gradflow.inspection._reading import Program
 from gradflow.inspection._scaled import Scaled
-from gradflow.inspection._segments import work
+from gradflow.inspection._segments import compiled, work
 from gradflow.inspection._sites import site_axes
 from gradflow.inspection._walking import Walk
 from gradflow.simulation import _memory, _threefry
@@ -110,7 +110,8 @@ class Chunks:
                 host = self._walked(arguments, keys[:, 2], count)
         self.born = also(self.born, host.pop("born"))
         weights = self.program.arguments["parameters"]
-        sizes = {i: _log_mean_square(arguments[i]) for i in weights if _is_floating(arguments[i])}
+        log_size = compiled("log size", _log_mean_square, 0, 0, self.walk.seconds)
+        sizes = {i: log_size(arguments[i]) for i in weights if _is_floating(arguments[i])}
         return jax.tree.map(lambda x: x[:count], host | {"sizes": jax.device_get(sizes)})
 
     def _walked(self, arguments: dict[int, Any], keys: Array, count: int) -> dict[str, Any]:
@@ -179,8 +180,6 @@ def _network_keys(key: PRNGKeyArray, numbers: Array) -> Array:
     return jax.random.wrap_key_data(jax.random.key_data(keys), impl=impl)
 
 
-@jax.jit
-@jax.vmap
 def _log_mean_square(x: Array) -> Array:
     wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
     peak = jnp.max(jnp.abs(wide), initial=0)
