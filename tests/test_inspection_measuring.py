@@ -336,16 +336,20 @@ def test_where_the_first_nan_comes_from_is_said():
     assert (backward.direction, backward.primitive) == ("backward", "sqrt")
 
 
-def test_gradients_end_at_a_while_loop_and_the_rest_is_measured():
+@pytest.mark.parametrize("where", ["alone", "in a branch"])
+def test_gradients_end_at_a_while_loop_and_the_rest_is_measured(where):
     def init(key):
         return {"a": normal(key, 5, 8), "b": normal(key, 8, 3)}
 
-    def apply(p, x):
-        def halve(h):
-            return h / 2
+    def halved(h):
+        return jax.lax.while_loop(lambda h: jnp.sum(h**2) > 1, lambda h: h / 2, h)
 
+    def apply(p, x):
         h = x @ p["a"]
-        h = h + jax.lax.while_loop(lambda h: jnp.sum(h**2) > 1, halve, h)
+        if where == "alone":
+            h = h + halved(h)
+        else:
+            h = h + jax.lax.cond(jnp.sum(h) > 0, halved, jnp.tanh, h)
         return h @ p["b"]
 
     result = measured(init, apply, X)
@@ -398,6 +402,12 @@ ONE = {"w": jnp.ones((5, 5))}
         (lambda p, x: x @ p["w"], lambda y: y[0], ONE, "loss returns an array of shape"),
         (lambda p, x: jnp.argmax(x @ p["w"], -1), None, ONE, "no floating-point array"),
         (lambda p, x: x @ p["w"], None, {"w": ONE["w"] * jnp.nan}, r"parameters\['w'\] has NaN"),
+        (
+            lambda p, x: jax.pure_callback(np.sin, X, x @ p["w"], vmap_method="expand_dims"),
+            None,
+            ONE,
+            "no reverse derivative of `pure_callback` in net",
+        ),
         (lambda p, x: jnp.sqrt(-(x**2) - 1) @ p["w"], None, ONE, "not finite from its first layer"),
     ],
 )

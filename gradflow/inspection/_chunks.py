@@ -12,8 +12,9 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, PRNGKeyArray
 
+from gradflow.errors import InputError
 from gradflow.inspection import _scaled
-from gradflow.inspection._births import Born, also, born_above, born_below
+from gradflow.inspection._births import Born, also, born_above, born_below, without_derivative
 from gradflow.inspection._drawing import drawing
 from gradflow.inspection._layers import Layer
 from gradflow.inspection._model import Model
@@ -118,7 +119,16 @@ class Chunks:
         """What is measured going up and coming down, and where the first NaN comes from."""
         up = self.walk.up(arguments)
         born = born_above(self.walk, up, count)
-        down = self.walk.down(up.values, self._top(keys))
+        try:
+            down = self.walk.down(up.values, self._top(keys))
+        except (NotImplementedError, TypeError, ValueError) as error:
+            equation = without_derivative(self.walk)
+            if equation is None:
+                raise
+            raise InputError(
+                f"JAX has no reverse derivative of `{equation.primitive}` in "
+                f"{equation.path or self.model.name}; give it one with `jax.custom_vjp`"
+            ) from error
         host = jax.device_get({"up": up.statistics, **down._asdict()})
         finite = host.pop("finite")
         born = born or born_below(self.walk, arguments, lambda: self._top(keys), finite, count)

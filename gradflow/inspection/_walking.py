@@ -18,7 +18,16 @@ from gradflow.inspection._layers import Layer
 from gradflow.inspection._pulling import Pull, Pulled, log_norm
 from gradflow.inspection._reading import Program
 from gradflow.inspection._scaled import Scaled
-from gradflow.inspection._segments import Segment, Stretch, compiled, cut, is_float, rows, stretch
+from gradflow.inspection._segments import (
+    Segment,
+    Stretch,
+    compiled,
+    cut,
+    ends_gradient,
+    is_float,
+    rows,
+    stretch,
+)
 from gradflow.statistics import ForwardSample, Statistic
 
 __all__ = ["Down", "Up", "Walk"]
@@ -108,7 +117,8 @@ class Walk:
         return [
             place
             for place, equation in enumerate(self.program.equations)
-            if equation.primitive == "while"
+            if equation.primitive in ("while", "cond")
+            and ends_gradient(equation)
             and any(i in trained and is_float(self.program.avals[i]) for i in equation.inputs)
         ]
 
