@@ -34,8 +34,8 @@ _WORKING_COPIES = 3
 _PASSES = 4
 # Logarithms by which sites' gradients may differ at one scale; float32 ends at 87.
 _LOGS_APART = 60.0
-# Chunks that networks are cut into at least, so that progress shows.
-_CHUNKS = 2
+# Chunks that networks are cut into at least, so that progress shows; one where they are quick.
+_CHUNKS, _SECONDS_A_CHUNK = 4, 3.0
 
 
 @dataclasses.dataclass
@@ -88,7 +88,8 @@ class Chunks:
         )
         needed = 2 * sum(_bytes(avals[i]) for i in kept) + _WORKING_COPIES * largest
         most = max(1, _memory.available() // 2 // max(1, needed))
-        chunk = min(-(-networks // min(_CHUNKS, networks)), most * count)
+        chunks = 1 if self.walk.seconds < _SECONDS_A_CHUNK else min(_CHUNKS, networks)
+        chunk = min(-(-networks // chunks), most * count)
         return -(-chunk // count) * count if self.parameters is None else 1
 
     def measured(self, numbers: np.ndarray, count: int) -> dict[str, Any]:

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, PRNGKeyArray
 
-from gradflow import statistics
+from gradflow import _compilation, statistics
 from gradflow._programs import Float64Program
 from gradflow.errors import InputError
 from gradflow.inspection._births import Born
@@ -133,12 +133,13 @@ def measure(
     parts = []
     if progress:
         progress(0, networks)
-    while done < networks:
-        count = min(size, networks - done)
-        parts.append(chunks.measured(np.arange(done, done + size), count))
-        done += count
-        if progress:
-            progress(done, networks)
+    with _compilation.caching():
+        while done < networks:
+            count = min(size, networks - done)
+            parts.append(chunks.measured(np.arange(done, done + size), count))
+            done += count
+            if progress:
+                progress(done, networks)
     whole = jax.tree.map(lambda *x: np.concatenate(x), *parts)
     return _result(chunks, whole)
 
