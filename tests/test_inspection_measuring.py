@@ -418,3 +418,11 @@ def test_what_cannot_be_measured_is_said_in_a_sentence(apply, loss, given, words
 
     with pytest.raises(InputError, match=words):
         measured(init, apply, X, loss=loss, given=True)
+
+
+def test_parameters_that_are_drawn_as_nan_are_named():
+    def init(key):
+        return {"w": normal(key, 5, 5), "v": jnp.sqrt(normal(key, 5, 5))}
+
+    with pytest.raises(InputError, match=r"parameters\['v'\] that net draws are not all finite"):
+        measured(init, lambda p, x: x @ p["w"] @ p["v"], X)

@@ -114,7 +114,14 @@ class Chunks:
         weights = self.program.arguments["parameters"]
         log_size = compiled("log size", _log_mean_square, 0, 0, self.walk.seconds)
         sizes = {i: log_size(arguments[i]) for i in weights if _is_floating(arguments[i])}
-        return jax.tree.map(lambda x: x[:count], host | {"sizes": jax.device_get(sizes)})
+        sizes = jax.device_get(sizes)
+        for i, log in sizes.items():
+            if not (log < np.inf).all():
+                raise InputError(
+                    f"parameters{self.program.names[i]} that {self.model.name} draws are not all "
+                    "finite; its initialiser gives NaN or infinite numbers"
+                )
+        return jax.tree.map(lambda x: x[:count], host | {"sizes": sizes})
 
     def _walked(self, arguments: dict[int, Any], keys: Array, count: int) -> dict[str, Any]:
         """What is measured going up and coming down, and where the first NaN comes from."""
