@@ -34,7 +34,7 @@ __all__ = ["Cure", "find", "mended"]
 # Gradients are well if no layer's norm differs from the top's by more than this factor.
 _WELL = math.log(10.0)
 # A cure leaves at most this share of the logarithm, and of units that are saturated.
-_HELPS, _SATURATED = 0.5, 0.5
+_HELPS, _SATURATED = 0.5, 0.3
 # Factors nearer to 1 are not given.
 _NOTABLE = math.log(1.02)
 # Scales that are searched, as logarithms, and how often.
@@ -251,7 +251,8 @@ def _of_group(patient: Patient) -> Scales:
     down = now * slopes[strongest] > 0
     good, bad = (-_WIDEST if down else _WIDEST), 0.0
     end = change(group, good)
-    target = 0.0 if end * now < 0 else math.copysign(_LEFT, now)
+    # What is measured of branches of scale 0 is 0 to rounding, of either sign.
+    target = 0.0 if end * now < 0 and abs(end) > _LEFT else math.copysign(_LEFT, now)
     if not (end - target) * now < 0:
         return {}
     for _ in range(_STEPS):

@@ -149,12 +149,10 @@ class Patient:
         variance = float(np.mean([self.laws[i].variance for i in group]))
         return self.layer_of(leaf).fan_in * variance
 
-    def measured(
-        self, change: Scales | Callable[[PyTree, PyTree], PyTree], networks: int = _NETWORKS
-    ) -> Profile:
+    def measured(self, change: Scales | Callable[[PyTree, PyTree], PyTree]) -> Profile:
         """The profile of the model with its weights scaled, or changed by a function of them."""
         parts: list[Mapping[str, np.ndarray]] = []
-        for parameters, state in self.draws[:networks]:
+        for parameters, state in self.draws:
             if callable(change):
                 changed = change(parameters, state)
             else:
@@ -223,9 +221,9 @@ class Patient:
 
     @functools.cached_property
     def profile(self) -> Callable[[Scales], Profile]:
-        """The profile at any scales: by theory where it reaches, else measured in one network."""
+        """The profile at any scales: by theory where it reaches, else measured."""
         theory = self._profile(self.predicted.values)
-        return self.theory if theory.known else functools.partial(self.measured, networks=1)
+        return self.theory if theory.known else self.measured
 
     def scaled(self, parameters: PyTree, scales: Scales) -> PyTree:
         leaves, tree = jax.tree.flatten(parameters)
