@@ -127,14 +127,33 @@ def terms(sum_: Sum) -> list[tuple[Term, Any, Sum]]:
 
 
 def _mixes_sites(piece: Piece) -> bool:
-    """Whether it is a function of a variable that is not Gaussian, but for a mask that it is times.
-
-    No gradient goes on from a mask.
-    """
+    """Whether it is a function of a variable that is not Gaussian, but for one that it is times."""
     others = {i for i, v in enumerate(piece.variables) if not v.gaussian}
     masks = {f.slots[0] for f in factors(piece) if _multiple(f) is not None}
-    masks = {i for i in masks if not any(f.leads_down for f in piece.variables[i].fields)}
     return not others <= masks
+
+
+def multiples(sum_: Sum) -> list[tuple[Term, Any, Sum]]:
+    """Derivatives by variables that are not Gaussian, which parts of a sum are times.
+
+    Raises
+    ------
+    NoRule
+        If such a variable is not independent of all else in the sum.
+    """
+    found: list[tuple[Term, Any, Sum]] = []
+    for part, map_ in sum_.parts.items():
+        if isinstance(part, Field) or _mixes_sites(part):
+            continue
+        for i, v in enumerate(part.variables):
+            if v.gaussian or not any(f.leads_down for f in v.fields):
+                continue
+            rest = [other.fields for other in sum_.parts if other is not part]
+            rest += [u.fields for j, u in enumerate(part.variables) if j != i]
+            if not all(independent(v.fields, fields) for fields in rest):
+                raise NoRule("a signal beside a multiple of a function of it")
+            found.append((Term(part, i), map_, v))
+    return found
 
 
 def normalised(sum_: Sum) -> list[tuple[Normalised, Any]]:

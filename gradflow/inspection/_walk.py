@@ -286,6 +286,12 @@ def _spread(
     try:
         for batch, map_ in _forcing.normalised(sum_):
             add(batch.x, batch.pulled(map_.T @ at.matrix @ map_), batch.x)
+        for term, map_, variable in _forcing.multiples(sum_):
+            slopes = _forcing.together(term, term)
+            below = (map_.T @ at.matrix @ map_) * slopes
+            reason = _spread(found, pending, variable, _Gradient.of(below, at.log))
+            if reason:
+                return reason
         terms = _forcing.terms(sum_)
         for i, (one, left, of_one) in enumerate(terms):
             for other, right, of_other in terms[: i + 1]:
