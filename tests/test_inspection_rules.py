@@ -140,6 +140,11 @@ def dropped(p, key, x):
     return RELU(h @ p[1]) @ p[2]
 
 
+def pooled_and_dropped(p, key, x):
+    h = RELU(conv(x, p[0])).mean((1, 2))
+    return jnp.where(jax.random.bernoulli(key, 0.7, h.shape), h / 0.7, 0.0) @ p[1]
+
+
 def embedded(p, key, x):
     del key
     return RELU(p[0][x] @ p[1]).sum(1) @ p[2]
@@ -182,6 +187,7 @@ PROGRAMS = {
     ),
     flattened_and_back: ([kernel(3, 3, W), dense(16 * W, 4 * W), kernel(2, W, W)], IMAGES),
     dropped: ([dense(4, W), dense(W, W), dense(W, W)], SERIES[0]),
+    pooled_and_dropped: ([kernel(3, 3, W), dense(W, W)], IMAGES),
     embedded: ([((5, W), 1.0), dense(W, W), dense(W, W)], TOKENS),
     moved_sites: ([dense(4, W), dense(W, W), dense(W, W)], SERIES),
     positions_averaged: ([kernel(3, 3, W), kernel(3, W, W), dense(W, W)], IMAGES),
