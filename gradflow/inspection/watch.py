@@ -369,9 +369,12 @@ _LABELS = {
 
 
 def _leaves(tree: PyTree) -> dict[str, Any]:
-    """The arrays of floats of a tree that are not empty, by path."""
+    """The arrays of floats of a tree that are not empty, by path.
+
+    Flax NNX has them as the ``value`` of a variable in one tree, and as they are in the other.
+    """
     return {
-        jax.tree_util.keystr(path): leaf
+        jax.tree_util.keystr(path).removesuffix(".value"): leaf
         for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]
         if eqx.is_inexact_array(leaf) and leaf.size
     }
