@@ -10,7 +10,7 @@ import numpy as np
 
 from gradflow import activations
 from gradflow.activations import Activation
-from gradflow.inspection._values import Node, constant
+from gradflow.inspection._values import Node, absolute, constant
 
 __all__ = ["activation_of"]
 
@@ -98,7 +98,7 @@ def _kinks(node: Node, numbers: tuple[float, ...]) -> tuple[float, ...]:
         children = one.children
         if name in _EQUAL:
             found.update(_roots(numbers, children[0], children[1]))
-        elif name in _AT_ZERO:
+        elif name in _AT_ZERO or one.value is absolute:
             found.update(_roots(numbers, children[0], constant(0)))
         elif name == "clamp":
             for end in (children[0], children[2]):

@@ -218,6 +218,8 @@ def _linear(name: str, sums: Sequence[Sum], literal: Sequence[bool]) -> Sum | No
 
 def _larger(name: str, one: Sum, two: Sum) -> Sum | None:
     """The larger of two Gaussian signals, (u + v)/2 + |u - v|/2, or the smaller."""
+    if one.affine[0] is two.affine[0] or set(one.parts) == set(two.parts):
+        return None  # it is a function of one variable
     if not (one.parts and two.parts and one.gaussian and two.gaussian):
         return None
     half, other = np.array(0.5), two.scaled(np.array(-1.0), literal=True)
