@@ -1,4 +1,4 @@
-"""What does `gradflow.watch` cost a training, as a ratio of times of one run?
+"""What does `gradflow.watch` cost a training, as a ratio of CPU times of one run?
 
 Each model trains twice, by its optimiser and by `gradflow.watch` of it, in one compiled loop over
 minibatches of random inputs. Both are warm and run in turn, several times; the cost is the median
@@ -66,10 +66,10 @@ def compare(size, steps, every, repeats):
         times = {kind: [] for kind in runs}
         for turn in range(repeats + 1):
             for kind, (run, state) in runs.items():
-                begun = time.perf_counter()
+                begun = time.process_time()
                 jax.block_until_ready(run(p, state))
                 if turn:  # the first one compiles
-                    times[kind].append(1e6 * (time.perf_counter() - begun) / steps)
+                    times[kind].append(1e6 * (time.process_time() - begun) / steps)
         pairs = zip(times["watched"], times["plain"], strict=True)
         rows[name] = {kind: min(all_of) for kind, all_of in times.items()}
         rows[name]["cost"] = float(np.median([slow / fast for slow, fast in pairs])) - 1

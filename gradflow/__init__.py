@@ -19,12 +19,12 @@ theory             predictions for wide networks, layer by layer, without sampli
 simulation         the same statistics, measured in many random networks at once
 verdict            whether gradients vanish or explode, in words and as a factor a layer
 comparison         theory beside simulation: z-scores and a verdict
-inspection         any JAX model, read as it is: measured, predicted and mended
 training           many networks in training, with the statistics of every layer along the way
 data               inputs that are made, read or real, and real ones with labels, to train on
 figures            one function a figure
 spectra            singular values of end-to-end Jacobians, theory beside simulation
 remedies           a network whose gradients vanish or explode, beside each remedy for it
+inspection         any JAX model, read as it is: measured, predicted and mended
 experiments        published experiments on training, repeated
 studies            large grids of networks, described by a file
 cli                the command ``gradflow``
@@ -46,6 +46,9 @@ if TYPE_CHECKING:
     from gradflow.comparison import compare as compare
     from gradflow.ensembles import Ensemble as Ensemble
     from gradflow.errors import InputError as InputError
+    from gradflow.inspection import Inspection as Inspection
+    from gradflow.inspection import inspect as inspect
+    from gradflow.inspection._cure import mended as mended
     from gradflow.inspection.watch import watch as watch
     from gradflow.networks import Network as Network
     from gradflow.networks import Stage as Stage
@@ -72,6 +75,7 @@ _MODULES = {
     "Comparison": "comparison",
     "Ensemble": "ensembles",
     "InputError": "errors",
+    "Inspection": "inspection",
     "Network": "networks",
     "Stage": "networks",
     "Statistic": "statistics",
@@ -82,6 +86,8 @@ _MODULES = {
     "critical_points": "theory.criticality",
     "extreme_singular_values": "simulation.singular_values",
     "log_singular_values": "simulation.singular_values",
+    "inspect": "inspection",
+    "mended": "inspection._cure",
     "mlp": "builders",
     "phase_diagram": "theory.criticality",
     "predict": "theory.float64",

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import equinox as eqx
+import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
@@ -121,7 +122,8 @@ def at_layers(key: str, theory: Prediction, simulation: Simulation) -> Differenc
 def compare_statistic(
     statistic: Statistic,
     here: Differences,
-    simulation: Simulation,
+    estimate: Estimate,
+    dtype: str,
     corrections: Corrections | None,
     threshold: float,
 ) -> StatisticComparison:
@@ -131,12 +133,13 @@ def compare_statistic(
     ----------
     statistic, here
         The statistic and its differences.
-    simulation, corrections
+    estimate, corrections
         Its spread between networks, as measured and by theory, and the effect of the width.
+    dtype
+        That of the networks that were measured.
     threshold
         The z-score beyond which a difference is significant.
     """
-    estimate = simulation.estimates[statistic.key]
     with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
         difference = here.difference
         relative = (
@@ -150,7 +153,7 @@ def compare_statistic(
             )
         )
     # A difference below the rounding of the simulation's floats does not count as one.
-    noise = _ROUNDING * float(np.finfo(simulation.dtype).eps)
+    noise = _ROUNDING * float(jnp.finfo(dtype).eps)
     own_error = estimate.log_standard_error if statistic.log else estimate.standard_error
     shift = theory_deviation = np.full(len(here.z), np.nan)
     if corrections is not None:
@@ -183,7 +186,12 @@ def _underflows(key: str, theory: Prediction, simulation: Simulation) -> np.ndar
 
 
 def differences(
-    statistic: Statistic, predicted: np.ndarray, estimate: Estimate, units: np.ndarray, dtype: str
+    statistic: Statistic,
+    predicted: np.ndarray,
+    estimate: Estimate,
+    units: np.ndarray,
+    dtype: str,
+    numerical: np.ndarray | float = 0.0,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """The measured value, its standard error and z-score; logarithms where they are kept.
 
@@ -197,6 +205,8 @@ def differences(
         How many units there are in all networks: a fraction of them has a binomial error at least.
     dtype
         The simulation's, whose rounding a measurement may carry.
+    numerical
+        The numerical error of theory, in the unit of ``predicted``.
     """
     if statistic.log:
         measured, error = estimate.log_value, estimate.log_standard_error
@@ -205,10 +215,10 @@ def differences(
     if statistic.fraction:
         variance = np.clip(predicted * (1 - predicted), 0, None)
         error = np.maximum(error, np.sqrt(variance / np.maximum(units, 1)))
-    epsilon = float(np.finfo(dtype).eps)
+    epsilon = float(jnp.finfo(dtype).eps)
     # Of a logarithm, the rounding of what it is of, and its own.
     rounding = _ROUNDING * epsilon * (np.abs(predicted) + statistic.logarithmic)
-    rounding += float(np.finfo(dtype).tiny)
+    rounding += float(jnp.finfo(dtype).tiny) + numerical
     with np.errstate(invalid="ignore"):
         z = (measured - predicted) / np.hypot(error, rounding)
     # What has left the float's range is counted and said (the verdict), and not compared; nor are

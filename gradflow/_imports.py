@@ -14,14 +14,14 @@ from typing import Any
 from gradflow._checks import shown
 from gradflow.errors import InputError
 
-__all__ = ["allowed", "function_at"]
+__all__ = ["allowed", "function_at", "object_at"]
 
 _is_allowed: bool | None = False
 
 
 @contextmanager
 def allowed(yes: bool | None) -> Iterator[None]:
-    """Whether `function_at` imports, until the end of a ``with`` statement.
+    """Whether `object_at` imports, until the end of a ``with`` statement.
 
     With None it neither imports nor refuses.
     """
@@ -33,19 +33,26 @@ def allowed(yes: bool | None) -> Iterator[None]:
         _is_allowed = before
 
 
-def function_at(text: str) -> Callable[..., Any] | None:
-    """The function that a text as ``package.module:function`` names; None where it is only named.
+def object_at(text: str, name: str) -> Any:
+    """What a text as ``package.module:function`` names; None where it is only named.
 
     The current directory is searched first, as by ``python -m``.
+
+    Parameters
+    ----------
+    text
+        The module and the name in it.
+    name
+        The argument that it is for.
 
     Raises
     ------
     InputError
-        If importing is not allowed, the module is not found or cannot be imported, or it has no
-        such function.
+        If importing is not allowed, the module is not found or cannot be imported, or it has
+        nothing of this name.
     """
-    module, _, name = (part.strip() for part in text.partition(":"))
-    given = f"activation is {shown(text)}"
+    module, _, inner = (part.strip() for part in text.partition(":"))
+    given = f"{name} is {shown(text)}"
     if _is_allowed is None:
         return None
     if not _is_allowed:
@@ -53,8 +60,8 @@ def function_at(text: str) -> Callable[..., Any] | None:
             f"{given}, a function to import, and nothing is imported here; --allow-imports lets a "
             "study file import, and in Python the function itself is given"
         )
-    if not all(part.isidentifier() for part in (*module.split("."), *name.split("."))):
-        raise InputError(f"{given}; it is module:function, as my_activations:wave")
+    if not all(part.isidentifier() for part in (*module.split("."), *inner.split("."))):
+        raise InputError(f"{given}; it is module:function, as my_module:my_function")
     here = str(Path.cwd())
     if here not in sys.path:
         sys.path.insert(0, here)
@@ -62,15 +69,27 @@ def function_at(text: str) -> Callable[..., Any] | None:
         value: Any = importlib.import_module(module)
     except ModuleNotFoundError as error:
         raise InputError(f"{given}, and there is no module {error.name!r}") from error
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         reason = " ".join(str(error).split())
         raise InputError(
             f"{given}, and importing {module!r} raised {type(error).__name__}: {reason[:200]}"
         ) from error
-    for part in name.split("."):
+    for part in inner.split("."):
         if not hasattr(value, part):
-            raise InputError(f"{given}, and {module!r} has no {name!r}")
+            raise InputError(f"{given}, and {module!r} has no {inner!r}")
         value = getattr(value, part)
-    if not callable(value):
-        raise InputError(f"{given}, which is {shown(value)}; it is a function")
+    return value
+
+
+def function_at(text: str, name: str = "activation") -> Callable[..., Any] | None:
+    """The function that a text as ``package.module:function`` names; None where it is only named.
+
+    Raises
+    ------
+    InputError
+        As `object_at` does, or if it is no function.
+    """
+    value = object_at(text, name)
+    if value is not None and not callable(value):
+        raise InputError(f"{name} is {shown(text)}, which is {shown(value)}; it is a function")
     return value

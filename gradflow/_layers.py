@@ -72,11 +72,11 @@ class BackwardSample(eqx.Module):
     mean cost over the inputs; ``width`` is n_l.
     """
 
-    log_norm: Float[Array, "*layers sites"]
-    log_ratio: Float[Array, "*layers sites"]
-    log_weight_norm: Float[Array, "*layers"]
-    width: Float[Array, "*layers"]
-    weights: Float[Array, "*layers"]
+    log_norm: Float[Array | np.ndarray, "*layers sites"]
+    log_ratio: Float[Array | np.ndarray, "*layers sites"]
+    log_weight_norm: Float[Array | np.ndarray, "*layers"]
+    width: Float[Array | np.ndarray, "*layers"]
+    weights: Float[Array | np.ndarray, "*layers"]
 
 
 class BackwardLimit(eqx.Module):

@@ -325,7 +325,14 @@ def compare_results(
     threshold = significance_threshold(simulation.networks, count)
     by_statistic = {}
     for statistic, here in compared.items():
-        one = compare_statistic(statistic, here, simulation, corrections, threshold)
+        one = compare_statistic(
+            statistic,
+            here,
+            simulation.estimates[statistic.key],
+            simulation.dtype,
+            corrections,
+            threshold,
+        )
         explained = one.matches_correction(threshold) | _explained_by_other_widths(
             here,
             [at_layers(statistic.key, predicted, measured) for measured, predicted in narrower],

@@ -129,7 +129,7 @@ def read_in_all_ways(folder, tmp_path):
     return said, table.read_bytes() if table.exists() else b""
 
 
-@pytest.mark.medium
+@pytest.mark.slow
 def test_whatever_is_damaged_is_one_sentence_and_is_made_again(
     whole, other, tmp_path, monkeypatch, capsys
 ):

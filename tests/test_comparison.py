@@ -168,7 +168,7 @@ def test_blocks_are_all_constructible_without_arguments():
         assert len(block().distributions) == block().n_weights
 
 
-@pytest.mark.medium
+@pytest.mark.slow
 def test_a_plain_initialiser_is_simulated_at_other_widths_too():
     """Widths of 4 and 2 are drawn inside a traced program, where their variance is measured."""
 

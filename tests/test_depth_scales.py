@@ -125,7 +125,7 @@ def repeated(tmp_path_factory):
 
 
 @pytest.mark.parametrize("scale", DEPTH_SCALES)
-@pytest.mark.medium
+@pytest.mark.slow
 def test_standard_errors_are_those_of_repeated_studies(repeated, scale):
     """Forty estimates of each rate scatter as their standard errors say, or by less.
 

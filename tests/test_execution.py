@@ -143,7 +143,10 @@ class Crash(BaseException):
 
 
 @pytest.mark.medium
-@pytest.mark.parametrize("operation", ["fsync", "replace", "unlink"])
+@pytest.mark.parametrize(
+    "operation",
+    ["fsync", *(pytest.param(name, marks=pytest.mark.slow) for name in ("replace", "unlink"))],
+)
 def test_ended_at_any_file_operation_it_goes_on_to_the_same_bits(
     reference, tmp_path, monkeypatch, operation
 ):
@@ -262,7 +265,7 @@ def test_points_and_networks_may_be_added_and_nothing_else(tmp_path):
     assert xarray.load_dataset(tmp_path / "grown" / "results.nc").attrs["title"] == "another title"
 
 
-@pytest.mark.medium
+@pytest.mark.slow
 def test_networks_along_an_axis_may_be_added_and_not_taken_away(tmp_path):
     """Points have their own numbers; more of some is another round, fewer of one is refused."""
 
@@ -390,7 +393,13 @@ def test_shares_of_hosts_that_do_not_meet_are_merged_to_the_whole(reference, tmp
 
 
 @pytest.mark.medium
-@pytest.mark.parametrize("axes", ["sigma_w2 first", "sigma_w2 last", "a seed"])
+@pytest.mark.parametrize(
+    "axes",
+    [
+        "sigma_w2 last",
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ("sigma_w2 first", "a seed")),
+    ],
+)
 def test_results_that_are_put_together_in_parts_are_the_same(tmp_path, monkeypatch, axes):
     text = TEXT.replace("[[axes]]", '[[axes]]\nactivation = ["tanh", "relu"]\n[[axes]]', 1).replace(
         'activation = "tanh"', "", 1
@@ -424,7 +433,7 @@ def test_seeds_of_32_bits_are_coordinates(tmp_path):
     assert found.seed.values.tolist() == [0, 4_000_000_000]
 
 
-@pytest.mark.medium
+@pytest.mark.slow
 def test_what_is_no_set_of_shares_is_not_merged(reference, tmp_path):
     first, second = tmp_path / "first", tmp_path / "second"
     run(first, share=Share(0, 2))
@@ -561,7 +570,7 @@ def test_devices_and_processes_change_nothing_but_the_rounding(tmp_path):
     soon = os.environ.get("XLA_FLAGS", "")  # as other tests' programs are compiled
     file = tmp_path / "study.toml"
     file.write_text(TEXT.replace("networks = 20", "networks = 2000"))
-    for devices in (1, 2, 8):
+    for devices in (1, 8):
         out = tmp_path / f"{devices} devices"
         code, _, said = wait(
             begin(file, out, flags=f"{soon} --xla_force_host_platform_device_count={devices}")

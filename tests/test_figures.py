@@ -2,6 +2,7 @@
 
 import functools
 
+import inspections
 import jax
 import numpy as np
 import pytest
@@ -60,6 +61,7 @@ def drawn(dataset):
     at = np.array([10.0, 100.0])
     return {
         **{name: draw(family) for name, draw in figures.OF_COMPARISONS.items()},
+        **inspections.found(inspections.residual()).figures(),
         "chi_against_width": figures.chi_against_width(
             {"tanh": (at, at / 50)}, {"tanh": (at, at / 50, at / 1000)}, 50.0
         ),
@@ -90,7 +92,9 @@ def drawn(dataset):
 def test_every_figure_has_labels_a_legend_and_points_with_error_bars(dataset, tmp_path):
     made = drawn(dataset)
     in_training = set(figures._training.__all__)  # drawn by test_experiments
-    assert set(made) == set(figures.__all__) - in_training - {"Figure", "OF_COMPARISONS", "save"}
+    assert set(made) == set(figures.__all__) - in_training - {
+        *("Figure", "OF_COMPARISONS", "OF_INSPECTIONS", "save")
+    }
     for name, figure in made.items():
         for axes in (a for a in figure.axes if a.get_visible() and a.get_label() != "<colorbar>"):
             assert axes.get_title(), name
@@ -145,7 +149,7 @@ def phases(activation, sigma_w=(0.5, 3.0), sigma_b=(0, 1), points=24):
     ("activation", "sigma_w", "sigma_b"),
     [
         ("tanh", (0.5, 3.0), (0, 1)),
-        ("tanh", (0.9, 1.1), (0, 0.02)),
+        pytest.param("tanh", (0.9, 1.1), (0, 0.02), marks=pytest.mark.slow),
         pytest.param("gelu", (0.5, 3.0), (0, 1), marks=pytest.mark.slow),
     ],
 )

@@ -1,4 +1,4 @@
-"""The theory of a program that is read, beside `theory.mean_field` of the network it was made of."""
+"""The theory of a program that is read, beside `theory.mean_field` of the network it came from."""
 
 import jax
 import jax.numpy as jnp

@@ -77,7 +77,7 @@ def test_comparisons_are_those_of_confront_with_the_points_key(finished):
         "tanh, Glorot",
         "linear, Glorot",
     ]
-    for number in (0, 4, 8):
+    for number in (0, 4):
         point, ours = study.point(number), list(found.values())[number]
         theirs = comparison.compare(
             point.network(),

@@ -137,7 +137,7 @@ def test_propagation_composes_with_jit_vmap_and_grad(case):
 
 
 @pytest.mark.medium
-@pytest.mark.parametrize("weights", ["glorot", "he"])
+@pytest.mark.parametrize("weights", ["glorot", pytest.param("he", marks=pytest.mark.slow)])
 def test_relu_networks_are_right_at_depth_10_000(weights):
     """Reference table 6a's law: given survival, each layer's log gain has a known mean.
 

@@ -287,10 +287,10 @@ def test_gru_with_weights_drawn_anew_meets_its_theory():
     ("block", "width"),
     [
         (GRU(9), 9),
-        (GRU(9, reset_bias=None), 9),
-        (LSTM(9), 18),
-        (Residual(Dense(units=9)), 9),
-        (Chain((Residual(Dense(units=9)), LayerNorm())), 9),
+        pytest.param(GRU(9, reset_bias=None), 9, marks=pytest.mark.slow),
+        pytest.param(LSTM(9), 18, marks=pytest.mark.slow),
+        pytest.param(Residual(Dense(units=9)), 9, marks=pytest.mark.slow),
+        pytest.param(Chain((Residual(Dense(units=9)), LayerNorm())), 9, marks=pytest.mark.slow),
     ],
     ids=lambda x: type(x).__name__,
 )

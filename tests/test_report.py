@@ -141,7 +141,7 @@ def figures_of(page):
     return [html.unescape(c) for c in re.findall("<figcaption>(.*?)</figcaption>", page, re.DOTALL)]
 
 
-@pytest.mark.medium
+@pytest.mark.slow
 def test_depth_scales_are_maps_over_a_plane_and_a_row_of_the_table(deep):
     page = _report.page(deep)
     (caption,) = (c for c in figures_of(page) if "Depth scales" in c)

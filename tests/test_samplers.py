@@ -21,8 +21,9 @@ WANTED = (
     *(statistics.log_gradient_norm, statistics.weight_gradient_variance),
 )
 # Widths of a dozen: the relative spread between networks is of order one.
-SQUARE = (9, *[12] * 6)
-RECTANGULAR = (5, 12, 8, 8, 16, 6)
+# Each shape of matrix that is another program, once: wider, narrower, as wide.
+SQUARE = (12,) * 7
+RECTANGULAR = (5, 12, 8, 8)
 
 CASES = [
     ("tanh", 1, SQUARE, "gaussian"),

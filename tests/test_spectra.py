@@ -190,7 +190,7 @@ def _small_chunks(monkeypatch):
     )
 
 
-@pytest.mark.medium
+@pytest.mark.slow
 @pytest.mark.usefixtures("_small_chunks")
 def test_interrupted_it_ends_in_the_same_bits_and_other_chunks_change_the_rounding(
     tmp_path, monkeypatch
@@ -308,7 +308,7 @@ def test_theory_is_offered_where_q_stays_put_and_zeros_are_an_atom():
         assert np.isfinite(settled["shares"]).all()
 
 
-@pytest.mark.medium
+@pytest.mark.slow
 def test_an_atom_at_an_edge_is_not_compared(tmp_path):
     """Of orthogonal linear networks with σ_w = 1 rounding decides on which side of 1 they are."""
     text = LINEAR.replace("= 1.1", "= 1.0").replace("= 300", "= 3").replace("= 100", "= 10")

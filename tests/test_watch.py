@@ -147,16 +147,22 @@ def test_sharded_weights_are_recorded_where_they_are():
     np.testing.assert_allclose(record.log_norms[0, 0], np.log(np.linalg.norm(np.asarray(p["w"]))))
 
 
-def test_the_first_step_that_is_not_finite_is_exact():
+@pytest.mark.parametrize(
+    ("where", "seen"),
+    [((slice(None), 2), 7), ((1, slice(None)), 7), ((1, 2), 10)],  # one entry: when recorded
+)
+def test_the_first_step_that_is_not_finite_is_said(where, seen):
     good = jax.tree.map(jnp.ones_like, parameters())
     record = Record.begin(good, every=10)
-    bad = eqx.tree_at(lambda p: p["first"]["w"], good, good["first"]["w"].at[1, 1].set(jnp.inf))
+    bad = eqx.tree_at(lambda p: p["first"]["w"], good, good["first"]["w"].at[where].set(jnp.inf))
     for step in range(12):
         record = record.observe(good, bad if step >= 7 else good, good)
     dataset = record.to_xarray()
-    assert list(dataset.first_nonfinite.values) == [-1, 7, -1]
+    assert list(dataset.first_nonfinite.values) == [-1, seen, -1]
     assert dataset.nonfinite.values.tolist() == [[False] * 3, [False, True, False]]
-    assert record.sentences() == ("The gradient of ['first']['w'] is not finite first at step 7.",)
+    assert record.sentences() == (
+        f"The gradient of ['first']['w'] is not finite first at step {seen}.",
+    )
 
 
 def scaled(record, *factors):
@@ -180,6 +186,25 @@ def test_a_gradient_that_leaves_the_start_is_said_with_its_step():
     assert len(scaled(begun, 1, 1e-2, 0.09).sentences(factor=10.0)) == 1
     (zero,) = scaled(begun, 0, 0).sentences()
     assert zero == "The gradient of ['last']['w'] is 0 at every recorded step."
+
+
+class Inspected:
+    """What an inspection found, its loss being e^2 times as large as that of the training."""
+
+    log_gradient_norms = {f"['params']{name}": 2.0 + math.log(4) / 2 for name in NAMES}
+
+
+def test_a_gradient_is_compared_with_what_an_inspection_found():
+    p = {
+        "first": {"w": jnp.ones(4), "b": jnp.ones(4)},
+        "last": {"w": jnp.full(4, 1e-4)},
+    }
+    record = Record.begin(p, every=1).observe(p, p, p)
+    assert record.sentences() == ()
+    assert record.sentences(Inspected()) == (
+        "The gradient of ['last']['w'] is below 1/1000 of what the inspection found at the start, "
+        "since step 0: 0.0001 of it at step 0.",
+    )
 
 
 def test_gradients_that_all_fall_have_one_sentence():
@@ -230,6 +255,8 @@ def test_equinox_modules_are_pytrees():
         ),
         (lambda p: Record.of(optax.adam(1.0).init(p)), "state has 0 records"),
         (lambda p: Record.begin(p).sentences(factor=1.0), "factor is 1.0; it is a number above 1"),
+        (lambda p: Record.begin(p).sentences(3), "inspection is 3; it is what gradflow.inspect"),
+        (lambda _: Record.begin([np.ones(1)]).sentences(Inspected()), "has no gradient of"),
         (lambda p: jax.jit(lambda r: len(r.sentences()))(Record.begin(p)), "is being traced"),
         (
             lambda p: gradflow.watch(optax.sgd(1.0)).update(

@@ -15,6 +15,7 @@ from gradflow import _cache_folder, _imports
 from gradflow.cli import (  # each adds its commands
     _comparing,  # noqa: F401
     _correlating,  # noqa: F401
+    _inspecting,  # noqa: F401
     _noting,  # noqa: F401
     _process,
     _studying,  # noqa: F401

@@ -12,6 +12,8 @@ import typer
 from rich.table import Table
 
 from gradflow._checks import check_count
+from gradflow._files import write_netcdf
+from gradflow._tables import number, percent, table
 from gradflow.cli._options import (
     Json,
     Out,
@@ -27,15 +29,7 @@ from gradflow.cli._options import (
     results_folder,
     shape_label,
 )
-from gradflow.cli._output import (
-    number,
-    percent,
-    show,
-    show_progress,
-    table,
-    write_json,
-    write_netcdf,
-)
+from gradflow.cli._output import show, show_progress, write_json
 
 if TYPE_CHECKING:
     import xarray

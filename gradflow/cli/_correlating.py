@@ -8,6 +8,8 @@ import typer
 from rich.table import Table
 
 from gradflow._checks import check_count
+from gradflow._files import write_netcdf
+from gradflow._tables import digits, table
 from gradflow.cli._options import (
     Json,
     Out,
@@ -18,7 +20,7 @@ from gradflow.cli._options import (
     results_folder,
     variances,
 )
-from gradflow.cli._output import digits, finite_or_text, show, table, write_netcdf
+from gradflow.cli._output import finite_or_text, show
 
 # Bytes that a correlation takes while it is computed, rounded up.
 _POINT = 10_000

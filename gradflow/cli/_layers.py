@@ -9,8 +9,9 @@ import typer
 from rich.table import Table
 
 from gradflow._checks import check_count
+from gradflow._tables import number, percent, table
 from gradflow.cli._options import check_depth, chosen_inputs, is_given, shape_label
-from gradflow.cli._output import finite_or_text, number, percent, show, table
+from gradflow.cli._output import finite_or_text, show
 from gradflow.errors import InputError
 
 # Options of networks that `theory` answers by fixed points; any other makes it go layer by layer.

@@ -8,6 +8,8 @@ import typer
 from rich.table import Table
 
 from gradflow._checks import check_count
+from gradflow._files import write_netcdf
+from gradflow._tables import table
 from gradflow.cli._comparing import comparison_as_json, first_middle_last
 from gradflow.cli._options import (
     Json,
@@ -19,7 +21,7 @@ from gradflow.cli._options import (
     given_folder,
     shape_label,
 )
-from gradflow.cli._output import show, table, write_json, write_netcdf
+from gradflow.cli._output import show, write_json
 from gradflow.cli._running import run
 
 if TYPE_CHECKING:

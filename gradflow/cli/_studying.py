@@ -9,7 +9,8 @@ import typer
 from rich.table import Table
 
 from gradflow._checks import check_count
-from gradflow._files import complete
+from gradflow._files import complete, write_netcdf, write_text
+from gradflow._tables import table
 from gradflow.cli import _noting
 from gradflow.cli._options import (
     Json,
@@ -21,7 +22,7 @@ from gradflow.cli._options import (
     is_given,
     writable_file,
 )
-from gradflow.cli._output import make_console, show, table, write_netcdf, write_text
+from gradflow.cli._output import make_console, show
 from gradflow.cli._running import distributed, duration, run
 from gradflow.errors import InputError
 

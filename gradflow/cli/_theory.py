@@ -9,6 +9,8 @@ import typer
 from rich.table import Table
 
 from gradflow._checks import check_count
+from gradflow._files import write_netcdf
+from gradflow._tables import digits, table, table_of_values
 from gradflow.cli._layers import is_plain, show_layers, some_layers
 from gradflow.cli._options import (
     LARGEST_DEVIATION,
@@ -26,14 +28,7 @@ from gradflow.cli._options import (
     shape_label,
     variances,
 )
-from gradflow.cli._output import (
-    digits,
-    finite_or_text,
-    show,
-    table,
-    table_of_values,
-    write_netcdf,
-)
+from gradflow.cli._output import finite_or_text, show
 from gradflow.cli._words import words
 from gradflow.errors import InputError
 

@@ -12,6 +12,8 @@ import typer
 from rich.table import Table
 from typer.core import TyperCommand
 
+from gradflow._files import write_netcdf
+from gradflow._tables import table
 from gradflow.cli._options import (
     Json,
     Out,
@@ -21,7 +23,7 @@ from gradflow.cli._options import (
     options_name,
     writable_folder,
 )
-from gradflow.cli._output import show, show_progress, table, write_netcdf
+from gradflow.cli._output import show, show_progress
 from gradflow.cli._process import say
 from gradflow.errors import InputError
 

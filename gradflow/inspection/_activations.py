@@ -10,7 +10,8 @@ import numpy as np
 
 from gradflow import activations
 from gradflow.activations import Activation
-from gradflow.inspection._values import Node, absolute, constant
+from gradflow.inspection._nodes import Node, constant
+from gradflow.inspection._values import absolute
 
 __all__ = ["activation_of"]
 
@@ -25,7 +26,6 @@ _GRID = np.concatenate([-_HALF[::-1], [0.0], _HALF])
 # Not smooth where its arguments are equal, where its argument is 0, and where it switches.
 _EQUAL = frozenset({"max", "min", "gt", "ge", "lt", "le", "eq", "ne"})
 _AT_ZERO = frozenset({"abs", "sign"})
-_STEPS = frozenset({"floor", "ceil", "round", "rem"})
 
 
 @functools.lru_cache(maxsize=1 << 12)

@@ -33,7 +33,11 @@ class Elementwise:
     @property
     def key(self) -> Any:
         """Equal for functions that compute the same."""
-        return self.steps and (self.steps.key, self.output)
+        return self.steps and (
+            self.steps.key,
+            self.output,
+            *(numbers.tobytes() for numbers in self.steps.packed),
+        )
 
     def with_slope(self, z: Array) -> tuple[Array, Array]:
         """φ(z) and φ'(z), for an array of the layer's shape; traceable."""

@@ -10,10 +10,10 @@ from jaxtyping import PRNGKeyArray
 from gradflow.inspection._model import Model
 from gradflow.inspection._reading import Program
 
-__all__ = ["Law", "laws", "of_draws"]
+__all__ = ["NETWORKS", "Law", "laws", "of_draws"]
 
 # Networks that a law is measured from, and draws of a leaf that has many entries.
-_NETWORKS, _ENTRIES = 8, 1 << 16
+NETWORKS, _ENTRIES = 8, 1 << 16
 # A mean within so many of its standard errors is taken as 0.
 _SIGMAS = 5.0
 
@@ -42,7 +42,7 @@ class Law:
 
 
 def laws(
-    model: Model, program: Program, key: PRNGKeyArray, *, networks: int = _NETWORKS
+    model: Model, program: Program, key: PRNGKeyArray, *, networks: int = NETWORKS
 ) -> dict[int, Law]:
     """The law of each leaf of the parameters, by its number in the program.
 

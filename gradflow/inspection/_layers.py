@@ -106,7 +106,7 @@ def layers(program: Program) -> list[Layer]:
                 parameter=parameter,
             )
         )
-    return _named(program, found)
+    return _with_above(program, _named(program, found))
 
 
 def _operands(
@@ -234,6 +234,33 @@ def _leaf(program: Program, producers: dict[int, int], weights: int) -> int:
             seen.add(value)
             pending += program.equations[producers[value]].inputs
     return weights
+
+
+def _with_above(program: Program, found: list[Layer]) -> list[Layer]:
+    """The layers, each with the place of the only one above it, if it is a chain to there."""
+    products = {layer.product: place for place, layer in enumerate(found)}
+    below: dict[int, frozenset[int]] = {}  # of each value the layers it is made of, nearest ones
+    takers: list[set[int]] = [set() for _ in found]
+    branched: set[int] = set()
+    for equation in program.equations:
+        parts = frozenset[int]().union(*(below.get(i, frozenset()) for i in equation.inputs))
+        layer = products.get(equation.outputs[0])
+        if len(parts) > 1:
+            branched |= parts
+        if layer is not None:
+            for part in parts:
+                takers[part].add(layer)
+            parts = frozenset({layer})
+        if parts:
+            below.update(dict.fromkeys(equation.outputs, parts))
+    for value in program.outputs:
+        branched |= below.get(value, frozenset())
+    return [
+        dataclasses.replace(layer, above=next(iter(taking)))
+        if len(taking) == 1 and place not in branched
+        else layer
+        for place, (layer, taking) in enumerate(zip(found, takers, strict=True))
+    ]
 
 
 def _named(program: Program, found: list[Layer]) -> list[Layer]:

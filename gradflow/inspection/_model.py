@@ -5,7 +5,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-from jaxtyping import PRNGKeyArray, PyTree
+from jaxtyping import Array, PRNGKeyArray, PyTree
 
 __all__ = ["Model"]
 
@@ -39,7 +39,7 @@ class Model:
     traceable: bool = True
     mode: str = ""
 
-    def draw(self, keys: PRNGKeyArray) -> tuple[PyTree, PyTree]:
+    def draw(self, keys: Array) -> tuple[PyTree, PyTree]:
         """Parameters and state of many networks: every leaf has a leading axis of networks."""
         if self.init is None:
             raise ValueError(f"{self.name} has no law of its weights")

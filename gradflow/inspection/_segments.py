@@ -8,14 +8,17 @@ networks at a time, by `jax.vmap`.
 """
 
 import dataclasses
+import functools
+import math
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
+from gradflow import _compilation
 from gradflow.inspection._layers import Layer
 from gradflow.inspection._reading import Equation, Program
 
@@ -23,8 +26,8 @@ __all__ = ["Segment", "Stretch", "cut", "is_float", "stretch"]
 
 # Equations that a segment has at most: what compiles in about a second.
 _MOST_EQUATIONS = 100
-# What no gradient passes.
-_ENDS = frozenset({"while", "stop_gradient"})
+_LONG = 30.0  # seconds of a run that optimisations are worth
+_SECONDS_AN_ELEMENT, _SECONDS_A_TERM = 2e-9, 2e-10  # of an equation, and of a product
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,6 +49,23 @@ class Segment:
     layers: tuple[int, ...]
 
 
+class _Step(NamedTuple):
+    """An equation with the names of its inputs and outputs, and of where it begins to slice."""
+
+    equation: Equation
+    ins: tuple[int, ...]
+    outs: tuple[int, ...]
+    start: int | None = None
+
+    def evaluate(self, env: dict[int, Any], operands: list[Any]) -> tuple[Any, ...]:
+        """Its outputs, where a slice begins at a value and not at a constant."""
+        if self.start is None:
+            return self.equation.evaluate(*operands)
+        params, start = self.equation.params, env[self.start]
+        sizes = np.subtract(params["limit_indices"], params["start_indices"])
+        return (jax.lax.dynamic_slice(operands[0], list(start), sizes),)
+
+
 @dataclasses.dataclass(frozen=True)
 class Stretch:
     """Equations with names of their own: inputs are 0, 1, …; equal keys compute the same.
@@ -53,48 +73,101 @@ class Stretch:
     Attributes
     ----------
     key
-        Hashable: the primitives, their parameters, wiring, shapes and inlined constants.
+        Hashable: the primitives, their parameters, wiring and shapes. Constants of one number and
+        where slices begin are not in it, so that layers that differ in these are one program.
     steps
-        Each equation with the names of its inputs and outputs.
+        The equations.
     constants
-        Inlined ones, by name.
+        Those by name that are no inputs.
     names
         The name of each value of the program.
     """
 
     key: tuple[Any, ...]
-    steps: tuple[tuple[Equation, tuple[int, ...], tuple[int, ...]], ...]
-    constants: dict[int, Any]
+    steps: tuple[_Step, ...]
+    constants: dict[int, np.ndarray]
     names: dict[int, int]
 
+    @functools.cached_property
+    def packed(self) -> list[np.ndarray]:
+        """The constants' numbers, one array for each dtype."""
+        return [
+            np.concatenate([self.constants[name].reshape(-1) for name in names])
+            for names in self._by_dtype.values()
+        ]
+
+    @functools.cached_property
+    def _by_dtype(self) -> dict[str, list[int]]:
+        found: dict[str, list[int]] = {}
+        for name, constant in self.constants.items():
+            found.setdefault(str(constant.dtype), []).append(name)
+        return found
+
+    def _unpacked(self, packed: Sequence[Any]) -> dict[int, Any]:
+        env = {}
+        for names, numbers in zip(self._by_dtype.values(), packed, strict=True):
+            first = 0
+            for name in names:
+                size, shape = self.constants[name].size, self.constants[name].shape
+                env[name] = numbers[first : first + size].reshape(shape)
+                first += size
+        return env
+
     def run(
-        self, values: Sequence[Any], taps: dict[int, tuple[int, Any]] | None = None
+        self,
+        values: Sequence[Any],
+        packed: Sequence[Any] | None = None,
+        taps: dict[int, tuple[int, Any]] | None = None,
     ) -> dict[int, Any]:
         """Every value by its name; traceable.
 
-        ``taps`` are arrays that are added to an operand, by the place of the equation: the place
-        among its operands, and the array.
+        ``packed`` are the constants, its own without it. ``taps`` are arrays that are added to an
+        operand, by the place of the equation: the place among its operands, and the array.
         """
-        env = {**self.constants, **dict(enumerate(values))}
-        for place, (equation, ins, outs) in enumerate(self.steps):
-            operands = [env[i] for i in ins]
+        constants = self.constants if packed is None else self._unpacked(packed)
+        env = {**constants, **dict(enumerate(values))}
+        for place, step in enumerate(self.steps):
+            operands = [env[i] for i in step.ins]
             if taps and place in taps:
                 operand, tap = taps[place]
                 operands[operand] += tap
-            if equation.primitive in _ENDS:
+            if ends_gradient(step.equation):
                 operands = [jax.lax.stop_gradient(x) if is_float(x) else x for x in operands]
-            env.update(zip(outs, equation.evaluate(*operands), strict=True))
+            env.update(zip(step.outs, step.evaluate(env, operands), strict=True))
         return env
 
     def sources(self, output: int, floats: frozenset[int]) -> tuple[set[int], set[int]]:
         """Names that a gradient at ``output`` reaches, among floats; and places of equations."""
         reached, places = {output}, set()
         for place in range(len(self.steps) - 1, -1, -1):
-            equation, ins, outs = self.steps[place]
-            if equation.primitive not in _ENDS and not reached.isdisjoint(outs):
+            step = self.steps[place]
+            if not ends_gradient(step.equation) and not reached.isdisjoint(step.outs):
                 places.add(place)
-                reached.update(i for i in ins if i in floats)
+                reached.update(i for i in step.ins if i in floats)
         return reached, places
+
+
+def ends_gradient(equation: Equation) -> bool:
+    """Whether no gradient passes: a `while` loop, also in a branch, or where the user stops it."""
+    if equation.primitive == "cond":
+        return "while[" in equation.signature[1]
+    return equation.primitive in ("while", "stop_gradient")
+
+
+def work(program: Program) -> float:
+    """Seconds of one core that evaluating a program takes for one network, roughly."""
+    total = 0.0
+    for equation in program.equations:
+        size = sum(math.prod(program.avals[i].shape) for i in equation.outputs)
+        terms = 0.0
+        if equation.primitive in ("dot_general", "conv_general_dilated"):
+            left, right = (math.prod(program.avals[i].shape) for i in equation.inputs)
+            terms = (left * right * size) ** 0.5
+        if equation.primitive == "conv_general_dilated":
+            channels = equation.params["dimension_numbers"].out_spec[1]
+            terms = right * size / max(1, program.avals[equation.outputs[0]].shape[channels])
+        total += _SECONDS_AN_ELEMENT * size + _SECONDS_A_TERM * terms
+    return total
 
 
 def is_float(value: Any) -> bool:
@@ -103,7 +176,7 @@ def is_float(value: Any) -> bool:
 
 
 def cut(program: Program, layers: Sequence[Layer]) -> list[Segment]:
-    """The segments of a program, in an order of data flow: one for each layer, and the rest.
+    """The segments of a program, in an order of data flow: of each layer, and of each output.
 
     Each has what its layer needs and none before it has made, so that paths side by side are
     segments of their own, and each may have a scale of its own.
@@ -111,9 +184,8 @@ def cut(program: Program, layers: Sequence[Layer]) -> list[Segment]:
     producers, consumers = program.producers(), program.consumers()
     taken: dict[int, int] = {}  # the segment of each equation
     groups: list[list[int]] = []
-    ends = [[layer.preactivation] for layer in layers]
-    for values in [*ends, list(program.outputs)]:
-        for piece in _pieces(program, _needed(program, producers, values, taken)):
+    for end in [*(layer.preactivation for layer in layers), *program.outputs]:
+        for piece in _pieces(program, _needed(program, producers, end, taken)):
             taken.update(dict.fromkeys(piece, len(groups)))
             groups.append(piece)
     at_z = {layer.preactivation: place for place, layer in enumerate(layers)}
@@ -147,11 +219,11 @@ def cut(program: Program, layers: Sequence[Layer]) -> list[Segment]:
 
 
 def _needed(
-    program: Program, producers: dict[int, int], values: list[int], taken: dict[int, int]
+    program: Program, producers: dict[int, int], value: int, taken: dict[int, int]
 ) -> list[int]:
-    """Places of the equations that these values need and no segment has."""
+    """Places of the equations that a value needs and no segment has."""
     found: set[int] = set()
-    pending = list(values)
+    pending = [value]
     while pending:
         place = producers.get(pending.pop())
         if place is not None and place not in taken and place not in found:
@@ -182,10 +254,12 @@ def _is_inlined(program: Program, value: int) -> bool:
 
 
 def stretch(program: Program, equations: Sequence[Equation], inputs: Sequence[int]) -> Stretch:
-    """Equations with names of their own; constants that are no inputs are inlined."""
+    """Equations with names of their own; constants that are no inputs become its own."""
     names = {value: name for name, value in enumerate(inputs)}
-    constants: dict[int, Any] = {}
-    steps, key = [], []
+    constants: dict[int, np.ndarray] = {}
+    steps: list[_Step] = []
+    key: list[Any] = []
+    free = len(inputs) + sum(len(e.inputs) + len(e.outputs) for e in equations)
     for equation in equations:
         for value in equation.inputs:
             if value not in names:
@@ -195,24 +269,38 @@ def stretch(program: Program, equations: Sequence[Equation], inputs: Sequence[in
         for value in equation.outputs:
             names.setdefault(value, len(names))
         outs = tuple(names[i] for i in equation.outputs)
-        steps.append((equation, ins, outs))
-        key.append((equation.signature, ins, outs))
+        signature, start = equation.signature, None
+        if equation.primitive == "slice" and set(equation.params["strides"] or (1,)) == {1}:
+            start = free + len(steps)
+            constants[start] = np.asarray(equation.params["start_indices"], np.int32)
+            signature = ("slice", program.avals[equation.outputs[0]].shape)
+        steps.append(_Step(equation, ins, outs, start))
+        key.append((signature, ins, outs))
     avals = tuple((program.avals[i].shape, str(program.avals[i].dtype)) for i in inputs)
-    inlined = tuple((n, str(c.dtype), c.shape, c.tobytes()) for n, c in constants.items())
-    return Stretch((tuple(key), avals, inlined), tuple(steps), constants, names)
+    shapes = tuple((n, str(c.dtype), c.shape) for n, c in constants.items())
+    return Stretch((tuple(key), avals, shapes), tuple(steps), constants, names)
 
 
 _PROGRAMS: dict[Any, Callable] = {}
 _MOST_PROGRAMS = 1000
 
 
-def compiled(key: Any, function: Callable, in_axes: Any, out_axes: Any) -> Callable:
-    """The function over networks, jitted; one that computes the same where there was one."""
-    key = (key, str(in_axes), str(out_axes))
+def compiled(key: Any, function: Callable, in_axes: Any, out_axes: Any, seconds: float) -> Callable:
+    """The function over networks, jitted; one that computes the same where there was one.
+
+    ``seconds`` is how long all programs of its walk will run: how well they are to be compiled.
+    """
+    options = _compilation.options(seconds)
+    if options and seconds < _LONG:
+        # These programs are products, which are not compiled, and short elementwise loops: those
+        # run as fast at level 1, and compile in three quarters of the time.
+        options = {"xla_backend_optimization_level": "1", **options}
+    key = (key, str(in_axes), str(out_axes), str(options))
     if key not in _PROGRAMS:
         if len(_PROGRAMS) >= _MOST_PROGRAMS:
             _PROGRAMS.pop(next(iter(_PROGRAMS)))
-        _PROGRAMS[key] = jax.jit(jax.vmap(function, in_axes=in_axes, out_axes=out_axes))
+        over_networks = jax.vmap(function, in_axes=in_axes, out_axes=out_axes)
+        _PROGRAMS[key] = jax.jit(over_networks, compiler_options=options)
     return _PROGRAMS[key]
 
 

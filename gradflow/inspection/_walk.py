@@ -63,12 +63,15 @@ class Predicted:
         Of each layer why something of it is not known; empty where all is.
     ends
         Where and why theory first ends; None where it does not.
+    activations
+        Of each layer φ, where it is one function of z that is Gaussian; else None.
     """
 
     values: dict[str, np.ndarray]
     error: dict[str, np.ndarray]
     reasons: tuple[str, ...]
     ends: str | None
+    activations: tuple[Activation | None, ...] = ()
 
 
 def predict(
@@ -106,7 +109,11 @@ def predict(
         for up, down in zip(forward, backward, strict=True)
     )
     error = {key: np.where(np.isnan(x), np.nan, 0.0) for key, x in out.items()}
-    return Predicted(out, error, reasons, ends)
+    phis = tuple(
+        up.activation if isinstance(up, _Limit) and up.arrays["gaussian"] else None
+        for up in forward
+    )
+    return Predicted(out, error, reasons, ends, phis)
 
 
 # Upwards -----------------------------------------------------------------------------------------

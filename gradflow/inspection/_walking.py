@@ -6,20 +6,28 @@ and pulls each back by itself: those of two values may lie further apart than a 
 
 import dataclasses
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from gradflow._norms import unit_rows
-from gradflow.inspection import _scaled
 from gradflow.inspection._elementwise import Elementwise, elementwise
 from gradflow.inspection._layers import Layer
+from gradflow.inspection._pulling import Pull, Pulled, log_norm
 from gradflow.inspection._reading import Program
 from gradflow.inspection._scaled import Scaled
-from gradflow.inspection._segments import Segment, Stretch, compiled, cut, is_float, rows, stretch
+from gradflow.inspection._segments import (
+    Segment,
+    Stretch,
+    compiled,
+    cut,
+    ends_gradient,
+    is_float,
+    rows,
+    stretch,
+)
 from gradflow.statistics import ForwardSample, Statistic
 
 __all__ = ["Down", "Up", "Walk"]
@@ -45,7 +53,7 @@ class Down(NamedTuple):
     parameters
         By leaf, or step of a leaf: log ‖∂C/∂θ‖, (networks, 2).
     finite
-        By segment: whether the cotangents of its inputs are finite, (networks, inputs).
+        By segment, from the last: whether its inputs' cotangents are finite, (networks, inputs).
     """
 
     gradients: dict[int, Array]
@@ -67,12 +75,15 @@ class Walk:
     axes
         Of each value whose sites do not mix the axis of the batch, along which every site's
         cotangent has a scale of its own.
+    seconds
+        How long it will take for all networks, on one core, roughly.
     """
 
     program: Program
     layers: Sequence[Layer]
     wanted: tuple[Statistic, ...]
     axes: Mapping[int, int] = dataclasses.field(default_factory=dict)
+    seconds: float = 1.0
 
     @functools.cached_property
     def segments(self) -> list[Segment]:
@@ -82,6 +93,10 @@ class Walk:
     @functools.cached_property
     def _stretches(self) -> list[Stretch]:
         return [stretch(self.program, s.equations, s.inputs) for s in self.segments]
+
+    @functools.cached_property
+    def _packed(self) -> list[Any]:
+        return [jax.device_put(local.packed) for local in self._stretches]
 
     @functools.cached_property
     def _varying(self) -> frozenset[int]:
@@ -102,7 +117,8 @@ class Walk:
         return [
             place
             for place, equation in enumerate(self.program.equations)
-            if equation.primitive == "while"
+            if equation.primitive in ("while", "cond")
+            and ends_gradient(equation)
             and any(i in trained and is_float(self.program.avals[i]) for i in equation.inputs)
         ]
 
@@ -144,11 +160,13 @@ class Walk:
     def up(self, arguments: Mapping[int, Any]) -> Up:
         """Every value that segments hand on, the statistics of each layer, and what is finite."""
         values: dict[int, Any] = {**self._constants, **arguments}
+        each = next(values[i] for i in arguments if i in self._varying)  # an axis of networks
         statistics: dict[int, Array] = {}
         finite: list[Array] = []
         for number, segment in enumerate(self.segments):
             program = self._up_programs[number]
-            outputs, rows_of, flags = program([values[i] for i in segment.inputs])
+            entering = [values[i] for i in segment.inputs]
+            outputs, rows_of, flags = program(entering, self._packed[number], each)
             values.update(zip(segment.outputs, outputs, strict=True))
             statistics.update(zip(segment.layers, rows_of, strict=True))
             finite.append(flags)
@@ -177,20 +195,25 @@ class Walk:
             n for n, i, v in zip(names, segment.outputs, varying, strict=True)
             if v and is_float(self.program.avals[i])
         ]  # fmt: skip
-        in_axes = ([0 if i in self._varying else None for i in segment.inputs],)
+        in_axes = ([0 if i in self._varying else None for i in segment.inputs], None, 0)
         out_axes = ([0 if v else None for v in varying], 0, 0)
         key: Any = ("up", local.key, tuple(names), tuple(checked), self.wanted)
         key += tuple((name, units, reading.key) for name, units, reading in readings)
         wanted = self.wanted
 
-        def up(values: list[Array]) -> tuple[list[Array], list[Array], Array]:
-            env = local.run(values)
+        def up(values: list[Any], packed: Any, each: Any) -> tuple[list[Any], list[Array], Array]:
+            del each
+            env = local.run(values, packed)
             read = [_measured(env[name], units, piece, wanted) for name, units, piece in readings]
             finite = [jnp.all(jnp.isfinite(env[name])) for name in checked]
             flags = jnp.stack(finite) if finite else jnp.ones(0, bool)
             return [env[name] for name in names], read, flags
 
-        return compiled(key, up, in_axes, out_axes)
+        return compiled(key, up, in_axes, out_axes, self.seconds)
+
+    def of_network(self, values: Mapping[int, Any], value: int, network: int) -> Any:
+        """A value of one network."""
+        return values[value][network] if value in self._varying else values[value]
 
     # Down ----------------------------------------------------------------------------------------
 
@@ -198,7 +221,18 @@ class Walk:
         """Gradients from the cotangents of the outputs, by number; ``values`` is used up."""
         found = Down({}, {}, {}, {})
         cotangents = dict(top)
+        for _ in self.descend(values, cotangents, found):
+            pass
+        for value in self.leaves.keys() & cotangents.keys():
+            found.parameters[value] = _log_norms(cotangents[value])
+        return found
+
+    def descend(
+        self, values: dict[int, Any], cotangents: dict[int, Scaled], found: Down
+    ) -> Iterator[int]:
+        """Walk down, segment by segment: the number of each, before its cotangents are pulled."""
         for number in range(len(self.segments) - 1, -1, -1):
+            yield number
             segment = self.segments[number]
             given = [i for i in segment.outputs if i in cotangents]
             plan = self._down_program(number, given, cotangents)
@@ -206,6 +240,7 @@ class Walk:
                 program, result, sums = plan
                 out = program(
                     [values[i] for i in segment.inputs],
+                    self._packed[number],
                     [cotangents[i] for i in given],
                     [cotangents[i] for i in sums],
                 )
@@ -219,13 +254,10 @@ class Walk:
             for value in segment.outputs:
                 cotangents.pop(value, None)
                 values.pop(value, None)
-        for value in self.leaves.keys() & cotangents.keys():
-            found.parameters[value] = _log_norms(cotangents[value])
-        return found
 
     def _down_program(
         self, number: int, given: list[int], cotangents: Mapping[int, Any]
-    ) -> "tuple[Any, _Pulled, list[int]] | None":
+    ) -> "tuple[Any, Pulled, list[int]] | None":
         """The program that pulls the given cotangents back, what it returns, and what it adds to.
 
         None where nothing below is trained.
@@ -244,7 +276,7 @@ class Walk:
 
     def _plan(
         self, number: int, given: tuple[int, ...], sums: tuple[int, ...]
-    ) -> "tuple[Any, _Pulled, list[int]] | None":
+    ) -> "tuple[Any, Pulled, list[int]] | None":
         segment, local = self.segments[number], self._stretches[number]
         apart = segment.equations[0].primitive == "unstack"
         if not given or (apart and segment.outputs[0] in self.leaves):
@@ -256,10 +288,10 @@ class Walk:
         leaves = [i for i in wanted if i in self.leaves and self._first_use[i] == number]
         kept = [i for i in wanted if i not in leaves]
         added = [i for i in sums if i in wanted]
-        made = {i: p for p, (e, _, _) in enumerate(local.steps) for i in e.outputs}
+        made = {i: p for p, step in enumerate(local.steps) for i in step.equation.outputs}
         products = [i for i in segment.products if made[self.layers[i].product] in places]
         at_z = [i for i in segment.layers if self.layers[i].preactivation in given]
-        pull = _Pull(
+        pull = Pull(
             local=local,
             given=tuple(local.names[i] for i in given),
             sums=tuple(local.names[i] for i in added),
@@ -276,134 +308,21 @@ class Walk:
                 if i in self.axes
             ),
         )
-        in_axes = ([0 if i in self._varying else None for i in segment.inputs], 0, 0)
+        in_axes = ([0 if i in self._varying else None for i in segment.inputs], None, 0, 0)
         function = pull.apart if apart else pull.back
-        program = compiled(("down", apart, pull.key), function, in_axes, 0)
-        return program, _Pulled(kept, leaves, at_z, products, ()), added
+        program = compiled(("down", apart, pull.key), function, in_axes, 0, self.seconds)
+        return program, Pulled(kept, leaves, at_z, products, ()), added
 
     def _tap(self, local: Stretch, layer: int, place: int) -> tuple[int, int, Any]:
         """The place of a layer's product, which operand its weights are, their shape and dtype."""
         weights = self.layers[layer].weights
-        return place, local.steps[place][0].inputs.index(weights), self.program.avals[weights]
-
-
-class _Pulled(NamedTuple):
-    """What a program of a walk down returns, or the numbers that it is of."""
-
-    kept: Any  # cotangents of inputs
-    leaves: Any  # log norms of those of the parameters' leaves that are whole
-    layers: Any
-    products: Any
-    finite: Any
-
-
-@dataclasses.dataclass(frozen=True)
-class _Pull:
-    """The pull-back of a segment, by its own names of values."""
-
-    local: Stretch
-    given: tuple[int, ...]  # outputs that have cotangents
-    sums: tuple[int, ...]  # inputs that have one already, to be added to
-    kept: tuple[int, ...]  # inputs whose cotangents go on
-    leaves: tuple[int, ...]  # inputs whose cotangents are complete, and only measured
-    taps: tuple[tuple[int, int, Any], ...]  # place, operand, shape of each product's weights
-    reads: tuple[tuple[int, tuple[int, ...]], ...]  # pre-activations, with their units
-    reached: tuple[tuple[int, frozenset[int], frozenset[int]], ...]
-    axes: tuple[tuple[int, int], ...]
-
-    @property
-    def key(self) -> tuple[Any, ...]:
-        """What it computes: all but the names that the program has for it."""
-        others = (self.given, self.sums, self.kept, self.leaves, self.reads, self.axes)
-        taps = tuple((p, o, aval.shape, str(aval.dtype)) for p, o, aval in self.taps)
-        return (self.local.key, *others, taps)
-
-    def back(self, values: list[Array], given: list[Scaled], sums: list[Scaled]) -> _Pulled:
-        """Pull each output's cotangent back, and add what comes to each input."""
-        axes = dict(self.axes)
-        parts: dict[Any, list[Scaled]] = {name: [] for name in (*self.kept, *self.leaves)}
-        for name, total in zip(self.sums, sums, strict=True):
-            if name in parts:
-                parts[name].append(total)
-        tapped: dict[int, list[Scaled]] = {place: [] for place, _, _ in self.taps}
-        reached = {name: pair for name, *pair in self.reached}
-        for output, cotangent in zip(self.given, given, strict=True):
-            names, places = reached[output]
-            inputs = [name for name in (*self.kept, *self.leaves) if name in names]
-            taps = [tap for tap in self.taps if tap[0] in places]
-            of_sites = [name for name in inputs if output in axes and name in axes]
-            if of_sites:
-                grads, _ = self._vjp(values, output, of_sites, [], cotangent.unit)
-                for name, grad in grads.items():
-                    parts[name].append(Scaled(grad, cotangent.high, cotangent.low))
-            others = [name for name in inputs if name not in of_sites]
-            if others or taps:
-                unit, high, low = _scaled.relative(cotangent, axes.get(output))
-                grads, weights = self._vjp(values, output, others, taps, unit)
-                for name, grad in grads.items():
-                    parts[name].append(Scaled(grad, high, low))
-                for place, grad in weights.items():
-                    tapped[place].append(Scaled(grad, high, low))
-        kept = [_scaled.added(parts[name], axes.get(name)) for name in self.kept]
-        leaves = [_log_norm(parts[name]) for name in self.leaves]
-        products = [_log_norm(tapped[place]) for place, _, _ in self.taps]
-        finite = [jnp.all(jnp.isfinite(part.unit)) for part in kept]
-        flags = jnp.stack(finite) if finite else jnp.ones(0, bool)
-        return _Pulled(kept, leaves, self._rows(given), products, flags)
-
-    def _vjp(
-        self,
-        values: list[Array],
-        output: int,
-        inputs: list[int],
-        taps: list[tuple[int, int, Any]],
-        unit: Array,
-    ) -> tuple[dict[int, Array], dict[int, Array]]:
-        """The pull-back of one output's cotangent to inputs, and to the weights of products."""
-
-        def value(some: dict[int, Array], tapped: dict[int, Array]) -> Array:
-            entering = [some.get(name, v) for name, v in enumerate(values)]
-            at = {place: (operand, tapped[place]) for place, operand, _ in taps}
-            return self.local.run(entering, at)[output]
-
-        some = {name: values[name] for name in inputs}
-        zeros = {place: jnp.zeros(aval.shape, aval.dtype) for place, _, aval in taps}
-        return jax.vjp(value, some, zeros)[1](unit)
-
-    def _rows(self, given: list[Scaled]) -> list[Array]:
-        """The log norms over units at each pre-activation, (2, sites) each."""
-        axes, out = dict(self.axes), []
-        cotangents = dict(zip(self.given, given, strict=True))
-        for name, units in self.reads:
-            part = cotangents[name]
-            norm = unit_rows(rows(part.unit, units))[1]
-            high, low = (
-                rows(jnp.broadcast_to(log, part.unit.shape), units)[:, 0]
-                for log in _scaled.spread(part, axes.get(name))
-            )
-            out.append(jnp.stack(_scaled.plus(high, low, norm)))
-        return out
-
-    def apart(self, values: list[Array], given: list[Scaled], sums: list[Scaled]) -> _Pulled:
-        """Of an array that a loop takes apart: the cotangents of the steps, put together."""
-        del values
-        name = self.kept[0]
-        steps = dict(zip(self.given, given, strict=True))
-        _, _, outs = self.local.steps[0]
-        whole = _scaled.stacked([steps.get(out) for out in outs], dict(self.axes).get(name))
-        parts = [whole, *sums]
-        kept = _scaled.added(parts, dict(self.axes).get(name))
-        return _Pulled([kept], [], [], [], jnp.all(jnp.isfinite(kept.unit))[None])
-
-
-def _log_norm(parts: list[Scaled]) -> Array:
-    return jnp.stack(_scaled.log_norm(_scaled.added(parts, None)))[:, 0]
+        return place, local.steps[place].equation.inputs.index(weights), self.program.avals[weights]
 
 
 @jax.jit
 @jax.vmap
 def _log_norms(part: Scaled) -> Array:
-    return _log_norm([part])
+    return log_norm([part])
 
 
 def _measured(

@@ -10,7 +10,7 @@ Either way ``record.to_xarray()`` and ``record.sentences()``.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import equinox as eqx
@@ -57,7 +57,9 @@ class Record(eqx.Module):
         Natural logarithms of the norms of each leaf's gradient, of the leaf, and of its update, at
         the recorded steps; -inf where all is 0, NaN where something is not finite.
     first_nonfinite
-        The first step at which a leaf's gradient was not finite; -1 where there is none.
+        The first step at which a leaf's gradient was seen not to be finite; -1 where there is none.
+        At recorded steps all of it is looked at, at others its first row and column: what is not
+        finite spreads along these, and to all that is computed a step later.
     names
         The leaves' paths, by `jax.tree_util.keystr`; leaves that are not floats are left out.
     every
@@ -141,29 +143,43 @@ class Record(eqx.Module):
         ----------
         parameters
             Those before the update.
-        gradients, updates
-            Trees of the same paths; an update is what is added to its parameter.
+        gradients
+            A tree of the same paths.
+        updates
+            What is added to the parameters, the same.
 
         Raises
         ------
         InputError
             If a leaf of the record is missing in a tree, or has another shape there.
+
+        Notes
+        -----
+        Where weights are overwritten in place (`jax.lax.scan`, donated arguments) it costs a copy
+        of them, unless their update depends on the record, as that of `watch` does.
         """
-        trees = {"parameters": parameters, "gradients": gradients, "updates": updates}
-        p, g, u = (self._named(name, tree) for name, tree in trees.items())
-        for name, tree in (("gradients", g), ("updates", u)):
-            _check_shapes(self.names, p, name, tree)
-        finite = jnp.stack([jnp.all(jnp.isfinite(leaf)) for leaf in g])
-        first = jnp.where((self.first_nonfinite < 0) & ~finite, self.step, self.first_nonfinite)
-        stride, log_norms = jax.lax.cond(
+        return self._observe(parameters, gradients, lambda: updates)
+
+    def _observe(
+        self, parameters: PyTree, gradients: PyTree, updates: Callable[[], PyTree]
+    ) -> "Record":
+        """`observe`, where only recorded steps compute the updates."""
+        p, g = self._named("parameters", parameters), self._named("gradients", gradients)
+        _check_shapes(self.names, p, "gradients", g)
+
+        def recorded(log_norms: Array) -> tuple[Array, ...]:
+            u = self._named("updates", updates())
+            _check_shapes(self.names, p, "updates", u)
+            return _recorded(self.step, self.stride, log_norms, (g, p, u))
+
+        stride, log_norms, all_finite = jax.lax.cond(
             self.step % self.stride == 0,
-            _recorded,
-            _as_it_is,
-            self.step,
-            self.stride,
+            recorded,
+            lambda log_norms: (self.stride, log_norms, jnp.ones(len(g), bool)),
             self.log_norms,
-            (g, p, u),
         )
+        finite = all_finite & jnp.stack([_seems_finite(leaf) for leaf in g])
+        first = jnp.where((self.first_nonfinite < 0) & ~finite, self.step, self.first_nonfinite)
         return Record(self.step + 1, stride, log_norms, first, self.names, self.every)
 
     def _named(self, argument: str, tree: PyTree) -> list[Array]:
@@ -182,8 +198,7 @@ class Record(eqx.Module):
 
         ``log_gradient_norm``, ``log_parameter_norm``, ``log_update_norm`` (natural logarithms),
         ``update_ratio`` (‖Δw‖/‖w‖), ``nonfinite`` (whether one of the three was not finite), and
-        ``first_nonfinite`` over ``parameter``: the first of all steps, recorded or not, whose
-        gradient was not finite, -1 for none. With an axis ``network`` in front where the training
+        ``first_nonfinite`` over ``parameter``. With an axis ``network`` in front where the training
         was under `jax.vmap`.
 
         Raises
@@ -242,7 +257,8 @@ class Record(eqx.Module):
         Raises
         ------
         InputError
-            If the factor is no number above 1, or the record is being traced.
+            If the factor is no number above 1, the inspection is of another model, or the record
+            is being traced.
         """
         check_number("factor", factor, positive=True)
         if factor <= 1:
@@ -324,8 +340,20 @@ def watch(optimiser: Any, every: int = 100) -> optax.GradientTransformationExtra
                 "parameters is None; a watched optimiser's update takes gradients, state, and the "
                 "parameters"
             )
-        updates, inner = optimiser.update(gradients, state.inner, parameters, **extra)
-        return updates, _Watched(inner, state.record.observe(parameters, gradients, updates))
+
+        def updates(gradients: PyTree) -> tuple[PyTree, PyTree]:
+            return optimiser.update(gradients, state.inner, parameters, **extra)
+
+        # The update is computed twice at recorded steps, so that others need not keep it.
+        record = state.record._observe(parameters, gradients, lambda: updates(gradients)[0])
+        # And after the record: what it reads would else be copied before it is overwritten.
+        after = record.stride > 0  # always, which XLA cannot know
+        updated, inner = updates(
+            jax.tree.map(
+                lambda g: jnp.where(after, g, 0) if eqx.is_inexact_array(g) else g, gradients
+            )
+        )
+        return updated, _Watched(inner, record)
 
     return optax.GradientTransformationExtraArgs(init, update)
 
@@ -336,7 +364,7 @@ _LABELS = {
     "log_update_norm": "natural logarithm of the norm of the update",
     "update_ratio": "norm of the update over that of the parameter",
     "nonfinite": "whether gradient, parameter or update is not finite",
-    "first_nonfinite": "first step whose gradient was not finite, -1 for none",
+    "first_nonfinite": "first step whose gradient was seen not to be finite, -1 for none",
 }
 
 
@@ -376,28 +404,48 @@ def _log_norm(leaf: Array) -> Array:
 
 def _recorded(
     step: Array, stride: Array, log_norms: Array, leaves: tuple[list[Array], ...]
-) -> tuple[Array, Array]:
-    """The stride and the record with this step; every second of its steps when it is full."""
+) -> tuple[Array, Array, Array]:
+    """The stride, the record with this step, and whether each gradient is finite.
+
+    When the record is full every second of its steps is dropped.
+    """
     rows = len(log_norms)
     row = jnp.stack([jnp.stack([_log_norm(leaf) for leaf in kind]) for kind in leaves], axis=-1)
     at = step // stride
     log_norms = log_norms.at[at].set(row)
     full = at == rows - 1
     half = jnp.concatenate([log_norms[::2], jnp.full_like(log_norms[::2], jnp.nan)])
-    return jnp.where(full, 2 * stride, stride), jnp.where(full, half, log_norms)
+    finite = ~jnp.isnan(row[:, 0])
+    return jnp.where(full, 2 * stride, stride), jnp.where(full, half, log_norms), finite
 
 
-def _as_it_is(
-    step: Array, stride: Array, log_norms: Array, leaves: tuple[list[Array], ...]
-) -> tuple[Array, Array]:
-    del step, leaves
-    return stride, log_norms
+def _seems_finite(leaf: Array) -> Array:
+    """Whether the first row and column of a leaf are finite: all takes too long."""
+    leaf = jnp.atleast_1d(leaf)
+    row, column = leaf[(0,) * (leaf.ndim - 1)], leaf[..., :1]
+    return jnp.all(jnp.isfinite(row)) & jnp.all(jnp.isfinite(column))
 
 
 def _expected(inspection: Any, names: tuple[str, ...]) -> np.ndarray:
-    """The logarithms of norms of gradients at the start that an inspection measured, by leaf."""
-    known: Mapping[str, float] = inspection.log_gradient_norms
-    return np.array([known.get(name, math.nan) for name in names])
+    """The logarithms of norms of gradients at the start that an inspection measured, by leaf.
+
+    A path may be the end of the other: what is trained may be a part of what was inspected.
+    """
+    known = getattr(inspection, "log_gradient_norms", None)
+    if not isinstance(known, Mapping):
+        raise InputError(f"inspection is {shown(inspection)}; it is what gradflow.inspect made")
+    found = []
+    for name in names:
+        same = [one for one in known if one == name] or [
+            one for one in known if one.endswith(name) or name.endswith(one)
+        ]
+        found.append(known[same[0]] if len(same) == 1 else math.nan)
+    if not np.isfinite(found).any():
+        raise InputError(
+            f"inspection has no gradient of {names[0]} or another leaf of the record; it is of the "
+            "model that is trained"
+        )
+    return np.array(found)
 
 
 def _sentences(

@@ -89,8 +89,8 @@ _FUSED = define_prng_impl(
 )
 
 
-def fused(key: PRNGKeyArray) -> PRNGKeyArray:
-    """Return the key whose numbers are the same, drawn so; a key of another kind as it is."""
+def fused(key: Array) -> Array:
+    """Return the key, or keys, whose numbers are the same, drawn so; of another kind as it is."""
     if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
         key = jax.random.wrap_key_data(key)  # an old-style raw key
     if str(jax.random.key_impl(key)) != "threefry2x32":

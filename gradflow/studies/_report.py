@@ -1,18 +1,11 @@
-"""The report of a study: one page of HTML without other files, from its labelled results.
+"""The report of a study: one page of HTML without other files, from its labelled results."""
 
-Figures are SVG in the page itself; there is no script, and no address that a browser would open.
-Every text that comes from a file is escaped.
-"""
-
-import html
-import io
 import itertools
 import json
 import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-import matplotlib
 import numpy as np
 import scipy.stats
 import xarray
@@ -20,6 +13,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from gradflow import figures, statistics
+from gradflow._pages import facts, figure_part, number, page_of, safe, table
 from gradflow.figures import _study
 from gradflow.figures._drawing import COLOURS, MARKERS
 from gradflow.figures._study import MOST_Z
@@ -53,61 +47,21 @@ def page(dataset: xarray.Dataset) -> str:
     title = dataset.attrs["title"] or "A study without a title"
     rows = [_results.agreement(dataset, name) for name in _results.compared(dataset)]
     parts = [
-        f"<h1>{_safe(title)}</h1>",
-        f"<p class=question>{_safe(dataset.attrs['question'])}</p>",
+        f"<h1>{safe(title)}</h1>",
+        f"<p class=question>{safe(dataset.attrs['question'])}</p>",
         f"<p>{_method()}</p>",
         _facts(dataset),
         "<h2>Theory against measurement</h2>",
         f"<p>{_verdict([row for row in rows if row['statistic'] in _names(dataset)])}</p>",
         _agreement_table(rows),
         *_gradient_table(dataset),
-        *(_figure(figure, caption) for figure, caption in _figures(dataset)),
+        *(figure_part(figure, caption) for figure, caption in _figures(dataset)),
         "<h2>Where they disagree most</h2>",
         _worst_table(dataset),
         "<h2>How to make it again</h2>",
         _reproduction(dataset),
     ]
-    return _PAGE.format(title=_safe(title), style=_STYLE, body="\n".join(parts))
-
-
-_STYLE = """
-body { font: 16px/1.5 system-ui, sans-serif; color: #111; margin: 0 auto; padding: 1rem;
-  max-width: 62rem; overflow-wrap: break-word; }
-h1 { font-size: 1.6rem; line-height: 1.2; margin: .5rem 0; }
-h2 { font-size: 1.2rem; margin: 2rem 0 .5rem; }
-.question { font-size: 1.1rem; color: #444; white-space: pre-line; }
-.wide { overflow-x: auto; }
-table { border-collapse: collapse; font-size: .875rem; font-variant-numeric: tabular-nums; }
-th, td { padding: .25rem .75rem .25rem 0; text-align: right; border-bottom: 1px solid #ddd; }
-th { border-bottom-color: #888; vertical-align: bottom; }
-th.text, td.text { text-align: left; }
-td { white-space: nowrap; }
-td.text { white-space: normal; }
-figure { margin: 1.5rem 0; }
-figure svg { width: 100%; height: auto; max-width: var(--width); display: block;
-  min-width: min(var(--width), 36rem); }
-figcaption { font-size: .875rem; color: #444; }
-pre { background: #f4f4f4; padding: .75rem; overflow-x: auto; font-size: .8125rem; }
-@media print { body { max-width: none; } figure, tr { break-inside: avoid; }
-  pre { white-space: pre-wrap; } }
-"""
-_PAGE = """<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{title}</title>
-<style>{style}</style>
-</head>
-<body>
-{body}
-</body>
-</html>
-"""
-
-
-def _safe(text: object) -> str:
-    return html.escape(str(text), quote=True)
+    return page_of(title, parts)
 
 
 def _names(dataset: xarray.Dataset) -> list[str]:
@@ -116,10 +70,6 @@ def _names(dataset: xarray.Dataset) -> list[str]:
 
 def _axes(dataset: xarray.Dataset) -> list[str]:
     return list(dataset.attrs["axes"].split())
-
-
-def _number(value: Any) -> str:
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def _method() -> str:
@@ -133,7 +83,7 @@ def _method() -> str:
 def _facts(dataset: xarray.Dataset) -> str:
     axes = _axes(dataset)
     drawn = json.loads(dataset.attrs["drawn_with"])
-    facts = {
+    of = {
         "grid": " × ".join(f"{axis} ({dataset.sizes[axis]})" for axis in axes) or "one point",
         "networks": f"{dataset.attrs['networks']:.0f} in all, in {dataset.attrs['dtype']}",
         "layers": str(dataset.sizes["layer"]),
@@ -143,8 +93,7 @@ def _facts(dataset: xarray.Dataset) -> str:
             for d in drawn
         ),
     }
-    lines = (f"<tr><th class=text>{_safe(k)}<td class=text>{_safe(v)}" for k, v in facts.items())
-    return f"<div class=wide><table>{''.join(lines)}</table></div>"
+    return facts(of)
 
 
 def _samplers(reasons: Sequence[str]) -> str:
@@ -175,18 +124,9 @@ def _verdict(rows: Sequence[dict[str, Any]]) -> str:
     return f"{sentence}."
 
 
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]], texts: Sequence[int] = (0,)) -> str:
-    def cells(tag: str, row: Sequence[str]) -> str:
-        classes = (" class=text" if column in texts else "" for column in range(len(row)))
-        return "".join(f"<{tag}{c}>{_safe(cell)}" for c, cell in zip(classes, row, strict=True))
-
-    body = "".join(f"<tr>{cells('td', row)}" for row in rows)
-    return f"<div class=wide><table><tr>{cells('th', head)}{body}</table></div>"
-
-
 def _agreement_table(rows: Sequence[dict[str, Any]]) -> str:
     head = ("statistic", "values", f"|z| < {_results.LARGE:g}", "with the width's effect")
-    return _table(
+    return table(
         (*head, "largest |z|"),
         [
             (
@@ -194,7 +134,7 @@ def _agreement_table(rows: Sequence[dict[str, Any]]) -> str:
                 str(row["values"]),
                 _percent(row["within"]),
                 _percent(row["within_finite_width"]),
-                _number(row["largest_z"]),
+                number(row["largest_z"]),
             )
             for row in rows
         ],
@@ -226,7 +166,7 @@ def _gradient_table(dataset: xarray.Dataset) -> list[str]:
         "layer to layer 1; here a change of less than twofold over all layers is 'critical'."
     )
     head = ("where", "a layer, measured", "theory", "over all layers", "gradients")
-    return ["<h2>What becomes of the gradient</h2>", f"<p>{about}</p>", _table(head, rows, (0, 4))]
+    return ["<h2>What becomes of the gradient</h2>", f"<p>{about}</p>", table(head, rows, (0, 4))]
 
 
 def _change(log_norm: np.ndarray) -> tuple[float, int]:
@@ -257,9 +197,9 @@ def _worst_table(dataset: xarray.Dataset) -> str:
     return (
         "<p>By their distance in standard errors from theory, with the first order in 1/width "
         "where it is known.</p>"
-    ) + _table(
+    ) + table(
         ("statistic", "where", "measured", "theory", "z", "z with the width"),
-        [(name, where, *map(_number, values)) for _, name, where, *values in rows[:_WORST]],
+        [(name, where, *map(number, values)) for _, name, where, *values in rows[:_WORST]],
         texts=(0, 1),
     )
 
@@ -268,23 +208,7 @@ def _reproduction(dataset: xarray.Dataset) -> str:
     return (
         "<p>With this file as <code>study.toml</code>, and the versions above, "
         "<code>gradflow study study.toml --out DIR</code> draws the same networks: "
-        f"{_safe(dataset.attrs['key'])}.</p><pre>{_safe(dataset.attrs['study'])}</pre>"
-    )
-
-
-# Figures.
-
-
-def _figure(figure: Figure, caption: str) -> str:
-    """Return a figure as part of a page: SVG without prolog and date, its identifiers its own."""
-    buffer = io.StringIO()
-    with matplotlib.rc_context({"svg.hashsalt": caption, "svg.fonttype": "path"}):
-        figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
-    svg = buffer.getvalue()
-    width = f"{figure.get_figwidth():g}in"
-    return (
-        f'<figure style="--width: {width}"><div class=wide>{svg[svg.index("<svg") :]}</div>'
-        f"<figcaption>{_safe(caption)}</figcaption></figure>"
+        f"{safe(dataset.attrs['key'])}.</p><pre>{safe(dataset.attrs['study'])}</pre>"
     )
 
 
@@ -359,9 +283,9 @@ def _map(dataset: xarray.Dataset, name: str, x: str, y: str, at: str) -> tuple[F
         axes.set_title(title, fontsize=10)
         axes.set_xlabel(x)
     figure.axes[0].set_ylabel(y)
-    number = int(dataset.layer[layer])
+    at_layer = int(dataset.layer[layer])
     where = f"; {at}" if at else ""
-    return figure, f"{_label(name)} at layer {number}, over {x} and {y}{where}."
+    return figure, f"{_label(name)} at layer {at_layer}, over {x} and {y}{where}."
 
 
 def _lines(dataset: xarray.Dataset, name: str) -> tuple[Figure, str]:
@@ -372,11 +296,11 @@ def _lines(dataset: xarray.Dataset, name: str) -> tuple[Figure, str]:
     shape = measured.shape[:-1]
     count = math.prod(shape)
     chosen = np.unique(np.linspace(0, count - 1, min(count, _SHOWN)).round().astype(int))
-    for number, flat in enumerate(chosen):
+    for place, flat in enumerate(chosen):
         index = dict(zip(measured.dims, map(int, np.unravel_index(flat, shape)), strict=False))
         label = _study.where(dataset, index)
         there = (measured.isel(index), error.isel(index), predicted.isel(index))
-        _points(axes, there, number, label)
+        _points(axes, there, place, label)
     axes.set_xlabel("layer")
     axes.set_ylabel(_label(name))
     if shape:

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import PRNGKeyArray, PyTree
 
+from gradflow._arguments import from_seed
 from gradflow.errors import InputError
 
 __all__ = [
@@ -23,6 +24,7 @@ __all__ = [
     "failure",
     "in_training",
     "parameters_of",
+    "traceable",
     "trainable",
 ]
 
@@ -109,9 +111,20 @@ def bound(
         else:
             named[name] = value
     if rest:
-        raise TypeError(f"{len(inputs)} inputs are given, and it takes {len(inputs) - len(rest)}")
+        raise TypeError(f"it takes {len(inputs) - len(rest)} inputs, not {len(inputs)}")
     inspect.signature(function).bind(*positional, **named)
     return positional, named
+
+
+def traceable(init: Callable) -> bool:
+    """Whether a function of a key needs no values of it; what fails otherwise fails when called."""
+    try:
+        jax.eval_shape(init, from_seed(0))
+    except _UNTRACEABLE:
+        return False
+    except Exception:  # whatever the function raises
+        return True
+    return True
 
 
 def trainable(tree: PyTree) -> tuple[PyTree, PyTree]:

@@ -51,7 +51,7 @@ def adapt(model: Any, inputs: Sequence[Any], kwargs: Mapping[str, Any]) -> Model
     said = ["vmapped over the batch"] if call is each else []
     said += ["inference=False"] if any(hasattr(m, "inference") for m in _parts(module)) else []
     return Model(
-        type(module).__name__,
+        type(getattr(module, "__wrapped__", module)).__name__,
         None,
         apply,
         given=(parameters, (arrays, state)),

@@ -4,6 +4,7 @@ The collection ``params`` is what trains; all others are the state, and what a c
 dropped.
 """
 
+import inspect
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -19,7 +20,8 @@ def adapt(model: Any, inputs: Sequence[Any], kwargs: Mapping[str, Any]) -> Model
     module, variables = model, None
     if isinstance(model, tuple) and len(model) == 2:
         module, variables = model
-        module = getattr(module, "__self__", module)  # of the pair (module.init, module.apply)
+        if inspect.ismethod(variables):  # (module.init, module.apply) or (variables, module.apply)
+            module, variables = variables.__self__, module
     if not _calls.comes_from(module, "flax.linen"):
         return None
     if module.scope is not None:

@@ -19,7 +19,8 @@ def adapt(model: Any, inputs: Sequence[Any], kwargs: Mapping[str, Any]) -> Model
     copy = nnx.clone(model)
     copy.train()
     named, mode = _calls.in_training(copy.__call__, kwargs)
-    graph, weights, keys, rest = nnx.split(copy, nnx.Param, nnx.RngKey, ...)
+    parts: Any = nnx.split(copy, nnx.Param, nnx.RngKey, ...)
+    graph, weights, keys, rest = parts
     shapes = jax.tree.map(lambda leaf: tuple(leaf.shape), nnx.to_pure_dict(keys))
 
     def restored(state: Any, values: PyTree) -> Any:

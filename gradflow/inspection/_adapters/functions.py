@@ -42,7 +42,7 @@ def adapt(model: Any, inputs: Sequence[Any], kwargs: Mapping[str, Any]) -> Model
     name = getattr(function, "__name__", type(function).__name__)
     name = "model" if name.startswith("apply") else name
     if callable(first):
-        return Model(name, init, apply, mode=mode)
+        return Model(name, init, apply, traceable=_calls.traceable(init), mode=mode)
     return Model(name, None, apply, given=split(first), mode=mode)
 
 
@@ -54,11 +54,8 @@ def _made(
     if len(arguments) > 1 and arguments[1].name in ("input_shape", "shape"):
         shapes = [tuple(x.shape) for x in inputs]
         return init(key, shapes[0] if len(shapes) == 1 else shapes)[1]
-    needed = [
-        a
-        for a in arguments[1:]
-        if a.kind is a.VAR_POSITIONAL or (a.default is a.empty and a.kind is not a.VAR_KEYWORD)
-    ]
+    given = sum(a.kind is not a.VAR_POSITIONAL for a in arguments[:1])  # the key
+    needed = [a for a in arguments[given:] if a.default is a.empty and a.kind is not a.VAR_KEYWORD]
     if not needed:
         return init(key)
     of_init, _ = _calls.in_training(init, kwargs)

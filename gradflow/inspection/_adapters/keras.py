@@ -30,8 +30,6 @@ def adapt(model: Any, inputs: Sequence[Any], kwargs: Mapping[str, Any]) -> Model
     if not isinstance(model, keras.Layer):
         return None
     named, mode = _calls.in_training(model.call, kwargs)
-    if "training" not in named:
-        named, mode = {**named, "training": True}, "training=True"
     if not model.built:
         try:
             model(*inputs, **named)

@@ -8,7 +8,6 @@ import inspect
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import jax
 from jaxtyping import PRNGKeyArray, PyTree
 
 from gradflow._arguments import from_seed
@@ -24,7 +23,7 @@ def adapt(model: Any, inputs: Sequence[Any], kwargs: Mapping[str, Any]) -> Model
     if make is None:
         return None
     key = from_seed(0)
-    name = getattr(model, "__name__", "model")
+    name = functools.partial(model).func.__name__
     try:
         made = make(key)
     except Exception as error:  # whatever the maker raises
@@ -43,15 +42,7 @@ def adapt(model: Any, inputs: Sequence[Any], kwargs: Mapping[str, Any]) -> Model
         assert again.given is not None
         return again.given
 
-    return Model(found.name, init, found.apply, None, _traceable(init, key), found.mode)
-
-
-def _traceable(init: Callable, key: PRNGKeyArray) -> bool:
-    try:
-        jax.eval_shape(init, key)
-    except Exception:  # whatever the maker raises
-        return False
-    return True
+    return Model(found.name, init, found.apply, None, _calls.traceable(init), found.mode)
 
 
 def maker_of(model: Any) -> Callable[[PRNGKeyArray], Any] | None:
@@ -81,10 +72,13 @@ def maker_of(model: Any) -> Callable[[PRNGKeyArray], Any] | None:
 
 def _arguments(model: Any) -> list[inspect.Parameter]:
     """The named arguments of a function, or of a class."""
-    of_class = isinstance(model, type)  # whose own signature its metaclass may hide
-    arguments = list(_calls.parameters_of(model.__init__ if of_class else model).values())
+    bound = functools.partial(model)  # of a partial function it is all one
+    if isinstance(bound.func, type):  # its metaclass may hide what it takes
+        kind: Any = bound.func
+        bound = functools.partial(kind.__init__, None, *bound.args, **bound.keywords)
+    arguments = _calls.parameters_of(bound).values()
     rest = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
-    return [a for a in arguments[1 if of_class else 0 :] if a.kind not in rest]
+    return [a for a in arguments if a.kind not in rest]
 
 
 def _key_arguments(model: Any) -> list[inspect.Parameter]:

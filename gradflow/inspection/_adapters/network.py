@@ -9,13 +9,14 @@ from jaxtyping import PRNGKeyArray, PyTree
 from gradflow._inputs import as_inputs
 from gradflow.inspection._model import Model
 from gradflow.networks import Network
-from gradflow.training import initial_weights, outputs
 
 
 def adapt(model: Any, inputs: Sequence[Any], kwargs: Mapping[str, Any]) -> Model | None:  # noqa: ARG001
     """The model of a `Network`; None for anything else."""
     if not isinstance(model, Network):
         return None
+    from gradflow.training import initial_weights, outputs  # noqa: PLC0415
+
     dtype = as_inputs(inputs[0], model).dtype
 
     def init(key: PRNGKeyArray) -> tuple[PyTree, PyTree]:
