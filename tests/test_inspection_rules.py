@@ -263,6 +263,7 @@ LINEAR = {
     "cumsum": lambda h: jnp.cumsum(h, axis=1),
     "reversed cumsum": lambda h: jax.lax.cumsum(h, axis=1, reverse=True),
     "side by side": lambda h: jnp.concatenate([h, 2 * h[:, :2]], axis=1),
+    "stack": lambda h: jnp.stack([h[:, 0], h[:, 3]], axis=1),
     "scan": lambda h: jax.lax.scan(lambda c, x: (c + x, c), h[:, 0], jnp.swapaxes(h, 0, 1))[1],
     "mask": lambda h: jnp.where((jnp.arange(5) % 2 == 0)[None, :, None], h, 0.5 * h),
     "window": lambda h: jax.lax.reduce_window(

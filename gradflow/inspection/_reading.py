@@ -62,9 +62,9 @@ class Equation:
 
     def evaluate(self, *values: Any) -> tuple[Any, ...]:
         """Its outputs for the given inputs, by JAX itself; traceable."""
-        if self.primitive == "stack":
+        if self._primitive is None and self.primitive == "stack":
             return (jnp.stack(values),)
-        if self.primitive == "unstack":
+        if self._primitive is None and self.primitive == "unstack":
             return tuple(values[0][i] for i in range(len(self.outputs)))
         out = self._primitive.bind(*values, **self._primitive.get_bind_params(dict(self.params)))
         return tuple(out) if self._primitive.multiple_results else (out,)

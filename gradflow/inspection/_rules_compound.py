@@ -286,7 +286,21 @@ def _noise(
         made: Any = equation.evaluate(*_alike(name, arguments, dtypes[0]))[0]
     else:
         made = equation.evaluate(*jnp.broadcast_arrays(*(_common(arguments))))[0]
-    return [Noise(shapes[0], noises[0].varying, np.asarray(made), noises[0].tie)]
+    chance = noises[0].chance if name == "convert_element_type" else _chance(name, arguments)
+    return [Noise(shapes[0], noises[0].varying, np.asarray(made), noises[0].tie, chance)]
+
+
+def _chance(name: str, arguments: list[Any]) -> float | None:
+    """How likely a number that is uniform from 0 to 1 is below another, or above."""
+    if name not in ("lt", "le", "gt", "ge"):
+        return None
+    one, two = (np.asarray(x, np.float64) for x in arguments)
+    even = (np.arange(_BITS) + 0.5) / _BITS
+    for x, bound, below in ((one, two, name[0] == "l"), (two, one, name[0] == "g")):
+        if np.abs(x - even).max() < 1e-5 and not np.ptp(bound):
+            chance = float(np.clip(bound[0], 0, 1))
+            return chance if below else 1 - chance
+    return None
 
 
 def _alike(name: str, arguments: list[Any], dtype: Any) -> list[Any]:

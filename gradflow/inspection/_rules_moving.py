@@ -103,7 +103,7 @@ def rearranged(value: Value, move: Move, shape: tuple[int, ...], fill: float = 0
         if value.values is None:
             return dataclasses.replace(value, shape=shape, varying=frozenset())
         as_weights = _moved_weights(value.weights, move)
-        return Noise(as_weights.shape, as_weights.varying, value.values, value.tie)
+        return dataclasses.replace(value, shape=as_weights.shape, varying=as_weights.varying)
     if not isinstance(value, Signal):
         raise NoRule("elements of signals side by side are moved")
     unit = move(_numbered(value.shape, value.units))
@@ -280,12 +280,13 @@ def split(
 
 
 def unstack(
-    equation: Equation,  # noqa: ARG001
+    equation: Equation,
     values: Sequence[Value],
     shapes: Sequence[tuple[int, ...]],
 ) -> list[Value]:
-    """The arrays along an array's first axis."""
-    moves = (functools.partial(_at, (i,)) for i in range(len(shapes)))
+    """The arrays along an axis of an array."""
+    before = (slice(None),) * equation.params.get("axis", 0)
+    moves = (functools.partial(_at, (*before, i)) for i in range(len(shapes)))
     return [rearranged(values[0], m, s) for m, s in zip(moves, shapes, strict=True)]
 
 
@@ -298,17 +299,19 @@ def stack(
     values: Sequence[Value],
     shapes: Sequence[tuple[int, ...]],
 ) -> Value:
-    """Arrays side by side along a new first axis."""
-    of_steps = [_with_axis(value) for value in values]
-    along = dataclasses.replace(equation, params={"dimension": 0})
+    """Arrays side by side along a new axis: JAX's own primitive has one, a loop's is the first."""
+    axis = equation.params.get("axis", 0)
+    of_steps = [_with_axis(value, axis) for value in values]
+    along = dataclasses.replace(equation, params={"dimension": axis})
     return concatenate(along, of_steps, shapes)
 
 
-def _with_axis(value: Value) -> Value:
+def _with_axis(value: Value, axis: int) -> Value:
     if isinstance(value, Known):
-        return Known(value.value[None])
+        return Known(np.expand_dims(value.value, axis))
     if isinstance(value, (Signal, Weights, Noise)):
-        return rearranged(value, lambda array: array[None], (1, *value.shape))
+        shape = (*value.shape[:axis], 1, *value.shape[axis:])
+        return rearranged(value, functools.partial(np.expand_dims, axis=axis), shape)
     raise NoRule("signals side by side are stacked")
 
 

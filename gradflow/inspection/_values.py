@@ -513,12 +513,15 @@ class Noise:
         Equally likely values of each; None of a key.
     tie
         The draw that it comes from.
+    chance
+        Of numbers that are 0 or 1 how likely a 1 is, exactly, where that is known.
     """
 
     shape: tuple[int, ...]
     varying: frozenset[int]
     values: np.ndarray | None
     tie: int
+    chance: float | None = None
 
     @property
     def weights(self) -> Weights:
@@ -526,6 +529,8 @@ class Noise:
         if self.values is None:
             raise NoRule("a random key")
         mean, variance = float(self.values.mean()), float(self.values.var())
+        if self.chance is not None:
+            mean, variance = self.chance, self.chance * (1 - self.chance)
         return Weights(self.shape, self.varying, mean, variance, 0.0, False, ("noise", self.tie))
 
 
