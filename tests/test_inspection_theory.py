@@ -200,3 +200,20 @@ def test_a_recurrent_layer_that_carries_nothing_beside_its_weights_is_one_of_fre
     expected = float64.predict(Network(stages, 20, "tanh"), _inputs()[:3])
     every = list(range(4))
     assert _largest(theory, expected, every, every, _KEYS) < 1e-9
+
+
+def test_a_function_whose_derivative_is_not_its_own_ends_the_theory():
+    @jax.custom_jvp
+    def straight_through(x):
+        return jnp.sign(x)
+
+    straight_through.defjvp(lambda primals, tangents: (jnp.sign(primals[0]), tangents[0]))
+    shapes = [jnp.zeros((20, 100)), jnp.zeros((100, 100))]
+    program = read(
+        lambda parameters, inputs: straight_through(inputs @ parameters[0]) @ parameters[1],
+        parameters=shapes,
+        inputs=jnp.zeros((3, 20)),
+    )
+    laws = dict.fromkeys(program.arguments["parameters"], Law(0.0, 0.05))
+    theory = predict(program, layers(program), laws, [_inputs()[:3]])
+    assert "derivative" in theory.ends
