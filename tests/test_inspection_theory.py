@@ -98,14 +98,31 @@ def _largest(theory, expected, layers_read, layers_known, keys=None):
 
 # What is read at the first layer, before the block, and at the last, behind it.
 _KEYS = {"log_q", "correlation", "log_gradient_variance", "log_weight_gradient_variance"}
+# Where theory ends: what the sentence names. Blocks that come to be reached need no change here.
+_UNKNOWN = {
+    "BatchNorm": "`reduce_and`",
+    "Convolution": "`reshape`",
+    "Drive": "several draws",
+    "UnitVariance": "`reshape`",
+}
+# Functions of four variables and more are sampled, to about 1e-4 of a logarithm.
+_SAMPLED = {"LSTM": 1e-3}
 
 
-@pytest.mark.parametrize("block", blocks.ALL, ids=lambda block: block.__name__)
+@pytest.mark.parametrize(
+    "block",
+    [
+        pytest.param(block, marks=pytest.mark.slow if block is blocks.LSTM else pytest.mark.medium)
+        for block in blocks.ALL
+    ],
+    ids=lambda block: block.__name__,
+)
 def test_theory_of_a_program_with_a_block(block):
-    sigma_b = 0.3
+    sigma_b, name = 0.3, block.__name__
+    n = block().width_in or _WIDTH
     network = Network(
         (
-            Stage(blocks.Linear(_WIDTH, 1.2, sigma_b)),
+            Stage(blocks.Linear(n, 1.2, sigma_b)),
             Stage(block()),
             Stage(blocks.Dense("linear", _WIDTH, 1.1, sigma_b)),
         ),
@@ -115,6 +132,88 @@ def test_theory_of_a_program_with_a_block(block):
     x = _inputs()
     theory, found = _read(network, x, sigma_b**2)
     if theory.ends:
-        pytest.fail(theory.ends)
+        assert _UNKNOWN.get(name, "no end") in theory.ends
+        assert np.isnan(theory.values["log_q"][-1])
+        assert np.isnan(theory.values["log_gradient_variance"]).all()
+        pytest.skip(theory.ends)
     expected = float64.predict(network, x)
-    assert _largest(theory, expected, [0, len(found) - 1], [0, 2], _KEYS) < 1e-9
+    worst = _largest(theory, expected, [0, len(found) - 1], [0, 2], _KEYS)
+    assert worst < _SAMPLED.get(name, 1e-9)
+
+
+def _normalised_over_the_batch(parameters, inputs):
+    """Layers with BatchNorm as Flax writes it, and ReLU."""
+    z = inputs @ parameters[0]
+    for w in parameters[1:]:
+        mean = z.mean(0, keepdims=True)
+        variance = jnp.maximum(0, (z * z).mean(0, keepdims=True) - mean * mean)
+        z = jax.nn.relu((z - mean) * jax.lax.rsqrt(variance + 1e-12)) @ w
+    return z
+
+
+@pytest.mark.medium
+def test_batch_norm_that_is_written_out_is_that_of_the_block():
+    x = np.asarray(jax.random.normal(jax.random.key(3), (8, 20)), np.float64)
+    with jax.enable_x64(True):
+        shapes = [(20, 100), (100, 100), (100, 100)]
+        program = read(
+            _normalised_over_the_batch,
+            parameters=[jax.ShapeDtypeStruct(shape, jnp.float64) for shape in shapes],
+            inputs=jnp.asarray(x),
+        )
+    laws = {i: Law(0.0, 1 / program.avals[i].shape[0]) for i in program.arguments["parameters"]}
+    theory = predict(program, layers(program), laws, [x])
+    block = blocks.Chain((blocks.BatchNorm(), blocks.Dense("relu", 100)))
+    network = Network((Stage(blocks.Linear(100)), Stage(block, 2)), 20, "relu")
+    expected = float64.predict(network, x)
+    assert theory.ends is None
+    assert _largest(theory, expected, [0, 1, 2], [0, 1, 2], _KEYS) < 1e-9
+
+
+def test_weights_and_their_transpose_end_the_theory():
+    def autoencoder(parameters, inputs):
+        return jnp.tanh(inputs @ parameters) @ parameters.T
+
+    program = read(autoencoder, parameters=jnp.zeros((20, 100)), inputs=jnp.zeros((3, 20)))
+    law = {program.arguments["parameters"][0]: Law(0.0, 0.05)}
+    theory = predict(program, layers(program), law, [_inputs()[:3]])
+    assert "two ways" in theory.ends
+    assert np.isnan(theory.values["log_q"][1])
+    assert np.isnan(theory.values["log_gradient_variance"]).all()
+
+
+@pytest.mark.medium
+def test_a_recurrent_layer_that_carries_nothing_beside_its_weights_is_one_of_fresh_weights():
+    def recurrent(parameters, inputs):
+        z = inputs @ parameters[0]
+        for _ in range(3):
+            z = jnp.tanh(z) @ parameters[1]
+        return z
+
+    shapes = [jnp.zeros((20, 100)), jnp.zeros((100, 100))]
+    program = read(recurrent, parameters=shapes, inputs=jnp.zeros((3, 20)))
+    numbers = program.arguments["parameters"]
+    laws = {i: Law(0.0, 1.3 / n) for i, n in zip(numbers, (20, 100), strict=True)}
+    theory = predict(program, layers(program), laws, [_inputs()[:3]])
+    sigma = 1.3**0.5
+    stages = Stage(blocks.Linear(100, sigma)), Stage(blocks.Dense("tanh", 100, sigma), 3, tied=True)
+    expected = float64.predict(Network(stages, 20, "tanh"), _inputs()[:3])
+    every = list(range(4))
+    assert _largest(theory, expected, every, every, _KEYS) < 1e-9
+
+
+def test_a_function_whose_derivative_is_not_its_own_ends_the_theory():
+    @jax.custom_jvp
+    def straight_through(x):
+        return jnp.sign(x)
+
+    straight_through.defjvp(lambda primals, tangents: (jnp.sign(primals[0]), tangents[0]))
+    shapes = [jnp.zeros((20, 100)), jnp.zeros((100, 100))]
+    program = read(
+        lambda parameters, inputs: straight_through(inputs @ parameters[0]) @ parameters[1],
+        parameters=shapes,
+        inputs=jnp.zeros((3, 20)),
+    )
+    laws = dict.fromkeys(program.arguments["parameters"], Law(0.0, 0.05))
+    theory = predict(program, layers(program), laws, [_inputs()[:3]])
+    assert "derivative" in theory.ends

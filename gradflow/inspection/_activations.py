@@ -11,6 +11,7 @@ import numpy as np
 from gradflow import activations
 from gradflow.activations import Activation
 from gradflow.inspection._nodes import Node, constant
+from gradflow.inspection._values import absolute
 
 __all__ = ["activation_of"]
 
@@ -25,7 +26,6 @@ _GRID = np.concatenate([-_HALF[::-1], [0.0], _HALF])
 # Not smooth where its arguments are equal, where its argument is 0, and where it switches.
 _EQUAL = frozenset({"max", "min", "gt", "ge", "lt", "le", "eq", "ne"})
 _AT_ZERO = frozenset({"abs", "sign"})
-_STEPS = frozenset({"floor", "ceil", "round", "rem"})
 
 
 @functools.lru_cache(maxsize=1 << 12)
@@ -98,7 +98,7 @@ def _kinks(node: Node, numbers: tuple[float, ...]) -> tuple[float, ...]:
         children = one.children
         if name in _EQUAL:
             found.update(_roots(numbers, children[0], children[1]))
-        elif name in _AT_ZERO:
+        elif name in _AT_ZERO or one.value is absolute:
             found.update(_roots(numbers, children[0], constant(0)))
         elif name == "clamp":
             for end in (children[0], children[2]):
