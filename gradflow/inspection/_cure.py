@@ -576,8 +576,9 @@ def _cause(patient: _Patient, now: _Profile, scales: _Scales) -> str:
     which = name if len(group) == 1 else f"{name} and {len(group) - 1} like it"
     same = np.ptp(logs) < _NOTABLE
     return (
-        f"{_what(patient, now, alike=len(group) > 1)}; the cause is the scale of {which} (σ_w² {before:.3g} where "
-        f"{after:.3g} keeps them): multiply by {'' if same else 'about '}{math.exp(log):.3g}."
+        f"{_what(patient, now, alike=len(group) > 1)}; the cause is the scale of {which} "
+        f"(σ_w² {before:.3g} where {after:.3g} keeps them): multiply by "
+        f"{'' if same else 'about '}{math.exp(log):.3g}."
     )
 
 
