@@ -86,3 +86,11 @@ def test_architectures_are_set_beside_their_peers():
     ]
     assert len(rates) >= 2
     assert all(rate > 0 for rate in rates)
+
+
+@pytest.mark.slow
+def test_watch_compares_every_optimiser():
+    size = ["--size", "2x8x4", "--steps", "20", "--every", "5", "--repeats", "1", "--json"]
+    (rows,) = load("watch").main(size)["sizes"].values()
+    assert set(rows) == {"sgd", "adam"}
+    assert all(row["cost"] > -1 for row in rows.values())

@@ -62,7 +62,11 @@ def explained_by_the_shift(network, number):
 @pytest.mark.medium
 @pytest.mark.parametrize(
     ("phi", "sigma_w", "sigma_b", "scale"),
-    [(relu, 1.2, 0.3, 0.7), (softplus, 1.4, 0.2, 1.0), (negative, 1.4, None, 1.0)],
+    [
+        (relu, 1.2, 0.3, 0.7),
+        pytest.param(softplus, 1.4, 0.2, 1.0, marks=pytest.mark.slow),
+        pytest.param(negative, 1.4, None, 1.0, marks=pytest.mark.slow),
+    ],
     ids=["relu with biases", "softplus", "a negative mean"],
 )
 def test_shifts_of_any_activation_and_biases(phi, sigma_w, sigma_b, scale):
@@ -70,7 +74,7 @@ def test_shifts_of_any_activation_and_biases(phi, sigma_w, sigma_b, scale):
     assert explained_by_the_shift(carrying(100, phi, sigma_w, 20, scale, sigma_b), 500)
 
 
-@pytest.mark.parametrize("sigma_w", [1.0, 2**0.5])
+@pytest.mark.parametrize("sigma_w", [1.0, pytest.param(2**0.5, marks=pytest.mark.slow)])
 @pytest.mark.medium
 def test_highway_layers_with_relu(sigma_w):
     """A GRU without a reset gate, weights of its own each time. Null and false alarms as above."""

@@ -380,7 +380,7 @@ def test_checkpoints_and_kept_linearisations_give_the_same_numbers(key):
 
 
 @pytest.mark.medium
-@pytest.mark.parametrize("sampler", ["dense", "matrix_free"])
+@pytest.mark.parametrize("sampler", ["dense", pytest.param("matrix_free", marks=pytest.mark.slow)])
 def test_a_jacobian_of_convolutions_and_dense_layers(sampler, key):
     """J v and Jᵀ u of one network: u · J v = Jᵀ u · v, whose shapes differ."""
     network = builders.convolutional((3, 2), [2, 4], "tanh", size=2, dense=[5], sigma_b=0.1)

@@ -54,7 +54,8 @@ def results(folder, devices=1, processes=1):
     with socket.socket() as one:
         one.bind(("127.0.0.1", 0))
         port = one.getsockname()[1]
-    flags = f"--xla_force_host_platform_device_count={devices}"
+    soon = os.environ.get("XLA_FLAGS", "")  # as other tests' programs are compiled
+    flags = f"{soon} --xla_force_host_platform_device_count={devices}"
     environment = os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
     files = [folder / f"{devices}-{processes}-{process}.npz" for process in range(processes)]
     running = [

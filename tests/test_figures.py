@@ -149,7 +149,7 @@ def phases(activation, sigma_w=(0.5, 3.0), sigma_b=(0, 1), points=24):
     ("activation", "sigma_w", "sigma_b"),
     [
         ("tanh", (0.5, 3.0), (0, 1)),
-        ("tanh", (0.9, 1.1), (0, 0.02)),
+        pytest.param("tanh", (0.9, 1.1), (0, 0.02), marks=pytest.mark.slow),
         pytest.param("gelu", (0.5, 3.0), (0, 1), marks=pytest.mark.slow),
     ],
 )

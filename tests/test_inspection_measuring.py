@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import gradflow
 from gradflow.errors import InputError
 from gradflow.inspection import _segments
 from gradflow.inspection._layers import layers
@@ -100,6 +101,38 @@ def test_a_dense_net_has_the_statistics_of_a_plain_script():
     close(found, [log_mean_square(g) for g in jax.tree.leaves(grads[2])])
     assert [layer.above for layer in result.layers] == [1, 2, None]
     assert result.born is None
+
+
+@pytest.mark.medium
+def test_random_dense_nets_have_the_statistics_of_simulate():
+    """Means over 300 networks each lie within 4.2 standard errors, in 51 comparisons.
+
+    Where both laws are one, one key in 700 has a larger one.
+    """
+    widths, networks = [6, 30, 30, 30, 20, 20], 300
+    inputs = jax.random.normal(KEY, (4, 6))
+
+    def init(key):
+        keys = jax.random.split(key, 5)
+        return [normal(k, a, b) for k, a, b in zip(keys, widths[:-1], widths[1:], strict=True)]
+
+    def apply(p, x):
+        for w in p[:-1]:
+            x = jnp.tanh(x @ w)
+        return x @ p[-1]
+
+    network = gradflow.mlp(widths, "tanh", "lecun")
+    theirs = gradflow.simulate(network, inputs, key=1, networks=networks, sampler="dense")
+    ours = measured(init, apply, inputs, networks=networks)
+    of_top = {"activation_mean", "log_activation_variance", "saturation", "chi"}  # φ is not there
+    for statistic in theirs.statistics:
+        value, estimate = ours.values[statistic.key], theirs[statistic.key]
+        value = (np.exp(value) if statistic.log else value)[
+            :, : 4 if statistic.key in of_top else 5
+        ]
+        error = np.hypot(value.std(0) / networks**0.5, estimate.standard_error[: value.shape[1]])
+        z = (value.mean(0) - estimate.value[: value.shape[1]]) / np.maximum(error, 1e-12)
+        assert np.abs(z).max() < 4.2, statistic.key
 
 
 def test_a_residual_convolutional_net_has_the_gradients_of_taps():
@@ -260,6 +293,31 @@ def test_paths_side_by_side_have_scales_of_their_own(bottom):
     assert np.abs(logs[plain]).max() < 20
 
 
+def test_sites_that_do_not_mix_have_scales_of_their_own():
+    """Slopes of half the sites are 1e-3 at each of 40 layers, by a factor that their input says."""
+
+    def init(key):
+        return [normal(k, 5, 5).astype("float32") for k in jax.random.split(key, 40)]
+
+    def apply(p, x):
+        size = jnp.where(x[:, :1] > 0, 1.0, 1e-3).astype("float32")
+        for w in p:
+            z = x @ w
+            x = size * z + jax.lax.stop_gradient(z - size * z)
+        return x
+
+    x = X.at[:, 0].set(jnp.array([1, -1, 1, -1, 1, -1])).astype("float32")
+    result = measured(init, apply, x, loss=jnp.sum, given=True)
+    weights = [np.asarray(w, np.float64) for w in init(KEY)]
+    logs = np.log(np.where(np.asarray(x[:, :1]) > 0, 1.0, 1e-3)).ravel()
+    delta = np.ones((6, 5))
+    for i in range(39, -1, -1):
+        expected = np.log(np.linalg.norm(delta, axis=1)) + (40 - i) * logs
+        close(result.values["log_gradient_norm"][0, i], expected.mean(), 1e-4)
+        delta = delta @ weights[i].T
+    assert expected.min() < expected.max() - 200
+
+
 def test_where_the_first_nan_comes_from_is_said():
     def init(key):
         return {"a": normal(key, 5, 8), "b": normal(key, 8, 3)}
@@ -270,24 +328,28 @@ def test_where_the_first_nan_comes_from_is_said():
     overflow = measured(init, lambda p, x: jnp.exp(9999 * jnp.abs(x @ p["a"])) @ p["b"], X).born
     assert (overflow.kind, overflow.primitive) == ("infinite number", "exp")
 
-    def root_of_relu(p, x):
-        z = x @ p["a"]
-        return jnp.where(z > 0, jnp.sqrt(z * (z > 0)), 0.0) @ p["b"]
+    def length_of_zeros(p, x):
+        h = 0 * (x @ p["a"])
+        return (h + jnp.sqrt(jnp.sum(h**2, -1, keepdims=True))) @ p["b"]
 
-    backward = measured(init, root_of_relu, X).born
+    backward = measured(init, length_of_zeros, X).born
     assert (backward.direction, backward.primitive) == ("backward", "sqrt")
 
 
-def test_gradients_end_at_a_while_loop_and_the_rest_is_measured():
+@pytest.mark.parametrize("where", ["alone", "in a branch"])
+def test_gradients_end_at_a_while_loop_and_the_rest_is_measured(where):
     def init(key):
         return {"a": normal(key, 5, 8), "b": normal(key, 8, 3)}
 
-    def apply(p, x):
-        def halve(h):
-            return h / 2
+    def halved(h):
+        return jax.lax.while_loop(lambda h: jnp.sum(h**2) > 1, lambda h: h / 2, h)
 
+    def apply(p, x):
         h = x @ p["a"]
-        h = h + jax.lax.while_loop(lambda h: jnp.sum(h**2) > 1, halve, h)
+        if where == "alone":
+            h = h + halved(h)
+        else:
+            h = h + jax.lax.cond(jnp.sum(h) > 0, halved, jnp.tanh, h)
         return h @ p["b"]
 
     result = measured(init, apply, X)
@@ -340,6 +402,12 @@ ONE = {"w": jnp.ones((5, 5))}
         (lambda p, x: x @ p["w"], lambda y: y[0], ONE, "loss returns an array of shape"),
         (lambda p, x: jnp.argmax(x @ p["w"], -1), None, ONE, "no floating-point array"),
         (lambda p, x: x @ p["w"], None, {"w": ONE["w"] * jnp.nan}, r"parameters\['w'\] has NaN"),
+        (
+            lambda p, x: jax.pure_callback(np.sin, X, x @ p["w"], vmap_method="expand_dims"),
+            None,
+            ONE,
+            "no reverse derivative of `pure_callback` in net",
+        ),
         (lambda p, x: jnp.sqrt(-(x**2) - 1) @ p["w"], None, ONE, "not finite from its first layer"),
     ],
 )
@@ -350,3 +418,11 @@ def test_what_cannot_be_measured_is_said_in_a_sentence(apply, loss, given, words
 
     with pytest.raises(InputError, match=words):
         measured(init, apply, X, loss=loss, given=True)
+
+
+def test_parameters_that_are_drawn_as_nan_are_named():
+    def init(key):
+        return {"w": normal(key, 5, 5), "v": jnp.sqrt(normal(key, 5, 5))}
+
+    with pytest.raises(InputError, match=r"parameters\['v'\] that net draws are not all finite"):
+        measured(init, lambda p, x: x @ p["w"] @ p["v"], X)

@@ -35,7 +35,7 @@ def multiplied(factors):
 
 
 @pytest.mark.medium
-@pytest.mark.parametrize("activation", ["tanh", "relu"])
+@pytest.mark.parametrize("activation", ["tanh", pytest.param("relu", marks=pytest.mark.slow)])
 def test_layer_jacobians_are_those_of_the_network_that_is_propagated(activation):
     network = builders.mlp([5, 8, 8, 8, 3], activation, "he", sigma_b=0.1)
     key, x = jax.random.key(3), jnp.linspace(-1, 1, 5)
@@ -53,7 +53,7 @@ def test_layer_jacobians_are_those_of_the_network_that_is_propagated(activation)
 
 
 @pytest.mark.medium
-@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("tied", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_given_weights_have_the_jacobian_of_the_network_they_were_drawn_for(tied):
     tanh = ensembles.fan_in(1.3)
     recurrent = builders.recurrent(4, 5, 3, "tanh", tanh, sigma_b=0.2)

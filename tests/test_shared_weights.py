@@ -74,8 +74,9 @@ def test_an_lstm_as_pytorch_initialises_it(forget_bias, pytorch):
     theory = predict_steps(block, 50, 1e-6)
     log_norm = (theory.log_gradient_variance[0] + np.log(2 * units)) / 2
     assert 0 < log_norm - pytorch < 0.6
-    narrow = predict_steps(dataclasses.replace(block, units=3), 50, 1e-6)
-    assert narrow.log_gradient_variance[0] == theory.log_gradient_variance[0]
+    if not forget_bias:  # once: another number of units is another program
+        narrow = predict_steps(dataclasses.replace(block, units=3), 50, 1e-6)
+        assert narrow.log_gradient_variance[0] == theory.log_gradient_variance[0]
 
 
 @pytest.mark.parametrize(

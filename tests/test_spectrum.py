@@ -214,7 +214,7 @@ def test_simulated_singular_values_follow_the_density(weights, key):
 
     found = np.concatenate([singular_values(jax.random.fold_in(key, i)) for i in range(20)])
     top = math.sqrt(float(spectrum.support(law, sigma_w2, depth, weights).upper))
-    s = top * np.geomspace(1e-12, 1, 8001)  # the density grows like a power towards s = 0
+    s = top * np.geomspace(1e-12, 1, 2001)  # the density grows like a power towards s = 0
     middle = np.sqrt(s[1:] * s[:-1])
     rho = spectral_density.density(law, sigma_w2, depth, weights, at=middle**2).of_singular_values
     below = np.cumsum(np.asarray(rho) * np.diff(s))

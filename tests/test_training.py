@@ -67,7 +67,7 @@ def test_given_weights_give_the_statistics_of_the_network_they_were_drawn_for(na
     assert_same(propagate(network, x, key, weights=weights), drawn)
 
 
-@pytest.mark.parametrize("delta", [False, True])
+@pytest.mark.parametrize("delta", [False, pytest.param(True, marks=pytest.mark.slow)])
 @pytest.mark.medium
 def test_filters_are_parameters_too(delta):
     blocks = [Linear(3), (Convolution(shape=(4,), units=3, delta=delta, sigma_b=0.2), 3)]
@@ -157,7 +157,16 @@ def test_gradients_are_those_of_a_plain_network():
 
 
 @pytest.mark.medium
-@pytest.mark.parametrize("name", ["recurrent", "gru", "residual", "dropout"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "gru",
+        *(
+            pytest.param(name, marks=pytest.mark.slow)
+            for name in ("recurrent", "residual", "dropout")
+        ),
+    ],
+)
 def test_outputs_are_what_the_walk_sees_at_the_top(name):
     network, key = CASES[name], jax.random.key(5)
     x, weights = inputs_of(network), initial_weights(network, key)

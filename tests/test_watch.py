@@ -188,6 +188,25 @@ def test_a_gradient_that_leaves_the_start_is_said_with_its_step():
     assert zero == "The gradient of ['last']['w'] is 0 at every recorded step."
 
 
+class Inspected:
+    """What an inspection found, its loss being e^2 times as large as that of the training."""
+
+    log_gradient_norms = {f"['params']{name}": 2.0 + math.log(4) / 2 for name in NAMES}
+
+
+def test_a_gradient_is_compared_with_what_an_inspection_found():
+    p = {
+        "first": {"w": jnp.ones(4), "b": jnp.ones(4)},
+        "last": {"w": jnp.full(4, 1e-4)},
+    }
+    record = Record.begin(p, every=1).observe(p, p, p)
+    assert record.sentences() == ()
+    assert record.sentences(Inspected()) == (
+        "The gradient of ['last']['w'] is below 1/1000 of what the inspection found at the start, "
+        "since step 0: 0.0001 of it at step 0.",
+    )
+
+
 def test_gradients_that_all_fall_have_one_sentence():
     p = parameters()
     record = Record.begin(p, every=1)
@@ -236,6 +255,8 @@ def test_equinox_modules_are_pytrees():
         ),
         (lambda p: Record.of(optax.adam(1.0).init(p)), "state has 0 records"),
         (lambda p: Record.begin(p).sentences(factor=1.0), "factor is 1.0; it is a number above 1"),
+        (lambda p: Record.begin(p).sentences(3), "inspection is 3; it is what gradflow.inspect"),
+        (lambda _: Record.begin([np.ones(1)]).sentences(Inspected()), "has no gradient of"),
         (lambda p: jax.jit(lambda r: len(r.sentences()))(Record.begin(p)), "is being traced"),
         (
             lambda p: gradflow.watch(optax.sgd(1.0)).update(

@@ -289,20 +289,24 @@ def test_weights_with_a_mean_are_those_of_numpy_in_every_pass():
     network = builders.mlp([5, 4, 3], "relu", "constant(0.1)", bias=0.2)
     x = jnp.abs(jnp.asarray(np.random.default_rng(0).normal(size=(1, 5)), jnp.float32))
     key = jax.random.key(0)
+    signals_of = jax.jit(propagation.signals, static_argnames="sampler")
     z1 = 0.1 * x.sum() + 0.2
     z2 = 0.1 * 4 * z1 + 0.2
     for sampler in ("dense", "matrix_free"):
-        signals = propagation.signals(network, x, key, sampler=sampler)
+        signals = signals_of(network, x, key, sampler=sampler)
         np.testing.assert_allclose(signals.preactivation[0].ravel(), z1, rtol=1e-5)
         np.testing.assert_allclose(signals.preactivation[1].ravel(), z2, rtol=1e-5)
-    jacobian = jacobians.draw(network, x, key, sampler="dense", tangents=5)
-    out = jacobian.times(jnp.eye(5)[:, None])
+    out = jax.jit(
+        lambda x: jacobians.draw(network, x, key, sampler="dense", tangents=5).times(
+            jnp.eye(5)[:, None]
+        )
+    )(x)
     columns = np.exp(out.log_norm) * np.asarray(out.direction)[:, 0].T
     product = np.full((3, 4), 0.1) @ np.full((4, 5), 0.1)
     np.testing.assert_allclose(columns, product, rtol=1e-5)
     weights = _parameters.initial_weights(network, 0)
     np.testing.assert_allclose(weights[0].matrices[0], 0.1, rtol=1e-6)
-    given = propagation.signals(network, x, key, weights=weights)
+    given = signals_of(network, x, key, weights=weights)
     np.testing.assert_allclose(given.preactivation[1].ravel(), z2, rtol=1e-5)
 
 

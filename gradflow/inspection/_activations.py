@@ -10,7 +10,7 @@ import numpy as np
 
 from gradflow import activations
 from gradflow.activations import Activation
-from gradflow.inspection._values import Node, constant
+from gradflow.inspection._nodes import Node, constant
 
 __all__ = ["activation_of"]
 

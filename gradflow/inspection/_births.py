@@ -10,10 +10,10 @@ import numpy as np
 
 from gradflow.inspection._reading import Equation
 from gradflow.inspection._scaled import Scaled
-from gradflow.inspection._segments import Segment, is_float
+from gradflow.inspection._segments import Segment, ends_gradient, is_float
 from gradflow.inspection._walking import Down, Up, Walk
 
-__all__ = ["Born", "born_above", "born_below"]
+__all__ = ["Born", "also", "born_above", "born_below", "without_derivative"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,7 +84,7 @@ def born_below(
     count: int,
 ) -> Born | None:
     """The first of a walk down, by whether each segment's cotangents are finite, (networks, …)."""
-    finite = {number: flags[:count] for number, flags in finite.items()}
+    finite = {number: finite[number][:count] for number in sorted(finite, reverse=True)}
     bad = [number for number, flags in finite.items() if not flags.all()]
     if not bad:
         return None
@@ -112,6 +112,30 @@ def _any(finite: Iterable[np.ndarray]) -> int:
     return int(np.sum(~np.stack([flags.all(1) for flags in finite]).all(0)))
 
 
+def without_derivative(walk: Walk) -> Equation | None:
+    """The first equation, from the last, that JAX has no reverse derivative of."""
+    avals = walk.program.avals
+    for equation in reversed(walk.program.equations):
+        own = [n for n, i in enumerate(equation.inputs) if i in walk.differentiable]
+        if not own or ends_gradient(equation):
+            continue
+
+        def pulled(inputs: list[Any], e: Any = equation, own: Any = own) -> Any:
+            def outputs(some: list[Any]) -> Any:
+                known = dict(zip(own, some, strict=True))
+                out = e.evaluate(*(known.get(n, x) for n, x in enumerate(inputs)))
+                return [o for o in out if is_float(o)]
+
+            out, pull = jax.vjp(outputs, [inputs[n] for n in own])
+            return pull(out)
+
+        try:
+            jax.eval_shape(pulled, [avals[i] for i in equation.inputs])
+        except (NotImplementedError, TypeError, ValueError):
+            return equation
+    return None
+
+
 def _evaluate(equations: Sequence[Equation], values: dict[int, Any]) -> None:
     for equation in equations:
         out = equation.evaluate(*(values[i] for i in equation.inputs))
@@ -123,7 +147,7 @@ def _pulled(segment: Segment, values: dict[int, Any], cotangents: dict[int, Any]
     for equation in reversed(segment.equations):
         given = [cotangents.get(i) for i in equation.outputs]
         floats = [n for n, i in enumerate(equation.inputs) if is_float(values[i])]
-        if all(g is None for g in given) or not floats or equation.primitive == "while":
+        if all(g is None for g in given) or not floats or ends_gradient(equation):
             continue
         inputs = [values[i] for i in equation.inputs]
 

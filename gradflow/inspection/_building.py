@@ -8,11 +8,11 @@ from typing import Any
 import numpy as np
 
 from gradflow.inspection import _forcing
+from gradflow.inspection._nodes import Node, add, constant, multiply, number, of_function, variable
 from gradflow.inspection._values import (
     Field,
     Leaf,
     Map,
-    Node,
     NoRule,
     Part,
     Piece,
@@ -20,15 +20,9 @@ from gradflow.inspection._values import (
     Signal,
     Sum,
     Weights,
-    add,
     apart,
-    constant,
     identity,
-    multiply,
-    number,
-    of_function,
     selection,
-    variable,
 )
 
 __all__ = ["as_field", "check_sites", "fresh", "lifted", "made_by", "patches", "piece_of"]

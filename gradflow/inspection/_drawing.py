@@ -34,11 +34,10 @@ def drawing(model: Model, networks: int) -> Callable[[Array], tuple[Any, Any]]:
 
     def draw(keys: Array) -> tuple[Any, Any]:
         values = walk.up({program.arguments["key"][0]: _threefry.fused(keys)}).values
-        constants = {i: jnp.asarray(v) for i, v in program.constants.items()}
         leaves = [
             values[i]
-            if i not in constants
-            else jnp.broadcast_to(constants[i], (len(keys), *constants[i].shape))
+            if i not in program.constants
+            else jnp.broadcast_to(values[i], (len(keys), *values[i].shape))
             for i in program.outputs
         ]
         return jax.tree.unflatten(structure, leaves)

@@ -5,6 +5,7 @@ model's type. Pieces that are products of independent ones factorise.
 """
 
 import functools
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -27,6 +28,7 @@ from gradflow.inspection._values import (
     Sum,
     factors,
     independent,
+    node_factors,
 )
 from gradflow.kernels import Gaussian, Kernel
 
@@ -107,6 +109,8 @@ def _tied(one: Field, other: Field) -> np.ndarray:
         return p.variance * p.fan_in * sum(left @ second @ right.T for left, right in maps)
     if p.rows is not None and q.rows is not None:
         return p.variance * p.rows @ q.rows.T
+    if any(x.rows is not None and not x.rows.any() for x in (p, q)):  # a state that begins at 0
+        return np.zeros((len(one.covariance), len(other.covariance)))
     raise NoRule("weights are used for a random signal and for a known one")
 
 
@@ -116,11 +120,21 @@ def terms(sum_: Sum) -> list[tuple[Term, Any, Sum]]:
     for part, map_ in sum_.parts.items():
         if isinstance(part, Field):
             found.append((Term(part, 0), map_, Sum.of(part, len(part.covariance))))
-        elif any(not v.gaussian for v in part.variables):
-            continue
-        else:
-            found += [(Term(part, i), map_, v) for i, v in enumerate(part.variables)]
+        elif not _mixes_sites(part):
+            places = [i for i, v in enumerate(part.variables) if v.gaussian]
+            found += [(Term(part, i), map_, part.variables[i]) for i in places]
     return found
+
+
+def _mixes_sites(piece: Piece) -> bool:
+    """Whether it is a function of a variable that is not Gaussian, but for a mask that it is times.
+
+    No gradient goes on from a mask.
+    """
+    others = {i for i, v in enumerate(piece.variables) if not v.gaussian}
+    masks = {f.slots[0] for f in factors(piece) if _multiple(f) is not None}
+    masks = {i for i in masks if not any(f.leads_down for f in piece.variables[i].fields)}
+    return not others <= masks
 
 
 def normalised(sum_: Sum) -> list[tuple[Normalised, Any]]:
@@ -133,7 +147,7 @@ def normalised(sum_: Sum) -> list[tuple[Normalised, Any]]:
     """
     found = []
     for part, map_ in sum_.parts.items():
-        if isinstance(part, Piece) and any(not v.gaussian for v in part.variables):
+        if isinstance(part, Piece) and _mixes_sites(part):
             rest = [other.fields for other in sum_.parts if other is not part]
             own = _factor(factors(part)[0])
             if not isinstance(own, Normalised) or len(factors(part)) > 1:
@@ -149,6 +163,8 @@ def average(term: Term) -> np.ndarray:
     part, slot = term
     if isinstance(part, Field):
         return np.full(len(part.covariance), 0.0 if slot is None else 1.0)
+    if slot is None and part.square_of is not None:
+        return np.diagonal(second_moments(part.square_of))
     out: Any = 1.0
     for one in factors(part):
         out = out * _factor(one).average(one.own(slot))
@@ -239,8 +255,9 @@ def _factor(piece: Piece) -> "_Averages | Normalised":
 def _averages(piece: Piece) -> "_Averages | Normalised":
     if not piece.variables:
         return _OfNumbers(piece)
-    if piece.node.kind == "variable":
-        return _OfSum(piece.variables[piece.node.value])
+    alone = _multiple(piece)
+    if alone is not None:
+        return _OfSum(*alone)
     if any(not v.gaussian for v in piece.variables):
         return Normalised(piece, lambda x: covariance(x, x))
     uniform = all(not np.ptp(numbers) for numbers in piece.numbers)
@@ -340,18 +357,28 @@ class _OfSeveral(_Averages):
 
 
 class _OfSum(_Averages):
-    """A sum itself, of whatever law."""
+    """A sum of whatever law, times a number."""
 
-    def __init__(self, sum_: Sum) -> None:
-        self.sum = sum_
+    def __init__(self, sum_: Sum, factor: float) -> None:
+        self.sum, self.factor = sum_, factor
 
     def average(self, slot: int | None) -> np.ndarray:
-        return mean(self.sum) if slot is None else np.ones(self.sum.sites)
+        return self.factor * (mean(self.sum) if slot is None else np.ones(self.sum.sites))
 
     def pair(self, one: int | None, other: int | None) -> np.ndarray:
         if one is None and other is None:
-            return second_moments(self.sum)
+            return self.factor**2 * second_moments(self.sum)
         return np.outer(self.average(one), self.average(other))
+
+
+def _multiple(piece: Piece) -> tuple[Sum, float] | None:
+    """The variable and the factor of a piece that is one variable times a number; else None."""
+    nodes = node_factors(piece.node)
+    places = [node.value for node in nodes if node.kind == "variable"]
+    if len(places) != 1 or any(node.kind not in ("variable", "constant") for node in nodes):
+        return None
+    factor = math.prod(node.value for node in nodes if node.kind == "constant")
+    return piece.variables[places[0]], float(factor)
 
 
 def _at_sites(variables: Sequence[Sum], numbers: Sequence[np.ndarray]) -> SiteAverages:

@@ -29,6 +29,7 @@ from gradflow.inspection._building import (
     piece_of,
 )
 from gradflow.inspection._layers import ELEMENTWISE, SHAPES
+from gradflow.inspection._nodes import multiply
 from gradflow.inspection._reading import Equation, definition
 from gradflow.inspection._values import (
     Known,
@@ -40,7 +41,6 @@ from gradflow.inspection._values import (
     Value,
     Weights,
     absolute,
-    multiply,
     selection,
 )
 
@@ -159,6 +159,10 @@ def elementwise(
     made = _linear(name, sums, literal)
     if made is None:
         made = piece_of(_Function(equation) if name != "mul" else multiply, sums, literal)
+        square = name == "square" or (name == "integer_pow" and equation.params["y"] == 2)
+        if square or (name == "mul" and sums[0] is sums[1]):
+            for part in made.parts:
+                part.square_of = sums[0]  # type: ignore[union-attr]
     if not made.parts:
         shape = [1 if i in like.units else n for i, n in enumerate(like.shape)]
         return Known(np.broadcast_to(made.constant.reshape(shape), shapes[0]))

@@ -26,9 +26,8 @@ __all__ = ["Segment", "Stretch", "cut", "is_float", "stretch"]
 
 # Equations that a segment has at most: what compiles in about a second.
 _MOST_EQUATIONS = 100
+_LONG = 30.0  # seconds of a run that optimisations are worth
 _SECONDS_AN_ELEMENT, _SECONDS_A_TERM = 2e-9, 2e-10  # of an equation, and of a product
-# What no gradient passes.
-_ENDS = frozenset({"while", "stop_gradient"})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -132,7 +131,7 @@ class Stretch:
             if taps and place in taps:
                 operand, tap = taps[place]
                 operands[operand] += tap
-            if step.equation.primitive in _ENDS:
+            if ends_gradient(step.equation):
                 operands = [jax.lax.stop_gradient(x) if is_float(x) else x for x in operands]
             env.update(zip(step.outs, step.evaluate(env, operands), strict=True))
         return env
@@ -142,10 +141,17 @@ class Stretch:
         reached, places = {output}, set()
         for place in range(len(self.steps) - 1, -1, -1):
             step = self.steps[place]
-            if step.equation.primitive not in _ENDS and not reached.isdisjoint(step.outs):
+            if not ends_gradient(step.equation) and not reached.isdisjoint(step.outs):
                 places.add(place)
                 reached.update(i for i in step.ins if i in floats)
         return reached, places
+
+
+def ends_gradient(equation: Equation) -> bool:
+    """Whether no gradient passes: a `while` loop, also in a branch, or where the user stops it."""
+    if equation.primitive == "cond":
+        return "while[" in equation.signature[1]
+    return equation.primitive in ("while", "stop_gradient")
 
 
 def work(program: Program) -> float:
@@ -285,6 +291,10 @@ def compiled(key: Any, function: Callable, in_axes: Any, out_axes: Any, seconds:
     ``seconds`` is how long all programs of its walk will run: how well they are to be compiled.
     """
     options = _compilation.options(seconds)
+    if options and seconds < _LONG:
+        # These programs are products, which are not compiled, and short elementwise loops: those
+        # run as fast at level 1, and compile in three quarters of the time.
+        options = {"xla_backend_optimization_level": "1", **options}
     key = (key, str(in_axes), str(out_axes), str(options))
     if key not in _PROGRAMS:
         if len(_PROGRAMS) >= _MOST_PROGRAMS:

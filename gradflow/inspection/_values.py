@@ -16,27 +16,19 @@ import dataclasses
 import functools
 import itertools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, TypeAlias
 
 import jax.numpy as jnp
 import numpy as np
 from scipy import sparse
 
-__all__ = ["Field", "Known", "NoRule", "Node", "Part", "Piece", "Product", "Signal", "Sum", "Value"]
-__all__ += ["Factor", "Flattened", "Groups", "Leaf", "Map", "Noise", "Origin", "Unknown"]
-__all__ += [
-    "Weights",
-    "absolute",
-    "add",
-    "apart",
-    "constant",
-    "factors",
-    "identity",
-    "independent",
-    "multiply",
-]
-__all__ += ["number", "of_function", "selection", "variable"]
+from gradflow.inspection._nodes import Node, multiply, of_function, variable
+
+__all__ = ["Factor", "Field", "Flattened", "Groups", "Known", "Leaf", "Map", "NoRule"]
+__all__ += ["Noise", "Origin", "Part", "Piece", "Product", "Signal", "Sum", "Unknown"]
+__all__ += ["Value", "Weights", "absolute", "apart", "factors", "identity", "independent"]
+__all__ += ["node_factors", "selection"]
 
 _serial = itertools.count()
 Map: TypeAlias = sparse.csr_array
@@ -158,6 +150,11 @@ class Field:
         other._tied.add(self)
 
     @property
+    def leads_down(self) -> bool:
+        """Whether a gradient goes on from it: not from noise."""
+        return self.product is not None or self.origin is not None
+
+    @property
     def fields(self) -> frozenset["Field"]:
         """The fields that it is a function of: itself."""
         return frozenset((self,))
@@ -226,97 +223,6 @@ class Product:
         return np.asarray(self.variance * self.units * total)
 
 
-class Node:
-    """An elementwise function of variables and of numbers for each site, as a tree.
-
-    Equal ones are one object, so that what is compiled for one layer serves all equal layers. Made
-    by `variable`, `constant` and `of_function`.
-
-    Attributes
-    ----------
-    kind
-        ``"variable"``, ``"number"`` (for each site), ``"constant"``, or ``"function"``.
-    value
-        The place among variables or numbers; the constant; the function, of float64 arrays.
-    children
-        The arguments of a function.
-    """
-
-    def __init__(self, kind: str, value: Any, children: tuple["Node", ...]) -> None:
-        self.kind, self.value, self.children = kind, value, children
-
-    @functools.cached_property
-    def places(self) -> frozenset[int]:
-        """The places of the variables that it depends on."""
-        if self.kind == "variable":
-            return frozenset((self.value,))
-        return frozenset[int]().union(*(child.places for child in self.children))
-
-    def evaluate(self, variables: Sequence[Any], numbers: Sequence[Any] = ()) -> Any:
-        """Its values in JAX, for arrays of the variables and numbers."""
-        done: dict[Node, Any] = {}
-
-        def of(node: Node) -> Any:
-            if node not in done:
-                if node.kind == "variable":
-                    done[node] = variables[node.value]
-                elif node.kind == "number":
-                    done[node] = numbers[node.value]
-                elif node.kind == "constant":
-                    done[node] = node.value
-                else:
-                    done[node] = node.value(*map(of, node.children))
-            return done[node]
-
-        return of(self)
-
-    def placed(self, variables: Sequence["Node"], numbers: int) -> "Node":
-        """The same function of other nodes, its numbers behind so many others."""
-        if self.kind == "variable":
-            return variables[self.value]
-        if self.kind == "number":
-            return number(self.value + numbers)
-        if self.kind == "constant":
-            return self
-        children = tuple(child.placed(variables, numbers) for child in self.children)
-        return _node("function", self.value, children)
-
-
-@functools.lru_cache(maxsize=1 << 14)
-def _node(kind: str, value: Any, children: tuple[Node, ...] = ()) -> Node:
-    return Node(kind, value, children)
-
-
-def variable(place: int) -> Node:
-    """The variable at a place."""
-    return _node("variable", place)
-
-
-def number(place: int) -> Node:
-    """The numbers for each site at a place."""
-    return _node("number", place)
-
-
-def constant(value: float) -> Node:
-    """A number that is written in the program."""
-    return _node("constant", float(value))
-
-
-def of_function(function: Callable[..., Any], *children: Node) -> Node:
-    """A function of nodes; equal functions are hashed and compared as such."""
-    return _node("function", function, children)
-
-
-def add(a: Any, b: Any) -> Any:
-    """The sum: one function for all nodes that add."""
-    return a + b
-
-
-def multiply(a: Any, b: Any) -> Any:
-    """The product: one function for all nodes that multiply."""
-    return a * b
-
-
 def absolute(a: Any) -> Any:
     """The absolute value: one function for all nodes that take it."""
     return jnp.abs(a)
@@ -339,6 +245,7 @@ class Piece:
         self, node: Node, variables: tuple["Sum", ...], numbers: tuple[np.ndarray, ...]
     ) -> None:
         self.node, self.variables, self.numbers = node, variables, numbers
+        self.square_of: Sum | None = None  # whose square it is, if it is one
         self.serial = next(_serial)
 
     @functools.cached_property
@@ -363,8 +270,8 @@ def factors(piece: Piece) -> tuple[Factor, ...]:
     if known is not None:
         return known
     groups: list[tuple[frozenset[Field], list[Node]]] = []
-    constants = [node for node in _factors(piece.node) if node.kind == "constant"]
-    for node in _factors(piece.node):
+    constants = [node for node in node_factors(piece.node) if node.kind == "constant"]
+    for node in node_factors(piece.node):
         if node in constants:
             continue
         fields = frozenset[Field]().union(*(piece.variables[i].fields for i in node.places))
@@ -392,10 +299,10 @@ def factors(piece: Piece) -> tuple[Factor, ...]:
     return tuple(made)
 
 
-def _factors(node: Node) -> list[Node]:
+def node_factors(node: Node) -> list[Node]:
     """The nodes whose product it is."""
     if node.kind == "function" and node.value is multiply:
-        return [factor for child in node.children for factor in _factors(child)]
+        return [factor for child in node.children for factor in node_factors(child)]
     return [node]
 
 

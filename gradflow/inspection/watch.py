@@ -257,7 +257,8 @@ class Record(eqx.Module):
         Raises
         ------
         InputError
-            If the factor is no number above 1, or the record is being traced.
+            If the factor is no number above 1, the inspection is of another model, or the record
+            is being traced.
         """
         check_number("factor", factor, positive=True)
         if factor <= 1:
@@ -426,9 +427,25 @@ def _seems_finite(leaf: Array) -> Array:
 
 
 def _expected(inspection: Any, names: tuple[str, ...]) -> np.ndarray:
-    """The logarithms of norms of gradients at the start that an inspection measured, by leaf."""
-    known: Mapping[str, float] = inspection.log_gradient_norms
-    return np.array([known.get(name, math.nan) for name in names])
+    """The logarithms of norms of gradients at the start that an inspection measured, by leaf.
+
+    A path may be the end of the other: what is trained may be a part of what was inspected.
+    """
+    known = getattr(inspection, "log_gradient_norms", None)
+    if not isinstance(known, Mapping):
+        raise InputError(f"inspection is {shown(inspection)}; it is what gradflow.inspect made")
+    found = []
+    for name in names:
+        same = [one for one in known if one == name] or [
+            one for one in known if one.endswith(name) or name.endswith(one)
+        ]
+        found.append(known[same[0]] if len(same) == 1 else math.nan)
+    if not np.isfinite(found).any():
+        raise InputError(
+            f"inspection has no gradient of {names[0]} or another leaf of the record; it is of the "
+            "model that is trained"
+        )
+    return np.array(found)
 
 
 def _sentences(

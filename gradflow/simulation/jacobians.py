@@ -38,11 +38,11 @@ from gradflow.simulation._linearisation import MatrixSampler, Point, matrix_samp
 from gradflow.simulation._matrices import Matrix
 from gradflow.simulation._scales import at_length_one
 
-__all__ = ["Jacobian", "LogEstimate", "Product", "draw", "layer_jacobians", "log_frobenius_norm"]
+__all__ = ["Jacobian", "LogEstimate", "draw", "layer_jacobians", "log_frobenius_norm"]
 __all__ += ["log_traces"]
 
 
-class Product(NamedTuple):
+class _Product(NamedTuple):
     """J v, or Jᵀ u, of k vectors, and the Jacobian that remembers these products."""
 
     direction: Float[Array, "k sites n"]  # of length 1 over sites and units; 0 where J v = 0
@@ -97,7 +97,7 @@ class Jacobian(eqx.Module):
             is_leaf=lambda leaf: isinstance(leaf, Matrix),
         )
 
-    def times(self, tangents: Float[Array, "k sites n_in"]) -> Product:
+    def times(self, tangents: Float[Array, "k sites n_in"]) -> _Product:
         """Return J v for each tangent v.
 
         Raises
@@ -109,7 +109,7 @@ class Jacobian(eqx.Module):
             "tangents", tangents, self.tangent_shape, _linearisation.jvp, reverse=False
         )
 
-    def transpose_times(self, cotangents: Float[Array, "k sites n_out"]) -> Product:
+    def transpose_times(self, cotangents: Float[Array, "k sites n_out"]) -> _Product:
         """Return Jᵀ u for each cotangent u.
 
         Raises
@@ -123,7 +123,7 @@ class Jacobian(eqx.Module):
 
     def _walk(
         self, name: str, vectors: Array, shape: tuple[int, ...], multiply: Callable, reverse: bool
-    ) -> Product:
+    ) -> _Product:
         """Multiply vectors by each layer's Jacobian, or its transpose, one layer after another."""
         vectors = jnp.asarray(as_numbers(name, vectors))
         if vectors.ndim != 3 or vectors.shape[1:] != shape:
@@ -147,7 +147,7 @@ class Jacobian(eqx.Module):
                     reverse=reverse,
                 )
             done.append(_Layers(layers.block, layers.point, matrices))
-        return Product(*carry, Jacobian(tuple(done[::-1] if reverse else done), self.apart))
+        return _Product(*carry, Jacobian(tuple(done[::-1] if reverse else done), self.apart))
 
 
 def _through_layer(

@@ -39,11 +39,11 @@ from gradflow.theory._depth_scales import depth_scale
 from gradflow.theory._loops import scan_layers
 from gradflow.theory._moment_table import over_grid
 
-__all__ = ["DropoutAnalysis", "Walk", "batch_norm_chi", "convolution_modes", "critical_dropout"]
+__all__ = ["DropoutAnalysis", "batch_norm_chi", "convolution_modes", "critical_dropout"]
 __all__ += ["dropout", "walk"]
 
 
-class Walk(NamedTuple):
+class _Walk(NamedTuple):
     """One input's second moment and gradient factors, after 1 … depth equal blocks."""
 
     q: Float[Array, " blocks"]  # second moment after each block
@@ -51,7 +51,7 @@ class Walk(NamedTuple):
     log_gradient_gain: Float[Array, " blocks"]  # of blocks 1 to l: log of the product of χ
 
 
-def walk(block: AbstractBlock, q0: ArrayLike, depth: int) -> Walk:
+def walk(block: AbstractBlock, q0: ArrayLike, depth: int) -> _Walk:
     """Return the second moment and the gradient's gain after 1 … ``depth`` equal blocks.
 
     A pure function: jit it, vmap it over the block's scales.
@@ -69,7 +69,7 @@ def walk(block: AbstractBlock, q0: ArrayLike, depth: int) -> Walk:
 
     Returns
     -------
-    Walk
+    _Walk
         Each field of shape (depth,).
 
     Raises
@@ -105,7 +105,7 @@ def walk(block: AbstractBlock, q0: ArrayLike, depth: int) -> Walk:
 
     begin = begin.as_carry(ends if depth > 1 else begin.distribution)
     _, (q, log_chi) = scan_layers(step, begin, None, length=depth)
-    return Walk(q, jnp.exp(log_chi), jnp.cumsum(log_chi))
+    return _Walk(q, jnp.exp(log_chi), jnp.cumsum(log_chi))
 
 
 def batch_norm_chi(activation: ActivationLike, size: int | float) -> Float[Array, ""]:
