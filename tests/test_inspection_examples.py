@@ -10,8 +10,9 @@ FOLDER = Path(__file__).parent.parent / "scripts" / "inspect"
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("unchecked")
-def test_a_loop_of_ones_own_trains_once_its_weights_are_mended():
-    spec = importlib.util.spec_from_file_location("own_loop", FOLDER / "own_loop.py")
+@pytest.mark.parametrize("name", ["own_loop", "equinox_mlp"])
+def test_a_sick_model_trains_once_it_is_mended(name):
+    spec = importlib.util.spec_from_file_location(name, FOLDER / f"{name}.py")
     example = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(example)
     result, (start, sick, mended) = example.main()
