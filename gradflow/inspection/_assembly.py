@@ -81,7 +81,7 @@ def assemble(
         places=places,
         estimates=estimates,
         theory=Prediction(
-            values=values, why_missing=predicted.ends if any(predicted.reasons) else None
+            values=values, why_missing=_why_missing(values["log_q"], predicted.reasons)
         ),
         theory_error=errors,
         by_statistic=compared,

@@ -75,7 +75,7 @@ class Places:
         )
         most = max(kinds, key=kinds.count)
         alike = np.array([i for i, kind in enumerate(kinds) if kind == most], int)
-        if len(alike) >= max(3, len(self) / 4):
+        if len(alike) >= max(3, len(self) / 4) and np.ptp(self.depth[alike]):
             return alike
         return np.arange(len(self) - (len(self) > 2))
 

@@ -74,7 +74,8 @@ def judge(
         parts = [f"dead: {none} at {places.names[bottom]}", *others]
     if born is not None:
         parts = [f"not finite: {born}", *(parts if math.isfinite(here) else [])]
-    parts += [why] if why else []
+    # Where layers that are alike keep gradients, what others lose is among the remedies.
+    parts += [why] if why and kind != "critical" else []
     flat = _flat_from(estimates)
     if flat is not None:
         share = estimates["saturation"].value[flat]
