@@ -9,9 +9,9 @@ import numpy as np
 from gradflow import statistics
 from gradflow.inspection._assembly import assemble
 from gradflow.inspection._cure import Cure, Trial
-from gradflow.inspection._layers import layers
-from gradflow.inspection._model import Model
-from gradflow.inspection._reading import read
+from gradflow.inspection._reading.layers import layers
+from gradflow.inspection._reading.model import Model
+from gradflow.inspection._reading.program import read
 
 
 def residual(blocks=3, width=16, branch=32):

@@ -11,11 +11,11 @@ import pytest
 import gradflow
 from gradflow import InputError
 from gradflow.inspection._cure import find
-from gradflow.inspection._laws import Law
-from gradflow.inspection._layers import layers
-from gradflow.inspection._model import Model
-from gradflow.inspection._programs import program_of
-from gradflow.inspection._walk import predict
+from gradflow.inspection._reading.layers import layers
+from gradflow.inspection._reading.model import Model
+from gradflow.inspection._reading.of_model import program_of
+from gradflow.inspection._theory.laws import Law
+from gradflow.inspection._theory.walk import predict
 
 KEY = jax.random.key(3)
 

@@ -15,7 +15,7 @@ import xarray
 import gradflow
 from gradflow._differences import Status
 from gradflow.errors import InputError
-from gradflow.inspection._births import Born
+from gradflow.inspection._measuring.births import Born
 from gradflow.inspection._places import Places
 
 

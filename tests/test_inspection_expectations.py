@@ -7,8 +7,8 @@ import pytest
 from scipy.stats import norm
 
 from gradflow.errors import InputError
-from gradflow.inspection._expectations import SiteAverages, expectation, independent
-from gradflow.inspection._pieces import expanded, functions
+from gradflow.inspection._theory.expectations import SiteAverages, expectation, independent
+from gradflow.inspection._theory.pieces import expanded, functions
 
 COVARIANCE = np.array([[2.0, 0.7], [0.7, 1.0]])
 

@@ -9,11 +9,11 @@ import pytest
 
 import gradflow
 from gradflow.errors import InputError
-from gradflow.inspection import _segments
-from gradflow.inspection._layers import layers
-from gradflow.inspection._measuring import measure
-from gradflow.inspection._model import Model
-from gradflow.inspection._programs import program_of
+from gradflow.inspection._measuring import segments as _segments
+from gradflow.inspection._measuring.measure import measure
+from gradflow.inspection._reading.layers import layers
+from gradflow.inspection._reading.model import Model
+from gradflow.inspection._reading.of_model import program_of
 
 KEY = jax.random.key(7)
 X = jax.random.normal(jax.random.key(1), (6, 5))

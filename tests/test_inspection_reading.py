@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 
 from gradflow.errors import InputError
-from gradflow.inspection import _reading
-from gradflow.inspection._layers import layers
-from gradflow.inspection._reading import Program, label, read
+from gradflow.inspection._reading import program as _reading
+from gradflow.inspection._reading.layers import layers
+from gradflow.inspection._reading.program import Program, label, read
 
 X = jnp.linspace(-1.0, 1.0, 12).reshape(4, 3)
 W = jnp.linspace(-0.5, 0.7, 9).reshape(3, 3)

@@ -5,11 +5,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gradflow.inspection import _forcing, _walk
-from gradflow.inspection._laws import Law
-from gradflow.inspection._layers import layers
-from gradflow.inspection._reading import read
-from gradflow.inspection._values import Known, Signal, Unknown
+from gradflow.inspection._reading.layers import layers
+from gradflow.inspection._reading.program import read
+from gradflow.inspection._theory import forcing, walk
+from gradflow.inspection._theory.laws import Law
+from gradflow.inspection._theory.values import Known, Signal, Unknown
 
 WIDTH, NETWORKS = 64, 150
 RNG = np.random.default_rng(0)
@@ -32,19 +32,19 @@ def program_of(f, shapes, x):
 def upwards(program, shapes, x):
     numbers = program.arguments["parameters"]
     laws = {n: Law(0.0, v, gaussian=True) for n, (_, v) in zip(numbers, shapes, strict=True)}
-    return _walk._upwards(program, laws, [np.asarray(x)], [])
+    return walk._upwards(program, laws, [np.asarray(x)], [])
 
 
 def theory(program, found, values):
     """Second moments of each layer's signals and gradients at its sites."""
     ends = [v.reason for v in values.values() if isinstance(v, Unknown)]
     assert not ends, ends[0]
-    gradients, why = _walk._downwards(program, found, values)
+    gradients, why = walk._downwards(program, found, values)
     assert not why
     out = []
     for layer in found:
-        own = _walk._own(values, layer)[0]
-        up = np.diagonal(_forcing.second_moments(values[layer.product].sum))
+        own = walk._own(values, layer)[0]
+        up = np.diagonal(forcing.second_moments(values[layer.product].sum))
         down = np.diagonal(gradients[own].matrix) * np.exp(gradients[own].log)
         out.append((up, down))
     return out
@@ -222,11 +222,11 @@ def test_a_product_over_sites_has_the_second_moments_of_random_networks():
     program = program_of(tokens_mixed, shapes, x)
     found = layers(program)
     values = upwards(program, shapes, x)
-    gradients, why = _walk._downwards(program, found, values)
+    gradients, why = walk._downwards(program, found, values)
     assert not why
     draws = sampled(program, found, shapes, x)
     for layer, (up, down) in zip(found, draws, strict=True):
-        own = _walk._own(values, layer)[0]
+        own = walk._own(values, layer)[0]
         both = (
             np.diagonal(own.covariance),
             np.diagonal(gradients[own].matrix) * np.exp(gradients[own].log),
@@ -254,7 +254,7 @@ def test_the_largest_of_a_window_is_averaged_within_its_error():
     program = program_of(f, shapes, x)
     found = layers(program)
     values = upwards(program, shapes, x)
-    expected = np.diagonal(_forcing.second_moments(values[found[1].product].sum))
+    expected = np.diagonal(forcing.second_moments(values[found[1].product].sum))
     drawn = np.asarray(sampled(program, found, shapes, x)[1][0])
     error = drawn.std(axis=0) / NETWORKS**0.5
     assert (abs(drawn.mean(axis=0) - expected) < 4.5 * error).all()
@@ -294,7 +294,7 @@ def test_what_is_linear_in_sites_is_exact(name):
     with jax.enable_x64(True):
         out = np.asarray(LINEAR[name](jnp.asarray(units.reshape(*SERIES.shape[:2], sites))))
     out = out.reshape(-1, sites)
-    np.testing.assert_allclose(_forcing.second_moments(value.sum), out @ out.T, atol=1e-12)
+    np.testing.assert_allclose(forcing.second_moments(value.sum), out @ out.T, atol=1e-12)
 
 
 def test_random_numbers_keep_their_law_until_they_meet_a_signal():
@@ -308,7 +308,7 @@ def test_random_numbers_keep_their_law_until_they_meet_a_signal():
     value = upwards(program, shapes, SERIES[0])[program.outputs[0]]
     k = SERIES[0].astype(np.float64) @ SERIES[0].T.astype(np.float64)
     mask = np.full((5, 5), 0.09) + 0.21 * np.eye(5)
-    np.testing.assert_allclose(_forcing.second_moments(value.sum), mask * k, rtol=2e-4, atol=2e-4)
+    np.testing.assert_allclose(forcing.second_moments(value.sum), mask * k, rtol=2e-4, atol=2e-4)
 
 
 @pytest.mark.parametrize(

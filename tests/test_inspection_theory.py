@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 
 from gradflow import activations, blocks
-from gradflow.inspection._laws import Law
-from gradflow.inspection._layers import layers
-from gradflow.inspection._reading import read
-from gradflow.inspection._walk import predict
+from gradflow.inspection._reading.layers import layers
+from gradflow.inspection._reading.program import read
+from gradflow.inspection._theory.laws import Law
+from gradflow.inspection._theory.walk import predict
 from gradflow.networks import Network, Stage
 from gradflow.theory import float64
 

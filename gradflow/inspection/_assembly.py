@@ -19,11 +19,11 @@ from gradflow._differences import (
 from gradflow.estimation import Estimate
 from gradflow.inspection import _wording
 from gradflow.inspection._cure import Cure
-from gradflow.inspection._layers import Layer
 from gradflow.inspection._leaves import Leaves, relative_theory
-from gradflow.inspection._model import Model
 from gradflow.inspection._places import Places
-from gradflow.inspection._reading import Program
+from gradflow.inspection._reading.layers import Layer
+from gradflow.inspection._reading.model import Model
+from gradflow.inspection._reading.program import Program
 from gradflow.inspection._result import Inspection
 from gradflow.inspection._wording import BY_KEY
 from gradflow.predictions import Prediction

@@ -21,12 +21,12 @@ from jaxtyping import PRNGKeyArray, PyTree
 from gradflow._checks import shown
 from gradflow.activations import Activation
 from gradflow.errors import InputError
-from gradflow.inspection._laws import Law
-from gradflow.inspection._layers import Layer
-from gradflow.inspection._model import Model
-from gradflow.inspection._reading import Program
+from gradflow.inspection._reading.layers import Layer
+from gradflow.inspection._reading.model import Model
+from gradflow.inspection._reading.program import Program
 from gradflow.inspection._rescaling import Patient, Profile, Scales, Trial, times
-from gradflow.inspection._walk import Predicted
+from gradflow.inspection._theory.laws import Law
+from gradflow.inspection._theory.walk import Predicted
 from gradflow.theory.criticality import critical_points
 
 __all__ = ["Cure", "find", "mended"]

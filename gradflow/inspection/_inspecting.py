@@ -18,15 +18,15 @@ from gradflow.inspection import _adapters
 from gradflow.inspection._adapters import _calls
 from gradflow.inspection._assembly import assemble
 from gradflow.inspection._cure import find
-from gradflow.inspection._laws import NETWORKS, Law, laws
-from gradflow.inspection._layers import Layer, layers
-from gradflow.inspection._measuring import measure
-from gradflow.inspection._model import Model
-from gradflow.inspection._programs import program_of
-from gradflow.inspection._reading import Program
+from gradflow.inspection._measuring.measure import measure
+from gradflow.inspection._reading.layers import Layer, layers
+from gradflow.inspection._reading.model import Model
+from gradflow.inspection._reading.of_model import program_of
+from gradflow.inspection._reading.program import Program
 from gradflow.inspection._result import Inspection
+from gradflow.inspection._theory.laws import NETWORKS, Law, laws
+from gradflow.inspection._theory.walk import Predicted, predict
 from gradflow.inspection._tracing import trace, weight_shapes
-from gradflow.inspection._walk import Predicted, predict
 from gradflow.simulation.monte_carlo import Progress
 
 __all__ = ["inspect"]

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from gradflow.inspection._layers import Layer
-from gradflow.inspection._reading import Program
+from gradflow.inspection._reading.layers import Layer
+from gradflow.inspection._reading.program import Program
 
 __all__ = ["Places"]
 

@@ -12,12 +12,12 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, PRNGKeyArray, PyTree
 
-from gradflow.inspection._laws import Law
-from gradflow.inspection._layers import Layer
-from gradflow.inspection._measuring import measure
-from gradflow.inspection._model import Model
-from gradflow.inspection._reading import Program
-from gradflow.inspection._walk import Predicted, predict
+from gradflow.inspection._measuring.measure import measure
+from gradflow.inspection._reading.layers import Layer
+from gradflow.inspection._reading.model import Model
+from gradflow.inspection._reading.program import Program
+from gradflow.inspection._theory.laws import Law
+from gradflow.inspection._theory.walk import Predicted, predict
 
 __all__ = ["Patient", "Profile", "Scales", "Trial", "times"]
 

@@ -21,9 +21,9 @@ from gradflow._labels import key_of, labelled, layers, with_names
 from gradflow._tables import PAGE, PlainConsole, number, table
 from gradflow.estimation import Estimate
 from gradflow.inspection import _wording
-from gradflow.inspection._births import Born
 from gradflow.inspection._cure import Cure
 from gradflow.inspection._leaves import Leaves, relative_theory
+from gradflow.inspection._measuring.births import Born
 from gradflow.inspection._places import Places
 from gradflow.inspection._wording import BY_KEY
 from gradflow.predictions import Prediction

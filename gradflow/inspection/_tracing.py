@@ -9,8 +9,8 @@ from jaxtyping import PyTree
 from gradflow._arguments import from_seed
 from gradflow.errors import InputError
 from gradflow.inspection._adapters import _calls
-from gradflow.inspection._model import Model
-from gradflow.inspection._reading import Program, read
+from gradflow.inspection._reading.model import Model
+from gradflow.inspection._reading.program import Program, read
 
 __all__ = ["trace", "weight_shapes"]
 

@@ -7,8 +7,8 @@ import numpy as np
 
 from gradflow._differences import StatisticComparison, Status
 from gradflow.estimation import Estimate
-from gradflow.inspection._births import Born
-from gradflow.inspection._measuring import STATISTICS
+from gradflow.inspection._measuring.births import Born
+from gradflow.inspection._measuring.measure import STATISTICS
 from gradflow.inspection._places import Places
 from gradflow.verdict import Verdict, word
 

@@ -15,7 +15,7 @@ import numpy as np
 from jaxtyping import PyTree
 
 from gradflow.errors import InputError
-from gradflow.inspection._model import Model
+from gradflow.inspection._reading.model import Model
 
 __all__ = ["ALLOWED", "adapt", "adapted", "check_numbers"]
 

@@ -12,7 +12,7 @@ import jax
 from jaxtyping import PRNGKeyArray, PyTree
 
 from gradflow.inspection._adapters import _calls
-from gradflow.inspection._model import Model
+from gradflow.inspection._reading.model import Model
 
 
 def adapt(model: Any, inputs: Sequence[Any], kwargs: Mapping[str, Any]) -> Model | None:

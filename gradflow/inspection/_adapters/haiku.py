@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from gradflow.inspection._adapters import _calls, functions, maker
-from gradflow.inspection._model import Model
+from gradflow.inspection._reading.model import Model
 
 
 def adapt(model: Any, inputs: Sequence[Any], kwargs: Mapping[str, Any]) -> Model | None:

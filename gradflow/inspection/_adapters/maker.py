@@ -14,7 +14,7 @@ from gradflow._arguments import from_seed
 from gradflow.errors import InputError
 from gradflow.inspection import _adapters
 from gradflow.inspection._adapters import _calls, torch
-from gradflow.inspection._model import Model
+from gradflow.inspection._reading.model import Model
 
 
 def adapt(model: Any, inputs: Sequence[Any], kwargs: Mapping[str, Any]) -> Model | None:

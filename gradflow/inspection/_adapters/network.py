@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import PRNGKeyArray, PyTree
 
 from gradflow._inputs import as_inputs
-from gradflow.inspection._model import Model
+from gradflow.inspection._reading.model import Model
 from gradflow.networks import Network
 
 

@@ -12,9 +12,9 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from gradflow._norms import unit_rows
-from gradflow.inspection import _scaled
-from gradflow.inspection._scaled import Scaled
-from gradflow.inspection._segments import Stretch, rows
+from gradflow.inspection._measuring import scaled
+from gradflow.inspection._measuring.scaled import Scaled
+from gradflow.inspection._measuring.segments import Stretch, rows
 
 __all__ = ["Pull", "Pulled", "log_norm"]
 
@@ -72,13 +72,13 @@ class Pull:
                     parts[name].append(Scaled(grad, cotangent.high, cotangent.low))
             others = [name for name in inputs if name not in of_sites]
             if others or taps:
-                unit, high, low = _scaled.relative(cotangent, axes.get(output))
+                unit, high, low = scaled.relative(cotangent, axes.get(output))
                 grads, weights = self._vjp((values, packed), output, others, taps, unit)
                 for name, grad in grads.items():
                     parts[name].append(Scaled(grad, high, low))
                 for place, grad in weights.items():
                     tapped[place].append(Scaled(grad, high, low))
-        kept = [_scaled.added(parts[name], axes.get(name)) for name in self.kept]
+        kept = [scaled.added(parts[name], axes.get(name)) for name in self.kept]
         leaves = [log_norm(parts[name]) for name in self.leaves]
         products = [log_norm(tapped[place]) for place, _, _ in self.taps]
         finite = [jnp.all(jnp.isfinite(part.unit)) for part in kept]
@@ -115,9 +115,9 @@ class Pull:
             norm = unit_rows(rows(part.unit, units))[1]
             high, low = (
                 rows(jnp.broadcast_to(log, part.unit.shape), units)[:, 0]
-                for log in _scaled.spread(part, axes.get(name))
+                for log in scaled.spread(part, axes.get(name))
             )
-            out.append(jnp.stack(_scaled.plus(high, low, norm)))
+            out.append(jnp.stack(scaled.plus(high, low, norm)))
         return out
 
     def apart(
@@ -127,14 +127,14 @@ class Pull:
         del values, packed
         name = self.kept[0]
         steps = dict(zip(self.given, given, strict=True))
-        whole = _scaled.stacked(
+        whole = scaled.stacked(
             [steps.get(out) for out in self.local.steps[0].outs], dict(self.axes).get(name)
         )
         parts = [whole, *sums]
-        kept = _scaled.added(parts, dict(self.axes).get(name))
+        kept = scaled.added(parts, dict(self.axes).get(name))
         return Pulled([kept], [], [], [], jnp.all(jnp.isfinite(kept.unit))[None])
 
 
 def log_norm(parts: list[Scaled]) -> Array:
     """The log norm of a sum of arrays, as a sum of two floats, (2,)."""
-    return jnp.stack(_scaled.log_norm(_scaled.added(parts, None)))[:, 0]
+    return jnp.stack(scaled.log_norm(scaled.added(parts, None)))[:, 0]

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from gradflow.inspection._reading import Equation, Program, read
+from gradflow.inspection._reading.program import Equation, Program, read
 
 __all__ = ["Function", "Term", "expanded", "functions", "product", "switches"]
 

@@ -8,10 +8,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gradflow.inspection._reading import Equation
-from gradflow.inspection._scaled import Scaled
-from gradflow.inspection._segments import Segment, ends_gradient, is_float
-from gradflow.inspection._walking import Down, Up, Walk
+from gradflow.inspection._measuring.scaled import Scaled
+from gradflow.inspection._measuring.segments import Segment, ends_gradient, is_float
+from gradflow.inspection._measuring.walk import Down, Up, Walk
+from gradflow.inspection._reading.program import Equation
 
 __all__ = ["Born", "also", "born_above", "born_below", "without_derivative"]
 

@@ -14,8 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from gradflow.errors import InputError
-from gradflow.inspection._cubature import Product, Value, average, sampled_sites
-from gradflow.inspection._pieces import Function, Term, expanded, functions
+from gradflow.inspection._theory.cubature import Product, Value, average, sampled_sites
+from gradflow.inspection._theory.pieces import Function, Term, expanded, functions
 
 __all__ = ["SiteAverages", "expectation", "independent"]
 

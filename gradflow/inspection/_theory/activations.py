@@ -10,8 +10,8 @@ import numpy as np
 
 from gradflow import activations
 from gradflow.activations import Activation
-from gradflow.inspection._nodes import Node, constant
-from gradflow.inspection._values import absolute
+from gradflow.inspection._theory.nodes import Node, constant
+from gradflow.inspection._theory.values import absolute
 
 __all__ = ["activation_of"]
 

@@ -16,9 +16,9 @@ import numpy as np
 
 from gradflow.activations import Activation
 from gradflow.gaussian import _batch
-from gradflow.inspection._activations import activation_of
-from gradflow.inspection._nodes import constant, multiply, of_function, variable
-from gradflow.inspection._values import Field, NoRule, Piece, Sum
+from gradflow.inspection._theory.activations import activation_of
+from gradflow.inspection._theory.nodes import constant, multiply, of_function, variable
+from gradflow.inspection._theory.values import Field, NoRule, Piece, Sum
 
 __all__ = ["Normalised"]
 

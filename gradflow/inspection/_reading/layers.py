@@ -7,7 +7,7 @@ import re
 
 import numpy as np
 
-from gradflow.inspection._reading import Equation, Program
+from gradflow.inspection._reading.program import Equation, Program
 
 __all__ = ["ELEMENTWISE", "SHAPES", "Layer", "layers", "of_weights"]
 

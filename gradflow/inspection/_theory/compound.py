@@ -13,10 +13,10 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from gradflow.inspection._layers import ELEMENTWISE, SHAPES
-from gradflow.inspection._reading import Equation
-from gradflow.inspection._rules_moving import rearranged
-from gradflow.inspection._values import (
+from gradflow.inspection._reading.layers import ELEMENTWISE, SHAPES
+from gradflow.inspection._reading.program import Equation
+from gradflow.inspection._theory.moving import rearranged
+from gradflow.inspection._theory.values import (
     Flattened,
     Groups,
     Known,

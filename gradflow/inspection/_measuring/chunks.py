@@ -13,16 +13,22 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, PRNGKeyArray
 
 from gradflow.errors import InputError
-from gradflow.inspection import _scaled
-from gradflow.inspection._births import Born, also, born_above, born_below, without_derivative
-from gradflow.inspection._drawing import drawing
-from gradflow.inspection._layers import Layer
-from gradflow.inspection._model import Model
-from gradflow.inspection._reading import Program
-from gradflow.inspection._scaled import Scaled
-from gradflow.inspection._segments import compiled, work
-from gradflow.inspection._sites import site_axes
-from gradflow.inspection._walking import Walk
+from gradflow.inspection._measuring import scaled
+from gradflow.inspection._measuring.births import (
+    Born,
+    also,
+    born_above,
+    born_below,
+    without_derivative,
+)
+from gradflow.inspection._measuring.drawing import drawing
+from gradflow.inspection._measuring.scaled import Scaled
+from gradflow.inspection._measuring.segments import compiled, work
+from gradflow.inspection._measuring.sites import site_axes
+from gradflow.inspection._measuring.walk import Walk
+from gradflow.inspection._reading.layers import Layer
+from gradflow.inspection._reading.model import Model
+from gradflow.inspection._reading.program import Program
 from gradflow.simulation import _memory, _threefry
 from gradflow.statistics import Statistic
 
@@ -219,7 +225,7 @@ def _cotangents(
         random = jax.random.normal(key, shape, dtype)
         wide = jnp.promote_types(dtype, jnp.float32)
         log = jnp.zeros(1 if axis is None else shape[axis], wide)
-        return _scaled.normalised(jnp.ones_like(random) if ones else random, log, log, axis)
+        return scaled.normalised(jnp.ones_like(random) if ones else random, log, log, axis)
 
     return jax.vmap(one)(keys)
 
@@ -227,4 +233,4 @@ def _cotangents(
 def _sum(parts: list[Scaled], axis: int | None) -> Scaled:
     if len(parts) == 1:
         return parts[0]
-    return jax.vmap(lambda parts: _scaled.added(parts, axis))(parts)
+    return jax.vmap(lambda parts: scaled.added(parts, axis))(parts)

@@ -19,8 +19,8 @@ import numpy as np
 from jaxtyping import Array
 
 from gradflow import _compilation
-from gradflow.inspection._layers import Layer
-from gradflow.inspection._reading import Equation, Program
+from gradflow.inspection._reading.layers import Layer
+from gradflow.inspection._reading.program import Equation, Program
 
 __all__ = ["Segment", "Stretch", "cut", "is_float", "stretch"]
 

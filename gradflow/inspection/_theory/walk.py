@@ -1,6 +1,6 @@
 """The theory of a program: abstract values upwards, gradients' second moments downwards.
 
-Upwards each equation has its rule (`_rules`). Downwards a gradient is known by its second moments
+Upwards each equation has its rule (`rules`). Downwards a gradient is known by its second moments
 over sites, Λ, at each field that a product made: fresh weights are independent of what they
 multiply, so that the gradients which a sum h gets from several products add,
 Λ_h = variance · units · Σ_o P_oᵀ Λ P_o, and at a field below it is Σ E[D_s D_t] Λ_h, D the slope of
@@ -21,13 +21,13 @@ import numpy as np
 from gradflow import activations, gaussian, statistics
 from gradflow._unit_distributions import Shifted
 from gradflow.activations import Activation
-from gradflow.inspection import _forcing, _rules
-from gradflow.inspection._activations import activation_of
-from gradflow.inspection._building import lifted
-from gradflow.inspection._laws import Law
-from gradflow.inspection._layers import Layer
-from gradflow.inspection._reading import Program
-from gradflow.inspection._values import (
+from gradflow.inspection._reading.layers import Layer
+from gradflow.inspection._reading.program import Program
+from gradflow.inspection._theory import forcing, rules
+from gradflow.inspection._theory.activations import activation_of
+from gradflow.inspection._theory.building import lifted
+from gradflow.inspection._theory.laws import Law
+from gradflow.inspection._theory.values import (
     Field,
     Known,
     Leaf,
@@ -146,7 +146,7 @@ def _upwards(
         entering = [values[i] for i in equation.inputs]
         out = [
             _traced(value, (equation.signature, place))
-            for place, value in enumerate(_rules.apply(equation, entering, shapes))
+            for place, value in enumerate(rules.apply(equation, entering, shapes))
         ]
         out = [_with_ties(value, products, equation.path) for value in out]
         values.update(zip(equation.outputs, out, strict=True))
@@ -284,21 +284,21 @@ def _spread(
                 own[field] = own[field] + below if field in own else below
 
     try:
-        for batch, map_ in _forcing.normalised(sum_):
+        for batch, map_ in forcing.normalised(sum_):
             add(batch.x, batch.pulled(map_.T @ at.matrix @ map_), batch.x)
-        for term, map_, variable in _forcing.multiples(sum_):
-            slopes = _forcing.together(term, term)
+        for term, map_, variable in forcing.multiples(sum_):
+            slopes = forcing.together(term, term)
             below = (map_.T @ at.matrix @ map_) * slopes
             reason = _spread(found, pending, variable, _Gradient.of(below, at.log))
             if reason:
                 return reason
-        terms = _forcing.terms(sum_)
+        terms = forcing.terms(sum_)
         for i, (one, left, of_one) in enumerate(terms):
             for other, right, of_other in terms[: i + 1]:
                 if of_one.fields.isdisjoint(of_other.fields):
                     continue
                 inner = left.T @ at.matrix @ right
-                slopes = _forcing.together(one, other)
+                slopes = forcing.together(one, other)
                 inner = inner if slopes is None else inner * slopes
                 if one is not other and of_one is of_other:
                     inner, of_one = inner + inner.T, of_other
@@ -344,7 +344,7 @@ def _forward_limit(values: Mapping[int, Value], layer: Layer) -> "_Limit | str":
     if not isinstance(z, Signal):
         return z.reason if isinstance(z, Unknown) else "not random"
     try:
-        second, mean = _forcing.second_moments(z.sum), _forcing.mean(z.sum)
+        second, mean = forcing.second_moments(z.sum), forcing.mean(z.sum)
     except NoRule as reason:
         return str(reason)
     q = np.diagonal(second)

@@ -7,8 +7,8 @@ import jax
 import numpy as np
 from jaxtyping import PRNGKeyArray
 
-from gradflow.inspection._model import Model
-from gradflow.inspection._reading import Program
+from gradflow.inspection._reading.model import Model
+from gradflow.inspection._reading.program import Program
 
 __all__ = ["NETWORKS", "Law", "laws", "of_draws"]
 

@@ -14,9 +14,9 @@ import jax
 import numpy as np
 from scipy import sparse
 
-from gradflow.inspection._building import as_field
-from gradflow.inspection._reading import Equation
-from gradflow.inspection._values import (
+from gradflow.inspection._reading.program import Equation
+from gradflow.inspection._theory.building import as_field
+from gradflow.inspection._theory.values import (
     Field,
     Flattened,
     Groups,

@@ -22,7 +22,7 @@ from jaxtyping import Array
 from gradflow._closed_forms import gram_determinant
 from gradflow.errors import InputError
 from gradflow.gaussian._quadrature import PAIR_STEPS, Z_MAX, panel_ends, panels, smallest_variance
-from gradflow.inspection._pieces import Function, switches
+from gradflow.inspection._theory.pieces import Function, switches
 
 __all__ = ["Integrand", "Product", "Value", "average", "sampled_sites"]
 

@@ -7,9 +7,17 @@ from typing import Any
 
 import numpy as np
 
-from gradflow.inspection import _forcing
-from gradflow.inspection._nodes import Node, add, constant, multiply, number, of_function, variable
-from gradflow.inspection._values import (
+from gradflow.inspection._theory import forcing
+from gradflow.inspection._theory.nodes import (
+    Node,
+    add,
+    constant,
+    multiply,
+    number,
+    of_function,
+    variable,
+)
+from gradflow.inspection._theory.values import (
     Field,
     Leaf,
     Map,
@@ -164,7 +172,7 @@ def fresh(
 ) -> Product:
     """The product of weights with a signal at these places of its patches."""
     check_sites(signal.sum.sites)
-    second = _forcing.second_moments(signal.sum)
+    second = forcing.second_moments(signal.sum)
     gram = signal.width * sum(map_ @ second @ map_.T for map_ in maps)
     return Product(
         signal.sum, maps, signal.width, units, weights.variance, weights.error, gram, size

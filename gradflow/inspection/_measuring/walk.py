@@ -13,12 +13,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from gradflow.inspection._elementwise import Elementwise, elementwise
-from gradflow.inspection._layers import Layer
-from gradflow.inspection._pulling import Pull, Pulled, log_norm
-from gradflow.inspection._reading import Program
-from gradflow.inspection._scaled import Scaled
-from gradflow.inspection._segments import (
+from gradflow.inspection._measuring.pulling import Pull, Pulled, log_norm
+from gradflow.inspection._measuring.scaled import Scaled
+from gradflow.inspection._measuring.segments import (
     Segment,
     Stretch,
     compiled,
@@ -28,6 +25,9 @@ from gradflow.inspection._segments import (
     rows,
     stretch,
 )
+from gradflow.inspection._reading.elementwise import Elementwise, elementwise
+from gradflow.inspection._reading.layers import Layer
+from gradflow.inspection._reading.program import Program
 from gradflow.statistics import ForwardSample, Statistic
 
 __all__ = ["Down", "Up", "Walk"]

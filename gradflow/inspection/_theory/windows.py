@@ -9,11 +9,11 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from gradflow.inspection import _forcing
-from gradflow.inspection._building import check_sites, made_by, piece_of
-from gradflow.inspection._reading import Equation
-from gradflow.inspection._rules_moving import units_as_sites
-from gradflow.inspection._values import (
+from gradflow.inspection._reading.program import Equation
+from gradflow.inspection._theory import forcing
+from gradflow.inspection._theory.building import check_sites, made_by, piece_of
+from gradflow.inspection._theory.moving import units_as_sites
+from gradflow.inspection._theory.values import (
     Known,
     NoRule,
     Product,
@@ -121,7 +121,7 @@ def convolution(
     sites = np.arange(signal.sum.sites).reshape(signal.site_shape)
     sites = np.moveaxis(sites, [signal.site_axes.index(i) for i in (batch, *spatial)], axes)
     flat = np.append(sites.reshape(-1), -1)
-    second = np.pad(_forcing.second_moments(signal.sum), (0, 1))
+    second = np.pad(forcing.second_moments(signal.sum), (0, 1))
     taken = [flat[t] for t in taken]
     gram = fan_in * sum(second[np.ix_(t, t)] for t in taken)
     product = Product(
@@ -176,7 +176,7 @@ def over_sites(
     to = np.transpose(sites, order).reshape(-1)
     above = selection(to, others * many).T.tocsr()
     check_sites(max(len(to), signal.sum.sites))
-    second = below @ _forcing.second_moments(signal.sum) @ below.T
+    second = below @ forcing.second_moments(signal.sum) @ below.T
     same = np.einsum("ipjp->ij", np.asarray(second).reshape(others, fan_in, others, fan_in))
     gram = above.T @ np.kron(same, np.eye(many)) @ above
     product = _OverSites(

@@ -8,9 +8,9 @@ from jaxtyping import Array
 
 from gradflow._checks import shown
 from gradflow.errors import InputError
-from gradflow.inspection._layers import Layer
-from gradflow.inspection._model import Model
-from gradflow.inspection._reading import Program, read
+from gradflow.inspection._reading.layers import Layer
+from gradflow.inspection._reading.model import Model
+from gradflow.inspection._reading.program import Program, read
 
 __all__ = ["program_of", "top_sites"]
 

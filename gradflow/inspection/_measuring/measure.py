@@ -18,13 +18,13 @@ from jaxtyping import Array, PRNGKeyArray
 from gradflow import _compilation, statistics
 from gradflow._programs import Float64Program
 from gradflow.errors import InputError
-from gradflow.inspection._births import Born
-from gradflow.inspection._chunks import Chunks
-from gradflow.inspection._layers import Layer
-from gradflow.inspection._model import Model
-from gradflow.inspection._programs import top_sites
-from gradflow.inspection._reading import Program
-from gradflow.inspection._segments import is_float
+from gradflow.inspection._measuring.births import Born
+from gradflow.inspection._measuring.chunks import Chunks
+from gradflow.inspection._measuring.segments import is_float
+from gradflow.inspection._reading.layers import Layer
+from gradflow.inspection._reading.model import Model
+from gradflow.inspection._reading.of_model import top_sites
+from gradflow.inspection._reading.program import Program
 from gradflow.statistics import BackwardSample, Statistic
 
 __all__ = ["STATISTICS", "Measured", "dead", "measure"]

@@ -17,10 +17,10 @@ from gradflow import gaussian
 from gradflow._unit_distributions import Shifted
 from gradflow.activations import Activation
 from gradflow.gaussian import _pairs
-from gradflow.inspection._activations import activation_of
-from gradflow.inspection._expectations import SiteAverages
-from gradflow.inspection._over_sites import Normalised
-from gradflow.inspection._values import (
+from gradflow.inspection._theory.activations import activation_of
+from gradflow.inspection._theory.expectations import SiteAverages
+from gradflow.inspection._theory.over_sites import Normalised
+from gradflow.inspection._theory.values import (
     Field,
     NoRule,
     Part,

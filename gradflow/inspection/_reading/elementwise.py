@@ -9,9 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from gradflow.inspection._layers import Layer
-from gradflow.inspection._reading import Program
-from gradflow.inspection._segments import Stretch, stretch
+from gradflow.inspection._measuring.segments import Stretch, stretch
+from gradflow.inspection._reading.layers import Layer
+from gradflow.inspection._reading.program import Program
 
 __all__ = ["Elementwise", "elementwise"]
 

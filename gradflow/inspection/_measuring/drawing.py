@@ -10,10 +10,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from gradflow.inspection._model import Model
-from gradflow.inspection._reading import read
-from gradflow.inspection._segments import work
-from gradflow.inspection._walking import Walk
+from gradflow.inspection._measuring.segments import work
+from gradflow.inspection._measuring.walk import Walk
+from gradflow.inspection._reading.model import Model
+from gradflow.inspection._reading.program import read
 from gradflow.simulation import _threefry
 
 __all__ = ["drawing"]

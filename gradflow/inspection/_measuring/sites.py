@@ -11,8 +11,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gradflow.inspection._segments import is_float
-from gradflow.inspection._walking import Walk
+from gradflow.inspection._measuring.segments import is_float
+from gradflow.inspection._measuring.walk import Walk
 
 __all__ = ["site_axes"]
 

@@ -23,7 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 from scipy import sparse
 
-from gradflow.inspection._nodes import Node, multiply, of_function, variable
+from gradflow.inspection._theory.nodes import Node, multiply, of_function, variable
 
 __all__ = ["Factor", "Field", "Flattened", "Groups", "Known", "Leaf", "Map", "NoRule"]
 __all__ += ["Noise", "Origin", "Part", "Piece", "Product", "Signal", "Sum", "Unknown"]

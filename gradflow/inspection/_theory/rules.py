@@ -16,11 +16,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gradflow.inspection import _forcing
-from gradflow.inspection import _rules_compound as compound
-from gradflow.inspection import _rules_moving as moving
-from gradflow.inspection import _rules_windows as windows
-from gradflow.inspection._building import (
+from gradflow.inspection._reading.layers import ELEMENTWISE, SHAPES
+from gradflow.inspection._reading.program import Equation, definition
+from gradflow.inspection._theory import compound, forcing, moving, windows
+from gradflow.inspection._theory.building import (
     as_field,
     check_sites,
     fresh,
@@ -29,10 +28,8 @@ from gradflow.inspection._building import (
     patches,
     piece_of,
 )
-from gradflow.inspection._layers import ELEMENTWISE, SHAPES
-from gradflow.inspection._nodes import multiply
-from gradflow.inspection._reading import Equation, definition
-from gradflow.inspection._values import (
+from gradflow.inspection._theory.nodes import multiply
+from gradflow.inspection._theory.values import (
     Known,
     NoRule,
     Product,
@@ -325,7 +322,7 @@ def reduce_sum(
         units = tuple(i - sum(j < i for j in over) for i in value.units)
         return Signal(shapes[0], units, out)
     times = math.prod(value.shape[i] for i in axes if i in value.units)
-    mean = times * _forcing.mean(out)
+    mean = times * forcing.mean(out)
     remaining = [i for i in range(len(value.shape)) if i not in axes]
     shape = [1 if i in value.units else value.shape[i] for i in remaining]
     return Known(np.broadcast_to(mean.reshape(shape), shapes[0]))

@@ -1,0 +1,1 @@
+"""What is measured of a program: signals and gradients of many random networks."""

@@ -1,0 +1,1 @@
+"""A model as a program: its equations in order, its layers, their names."""

@@ -1,0 +1,1 @@
+"""What is predicted of a program: its infinite-width limit, equation by equation."""
