@@ -24,7 +24,8 @@ from gradflow.inspection._reading.model import Model
 from gradflow.inspection._reading.of_model import program_of
 from gradflow.inspection._reading.program import Program
 from gradflow.inspection._result import Inspection
-from gradflow.inspection._theory.laws import NETWORKS, Law, laws
+from gradflow.inspection._theory.laws import NETWORKS, laws
+from gradflow.inspection._theory.values import Law
 from gradflow.inspection._theory.walk import Predicted, predict
 from gradflow.inspection._tracing import trace, weight_shapes
 from gradflow.simulation.monte_carlo import Progress
