@@ -25,7 +25,6 @@ def laws(
     key: PRNGKeyArray,
     *,
     draw: Callable[[PRNGKeyArray], tuple[PyTree, PyTree]] | None = None,
-    networks: int = NETWORKS,
 ) -> dict[int, Law]:
     """The law of each leaf of the parameters, by its number in the program.
 
@@ -43,7 +42,7 @@ def laws(
         drawing = read(model.init, key=jax.random.key(0))
         found = [law_of(drawing, leaf) for leaf in drawing.outputs[: len(numbers)]]
     if None in found:
-        drawn = (draw or model.draw)(jax.random.split(key, networks))[0]
+        drawn = (draw or model.draw)(jax.random.split(key, NETWORKS))[0]
         leaves = [np.asarray(leaf) for leaf in jax.tree.leaves(drawn)]
         found = [law or of_draws(leaf) for law, leaf in zip(found, leaves, strict=True)]
     return {n: law for n, law in zip(numbers, found, strict=True) if law is not None}
