@@ -15,7 +15,7 @@ from gradflow.inspection._measuring.measure import measure
 from gradflow.inspection._reading.layers import layers
 from gradflow.inspection._reading.model import Model
 from gradflow.inspection._reading.of_model import program_of
-from gradflow.inspection._theory.laws import Law
+from gradflow.inspection._theory.values import Law
 from gradflow.inspection._theory.walk import predict
 
 KEY = jax.random.key(3)

@@ -8,7 +8,7 @@ import pytest
 from gradflow import activations, blocks
 from gradflow.inspection._reading.layers import layers
 from gradflow.inspection._reading.program import read
-from gradflow.inspection._theory.laws import Law
+from gradflow.inspection._theory.values import Law
 from gradflow.inspection._theory.walk import predict
 from gradflow.networks import Network, Stage
 from gradflow.theory import float64

@@ -26,7 +26,7 @@ from gradflow.inspection._reading.layers import Layer
 from gradflow.inspection._reading.model import Model
 from gradflow.inspection._reading.program import Program
 from gradflow.inspection._rescaling import Patient, Profile, Scales, Trial, times
-from gradflow.inspection._theory.laws import Law
+from gradflow.inspection._theory.values import Law
 from gradflow.inspection._theory.walk import Predicted
 from gradflow.simulation.monte_carlo import Progress
 from gradflow.theory.criticality import critical_points

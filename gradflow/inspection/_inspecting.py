@@ -19,13 +19,15 @@ from gradflow.inspection import _adapters
 from gradflow.inspection._adapters import _calls
 from gradflow.inspection._assembly import assemble
 from gradflow.inspection._cure import find
+from gradflow.inspection._measuring.drawing import drawing
 from gradflow.inspection._measuring.measure import measure
 from gradflow.inspection._reading.layers import Layer, layers
 from gradflow.inspection._reading.model import Model
 from gradflow.inspection._reading.of_model import program_of
 from gradflow.inspection._reading.program import Program
 from gradflow.inspection._result import Inspection
-from gradflow.inspection._theory.laws import NETWORKS, Law, laws
+from gradflow.inspection._theory.laws import NETWORKS, laws
+from gradflow.inspection._theory.values import Law
 from gradflow.inspection._theory.walk import Predicted, predict
 from gradflow.inspection._tracing import trace, weight_shapes
 from gradflow.simulation.monte_carlo import Progress
@@ -164,12 +166,12 @@ def _theory(
     if given is not None:
         model = dataclasses.replace(model, init=None, given=given)
     apart = jax.random.fold_in(key, _FOR_LAWS)
-    state: PyTree = None
+    draw, state = drawing(model, NETWORKS), None
     if given is not None:
         state = given[1]
     elif program.arguments["state"]:  # as many networks as `laws` draws: nothing more to compile
-        state = jax.tree.map(lambda leaf: leaf[0], model.draw(jax.random.split(apart, NETWORKS))[1])
-    of_weights = laws(model, program, apart, networks=NETWORKS)
+        state = jax.tree.map(lambda leaf: leaf[0], draw(jax.random.split(apart, NETWORKS))[1])
+    of_weights = laws(model, program, apart, draw=draw)
     return of_weights, predict(program, found, of_weights, inputs, state=jax.tree.leaves(state))
 
 

@@ -1,16 +1,17 @@
 """Laws of the leaves of parameters: what theory takes for weights."""
 
-import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import jax
 import numpy as np
-from jaxtyping import PRNGKeyArray
+from jaxtyping import PRNGKeyArray, PyTree
 
 from gradflow.inspection._reading.model import Model
-from gradflow.inspection._reading.program import Program
+from gradflow.inspection._reading.program import Program, read
+from gradflow.inspection._theory.initialisers import law_of
+from gradflow.inspection._theory.values import Law
 
-__all__ = ["NETWORKS", "Law", "laws", "of_draws"]
+__all__ = ["NETWORKS", "laws", "of_draws"]
 
 # Networks that a law is measured from, and draws of a leaf that has many entries.
 NETWORKS, _ENTRIES = 8, 1 << 16
@@ -18,47 +19,33 @@ NETWORKS, _ENTRIES = 8, 1 << 16
 _SIGMAS = 5.0
 
 
-@dataclasses.dataclass(frozen=True)
-class Law:
-    """The law of a leaf's entries, which are independent.
-
-    Attributes
-    ----------
-    mean, variance
-        Of an entry.
-    standard_error
-        Of ``variance``; 0 where it is exact.
-    gaussian
-        Whether entries are known to be Gaussian.
-    values
-        The leaf itself where it is the same in all networks; else None.
-    """
-
-    mean: float
-    variance: float
-    standard_error: float = 0.0
-    gaussian: bool = False
-    values: np.ndarray | None = None
-
-
 def laws(
-    model: Model, program: Program, key: PRNGKeyArray, *, networks: int = NETWORKS
+    model: Model,
+    program: Program,
+    key: PRNGKeyArray,
+    *,
+    draw: Callable[[PRNGKeyArray], tuple[PyTree, PyTree]] | None = None,
 ) -> dict[int, Law]:
     """The law of each leaf of the parameters, by its number in the program.
 
-    From networks drawn by ``init``; of a model with given weights alone from these. What is equal
-    in all draws is known; a leaf of given weights is if all its entries are equal.
+    From the program of ``init`` where it tells the law, else from networks drawn by ``draw``
+    (``model.draw`` without it); of a model with given weights alone from these. What is equal in
+    all draws is known; a leaf of given weights is if all its entries are equal.
     """
+    numbers = program.arguments["parameters"]
     if model.init is None:
         assert model.given is not None
         leaves = [np.asarray(leaf)[None] for leaf in jax.tree.leaves(model.given[0])]
-    else:
-        drawn = model.draw(jax.random.split(key, networks))[0]
+        return dict(zip(numbers, map(of_draws, leaves), strict=True))
+    found: list[Law | None] = [None] * len(numbers)
+    if model.traceable:
+        drawing = read(model.init, key=jax.random.key(0))
+        found = [law_of(drawing, leaf) for leaf in drawing.outputs[: len(numbers)]]
+    if None in found:
+        drawn = (draw or model.draw)(jax.random.split(key, NETWORKS))[0]
         leaves = [np.asarray(leaf) for leaf in jax.tree.leaves(drawn)]
-    return {
-        number: of_draws(leaf)
-        for number, leaf in zip(program.arguments["parameters"], leaves, strict=True)
-    }
+        found = [law or of_draws(leaf) for law, leaf in zip(found, leaves, strict=True)]
+    return {n: law for n, law in zip(numbers, found, strict=True) if law is not None}
 
 
 def of_draws(draws: np.ndarray | Sequence[np.ndarray]) -> Law:

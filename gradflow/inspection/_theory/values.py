@@ -25,7 +25,7 @@ from scipy import sparse
 
 from gradflow.inspection._theory.nodes import Node, multiply, of_function, variable
 
-__all__ = ["Factor", "Field", "Flattened", "Groups", "Known", "Leaf", "Map", "NoRule"]
+__all__ = ["Factor", "Field", "Flattened", "Groups", "Known", "Law", "Leaf", "Map", "NoRule"]
 __all__ += ["Noise", "Origin", "Part", "Piece", "Product", "Signal", "Sum", "Unknown"]
 __all__ += ["Value", "Weights", "absolute", "apart", "factors", "identity", "independent"]
 __all__ += ["node_factors", "selection"]
@@ -36,6 +36,29 @@ Map: TypeAlias = sparse.csr_array
 
 class NoRule(Exception):
     """Theory ends here: the message is why."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Law:
+    """The law of a leaf's entries, which are independent.
+
+    Attributes
+    ----------
+    mean, variance
+        Of an entry.
+    standard_error
+        Of ``variance``; 0 where it is exact.
+    gaussian
+        Whether entries are known to be Gaussian.
+    values
+        The leaf itself where it is the same in all networks; else None.
+    """
+
+    mean: float
+    variance: float
+    standard_error: float = 0.0
+    gaussian: bool = False
+    values: np.ndarray | None = None
 
 
 @dataclasses.dataclass(frozen=True)

@@ -25,10 +25,10 @@ from gradflow.inspection._reading.program import Program
 from gradflow.inspection._theory import forcing, rules
 from gradflow.inspection._theory.activations import activation_of
 from gradflow.inspection._theory.building import lifted
-from gradflow.inspection._theory.laws import Law
 from gradflow.inspection._theory.values import (
     Field,
     Known,
+    Law,
     Leaf,
     Noise,
     NoRule,
