@@ -214,10 +214,13 @@ class Patient:
         return tuple(sorted(several, key=len, reverse=True)) or (tuple(range(len(self.layers))),)
 
     def _kind(self, leaf: int) -> str:
-        """The path of a leaf without its numbers; of several the last one stays, as in a block."""
+        """The path of a leaf without its numbers; of several the last one stays, as in a block.
+
+        ``dense`` and ``dense_1`` are of one kind: the first of several often has no number.
+        """
         name = self.program.names.get(leaf, "")
         numbers = re.findall(r"\d+", name)
-        return re.sub(r"\d+", "#", name, count=max(1, len(numbers) - 1))
+        return re.sub(r"_?\d+", "", name, count=max(1, len(numbers) - 1))
 
     @functools.cached_property
     def profile(self) -> Callable[[Scales], Profile]:
