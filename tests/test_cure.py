@@ -152,6 +152,27 @@ def test_narrowing_layers_keep_the_gradients_norm():
 
 
 @pytest.mark.slow
+def test_a_small_layer_before_a_norm_is_not_taken_for_the_cause():
+    """The second product alone is sick; the first, of small z, has large gradients by its norm."""
+    factors = (0.1, 1.0, 0.02, 1.0, 1.0)
+    model, laws = mlp([50] * 6, jnp.tanh, lambda place, n: factors[place] ** 2 / n)
+
+    def apply(p, state, key, x):
+        del state, key
+        z = x @ p[0]["w"]
+        x = jnp.tanh(0.1 * z / jnp.sqrt(jnp.mean(z**2, axis=1, keepdims=True)))
+        for layer in p[1:-1]:
+            x = jnp.tanh(x @ layer["w"])
+        return x @ p[-1]["w"]
+
+    cure = cured(dataclasses.replace(model, apply=apply), laws, 50)
+    assert "[2]['w'] (" in cure.cause
+    assert cure.factors["[2]['w']"] == pytest.approx(50, rel=0.1)
+    assert "[0]['w']" not in cure.factors
+    assert cure.factors.get("[1]['w']", 1.0) == pytest.approx(1.0, abs=0.1)
+
+
+@pytest.mark.slow
 def test_weights_before_a_norm_get_no_factor():
     cure = cured(*normalised(6, 40), 40)
     assert cure.factors == {}

@@ -230,12 +230,15 @@ def _critical_scale(phi: Activation) -> float:
 
 
 def _balanced(patient: Patient) -> Scales:
-    """χ = 1 at every layer that one layer follows: each weight's scale by the layer below it."""
+    """χ = 1 at every layer that one layer follows: each weight's scale by the layer below it.
+
+    Not behind a norm, which makes the gradient large where z is small.
+    """
     scales = dict.fromkeys(patient.leaves, 0.0)
     for _ in range(_SWEEPS):
         profile, off = patient.profile(scales), 0.0
         for place, layer in enumerate(patient.layers):
-            if layer.above is None:
+            if layer.above is None or patient.normalised[place]:
                 continue
             leaf = patient.layers[layer.above].parameter
             log = profile.gradients[place] - profile.gradients[layer.above]

@@ -60,6 +60,8 @@ class Trial:
 class Profile:
     """Logarithms of the norm of the gradient and of the rms of z at each layer; saturated share.
 
+    The gradient at a layer that a norm follows is in units of 1 / rms z: its size alone says how
+    small z is, and no scale of the weights changes anything else.
     ``alike`` are the places of layers of one kind, the largest kind first: gradients are compared
     between such, as those in a residual branch and those behind it are of different size.
     """
@@ -196,8 +198,33 @@ class Patient:
             return np.where(known.any(axis=0), total / np.maximum(known.sum(axis=0), 1), np.nan)
 
         # Of all sites together: a layer of fewer sites has no less gradient for it.
-        gradients = mean("log_gradient_norm") + np.log(self._sites) / 2
-        return Profile(gradients, mean("log_q") / 2, mean("saturation"), self._alike_places)
+        gradients, signals = mean("log_gradient_norm") + np.log(self._sites) / 2, mean("log_q") / 2
+        # A norm divides by z's own size, and so multiplies the gradient by its inverse.
+        gradients = gradients + np.where(self.normalised, signals, 0.0)
+        return Profile(gradients, signals, mean("saturation"), self._alike_places)
+
+    @functools.cached_property
+    def normalised(self) -> np.ndarray:
+        """Whether the layer's signal is divided by its own size before the layer above."""
+        return np.array(
+            [
+                layer.above is not None and self._divides(layer, self.layers[layer.above])
+                for layer in self.layers
+            ]
+        )
+
+    def _divides(self, layer: Layer, above: Layer) -> bool:
+        """Whether a root of sums over the layer's signal is taken on the way to that above."""
+        made, sums = {layer.preactivation}, set[int]()
+        for equation in self.program.equations[layer.equation + 1 : above.equation]:
+            summed = not sums.isdisjoint(equation.inputs)
+            if summed and equation.primitive in ("rsqrt", "sqrt"):
+                return True
+            if not made.isdisjoint(equation.inputs):
+                made.update(equation.outputs)
+                if summed or equation.primitive.startswith("reduce_sum"):
+                    sums.update(equation.outputs)
+        return False
 
     @functools.cached_property
     def _sites(self) -> np.ndarray:
@@ -212,18 +239,28 @@ class Patient:
 
     @functools.cached_property
     def _alike_places(self) -> tuple[tuple[int, ...], ...]:
-        """Layers by the kind of their weights; all together where no two are of one kind."""
-        kinds: dict[str, list[int]] = {}
+        """Layers by the kind of their weights; without it where no two are of one kind.
+
+        Those that a norm follows are apart.
+        """
+        kinds: dict[tuple[str, bool], list[int]] = {}
         for place, layer in enumerate(self.layers):
-            kinds.setdefault(self._kind(layer.parameter), []).append(place)
+            normalised = bool(self.normalised[place])
+            kinds.setdefault((self._kind(layer.parameter), normalised), []).append(place)
         several = [tuple(places) for places in kinds.values() if len(places) > 1]
-        return tuple(sorted(several, key=len, reverse=True)) or (tuple(range(len(self.layers))),)
+        if not several:
+            parts = np.flatnonzero(~self.normalised), np.flatnonzero(self.normalised)
+            several = [tuple(part.tolist()) for part in parts if part.size]
+        return tuple(sorted(several, key=len, reverse=True))
 
     def _kind(self, leaf: int) -> str:
-        """The path of a leaf without its numbers; of several the last one stays, as in a block."""
+        """The path of a leaf without its numbers; of several the last one stays, as in a block.
+
+        ``dense`` and ``dense_1`` are of one kind: the first of several often has no number.
+        """
         name = self.program.names.get(leaf, "")
         numbers = re.findall(r"\d+", name)
-        return re.sub(r"\d+", "#", name, count=max(1, len(numbers) - 1))
+        return re.sub(r"_?\d+", "", name, count=max(1, len(numbers) - 1))
 
     @functools.cached_property
     def profile(self) -> Callable[[Scales], Profile]:
