@@ -119,13 +119,8 @@ def inspect_model(
         result = _with_cure(cured)
     if not as_json and result.cause:
         show({}, lambda: _cure_parts(result), as_json=False)
-    show(
-        _as_json(result) if as_json else {},
-        lambda: iter(()),
-        as_json=as_json,
-        folder=folder,
-        written=result.save(folder),
-    )
+    summary, written = _as_json(result) if as_json else {}, result.save(folder)
+    show(summary, lambda: iter(()), as_json=as_json, folder=folder, written=written)
 
 
 @contextmanager
