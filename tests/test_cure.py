@@ -15,6 +15,7 @@ from gradflow.inspection._measuring.measure import measure
 from gradflow.inspection._reading.layers import layers
 from gradflow.inspection._reading.model import Model
 from gradflow.inspection._reading.of_model import program_of
+from gradflow.inspection._rescaling import Patient
 from gradflow.inspection._theory.values import Law
 from gradflow.inspection._theory.walk import predict
 
@@ -82,7 +83,7 @@ def cured(model, laws, width):
     by_leaf = dict(zip(program.arguments["parameters"], laws, strict=True))
     theory = predict(program, found, by_leaf, [x], state=[])
     measured = measure(model, program, found, (x,), KEY, networks=3)
-    return find(model, program, found, (x,), KEY, laws=by_leaf, predicted=theory, measured=measured)
+    return find(Patient(model, program, found, (x,), KEY, by_leaf, theory), measured)
 
 
 @pytest.mark.slow

@@ -116,17 +116,11 @@ def inspect_model(
     if not as_json:
         show({}, lambda: _parts(result), as_json=False)
     if cure:
-        with show_progress("trials") as report, _quiet():
-            result = cured(lambda done, total: report("cure", done, total))
+        result = _with_cure(cured)
     if not as_json and result.cause:
         show({}, lambda: _cure_parts(result), as_json=False)
-    show(
-        _as_json(result) if as_json else {},
-        lambda: iter(()),
-        as_json=as_json,
-        folder=folder,
-        written=result.save(folder),
-    )
+    summary, written = _as_json(result) if as_json else {}, result.save(folder)
+    show(summary, lambda: iter(()), as_json=as_json, folder=folder, written=written)
 
 
 @contextmanager
@@ -134,6 +128,11 @@ def _quiet() -> Iterator[None]:
     """What a user's module prints goes to standard error: standard output is for results."""
     with redirect_stdout(sys.stderr or io.StringIO()):
         yield
+
+
+def _with_cure(cured: Callable[..., "Inspection"]) -> "Inspection":
+    with show_progress("trials") as report, _quiet():
+        return cured(lambda done, total: report("cure", done, total))
 
 
 def _parts(result: "Inspection") -> Iterator[Table | str]:

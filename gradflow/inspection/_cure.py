@@ -10,24 +10,19 @@ on the model is the cure, and the group of weights that it changes most is the c
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import PRNGKeyArray, PyTree
+from jaxtyping import PyTree
 
 from gradflow._checks import shown
 from gradflow.activations import Activation
 from gradflow.errors import InputError
 from gradflow.inspection._measuring.measure import Measured
-from gradflow.inspection._reading.layers import Layer
-from gradflow.inspection._reading.model import Model
-from gradflow.inspection._reading.program import Program
 from gradflow.inspection._rescaling import Patient, Profile, Scales, Trial, times
-from gradflow.inspection._theory.values import Law
-from gradflow.inspection._theory.walk import Predicted
 from gradflow.simulation.monte_carlo import Progress
 from gradflow.theory.criticality import critical_points
 
@@ -75,36 +70,16 @@ class Cure:
     alternatives: tuple[Trial, ...] = ()
 
 
-def find(
-    model: Model,
-    program: Program,
-    layers: Sequence[Layer],
-    inputs: tuple[Any, ...],
-    key: PRNGKeyArray,
-    *,
-    laws: Mapping[int, Law],
-    predicted: Predicted,
-    measured: Measured,
-    targets: tuple[Any, ...] = (),
-    given: tuple[PyTree, PyTree] | None = None,
-    progress: Progress | None = None,
-) -> Cure:
+def find(patient: Patient, measured: Measured, progress: Progress | None = None) -> Cure:
     """The cause of what a model's gradients do from end to end, and the cure.
 
     Parameters
     ----------
-    model, program, layers, inputs, key
-        As `measure` takes them.
-    laws, predicted, measured
-        Of the leaves of the parameters, what `predict` made of them, and what `measure` found.
-    targets
-        Of a loss behind the outputs.
-    given
-        ``(parameters, state)`` at hand; without it a few networks are drawn.
+    patient, measured
+        The model, and what `measure` found.
     progress
         Called with (trials done, trials in all).
     """
-    patient = Patient(model, program, layers, inputs, key, laws, predicted, targets, given)
     now = patient.of_values(measured.values)
     before = now.trial("as it is")
     if now.worst <= _WELL:
@@ -138,7 +113,7 @@ def find(
             alternatives=alternatives,
         )
     scales, trial = best
-    factors = {program.names[i]: math.exp(log) for i, log in scales.items()}
+    factors = {patient.program.names[i]: math.exp(log) for i, log in scales.items()}
     return Cure(
         _cause(patient, now, scales),
         factors,

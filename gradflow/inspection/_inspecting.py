@@ -25,6 +25,7 @@ from gradflow.inspection._reading.layers import Layer, layers
 from gradflow.inspection._reading.model import Model
 from gradflow.inspection._reading.of_model import program_of
 from gradflow.inspection._reading.program import Program
+from gradflow.inspection._rescaling import Patient
 from gradflow.inspection._result import Inspection
 from gradflow.inspection._theory.laws import NETWORKS, laws
 from gradflow.inspection._theory.values import Law
@@ -144,12 +145,10 @@ def begin(
     put_together = functools.partial(assemble, adapted, program, found, measured, predicted)
 
     def cured(progress: Progress | None = None) -> Inspection:
-        cure = find(
-            adapted, program, found, arrays, key,
-            laws=of_weights, predicted=predicted, measured=measured, targets=behind, given=given,
-            progress=progress,
-        )  # fmt: skip
-        return put_together(cure)
+        patient = Patient(
+            adapted, program, found, arrays, key, of_weights, predicted, behind, given
+        )
+        return put_together(find(patient, measured, progress))
 
     return put_together(None), cured
 

@@ -27,6 +27,7 @@ __all__ = ["Segment", "Stretch", "cut", "is_float", "stretch"]
 # Equations that a segment has at most: what compiles in about a second.
 _MOST_EQUATIONS = 100
 _LONG = 30.0  # seconds of a run that optimisations are worth
+_QUICK = 1.0  # and that none is worth
 _SECONDS_AN_ELEMENT, _SECONDS_A_TERM = 2e-9, 2e-10  # of an equation, and of a product
 
 
@@ -293,8 +294,9 @@ def compiled(key: Any, function: Callable, in_axes: Any, out_axes: Any, seconds:
     options = _compilation.options(seconds)
     if options and seconds < _LONG:
         # These programs are products, which are not compiled, and short elementwise loops: those
-        # run as fast at level 1, and compile in three quarters of the time.
-        options = {"xla_backend_optimization_level": "1", **options}
+        # run as fast at level 1, and compile in three quarters of the time; at 0 in half of it.
+        level = "0" if seconds < _QUICK else "1"
+        options = {"xla_backend_optimization_level": level, **options}
     key = (key, str(in_axes), str(out_axes), str(options))
     if key not in _PROGRAMS:
         if len(_PROGRAMS) >= _MOST_PROGRAMS:
