@@ -11,6 +11,7 @@ import pytest
 import gradflow
 from gradflow import InputError
 from gradflow.inspection._cure import find
+from gradflow.inspection._measuring.measure import measure
 from gradflow.inspection._reading.layers import layers
 from gradflow.inspection._reading.model import Model
 from gradflow.inspection._reading.of_model import program_of
@@ -80,7 +81,8 @@ def cured(model, laws, width):
     found = layers(program)
     by_leaf = dict(zip(program.arguments["parameters"], laws, strict=True))
     theory = predict(program, found, by_leaf, [x], state=[])
-    return find(model, program, found, (x,), KEY, laws=by_leaf, predicted=theory)
+    measured = measure(model, program, found, (x,), KEY, networks=3)
+    return find(model, program, found, (x,), KEY, laws=by_leaf, predicted=theory, measured=measured)
 
 
 @pytest.mark.slow

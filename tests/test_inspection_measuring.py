@@ -36,7 +36,7 @@ def model_of(init, apply):
 def measured(init, apply, *inputs, loss=None, networks=2, given=False, model=None):
     model = model or model_of(init, apply)
     program = program_of(model, inputs, loss=loss)
-    parameters = (init(KEY), ()) if given else None
+    parameters = [(init(KEY), ())] if given else []
     return measure(
         model, program, layers(program), inputs, KEY, networks=networks, parameters=parameters
     )

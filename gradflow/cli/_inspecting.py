@@ -71,6 +71,10 @@ def inspect_model(
         typer.Option(help="module:function of the outputs, and of the targets in --data, if any."),
     ] = None,
     networks: Annotated[int, typer.Option(help="How many re-initialisations.")] = 50,
+    cure: Annotated[
+        bool,
+        typer.Option(help="Whether to look for the cause and the cure, behind the table."),
+    ] = True,
     seed: Seed = 0,
     out: Out = None,
     as_json: Json = False,
@@ -96,10 +100,10 @@ def inspect_model(
         raise InputError(f"data is {data!r}, which has targets, and loss is None; give both")
     folder = results_folder(context, "model", out=out)
 
-    import gradflow  # noqa: PLC0415  (JAX is slow to import)
+    from gradflow.inspection import _inspecting  # noqa: PLC0415  (JAX is slow to import)
 
     with show_progress() as report, _quiet():
-        result = gradflow.inspect(
+        result, cured = _inspecting.begin(
             described,
             inputs=inputs,
             key=seed,
@@ -108,8 +112,14 @@ def inspect_model(
             targets=targets or None,
             progress=lambda done, total: report(model, done, total),
         )
-    if not as_json:  # figures take longer than the table, which is what is waited for
+    # The cure and figures take longer than the table, which is what is waited for.
+    if not as_json:
         show({}, lambda: _parts(result), as_json=False)
+    if cure:
+        with show_progress("trials") as report, _quiet():
+            result = cured(lambda done, total: report("cure", done, total))
+    if not as_json and result.cause:
+        show({}, lambda: _cure_parts(result), as_json=False)
     show(
         _as_json(result) if as_json else {},
         lambda: iter(()),
@@ -131,10 +141,13 @@ def _parts(result: "Inspection") -> Iterator[Table | str]:
     yield result.table()
     yield f"agreement {result.agreement}"
     yield f"theory    {result.theory_ends}"
-    if result.remedies:
-        yield f"remedies  {result.remedies}"
     if result.mode:
         yield f"noted     {result.name} is applied with {result.mode}"
+
+
+def _cure_parts(result: "Inspection") -> Iterator[str]:
+    yield f"cause     {result.cause}"
+    yield f"remedies  {result.remedies}"
 
 
 def _as_json(result: "Inspection") -> dict[str, Any]:

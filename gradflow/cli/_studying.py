@@ -255,6 +255,7 @@ def show_study(folder: Folder, as_json: Json = False) -> None:
         if as_json:
             names = _results.compared(dataset)
             report["statistics"] = [_results.agreement(dataset, name) for name in names]
+            report["no_theory"] = dataset.attrs.get("no_theory")
         show(report, lambda: _results_in_words(described.title, dataset), as_json=as_json)
 
 
@@ -271,6 +272,8 @@ def _results_in_words(title: str, dataset: "xarray.Dataset") -> Iterator[Table |
         f"grid      {_one_line(shape)}, {dataset.sizes['layer']} layers; "
         f"{dataset.attrs['networks']:.0f} networks, {dataset.attrs['dtype']}"
     )
+    if "no_theory" in dataset.attrs:
+        yield f"no theory {_one_line(dataset.attrs['no_theory'])}"
     names = _results.compared(dataset)
     shifted = any(f"{name}_finite_width_z" in dataset for name in names)
     rows = []

@@ -39,7 +39,7 @@ def assemble(
     layers: Sequence[Layer],
     measured: Any,
     predicted: Any,
-    cure: Cure,
+    cure: Cure | None,
 ) -> Inspection:
     """Put theory beside measurement.
 
@@ -50,7 +50,7 @@ def assemble(
     measured, predicted
         What was measured in its networks, and the theory of its program.
     cure
-        Why its gradients vanish or explode, and what mends them.
+        Why its gradients vanish or explode, and what mends them; None where it was not looked for.
     """
     places = Places.of(program, layers)
     estimates = {
@@ -94,9 +94,9 @@ def assemble(
     )
 
 
-def _why(cure: Cure) -> str:
+def _why(cure: Cure | None) -> str:
     """The cause and what mends it, as a part of a sentence; empty where all is well."""
-    if not cure.cause:
+    if cure is None or not cure.cause:
         return ""
     return (cure.cause.partition("; ")[2] if cure.factors else cure.effect).rstrip(".")
 

@@ -21,12 +21,14 @@ from jaxtyping import PRNGKeyArray, PyTree
 from gradflow._checks import shown
 from gradflow.activations import Activation
 from gradflow.errors import InputError
+from gradflow.inspection._measuring.measure import Measured
 from gradflow.inspection._reading.layers import Layer
 from gradflow.inspection._reading.model import Model
 from gradflow.inspection._reading.program import Program
 from gradflow.inspection._rescaling import Patient, Profile, Scales, Trial, times
 from gradflow.inspection._theory.values import Law
 from gradflow.inspection._theory.walk import Predicted
+from gradflow.simulation.monte_carlo import Progress
 from gradflow.theory.criticality import critical_points
 
 __all__ = ["Cure", "find", "mended"]
@@ -42,6 +44,8 @@ _WIDEST, _STEPS, _SWEEPS = 6.0, 14, 6
 # What residual branches may leave where no scale but 0 leaves nothing.
 _LEFT = math.log(2.0)
 _MOST_GROUPS = 6
+# Known initialisations, and candidates for the cure.
+_TRIALS = 5 + 3
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,8 +84,10 @@ def find(
     *,
     laws: Mapping[int, Law],
     predicted: Predicted,
+    measured: Measured,
     targets: tuple[Any, ...] = (),
     given: tuple[PyTree, PyTree] | None = None,
+    progress: Progress | None = None,
 ) -> Cure:
     """The cause of what a model's gradients do from end to end, and the cure.
 
@@ -89,21 +95,29 @@ def find(
     ----------
     model, program, layers, inputs, key
         As `measure` takes them.
-    laws, predicted
-        Of the leaves of the parameters, and what `predict` made of them.
+    laws, predicted, measured
+        Of the leaves of the parameters, what `predict` made of them, and what `measure` found.
     targets
         Of a loss behind the outputs.
     given
         ``(parameters, state)`` at hand; without it a few networks are drawn.
+    progress
+        Called with (trials done, trials in all).
     """
     patient = Patient(model, program, layers, inputs, key, laws, predicted, targets, given)
-    now = patient.measured({})
+    now = patient.of_values(measured.values)
     before = now.trial("as it is")
     if now.worst <= _WELL:
         return Cure("", {}, "Gradients keep their size; nothing is to be mended.", before)
-    alternatives = tuple(_alternatives(patient))
-    best, saturated = None, math.nan
-    for name, scales in _candidates(patient):
+    said = progress or (lambda _done, _total: None)
+    known = []
+    said(0, _TRIALS)
+    for trial in _alternatives(patient):
+        known.append(trial)
+        said(len(known), _TRIALS)
+    alternatives, best, saturated = tuple(known), None, math.nan
+    for done, (name, scales) in enumerate(_candidates(patient), len(known)):
+        said(done, _TRIALS)
         if not scales:
             continue
         after = patient.measured(scales)
@@ -114,6 +128,7 @@ def find(
             break
         if well:
             saturated = trial.saturated
+    said(_TRIALS, _TRIALS)
     if best is None:
         return Cure(
             f"{_what(patient, now)}, and no scale of its weights is the cause.",

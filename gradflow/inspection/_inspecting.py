@@ -1,6 +1,7 @@
 """One model inspected: adapted, read, measured, predicted, and all put together."""
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -31,7 +32,7 @@ from gradflow.inspection._theory.walk import Predicted, predict
 from gradflow.inspection._tracing import trace, weight_shapes
 from gradflow.simulation.monte_carlo import Progress
 
-__all__ = ["inspect"]
+__all__ = ["begin", "inspect"]
 
 # The fold of the key that laws of weights are drawn with: no network's number.
 _FOR_LAWS = (1 << 31) - 1
@@ -48,6 +49,7 @@ def inspect(
     targets: Any = None,
     kwargs: Mapping[str, Any] | None = None,
     parameters: PyTree = None,
+    cure: bool = True,
     progress: Progress | None = None,
 ) -> Inspection:
     """Read a model as it is: where its gradients vanish or explode, why, and what mends it.
@@ -76,6 +78,8 @@ def inspect(
         Keyword arguments of the model's call.
     parameters
         Weights at hand, as ``init(key)`` makes them, to be measured in place of drawn ones.
+    cure
+        Whether to look for the cause and the cure, which takes about as long again.
     progress
         Called as (networks done, networks in all).
 
@@ -90,6 +94,31 @@ def inspect(
         If the model is of no kind that is known, has no parameters or no layers, cannot be traced
         or applied to the inputs, or does not depend on them; if weights or inputs are not finite;
         or if the loss is no scalar.
+    """
+    first, cured = begin(
+        model, apply, inputs,
+        key=key, networks=networks, loss=loss, targets=targets, kwargs=kwargs,
+        parameters=parameters, progress=progress,
+    )  # fmt: skip
+    return cured() if cure else first
+
+
+def begin(
+    model: Any,
+    apply: Any = None,
+    inputs: Any = None,
+    *,
+    key: PRNGKeyArray | int = 0,
+    networks: int = 50,
+    loss: Callable[..., Array] | None = None,
+    targets: Any = None,
+    kwargs: Mapping[str, Any] | None = None,
+    parameters: PyTree = None,
+    progress: Progress | None = None,
+) -> tuple[Inspection, Callable[..., Inspection]]:
+    """An inspection without the cure, as of `inspect`, and a function that gives it with the cure.
+
+    The function takes ``progress``, called as (trials done, trials in all).
     """
     if inputs is None and apply is not None and not callable(apply):
         apply, inputs = None, apply
@@ -108,14 +137,21 @@ def inspect(
         theory = pool.submit(_theory, adapted, program, found, arrays, key, given)
         measured = measure(
             adapted, program, found, arrays, key,
-            networks=networks, targets=behind, parameters=given, progress=progress,
+            networks=networks, targets=behind, progress=progress,
+            parameters=() if given is None else [given],
         )  # fmt: skip
         of_weights, predicted = theory.result()
-    cure = find(
-        adapted, program, found, arrays, key,
-        laws=of_weights, predicted=predicted, targets=behind, given=given,
-    )  # fmt: skip
-    return assemble(adapted, program, found, measured, predicted, cure)
+    put_together = functools.partial(assemble, adapted, program, found, measured, predicted)
+
+    def cured(progress: Progress | None = None) -> Inspection:
+        cure = find(
+            adapted, program, found, arrays, key,
+            laws=of_weights, predicted=predicted, measured=measured, targets=behind, given=given,
+            progress=progress,
+        )  # fmt: skip
+        return put_together(cure)
+
+    return put_together(None), cured
 
 
 def _theory(

@@ -10,8 +10,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, PRNGKeyArray, PyTree
+from jaxtyping import PRNGKeyArray, PyTree
 
+from gradflow import _compilation
+from gradflow.inspection._measuring.drawing import drawing
 from gradflow.inspection._measuring.measure import measure
 from gradflow.inspection._reading.layers import Layer
 from gradflow.inspection._reading.model import Model
@@ -133,8 +135,12 @@ class Patient:
         given = self.given or (self.model.given if self.model.init is None else None)
         if given is not None:
             return [given]
-        drawn = self.model.draw(jax.random.split(self.key, _NETWORKS))
-        return [jax.tree.map(lambda x, i=i: x[i], drawn) for i in range(_NETWORKS)]
+        with _compilation.caching():
+            drawn = drawing(self.model, _NETWORKS)(jax.random.split(self.key, _NETWORKS))
+        leaves, tree = jax.tree.flatten(drawn)
+        keys = jax.dtypes.prng_key  # which NumPy does not know
+        leaves = [x if jnp.issubdtype(x.dtype, keys) else np.asarray(x) for x in leaves]
+        return [jax.tree.unflatten(tree, [x[i] for x in leaves]) for i in range(_NETWORKS)]
 
     @property
     def leaves(self) -> list[int]:
@@ -153,19 +159,17 @@ class Patient:
 
     def measured(self, change: Scales | Callable[[PyTree, PyTree], PyTree]) -> Profile:
         """The profile of the model with its weights scaled, or changed by a function of them."""
-        parts: list[Mapping[str, np.ndarray]] = []
-        for parameters, state in self.draws:
-            if callable(change):
-                changed = change(parameters, state)
-            else:
-                changed = self.scaled(parameters, change)
-            found = measure(
-                self.model, self.program, self.layers, self.inputs, self.key,
-                targets=self.targets, parameters=(changed, state),
-            )  # fmt: skip
-            parts.append(found.values)
-        keys = ("log_gradient_norm", "log_q", "saturation")
-        return self._profile({k: np.concatenate([p[k] for p in parts]) for k in keys})
+        change = change if callable(change) else functools.partial(self._scaled, change)
+        changed = [(change(parameters, state), state) for parameters, state in self.draws]
+        found = measure(
+            self.model, self.program, self.layers, self.inputs, self.key,
+            targets=self.targets, parameters=changed,
+        )  # fmt: skip
+        return self.of_values(found.values)
+
+    def _scaled(self, scales: Scales, parameters: PyTree, state: PyTree) -> PyTree:
+        del state
+        return self.scaled(parameters, scales)
 
     def theory(self, scales: Scales) -> Profile:
         """The profile at infinite width; not `known` where theory ends."""
@@ -182,9 +186,11 @@ class Patient:
             self.program, self.layers, changed, jax.tree.leaves(self.inputs),
             state=jax.tree.leaves(self.draws[0][1]),
         )  # fmt: skip
-        return self._profile(predicted.values)
+        return self.of_values(predicted.values)
 
-    def _profile(self, values: Mapping[str, np.ndarray]) -> Profile:
+    def of_values(self, values: Mapping[str, np.ndarray]) -> Profile:
+        """The profile of statistics that were measured, or predicted."""
+
         def mean(key: str) -> np.ndarray:
             rows = np.atleast_2d(np.asarray(values[key], np.float64))
             known = ~np.isnan(rows)
@@ -259,7 +265,7 @@ class Patient:
     @functools.cached_property
     def profile(self) -> Callable[[Scales], Profile]:
         """The profile at any scales: by theory where it reaches, else measured."""
-        theory = self._profile(self.predicted.values)
+        theory = self.of_values(self.predicted.values)
         return self.theory if theory.known else self.measured
 
     def scaled(self, parameters: PyTree, scales: Scales) -> PyTree:
@@ -298,6 +304,6 @@ class Patient:
         )
 
 
-def times(leaf: Array, factor: float) -> Array:
+def times(leaf: Any, factor: float) -> Any:
     """A leaf times a factor, in its own dtype."""
-    return leaf * jnp.asarray(factor, leaf.dtype)
+    return leaf * np.asarray(factor, leaf.dtype)

@@ -75,7 +75,7 @@ class Inspection:
         Where measured gradients end and how to have them, in a sentence, or empty.
     cure
         Why gradients vanish or explode, by what to multiply which leaf of the parameters, what that
-        does, and what known initialisations would do.
+        does, and what known initialisations would do; None where it was not looked for.
     """
 
     verdict: Verdict

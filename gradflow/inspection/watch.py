@@ -28,8 +28,9 @@ if TYPE_CHECKING:
 
 __all__ = ["Record", "watch"]
 
-# Bytes that a record may take, and the most and fewest steps that it keeps.
-_MOST_BYTES = 1_000_000
+# Bytes that a record may take, those that it takes where they are enough for the fewest steps, as
+# every step copies it, and the most and fewest steps that it keeps.
+_MOST_BYTES, _USUAL_BYTES = 1_000_000, 128_000
 _MOST_ROWS, _FEWEST_ROWS = 256, 8
 # What is kept of each leaf at a recorded step, as natural logarithms of norms.
 _KEPT = ("gradient", "parameter", "update")
@@ -40,7 +41,7 @@ _GROWN = 10.0
 
 
 class Record(eqx.Module):
-    """What is recorded of a training along its steps: a pytree of fixed size, at most 1 MB.
+    """What is recorded of a training along its steps: one array, of 128 kB, or 1 MB at most.
 
     It spans all of the training: when it is full every second recorded step is dropped, and from
     then on half as many are recorded. Steps are counted from 0, and norms are those before the
@@ -49,29 +50,44 @@ class Record(eqx.Module):
 
     Attributes
     ----------
-    step
-        How many steps there were.
-    stride
-        Steps from one recorded step to the next.
-    log_norms
-        Natural logarithms of the norms of each leaf's gradient, of the leaf, and of its update, at
-        the recorded steps; -inf where all is 0, NaN where something is not finite.
-    first_nonfinite
-        The first step at which a leaf's gradient was seen not to be finite; -1 where there is none.
-        At recorded steps all of it is looked at, at others its first row and column: what is not
-        finite spreads along these, and to all that is computed a step later.
     names
         The leaves' paths, by `jax.tree_util.keystr`; leaves that are not floats are left out.
     every
         The steps from one recorded step to the next that were asked for.
     """
 
-    step: Int[Array, "*networks"]
-    stride: Int[Array, "*networks"]
-    log_norms: Float[Array, "*networks rows parameters 3"]
-    first_nonfinite: Int[Array, "*networks parameters"]
+    _packed: Int[Array, "*networks numbers"]
     names: tuple[str, ...] = eqx.field(static=True)
     every: int = eqx.field(static=True)
+
+    @property
+    def step(self) -> Int[Array, "*networks"]:
+        """How many steps there were."""
+        return self._packed[..., 0]
+
+    @property
+    def stride(self) -> Int[Array, "*networks"]:
+        """Steps from one recorded step to the next."""
+        return self._packed[..., 1]
+
+    @property
+    def first_nonfinite(self) -> Int[Array, "*networks parameters"]:
+        """The first step at which a leaf's gradient was seen not to be finite; -1 of the others.
+
+        At recorded steps all of it is looked at, at others the first row and column of each leaf,
+        and all where these are not finite: what is not finite spreads along rows and columns, and
+        to all that is computed a step later.
+        """
+        return self._packed[..., 2 : 2 + len(self.names)]
+
+    @property
+    def log_norms(self) -> Float[Array, "*networks rows parameters 3"]:
+        """Natural logarithms of norms at the recorded steps: of gradients, leaves and updates.
+
+        -inf where all is 0, NaN where something is not finite.
+        """
+        logs = _as_floats(self._packed[..., 2 + len(self.names) :])
+        return logs.reshape(*logs.shape[:-1], -1, len(self.names), len(_KEPT))
 
     @classmethod
     def begin(cls, parameters: PyTree, every: int = 100) -> "Record":
@@ -93,22 +109,17 @@ class Record(eqx.Module):
         names = tuple(_leaves(parameters))
         if not names:
             raise InputError("parameters has no array of floats; it is a pytree with at least one")
-        rows = _MOST_BYTES // (4 * len(_KEPT) * len(names))
-        if rows < _FEWEST_ROWS:
+        bytes_a_row = 4 * len(_KEPT) * len(names)
+        if _MOST_BYTES // bytes_a_row < _FEWEST_ROWS:
             most = _MOST_BYTES // (4 * len(_KEPT) * _FEWEST_ROWS)
             raise InputError(
                 f"parameters has {len(names)} arrays of floats; it has at most {most}, of which a "
                 f"record of 1 MB has room for {_FEWEST_ROWS} steps"
             )
-        rows = min(_MOST_ROWS, rows - rows % 2)
-        return cls(
-            step=jnp.zeros((), jnp.int32),
-            stride=jnp.full((), every, jnp.int32),
-            log_norms=jnp.full((rows, len(names), len(_KEPT)), jnp.nan, jnp.float32),
-            first_nonfinite=jnp.full(len(names), -1, jnp.int32),
-            names=names,
-            every=every,
-        )
+        rows = min(_MOST_ROWS, max(_FEWEST_ROWS, _USUAL_BYTES // bytes_a_row // 2 * 2))
+        log_norms = np.full(rows * len(names) * len(_KEPT), np.nan, np.float32)
+        parts = ([0, every], np.full(len(names), -1), log_norms.view(np.int32))
+        return cls(jnp.asarray(np.concatenate(parts), jnp.int32), names, every)
 
     @classmethod
     def of(cls, state: PyTree) -> "Record":
@@ -167,20 +178,31 @@ class Record(eqx.Module):
         p, g = self._named("parameters", parameters), self._named("gradients", gradients)
         _check_shapes(self.names, p, "gradients", g)
 
-        def recorded(log_norms: Array) -> tuple[Array, ...]:
+        def looked_at(packed: Array) -> Array:
             u = self._named("updates", updates())
             _check_shapes(self.names, p, "updates", u)
-            return _recorded(self.step, self.stride, log_norms, (g, p, u))
+            return Record(packed, self.names, self.every)._with((g, p, u))
 
-        stride, log_norms, all_finite = jax.lax.cond(
-            self.step % self.stride == 0,
-            recorded,
-            lambda log_norms: (self.stride, log_norms, jnp.ones(len(g), bool)),
-            self.log_norms,
-        )
-        finite = all_finite & jnp.stack([_seems_finite(leaf) for leaf in g])
-        first = jnp.where((self.first_nonfinite < 0) & ~finite, self.step, self.first_nonfinite)
-        return Record(self.step + 1, stride, log_norms, first, self.names, self.every)
+        at = self.step % self.stride == 0
+        packed = jax.lax.cond(at | ~_seem_finite(g), looked_at, lambda packed: packed, self._packed)
+        return Record(packed.at[0].add(1), self.names, self.every)
+
+    def _with(self, leaves: tuple[list[Array], ...]) -> Array:
+        """The numbers with this step, if it is a recorded one, and whether gradients are finite.
+
+        When the record is full every second of its steps is dropped.
+        """
+        step, stride, log_norms = self.step, self.stride, self.log_norms
+        row = jnp.stack([jnp.stack([_log_norm(leaf) for leaf in kind]) for kind in leaves], axis=-1)
+        known = self.first_nonfinite
+        first = jnp.where((known < 0) & jnp.isnan(row[:, 0]), step, known)
+        at = step // stride
+        row = jnp.where(step % stride == 0, row, log_norms[at])
+        log_norms = log_norms.at[at].set(row)
+        full = at == len(log_norms) - 1
+        half = jnp.concatenate([log_norms[::2], jnp.full_like(log_norms[::2], jnp.nan)])
+        stride, log_norms = jnp.where(full, 2 * stride, stride), jnp.where(full, half, log_norms)
+        return jnp.concatenate([jnp.stack([step, stride]), first, _as_ints(log_norms.reshape(-1))])
 
     def _named(self, argument: str, tree: PyTree) -> list[Array]:
         """The leaves of a tree that the record has, in its order."""
@@ -405,28 +427,23 @@ def _log_norm(leaf: Array) -> Array:
     return jnp.where(jnp.isfinite(peak), log, jnp.nan).astype(jnp.float32)
 
 
-def _recorded(
-    step: Array, stride: Array, log_norms: Array, leaves: tuple[list[Array], ...]
-) -> tuple[Array, Array, Array]:
-    """The stride, the record with this step, and whether each gradient is finite.
+def _seem_finite(leaves: list[Array]) -> Array:
+    """Whether the first rows and columns of all leaves are finite: all takes too long.
 
-    When the record is full every second of its steps is dropped.
+    As one sum, as every reduction of its own takes a microsecond.
     """
-    rows = len(log_norms)
-    row = jnp.stack([jnp.stack([_log_norm(leaf) for leaf in kind]) for kind in leaves], axis=-1)
-    at = step // stride
-    log_norms = log_norms.at[at].set(row)
-    full = at == rows - 1
-    half = jnp.concatenate([log_norms[::2], jnp.full_like(log_norms[::2], jnp.nan)])
-    finite = ~jnp.isnan(row[:, 0])
-    return jnp.where(full, 2 * stride, stride), jnp.where(full, half, log_norms), finite
+    parts = []
+    for leaf in map(jnp.atleast_1d, leaves):
+        parts += [leaf[(0,) * (leaf.ndim - 1)], leaf[..., :1].reshape(-1)]
+    return jnp.isfinite(sum(jnp.sum(0 * part) for part in parts))
 
 
-def _seems_finite(leaf: Array) -> Array:
-    """Whether the first row and column of a leaf are finite: all takes too long."""
-    leaf = jnp.atleast_1d(leaf)
-    row, column = leaf[(0,) * (leaf.ndim - 1)], leaf[..., :1]
-    return jnp.all(jnp.isfinite(row)) & jnp.all(jnp.isfinite(column))
+def _as_ints(x: Array) -> Array:
+    return jax.lax.bitcast_convert_type(x, jnp.int32)
+
+
+def _as_floats(x: Array) -> Array:
+    return jax.lax.bitcast_convert_type(x, jnp.float32)
 
 
 def _expected(inspection: Any, names: tuple[str, ...]) -> np.ndarray:

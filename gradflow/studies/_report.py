@@ -46,13 +46,14 @@ def page(dataset: xarray.Dataset) -> str:
     """
     title = dataset.attrs["title"] or "A study without a title"
     rows = [_results.agreement(dataset, name) for name in _results.compared(dataset)]
+    compared = [row for row in rows if row["statistic"] in _names(dataset)]
     parts = [
         f"<h1>{safe(title)}</h1>",
         f"<p class=question>{safe(dataset.attrs['question'])}</p>",
         f"<p>{_method()}</p>",
         _facts(dataset),
         "<h2>Theory against measurement</h2>",
-        f"<p>{_verdict([row for row in rows if row['statistic'] in _names(dataset)])}</p>",
+        f"<p>{safe(_verdict(compared, dataset.attrs.get('no_theory')))}</p>",
         _agreement_table(rows),
         *_gradient_table(dataset),
         *(figure_part(figure, caption) for figure, caption in _figures(dataset)),
@@ -103,10 +104,10 @@ def _samplers(reasons: Sequence[str]) -> str:
     return ", ".join(dict.fromkeys(reason.partition(":")[0] for reason in reasons))
 
 
-def _verdict(rows: Sequence[dict[str, Any]]) -> str:
+def _verdict(rows: Sequence[dict[str, Any]], unknown: str | None) -> str:
     total = sum(row["values"] for row in rows)
     if not total:
-        return "Nothing is compared: there is no standard error, or no theory."
+        return f"Nothing is compared: {unknown or 'there is no standard error, or no theory'}."
     within = sum(row["within"] * row["values"] for row in rows if row["values"]) / total
     # Of values that theory is right about, Student's t aside.
     expected = 1 - 2 * scipy.stats.norm.sf(_results.LARGE)

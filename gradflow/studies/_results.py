@@ -28,6 +28,7 @@ from gradflow.studies._runner import SPECTRUM, THEORY
 from gradflow.studies._store import Store
 from gradflow.studies._study import Axis, Study, coordinate_name
 from gradflow.theory._depth_scales import DEPTH_SCALES
+from gradflow.theory._programs import why_unknown
 
 __all__ = [
     "FILE",
@@ -159,9 +160,14 @@ def _assembled(
         rows.setdefault(point.name, []).append(number)
     depth = depth or _depth(programs)
     table, networks = _Table(study, depth, rows), 0
+    unknown: dict[str | None, None] = {}
     for program in programs:
         total = store.rounds.measurements(program.names) or _nothing(study, program)
-        table.add(program, total, theory_of(program, store, total))
+        theory = theory_of(program, store, total)
+        table.add(program, total, theory)
+        if total.estimates.count.any() and not np.isfinite(theory["predicted"]).any():
+            point = study.point(int(program.numbers[0]))
+            unknown[why_unknown(program.network, point.inputs())] = None
         each = total.estimates.count + total.estimates.excluded
         networks += int(each[:, 0, 0].sum())  # alike for all statistics and layers
     dataset = xarray.Dataset(table.variables(), coords=_coordinates(study, depth))
@@ -172,6 +178,8 @@ def _assembled(
         if name in dataset:
             dataset[name].attrs["long_name"] = label
     dataset = labelled(dataset).assign_attrs({"networks": float(networks)} | dict(attributes))
+    if reasons := [reason for reason in unknown if reason]:
+        dataset.attrs["no_theory"] = "; ".join(reasons)
     return _depth_scales.add(dataset, study) if study.depth_scales else dataset
 
 

@@ -17,6 +17,7 @@ import numpy as np
 from jaxtyping import Array
 
 from gradflow._differences import differences
+from gradflow.errors import NoTheory
 from gradflow.simulation import _programs
 from gradflow.simulation._programs import RandomNetworks
 from gradflow.statistics import Statistic
@@ -103,16 +104,20 @@ class TaskRunner:
 
     def compile_theory(self) -> None:
         """Compile the theory of the points that are drawn for the first time, if there are any."""
-        if self.task.theory.any():
+        if self.task.theory.any() and self._theory:
             self._theory.compile()
 
     @functools.cached_property
-    def _theory(self) -> PreparedNetworks:
+    def _theory(self) -> PreparedNetworks | None:
+        """The theory of the points that are drawn for the first time; None if none knows them."""
         rows = np.flatnonzero(self.task.theory)
         (point,) = self.points(rows[:1])
-        return PreparedNetworks(
-            point.network(), point.inputs(), len(rows), finite_width=self.study.finite_width
-        )
+        try:
+            return PreparedNetworks(
+                point.network(), point.inputs(), len(rows), finite_width=self.study.finite_width
+            )
+        except NoTheory:
+            return None
 
     @functools.cached_property
     def _compiled(self) -> Callable[[RandomNetworks, np.ndarray, np.ndarray], tuple[Array, ...]]:
@@ -233,18 +238,23 @@ class TaskRunner:
             theory, or the study does not ask for it. And, if singular values are measured, the
             arrays of `_spectra.theory`, each with an axis of points.
         """
-        points, together = self.points(rows), self._theory.together
-        parts = [points[n : n + together] for n in range(0, len(points), together)]
-        self._theory.compile()
-        with ThreadPoolExecutor(min(os.cpu_count() or 1, 8)) as pool:
-            found = list(pool.map(self._theory_of, parts))
+        points, theory = self.points(rows), self._theory
         names = np.array([point.name for point in points], np.uint64)
+        if theory is None:
+            shape = len(points), len(self.study.statistics), self.program.network.depth
+            return {"names": names} | {name: np.full(shape, np.nan) for name in THEORY}
+        parts = [points[n : n + theory.together] for n in range(0, len(points), theory.together)]
+        theory.compile()
+        with ThreadPoolExecutor(min(os.cpu_count() or 1, 8)) as pool:
+            found = list(pool.map(functools.partial(self._theory_of, theory), parts))
         return {"names": names} | {k: np.concatenate([f[k] for f in found]) for k in found[0]}
 
-    def _theory_of(self, points: Sequence[Point]) -> dict[str, np.ndarray]:
+    def _theory_of(
+        self, theory: PreparedNetworks, points: Sequence[Point]
+    ) -> dict[str, np.ndarray]:
         """`theory` of as many points as are worked out together."""
         networks, inputs = self._family(points)
-        prediction, _, corrections = self._theory(networks, inputs)
+        prediction, _, corrections = theory(networks, inputs)
         each = [prediction.values]
         each += [corrections.shift, corrections.standard_deviation] if corrections else []
         keys = [statistic.key for statistic in self.study.statistics]

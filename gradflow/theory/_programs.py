@@ -16,6 +16,7 @@ from jax.typing import ArrayLike
 from gradflow._first_order import FiniteLayers
 from gradflow._inputs import checked_inputs
 from gradflow._programs import Float64Program
+from gradflow.errors import NoTheory
 from gradflow.networks import Network
 from gradflow.predictions import Corrections, Prediction
 from gradflow.theory import _limits
@@ -25,7 +26,7 @@ from gradflow.theory.finite_width import _carried_means, _layers, first_order
 from gradflow.theory.finite_width._layers import finite_layers
 
 __all__ = ["PreparedNetworks", "Theory", "arguments_of", "layers_ahead", "prepare"]
-__all__ += ["prepare_asymptotic_log_chi", "program"]
+__all__ += ["prepare_asymptotic_log_chi", "program", "why_unknown"]
 
 # Seconds that the averages take over a pair of inputs in a layer.
 _SECONDS_A_PAIR = 0.008
@@ -61,6 +62,15 @@ def prepare(
     """Trace the theory of a network: a function without arguments, for any thread."""
     arguments = arguments_of(network, inputs)
     return functools.partial(_run, _programs(arguments[0], arguments, finite_width), arguments)
+
+
+def why_unknown(network: Network, inputs: ArrayLike) -> str | None:
+    """Why no theory knows a network, in a sentence; None if one does."""
+    try:
+        jax.eval_shape(limits, *arguments_of(network, inputs))
+    except NoTheory as error:
+        return str(error)
+    return None
 
 
 class PreparedNetworks:

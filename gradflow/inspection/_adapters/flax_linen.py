@@ -43,7 +43,9 @@ def adapt(model: Any, inputs: Sequence[Any], kwargs: Mapping[str, Any]) -> Model
     given = None
     if isinstance(variables, Mapping):
         given = split(variables if "params" in variables else {"params": variables})
-    return Model(type(module).__name__, init, apply, given, mode=mode)
+    # Who hands over variables asks about these.
+    law = init if given is None else None
+    return Model(type(module).__name__, law, apply, given, mode=mode)
 
 
 def _rngs(key: PRNGKeyArray) -> dict[str, PRNGKeyArray]:

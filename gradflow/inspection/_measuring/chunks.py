@@ -66,7 +66,7 @@ class Chunks:
     inputs: tuple[Any, ...]
     key: PRNGKeyArray
     targets: tuple[Any, ...]
-    parameters: tuple[Any, Any] | None
+    parameters: Sequence[tuple[Any, Any]]
     devices: tuple[jax.Device, ...]
     networks: int
     wanted: tuple[Statistic, ...]
@@ -96,7 +96,7 @@ class Chunks:
         most = max(1, _memory.available() // 2 // max(1, needed))
         chunks = 1 if self.walk.seconds < _SECONDS_A_CHUNK else min(_CHUNKS, networks)
         chunk = min(-(-networks // chunks), most * count)
-        return -(-chunk // count) * count if self.parameters is None else 1
+        return chunk if self.parameters else -(-chunk // count) * count
 
     def measured(self, numbers: np.ndarray, count: int) -> dict[str, Any]:
         """What the first ``count`` networks of a chunk have, on the host: (networks, …) each."""
@@ -104,11 +104,7 @@ class Chunks:
         keys = _network_keys(self.key, jnp.asarray(numbers))
         if len(numbers) % len(self.devices) == 0:
             keys = jax.device_put(keys, NamedSharding(mesh, PartitionSpec("networks")))
-        parameters, state = (
-            self._draw(keys[:, 0])
-            if self.parameters is None
-            else jax.tree.map(lambda x: jnp.asarray(x)[None], self.parameters)
-        )
+        parameters, state = self._given(numbers) if self.parameters else self._draw(keys[:, 0])
         arguments = self._arguments(parameters, state, keys[:, 1])
         host = self._walked(arguments, keys[:, 2], count)
         if not self.walk.axes and _sites_apart(host["gradients"].values()):
@@ -128,6 +124,11 @@ class Chunks:
                     "finite; its initialiser gives NaN or infinite numbers"
                 )
         return jax.tree.map(lambda x: x[:count], host | {"sizes": sizes})
+
+    def _given(self, numbers: np.ndarray) -> tuple[Any, Any]:
+        """Parameters and state of these networks; of numbers beyond the last, its own."""
+        some = [self.parameters[min(i, len(self.parameters) - 1)] for i in numbers]
+        return jax.tree.map(_stacked, *some)
 
     def _walked(self, arguments: dict[int, Any], keys: Array, count: int) -> dict[str, Any]:
         """What is measured going up and coming down, and where the first NaN comes from."""
@@ -185,6 +186,12 @@ def _sites_apart(logs: Iterable[np.ndarray]) -> bool:
         if ((log < largest - _LOGS_APART) & np.isfinite(largest)).any():
             return True
     return False
+
+
+def _stacked(*arrays: Any) -> Any:
+    if jnp.issubdtype(getattr(arrays[0], "dtype", float), jax.dtypes.prng_key):
+        return jnp.stack(arrays)
+    return np.stack([np.asarray(array) for array in arrays])
 
 
 def _bytes(aval: Any) -> int:

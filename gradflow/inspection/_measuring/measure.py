@@ -88,7 +88,7 @@ def measure(
     *,
     networks: int = 100,
     targets: tuple[Any, ...] = (),
-    parameters: tuple[Any, Any] | None = None,
+    parameters: Sequence[tuple[Any, Any]] = (),
     devices: Sequence[jax.Device] | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Measured:
@@ -107,7 +107,7 @@ def measure(
     targets
         The arguments of a loss behind the outputs, if the program has one.
     parameters
-        ``(parameters, state)`` that are given and not drawn; then there is one network.
+        ``(parameters, state)`` of each network, where they are given and not drawn.
     devices
         Those that share the networks; all of JAX's without it.
     progress
@@ -122,9 +122,9 @@ def measure(
     _check(model, program, layers)
     _check_arrays(program, "inputs", inputs)
     _check_arrays(program, "targets", targets)
-    if parameters is not None:
-        _check_arrays(program, "parameters", parameters[0])
-    networks = networks if parameters is None else 1
+    for own, _ in parameters:
+        _check_arrays(program, "parameters", own)
+    networks = len(parameters) or networks
     several = tuple(devices or jax.devices())
     chunks = Chunks(
         model, program, layers, inputs, key, targets, parameters, several, networks, _FORWARD
@@ -168,8 +168,8 @@ def _check_arrays(program: Program, name: str, tree: Any) -> None:
             raise InputError(
                 f"{which} is of shape {jnp.shape(leaf)}; the model was read with {aval.shape}"
             )
-        if is_float(aval) and not bool(jnp.all(jnp.isfinite(leaf))):
-            what = "NaN" if bool(jnp.any(jnp.isnan(leaf))) else "infinite numbers"
+        if is_float(aval) and not np.isfinite(wide := np.asarray(leaf, np.float64)).all():
+            what = "NaN" if np.isnan(wide).any() else "infinite numbers"
             raise InputError(f"{which} has {what} in it; all of its numbers are finite")
 
 

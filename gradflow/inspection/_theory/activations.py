@@ -7,8 +7,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array
 
 from gradflow import activations
+from gradflow._programs import Float64Program
 from gradflow.activations import Activation
 from gradflow.inspection._theory.nodes import Node, constant
 from gradflow.inspection._theory.values import absolute
@@ -40,7 +42,7 @@ def activation_of(node: Node, numbers: tuple[float, ...] = ()) -> Activation:
         return jnp.broadcast_to(node.evaluate((x,), numbers), x.shape)
 
     with jax.enable_x64(True):
-        values, slopes = _at_probes(function)
+        ((values, slopes),) = _at_probes(function)
         tolerance = _ROUNDED if _in_float32(node) else _SAME
         for phi, others in _known():
             if _same(values, others[0], tolerance) and _same(slopes, others[1], tolerance):
@@ -50,14 +52,22 @@ def activation_of(node: Node, numbers: tuple[float, ...] = ()) -> Activation:
         return Activation("composite", function, kinks=_kinks(node, numbers))
 
 
-def _at_probes(function: Callable[[Any], Any]) -> tuple[np.ndarray, np.ndarray]:
-    value, slope = jax.jvp(function, (jnp.asarray(_PROBES),), (jnp.ones_like(_PROBES),))
-    return np.asarray(value), np.asarray(slope)
+_Function = Callable[[Any], Any]
+
+
+def _at_probes(*functions: _Function) -> list[tuple[np.ndarray, np.ndarray]]:
+    """The values and slopes of functions at the probes, as one program."""
+    return list(Float64Program(_with_slopes, (_PROBES,), 0.01, functions=functions)(_PROBES))
+
+
+def _with_slopes(x: Array, functions: tuple[_Function, ...]) -> list[tuple[Array, Array]]:
+    return [jax.jvp(function, (x,), (jnp.ones_like(x),)) for function in functions]
 
 
 @functools.cache
 def _known() -> tuple[tuple[Activation, tuple[np.ndarray, np.ndarray]], ...]:
-    return tuple((phi, _at_probes(phi.function)) for phi in activations.ALL)
+    found = _at_probes(*(phi.function for phi in activations.ALL))
+    return tuple(zip(activations.ALL, found, strict=True))
 
 
 def _same(values: np.ndarray, other: np.ndarray, tolerance: float) -> bool:

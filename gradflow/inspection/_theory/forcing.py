@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gradflow import gaussian
+from gradflow import _programs, gaussian
 from gradflow._unit_distributions import Shifted
 from gradflow.activations import Activation
 from gradflow.gaussian import _pairs
@@ -421,7 +421,7 @@ def _in_range(k: np.ndarray) -> bool:
     return bool((q >= np.exp(low)).all() and (q <= np.exp(high)).all())
 
 
-@functools.partial(jax.jit, static_argnums=0)
+@_programs.program("phi", seconds=0.1)
 def _through(phi: Activation, k: Any, shift: Any) -> tuple[Any, Any, Any]:
     """E[φφ], E[φ] and E[φ'φ'] of Gaussian signals of this covariance about their means."""
     law: Any = Gaussian() if shift is None else Shifted.at(shift)
@@ -470,7 +470,7 @@ def _power_series(coefficients: np.ndarray, c: np.ndarray) -> np.ndarray:
     return out
 
 
-@functools.partial(jax.jit, static_argnums=0)
+@_programs.program("phi", seconds=0.1)
 def _series(phi: Activation, q: Any) -> tuple[Any, Any, Any, Any]:
     """Hermite coefficients of φ(√q z), (sites, terms), and E[φ²], E[φ], E[φ'²]."""
     a = jax.vmap(lambda v: gaussian.hermite_coefficients(phi, v, _TERMS))(q)

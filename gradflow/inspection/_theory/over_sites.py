@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from gradflow import _programs
 from gradflow.activations import Activation
 from gradflow.gaussian import _batch
 from gradflow.inspection._theory.activations import activation_of
@@ -138,12 +139,12 @@ def _of_sum(sum_: Sum, draws: Mapping[Field, np.ndarray]) -> np.ndarray:
     return out
 
 
-@functools.partial(jax.jit, static_argnums=0)
+@_programs.program("phi", seconds=0.1)
 def _values(phi: Activation, k: Any) -> tuple[Any, Any]:
     return _batch.averages(phi, k, None)[:2]
 
 
-@functools.partial(jax.jit, static_argnums=0)
+@_programs.program("phi", seconds=0.1)
 def _pulled(phi: Activation, k: Any, gradient: Any) -> Any:
     """The transpose of the map of a tangent's second moments."""
     _, pull = jax.vjp(lambda s: _batch.averages(phi, k, s)[2], jnp.zeros_like(k))

@@ -8,7 +8,6 @@ h by the field. Means over units are constants to gradients: their part is 1/wid
 """
 
 import dataclasses
-import functools
 import heapq
 import math
 from collections.abc import Mapping, Sequence
@@ -18,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gradflow import activations, gaussian, statistics
+from gradflow import _programs, activations, gaussian, statistics
 from gradflow._unit_distributions import Shifted
 from gradflow.activations import Activation
 from gradflow.inspection._reading.layers import Layer
@@ -472,7 +471,7 @@ def _evaluate(out: dict[str, np.ndarray], limits: "Sequence[_Limit | str]") -> N
                 out[key][places] = np.asarray(values)[: len(places)]
 
 
-@functools.partial(jax.jit, static_argnums=(1, 2))
+@_programs.program("activation", "about", seconds=0.1)
 def _read(arrays: dict[str, Any], activation: Activation | None, about: bool) -> dict[str, Any]:
     one = _Limit({}, activation, about)
     backward = activation is None
