@@ -9,7 +9,7 @@ the table: cold, with an empty folder of kept programs, and warm, in units of ``
 ``depth`` is the seconds in XLA's compiler, and the CPU seconds, of one inspection (3 networks) of
 300 sigmoid layers beside those of 30, in processes that keep no programs; the goal is a ratio of
 compiling of at most 2.
-``peers`` asks gradflow and AnyInit (``pip install anyinit flax``) about ten Flax models with the
+``peers`` asks gradflow and AnyInit (the extra ``bench``) about eleven Flax models with the
 weights that AnyInit draws. Each predicts second moments of layers, gradflow of pre-activations and
 AnyInit of activations, and is compared with its own measurement in 30 draws: the worst relative
 error over layers, beside the largest standard error of gradflow's measurement (AnyInit's is of the
@@ -98,7 +98,7 @@ def depth(repeats):
     return found
 
 
-# Ten models ---------------------------------------------------------------------------------------
+# Models -------------------------------------------------------------------------------------------
 
 
 def models():
@@ -140,7 +140,7 @@ def models():
         @nn.compact
         def __call__(self, x):
             for channels, stride in ((32, 1), (32, 2), (64, 1), (64, 2)):
-                x = nn.relu(nn.Conv(channels, (3, 3), strides=stride, padding="CIRCULAR")(x))
+                x = nn.relu(nn.Conv(channels, (3, 3), strides=stride)(x))
             return nn.Dense(10)(x.mean(axis=(1, 2)))
 
     class Autoencoder(nn.Module):
