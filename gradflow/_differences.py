@@ -186,12 +186,7 @@ def _underflows(key: str, theory: Prediction, simulation: Simulation) -> np.ndar
 
 
 def differences(
-    statistic: Statistic,
-    predicted: np.ndarray,
-    estimate: Estimate,
-    units: np.ndarray,
-    dtype: str,
-    numerical: np.ndarray | float = 0.0,
+    statistic: Statistic, predicted: np.ndarray, estimate: Estimate, units: np.ndarray, dtype: str
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """The measured value, its standard error and z-score; logarithms where they are kept.
 
@@ -205,8 +200,6 @@ def differences(
         How many units there are in all networks: a fraction of them has a binomial error at least.
     dtype
         The simulation's, whose rounding a measurement may carry.
-    numerical
-        The numerical error of theory, in the unit of ``predicted``.
     """
     if statistic.log:
         measured, error = estimate.log_value, estimate.log_standard_error
@@ -218,7 +211,7 @@ def differences(
     epsilon = float(jnp.finfo(dtype).eps)
     # Of a logarithm, the rounding of what it is of, and its own.
     rounding = _ROUNDING * epsilon * (np.abs(predicted) + statistic.logarithmic)
-    rounding += float(jnp.finfo(dtype).tiny) + numerical
+    rounding += float(jnp.finfo(dtype).tiny)
     with np.errstate(invalid="ignore"):
         z = (measured - predicted) / np.hypot(error, rounding)
     # What has left the float's range is counted and said (the verdict), and not compared; nor are

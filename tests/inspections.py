@@ -107,7 +107,6 @@ def found(model, inputs=8, *, slope=-0.9, networks=20, seed=0, known=1.0, cure=W
         ),
         types.SimpleNamespace(
             values={key: value + reaches for key, value in theory.items()},
-            error={key: np.zeros(count) for key in theory},
             reasons=tuple("" if np.isfinite(x) else why for x in reaches),
         ),
         cure,

@@ -7,7 +7,7 @@ import pytest
 
 from gradflow.inspection._reading.layers import layers
 from gradflow.inspection._reading.program import read
-from gradflow.inspection._theory import forcing, walk
+from gradflow.inspection._theory import forcing, rules, walk
 from gradflow.inspection._theory.values import Known, Law, Signal, Unknown
 
 WIDTH, NETWORKS = 64, 150
@@ -164,6 +164,14 @@ def tokens_mixed(p, key, x):
     return jnp.swapaxes(h, 1, 2) @ p[3]
 
 
+def numbers_beside_signals(p, key, x):
+    del key
+    h = x @ p[0] + CODES
+    h = h / jnp.sqrt(jnp.mean(h**2, axis=-1, keepdims=True) + 1e-5) + CODES
+    h = h + jnp.tanh(h @ p[1]) @ p[2]
+    return jnp.tanh(h @ p[3])
+
+
 def positions_averaged(p, key, x):
     del key
     h = RELU(conv(x, p[0]))
@@ -172,6 +180,7 @@ def positions_averaged(p, key, x):
 
 
 W = WIDTH
+CODES = RNG.normal(size=(5, W)).astype(np.float32) + 0.5  # as of positions
 PROGRAMS = {
     strides_and_dilation: (
         [kernel(3, 3, W), kernel(3, W, W), kernel(3, W, W), kernel(2, W, W)], IMAGES
@@ -189,6 +198,9 @@ PROGRAMS = {
     pooled_and_dropped: ([kernel(3, 3, W), dense(W, W)], IMAGES),
     embedded: ([((5, W), 1.0), dense(W, W), dense(W, W)], TOKENS),
     moved_sites: ([dense(4, W), dense(W, W), dense(W, W)], SERIES),
+    numbers_beside_signals: (
+        [dense(4, W), dense(W, W), dense(W, W), dense(W, W)], SERIES[0]
+    ),
     positions_averaged: ([kernel(3, 3, W), kernel(3, W, W), dense(W, W)], IMAGES),
 }  # fmt: skip
 
@@ -316,7 +328,14 @@ def test_random_numbers_keep_their_law_until_they_meet_a_signal():
         (lambda p, _, x: jnp.sort(x @ p[0], axis=-1), "no rule for `sort`"),
         (lambda p, _, x: jnp.cumsum(x @ p[0], axis=1), "`cumsum`, over units"),
         (lambda p, _, x: (x @ p[0]).max(1), "`reduce_max`, over units"),
-        (lambda p, _, x: x @ p[0] + jnp.concatenate([x, x], 1), "numbers that differ"),
+        (
+            lambda p, _, x: (x @ p[0] + jnp.concatenate([x, x], 1)) * jnp.arange(8.0)[None],
+            "several arrays of numbers that differ between units",
+        ),
+        (
+            lambda p, _, x: jnp.tanh(x @ p[0] + jnp.concatenate([x, x], 1)) @ p[0].T,
+            "not Gaussian",
+        ),
     ],
 )
 def test_theory_ends_where_there_is_no_rule(f, reason):
@@ -326,3 +345,16 @@ def test_theory_ends_where_there_is_no_rule(f, reason):
     assert isinstance(value, Unknown)
     assert reason in value.reason
     assert not isinstance(value, Known)
+
+
+def test_a_rule_that_fails_ends_the_theory_and_stops_nothing(monkeypatch):
+    def broken(*_):
+        raise ZeroDivisionError("of nothing")
+
+    monkeypatch.setitem(rules.RULES, "tanh", broken)
+    shapes = [((4, 8), 1.0)]
+    program = program_of(lambda p, _, x: jnp.tanh(x @ p[0]), shapes, SERIES[0])
+    value = upwards(program, shapes, SERIES[0])[program.outputs[0]]
+    assert value.reason == (
+        "theory ends at the model: `tanh`, whose rule fails: ZeroDivisionError, of nothing"
+    )

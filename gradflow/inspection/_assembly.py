@@ -60,10 +60,9 @@ def assemble(
     values: dict[str, Any] = {
         key: np.asarray(predicted.values.get(key, nothing), float) for key in estimates
     }
-    errors = {key: np.nan_to_num(predicted.error.get(key, nothing)) for key in estimates}
     leaves = Leaves.of(_in_order(program, measured.parameters), _sizes(program))
     compared, threshold = _compare(
-        places, estimates, values, errors, networks=measured.networks, dtype=_dtype(program, layers)
+        places, estimates, values, networks=measured.networks, dtype=_dtype(program, layers)
     )
     weight, relative, _ = leaves.at(places.parameters)
     verdict = _wording.judge(
@@ -83,7 +82,6 @@ def assemble(
         theory=Prediction(
             values=values, why_missing=_why_missing(values["log_q"], predicted.reasons)
         ),
-        theory_error=errors,
         by_statistic=compared,
         leaves=leaves,
         networks=measured.networks,
@@ -133,7 +131,6 @@ def _compare(
     places: Places,
     estimates: Mapping[str, Estimate],
     theory: Mapping[str, np.ndarray],
-    errors: Mapping[str, np.ndarray],
     *,
     networks: int,
     dtype: str,
@@ -143,7 +140,7 @@ def _compare(
     found = {
         key: Differences(
             theory[key],
-            *differences(BY_KEY[key], theory[key], estimate, units, dtype, errors[key]),
+            *differences(BY_KEY[key], theory[key], estimate, units, dtype),
         )
         for key, estimate in estimates.items()
     }

@@ -59,8 +59,8 @@ class Inspection:
         The layers: names, shapes, and where they stand.
     estimates
         Each statistic's `Estimate` over networks by its key, every array of shape (layers,).
-    theory, theory_error
-        The values at infinite width, NaN where theory has none, and their numerical errors by key.
+    theory
+        By key the values at infinite width, NaN where theory has none.
     by_statistic
         Both beside each other, by the statistic's key.
     leaves
@@ -84,7 +84,6 @@ class Inspection:
     places: Places
     estimates: dict[str, Estimate]
     theory: Prediction
-    theory_error: dict[str, np.ndarray]
     by_statistic: dict[str, StatisticComparison]
     leaves: Leaves
     networks: int
@@ -262,7 +261,6 @@ class Inspection:
             arrays[f"{name}_theory"] = np.asarray(values)
         for key, one in self.by_statistic.items():
             name = BY_KEY[key].name
-            arrays[f"{key}_theory_error"] = self.theory_error[key]
             arrays[f"{name}_z"] = one.z
             arrays[f"{name}_relative_difference"] = one.relative_difference
         relative, error, predicted = self.relative_weight_gradient

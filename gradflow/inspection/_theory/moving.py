@@ -362,7 +362,7 @@ def _like(value: Value, like: Signal, axis: int) -> Signal:
     shape = value.value.shape
     sites = math.prod(n for i, n in enumerate(shape) if i not in like.units)
     empty = Signal(shape, like.units, Sum(np.zeros(sites), {}))
-    return Signal(shape, like.units, Sum(empty.per_site(value.value), {}))
+    return Signal(shape, like.units, empty.beside(value.value))
 
 
 def gather(equation: Equation, values: Sequence[Value], shapes: Sequence[tuple[int, ...]]) -> Value:

@@ -30,6 +30,7 @@ from gradflow.inspection._theory.building import (
 )
 from gradflow.inspection._theory.nodes import multiply
 from gradflow.inspection._theory.values import (
+    KNOWN,
     Known,
     NoRule,
     Product,
@@ -54,26 +55,26 @@ def apply(
     for value in values:
         if isinstance(value, Unknown):
             return [value] * len(shapes)
-    where = equation.path or "the model"
+
+    def ends(reason: object) -> list[Value]:
+        where = equation.path or "the model"
+        return [Unknown(f"theory ends at {where}: {reason}")] * len(shapes)
+
     try:
         several = compound.through(apply, equation, values, shapes)
-    except NoRule as reason:
-        several = [Unknown(f"theory ends at {where}: `{equation.primitive}`, {reason}")]
-        several *= len(shapes)
-    if several is not None:
-        return several
-    if all(isinstance(value, Known) for value in values):
-        out: Any = _evaluated(equation, [v.value for v in values if isinstance(v, Known)])
-        return [Known(array) for array in out]
-    rule = RULES.get(equation.primitive)
-    if rule is None:
-        return [Unknown(f"theory ends at {where}: no rule for `{equation.primitive}`")] * len(
-            shapes
-        )
-    try:
+        if several is not None:
+            return several
+        if all(isinstance(value, Known) for value in values):
+            out: Any = _evaluated(equation, [v.value for v in values if isinstance(v, Known)])
+            return [Known(array) for array in out]
+        rule = RULES.get(equation.primitive)
+        if rule is None:
+            return ends(f"no rule for `{equation.primitive}`")
         made = rule(equation, values, shapes)
     except NoRule as reason:
-        return [Unknown(f"theory ends at {where}: `{equation.primitive}`, {reason}")] * len(shapes)
+        return ends(f"`{equation.primitive}`, {reason}")
+    except Exception as fault:  # noqa: BLE001 (a fault of a rule; measurement goes on)
+        return ends(f"`{equation.primitive}`, whose rule fails: {type(fault).__name__}, {fault}")
     return made if isinstance(made, list) else [made]
 
 
@@ -194,6 +195,8 @@ def elementwise(
     if any(value.units != like.units or value.shape != like.shape for value in signals):
         raise NoRule("signals whose units are along different axes meet")
     sums = [_aligned(value, like) for value in values]
+    if len({f for s in sums for f in s.fields if f.tie is KNOWN}) > 1:
+        raise NoRule("several arrays of numbers that differ between units meet random signals")
     literal = [isinstance(v, Known) and v.literal and v.value.size == 1 for v in values]
     made = _linear(name, sums, literal)
     if made is None:
@@ -275,7 +278,7 @@ def _aligned(value: Value, like: Signal) -> Sum:
     if isinstance(value, Signal):
         return value.sum
     if isinstance(value, Known):
-        return Sum(like.per_site(value.value), {})
+        return like.beside(value.value)
     if not isinstance(value, Weights):
         raise NoRule("a value is not known")
     return as_field(value, like.units)

@@ -16,6 +16,7 @@ import dataclasses
 import functools
 import itertools
 import math
+import weakref
 from collections.abc import Mapping
 from typing import Any, TypeAlias
 
@@ -25,7 +26,18 @@ from scipy import sparse
 
 from gradflow.inspection._theory.nodes import Node, multiply, of_function, variable
 
-__all__ = ["Factor", "Field", "Flattened", "Groups", "Known", "Law", "Leaf", "Map", "NoRule"]
+__all__ = [
+    "KNOWN",
+    "Factor",
+    "Field",
+    "Flattened",
+    "Groups",
+    "Known",
+    "Law",
+    "Leaf",
+    "Map",
+    "NoRule",
+]
 __all__ += ["Noise", "Origin", "Part", "Piece", "Product", "Signal", "Sum", "Unknown"]
 __all__ += ["Value", "Weights", "absolute", "apart", "factors", "identity", "independent"]
 __all__ += ["node_factors", "selection"]
@@ -462,21 +474,30 @@ class Signal:
         """The number of units."""
         return math.prod(self.shape[i] for i in self.units)
 
-    def per_site(self, array: np.ndarray) -> np.ndarray:
-        """A known array of its shape as numbers for each site.
+    def beside(self, array: np.ndarray) -> "Sum":
+        """A known array of its shape as a sum: numbers for each site, or a field of their moments.
 
-        Raises
-        ------
-        NoRule
-            If it differs between units.
+        Numbers that differ between units, as inputs do, are to theory a unit's at random.
         """
         if array.ndim == 0:
-            return np.broadcast_to(array, (self.sum.sites,)).astype(float)
+            return Sum(np.broadcast_to(array, (self.sum.sites,)).astype(float), {})
         moved = np.moveaxis(array, self.units, range(-len(self.units), 0))
-        flat = moved.reshape(self.sum.sites, -1)
-        if (flat != flat[:, :1]).any():
-            raise NoRule("numbers that differ between units meet random signals")
-        return flat[:, 0].astype(float)
+        rows = moved.reshape(self.sum.sites, -1).astype(float)
+        if (rows == rows[:, :1]).all():
+            return Sum(rows[:, 0], {})
+        mean, key = rows.mean(axis=1), (rows.shape, rows.tobytes())
+        field = _of_numbers.get(key)
+        if field is None:
+            apart = rows - mean[:, None]
+            field = Field(apart @ apart.T / rows.shape[1], gaussian=False, tie=KNOWN)
+            _of_numbers[key] = field
+        return Sum(mean, {field: identity(len(rows))})
+
+
+# The fields of known numbers, by these, as long as a sum has them.
+_of_numbers: weakref.WeakValueDictionary[Any, Field] = weakref.WeakValueDictionary()
+# The tie of such a field.
+KNOWN = ("known",)
 
 
 @dataclasses.dataclass(frozen=True)

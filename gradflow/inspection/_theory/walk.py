@@ -21,6 +21,7 @@ from gradflow import _programs, activations, gaussian, statistics
 from gradflow._unit_distributions import Shifted
 from gradflow.activations import Activation
 from gradflow.inspection._reading.layers import Layer
+from gradflow.inspection._reading.of_model import top_sites
 from gradflow.inspection._reading.program import Program
 from gradflow.inspection._theory import forcing, rules
 from gradflow.inspection._theory.activations import activation_of
@@ -56,8 +57,6 @@ class Predicted:
     ----------
     values
         Of each statistic, by key, shape (layers,); NaN where it is not known.
-    error
-        Absolute numerical errors, of the same shape.
     reasons
         Of each layer why something of it is not known; empty where all is.
     ends
@@ -67,7 +66,6 @@ class Predicted:
     """
 
     values: dict[str, np.ndarray]
-    error: dict[str, np.ndarray]
     reasons: tuple[str, ...]
     ends: str | None
     activations: tuple[Activation | None, ...] = ()
@@ -103,16 +101,21 @@ def predict(
     out = {s.key: np.full(len(layers), np.nan) for s, _ in _STATISTICS}
     for limits in (forward, backward):
         _evaluate(out, limits)
+    for n, layer in enumerate(layers):
+        # Theory's units may be along another axis than the layer's own, as where tokens are mixed;
+        # then means over all of both are known, and what tells sites apart is not.
+        z = values[layer.preactivation]
+        if isinstance(z, Signal) and z.units != layer.units:
+            out[statistics.correlation.key][n] = out[statistics.chi.key][n] = np.nan
     reasons = tuple(
         next((x for x in (up, down) if isinstance(x, str)), "")
         for up, down in zip(forward, backward, strict=True)
     )
-    error = {key: np.where(np.isnan(x), np.nan, 0.0) for key, x in out.items()}
     phis = tuple(
         up.activation if isinstance(up, _Limit) and up.arrays["gaussian"] else None
         for up in forward
     )
-    return Predicted(out, error, reasons, ends, phis)
+    return Predicted(out, reasons, ends, phis)
 
 
 # Upwards -----------------------------------------------------------------------------------------
@@ -414,13 +417,12 @@ def _backward_limit(
     products = [field.product for field in own if field.product is not None]
     if gradient is None:
         return "the outputs do not depend on it"
-    outputs = [v for v in (values[o] for o in program.outputs) if isinstance(v, Signal)]
-    top = sum(v.sum.sites for v in outputs)
+    top = top_sites(program, list(layers))
     with np.errstate(divide="ignore"):
         log_variance = np.log(np.diagonal(gradient.matrix)) + gradient.log
         weight = sum(float((gradient.matrix * p.gram).sum()) * p.units for p in products)
         weight /= sum(p.weights for p in products)
-        log_weight = math.log(weight) + gradient.log - 2 * math.log(top)
+        log_weight = float(np.log(weight)) + gradient.log - 2 * math.log(top)
     above = layer.above
     ratio = np.full_like(log_variance, np.nan)
     if above is not None:
@@ -437,9 +439,15 @@ def _backward_limit(
             "log_variance": log_variance,
             "log_ratio": ratio,
             "log_weight_variance": np.asarray(log_weight),
-            "width": np.asarray(float(products[0].units)),
+            "width": np.asarray(float(_width(program, layer))),
         }
     )
+
+
+def _width(program: Program, layer: Layer) -> int:
+    """The units of a layer."""
+    shape = program.avals[layer.preactivation].shape
+    return math.prod(shape[axis] for axis in layer.units)
 
 
 def _own(values: Mapping[int, Value], layer: Layer) -> list[Field]:
