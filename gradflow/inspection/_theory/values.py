@@ -407,6 +407,8 @@ class Sum:
     def scaled(self, by: np.ndarray, *, literal: bool = False) -> "Sum":
         """The sum times a number for each site."""
         by = np.broadcast_to(by, self.constant.shape)
+        if not by.any():  # as behind a scale that begins at 0
+            return Sum(np.zeros(self.sites), {})
         base, a, b = self.affine
         factor = float(by[0]) if literal and by.size else 1.0
         affine = (base, a * factor, b * factor) if literal else None
