@@ -216,11 +216,12 @@ def _samples(
     samples = []
     for i, layer in enumerate(chunks.layers):
         ratio = np.full((networks, sites[i]), np.nan)
-        if layer.above is not None and sites[layer.above] == sites[i]:
-            ratio = squares[i] - squares[layer.above]
-        elif layer.above is not None:
-            means = [_log_mean_exp(squares[j]) for j in (i, layer.above)]
-            ratio = np.broadcast_to((means[0] - means[1])[:, None], ratio.shape)
+        with np.errstate(invalid="ignore"):  # of two gradients that are 0
+            if layer.above is not None and sites[layer.above] == sites[i]:
+                ratio = squares[i] - squares[layer.above]
+            elif layer.above is not None:
+                means = [_log_mean_exp(squares[j]) for j in (i, layer.above)]
+                ratio = np.broadcast_to((means[0] - means[1])[:, None], ratio.shape)
         weight = whole["weights"].get(i, unknown[:, 0]) - top
         count = math.prod(chunks.program.avals[layer.weights].shape)
         samples.append({
