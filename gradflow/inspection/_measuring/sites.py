@@ -42,7 +42,7 @@ def site_axes(walk: Walk, arguments: Mapping[int, Any]) -> dict[int, int]:
     return {i: min(axes) for i, axes in both.items() if axes}
 
 
-def _axes(value: jax.Array, site: int, sites: int) -> set[int]:
+def _axes(value: jax.Array | np.ndarray, site: int, sites: int) -> set[int]:
     """The axes of a value along which NaN are at one site, and nowhere else."""
     nan = np.isnan(np.asarray(value, np.float64))
     axes = set()
