@@ -88,7 +88,10 @@ def test_a_program_computes_what_its_function_computes(name):
     for got, expected in zip(
         values_of(program, p, X), jax.tree.leaves(function(p, X)), strict=True
     ):
-        np.testing.assert_allclose(got, expected, rtol=1e-6, atol=1e-7)
+        # Another compiled program: a few roundings of the numbers that are summed.
+        rounding = 8 * np.finfo(np.float32).eps
+        largest = float(jnp.abs(expected).max())
+        np.testing.assert_allclose(got, expected, rtol=rounding, atol=rounding * largest)
     names = {equation.primitive for equation in program.equations}
     assert not names & {"jit", "pjit", "scan", "checkpoint", "remat2", "closed_call"}
 

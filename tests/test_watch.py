@@ -62,7 +62,10 @@ def test_the_record_has_the_norms_of_each_leaf_at_every_kth_step(dtype):
     optimiser = gradflow.watch(optax.adam(0.01), every=3)
     history, state = train(optimiser, 10, parameters(dtype))
     plain, _ = train(optax.adam(0.01), 10, parameters(dtype))
-    jax.tree.map(np.testing.assert_array_equal, history, plain)  # updates are the optimiser's own
+    # Updates are the optimiser's own, but for the rounding of another compiled program.
+    for ours, own in zip(jax.tree.leaves(history), jax.tree.leaves(plain), strict=True):
+        ours, own, eps = np.asarray(ours, float), np.asarray(own, float), jnp.finfo(dtype).eps
+        assert np.abs(ours - own).max() <= 4 * float(eps) * np.abs(own).max()
     dataset = Record.of(state).to_xarray()
     assert list(dataset.step.values) == [0, 3, 6, 9]
     assert list(dataset.parameter.values) == NAMES
