@@ -161,7 +161,6 @@ def _derivative_is_its_own(one: _ByText) -> bool:
     if not all(jnp.issubdtype(aval.dtype, jnp.floating) for aval in avals):
         return True  # random bits, masks
     rng = np.random.default_rng(0)
-    given = [jnp.asarray(rng.standard_normal(aval.shape), aval.dtype) for aval in avals]
 
     def defined(*x: Any) -> Any:
         values = inner.run(dict(zip(numbers, x, strict=True)))
@@ -171,7 +170,9 @@ def _derivative_is_its_own(one: _ByText) -> bool:
         out, pull = jax.vjp(f, *given)
         return [np.asarray(x, float) for x in pull([jnp.ones_like(y) for y in out])]
 
-    pairs = zip(slopes(lambda *x: list(equation.evaluate(*x))), slopes(defined), strict=True)
+    with jax.enable_x64(True):  # a program may be of float64
+        given = [jnp.asarray(rng.standard_normal(aval.shape), aval.dtype) for aval in avals]
+        pairs = zip(slopes(lambda *x: list(equation.evaluate(*x))), slopes(defined), strict=True)
     return all(np.allclose(x, y, rtol=1e-3, atol=1e-3) for x, y in pairs)
 
 
