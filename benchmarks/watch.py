@@ -29,7 +29,7 @@ OPTIMISERS = {"sgd": optax.sgd(1e-3), "adam": optax.adam(1e-4)}
 def parameters(depth, width):
     keys = jax.random.split(jax.random.key(0), depth)
     return [
-        {"w": jax.random.normal(key, (width, width)) / np.sqrt(width), "b": jnp.zeros(width)}
+        {"w": jax.random.normal(key, (width, width)) / np.sqrt(width), "b": jnp.zeros((1, width))}
         for key in keys
     ]
 

@@ -10,6 +10,7 @@ import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -282,10 +283,11 @@ def _noise(
         else:
             raise NoRule("random numbers meet numbers that differ")
     dtypes = [v.values.dtype for v in noises if v.values is not None]
-    if name in _BITWISE or name == "select_n":
-        made: Any = equation.evaluate(*_alike(name, arguments, dtypes[0]))[0]
-    else:
-        made = equation.evaluate(*jnp.broadcast_arrays(*(_common(arguments))))[0]
+    with jax.enable_x64(True):  # bits may be of 64
+        if name in _BITWISE or name == "select_n":
+            made: Any = equation.evaluate(*_alike(name, arguments, dtypes[0]))[0]
+        else:
+            made = equation.evaluate(*jnp.broadcast_arrays(*(_common(arguments))))[0]
     chance = noises[0].chance if name == "convert_element_type" else _chance(name, arguments)
     return [Noise(shapes[0], noises[0].varying, np.asarray(made), noises[0].tie, chance)]
 
