@@ -8,7 +8,7 @@ import pytest
 from gradflow.inspection._reading.layers import layers
 from gradflow.inspection._reading.program import read
 from gradflow.inspection._theory import forcing, rules, walk
-from gradflow.inspection._theory.values import Known, Law, Signal, Unknown
+from gradflow.inspection._theory.values import Known, Law, Product, Signal, Unknown
 
 WIDTH, NETWORKS = 64, 150
 RNG = np.random.default_rng(0)
@@ -228,8 +228,8 @@ def test_signals_and_gradients_are_those_of_random_networks(f):
 @pytest.mark.medium
 def test_a_product_over_sites_has_the_second_moments_of_random_networks():
     """As above; the layer's own units are the mixed sites, and sites here are inputs."""
-    shapes = [dense(4, W), ((32, 40), 1 / 32), ((40, 32), 1 / 40), dense(W, W)]
-    x = np.random.default_rng(1).normal(size=(2, 32, 4)).astype(np.float32)
+    shapes = [dense(20, W), ((32, 40), 1 / 32), ((40, 32), 1 / 40), dense(W, W)]
+    x = np.random.default_rng(1).normal(size=(2, 32, 20)).astype(np.float32)
     program = program_of(tokens_mixed, shapes, x)
     found = layers(program)
     values = upwards(program, shapes, x)
@@ -248,6 +248,73 @@ def test_a_product_over_sites_has_the_second_moments_of_random_networks():
                 abs(mean.mean() / expected.mean() - 1)
                 < 4.5 * mean.std() / expected.mean() / (NETWORKS**0.5) + 4 / 32
             )
+
+
+def predicted(f, shapes, x):
+    program = program_of(f, shapes, x)
+    found = layers(program)
+    numbers = program.arguments["parameters"]
+    laws = {n: Law(0.0, v, gaussian=True) for n, (_, v) in zip(numbers, shapes, strict=True)}
+    return walk.predict(program, found, laws, [np.asarray(x)])
+
+
+def tokens_averaged(p, key, x):
+    del key
+    h = jnp.swapaxes(x @ p[0], 1, 2)
+    h = jnp.swapaxes(h + jax.nn.gelu(h @ p[1]) @ p[2], 1, 2)
+    return jax.nn.gelu(h @ p[3]).mean(1) @ p[4]
+
+
+@pytest.mark.medium
+def test_what_pairs_of_mixed_tokens_tell_is_left_out():
+    """Of gradients that pass a mean over tokens, and of what tokens have in common behind a mix.
+
+    As if pairs were uncorrelated, the gradient of the fourth weights comes out 0.71 times that of
+    100 networks of 32 tokens, 0.56 of 128 tokens, at any width; that at the first layer 0.87 times.
+    """
+    shapes = [dense(20, W), ((32, 40), 1 / 32), ((40, 32), 1 / 40), dense(W, W), dense(W, W)]
+    rng = np.random.default_rng(1)
+    x = rng.normal(size=(2, 32, 20)).astype(np.float32)
+    theory = predicted(tokens_averaged, shapes, x)
+    known = {key: list(np.isfinite(value)) for key, value in theory.values.items()}
+    assert known["log_q"] == [True] * 5
+    assert known["log_gradient_variance"] == [False, False, True, True, True]
+    assert known["log_weight_gradient_variance"] == [False, False, True, False, True]
+    assert known["correlation"] == [True, False, False, False, False]
+    assert "at which gradients are correlated" in theory.reasons[0]
+    alike = 1 + 0.1 * rng.normal(size=(2, 32, 20)).astype(np.float32)
+    theory = predicted(tokens_averaged, shapes, alike)
+    assert "32 sites that are too much alike" in theory.ends
+    assert np.isnan(theory.values["log_q"][1])
+
+
+def gates_in_two_steps(p, key, x):
+    del key
+    h = x @ p[0]
+    for _ in range(2):
+        a, b = jnp.split(h @ p[1], 2, axis=1)
+        h = 0.5 * h + jnp.tanh(a) + jnp.tanh(b)
+    return h @ p[2]
+
+
+def test_gradients_that_meet_through_the_same_weights_end_theory_below():
+    shapes = [dense(4, W), dense(W, 2 * W), dense(W, W)]
+    theory = predicted(gates_in_two_steps, shapes, SERIES[0])
+    assert np.isfinite(theory.values["log_q"]).all()
+    known = np.isfinite(theory.values["log_gradient_variance"])
+    assert list(known) == [False, True, True, True]
+    assert "through the same weights" in theory.reasons[0]
+
+
+def test_gradients_that_fail_stop_nothing(monkeypatch):
+    def broken(*_):
+        raise ZeroDivisionError("of nothing")
+
+    monkeypatch.setattr(Product, "down", broken)
+    theory = predicted(dropped, *PROGRAMS[dropped])
+    known = np.isfinite(theory.values["log_gradient_variance"])
+    assert list(known) == [False, False, True]
+    assert "ZeroDivisionError, of nothing" in theory.reasons[0]
 
 
 @pytest.mark.medium

@@ -10,7 +10,7 @@ h by the field. Means over units are constants to gradients: their part is 1/wid
 import dataclasses
 import heapq
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -40,6 +40,7 @@ from gradflow.inspection._theory.values import (
     Weights,
     apart,
 )
+from gradflow.inspection._theory.windows import OverSites, coupled
 from gradflow.networks import Network
 from gradflow.statistics import BackwardLimit, ForwardLimit
 
@@ -107,6 +108,7 @@ def predict(
         z = values[layer.preactivation]
         if isinstance(z, Signal) and z.units != layer.units:
             out[statistics.correlation.key][n] = out[statistics.chi.key][n] = np.nan
+    _leave_out_mixed(out, layers, values, gradients)
     reasons = tuple(
         next((x for x in (up, down) if isinstance(x, str)), "")
         for up, down in zip(forward, backward, strict=True)
@@ -209,10 +211,11 @@ class _Gradient:
 
     matrix: np.ndarray
     log: float
-    ties: frozenset[Any] = frozenset()  # weights used several times that it came down through
+    # Weights used several times that it came down through, and of which of its units it is.
+    ties: frozenset[tuple[Any, tuple[Any, ...]]] = frozenset()
 
     @classmethod
-    def of(cls, matrix: np.ndarray, log: float, ties: frozenset[Any] = frozenset()) -> "_Gradient":
+    def of(cls, matrix: np.ndarray, log: float, ties: Any = frozenset()) -> "_Gradient":
         """Of a matrix of any size."""
         size = float(np.abs(matrix).max(initial=0.0))
         if not size:
@@ -221,7 +224,8 @@ class _Gradient:
 
     def plus(self, other: "_Gradient") -> "_Gradient":
         """The sum, at the larger scale; raises `NoRule` where they are not independent."""
-        if self.ties & other.ties:
+        if any(a == b and not apart(("", *of_a), ("", *of_b))
+               for a, of_a in self.ties for b, of_b in other.ties):  # fmt: skip
             raise NoRule("gradients meet that came down through the same weights")
         log, ties = max(self.log, other.log), self.ties | other.ties
         if math.isinf(log):
@@ -240,41 +244,81 @@ def _downwards(
     for output in dict.fromkeys(program.outputs):
         value = values[output]
         if isinstance(value, Signal):
-            reason = _spread(found, pending, value.sum, _Gradient(np.eye(value.sum.sites), 0.0))
+            at = _Gradient(np.eye(value.sum.sites), 0.0)
+            reason = _ended(_spread, found, pending, value.sum, at)
+        elif isinstance(value, Unknown):
+            reason = value.reason
         else:
-            reason = value.reason if isinstance(value, Unknown) else "theory has no gradient of means over units"  # fmt: skip  # noqa: E501
+            reason = "theory has no gradient of means over units"
         if reason:
             why.update((n, reason) for n in _below(program, layers, output))
     while pending:
         _, field = heapq.heappop(pending)
-        product, gradient = field.product, found[field]
-        if field.origin is not None:
-            origin = field.origin
-            matrix = origin.share * sum(map_.T @ gradient.matrix @ map_ for map_ in origin.maps)
-            below = _Gradient.of(matrix, gradient.log, gradient.ties)
-            _add(found, pending, origin.field, below)
-        if product is None or product.source is None:
-            continue
-        matrix = product.down(gradient.matrix)
-        ties = frozenset((field.tie,)) if field.tied else frozenset()
-        below = _Gradient.of(matrix, gradient.log, ties)
-        reason = _spread(found, pending, product.source, below)
+        reason = _ended(_further, found, pending, field)
         if reason:
-            fields = product.source.fields
+            name = next((layer.name for layer in layers if field in _own(values, layer)), "")
+            reason = f"{reason}, below {name}" if name else reason
+            below = _ancestors(_sources(field))
             why.update(
                 (n, reason)
                 for n, layer in enumerate(layers)
-                if not fields.isdisjoint(_fields(values[layer.product]))
+                if not below.isdisjoint(_own(values, layer))
             )
-            for n in [n for n in why if why[n] == reason]:
-                why.update((m, reason) for m in _below(program, layers, layers[n].signal))
     return found, why
+
+
+def _ended(step: Callable[..., None], *arguments: Any) -> str:
+    """Take a step of the gradients; why theory ends where there is no rule, or where one fails."""
+    try:
+        step(*arguments)
+    except NoRule as reason:
+        return f"theory of gradients ends: {reason}"
+    except Exception as fault:  # noqa: BLE001 (a fault of theory's; measurement goes on)
+        return f"theory of gradients fails: {type(fault).__name__}, {fault}"
+    return ""
+
+
+def _further(found: dict[Field, _Gradient], pending: list[tuple[int, Field]], field: Field) -> None:
+    """Add what a field's gradient gives the fields that it comes from."""
+    product, gradient = field.product, found[field]
+    if field.origin is not None:
+        origin = field.origin
+        matrix = origin.share * sum(map_.T @ gradient.matrix @ map_ for map_ in origin.maps)
+        kind, which, *_ = field.tie[-1]
+        of = which if kind == "units" else kind
+        ties = frozenset((tie, (*units, of)) for tie, units in gradient.ties)
+        _add(found, pending, origin.field, _Gradient.of(matrix, gradient.log, ties))
+    if product is None or product.source is None:
+        return
+    ties = frozenset({(field.tie, ())} if field.tied else ())
+    below = _Gradient.of(product.down(gradient.matrix), gradient.log, ties)
+    _spread(found, pending, product.source, below)
+
+
+def _sources(field: Field) -> frozenset[Field]:
+    """The fields that one comes from: of its product's signal, or of which it is some units."""
+    if field.origin is not None:
+        return frozenset((field.origin.field,))
+    source = None if field.product is None else field.product.source
+    return frozenset() if source is None else source.fields
+
+
+def _ancestors(fields: frozenset[Field]) -> set[Field]:
+    """These fields, and all that they come from."""
+    seen: set[Field] = set()
+    pending = list(fields)
+    while pending:
+        field = pending.pop()
+        if field not in seen:
+            seen.add(field)
+            pending += _sources(field)
+    return seen
 
 
 def _spread(
     found: dict[Field, _Gradient], pending: list[tuple[int, Field]], sum_: Sum, at: _Gradient
-) -> str:
-    """Add what a sum's gradient gives the fields below it; the reason where that is not known."""
+) -> None:
+    """Add what a sum's gradient gives the fields below it; raises `NoRule` where not known."""
     own: dict[Field, np.ndarray] = {}
 
     def add(one: Sum, inner: np.ndarray, other: Sum) -> None:
@@ -285,31 +329,25 @@ def _spread(
                 below = below if one is other else below + below.T
                 own[field] = own[field] + below if field in own else below
 
-    try:
-        for batch, map_ in forcing.normalised(sum_):
-            add(batch.x, batch.pulled(map_.T @ at.matrix @ map_), batch.x)
-        for term, map_, variable in forcing.multiples(sum_):
-            slopes = forcing.together(term, term)
-            below = (map_.T @ at.matrix @ map_) * slopes
-            reason = _spread(found, pending, variable, _Gradient.of(below, at.log))
-            if reason:
-                return reason
-        terms = forcing.terms(sum_)
-        for i, (one, left, of_one) in enumerate(terms):
-            for other, right, of_other in terms[: i + 1]:
-                if of_one.fields.isdisjoint(of_other.fields):
-                    continue
-                inner = left.T @ at.matrix @ right
-                slopes = forcing.together(one, other)
-                inner = inner if slopes is None else inner * slopes
-                if one is not other and of_one is of_other:
-                    inner, of_one = inner + inner.T, of_other
-                add(of_one, inner, of_other)
-        for field, matrix in own.items():
-            _add(found, pending, field, _Gradient.of(matrix, at.log, at.ties))
-    except NoRule as reason:
-        return f"theory of gradients ends: {reason}"
-    return ""
+    for batch, map_ in forcing.normalised(sum_):
+        add(batch.x, batch.pulled(map_.T @ at.matrix @ map_), batch.x)
+    for term, map_, variable in forcing.multiples(sum_):
+        slopes = forcing.together(term, term)
+        below = (map_.T @ at.matrix @ map_) * slopes
+        _spread(found, pending, variable, _Gradient.of(below, at.log, at.ties))
+    terms = forcing.terms(sum_)
+    for i, (one, left, of_one) in enumerate(terms):
+        for other, right, of_other in terms[: i + 1]:
+            if of_one.fields.isdisjoint(of_other.fields):
+                continue
+            inner = left.T @ at.matrix @ right
+            slopes = forcing.together(one, other)
+            inner = inner if slopes is None else inner * slopes
+            if one is not other and of_one is of_other:
+                inner, of_one = inner + inner.T, of_other
+            add(of_one, inner, of_other)
+    for field, matrix in own.items():
+        _add(found, pending, field, _Gradient.of(matrix, at.log, at.ties))
 
 
 def _add(
@@ -320,10 +358,6 @@ def _add(
     else:
         found[field] = new
         heapq.heappush(pending, (-field.serial, field))
-
-
-def _fields(value: Value) -> frozenset[Field]:
-    return value.sum.fields if isinstance(value, Signal) else frozenset()
 
 
 def _below(program: Program, layers: Sequence[Layer], value: int) -> list[int]:
@@ -348,7 +382,9 @@ def _forward_limit(values: Mapping[int, Value], layer: Layer) -> "_Limit | str":
     try:
         second, mean = forcing.second_moments(z.sum), forcing.mean(z.sum)
     except NoRule as reason:
-        return str(reason)
+        return f"theory ends at {layer.name}: {reason}"
+    except Exception as fault:  # noqa: BLE001 (a fault of theory's; measurement goes on)
+        return f"theory fails at {layer.name}: {type(fault).__name__}, {fault}"
     q = np.diagonal(second)
     low, high = gaussian.log_limits(np.dtype(np.float64))
     with np.errstate(divide="ignore"):
@@ -460,6 +496,27 @@ def _own(values: Mapping[int, Value], layer: Layer) -> list[Field]:
 
 def _log_mean(log: np.ndarray) -> float:
     return float(np.logaddexp.reduce(log) - math.log(len(log)))
+
+
+def _leave_out_mixed(
+    out: dict[str, np.ndarray],
+    layers: Sequence[Layer],
+    values: Mapping[int, Value],
+    gradients: Mapping[Field, _Gradient],
+) -> None:
+    """What pairs of sites tell that the same weights mix for all units, as a mixer's tokens.
+
+    That these pairs are uncorrelated is right on average only. How far one network is from it
+    enters correlations, and gradients of weights that these sites share, at second order, which no
+    width makes small.
+    """
+    fields = [_own(values, layer) for layer in layers]
+    mixing = {f for own in fields for f in own if isinstance(f.product, OverSites)}
+    for n, own in enumerate(fields):
+        if mixing.isdisjoint(own) and not mixing.isdisjoint(_ancestors(frozenset(own))):
+            out[statistics.correlation.key][n] = np.nan
+            if any(coupled(gradients[f].matrix) for f in own if f in gradients):
+                out[statistics.weight_gradient_variance.key][n] = np.nan
 
 
 def _evaluate(out: dict[str, np.ndarray], limits: "Sequence[_Limit | str]") -> None:
