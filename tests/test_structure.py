@@ -14,7 +14,7 @@ PACKAGE = Path(__file__).parents[1] / "gradflow"
 MOST_LINES_OF_A_FILE = 600
 MOST_LINES_OF_A_FUNCTION = 80
 MOST_ARGUMENTS = 10
-MOST_PUBLIC_NAMES = 200
+MOST_PUBLIC_NAMES = 215  # 200 for networks of layers, 15 for those of tokens: blocks and theory
 
 SOURCES = {
     str(file.relative_to(PACKAGE)): file.read_text(encoding="utf-8")
