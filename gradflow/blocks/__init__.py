@@ -21,11 +21,12 @@ attention
 composition
     `Chain` and `Residual`.
 normalisation
-    `LayerNorm` and `RMSNorm`; `UnitVariance`, of LSUV.
+    `LayerNorm`, `RMSNorm` and `GroupNorm`; `UnitVariance`, of LSUV.
 gating
     `Gated`, as gated linear units are, and `Maxout`.
 batch_norm
-    `BatchNorm`, which mixes inputs' gradients. With convolutions its batch is over positions too.
+    `BatchNorm`, which mixes inputs' gradients; with convolutions its batch is over positions too.
+    `InstanceNorm`, over an input's positions alone.
 dropout
     `Dropout`.
 recurrent
