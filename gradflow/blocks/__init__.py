@@ -16,6 +16,8 @@ dense
 convolution
     `Convolution` W * φ(z), the `Patches` that its filter multiplies, and `GlobalMean` and
     `Flatten` over positions, for the layers after it.
+attention
+    `Attention`, which mixes an input's tokens.
 composition
     `Chain` and `Residual`.
 normalisation
@@ -36,6 +38,7 @@ in the file's ``__all__``: `ALL` and the shared law tests find it. A new file ha
 
 import inspect
 
+from gradflow.blocks.attention import *
 from gradflow.blocks.base import *
 from gradflow.blocks.batch_norm import *
 from gradflow.blocks.composition import *
