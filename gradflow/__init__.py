@@ -11,7 +11,7 @@ ensembles          laws of random weights: a distribution times a variance rule
 kernels            the state of an infinitely wide layer: second moments of signals and of tangents
 blocks             layers, each defined once for one random network and for infinite width
 networks           a random network as data: stages of equal blocks
-builders           networks of the usual architectures: mlp, residual, convolutional, recurrent
+builders           networks of the usual architectures: mlp, residual, transformer, …
 statistics         the quantities of each layer: names, measurement, prediction, correction
 predictions        theory's values of every statistic, and the effect of finite width on them
 estimation         means, standard errors and histograms over networks
@@ -42,6 +42,7 @@ if TYPE_CHECKING:
     from gradflow.builders import recurrent as recurrent
     from gradflow.builders import residual as residual
     from gradflow.builders import stack as stack
+    from gradflow.builders import transformer as transformer
     from gradflow.comparison import Comparison as Comparison
     from gradflow.comparison import compare as compare
     from gradflow.ensembles import Ensemble as Ensemble
@@ -98,6 +99,7 @@ _MODULES = {
     "simulate": "simulation.monte_carlo",
     "stack": "builders",
     "train": "training.train",
+    "transformer": "builders",
     "watch": "inspection.watch",
 }
 __all__ = list(_MODULES)

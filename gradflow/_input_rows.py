@@ -37,6 +37,7 @@ KINDS = {
     "normal": "vectors of independent N(0, 1) components",
     "sphere": "random directions",
     "one-hot": "one-hot vectors",
+    "tokens": "one-hot vectors of tokens that are drawn",
     "coordinates": "points that are uniform in [-1, 1]^d",
     "digits": "standardised images of handwritten digits",
     "mnist": "standardised images of MNIST",
@@ -152,6 +153,8 @@ def made(kind: str, batch: int, width: int, correlation: float | None) -> np.nda
     """
     if kind == "one-hot":
         return np.eye(batch, width)
+    if kind == "tokens":
+        return np.eye(width)[(_uniform(batch) * width).astype(int)]
     if kind == "coordinates":
         return 2 * _uniform(batch, width) - 1
     if kind == "cosines":

@@ -1,10 +1,12 @@
 """Norms that neither overflow nor underflow, as logarithms, at the price of a plain norm."""
 
+import math
+
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, ScalarLike
 
-__all__ = ["inverse_or_zero", "unit_rows"]
+__all__ = ["inverse_or_zero", "normalised_rows", "unit_rows"]
 
 # Sums of squares between these have lost nothing to the ends of float32's range.
 _SMALL, _LARGE = 1e-24, 1e30
@@ -34,6 +36,20 @@ def _unit_rows_jvp(primals, tangents):  # type: ignore[no-untyped-def]
     relative = x_dot * half * half
     log_dot = jnp.sum(rows * relative, axis=1)
     return (rows, log), (relative - rows * log_dot[:, None], log_dot)
+
+
+def normalised_rows(
+    x: Float[Array, "rows n"], epsilon: ScalarLike | None = None
+) -> Float[Array, "rows n"]:
+    """Each row x divided by √((1/n) Σ x² + ε); without an ε a row of zeros stays."""
+    rows, log = unit_rows(x)
+    root = math.sqrt(x.shape[1])
+    if epsilon is None:
+        return root * rows
+    size = jnp.hypot(jnp.exp(log - math.log(root)), jnp.sqrt(jnp.asarray(epsilon, x.dtype)))
+    # In two halves: the reciprocal of the largest floats is flushed to 0.
+    half = inverse_or_zero(jnp.sqrt(size))[:, None]
+    return x * half * half
 
 
 @jax.custom_batching.custom_vmap

@@ -35,13 +35,14 @@ __all__ = [
     "Option",
     "arguments_of",
     "check_together",
+    "default",
     "input_options",
     "input_shape",
     "is_idle",
     "missing",
     "network",
 ]
-__all__ += ["options", "read_options"]
+__all__ += ["options", "read_options", "tokens"]
 
 # What `kind` may be: by name, the builder of such networks.
 KINDS: dict[str, Callable[..., Network]] = {
@@ -49,6 +50,7 @@ KINDS: dict[str, Callable[..., Network]] = {
     "residual": builders.residual,
     "convolutional": builders.convolutional,
     "recurrent": builders.recurrent,
+    "transformer": builders.transformer,
 }
 # The text of files and commands for a builder's None, where its other values are names.
 NONE = "none"
@@ -115,15 +117,26 @@ def _options(kinds: tuple[tuple[str, Callable[..., Network]], ...]) -> Mapping[s
             for own in read_options(function).values():
                 first = known.setdefault(own.name, own)
                 of = dict.fromkeys((*first.kinds, name))
-                known[own.name] = dataclasses.replace(first, kinds=tuple(of))
+                known[own.name] = dataclasses.replace(
+                    first, kinds=tuple(of), check=_either(first.check, own.check)
+                )
     return types.MappingProxyType(known)
+
+
+def _either(first: Check, other: Check) -> Check:
+    """The check of an option that kinds of networks have different names for."""
+    if not (isinstance(first, OneOf) and isinstance(other, OneOf)):
+        return first
+    names = tuple(dict.fromkeys((*first.names, *other.names)))
+    return dataclasses.replace(first, names=names)
 
 
 @functools.cache
 def input_options() -> Mapping[str, Option]:
     """Every option that describes a network's inputs, by name: the arguments of `data.inputs`."""
     found = read_options(data.inputs)
-    return types.MappingProxyType({name: found[name] for name in found if name != "width"})
+    of_networks = ("width", "tokens")
+    return types.MappingProxyType({n: found[n] for n in found if n not in of_networks})
 
 
 def read_options(function: Callable[..., Any]) -> dict[str, Option]:
@@ -221,10 +234,21 @@ def check_together(given: Mapping[str, str], kinds: Collection[str]) -> None:
         )
     for name in given:
         beside = known[name].beside
-        if beside is not None and beside not in given:
+        if beside is not None and beside not in given and _without(beside, kinds):
             raise InputError(
                 f"{given[name]} goes with {beside}, and there is none; give {beside} too"
             )
+
+
+def _without(option: str, kinds: Collection[str]) -> bool:
+    """Whether networks of these kinds are without an option that is not given."""
+    return all(default(option, kind) in (None, NONE) for kind in kinds)
+
+
+def default(option: str, kind: str) -> Any:
+    """The default of an option of networks of a kind, None where there is none."""
+    parameter = inspect.signature(KINDS[kind]).parameters.get(option)
+    return None if parameter is None or parameter.default is parameter.empty else parameter.default
 
 
 def missing(given: Collection[str], kinds: Collection[str]) -> tuple[str, ...]:
@@ -263,14 +287,21 @@ def input_shape(description: Mapping[str, Any]) -> tuple[int | None, tuple[int, 
     return description.get("input_width"), ()
 
 
+def tokens(description: Mapping[str, Any]) -> int:
+    """How many tokens an input has, 1 where it has none."""
+    of_kind = description.get("kind", "mlp") in options()["tokens"].kinds
+    return description.get("tokens", 1) if of_kind else 1
+
+
 def is_idle(name: str, description: Mapping[str, Any]) -> bool:
     """Whether an option makes no difference to the network of a whole description."""
-    option = options().get(name)
+    option, kind = options().get(name), description.get("kind", "mlp")
     if option is None:
         return False
-    if description.get("kind", "mlp") not in option.kinds:
+    if kind not in option.kinds:
         return True
-    return option.beside is not None and description.get(option.beside, NONE) == NONE
+    beside = option.beside
+    return beside is not None and description.get(beside, default(beside, kind)) in (None, NONE)
 
 
 def network(description: Mapping[str, Any]) -> Network:

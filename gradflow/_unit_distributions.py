@@ -5,16 +5,35 @@ from typing import Any
 
 import equinox as eqx
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, ScalarLike
 
-from gradflow import gaussian
+from gradflow import ensembles, gaussian
 from gradflow.activations import Activation
+from gradflow.ensembles import Distribution
 from gradflow.errors import NoTheory
 
 __all__ = ["Gaussian", "Shifted", "UnitDistribution", "Unknown"]
 
 # A `kernels.Kernel`, which is made of these and imports them.
 _Kernel = Any
+
+
+def _rules() -> dict[Distribution, tuple[np.ndarray, np.ndarray]]:
+    """Values and chances of biases that are not Gaussian, at unit variance, by their law.
+
+    Gauss-Legendre's, on both sides of a kink of the density.
+    """
+    x, weight = np.polynomial.legendre.leggauss(12)
+    half = (x + 1) / 2
+    triangular = np.concatenate([-half, half]), np.tile((1 - half) * weight / 2, 2)
+    return {
+        ensembles.uniform: (3**0.5 * x, weight / 2),
+        ensembles.triangular: (6**0.5 * triangular[0], triangular[1]),
+    }
+
+
+_RULES = _rules()
 
 
 class UnitDistribution(eqx.Module):
@@ -39,8 +58,8 @@ class UnitDistribution(eqx.Module):
         """The distribution where signals are given in other units, as a kernel's scale changes."""
         return self
 
-    def centred(self) -> "UnitDistribution":
-        """The distribution of the signals less their means over units."""
+    def less(self, mean: Float[Array, " sites"]) -> "UnitDistribution":  # noqa: ARG002
+        """The distribution of the signals less these numbers, their means over units or 0."""
         return self
 
     def plus(self, other: "UnitDistribution") -> "UnitDistribution":  # noqa: ARG002
@@ -109,6 +128,34 @@ class Shifted(UnitDistribution):
     chances: Float[Array, "sites values"]
 
     @classmethod
+    def of_biases(
+        cls,
+        like: Float[Array, " sites"],
+        sigma_b: ScalarLike | None,
+        mu_b: ScalarLike | None,
+        distribution: Distribution,
+    ) -> "Shifted":
+        """Biases of this deviation, mean and law, that the sites share; ``like`` has their shape.
+
+        Raises
+        ------
+        NoTheory
+            If the law is neither uniform nor triangular, and there is a deviation.
+        """
+        values, chances = np.zeros(1), np.ones(1)
+        if sigma_b is not None:
+            if distribution not in _RULES:
+                raise NoTheory(
+                    f"biases are {distribution.name!r}; the theory is of gaussian, uniform and "
+                    "triangular ones"
+                )
+            values, chances = _RULES[distribution]
+        ones = jnp.ones((len(like), 1), like.dtype)
+        shifts = jnp.asarray(values[None], ones.dtype) * (1.0 if sigma_b is None else sigma_b)
+        shifts = jnp.asarray(shifts + (0.0 if mu_b is None else mu_b))
+        return cls(shifts * ones, jnp.asarray(chances[None], ones.dtype) * ones)
+
+    @classmethod
     def at(cls, mean: Float[Array, " sites"]) -> "Shifted":
         """Gaussian signals about one mean."""
         return cls(mean[..., None], jnp.ones_like(mean[..., None]))
@@ -155,9 +202,9 @@ class Shifted(UnitDistribution):
         """The same in other units."""
         return self.scaled(factor)
 
-    def centred(self) -> "Shifted":
-        """The same about E[s] = 0."""
-        return Shifted(self.shifts - self.mean[:, None], self.chances)
+    def less(self, mean: Float[Array, " sites"]) -> "Shifted":
+        """The same about other means."""
+        return Shifted(self.shifts - mean[:, None], self.chances)
 
     def initial_carry(self, kernel: _Kernel) -> UnitDistribution:
         """The same kind with as many values."""

@@ -10,14 +10,16 @@ from jaxtyping import Array, ArrayLike, Float
 
 from gradflow import _entries, activations, ensembles
 from gradflow._arguments import as_real
+from gradflow._builder_options import Bias, Count, Depth, Deviation, Phi, Weights, WeightsByLayer
 from gradflow._checks import (
     check_count,
     check_sequence,
     is_number,
     unknown_name,
 )
-from gradflow._entries import Beside, LookedUp, OneOf, Whole, Wholes, Widths
-from gradflow._layer_parts import BIASES, as_dense, as_stage, chain, fields, linear, scaled
+from gradflow._entries import Beside, OneOf, Whole, Wholes, Widths
+from gradflow._layer_parts import as_dense, as_stage, chain, fields, linear, scaled
+from gradflow._transformers import transformer
 from gradflow.activations import Activation
 from gradflow.blocks import (
     AbstractBlock,
@@ -35,7 +37,6 @@ from gradflow.blocks import (
     Residual,
     RMSNorm,
 )
-from gradflow.ensembles import Ensemble
 from gradflow.errors import InputError
 from gradflow.networks import Network, Stage
 
@@ -49,6 +50,7 @@ __all__ = [
     "recurrent",
     "residual",
     "stack",
+    "transformer",
 ]
 
 # What `norm` may be in `mlp` and `residual`.
@@ -66,16 +68,7 @@ POOLS: dict[str, Callable[[tuple[int, ...]], AbstractBlock]] = {
 }
 _NORM_POSITIONS = ("pre", "post")
 
-# Kinds of parameters; the metadata checks what a file or a command says, see `schema`.
-_Count = Annotated[int, Whole()]
-_Depth = Annotated[int, Whole(100_000)]
-_Phi = Annotated[Activation | str | Callable[..., Array], LookedUp(activations.get)]
-_Weights = Annotated[Ensemble | str | Callable[..., Array], LookedUp(ensembles.get)]
-_WeightsByLayer = Annotated[
-    Ensemble | str | Callable[..., Array] | list[Any], LookedUp(ensembles.by_layer)
-]
-_Deviation = Annotated[float | int, _entries.scale]
-_Bias = Annotated[float | int | str, OneOf("bias", BIASES, _entries.finite)]
+# Kinds of parameters that no other builder has, see `_builder_options`.
 _Norm = Annotated[str, OneOf("norm", tuple(NORMS))]
 _NormPosition = Annotated[str, OneOf("norm_position", _NORM_POSITIONS), Beside("norm")]
 _KeepRate = Annotated[float | int, _entries.probability]
@@ -84,12 +77,12 @@ _BranchScale = Annotated[float | int | str, OneOf("scale", SCALES, _entries.scal
 
 def mlp(
     widths: Annotated[Sequence[int], Widths()],
-    activation: _Phi = "tanh",
-    weights: _WeightsByLayer = "glorot",
+    activation: Phi = "tanh",
+    weights: WeightsByLayer = "glorot",
     *,
-    last: _Weights | None = None,
-    sigma_b: _Deviation | None = None,
-    bias: _Bias | None = None,
+    last: Weights | None = None,
+    sigma_b: Deviation | None = None,
+    bias: Bias | None = None,
     norm: _Norm | None = None,
     norm_position: _NormPosition = "pre",
     keep_rate: _KeepRate | None = None,
@@ -164,18 +157,18 @@ def mlp(
 
 
 def residual(
-    input_width: _Count,
-    width: _Count,
-    depth: _Depth,
-    activation: _Phi = "tanh",
-    weights: _Weights = "glorot",
+    input_width: Count,
+    width: Count,
+    depth: Depth,
+    activation: Phi = "tanh",
+    weights: Weights = "glorot",
     *,
     scale: _BranchScale = 1.0,
     layers: Annotated[int, Whole(100)] = 1,
-    hidden: _Count | None = None,
+    hidden: Count | None = None,
     weights_first: bool = False,
-    sigma_b: _Deviation | None = None,
-    bias: _Bias | None = None,
+    sigma_b: Deviation | None = None,
+    bias: Bias | None = None,
     norm: _Norm | None = None,
     norm_position: _NormPosition = "pre",
     keep_rate: _KeepRate | None = None,
@@ -239,14 +232,14 @@ def residual(
 def convolutional(
     shape: Annotated[Sequence[int], Wholes("an input's rows and columns, as [8, 8]", 1)],
     channels: Annotated[Sequence[int], Wholes("the input's channels and every layer's", 2)],
-    activation: _Phi = "tanh",
-    weights: _Weights = "glorot",
+    activation: Phi = "tanh",
+    weights: Weights = "glorot",
     *,
     size: int | Sequence[int] = 3,
     padding: Annotated[str, OneOf("padding", ("circular", "zeros"))] = "circular",
     delta: bool = False,
-    sigma_b: _Deviation | None = None,
-    bias: _Bias | None = None,
+    sigma_b: Deviation | None = None,
+    bias: Bias | None = None,
     dense: Sequence[int] = (),
     pool: Annotated[str, OneOf("pool", tuple(POOLS))] = "mean",
     name: str | None = None,
@@ -377,15 +370,15 @@ def as_sites(images: Float[ArrayLike, "inputs *shape channels"]) -> Float[Array,
 
 
 def recurrent(
-    input_width: _Count,
-    width: _Count,
-    steps: _Depth,
-    activation: _Phi = "tanh",
-    weights: _Weights = "glorot",
+    input_width: Count,
+    width: Count,
+    steps: Depth,
+    activation: Phi = "tanh",
+    weights: Weights = "glorot",
     *,
-    sigma_b: _Deviation | None = None,
-    bias: _Bias | None = None,
-    sigma_u: _Deviation | None = None,
+    sigma_b: Deviation | None = None,
+    bias: Bias | None = None,
+    sigma_u: Deviation | None = None,
     alike: Annotated[float | int, _entries.share, Beside("sigma_u")] = 1.0,
     tied: bool = True,
     name: str | None = None,
@@ -456,7 +449,7 @@ def recurrent(
 def stack(
     input_width: int,
     blocks: Sequence[AbstractBlock | tuple[AbstractBlock, int] | Stage],
-    activation: _Phi = "tanh",
+    activation: Phi = "tanh",
     *,
     name: str = "network",
 ) -> Network:

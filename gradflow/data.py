@@ -479,6 +479,7 @@ def inputs(
     mean_square: Annotated[float | int, scale] | None = None,
     correlation: Annotated[float | int, Number("a number from -1 to 1", lambda v: -1 <= v <= 1)]
     | None = None,
+    tokens: int = 1,
 ) -> np.ndarray:
     """A batch of inputs, the same in every run: those that study files and commands ask for.
 
@@ -491,7 +492,8 @@ def inputs(
         it `cosines`: combinations of a discrete cosine transform's rows x_a with (1/n_0) x_a·x_b =
         mean_square · (correlation, or 1 where a = b) to rounding. `normal` are vectors of
         independent N(0, 1) components, `sphere` such vectors scaled to mean square 1, `one-hot`
-        the unit vectors, `coordinates` points that are uniform in [-1, 1]^n_0, `digits` and `mnist`
+        the unit vectors, `tokens` unit vectors that are drawn, so that some are alike,
+        `coordinates` points that are uniform in [-1, 1]^n_0, `digits` and `mnist`
         images that are standardised by pixel; of another width, each pixel is repeated, or some
         are left out, evenly, and each image keeps its mean square.
     data
@@ -506,12 +508,15 @@ def inputs(
     correlation
         The correlation of each two inputs: of `cosines` and `sphere` to rounding, of `normal` in
         the mean over draws. Other kinds have their own. 0 for `cosines` without it.
+    tokens
+        How many tokens an input has, each of this width (`transformer`): images and rows of files
+        are cut into as many, one after the other; of all else each token is a row by itself.
 
     Returns
     -------
     numpy.ndarray
-        Shape (batch, width), float64. A batch begins with the inputs of a smaller one, unless they
-        are correlated.
+        Shape (batch · tokens, width), float64, an input's tokens one after the other. A batch
+        begins with the inputs of a smaller one, unless they are correlated.
 
     Raises
     ------
@@ -521,26 +526,46 @@ def inputs(
     """
     width, batch = check_count("width", width), check_count("batch", batch)
     kind = _input_rows.kind_of(input, data)
+    if mean_square is not None:
+        check_number("mean_square", mean_square)
+    if kind in _input_rows.KINDS and kind not in _IMAGES:
+        rows = _made(kind, batch, width, check_count("tokens", tokens), correlation)
+        mean_square = 1.0 if mean_square is None and kind in ("cosines", "sphere") else mean_square
+    else:
+        width_of = width * check_count("tokens", tokens)
+        if correlation is not None:
+            _check_correlation(kind, batch, width_of, correlation)
+        rows = _real(kind, batch, width_of).reshape(-1, width)
+    return rows if mean_square is None else _input_rows.scaled(rows, mean_square)
+
+
+def _made(kind: str, batch: int, width: int, tokens: int, correlation: float | None) -> np.ndarray:
+    """Inputs of a kind that is made, with a row for each of their tokens."""
+    known, rows = _input_rows.most(kind, width), batch * tokens
+    if known is not None and rows > known:
+        each = f" of {tokens} tokens each" if tokens > 1 else ""
+        raise InputError(
+            f"batch is {batch}{each}; there are {known} {_input_rows.counted(kind, width)}"
+        )
+    if correlation is not None:
+        _check_correlation(kind, rows, width, correlation)
+    return _input_rows.made(kind, rows, width, correlation)
+
+
+def _real(kind: str, batch: int, width: int) -> np.ndarray:
+    """Images, or the first rows of a file."""
     known = _input_rows.most(kind, width)
     if known is not None and batch > known:
         raise InputError(f"batch is {batch}; there are {known} {_input_rows.counted(kind, width)}")
-    if mean_square is not None:
-        check_number("mean_square", mean_square)
-    if correlation is not None:
-        _check_correlation(kind, batch, width, correlation)
     if kind in _IMAGES:
-        rows = _resized(np.asarray(_IMAGES[kind]()[:batch], np.float64), width)
-    elif kind in _input_rows.KINDS:
-        rows = _input_rows.made(kind, batch, width, correlation)
-        mean_square = 1.0 if mean_square is None and kind in ("cosines", "sphere") else mean_square
-    else:
-        rows = _input_rows.read(kind)[:batch]
-        if rows.shape[1] != width:
-            raise InputError(
-                f"data is {kind!r}, whose inputs have {rows.shape[1]} components; the network's "
-                f"have {width}"
-            )
-    return rows if mean_square is None else _input_rows.scaled(rows, mean_square)
+        return _resized(np.asarray(_IMAGES[kind]()[:batch], np.float64), width)
+    rows = _input_rows.read(kind)[:batch]
+    if rows.shape[1] != width:
+        raise InputError(
+            f"data is {kind!r}, whose inputs have {rows.shape[1]} components; the network's have "
+            f"{width}"
+        )
+    return rows
 
 
 def _check_correlation(kind: str, batch: int, width: int, correlation: float) -> None:

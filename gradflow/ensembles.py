@@ -181,6 +181,9 @@ class Ensemble:
     recurrent
         What a framework's recurrent layers have instead: the ensembles of the weights on the input,
         and of those from step to step; None where all are of this one.
+    attention
+        The same of its attention: of W_Q, W_K and W_V, by the fans of the one matrix that they are
+        together, and of W_O.
     """
 
     name: str
@@ -189,6 +192,7 @@ class Ensemble:
     mean: _Rule | None = None
     bias: "Ensemble | None" = None
     recurrent: "tuple[Ensemble, Ensemble] | None" = None
+    attention: "tuple[Ensemble, Ensemble] | None" = None
 
     def sigma_w(self, fan_in: int, fan_out: int) -> Any:
         """Return σ_w = √(fan_in · Var W), the scale in mean-field units (dimensionless)."""
@@ -219,7 +223,8 @@ class Ensemble:
             name=f"{self.name}*{as_text(gain)}",
             variance=lambda m, n: gain**2 * rule(m, n),
             mean=None if mean is None else lambda m, n: gain * mean(m, n),
-            recurrent=self._recurrent(lambda ensemble: ensemble.with_gain(gain)),
+            recurrent=_each(self.recurrent, lambda ensemble: ensemble.with_gain(gain)),
+            attention=_each(self.attention, lambda ensemble: ensemble.with_gain(gain)),
         )
 
     def drawn_from(self, distribution: Distribution | str) -> "Ensemble":
@@ -237,11 +242,9 @@ class Ensemble:
             self,
             name=f"{self.name}:{distribution.name}",
             distribution=distribution,
-            recurrent=self._recurrent(lambda ensemble: ensemble.drawn_from(distribution)),
+            recurrent=_each(self.recurrent, lambda ensemble: ensemble.drawn_from(distribution)),
+            attention=_each(self.attention, lambda ensemble: ensemble.drawn_from(distribution)),
         )
-
-    def _recurrent(self, change: Callable[["Ensemble"], "Ensemble"]) -> Any:
-        return self.recurrent and tuple(map(change, self.recurrent))
 
     def sample(
         self, key: PRNGKeyArray, shape: tuple[int, int], dtype: DTypeLike = jnp.float32
@@ -257,6 +260,10 @@ class Ensemble:
         return (
             weights if self.mean is None else weights + jnp.asarray(self.mean(n_in, n_out), dtype)
         )
+
+
+def _each(ensembles: Any, change: Callable[[Ensemble], Ensemble]) -> Any:
+    return ensembles and tuple(map(change, ensembles))
 
 
 def _glorot(fan_in: int, fan_out: int) -> float:
@@ -312,7 +319,8 @@ mup_output = Ensemble("mup_output", gaussian, _mup_output)
 unscaled = Ensemble("unscaled", gaussian, _unscaled)
 zero = Ensemble("zero", gaussian, lambda m, n: 0.0)  # noqa: ARG005
 identity = Ensemble("identity", identity_matrix, _semi_orthogonal)
-# torch.nn.Linear and Conv2d. In an RNN all weights and both biases have the hidden units' fan.
+# torch.nn.Linear and Conv2d. In an RNN all weights and both biases have the hidden units' fan; in
+# MultiheadAttention in_proj_weight is Xavier's, out_proj a Linear's, and all biases are 0.
 torch = Ensemble(
     "torch",
     uniform,
@@ -327,6 +335,7 @@ torch = Ensemble(
             bias=Ensemble("torch", triangular, lambda m, n: 2.0 / (3.0 * m)),  # noqa: ARG005
         ),
     ),
+    attention=(glorot_uniform, standard),
 )
 # Dense and Conv2D; orthogonal from step to step of a SimpleRNN. Biases start at 0.
 keras = Ensemble("keras", uniform, _glorot, recurrent=(glorot_uniform, semi_orthogonal))

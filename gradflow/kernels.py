@@ -22,7 +22,6 @@ from typing import Any
 
 import equinox as eqx
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Float, ScalarLike
 
 from gradflow import activations, ensembles, gaussian
@@ -36,23 +35,6 @@ __all__ = ["Gaussian", "Kernel", "Shifted", "UnitDistribution", "Unknown"]
 __all__ += ["multiply_kernel"]
 
 _serial = itertools.count()
-
-
-def _rules() -> dict[Distribution, tuple[np.ndarray, np.ndarray]]:
-    """Values and chances of biases that are not Gaussian, at unit variance, by their law.
-
-    Gauss-Legendre's, on both sides of a kink of the density.
-    """
-    x, weight = np.polynomial.legendre.leggauss(12)
-    half = (x + 1) / 2
-    triangular = np.concatenate([-half, half]), np.tile((1 - half) * weight / 2, 2)
-    return {
-        ensembles.uniform: (3**0.5 * x, weight / 2),
-        ensembles.triangular: (6**0.5 * triangular[0], triangular[1]),
-    }
-
-
-_RULES = _rules()
 
 
 class _Origin:
@@ -256,30 +238,45 @@ class Kernel(eqx.Module):
             made_of=(shares, _Origin()),
         )
 
-    def centred(self) -> "Kernel":
-        """The kernel of z - E[z], the mean taken over units."""
-        covariance = self.covariance - jnp.outer(self.mean, self.mean)
-        law = self.distribution.centred()
-        zero = jnp.zeros_like(self.mean)
-        return self._sum_of(self._as_shares(), covariance, zero, distribution=law)
+    def centred(self, mean: Float[Array, " sites"] | None = None) -> "Kernel":
+        """The kernel of z - E[z], the mean taken over units, or of z less the means given."""
+        mean = self.mean if mean is None else mean
+        rest = self.mean - mean
+        covariance = self.covariance - jnp.outer(self.mean, self.mean) + jnp.outer(rest, rest)
+        law = self.distribution.less(mean)
+        return self._sum_of(self._as_shares(), covariance, rest, distribution=law)
 
-    def normalised(self, variance: Float[Array, "*sites"]) -> "Kernel":
-        """The kernel of the signals divided by a standard deviation; 0 where that is 0.
+    def normalised(
+        self, variance: Float[Array, "*sites"], epsilon: ScalarLike | None = None
+    ) -> "Kernel":
+        """The kernel of the signals divided by √(variance + ε); 0 where that is 0.
 
         ``variance`` is at the scale of ``covariance``: of each site, or of all of them, whose
-        scales must then be equal (`common`).
+        scales must then be equal (`common`). ε, if there is one, is the signals' own.
         """
-        return self.scaled(inverse_or_zero(jnp.sqrt(variance))).relative_to(self)
+        if epsilon is None:
+            return self.scaled(inverse_or_zero(jnp.sqrt(variance))).relative_to(self)
+        log_epsilon = jnp.log(jnp.asarray(epsilon, self.mean.dtype)) - 2 * self.log_scale
+        log = jnp.log(jnp.where(variance > 0, variance, 1))
+        log = jnp.logaddexp(jnp.where(variance > 0, log, -jnp.inf), log_epsilon)
+        within = jnp.clip(log, *gaussian.log_limits(log.dtype))
+        inverse = jnp.where(jnp.isneginf(log), 0, jnp.exp(-within / 2))
+        beyond = jnp.where(jnp.isneginf(log), 0, (log - within) / 2)
+        return self.scaled(inverse)._divided(self.log_scale + beyond)
 
     def relative_to(self, other: "Kernel") -> "Kernel":
         """The kernel of these signals and their tangent divided by the other kernel's scale."""
-        over = jnp.exp(-other.log_scale)
+        return self._divided(other.log_scale)
+
+    def _divided(self, log: Float[Array, " sites"]) -> "Kernel":
+        """The kernel of these signals and their tangent divided by exp(log)."""
+        over = jnp.exp(-log)
         return self._sum_of(
             tuple(_Share(share.coefficient * over, share.whole) for share in self._as_shares()),
             self.covariance,
             self.mean,
-            log_scale=self.log_scale - other.log_scale,
-            log_tangent_scale=self.log_tangent_scale - other.log_scale,
+            log_scale=self.log_scale - log,
+            log_tangent_scale=self.log_tangent_scale - log,
         )
 
     def shifted(self, variance: Float[Array, "sites sites"] | ScalarLike) -> "Kernel":
@@ -310,18 +307,7 @@ class Kernel(eqx.Module):
             out, sigma_b = out.shifted(sigma_b**2), None
         if sigma_b is None and mu_b is None:
             return out
-        values, chances = np.zeros(1), np.ones(1)
-        if sigma_b is not None:
-            if distribution not in _RULES:
-                raise NoTheory(
-                    f"biases are {distribution.name!r}; the theory is of gaussian, uniform and "
-                    "triangular ones"
-                )
-            values, chances = _RULES[distribution]
-        ones = jnp.ones((len(self.mean), 1), self.mean.dtype)
-        shifts = jnp.asarray(values[None], ones.dtype) * (1.0 if sigma_b is None else sigma_b)
-        shifts = jnp.asarray(shifts + (0.0 if mu_b is None else mu_b))
-        law = Shifted(shifts * ones, jnp.asarray(chances[None], ones.dtype) * ones)
+        law = Shifted.of_biases(self.mean, sigma_b, mu_b, distribution)
         bias = Kernel.of(
             jnp.einsum("ak,bk->ab", law.chances * law.shifts, law.shifts, precision="highest"),
             law.mean,

@@ -305,6 +305,24 @@ def test_a_zero_branch_is_the_identity(key):
     np.testing.assert_allclose(predict(network, jnp.ones((1, 1)))["chi"][:-1], 1)
 
 
+def test_a_skip_has_a_scale_of_its_own(key):
+    """λ x + α f(x): k' = λ² k + α² σ_w² k, χ = λ² + α² σ_w²."""
+    block = Residual(Linear(6, 1.5), 0.5, skip_scale=2.0)
+    kernel = Kernel.of(jnp.array([[1.0, 0.5], [0.5, 2.0]]))
+    gain = 4 + 0.25 * 2.25
+    np.testing.assert_allclose(block.kernel(kernel).covariance, gain * kernel.covariance, rtol=1e-6)
+    np.testing.assert_allclose(jnp.exp(log_gain(block, kernel)), gain, rtol=1e-6)
+    x = jax.random.normal(key, (2, 6))
+    plain, skipped = (
+        Residual(Linear(6), 1.0, scale).apply(x, dense_product, key) for scale in (None, -3.0)
+    )
+    np.testing.assert_allclose(skipped, plain - 4 * x, rtol=1e-5, atol=1e-5)
+    # A branch that carries the stream itself: 3 x + (x + f)/2 has 3.5² of x, and not 3² + 0.5².
+    nested = Residual(Residual(Linear(6)), 0.5, skip_scale=3.0)
+    found = nested.kernel(kernel).covariance
+    np.testing.assert_allclose(found, (3.5**2 + 0.25) * kernel.covariance, rtol=1e-6)
+
+
 def test_moments_of_sums_have_the_products_of_means():
     """x + f with E x = 1 and E f = 2: E (x + f)² = E x² + E f² + 2·1·2."""
     one, other = (

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from scipy import special
 
 from gradflow import activations, blocks
 from gradflow.inspection._reading.layers import layers
@@ -217,3 +218,50 @@ def test_a_function_whose_derivative_is_not_its_own_ends_the_theory():
     laws = dict.fromkeys(program.arguments["parameters"], Law(0.0, 0.05))
     theory = predict(program, layers(program), laws, [_inputs()[:3]])
     assert "derivative" in theory.ends
+
+
+def _of_plain(function, shapes, zero=()):
+    """The theory of a function of weights of variance 1.3/n, those of some numbers 0."""
+    inputs = _inputs()[:3]
+    shapes = [jnp.zeros(shape) for shape in shapes]
+    program = read(function, parameters=shapes, inputs=jnp.asarray(inputs))
+    laws = {
+        number: Law(0.0, 0.0, values=np.zeros(w.shape)) if i in zero else Law(0.0, 1.3 / len(w))
+        for i, (number, w) in enumerate(zip(program.arguments["parameters"], shapes, strict=True))
+    }
+    return predict(program, layers(program), laws, [inputs])
+
+
+_SHAPES = [(20, 100), (100, 100), (100, 10), (1, 100)]
+
+
+@pytest.mark.medium
+def test_steps_are_averaged_between_their_jumps():
+    theory = _of_plain(lambda p, x: jnp.round(x @ p[0]) @ p[1], _SHAPES[:2])
+    q = 1.3 * (_inputs()[:3] ** 2).mean(1)
+    ends = np.arange(-99, 100) + 0.5
+    chances = np.diff(special.ndtr(ends / np.sqrt(q)[:, None]))
+    second = (chances * np.arange(-98, 100) ** 2).sum(1)
+    np.testing.assert_allclose(theory.values["log_q"][1], np.log(1.3 * second.mean()), rtol=1e-10)
+
+
+@pytest.mark.parametrize(
+    ("last", "zero", "gradients"),
+    [
+        (lambda p, _, h: jnp.tanh(h) @ p[2], 2, [0, 0, 1]),
+        (lambda p, _, h: (jnp.tanh(h) * p[3]) @ p[2], 3, [0, 0, 1]),
+        (lambda p, z, h: jnp.tanh(z + h * p[3]) @ p[2], 3, [1, 0, 1]),
+        (lambda p, _, h: jnp.sign(h) @ p[2], None, [0, 0, 1]),
+    ],
+    ids=["weights", "scale", "residual", "sign"],
+)
+def test_gradients_of_0_are_known(last, zero, gradients):
+    def network(p, inputs):
+        z = inputs @ p[0]
+        return last(p, z, jnp.tanh(z) @ p[1])
+
+    theory = _of_plain(network, _SHAPES, (zero,))
+    for key in ("log_gradient_variance", "log_gradient_norm"):
+        np.testing.assert_array_equal(np.exp(theory.values[key]) > 0, gradients)
+    assert "no gradient below" in theory.reasons[1]
+    assert not theory.reasons[2]

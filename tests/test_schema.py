@@ -131,8 +131,8 @@ def test_a_builders_parameter_is_an_entry_and_an_axis_of_a_study_file():
         _study_file.parse(FILE.replace("true", "1"))
     with pytest.raises(InputError, match=r"axes\[0\].damping.to is 2.0; it is a number from 0 to"):
         _study_file.parse(FILE.replace("to = 1.0", "to = 2.0"))
-    with pytest.raises(InputError, match="network.scale: unknown entry 'scale'"):
-        _study_file.parse(FILE.replace("flat = true", "scale = 1.0"))
+    with pytest.raises(InputError, match="network.layers: unknown entry 'layers'"):
+        _study_file.parse(FILE.replace("flat = true", "layers = 2"))
 
 
 @pytest.mark.usefixtures("with_damped", "unchecked")

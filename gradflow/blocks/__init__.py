@@ -16,14 +16,17 @@ dense
 convolution
     `Convolution` W * φ(z), the `Patches` that its filter multiplies, and `GlobalMean` and
     `Flatten` over positions, for the layers after it.
+attention
+    `Attention`, which mixes an input's tokens.
 composition
     `Chain` and `Residual`.
 normalisation
-    `LayerNorm` and `RMSNorm`; `UnitVariance`, of LSUV.
+    `LayerNorm`, `RMSNorm` and `GroupNorm`; `UnitVariance`, of LSUV.
 gating
     `Gated`, as gated linear units are, and `Maxout`.
 batch_norm
-    `BatchNorm`, which mixes inputs' gradients. With convolutions its batch is over positions too.
+    `BatchNorm`, which mixes inputs' gradients; with convolutions its batch is over positions too.
+    `InstanceNorm`, over an input's positions alone.
 dropout
     `Dropout`.
 recurrent
@@ -35,6 +38,7 @@ in the file's ``__all__``: `ALL` and the shared law tests find it. A new file ha
 
 import inspect
 
+from gradflow.blocks.attention import *
 from gradflow.blocks.base import *
 from gradflow.blocks.batch_norm import *
 from gradflow.blocks.composition import *

@@ -1,51 +1,87 @@
-"""BatchNorm: normalisation of each unit's signal over the batch."""
+"""BatchNorm: normalisation of each unit's signal over the batch, or over an input's positions."""
 
-import math
+import dataclasses
 
+import equinox as eqx
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray, ScalarLike
 
 from gradflow import activations
-from gradflow._norms import unit_rows
 from gradflow.activations import Activation
-from gradflow.blocks.base import AbstractBlock, Multiply
+from gradflow.blocks._norm import AbstractNorm
+from gradflow.blocks._positions import count_inputs, count_positions, lengths
+from gradflow.blocks.base import Multiply
 from gradflow.errors import InputError, NoTheory
 from gradflow.gaussian import _batch
 from gradflow.kernels import Kernel, Shifted, UnitDistribution, Unknown, multiply_kernel
 
-__all__ = ["BatchNorm"]
+__all__ = ["BatchNorm", "InstanceNorm"]
 
 
 class _BatchNormalised(UnitDistribution):
-    """The law of γ ẑ, of a signal z that is Gaussian and has this covariance."""
+    """The law of γ ẑ, of a signal z that is Gaussian and has this covariance; ε in its units."""
 
     covariance: Float[Array, "sites sites"]
     tangent: Float[Array, "sites sites"] | None
     gain: ScalarLike
+    epsilon: ScalarLike | None
 
     def through(self, kernel: Kernel, activation: Activation) -> Kernel:  # noqa: ARG002
         """Return the kernel of φ(γ ẑ)."""
-        averages = _batch.averages(activation, self.covariance, self.tangent, self.gain)
+        averages = _batch.averages(
+            activation, self.covariance, self.tangent, self.gain, self.epsilon
+        )
         return Kernel(*averages, Unknown())
 
     def scaled(self, factor: Float[Array, "..."] | ScalarLike) -> UnitDistribution:
         """Return the law of a multiple."""
         if jnp.ndim(factor):
             return Unknown()
-        return _BatchNormalised(self.covariance, self.tangent, factor * self.gain)
+        return dataclasses.replace(self, gain=factor * self.gain)
 
 
-class BatchNorm(AbstractBlock):
-    """γ (z - m)/s, m and s² mean and variance of each unit's z over the batch, all its inputs.
+class _OverSites(AbstractNorm):
+    """γ (z - m)/√(s² + ε), m and s² of each unit by itself, over sites."""
 
-    (Ioffe & Szegedy 2015, arXiv:1502.03167, algorithm 1, in training, without ε.) The batch is all
-    inputs that go through the network together. The gradient explodes with depth: at a batch of B,
+    def _over_sites(self, signal: Float[Array, "sites n"]) -> Float[Array, "sites n"]:
+        apart = signal - jnp.mean(signal, axis=0, keepdims=True)
+        return self._normalised(apart.T).T
+
+    def _batch_kernel(self, kernel: Kernel) -> Kernel:
+        kernel = kernel.common()
+        law, known = kernel.distribution, kernel.covariance
+        name = type(self).__name__
+        if isinstance(law, Shifted):
+            # A unit's mean that all sites have goes away with that over them.
+            apart = law.shifts - jnp.mean(law.shifts, axis=0, keepdims=True)
+            alike = jnp.max(jnp.abs(apart)) <= 1e-6 * jnp.max(jnp.abs(law.shifts))
+            known = jnp.where(alike, law.gaussian_part(known), jnp.nan)
+        elif not kernel.gaussian:
+            raise NoTheory(
+                f"{name} gets a signal that is not Gaussian over units; the theory needs it "
+                "before the activation, after a random matrix"
+            )
+        epsilon = None
+        if self.epsilon is not None:
+            epsilon = jnp.asarray(self.epsilon * jnp.exp(-2 * kernel.log_scale[0]))
+            epsilon = jnp.where(jnp.isfinite(epsilon), epsilon, jnp.nan)
+        law = _BatchNormalised(known, kernel.tangent, self.gain, epsilon)
+        through = law.through(kernel, activations.linear)
+        out = kernel.derived(through.covariance, through.mean, through.tangent, law)
+        return out.relative_to(kernel)
+
+
+class BatchNorm(_OverSites):
+    """γ (z - m)/√(s² + ε), m and s² mean and variance of each unit's z over the batch, all inputs.
+
+    (Ioffe & Szegedy 2015, arXiv:1502.03167, algorithm 1, in training.) The batch is all inputs that
+    go through the network together. The gradient explodes with depth: at a batch of B,
     χ = (B - 2)/(B - 3) without an activation, and π/(π - 1) for ReLU and B → ∞ (Yang et al. 2019,
-    arXiv:1902.08129). The theory is of a signal that is Gaussian over units (`gaussian._batch`). A
-    unit that is the same for all inputs becomes 0.
+    arXiv:1902.08129). The theory is of a signal that is Gaussian over units (`gaussian._batch`);
+    with an ``epsilon``, of homogeneous activations. Without it a unit that is the same for all
+    inputs becomes 0.
     """
-
-    gain: ScalarLike = 1.0
 
     def apply(
         self,
@@ -65,8 +101,7 @@ class BatchNorm(AbstractBlock):
                 "inputs has one input, and BatchNorm makes 0 of it; give it a batch, of 4 or more "
                 "for the theory to have an answer"
             )
-        rows, _ = unit_rows((signal - jnp.mean(signal, axis=0, keepdims=True)).T)
-        return jnp.asarray(self.gain, signal.dtype) * math.sqrt(signal.shape[0]) * rows.T
+        return self._over_sites(signal)
 
     def kernel(self, kernel: Kernel, multiply: Multiply = multiply_kernel) -> Kernel:  # noqa: ARG002
         """Return the kernel of γ ẑ.
@@ -78,29 +113,61 @@ class BatchNorm(AbstractBlock):
         InputError
             If the batch has fewer than 4 inputs.
         """
-        kernel = kernel.common()
-        law, known = kernel.distribution, kernel.covariance
-        if isinstance(law, Shifted):
-            # A unit's mean that all inputs have goes away with that over the batch.
-            apart = law.shifts - jnp.mean(law.shifts, axis=0, keepdims=True)
-            alike = jnp.max(jnp.abs(apart)) <= 1e-6 * jnp.max(jnp.abs(law.shifts))
-            known = jnp.where(alike, law.gaussian_part(known), jnp.nan)
-        elif not kernel.gaussian:
-            raise NoTheory(
-                "BatchNorm gets a signal that is not Gaussian over units; the theory needs it "
-                "before the activation, after a random matrix"
-            )
-        law = _BatchNormalised(known, kernel.tangent, self.gain)
-        through = law.through(kernel, activations.linear)
-        out = kernel.derived(through.covariance, through.mean, through.tangent, law)
-        return out.relative_to(kernel)
-
-    @property
-    def homogeneous(self) -> bool:
-        """Whether it is homogeneous: no, the result has always the same length."""
-        return False
+        return self._batch_kernel(kernel)
 
     @property
     def mixes_inputs(self) -> bool:
         """Whether it mixes inputs: yes, an input's signal depends on the whole batch."""
+        return True
+
+
+class InstanceNorm(_OverSites):
+    """γ (z - m)/√(s² + ε), m and s² of each unit's z over the positions of each input by itself.
+
+    (Ulyanov, Vedaldi & Lempitsky 2016, arXiv:1607.08022.) Positions are those of ``shape``, as for
+    `Convolution`. It is `BatchNorm` of a batch that is an input's positions, and the theory that of
+    one input: of several, each divided by a random number of its own, none is known.
+    """
+
+    shape: tuple[int, ...] = eqx.field(static=True, default=(6,), converter=lengths)
+
+    def __check_init__(self) -> None:
+        if count_positions(self.shape) < 2:
+            raise InputError(
+                f"shape is {self.shape}, and InstanceNorm makes 0 of a single position; it has 2 "
+                "or more"
+            )
+
+    def apply(
+        self,
+        signal: Float[Array, "sites n"],
+        multiply: Multiply,  # noqa: ARG002
+        key: PRNGKeyArray,  # noqa: ARG002
+    ) -> Float[Array, "sites n"]:
+        """Return every unit at mean 0 and standard deviation γ over each input's positions."""
+        inputs = count_inputs(len(signal), self.shape)
+        by_input = signal.reshape(inputs, -1, signal.shape[1])
+        return jax.vmap(self._over_sites)(by_input).reshape(signal.shape)
+
+    def kernel(self, kernel: Kernel, multiply: Multiply = multiply_kernel) -> Kernel:  # noqa: ARG002
+        """Return the kernel of γ ẑ.
+
+        Raises
+        ------
+        NoTheory
+            If there are several inputs, or the signal is not Gaussian over units.
+        InputError
+            If an input has fewer than 4 positions.
+        """
+        inputs = count_inputs(len(kernel.mean), self.shape)
+        if inputs > 1:
+            raise NoTheory(
+                f"InstanceNorm gets {inputs} inputs, each divided by a deviation of its own; the "
+                "theory is of one input"
+            )
+        return self._batch_kernel(kernel)
+
+    @property
+    def mixes_sites(self) -> bool:
+        """Whether it mixes sites: yes, all positions of an input."""
         return True

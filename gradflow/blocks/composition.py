@@ -64,16 +64,18 @@ class Chain(AbstractComposite):
 
 
 class Residual(AbstractComposite):
-    """z' = z + α f(z), with a branch f that keeps the number of units; α is fixed.
+    """z' = λ z + α f(z), with a branch f that keeps the number of units; α and λ are fixed.
 
     A branch with a random matrix is independent of z, so that second moments add,
-    k' = k + α² k_f + α (m m_fᵀ + m_f mᵀ) with means m over units, and χ = 1 + α² χ_f (Yang &
+    k' = λ² k + α² k_f + λ α (m m_fᵀ + m_f mᵀ) with means m over units, and χ = λ² + α² χ_f (Yang &
     Schoenholz 2017, arXiv:1712.08969). α = 0 is ReZero's and SkipInit's start (Bachlechner et al.
-    2021, arXiv:2003.04887; De & Smith 2020, arXiv:2002.10444).
+    2021, arXiv:2003.04887; De & Smith 2020, arXiv:2002.10444). ``skip_scale`` is λ, 1 without it;
+    DeepNorm's is (2 depth)^(1/4) (Wang et al. 2022, arXiv:2203.00555).
     """
 
     branch: AbstractBlock = Dense()
     scale: ScalarLike = 1.0
+    skip_scale: ScalarLike | None = None
 
     def __check_init__(self) -> None:
         check_instance("branch", self.branch, AbstractBlock, "a block, as Dense() or a Chain")
@@ -90,8 +92,10 @@ class Residual(AbstractComposite):
     def apply(
         self, signal: Float[Array, "sites n"], multiply: Multiply, key: PRNGKeyArray
     ) -> Float[Array, "sites n"]:
-        """Return z + α f(z)."""
+        """Return λ z + α f(z)."""
         branch = self.branch.apply(signal, multiply, key)
+        if self.skip_scale is not None:
+            signal = jnp.asarray(self.skip_scale, signal.dtype) * signal
         return signal + jnp.asarray(self.scale, signal.dtype) * branch
 
     def kernel(self, kernel: Kernel, multiply: Multiply = multiply_kernel) -> Kernel:
@@ -102,7 +106,8 @@ class Residual(AbstractComposite):
         InputError
             If signal and branch are correlated in a way that is not known, as z + φ(z + …).
         """
-        return kernel.plus(self.branch.kernel(kernel, multiply).scaled(self.scale))
+        skip = kernel if self.skip_scale is None else kernel.scaled(self.skip_scale)
+        return skip.plus(self.branch.kernel(kernel, multiply).scaled(self.scale))
 
     @property
     def homogeneous(self) -> bool:
@@ -130,5 +135,5 @@ class Residual(AbstractComposite):
         return n_in
 
     def divide_widths(self, factor: int | Fraction) -> "Residual":
-        """Return the block with the branch's widths divided by ``factor``, α kept."""
+        """Return the block with the branch's widths divided by ``factor``, α and λ kept."""
         return dataclasses.replace(self, branch=self.branch.divide_widths(factor))

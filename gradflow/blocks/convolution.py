@@ -9,8 +9,7 @@ are one random matrix, drawn by the samplers like any other.
 import functools
 import itertools
 import math
-from collections.abc import Iterator, Sequence
-from numbers import Integral
+from collections.abc import Iterator
 
 import equinox as eqx
 import jax.numpy as jnp
@@ -19,6 +18,7 @@ from jaxtyping import Array, Float, PRNGKeyArray, ScalarLike
 from gradflow import activations, ensembles
 from gradflow._checks import check_count, unknown_name
 from gradflow.activations import Activation
+from gradflow.blocks._positions import count_inputs, count_positions, lengths
 from gradflow.blocks.base import AbstractBlock, Multiply
 from gradflow.blocks.dense import AbstractLayer, Linear
 from gradflow.ensembles import Distribution
@@ -29,42 +29,6 @@ __all__ = ["Convolution", "Flatten", "GlobalMean", "Patches"]
 
 # The signal beyond the edge, as `jax.numpy.pad` calls it.
 _PADDINGS = {"circular": "wrap", "zeros": "constant"}
-
-
-def _lengths(lengths: int | Sequence[int]) -> int | tuple[int, ...]:
-    if isinstance(lengths, Sequence):
-        return tuple(lengths)
-    return int(lengths) if isinstance(lengths, Integral) else lengths  # NumPy's, too
-
-
-def _count_positions(shape: object) -> int:
-    """Return the number of positions.
-
-    Raises
-    ------
-    InputError
-        If the shape is no tuple of lengths.
-    """
-    if not isinstance(shape, tuple) or not shape:
-        raise InputError(f"shape is {shape!r}; it is a tuple of lengths, one for each spatial axis")
-    return math.prod(check_count("a length in shape", length) for length in shape)
-
-
-def _count_inputs(sites: int, shape: tuple[int, ...]) -> int:
-    """Return the number of inputs whose positions these sites are.
-
-    Raises
-    ------
-    InputError
-        If it is no whole number.
-    """
-    positions = math.prod(shape)
-    if sites % positions:
-        raise InputError(
-            f"the signal has {sites} sites, and shape is {shape}; sites are inputs times positions,"
-            f" a multiple of {positions}"
-        )
-    return sites // positions
 
 
 class Patches(AbstractBlock):
@@ -79,12 +43,12 @@ class Patches(AbstractBlock):
     positions that are d further along.
     """
 
-    shape: tuple[int, ...] = eqx.field(static=True, default=(3,), converter=_lengths)
-    size: int | tuple[int, ...] = eqx.field(static=True, default=1, converter=_lengths)
+    shape: tuple[int, ...] = eqx.field(static=True, default=(3,), converter=lengths)
+    size: int | tuple[int, ...] = eqx.field(static=True, default=1, converter=lengths)
     padding: str = eqx.field(static=True, default="circular")
 
     def __check_init__(self) -> None:
-        _count_positions(self.shape)
+        count_positions(self.shape)
         if self.padding not in _PADDINGS:
             raise unknown_name("padding", self.padding, _PADDINGS)
         fits = len(self.sizes) == len(self.shape)
@@ -114,7 +78,7 @@ class Patches(AbstractBlock):
     ) -> Float[Array, "sites patch"]:
         """Return each position's neighbourhood, shape (inputs · positions, elements · channels)."""
         sites, channels = signal.shape
-        by_position = signal.reshape(_count_inputs(sites, self.shape), *self.shape, channels)
+        by_position = signal.reshape(count_inputs(sites, self.shape), *self.shape, channels)
         gathered = jnp.stack([*self._shifted(by_position, 1)], axis=-2)
         return gathered.reshape(sites, self.elements * channels)
 
@@ -123,7 +87,7 @@ class Patches(AbstractBlock):
         if self.elements == 1:
             return kernel
         kernel = kernel.common()
-        by_position = (_count_inputs(len(kernel.mean), self.shape), *self.shape)
+        by_position = (count_inputs(len(kernel.mean), self.shape), *self.shape)
 
         def pairs(k: Array) -> Array:
             shifted = self._shifted(k.reshape(by_position + by_position), 1, 1 + len(by_position))
@@ -183,8 +147,8 @@ class Convolution(AbstractLayer):
     activation: Activation = eqx.field(
         static=True, converter=activations.get, default=activations.tanh
     )
-    shape: tuple[int, ...] = eqx.field(static=True, default=(3,), converter=_lengths)
-    size: int | tuple[int, ...] = eqx.field(static=True, default=3, converter=_lengths)
+    shape: tuple[int, ...] = eqx.field(static=True, default=(3,), converter=lengths)
+    size: int | tuple[int, ...] = eqx.field(static=True, default=3, converter=lengths)
     padding: str = eqx.field(static=True, default="circular")
     units: int = eqx.field(static=True, default=100)
     sigma_w: ScalarLike = 1.0
@@ -249,10 +213,10 @@ def _as_if_of(full_input: Array | Kernel, multiply: Multiply) -> Multiply:
 class _OverPositions(AbstractBlock):
     """A block that makes one site of each input's positions."""
 
-    shape: tuple[int, ...] = eqx.field(static=True, default=(1,), converter=_lengths)
+    shape: tuple[int, ...] = eqx.field(static=True, default=(1,), converter=lengths)
 
     def __check_init__(self) -> None:
-        _count_positions(self.shape)
+        count_positions(self.shape)
 
     @property
     def homogeneous(self) -> bool:
@@ -284,12 +248,12 @@ class GlobalMean(_OverPositions):
         key: PRNGKeyArray,  # noqa: ARG002
     ) -> Float[Array, "inputs n"]:
         """Return the means over positions."""
-        inputs = _count_inputs(signal.shape[0], self.shape)
+        inputs = count_inputs(signal.shape[0], self.shape)
         return jnp.mean(signal.reshape(inputs, -1, signal.shape[1]), axis=1)
 
     def kernel(self, kernel: Kernel, multiply: Multiply = multiply_kernel) -> Kernel:  # noqa: ARG002
         """Return the means over pairs of positions."""
-        inputs, kernel = _count_inputs(len(kernel.mean), self.shape), kernel.common()
+        inputs, kernel = count_inputs(len(kernel.mean), self.shape), kernel.common()
 
         def pairs(k: Array) -> Array:
             return jnp.mean(
@@ -316,13 +280,13 @@ class Flatten(_OverPositions):
         key: PRNGKeyArray,  # noqa: ARG002
     ) -> Float[Array, "inputs n_out"]:
         """Return the positions of each input side by side."""
-        return signal.reshape(_count_inputs(signal.shape[0], self.shape), -1)
+        return signal.reshape(count_inputs(signal.shape[0], self.shape), -1)
 
     def kernel(self, kernel: Kernel, multiply: Multiply = multiply_kernel) -> Kernel:  # noqa: ARG002
         """Map second moments to means over positions; no Gaussian law is known then."""
         if self.pool_factor == 1:
             return kernel
-        inputs, kernel = _count_inputs(len(kernel.mean), self.shape), kernel.common()
+        inputs, kernel = count_inputs(len(kernel.mean), self.shape), kernel.common()
 
         def own(k: Array) -> Array:
             by_position = k.reshape(inputs, self.pool_factor, inputs, self.pool_factor)

@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
 @app.command(
     cls=described_by(
-        every=True, batch=2, activation="tanh", weights="glorot", width=1000, depth=50
+        every=True, batch=2, activation="tanh", weights="glorot", width=1000, depth=50, tokens=8
     ),
     epilog="Examples:\n\n"
     "- `gradflow compare --activation tanh --weights glorot --width 1000 --depth 50`\n"

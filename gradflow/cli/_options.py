@@ -36,7 +36,9 @@ _LAYER = 1 << 14
 _LONGEST_NAME = 120
 LARGEST_DEVIATION = 1e150
 # Names that options of the schema have beside their own.
-_OTHER_NAMES = {"batch": ("--inputs",)}
+_OTHER_NAMES = {"batch": ("--inputs",), "kind": ("--network",)}
+# What commands draw of a kind of networks, in place of their own defaults.
+_DEFAULTS_OF_KINDS = {"transformer": {"width": 128, "depth": 12}}
 # The width from which on the inputs of commands are images, unless others are asked for.
 _WIDTH_OF_IMAGES = 64
 
@@ -150,15 +152,22 @@ def network_options(context: typer.Context) -> dict[str, Any]:
     options, own = _schema.options(), {one.name for one in context.command.params}
     kind = options["kind"].check("kind", context.params.get("kind") or options["kind"].default)
 
+    params = dict(context.params)
+    for name, value in _DEFAULTS_OF_KINDS.get(kind, {}).items():
+        if name in params and not is_given(context, name):
+            params[name] = value
+
     def is_meant(name: str) -> bool:
         """Whether an option is given, or has a default, which is of this kind of networks."""
-        value = context.params[name]
+        value = params[name]
         of_kind = kind in options[name].kinds and value is not None and value is not False
-        return is_given(context, name) or of_kind
+        # A kind of networks may have another default than that of all.
+        usual = _schema.default(name, kind) == _schema.default(name, options["kind"].default)
+        return is_given(context, name) or (of_kind and usual)
 
     values = {
         name: _parsed(options[name], value)
-        for name, value in context.params.items()
+        for name, value in params.items()
         if name in options and name not in own and is_meant(name)
     }
     for ways in _schema.ALTERNATIVES:
@@ -212,13 +221,20 @@ def chosen_inputs(context: typer.Context, described: dict[str, Any]) -> Inputs:
     _schema.arguments_of(described)  # which says what is missing of it
     own = {n: v for n in _schema.input_options() if (v := context.params[n]) is not None}
     width, shape = _schema.input_shape(described)
-    if not any(is_given(context, name) for name in own if name != "batch"):
+    own["tokens"] = tokens = _schema.tokens(described)
+    if tokens > 1:
+        if not (is_given(context, "input") or is_given(context, "data")):
+            own["input"] = "cosines"
+        if not is_given(context, "batch"):
+            own["batch"] = 1
+    elif not any(is_given(context, name) for name in own if name != "batch"):
         wide = width is None or width >= _WIDTH_OF_IMAGES
         fits = shape in ((), _input_rows.IMAGE_SHAPES["digits"])
         own["input"] = "digits" if wide and fits else "sphere"
     kind = _input_rows.kind_of(own.get("input"), own.get("data"))
     if width is None:
-        width = _input_rows.natural_width(kind) or check_count("width", described["width"])
+        natural = _input_rows.natural_width(kind)
+        width = check_count("width", described["width"]) if natural is None else natural // tokens
     if "width" in described:
         described["input_width"] = width
     there = _input_rows.most(kind, check_count("input_width", width))

@@ -48,6 +48,7 @@ _PHASE_POINT, _SPECTRUM_POINT = 40_000, 100_000
         sigma_b2=0.0,
         depth=10,
         width=1000,
+        tokens=8,
     ),
     epilog="Examples:\n\n"
     "- `gradflow theory --activation tanh --sigma-w2 1.5 --sigma-b2 0.05`\n"

@@ -26,6 +26,9 @@ those over two coordinates of a point on a sphere, by Gauss-Legendre panels.
 averages over fixed draws of x, antithetic, 2^15 or more: to about 1 % of how far the batch is from
 exchangeable, in every layer, where the batch has not yet been mixed.
 
+*With ε*, ẑ = x/√(r²/B + ε): B ε adds to r², and e^{-sBε} to dP(s), in the integrals for homogeneous
+φ. For any other φ that has no integral here.
+
 Arrays are (sites, sites) with sites = B.
 """
 
@@ -40,7 +43,7 @@ from jaxtyping import Array, Float, ScalarLike
 from gradflow import gaussian
 from gradflow._arguments import from_seed
 from gradflow.activations import Activation
-from gradflow.errors import InputError
+from gradflow.errors import InputError, NoTheory
 from gradflow.gaussian._quadrature import dot, panels
 
 __all__ = ["SMALLEST", "averages", "centred", "sphere_averages"]
@@ -68,6 +71,7 @@ def averages(
     covariance: Square,
     tangent: Square | None,
     gain: ScalarLike = 1.0,
+    epsilon: ScalarLike | None = None,
 ) -> tuple[Square, Float[Array, " sites"], Square | None]:
     """E[φ(γẑ_a) φ(γẑ_b)], E[φ(γẑ_a)] and T[S], the second moments of tangents; see the module.
 
@@ -81,11 +85,15 @@ def averages(
         S, before BatchNorm; without it T[S] is None.
     gain
         γ.
+    epsilon
+        ε, in the units of K; none without it.
 
     Raises
     ------
     InputError
         If the batch is smaller than 4.
+    NoTheory
+        If there is an ε, and φ is not homogeneous.
     """
     batch = covariance.shape[0]
     if batch < SMALLEST:
@@ -97,8 +105,15 @@ def averages(
     sigma = centred(covariance)
     moved = None if tangent is None else centred(tangent)
     if activation.homogeneous:
-        second, mean, slopes = _homogeneous(activation, sigma, moved)
+        own = jnp.zeros((), gain.dtype) if epsilon is None else jnp.asarray(epsilon, gain.dtype)
+        second, mean, slopes = _homogeneous(activation, sigma, moved, batch * own)
         return gain**2 * second, gain * mean, None if slopes is None else gain**2 * slopes
+    if epsilon is not None:
+        raise NoTheory(
+            f"activation {activation.name!r} acts on a signal that BatchNorm has normalised with "
+            "an epsilon; the theory of these is of homogeneous activations (relu, leaky_relu, "
+            "linear), and of all without epsilon"
+        )
     none = jnp.zeros_like(sigma) if moved is None else moved
     one = centred(jnp.eye(batch, dtype=sigma.dtype))
     scale, size = (jnp.trace(x) / (batch - 1) for x in (sigma, none))
@@ -119,8 +134,9 @@ def averages(
 
 
 def _homogeneous(
-    activation: Activation, sigma: Square, moved: Square | None
+    activation: Activation, sigma: Square, moved: Square | None, more: Array
 ) -> tuple[Square, Array, Square | None]:
+    """Averages, with ``more`` added to r²."""
     batch, dtype = sigma.shape[0], sigma.dtype
     one = jnp.eye(batch, dtype=dtype)
     trace = jnp.trace(sigma)
@@ -131,12 +147,12 @@ def _homogeneous(
     tangent = jnp.zeros_like(sigma) if moved is None else moved
 
     def add(total: tuple[Array, Array, Array], node: Array) -> tuple[tuple, None]:
-        s, weight = node[0] / trace, node[1] / trace
+        s, weight = node[0] / (trace + more), node[1] / (trace + more)
         factor = jax.scipy.linalg.cho_factor(one + 2 * s * whole, lower=True)
         a = centred(jax.scipy.linalg.cho_solve(factor, whole))
         a = (a + a.T) / 2
         log_root = jnp.sum(jnp.log(jnp.diagonal(factor[0]))) - jnp.log1p(2 * s * scale) / 2
-        share = weight * jnp.exp(-log_root)
+        share = weight * jnp.exp(-log_root - s * more)
         mean = at_one * jnp.sqrt(jnp.maximum(jnp.diagonal(a), 0) / (math.pi * s))
         if moved is None:
             terms = gaussian.kernel(activation, a), mean, jnp.zeros_like(a)
@@ -155,7 +171,10 @@ def _homogeneous(
 
 
 def _radial_nodes(batch: int) -> np.ndarray:
-    """Nodes y = s tr Σ and weights of ∫ dy, (nodes, 2): y = exp(u - e^{-u}), equal steps of u."""
+    """Nodes y = s (tr Σ + Bε) and weights of ∫ dy, (nodes, 2).
+
+    They are y = exp(u - e^{-u}) at equal steps of u.
+    """
     # Beyond the largest y, y (1 + 2y/m)^{-m/2} is below rounding; m is the rank of Σ, which may be
     # less than batch - 1.
     rank = min(batch - 1, 8)

@@ -95,7 +95,7 @@ class Point:
         """
         try:
             width = _input_width(self.settings)
-            if _kind(self.settings) != "cosines" or self.settings["batch"] > width:
+            if _kind(self.settings) != "cosines" or self.sites > width:
                 self.inputs()  # there may be none
             options = _schema.options()
             described = {field: v for field, v in self.settings.items() if field in options}
@@ -111,6 +111,7 @@ class Point:
         """Return the inputs, shape (sites, n_0), in float64; a site is a position of an image."""
         options = _schema.input_options()
         own = {field: value for field, value in self.settings.items() if field in options}
+        own["tokens"] = _schema.tokens(self.settings)
         rows = datasets.inputs(_input_width(self.settings), **own)
         _, shape = _schema.input_shape(self.settings)
         return _input_rows.sites(_kind(self.settings), rows, shape)
@@ -119,7 +120,8 @@ class Point:
     def sites(self) -> int:
         """How many rows its inputs have."""
         _, shape = _schema.input_shape(self.settings)
-        return int(self.settings["batch"] * math.prod(shape[:-1]))
+        tokens = _schema.tokens(self.settings)
+        return int(self.settings["batch"] * tokens * math.prod(shape[:-1]))
 
     @property
     def description(self) -> str:
@@ -240,7 +242,8 @@ def resolved(fields: Mapping[str, Any]) -> dict[str, Any]:
 
     Images are its ``data``, however they are asked for.
     """
-    settings = {**_DEFAULTS, **fields}
+    norm = _schema.default("norm", fields.get("kind", "mlp")) or NONE
+    settings = {**_DEFAULTS, "norm": norm, **fields}
     kind = _kind(settings)
     if kind in _input_rows.IMAGES:
         settings.pop("input", None)
@@ -249,7 +252,8 @@ def resolved(fields: Mapping[str, Any]) -> dict[str, Any]:
         settings.pop("input", None)
         settings = {**_DEFAULTS_OF_COSINES, **settings}
     idle = [field for field in settings if _schema.is_idle(field, settings)]
-    if settings["batch"] == 1 or kind not in _input_rows.CORRELATED:
+    alone = settings["batch"] * _schema.tokens(settings) == 1
+    if alone or kind not in _input_rows.CORRELATED:
         idle.append("correlation")
     return {field: value for field, value in settings.items() if field not in idle}
 
@@ -275,5 +279,5 @@ def _input_width(settings: Mapping[str, Any]) -> int:
 
 
 # The fields that each point has, given or not: its name depends on them.
-_DEFAULTS: dict[str, Any] = {"kind": "mlp", "norm": NONE, "batch": 1}
+_DEFAULTS: dict[str, Any] = {"kind": "mlp", "batch": 1}
 _DEFAULTS_OF_COSINES: dict[str, Any] = {"mean_square": 1.0, "correlation": 0.0}

@@ -140,8 +140,8 @@ def _parsed(text: str) -> Study:
     if "seed" in given and "seed" in file.get("sampling", {}):
         raise InputError(f"{given['seed']} also stands at sampling.seed; it has one place")
     _check_inputs(given, base, axes)
-    batches = _values_of("batch", base, axes) or [1]
-    measured = _measured(_entries.table("statistics", file), sampling, min(batches))
+    least, most = _rows(base, axes)
+    measured = _measured(_entries.table("statistics", file), sampling, least)
     if len(axes) and math.prod(map(len, axes)) > _MOST_POINTS:
         raise InputError(
             f"axes have {math.prod(map(len, axes))} points in all; a study has at most "
@@ -163,7 +163,7 @@ def _parsed(text: str) -> Study:
         histograms=_histograms(_entries.table("histograms", file), measured),
         spectrum=spectrum,
         sampling=sampling,
-        finite_width=theory.get("finite_width", max(batches) == 1),
+        finite_width=theory.get("finite_width", most == 1),
         depth_scales=theory.get("depth_scales", True),
     )
 
@@ -235,7 +235,7 @@ def _check_inputs(given: Mapping[str, str], base: Mapping[str, Any], axes: Seque
             f"{given['correlation']} does not go with inputs of kind {kinds[0]!r}, which have "
             f"their own; it is of {', '.join(_input_rows.CORRELATED)}"
         )
-    most = max(_values_of("batch", base, axes) or [1])
+    _, most = _rows(base, axes)
     least = min(_values_of("correlation", base, axes) or [0.0])
     if "correlation" in given and most == 1:
         raise InputError(f"{given['correlation']} is between inputs, and inputs.batch is 1")
@@ -244,6 +244,13 @@ def _check_inputs(given: Mapping[str, str], base: Mapping[str, Any], axes: Seque
             f"{given['correlation']} is {least} somewhere; of {most} inputs it is at least "
             f"{-1 / (most - 1):.6g}"
         )
+
+
+def _rows(base: Mapping[str, Any], axes: Sequence[Axis]) -> list[int]:
+    """The least and the largest number of inputs, or of all inputs' tokens."""
+    several = _values_of("batch", base, axes) or [1]
+    tokens = _values_of("tokens", base, axes) or [1]
+    return [end(several) * end(tokens) for end in (min, max)]
 
 
 def _kinds_of_inputs(base: Mapping[str, Any], axes: Sequence[Axis]) -> list[str]:

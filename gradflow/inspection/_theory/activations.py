@@ -1,6 +1,7 @@
 """Composites of elementwise functions as activations: recognised, or with their kinks."""
 
 import functools
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -13,7 +14,7 @@ from gradflow import activations
 from gradflow._programs import Float64Program
 from gradflow.activations import Activation
 from gradflow.inspection._theory.nodes import Node, constant
-from gradflow.inspection._theory.values import absolute
+from gradflow.inspection._theory.values import NoRule, absolute
 
 __all__ = ["activation_of"]
 
@@ -28,6 +29,9 @@ _GRID = np.concatenate([-_HALF[::-1], [0.0], _HALF])
 # Not smooth where its arguments are equal, where its argument is 0, and where it switches.
 _EQUAL = frozenset({"max", "min", "gt", "ge", "lt", "le", "eq", "ne"})
 _AT_ZERO = frozenset({"abs", "sign"})
+# Steps, at whole numbers and this more; how many there may be, where they are looked for.
+_STEPS = {"floor": 0.0, "ceil": 0.0, "round": 0.5}
+_MOST_STEPS, _REACH = 512, 16.0
 
 
 @functools.lru_cache(maxsize=1 << 12)
@@ -109,13 +113,25 @@ def _kinks(node: Node, numbers: tuple[float, ...]) -> tuple[float, ...]:
         if name in _EQUAL:
             found.update(_roots(numbers, children[0], children[1]))
         elif name in _AT_ZERO or one.value is absolute:
-            found.update(_roots(numbers, children[0], constant(0)))
+            found.update(_roots(numbers, children[0], constant(0.0)))
+        elif name in _STEPS:
+            found.update(_steps(numbers, children[0], _STEPS[name]))
         elif name == "clamp":
             for end in (children[0], children[2]):
                 found.update(_roots(numbers, children[1], end))
 
     visit(node)
     return tuple(sorted(found))
+
+
+def _steps(numbers: tuple[float, ...], one: Node, offset: float) -> list[float]:
+    """Points x, up to 16, at which a function passes a step."""
+    near = _GRID[np.abs(_GRID) <= _REACH]
+    values = np.asarray(one.evaluate((jnp.asarray(near),), numbers), float)
+    steps = np.arange(math.floor(values.min() - offset), values.max() - offset + 1) + offset
+    if len(steps) > _MOST_STEPS:
+        raise NoRule(f"a function of {len(steps)} steps, more than {_MOST_STEPS}")
+    return [x for step in steps for x in _roots(numbers, one, constant(float(step)))]
 
 
 def _roots(numbers: tuple[float, ...], one: Node, other: Node) -> list[float]:

@@ -19,6 +19,7 @@ from gradflow.inspection._theory.nodes import (
 )
 from gradflow.inspection._theory.values import (
     Field,
+    Known,
     Leaf,
     Map,
     NoRule,
@@ -27,6 +28,7 @@ from gradflow.inspection._theory.values import (
     Product,
     Signal,
     Sum,
+    Value,
     Weights,
     apart,
     identity,
@@ -34,6 +36,7 @@ from gradflow.inspection._theory.values import (
 )
 
 __all__ = ["as_field", "check_sites", "fresh", "lifted", "made_by", "patches", "piece_of"]
+__all__ += ["weights_of_zero"]
 
 # Second moments are kept of all pairs of sites.
 MOST_SITES = 2048
@@ -155,6 +158,18 @@ def as_field(weights: Weights, units: tuple[int, ...]) -> Sum:
         gaussian = leaf != "noise"
         known[key] = Field(weights.variance * same, gaussian=gaussian, tie=weights.tie)
     return Sum(constant_, {known[key]: identity(sites)})
+
+
+def weights_of_zero(values: Sequence[Value]) -> Sequence[Value]:
+    """The operands of a product with a signal, of which weights that begin at 0 have variance 0."""
+    if any(isinstance(value, Weights) for value in values):
+        return values
+    return [
+        Weights(v.value.shape, frozenset(range(v.value.ndim)), 0.0, 0.0, 0.0, True, (Leaf(),))
+        if isinstance(v, Known) and not v.value.any()
+        else v
+        for v in values
+    ]
 
 
 def patches(signal: Signal, over: Sequence[int]) -> tuple[Any, ...]:

@@ -27,6 +27,7 @@ from gradflow.inspection._theory.building import (
     made_by,
     patches,
     piece_of,
+    weights_of_zero,
 )
 from gradflow.inspection._theory.nodes import multiply
 from gradflow.inspection._theory.recorded import in_float64
@@ -336,6 +337,7 @@ def dot_general(
     (sums, batches) = equation.params["dimension_numbers"]
     if any(len(batch) for batch in batches):
         raise NoRule("a product with weights of its own for each of a batch")
+    values = weights_of_zero(values)
     place = [isinstance(value, Weights) for value in values]
     if sum(place) != 1:
         raise NoRule("a product of two signals" if not any(place) else "a product of parameters")

@@ -26,6 +26,7 @@ from gradflow.inspection._reading.program import Program
 from gradflow.inspection._theory import forcing, rules
 from gradflow.inspection._theory.activations import activation_of
 from gradflow.inspection._theory.building import lifted
+from gradflow.inspection._theory.reaching import Reach
 from gradflow.inspection._theory.values import (
     Field,
     Known,
@@ -59,7 +60,7 @@ class Predicted:
     values
         Of each statistic, by key, shape (layers,); NaN where it is not known.
     reasons
-        Of each layer why something of it is not known; empty where all is.
+        Of each layer why something of it is not known, or its gradient is 0; empty of all others.
     ends
         Where and why theory first ends; None where it does not.
     activations
@@ -95,8 +96,9 @@ def predict(
     ends = next((v.reason for v in values.values() if isinstance(v, Unknown)), None)
     gradients, why = _downwards(program, layers, values)
     forward = [_forward_limit(values, layer) for layer in layers]
+    reach = Reach(program, values)
     backward = [
-        why.get(n) or _backward_limit(program, values, layers, n, gradients)
+        why.get(n) or _backward_limit(reach, values, layers, n, gradients)
         for n in range(len(layers))
     ]
     out = {s.key: np.full(len(layers), np.nan) for s, _ in _STATISTICS}
@@ -110,7 +112,7 @@ def predict(
             out[statistics.correlation.key][n] = out[statistics.chi.key][n] = np.nan
     _leave_out_mixed(out, layers, values, gradients)
     reasons = tuple(
-        next((x for x in (up, down) if isinstance(x, str)), "")
+        up if isinstance(up, str) else down if isinstance(down, str) else down.why
         for up, down in zip(forward, backward, strict=True)
     )
     phis = tuple(
@@ -224,8 +226,11 @@ class _Gradient:
 
     def plus(self, other: "_Gradient") -> "_Gradient":
         """The sum, at the larger scale; raises `NoRule` where they are not independent."""
-        if any(a == b and not apart(("", *of_a), ("", *of_b))
-               for a, of_a in self.ties for b, of_b in other.ties):  # fmt: skip
+        if not math.isinf(min(self.log, other.log)) and any(
+            a == b and not apart(("", *of_a), ("", *of_b))
+            for a, of_a in self.ties
+            for b, of_b in other.ties
+        ):
             raise NoRule("gradients meet that came down through the same weights")
         log, ties = max(self.log, other.log), self.ties | other.ties
         if math.isinf(log):
@@ -413,6 +418,7 @@ class _Limit(NamedTuple):
     arrays: dict[str, np.ndarray]
     activation: Activation | None = None
     about: bool = False
+    why: str = ""  # where a gradient is 0
 
     def limit(self, arrays: Any) -> ForwardLimit | BackwardLimit:
         """The limit with these arrays."""
@@ -443,7 +449,7 @@ def _activation(value: Value, z: Signal) -> Activation | None:
 
 
 def _backward_limit(
-    program: Program,
+    reach: Reach,
     values: Mapping[int, Value],
     layers: Sequence[Layer],
     place: int,
@@ -455,10 +461,14 @@ def _backward_limit(
     if not own:
         value = values[layer.product]
         return value.reason if isinstance(value, Unknown) else "not random"
-    gradient = gradients.get(own[0])
+    program, why, gradient = reach.program, "", gradients.get(own[0])
     products = [field.product for field in own if field.product is not None]
-    if gradient is None:
-        return "the outputs do not depend on it"
+    if gradient is None or math.isinf(gradient.log):
+        zero, why = reach.why_none(layer)
+        if gradient is None and not zero:
+            return why
+        why = why if zero else "no gradient at step 0, where all slopes above it are 0"
+        gradient = _Gradient(np.zeros_like(own[0].covariance), -math.inf)
     top = top_sites(program, list(layers))
     with np.errstate(divide="ignore"):
         log_variance = np.log(np.diagonal(gradient.matrix)) + gradient.log
@@ -470,7 +480,7 @@ def _backward_limit(
     if above is not None:
         next_fields = _own(values, layers[above])
         upper = gradients.get(next_fields[0]) if next_fields else None
-        if upper is not None:
+        if upper is not None and not math.isinf(upper.log):
             log_upper = np.log(np.diagonal(upper.matrix)) + upper.log
             if log_upper.shape == log_variance.shape:
                 ratio = log_variance - log_upper
@@ -482,7 +492,8 @@ def _backward_limit(
             "log_ratio": ratio,
             "log_weight_variance": np.asarray(log_weight),
             "width": np.asarray(float(_width(program, layer))),
-        }
+        },
+        why=why,
     )
 
 
@@ -531,7 +542,7 @@ def _evaluate(out: dict[str, np.ndarray], limits: "Sequence[_Limit | str]") -> N
     for n, limit in enumerate(limits):
         if not isinstance(limit, str):
             shapes = tuple(x.shape for x in limit.arrays.values())
-            groups.setdefault((*limit[1:], shapes), []).append(n)
+            groups.setdefault((limit.activation, limit.about, shapes), []).append(n)
     for (*static, _), places in groups.items():
         many = np.resize(places, 1 << (len(places) - 1).bit_length())
         rows = [limits[n] for n in many]

@@ -11,7 +11,7 @@ import numpy as np
 
 from gradflow.inspection._reading.program import Equation
 from gradflow.inspection._theory import forcing
-from gradflow.inspection._theory.building import check_sites, made_by, piece_of
+from gradflow.inspection._theory.building import check_sites, made_by, piece_of, weights_of_zero
 from gradflow.inspection._theory.moving import units_as_sites
 from gradflow.inspection._theory.values import (
     Known,
@@ -74,7 +74,7 @@ def convolution(
     """
     params = equation.params
     numbers = params["dimension_numbers"]
-    signal, weights = values
+    signal, weights = weights_of_zero(values)
     if not isinstance(weights, Weights):
         raise NoRule("the kernel is no parameter")
     if params["batch_group_count"] != 1:

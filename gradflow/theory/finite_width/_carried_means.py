@@ -336,6 +336,8 @@ def _carries(block: AbstractBlock) -> bool:
         return block.reset_bias is None and block.drive is None
     if not (isinstance(block, Residual) and isinstance(block.branch, Chain)):
         return False
+    if block.skip_scale is not None:
+        return False
     kinds = [type(part) for part in block.branch.parts]
     return kinds == [Linear, Activate]
 
