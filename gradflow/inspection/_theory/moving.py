@@ -17,22 +17,24 @@ from scipy import sparse
 
 from gradflow.inspection._reading.program import Equation
 from gradflow.inspection._theory.building import as_field
-from gradflow.inspection._theory.values import (
+from gradflow.inspection._theory.sums import (
     Field,
-    Flattened,
-    Groups,
-    Known,
-    Noise,
     NoRule,
     Origin,
     Piece,
     Product,
-    Signal,
     Sum,
-    Value,
-    Weights,
     identity,
     selection,
+)
+from gradflow.inspection._theory.values import (
+    Flattened,
+    Groups,
+    Known,
+    Noise,
+    Signal,
+    Value,
+    Weights,
 )
 
 __all__ = ["concatenate", "gather", "moved", "of_units", "split", "stack", "units_as_sites"]

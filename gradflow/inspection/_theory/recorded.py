@@ -15,7 +15,8 @@ import numpy as np
 
 from gradflow.inspection._reading.layers import ELEMENTWISE
 from gradflow.inspection._reading.program import Equation
-from gradflow.inspection._theory.values import NoRule, Recorded
+from gradflow.inspection._theory.sums import NoRule
+from gradflow.inspection._theory.values import Recorded
 
 __all__ = ["LINEAR", "UNITS", "Axes", "Step", "axes_after", "axis_label", "in_float64"]
 __all__ += ["replaced", "step_of"]
