@@ -52,7 +52,10 @@ def _draws(sum_: Sum, why: NoRule) -> dict[Field, np.ndarray]:
     fields = sorted(sum_.fields, key=lambda field: field.serial)
     sites = [len(field.covariance) for field in fields]
     every = sum_.fields
-    if not fields or min(sites) < _SITES or any(
+    mixed = any(
+        isinstance(p, Piece) and any(not v.gaussian for v in p.variables) for p in sum_.parts
+    )
+    if not fields or (mixed and min(sites) < _SITES) or any(
         not field.gaussian or not field.tied.isdisjoint(every) for field in fields
     ):  # fmt: skip
         raise why
