@@ -155,7 +155,7 @@ def as_field(weights: Weights, units: tuple[int, ...]) -> Sum:
         raise NoRule("a parameter is used in two ways")
     if key not in known:
         # A bias is a small part of what it is added to; a mask is not.
-        gaussian = leaf != "noise"
+        gaussian = leaf != "noise" or weights.gaussian
         known[key] = Field(weights.variance * same, gaussian=gaussian, tie=weights.tie)
     return Sum(constant_, {known[key]: identity(sites)})
 

@@ -578,6 +578,8 @@ class Noise:
         The draw that it comes from.
     chance
         Of numbers that are 0 or 1 how likely a 1 is, exactly, where that is known.
+    normal
+        Of Gaussian numbers their mean and standard deviation.
     """
 
     shape: tuple[int, ...]
@@ -585,6 +587,7 @@ class Noise:
     values: np.ndarray | None
     tie: int
     chance: float | None = None
+    normal: tuple[float, float] | None = None
 
     @property
     def weights(self) -> Weights:
@@ -594,7 +597,10 @@ class Noise:
         mean, variance = float(self.values.mean()), float(self.values.var())
         if self.chance is not None:
             mean, variance = self.chance, self.chance * (1 - self.chance)
-        return Weights(self.shape, self.varying, mean, variance, 0.0, False, ("noise", self.tie))
+        if self.normal is not None:
+            mean, variance = self.normal[0], self.normal[1] ** 2
+        law = mean, variance, 0.0, self.normal is not None
+        return Weights(self.shape, self.varying, *law, ("noise", self.tie))
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
