@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from gradflow.inspection._reading.layers import ELEMENTWISE, SHAPES
-from gradflow.inspection._reading.program import Equation, definition
+from gradflow.inspection._reading.program import Equation, definition, on_host
 from gradflow.inspection._theory import compound, forcing, moving, windows
 from gradflow.inspection._theory.building import (
     as_field,
@@ -102,7 +102,7 @@ class _Function:
             return arrays[0]
         if equation.primitive == "convert_element_type":
             kind = equation.params["new_dtype"]
-            return arrays[0] if jnp.issubdtype(kind, jnp.inexact) else arrays[0].astype(kind)
+            return arrays[0].astype(jnp.float64 if jnp.issubdtype(kind, jnp.floating) else kind)
         return equation.evaluate(*arrays)[0]
 
 
@@ -117,9 +117,9 @@ def _evaluated(equation: Equation, arrays: Sequence[np.ndarray]) -> list[np.ndar
         if equation.primitive in ELEMENTWISE and equation.inner is None:
             return [np.asarray(_Function(equation)(*arrays))]
         if equation.inner is not None:
-            values = [Known(np.asarray(x)) for x in arrays]
+            values = [Known(on_host(x)) for x in arrays]
             return [v.value for v in _inner(equation, values) if isinstance(v, Known)]
-        return [np.asarray(out) for out in equation.evaluate(*map(_as_float64, arrays))]
+        return [on_host(out) for out in equation.evaluate(*map(_as_float64, arrays))]
 
 
 def _inner(equation: Equation, values: Sequence[Value]) -> list[Value]:
