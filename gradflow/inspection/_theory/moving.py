@@ -54,7 +54,11 @@ def moved(equation: Equation, values: Sequence[Value], shapes: Sequence[tuple[in
     if isinstance(value, Signal) and equation.primitive == "reshape":
         axis = _flattening(value, shapes[0])
         if axis is not None:
-            return Flattened(shapes[0], axis, value)
+            behind = axis + len(value.shape) - len(shapes[0]) + 1
+            repeated = _repeated_units(value, range(axis, behind))
+            if repeated is None:
+                return Flattened(shapes[0], axis, value)
+            value = repeated
     return rearranged(value, functools.partial(move, equation, known), shapes[0], fill)
 
 
@@ -119,9 +123,10 @@ def rearranged(value: Value, move: Move, shape: tuple[int, ...], fill: float = 0
         units = tuple(i for i in value.units if i < len(shape))
     first = tuple(0 if i in units else slice(None) for i in range(site.ndim))
     sum_ = value.sum
-    if len(np.unique(kept)) != len(kept):
-        raise NoRule("units are repeated")
-    if len(kept) != value.width:
+    count = np.unique(kept, return_counts=True)[1]
+    if np.ptp(count):
+        raise NoRule("some units are repeated")
+    if len(kept) != value.width or count[0] > 1:
         sum_ = of_units(sum_, ("units", kept.tobytes()), len(kept) / value.width)
     sites = site[first].reshape(-1) - 1
     sum_ = sum_.taken(sites)
@@ -165,6 +170,28 @@ def _flattening(value: Signal, shape: tuple[int, ...]) -> int | None:
             if len({i in value.units for i in several}) == 2:
                 return axis
     return None
+
+
+def _repeated_units(value: Signal, merged: Sequence[int]) -> Signal | None:
+    """The signal with sites that become units among them, where all of these are the same."""
+    new = [i for i in merged if i not in value.units and value.shape[i] > 1]
+    many = math.prod(value.shape[i] for i in new)
+    index = np.arange(value.sum.sites).reshape(value.site_shape)
+    places = [value.site_axes.index(i) for i in new]
+    rows = np.moveaxis(index, places, range(len(places))).reshape(many, -1)
+    first, *others = (value.sum.taken(row) for row in rows)
+    for other in others:
+        differ = [abs(map_ - other.parts[part]).max() if part in other.parts else 1.0
+                  for part, map_ in first.parts.items()]  # fmt: skip
+        if (
+            any(differ)
+            or len(other.parts) != len(differ)
+            or (other.constant != first.constant).any()
+        ):
+            return None
+    units = tuple(sorted((*value.units, *new)))
+    key = "repeated", tuple(units.index(i) for i in new), many
+    return Signal(value.shape, units, of_units(first, key, float(many)))
 
 
 def _moved_weights(value: Weights, move: Move) -> Weights:

@@ -18,7 +18,7 @@ import numpy as np
 
 from gradflow.inspection._reading.layers import ELEMENTWISE, SHAPES
 from gradflow.inspection._reading.program import Equation, definition
-from gradflow.inspection._theory import compound, forcing, moving, windows
+from gradflow.inspection._theory import attention, compound, forcing, moving, windows
 from gradflow.inspection._theory.building import (
     as_field,
     check_sites,
@@ -30,6 +30,7 @@ from gradflow.inspection._theory.building import (
     weights_of_zero,
 )
 from gradflow.inspection._theory.nodes import multiply
+from gradflow.inspection._theory.recorded import in_float64
 from gradflow.inspection._theory.values import (
     KNOWN,
     Known,
@@ -50,9 +51,16 @@ Rule: TypeAlias = Callable[[Equation, Sequence[Value], Sequence[tuple[int, ...]]
 
 
 def apply(
-    equation: Equation, values: Sequence[Value], shapes: Sequence[tuple[int, ...]]
+    equation: Equation,
+    values: Sequence[Value],
+    shapes: Sequence[tuple[int, ...]],
+    *,
+    recorded: bool = True,
 ) -> list[Value]:
-    """The values of an equation's outputs, `Unknown` where there is no rule or it has no answer."""
+    """The values of an equation's outputs, `Unknown` where there is no rule or it has no answer.
+
+    ``recorded`` False leaves out what is only recorded (`attention`).
+    """
     for value in values:
         if isinstance(value, Unknown):
             return [value] * len(shapes)
@@ -62,7 +70,8 @@ def apply(
         return [Unknown(f"theory ends at {where}: {reason}")] * len(shapes)
 
     try:
-        several = compound.through(apply, equation, values, shapes)
+        several = attention.through(apply, equation, values, shapes) if recorded else None
+        several = several or compound.through(apply, equation, values, shapes)
         if several is not None:
             return several
         if all(isinstance(value, Known) for value in values):
@@ -96,19 +105,7 @@ class _Function:
 
     def __call__(self, *arguments: Any) -> Any:
         """Its value for arrays, or numbers, in JAX."""
-        equation = self.equation
-        arrays = jnp.broadcast_arrays(*(_as_float64(x) for x in arguments))
-        if equation.primitive in ("copy", "copy_p", "reduce_precision"):
-            return arrays[0]
-        if equation.primitive == "convert_element_type":
-            kind = equation.params["new_dtype"]
-            return arrays[0] if jnp.issubdtype(kind, jnp.inexact) else arrays[0].astype(kind)
-        return equation.evaluate(*arrays)[0]
-
-
-def _as_float64(x: Any) -> Any:
-    x = jnp.asarray(x)
-    return x.astype(jnp.float64) if jnp.issubdtype(x.dtype, jnp.floating) else x
+        return in_float64(self.equation, *arguments)[0]
 
 
 def _evaluated(equation: Equation, arrays: Sequence[np.ndarray]) -> list[np.ndarray]:
@@ -119,7 +116,7 @@ def _evaluated(equation: Equation, arrays: Sequence[np.ndarray]) -> list[np.ndar
         if equation.inner is not None:
             values = [Known(np.asarray(x)) for x in arrays]
             return [v.value for v in _inner(equation, values) if isinstance(v, Known)]
-        return [np.asarray(out) for out in equation.evaluate(*map(_as_float64, arrays))]
+        return [np.asarray(out) for out in in_float64(equation, *arrays)]
 
 
 def _inner(equation: Equation, values: Sequence[Value]) -> list[Value]:

@@ -38,7 +38,8 @@ __all__ = [
     "Map",
     "NoRule",
 ]
-__all__ += ["Noise", "Origin", "Part", "Piece", "Product", "Signal", "Sum", "Unknown"]
+__all__ += ["Mixture", "Noise", "Origin", "Part", "Piece", "Product", "Recorded", "Signal", "Sum"]
+__all__ += ["Unknown"]
 __all__ += ["Value", "Weights", "absolute", "apart", "factors", "identity", "independent"]
 __all__ += ["node_factors", "selection"]
 
@@ -155,6 +156,8 @@ class Field:
         As in `Weights`.
     origin
         Of a field that is some of another's units: which.
+    mixture
+        Of one that mixes other signals' sites by random weights: how.
     """
 
     def __init__(
@@ -165,10 +168,11 @@ class Field:
         product: "Product | None" = None,
         tie: tuple[Any, ...] = (),
         origin: "Origin | None" = None,
+        mixture: "Mixture | None" = None,
     ) -> None:
         self.covariance, self.gaussian, self.product, self.tie = covariance, gaussian, product, tie
         self._tied: set[Field] = set()
-        self.origin = origin
+        self.origin, self.mixture = origin, mixture
         self.serial = next(_serial)
 
     @property
@@ -187,7 +191,7 @@ class Field:
     @property
     def leads_down(self) -> bool:
         """Whether a gradient goes on from it: not from noise."""
-        return self.product is not None or self.origin is not None
+        return any(x is not None for x in (self.product, self.origin, self.mixture))
 
     @property
     def fields(self) -> frozenset["Field"]:
@@ -197,14 +201,14 @@ class Field:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Origin:
-    """Where a field of some units of another comes from.
+    """Where a field of some units of another comes from, or of all, each several times.
 
     Attributes
     ----------
     field
         The other.
     share
-        Which part of its units each of these sites has.
+        Which part of its units each of these sites has; how many times all.
     maps
         From sites of the other, for each set of units that are independent of all others.
     """
@@ -256,6 +260,19 @@ class Product:
         """Second moments over sites of the gradient at the source, from those at the product."""
         total = sum(map_.T @ gradient @ map_ for map_ in self.maps)
         return np.asarray(self.variance * self.units * total)
+
+
+class Mixture:
+    """Where a field comes from that mixes other signals' sites by random weights, as attention."""
+
+    @property
+    def sums(self) -> "tuple[Sum, ...]":
+        """What it comes from."""
+        raise NotImplementedError
+
+    def down(self, gradient: np.ndarray) -> "list[tuple[Sum, np.ndarray]]":
+        """Second moments of the gradient at each of the sums, from those at the field."""
+        raise NotImplementedError
 
 
 def absolute(a: Any) -> Any:
@@ -580,4 +597,34 @@ class Noise:
         return Weights(self.shape, self.varying, mean, variance, 0.0, False, ("noise", self.tie))
 
 
-Value: TypeAlias = Known | Weights | Signal | Groups | Flattened | Noise | Unknown
+@dataclasses.dataclass(frozen=True, eq=False)
+class Recorded:
+    """A value that is known as a stretch of the program on random arrays.
+
+    Attributes
+    ----------
+    shape
+        Its shape.
+    axes
+        Of each axis what it is made of, ``(label, length)`` each.
+    step
+        Its last step.
+    sources
+        Of each random array that it is made of what it is: a `Signal`, or a product of two.
+    plain
+        What theory has for it otherwise.
+    """
+
+    shape: tuple[int, ...]
+    axes: tuple[tuple[tuple[Any, int], ...], ...]
+    step: Any
+    sources: Mapping[Any, Any]
+    plain: "Value"
+
+    @property
+    def of_scores(self) -> bool:
+        """Whether it is made of a product of two signals."""
+        return not all(isinstance(source, Signal) for source in self.sources.values())
+
+
+Value: TypeAlias = Known | Weights | Signal | Groups | Flattened | Noise | Recorded | Unknown
