@@ -140,7 +140,7 @@ def axes_after(
 
 
 def _met(several: Sequence[Axes]) -> Axes:
-    """The axes of arrays that meet element by element; one may have length 1 where others do not."""
+    """The axes of arrays that meet element by element; of one they may have length 1."""
     out = []
     for each in zip(*several, strict=True):
         found = set(filter(None, each))
