@@ -49,7 +49,7 @@ def in_float64(equation: Equation, *arguments: Any) -> list[Any]:
         arrays = jnp.broadcast_arrays(*arrays)
     if name in _CASTS:
         kind = equation.params.get("new_dtype", jnp.float64)
-        return [arrays[0].astype(jnp.float64 if jnp.issubdtype(kind, jnp.floating) else kind)]
+        return [arrays[0] if jnp.issubdtype(kind, jnp.inexact) else arrays[0].astype(kind)]
     return list(equation.evaluate(*arrays))
 
 
@@ -140,7 +140,7 @@ def axes_after(
 
 
 def _met(several: Sequence[Axes]) -> Axes:
-    """The axes of arrays that meet element by element; an axis of length 1 fits any."""
+    """The axes of arrays that meet element by element; of one they may have length 1."""
     out = []
     for each in zip(*several, strict=True):
         found = set(filter(None, each))
