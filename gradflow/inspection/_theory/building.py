@@ -17,23 +17,20 @@ from gradflow.inspection._theory.nodes import (
     of_function,
     variable,
 )
-from gradflow.inspection._theory.values import (
+from gradflow.inspection._theory.sums import (
     Field,
-    Known,
     Leaf,
     Map,
     NoRule,
     Part,
     Piece,
     Product,
-    Signal,
     Sum,
-    Value,
-    Weights,
     apart,
     identity,
     selection,
 )
+from gradflow.inspection._theory.values import Known, Signal, Value, Weights
 
 __all__ = ["as_field", "check_sites", "fresh", "lifted", "made_by", "patches", "piece_of"]
 __all__ += ["weights_of_zero"]

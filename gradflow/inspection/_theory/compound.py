@@ -17,14 +17,13 @@ import numpy as np
 from gradflow.inspection._reading.layers import ELEMENTWISE, SHAPES
 from gradflow.inspection._reading.program import Equation
 from gradflow.inspection._theory.moving import rearranged
+from gradflow.inspection._theory.sums import NoRule, Sum
 from gradflow.inspection._theory.values import (
     Flattened,
     Groups,
     Known,
     Noise,
-    NoRule,
     Signal,
-    Sum,
     Unknown,
     Value,
 )

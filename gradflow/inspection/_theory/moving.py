@@ -17,22 +17,24 @@ from scipy import sparse
 
 from gradflow.inspection._reading.program import Equation
 from gradflow.inspection._theory.building import as_field
-from gradflow.inspection._theory.values import (
+from gradflow.inspection._theory.sums import (
     Field,
-    Flattened,
-    Groups,
-    Known,
-    Noise,
     NoRule,
     Origin,
     Piece,
     Product,
-    Signal,
     Sum,
-    Value,
-    Weights,
     identity,
     selection,
+)
+from gradflow.inspection._theory.values import (
+    Flattened,
+    Groups,
+    Known,
+    Noise,
+    Signal,
+    Value,
+    Weights,
 )
 
 __all__ = ["concatenate", "gather", "moved", "of_units", "split", "stack", "units_as_sites"]
@@ -58,8 +60,7 @@ def moved(equation: Equation, values: Sequence[Value], shapes: Sequence[tuple[in
             axis, opened = found
             signal = rearranged(value, lambda array: array.reshape(opened), opened)
             assert isinstance(signal, Signal)
-            merged = range(axis, axis + len(opened) - len(shapes[0]) + 1)
-            repeated = _repeated_units(signal, merged)
+            repeated = _repeated_units(signal, range(axis, axis + len(opened) - len(shapes[0]) + 1))
             if repeated is None:
                 return Flattened(shapes[0], axis, signal)
             value = repeated

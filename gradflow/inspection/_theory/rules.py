@@ -31,19 +31,8 @@ from gradflow.inspection._theory.building import (
 )
 from gradflow.inspection._theory.nodes import multiply
 from gradflow.inspection._theory.recorded import in_float64
-from gradflow.inspection._theory.values import (
-    KNOWN,
-    Known,
-    NoRule,
-    Product,
-    Signal,
-    Sum,
-    Unknown,
-    Value,
-    Weights,
-    absolute,
-    selection,
-)
+from gradflow.inspection._theory.sums import NoRule, Product, Sum, absolute, selection
+from gradflow.inspection._theory.values import KNOWN, Known, Signal, Unknown, Value, Weights
 
 __all__ = ["RULES", "apply", "lifted"]
 
