@@ -48,9 +48,10 @@ class _Rule(NamedTuple):
 
 
 _RULES = (
-    _Rule(1.25, 112, 88, 128),
-    _Rule(16.0, 160, 304, 640),
-    _Rule(LARGEST_SCORE_VARIANCE, 224, 4800, 2048),
+    _Rule(1.25, 128, 88, 128),
+    _Rule(4.0, 208, 160, 480),
+    _Rule(16.0, 336, 304, 768),
+    _Rule(LARGEST_SCORE_VARIANCE, 384, 4800, 2048),
 )
 
 
@@ -348,18 +349,23 @@ def _two_rows(tokens: int, variance: Array, apart: Array) -> Array:
     """`SoftmaxRows` as one array."""
     if tokens == 1:
         return jnp.stack([variance * 0 + x for x in (1, 1, 0, 0, 0)]) + apart * 0
-    c = jnp.abs(1 - apart)
     fits = [
-        fit & _converges(rule.terms, variance, c)
+        fit & _converges(rule, variance, jnp.abs(1 - apart))
         for rule, fit in zip(_RULES, _fits(variance), strict=True)
     ]
     return _by_rule(lambda rule: _by_one_rule(tokens, rule, variance, apart), fits)
 
 
-def _converges(terms: int, variance: Array, c: Array) -> Array:
-    """Whether Mehler's series has converged: its terms fall as c^n exp(-2 √(2 n/v)), about."""
-    decay = 2.07 * jnp.sqrt(2 * terms / jnp.maximum(variance, 1e-6))
-    return decay - terms * jnp.log(jnp.maximum(c, 1e-6)) > 32
+def _converges(rule: _Rule, variance: Array, c: Array) -> Array:
+    """Whether Mehler's series has converged, and rows are near enough for two that are alike.
+
+    The series' terms fall as cⁿ exp(-π √(n/v)), about, and the integrand varies with y - y' over a
+    distance of √(1 + (1 - c) v).
+    """
+    decay = 2.9 * jnp.sqrt(rule.terms / jnp.maximum(variance, 1e-6))
+    falls = decay - rule.terms * jnp.log(jnp.maximum(c, 1e-6)) > 32
+    step = (2 * _Z * jnp.sqrt(variance) + 12) / rule.rows
+    return falls & (step < 0.27 * jnp.sqrt(1 + (1 - c) * variance / 2))
 
 
 def _by_one_rule(tokens: int, rule: _Rule, variance: Array, apart: Array) -> Array:
@@ -399,6 +405,8 @@ def _by_one_rule(tokens: int, rule: _Rule, variance: Array, apart: Array) -> Arr
     c, gap, r_cross = (dot(weight, dot(matrix, weight)) for matrix in sums)
     p = dot(weight, p2 * jnp.exp((tokens - 1) * own_log0))
     r = dot(weight, own) * pairs / 6
+    # The gap's series has no powers of c, and where it is slow the gap is no small one.
+    gap = jnp.where(_converges(rule, variance, jnp.ones_like(variance)), gap, p - c)
     return jnp.stack([tokens * p, tokens * c, tokens * gap, r, r_cross])
 
 

@@ -95,6 +95,12 @@ class Normalised:
             raise NoRule("the slope of a signal that BatchNorm has normalised")
         return self.values[0]
 
+    def pair_at(
+        self, one: int | None, other: int | None, rows: np.ndarray, cols: np.ndarray
+    ) -> np.ndarray:
+        """E[φ_a φ_b] at some pairs of sites, (pairs,)."""
+        return self.pair(one, other)[rows, cols]
+
     def pulled(self, gradient: np.ndarray) -> np.ndarray:
         """Second moments of the gradient by x from those by φ."""
         with jax.enable_x64(True):

@@ -163,10 +163,10 @@ class Product:
     weights: int
     rows: np.ndarray | None = None
 
-    def down(self, gradient: np.ndarray) -> np.ndarray:
+    def down(self, gradient: Any) -> Any:
         """Second moments over sites of the gradient at the source, from those at the product."""
         total = sum(map_.T @ gradient @ map_ for map_ in self.maps)
-        return np.asarray(self.variance * self.units * total)
+        return self.variance * self.units * total
 
 
 class Mixture:
