@@ -81,7 +81,7 @@ def _of_own(
 ) -> Float[Array, "sites sites"]:
     """Second moments of these within inputs, and between inputs of the mean of ``across``."""
     inputs = len(diagonal)
-    own = jnp.eye(tokens, dtype=across.dtype)
+    own = jnp.eye(tokens, dtype=across.dtype)[None]
     within = diagonal[:, None, None] * own + rest[:, None, None] * (1 - own)
     between = jnp.mean(_by_input(across, tokens), axis=(1, 3))[:, None, :, None]
     same = jnp.eye(inputs, dtype=bool)[:, None, :, None]
