@@ -277,7 +277,7 @@ def _increments(f: _Terms, y: Array, shift: Array) -> Array:
 def _average(f: _Terms, count: int, y: Array, variance: Array) -> Array:
     """E[f(y + s)], s ~ N(0, v)."""
     z, weight = _scores(count, y.dtype)
-    return dot(_values(f, y[:, None] + jnp.sqrt(variance) * z), weight)
+    return dot(_values(f, y[:, None] + jnp.sqrt(variance) * z[None]), weight)
 
 
 @_average.defjvp
@@ -294,17 +294,17 @@ def _pair_average(
     """E[f(y + s) g(y' + s')] over all y and y', and by how much it is larger where s' = s."""
     z, weight = _scores(rule.scores, y.dtype)
     root = jnp.sqrt(weight)
-    shift = jnp.sqrt(variance) * z
+    shift = jnp.sqrt(variance) * z[None]
     polynomials = _hermite_functions(rule.terms, z, root).at[0].set(0).T
 
     def series(f: _Terms) -> Array:
-        terms = dot(_increments(f, y[:, None], shift) * root, polynomials)
+        terms = dot(_increments(f, y[:, None], shift) * root[None], polynomials)
         return terms.at[:, 0].set(_average(f, rule.scores, y, variance))
 
     left = series(f)
     right = left if f == g else series(g)
     shared, lost = _powers(rule.terms, apart)
-    return dot(left * shared, right.T), dot(left * lost, right.T)
+    return dot(left * shared[None], right.T), dot(left * lost[None], right.T)
 
 
 @_pair_average.defjvp
@@ -377,7 +377,7 @@ def _by_one_rule(tokens: int, rule: _Rule, variance: Array, apart: Array) -> Arr
     )
     mixed = p1[:, None] - mixed
     # ln E[g₀ g₀'], and by how much that of two equal rows is larger, times T - 1.
-    alone = p0c[:, None] + p0c - both
+    alone = p0c[:, None] + p0c[None] - both
     least = 1 - jnp.finfo(y.dtype).eps
     log0 = jnp.log1p(-jnp.minimum(alone, least))
     ratio = both_gap / jnp.exp(log0)
@@ -429,7 +429,7 @@ def _entropy_density(u: Array) -> Array:
 def _entropy_average(count: int, y: Array, variance: Array) -> Array:
     """E[f(y + s)] of `_entropy_density`, f' = -(u + γ) g₁."""
     z, weight = _scores(count, y.dtype)
-    return dot(_entropy_density(y[:, None] + jnp.sqrt(variance) * z), weight)
+    return dot(_entropy_density(y[:, None] + jnp.sqrt(variance) * z[None]), weight)
 
 
 @_entropy_average.defjvp
@@ -468,13 +468,13 @@ def _largest(tokens: int, deviation: Array) -> Array:
         y, weight = _rows_rule(tokens, deviation**2, rule.rows)
         z, rise = _panels(rule.scores // 2, y.dtype)
         density = jnp.exp(-(z**2) / 2) / math.sqrt(2 * math.pi)
-        u = y[:, None, None] + deviation * z
-        lost = _values(_REST, u) * density
+        u = y[:, None, None] + deviation * z[None]
+        lost = _values(_REST, u) * density[None]
         within = dot(lost, rise.T)
         before = jnp.cumsum(within[..., -1:], axis=1) - within[..., -1:]
-        below = ndtr(-z) + before + within[..., :-1]
+        below = ndtr(-z)[None] + before + within[..., :-1]
         log0 = jnp.log1p(-jnp.minimum(below, 1 - jnp.finfo(y.dtype).eps))
-        first = _values(_G1, u) * density * jnp.exp((tokens - 1) * log0)
+        first = _values(_G1, u) * density[None] * jnp.exp((tokens - 1) * log0)
         return tokens * dot(weight, jnp.sum(dot(first, rise[-1]), axis=1))
 
     return _by_rule(by_rule, _fits(deviation**2))
