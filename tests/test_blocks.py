@@ -370,7 +370,6 @@ def test_networks_tell_their_shapes():
             lambda: builders.stack(4, [Gated(Linear(5), Linear(6))]),
             "a gated layer's value has 5 units and its gate 6",
         ),
-        (lambda: Chain(()), "a chain has at least one block"),
         (
             lambda: mean_field.predict(
                 builders.stack(4, [Chain((Activate(), Dropout(), Dense(units=4)))]),

@@ -40,11 +40,11 @@ def differences(network, sites, compare=compared):
 
 
 def in_a_network(block):
-    """Return three layers that end in a random matrix each, and are wide."""
+    """Return three layers that end in a random matrix each, and are wide; one that merges sites."""
     width = block.width_in or 100
     layer = Chain((block, Linear(width)))
     assert builders.stack(width, [layer]).widths[-1] == width, "as many units as it takes"
-    return builders.stack(INPUTS, [Linear(width), (layer, 3)])
+    return builders.stack(INPUTS, [Linear(width), (layer, 3 if block.pool_factor == 1 else 1)])
 
 
 # Those whose tests stand for all: a composition, and a block that mixes inputs.

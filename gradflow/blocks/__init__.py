@@ -14,12 +14,16 @@ base
 dense
     `Linear` W h + b, `Activate` φ(z), and `Dense` W φ(z) + b.
 convolution
-    `Convolution` W * φ(z), the `Patches` that its filter multiplies, and `GlobalMean` and
-    `Flatten` over positions, for the layers after it.
+    `Convolution` W * φ(z), with strides, dilation, groups and transposed, and the `Patches` that
+    its filter multiplies.
+pooling
+    `AveragePool` and `MaxPool` over windows of positions; `GlobalMean` and `Flatten` over all.
 attention
     `Attention`, which mixes an input's tokens.
 composition
     `Chain` and `Residual`.
+paths
+    `Concatenate` and `Sum`, of blocks that all get one signal.
 normalisation
     `LayerNorm`, `RMSNorm` and `GroupNorm`; `UnitVariance`, of LSUV.
 gating
@@ -47,6 +51,8 @@ from gradflow.blocks.dense import *
 from gradflow.blocks.dropout import *
 from gradflow.blocks.gating import *
 from gradflow.blocks.normalisation import *
+from gradflow.blocks.paths import *
+from gradflow.blocks.pooling import *
 from gradflow.blocks.recurrent import *
 
 ALL = tuple(

@@ -19,7 +19,7 @@ from gradflow.activations import Activation
 from gradflow.gaussian import _batch
 from gradflow.inspection._theory.activations import activation_of
 from gradflow.inspection._theory.nodes import constant, multiply, of_function, variable
-from gradflow.inspection._theory.values import Field, NoRule, Piece, Sum
+from gradflow.inspection._theory.sums import Field, NoRule, Piece, Sum
 
 __all__ = ["Normalised"]
 
@@ -94,6 +94,12 @@ class Normalised:
         if one is not None or other is not None:
             raise NoRule("the slope of a signal that BatchNorm has normalised")
         return self.values[0]
+
+    def pair_at(
+        self, one: int | None, other: int | None, rows: np.ndarray, cols: np.ndarray
+    ) -> np.ndarray:
+        """E[φ_a φ_b] at some pairs of sites, (pairs,)."""
+        return self.pair(one, other)[rows, cols]
 
     def pulled(self, gradient: np.ndarray) -> np.ndarray:
         """Second moments of the gradient by x from those by φ."""
