@@ -47,7 +47,7 @@ def in_a_network(block):
     width = block.width_in or 100
     if isinstance(block, Embedding):  # of the input itself
         first = dataclasses.replace(block, vocabulary=INPUTS, units=WIDTH)
-        return builders.stack(INPUTS, [first, (Dense(activations.erf), 2)])
+        return builders.stack(INPUTS, [first, (Dense(activations.erf, WIDTH), 2)])
     layer = Chain((block, Linear(width)))
     assert builders.stack(width, [layer]).widths[-1] == width, "as many units as it takes"
     return builders.stack(INPUTS, [Linear(width), (layer, 3 if block.pool_factor == 1 else 1)])
