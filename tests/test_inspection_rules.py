@@ -6,9 +6,11 @@ import numpy as np
 import pytest
 from scipy import sparse
 
+from gradflow import activations
+from gradflow.gaussian import _batch
 from gradflow.inspection._reading.layers import layers
 from gradflow.inspection._reading.program import read
-from gradflow.inspection._theory import forcing, gradients, rules, walk
+from gradflow.inspection._theory import forcing, gradients, large_batches, rules, walk
 from gradflow.inspection._theory.sums import Product
 from gradflow.inspection._theory.values import Known, Law, Signal, Unknown
 
@@ -451,3 +453,24 @@ def test_gradients_of_few_pairs_of_sites_are_those_of_all_pairs(monkeypatch):
         np.testing.assert_allclose(few, every, rtol=1e-9)
     at, _ = walk._downwards(program, found, values)
     assert isinstance(at[walk._own(values, found[0])[0]].matrix, sparse.sparray)
+
+
+@pytest.mark.medium
+@pytest.mark.parametrize("length", [0.0, 0.3], ids=["independent", "alike"])
+def test_a_large_batch_is_normalised_as_any_other(length):
+    batch = 40
+    place = np.linspace(0, 1, batch)
+    smooth = np.exp(-(((place[:, None] - place) / (length or 1e-9)) ** 2)) + 1e-3 * np.eye(batch)
+    rows = RNG.normal(size=(batch, 300))
+    k = smooth + rows @ rows.T / 300
+    gradient = (rows @ rows.T) ** 2
+    with jax.enable_x64(True):
+        whole = jnp.asarray(k)
+        second, mean, _ = _batch.averages(activations.relu, whole, None)
+        _, pull = jax.vjp(lambda s: _batch.averages(activations.relu, whole, s)[2], 0 * whole)
+        below = np.asarray(pull(jnp.asarray(gradient))[0])
+        found = large_batches.averages(activations.relu, k)
+        np.testing.assert_allclose(found[0], second, rtol=1e-9, atol=1e-9)
+        np.testing.assert_allclose(found[1], mean, rtol=1e-7)
+        found = large_batches.pulled(activations.relu, k, gradient)
+    np.testing.assert_allclose(found, (below + below.T) / 2, rtol=0, atol=1e-9 * abs(below).max())

@@ -29,6 +29,7 @@ from gradflow.inspection._theory.sums import (
     factors,
     independent,
     node_factors,
+    up,
 )
 from gradflow.kernels import Gaussian, Kernel
 
@@ -77,7 +78,7 @@ def _products(one: Sum, other: Sum) -> np.ndarray:
         for q, right in others[: i + 1] if one is other else others:
             joint = together(Term(p, None), Term(q, None))
             if joint is not None:
-                both = left @ joint @ right.T
+                both = up(left, joint, right)
                 out += both + both.T if one is other and p is not q else both
     return out
 
@@ -88,9 +89,9 @@ def covariance(one: Sum, other: Sum) -> np.ndarray:
     for field, left in one.parts.items():
         assert isinstance(field, Field)
         if field in other.parts:
-            out += left @ field.covariance @ other.parts[field].T
+            out += up(left, field.covariance, other.parts[field])
         for tied in field.tied & other.fields:
-            out += left @ _tied(field, tied) @ other.parts[tied].T
+            out += up(left, _tied(field, tied), other.parts[tied])
     return out
 
 
