@@ -30,6 +30,7 @@ from gradflow.inspection._theory.building import (
     weights_of_zero,
 )
 from gradflow.inspection._theory.nodes import multiply
+from gradflow.inspection._theory.parameters import Weights
 from gradflow.inspection._theory.recorded import in_float64
 from gradflow.inspection._theory.values import (
     KNOWN,
@@ -40,7 +41,6 @@ from gradflow.inspection._theory.values import (
     Sum,
     Unknown,
     Value,
-    Weights,
     absolute,
     selection,
 )
@@ -308,7 +308,7 @@ def reduce_sum(
     equation: Equation, values: Sequence[Value], shapes: Sequence[tuple[int, ...]]
 ) -> Value:
     """Sums: over units n times an expectation, over sites linear."""
-    value, axes = values[0], equation.params["axes"]
+    value, axes = values[0], tuple(map(int, equation.params["axes"]))
     if not isinstance(value, Signal):
         raise NoRule("a sum of parameters")
     over = tuple(i for i in axes if i not in value.units)
