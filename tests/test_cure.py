@@ -16,7 +16,7 @@ from gradflow.inspection._reading.layers import layers
 from gradflow.inspection._reading.model import Model
 from gradflow.inspection._reading.of_model import program_of
 from gradflow.inspection._rescaling import Patient
-from gradflow.inspection._theory.parameters import Law
+from gradflow.inspection._theory.values import Law
 from gradflow.inspection._theory.walk import predict
 
 KEY = jax.random.key(3)

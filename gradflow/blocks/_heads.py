@@ -249,7 +249,10 @@ def _moved(
 
     def moved(k: Array) -> Array:
         b = _rows(weights, k)
-        return _each(_rows(weights, k * values[None]) - 2 * b * mixed, weights) + _each(b, weights) * both
+        return (
+            _each(_rows(weights, k * values[None]) - 2 * b * mixed, weights)
+            + _each(b, weights) * both
+        )
 
     return moved
 

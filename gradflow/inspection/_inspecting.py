@@ -28,7 +28,7 @@ from gradflow.inspection._reading.program import Program
 from gradflow.inspection._rescaling import Patient
 from gradflow.inspection._result import Inspection
 from gradflow.inspection._theory.laws import NETWORKS, laws
-from gradflow.inspection._theory.parameters import Law
+from gradflow.inspection._theory.values import Law
 from gradflow.inspection._theory.walk import Predicted, predict
 from gradflow.inspection._tracing import trace, weight_shapes
 from gradflow.simulation.monte_carlo import Progress

@@ -18,7 +18,7 @@ from gradflow.inspection._measuring.measure import measure
 from gradflow.inspection._reading.layers import Layer
 from gradflow.inspection._reading.model import Model
 from gradflow.inspection._reading.program import Program
-from gradflow.inspection._theory.parameters import Law
+from gradflow.inspection._theory.values import Law
 from gradflow.inspection._theory.walk import Predicted, predict
 
 __all__ = ["Patient", "Profile", "Scales", "Trial", "times"]

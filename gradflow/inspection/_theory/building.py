@@ -17,10 +17,10 @@ from gradflow.inspection._theory.nodes import (
     of_function,
     variable,
 )
-from gradflow.inspection._theory.parameters import Leaf, Weights, apart
 from gradflow.inspection._theory.values import (
     Field,
     Known,
+    Leaf,
     Map,
     NoRule,
     Part,
@@ -29,6 +29,8 @@ from gradflow.inspection._theory.values import (
     Signal,
     Sum,
     Value,
+    Weights,
+    apart,
     identity,
     selection,
 )

@@ -16,7 +16,6 @@ import numpy as np
 
 from gradflow.inspection._reading.layers import ELEMENTWISE, SHAPES
 from gradflow.inspection._reading.program import Equation, Program
-from gradflow.inspection._theory.parameters import Law
 
 __all__ = ["law_of"]
 

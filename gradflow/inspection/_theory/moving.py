@@ -17,7 +17,6 @@ from scipy import sparse
 
 from gradflow.inspection._reading.program import Equation
 from gradflow.inspection._theory.building import as_field
-from gradflow.inspection._theory.parameters import Weights
 from gradflow.inspection._theory.values import (
     Field,
     Flattened,
@@ -31,6 +30,7 @@ from gradflow.inspection._theory.values import (
     Signal,
     Sum,
     Value,
+    Weights,
     identity,
     selection,
 )

@@ -30,7 +30,6 @@ from gradflow.inspection._theory.building import (
     weights_of_zero,
 )
 from gradflow.inspection._theory.nodes import multiply
-from gradflow.inspection._theory.parameters import Weights
 from gradflow.inspection._theory.recorded import in_float64
 from gradflow.inspection._theory.values import (
     KNOWN,
@@ -41,6 +40,7 @@ from gradflow.inspection._theory.values import (
     Sum,
     Unknown,
     Value,
+    Weights,
     absolute,
     selection,
 )

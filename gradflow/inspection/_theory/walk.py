@@ -26,17 +26,20 @@ from gradflow.inspection._reading.program import Program
 from gradflow.inspection._theory import forcing, rules
 from gradflow.inspection._theory.activations import activation_of
 from gradflow.inspection._theory.building import lifted
-from gradflow.inspection._theory.parameters import Law, Leaf, Weights, apart
 from gradflow.inspection._theory.reaching import Reach
 from gradflow.inspection._theory.values import (
     Field,
     Known,
+    Law,
+    Leaf,
     Noise,
     NoRule,
     Signal,
     Sum,
     Unknown,
     Value,
+    Weights,
+    apart,
 )
 from gradflow.inspection._theory.windows import OverSites, coupled
 from gradflow.networks import Network
