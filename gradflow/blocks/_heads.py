@@ -221,17 +221,16 @@ def _sums(
 
 
 def _modes(k: Array, turns: Array | None) -> Float[Array, "modes sites sites"]:
-    return k[None] if turns is None else k * turns
+    return k[None] if turns is None else k[None] * turns
 
 
 def _path(moved: Callable[[Array], Array], queries: Array, keys: Array) -> Array:
     """Σ Q_ac tr[M_a K M_c V] over modes, for each head; of one mode, Q and K may be each head's."""
     if len(queries) == 1 or len(keys) == 1:
         return queries * moved(keys)
-    queries, keys = queries[:, None], keys[:, None]
     total, _ = jax.lax.scan(
-        lambda total, one: (total + one[0] * moved(one[1]), None),
-        queries[0] * moved(keys[0]),
+        lambda total, one: (total + one[0][None] * moved(one[1][None]), None),
+        queries[:1] * moved(keys[:1]),
         (queries[1:], keys[1:]),
     )
     return total
@@ -249,10 +248,8 @@ def _moved(
 
     def moved(k: Array) -> Array:
         b = _rows(weights, k)
-        return (
-            _each(_rows(weights, k * values[None]) - 2 * b * mixed, weights)
-            + _each(b, weights) * both
-        )
+        left = _rows(weights, k * values[None]) - 2 * b * mixed
+        return _each(left, weights) + _each(b, weights) * both
 
     return moved
 

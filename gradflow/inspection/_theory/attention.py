@@ -36,19 +36,8 @@ from gradflow.inspection._theory.recorded import (
     replaced,
     step_of,
 )
-from gradflow.inspection._theory.values import (
-    Field,
-    Known,
-    Mixture,
-    NoRule,
-    Recorded,
-    Signal,
-    Sum,
-    Unknown,
-    Value,
-    independent,
-    selection,
-)
+from gradflow.inspection._theory.sums import Field, Mixture, NoRule, Sum, independent, selection
+from gradflow.inspection._theory.values import Known, Recorded, Signal, Unknown, Value
 
 __all__ = ["through"]
 

@@ -21,7 +21,8 @@ from gradflow.inspection._reading.program import Equation
 from gradflow.inspection._theory import forcing
 from gradflow.inspection._theory.heads import Lengths
 from gradflow.inspection._theory.recorded import Step, in_float64
-from gradflow.inspection._theory.values import NoRule, Recorded, Signal, Sum, independent
+from gradflow.inspection._theory.sums import NoRule, Sum, independent
+from gradflow.inspection._theory.values import Recorded, Signal
 
 __all__ = ["Drawn"]
 

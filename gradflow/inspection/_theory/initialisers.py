@@ -16,6 +16,7 @@ import numpy as np
 
 from gradflow.inspection._reading.layers import ELEMENTWISE, SHAPES
 from gradflow.inspection._reading.program import Equation, Program
+from gradflow.inspection._theory.values import Law
 
 __all__ = ["law_of"]
 

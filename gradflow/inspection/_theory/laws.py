@@ -9,6 +9,7 @@ from jaxtyping import PRNGKeyArray, PyTree
 from gradflow.inspection._reading.model import Model
 from gradflow.inspection._reading.program import Program, read
 from gradflow.inspection._theory.initialisers import law_of
+from gradflow.inspection._theory.values import Law
 
 __all__ = ["NETWORKS", "laws", "of_draws"]
 

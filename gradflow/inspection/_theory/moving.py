@@ -17,22 +17,24 @@ from scipy import sparse
 
 from gradflow.inspection._reading.program import Equation
 from gradflow.inspection._theory.building import as_field
-from gradflow.inspection._theory.values import (
+from gradflow.inspection._theory.sums import (
     Field,
-    Flattened,
-    Groups,
-    Known,
-    Noise,
     NoRule,
     Origin,
     Piece,
     Product,
-    Signal,
     Sum,
-    Value,
-    Weights,
     identity,
     selection,
+)
+from gradflow.inspection._theory.values import (
+    Flattened,
+    Groups,
+    Known,
+    Noise,
+    Signal,
+    Value,
+    Weights,
 )
 
 __all__ = ["concatenate", "gather", "moved", "of_units", "split", "stack", "units_as_sites"]
@@ -53,13 +55,14 @@ def moved(equation: Equation, values: Sequence[Value], shapes: Sequence[tuple[in
     if equation.primitive == "reshape" and isinstance(value, Flattened):
         value = value.signal
     if isinstance(value, Signal) and equation.primitive == "reshape":
-        value = _divided(value, shapes[0])
-        axis = _flattening(value, shapes[0])
-        if axis is not None:
-            behind = axis + len(value.shape) - len(shapes[0]) + 1
-            repeated = _repeated_units(value, range(axis, behind))
+        found = _flattening(value, shapes[0])
+        if found is not None:
+            axis, opened = found
+            signal = rearranged(value, lambda array: array.reshape(opened), opened)
+            assert isinstance(signal, Signal)
+            repeated = _repeated_units(signal, range(axis, axis + len(opened) - len(shapes[0]) + 1))
             if repeated is None:
-                return Flattened(shapes[0], axis, value)
+                return Flattened(shapes[0], axis, signal)
             value = repeated
     return rearranged(value, functools.partial(move, equation, known), shapes[0], fill)
 
@@ -159,39 +162,28 @@ def _varies(numbers: np.ndarray, axis: int) -> bool:
     return bool((numbers.max(axis=axis) > low).any())
 
 
-def _divided(value: Signal, shape: tuple[int, ...]) -> Signal:
-    """A signal with axes of units divided that a reshape to this shape divides, to join some."""
-    ends = [set(itertools.accumulate(lengths, operator.mul)) for lengths in (value.shape, shape)]
-    cuts = sorted(ends[0] | ends[1] | {1})
-    if 0 in cuts or ends[0] >= ends[1] or any(b % a for a, b in itertools.pairwise(cuts)):
-        return value
-    new: list[int] = []
-    units: list[int] = []
-    inside = 1
-    for axis, length in enumerate(value.shape):
-        parts = [c for c in cuts if inside < c <= inside * length]
-        lengths = [b // a for a, b in itertools.pairwise([inside, *parts])] or [length]
-        if len(lengths) > 1 and axis not in value.units:
-            return value
-        units += [len(new) + i for i in range(len(lengths))] if axis in value.units else []
-        new += lengths
-        inside *= length
-    return Signal(tuple(new), tuple(units), value.sum)
+def _flattening(value: Signal, shape: tuple[int, ...]) -> tuple[int, tuple[int, ...]] | None:
+    """The axis that a reshape makes of sites and units, and the shape with these axes for it."""
+    found = None
+    for old, new in _grouped_axes(value.shape, shape):
+        several = [i for i in old if value.shape[i] > 1]
+        into = [i for i in new if shape[i] > 1]
+        if len({i in value.units for i in several}) < 2 or len(into) != 1:
+            continue
+        if found is not None:
+            return None
+        (axis,) = into
+        before = tuple(value.shape[i] for i in several)
+        found = axis, (*shape[:axis], *before, *shape[axis + 1 :])
+    return found
 
 
-def _flattening(value: Signal, shape: tuple[int, ...]) -> int | None:
-    """The axis that a reshape makes of neighbouring axes of sites and units, if it does."""
-    gone = len(value.shape) - len(shape)
-    if gone < 1:
-        return None
-    for axis in range(len(shape)):
-        behind = axis + gone + 1
-        merged = range(axis, behind)
-        if (value.shape[:axis], value.shape[behind:]) == (shape[:axis], shape[axis + 1 :]):
-            several = [i for i in merged if value.shape[i] > 1]
-            if len({i in value.units for i in several}) == 2:
-                return axis
-    return None
+def _grouped_axes(old: Sequence[int], new: Sequence[int]) -> list[tuple[range, range]]:
+    """The fewest neighbouring axes of two shapes that have equally many elements."""
+    ends = [{n: i + 1 for i, n in enumerate(itertools.accumulate(x, operator.mul))}
+            for x in (old, new)]  # fmt: skip
+    cuts = [(0, 0), *((ends[0][n], ends[1][n]) for n in sorted(set(ends[0]) & set(ends[1])))]
+    return [(range(i, k), range(j, m)) for (i, j), (k, m) in itertools.pairwise(cuts)]
 
 
 def _repeated_units(value: Signal, merged: Sequence[int]) -> Signal | None:

@@ -15,7 +15,8 @@ import numpy as np
 
 from gradflow.inspection._reading.layers import ELEMENTWISE
 from gradflow.inspection._reading.program import Equation
-from gradflow.inspection._theory.values import NoRule, Recorded
+from gradflow.inspection._theory.sums import NoRule
+from gradflow.inspection._theory.values import Recorded
 
 __all__ = ["LINEAR", "UNITS", "Axes", "Step", "axes_after", "axis_label", "in_float64"]
 __all__ += ["replaced", "step_of"]
@@ -49,7 +50,7 @@ def in_float64(equation: Equation, *arguments: Any) -> list[Any]:
         arrays = jnp.broadcast_arrays(*arrays)
     if name in _CASTS:
         kind = equation.params.get("new_dtype", jnp.float64)
-        return [arrays[0] if jnp.issubdtype(kind, jnp.inexact) else arrays[0].astype(kind)]
+        return [arrays[0].astype(jnp.float64 if jnp.issubdtype(kind, jnp.floating) else kind)]
     return list(equation.evaluate(*arrays))
 
 
@@ -140,7 +141,7 @@ def axes_after(
 
 
 def _met(several: Sequence[Axes]) -> Axes:
-    """The axes of arrays that meet element by element; of one they may have length 1."""
+    """The axes of arrays that meet element by element, of which some may have length 1."""
     out = []
     for each in zip(*several, strict=True):
         found = set(filter(None, each))
