@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import gradflow
 from gradflow import builders, networks
 from gradflow._arguments import from_seed
 from gradflow.errors import InputError
@@ -303,6 +304,19 @@ PAIRS = {
         ),
         lambda p, x: 2.0 * x @ p["w"] + 1,
     ),
+    "inputs by name alone": (
+        (lambda key, inputs: dense(key, inputs.shape[-1]), lambda p, *, inputs: affine(p, inputs)),
+        affine,
+    ),
+    "a key whose name ends so": (
+        (dense, lambda p, x, z_rng: x @ p["w"] + jax.random.key_data(z_rng)[0] * 0.0),
+        lambda p, x: x @ p["w"],
+    ),
+    "an input with the name of a key": ((dense, lambda p, key: affine(p, key)), affine),
+    "the mean over devices": (
+        (dense, lambda p, x: affine(p, x) - jax.lax.pmean(affine(p, x[:1]), "batch")),
+        lambda p, x: affine(p, x) - affine(p, x[:1]),
+    ),
     "a maker of parts": (functools.partial(Affine), lambda p, x: jnp.tanh(x @ p["w"])),
     "a maker of nothing": (lambda: (dense, affine), affine),
     "a maker of a key": (lambda key: Affine(key), lambda p, x: jnp.tanh(x @ p["w"])),
@@ -318,6 +332,22 @@ def test_functions_of_every_kind_are_the_model_that_they_are(kind):
     outputs = model.apply(parameters, state, from_seed(1), rows())
     np.testing.assert_allclose(outputs, expected(dense(from_seed(0)), rows()), rtol=1e-5)
     assert all(jnp.issubdtype(leaf.dtype, jnp.floating) for leaf in jax.tree.leaves(parameters))
+
+
+def test_a_tree_of_arrays_is_an_input():
+    """Several inputs by name, whole numbers among them, and a key: of one argument each."""
+    found = gradflow.inspect(
+        lambda key: dense(key),
+        lambda p, batch, dropped: (
+            affine(p, batch["x"][batch["at"]]) * jax.random.bernoulli(dropped, 0.5, (2, 3))
+        ),
+        ({"x": rows(), "at": np.array([3, 0])}, jax.random.key(0)),
+        networks=2,
+        cure=False,
+    )
+    w = np.asarray(found.places.shapes)
+    assert w.tolist() == [[2, 3]]
+    assert np.isfinite(found.theory.values["log_q"]).all()
 
 
 def test_a_pair_with_a_state_and_a_key_gives_its_outputs_alone():

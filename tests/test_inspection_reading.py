@@ -74,10 +74,17 @@ def mapped(p, x):
     return jax.vmap(lambda row: jax.nn.softmax(row @ p))(x)
 
 
+def functions_of_elements(p, x):
+    h = x @ p
+    summed = jnp.zeros_like(h).at[jnp.array([1, 1, 0, 3])].add(h)
+    product = jax.lax.reduce(h, jnp.ones((), h.dtype), lambda a, b: a * b, (0,))
+    return jax.ops.segment_max(summed, jnp.array([0, 1, 0, 1]), 2), product
+
+
 PROGRAMS = {
     f.__name__: (f, STACK if f in (loop_over_weights, loop_backwards, loop_of_loops) else W)
     for f in (calls, loop_over_weights, loop_backwards, loop_with_counter, loop_of_loops)
-    + (known_branch, unknown_branch, unknown_length, own_derivative, mapped)
+    + (known_branch, unknown_branch, unknown_length, own_derivative, mapped, functions_of_elements)
 }
 
 

@@ -64,7 +64,8 @@ def inspect(
         With ``init``, a function ``apply(parameters, *inputs)``. Where ``model`` is whole, the
         inputs may stand here: ``inspect(model, inputs)``.
     inputs
-        What the model is applied to: an array, or a tuple of arrays.
+        What the model is applied to: an array, or a tuple of arrays; each may be a tree of arrays,
+        as a dictionary.
     key
         A JAX key, or a seed.
     networks
@@ -157,7 +158,7 @@ def _theory(
     model: Model,
     program: Program,
     found: Sequence[Layer],
-    inputs: Sequence[Array],
+    inputs: Sequence[Any],
     key: PRNGKeyArray,
     given: tuple[PyTree, PyTree] | None,
 ) -> tuple[Mapping[int, Law], Predicted]:
@@ -171,28 +172,43 @@ def _theory(
     elif program.arguments["state"]:  # as many networks as `laws` draws: nothing more to compile
         state = jax.tree.map(lambda leaf: leaf[0], draw(jax.random.split(apart, NETWORKS))[1])
     of_weights = laws(model, program, apart, draw=draw)
-    return of_weights, predict(program, found, of_weights, inputs, state=jax.tree.leaves(state))
+    return of_weights, predict(
+        program, found, of_weights, jax.tree.leaves(inputs), state=jax.tree.leaves(state)
+    )
 
 
-def _arrays(name: str, value: Any) -> tuple[Array, ...]:
-    """One array, or a tuple of them, as a tuple of JAX's."""
-    values = value if isinstance(value, tuple) else (value,)
+def _arrays(name: str, value: Any) -> tuple[Any, ...]:
+    """One array or tree of arrays, or a tuple of them, as a tuple."""
+    several = type(value) is tuple  # a named one is a tree
+    values = value if several else (value,)
     if value is None or not values:
         raise InputError(f"{name} is {shown(value)}; it is an array, or a tuple of arrays")
-    arrays = []
-    for place, one in enumerate(values):
-        here = f"{name}[{place}]" if isinstance(value, tuple) else name
-        array = one if isinstance(one, jax.Array) else numbers(here, one)
-        if jnp.issubdtype(array.dtype, jnp.floating) and not np.isfinite(np.asarray(array)).all():
-            raise InputError(f"{here} has values that are not finite; every one is a finite number")
-        if not array.size:
-            raise InputError(f"{here} has shape {array.shape}; it has at least one number")
-        arrays.append(jnp.asarray(array))
-    return tuple(arrays)
+    return tuple(
+        _tree(f"{name}[{place}]" if several else name, one) for place, one in enumerate(values)
+    )
+
+
+def _tree(name: str, value: Any) -> Any:
+    """An array, or a tree of them as it is: a list of numbers is an array."""
+    leaves, structure = jax.tree.flatten(value)
+    if jax.tree_util.treedef_is_leaf(structure) or not any(hasattr(x, "shape") for x in leaves):
+        return _array(name, value)
+    return jax.tree_util.tree_map_with_path(
+        lambda path, leaf: _array(f"{name}{jax.tree_util.keystr(path)}", leaf), value
+    )
+
+
+def _array(name: str, value: Any) -> Array:
+    array = value if isinstance(value, jax.Array) else numbers(name, value)
+    if jnp.issubdtype(array.dtype, jnp.floating) and not np.isfinite(np.asarray(array)).all():
+        raise InputError(f"{name} has values that are not finite; every one is a finite number")
+    if not array.size:
+        raise InputError(f"{name} has shape {array.shape}; it has at least one number")
+    return jnp.asarray(array)
 
 
 def _program(
-    model: Model, inputs: Sequence[Array], loss: Callable[..., Array] | None, targets: tuple
+    model: Model, inputs: Sequence[Any], loss: Callable[..., Array] | None, targets: tuple
 ) -> Program:
     """The model's program, with the loss behind it if there is one."""
     program = trace(model, inputs)
@@ -207,7 +223,7 @@ def _program(
 
 
 def _given(
-    model: Model, parameters: PyTree, inputs: Sequence[Array], key: PRNGKeyArray
+    model: Model, parameters: PyTree, inputs: Sequence[Any], key: PRNGKeyArray
 ) -> tuple[PyTree, PyTree] | None:
     """The weights to measure, with the state; None where weights are drawn."""
     if parameters is None:

@@ -4,6 +4,7 @@ A file of this folder has a function ``adapt(model, inputs, kwargs) -> Model | N
 the model is not of its library. It imports the library only if the model's class comes from it.
 """
 
+import dataclasses
 import functools
 import importlib
 import pkgutil
@@ -15,6 +16,7 @@ import numpy as np
 from jaxtyping import PyTree
 
 from gradflow.errors import InputError
+from gradflow.inspection._adapters import _calls
 from gradflow.inspection._reading.model import Model
 
 __all__ = ["ALLOWED", "adapt", "adapted", "check_numbers"]
@@ -55,7 +57,11 @@ def adapt(
         raise InputError(f"model is an object of {_kind(model)}; {ALLOWED}")
     if found.given is not None:
         check_numbers(found.name, found.given)
-    return found
+    return dataclasses.replace(
+        found,
+        apply=_calls.with_axes(found.apply),
+        init=None if found.init is None else _calls.with_axes(found.init),
+    )
 
 
 def adapted(model: Any, inputs: Sequence[Any], kwargs: Mapping[str, Any]) -> Model | None:

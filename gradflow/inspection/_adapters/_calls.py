@@ -26,6 +26,7 @@ __all__ = [
     "parameters_of",
     "traceable",
     "trainable",
+    "with_axes",
 ]
 
 KEY_NAMES = frozenset({"key", "rng", "rngs", "rng_key", "prng_key", "random_key"})
@@ -35,8 +36,11 @@ _TRAINING = {
     "training": True,
     "is_training": True,
     "deterministic": False,
+    "enable_dropout": True,
     "use_running_average": False,
 }
+# Names of axes of devices that one model asks for.
+_MOST_AXES = 8
 _LIBRARIES = (sysconfig.get_path("purelib"), sysconfig.get_path("stdlib"))
 _PACKAGE = Path(__file__).parents[2]
 _UNTRACEABLE = (
@@ -78,14 +82,36 @@ def bound(
     key: PRNGKeyArray,
     state: Any = None,
     kwargs: Mapping[str, Any] | None = None,
+    *,
+    rngs: Callable[[PRNGKeyArray], Any] = lambda key: key,
 ) -> tuple[list[Any], dict[str, Any]]:
     """The arguments of a call: keys and states where names say so, the inputs in their order.
+
+    Inputs that would be too many take the place of keys. ``rngs`` makes of a key what an argument
+    of that name is.
 
     Raises
     ------
     TypeError
         If the function takes fewer inputs, or needs more.
     """
+    try:
+        return _bound(function, leading, inputs, (key, rngs), state, kwargs)
+    except TypeError as error:
+        try:
+            return _bound(function, leading, inputs, None, state, kwargs)
+        except TypeError:
+            raise error from None
+
+
+def _bound(
+    function: Callable,
+    leading: Sequence[Any],
+    inputs: Sequence[Any],
+    keys: tuple[PRNGKeyArray, Callable[[PRNGKeyArray], Any]] | None,
+    state: Any,
+    kwargs: Mapping[str, Any] | None,
+) -> tuple[list[Any], dict[str, Any]]:
     positional, named, rest = list(leading), dict(kwargs or {}), list(inputs)
     by_position = True
     for parameter in list(parameters_of(function).values())[len(positional) :]:
@@ -97,11 +123,12 @@ def bound(
         if name in named:
             by_position = False
             continue
-        if name in KEY_NAMES:
-            value = key
+        if keys is not None and _is_key(parameter):
+            key, rngs = keys
+            value = rngs(key) if name.endswith("rngs") else key
         elif name in STATE_NAMES and state is not None:
             value = state
-        elif rest and kind is not parameter.KEYWORD_ONLY:
+        elif rest and (kind is not parameter.KEYWORD_ONLY or parameter.default is parameter.empty):
             value = rest.pop(0)
         else:
             by_position = False
@@ -114,6 +141,39 @@ def bound(
         raise TypeError(f"it takes {len(inputs) - len(rest)} inputs, not {len(inputs)}")
     inspect.signature(function).bind(*positional, **named)
     return positional, named
+
+
+def _is_key(parameter: inspect.Parameter) -> bool:
+    """Whether an argument is a key: by its name, or by how the name of one that is needed ends."""
+    ends = ("_key", "_rng", "_rngs")
+    needed = parameter.default is parameter.empty
+    return parameter.name in KEY_NAMES or (needed and parameter.name.endswith(ends))
+
+
+def with_axes(apply: Callable) -> Callable:
+    """A function in which each name of an axis that it asks for is one of a single device.
+
+    Models that train on many devices average over these, as BatchNorm's ``axis_name`` says.
+    """
+    names: list[str] = []
+
+    def bound_to_names(*arguments: Any) -> Any:
+        for _ in range(_MOST_AXES):
+            function = apply
+            for name in names:
+                function = jax.vmap(
+                    function, in_axes=None, out_axes=None, axis_name=name, axis_size=1
+                )
+            try:
+                return function(*arguments)
+            except NameError as error:
+                unbound = re.search(r"unbound axis name:? (\w+)", str(error))
+                if unbound is None or unbound[1] in names:
+                    raise
+                names.append(unbound[1])
+        return apply(*arguments)
+
+    return bound_to_names
 
 
 def traceable(init: Callable) -> bool:
@@ -153,5 +213,5 @@ def failure(name: str, inputs: Sequence[Any] | None, error: Exception) -> InputE
         )
     if inputs is None:
         return InputError(f"{name} fails: {reason}; it makes a model")
-    shapes = ", ".join(f"{x.dtype} {tuple(x.shape)}" for x in inputs)
+    shapes = ", ".join(f"{x.dtype} {tuple(x.shape)}" for x in jax.tree.leaves(inputs))
     return InputError(f"inputs is {shapes}; {name} cannot be applied to it: {reason}")

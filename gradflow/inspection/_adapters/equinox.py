@@ -37,7 +37,7 @@ def adapt(model: Any, inputs: Sequence[Any], kwargs: Mapping[str, Any]) -> Model
         return kept[0] if _ends_with_state(outputs) and len(kept) == 1 else kept
 
     def each(module: Any, state: Any, key: PRNGKeyArray, *values: Any) -> Any:
-        keys = jax.random.split(key, len(values[0]))
+        keys = jax.random.split(key, len(jax.tree.leaves(values)[0]))
         in_axes = (None, 0, *(0 for _ in values))
         call = lambda state, key, *values: one(module, state, key, *values)  # noqa: E731
         return jax.vmap(call, in_axes, axis_name=axis)(state, keys, *values)

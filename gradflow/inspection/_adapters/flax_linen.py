@@ -33,11 +33,13 @@ def adapt(model: Any, inputs: Sequence[Any], kwargs: Mapping[str, Any]) -> Model
         return variables.get("params", {}), others
 
     def init(key: PRNGKeyArray) -> tuple[PyTree, PyTree]:
-        return split(module.init(_rngs(key), *inputs, **named))
+        given, by_name = _calls.bound(module.__call__, (), inputs, key, kwargs=named)
+        return split(module.init(_rngs(key), *given, **by_name))
 
     def apply(parameters: PyTree, state: PyTree, key: PRNGKeyArray, *values: Any) -> Any:
         variables = {"params": parameters, **state}
-        outputs, _ = module.apply(variables, *values, rngs=_rngs(key), mutable=[*state], **named)
+        given, by_name = _calls.bound(module.__call__, (), values, key, kwargs=named)
+        outputs, _ = module.apply(variables, *given, rngs=_rngs(key), mutable=[*state], **by_name)
         return outputs
 
     given = None

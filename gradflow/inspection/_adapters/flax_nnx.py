@@ -38,7 +38,11 @@ def adapt(model: Any, inputs: Sequence[Any], kwargs: Mapping[str, Any]) -> Model
             restored(rest, state),
             copy=True,
         )
-        return module(*values, **named)
+        again = {name: nnx.Rngs(key) for name, v in named.items() if isinstance(v, nnx.Rngs)}
+        own, by_name = _calls.bound(
+            module.__call__, (), values, key, kwargs={**named, **again}, rngs=nnx.Rngs
+        )
+        return module(*own, **by_name)
 
     given = nnx.to_pure_dict(weights), nnx.to_pure_dict(rest)
     switches = ("deterministic", "use_running_average")

@@ -8,6 +8,9 @@ import inspect
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import equinox as eqx
+import jax
+import numpy as np
 from jaxtyping import PRNGKeyArray, PyTree
 
 from gradflow._arguments import from_seed
@@ -25,7 +28,7 @@ def adapt(model: Any, inputs: Sequence[Any], kwargs: Mapping[str, Any]) -> Model
     key = from_seed(0)
     name = functools.partial(model).func.__name__
     try:
-        made = make(key)
+        made = _of_shapes(make, model) or make(key)
     except Exception as error:  # whatever the maker raises
         raise _calls.failure(f"{name}()", None, error) from error
     found = _adapters.adapted(made, inputs, kwargs)
@@ -43,6 +46,29 @@ def adapt(model: Any, inputs: Sequence[Any], kwargs: Mapping[str, Any]) -> Model
         return again.given
 
     return Model(found.name, init, found.apply, None, _calls.traceable(init), found.mode)
+
+
+def _of_shapes(make: Callable[[PRNGKeyArray], Any], model: Any) -> Any:
+    """What a maker that takes a key makes, its weights not drawn: in many the drawing compiles.
+
+    None where it needs the values of the key, or is not known to need none.
+    """
+    key = from_seed(0)
+    arguments = [a.name for a in _key_arguments(model)]
+    try:
+        if arguments == ["rngs"]:
+            from flax import nnx  # noqa: PLC0415
+
+            return nnx.eval_shape(make, key)
+        if not arguments:
+            return None
+        made = eqx.filter_eval_shape(make, key)
+        if not isinstance(made, eqx.Module):
+            return None
+        shapes = lambda leaf: isinstance(leaf, jax.ShapeDtypeStruct)  # noqa: E731
+        return jax.tree.map(lambda x: np.zeros(x.shape, x.dtype) if shapes(x) else x, made)
+    except Exception:  # noqa: BLE001 (it is made as it is, and fails or not)
+        return None
 
 
 def maker_of(model: Any) -> Callable[[PRNGKeyArray], Any] | None:
@@ -72,6 +98,8 @@ def maker_of(model: Any) -> Callable[[PRNGKeyArray], Any] | None:
 
 def _arguments(model: Any) -> list[inspect.Parameter]:
     """The named arguments of a function, or of a class."""
+    if getattr(model, "__qualname__", "").startswith("make_with_state."):  # Equinox's
+        model = next((c.cell_contents for c in model.__closure__ or ()), model)
     bound = functools.partial(model)  # of a partial function it is all one
     if isinstance(bound.func, type):  # its metaclass may hide what it takes
         kind: Any = bound.func

@@ -20,7 +20,7 @@ from jaxtyping import Array
 
 from gradflow.errors import InputError
 
-__all__ = ["Equation", "Program", "definition", "label", "read"]
+__all__ = ["Equation", "Program", "definition", "label", "on_host", "read"]
 
 _PRODUCTS = frozenset({"dot_general", "conv_general_dilated", "ragged_dot"})
 _MAX_EQUATIONS = 200_000
@@ -206,6 +206,14 @@ def _inner_jaxpr(params: Mapping[str, Any]) -> Any:
     return found[0] if len(found) == 1 else None
 
 
+def _is_of_operands(inner: Any, eqn: Any) -> bool:
+    """Whether a program is called with an equation's operands, and is no function of elements."""
+    jaxpr = _jaxpr_of(inner)
+    pairs = (jaxpr.invars, eqn.invars), (jaxpr.outvars, eqn.outvars)
+    kinds = [[[(v.aval.shape, v.aval.dtype) for v in some] for some in pair] for pair in pairs]
+    return all(own == outer for own, outer in kinds)
+
+
 def _holds_product(jaxpr: Any) -> bool:
     return any(
         eqn.primitive.name in _PRODUCTS
@@ -238,7 +246,7 @@ class _Reader:
 
     def constant(self, value: Any) -> int:
         number = self.new(jax.typeof(value))
-        self.constants[number] = _on_host(value)
+        self.constants[number] = on_host(value)
         return number
 
     def inline(
@@ -277,7 +285,7 @@ class _Reader:
             branches = eqn.params["branches"]
             chosen = int(np.clip(self.constants[inputs[0]], 0, len(branches) - 1))
             return self.inline(branches[chosen], inputs[1:], path, calls)
-        called = inner is not None and name not in ("while", "cond") and not own_derivative
+        called = inner is not None and not own_derivative and _is_of_operands(inner, eqn)
         if called or (name.startswith("custom_jvp") and _holds_product(inner)):
             return self.inline(inner, inputs, path, named)
         known = definition(inner) if own_derivative and inner is not None else None
@@ -305,7 +313,7 @@ class _Reader:
         if self.variable.isdisjoint(inputs) and not name.startswith("random_"):
             with jax.ensure_compile_time_eval():
                 values = equation.evaluate(*(self.constants[i] for i in inputs))
-            self.constants.update(zip(outputs, map(_on_host, values), strict=True))
+            self.constants.update(zip(outputs, map(on_host, values), strict=True))
         else:
             self.variable.update(outputs)
             self.equations.append(equation)
@@ -366,7 +374,7 @@ def _as_array(literal: Any) -> np.ndarray:
     return np.asarray(literal.val, literal.aval.dtype)
 
 
-def _on_host(value: Any) -> Any:
+def on_host(value: Any) -> Any:
     """A NumPy array; a key, which is none, as it is."""
     return value if jnp.issubdtype(value.dtype, jax.dtypes.prng_key) else np.asarray(value)
 

@@ -50,7 +50,7 @@ def in_float64(equation: Equation, *arguments: Any) -> list[Any]:
         arrays = jnp.broadcast_arrays(*arrays)
     if name in _CASTS:
         kind = equation.params.get("new_dtype", jnp.float64)
-        return [arrays[0] if jnp.issubdtype(kind, jnp.inexact) else arrays[0].astype(kind)]
+        return [arrays[0].astype(jnp.float64 if jnp.issubdtype(kind, jnp.floating) else kind)]
     return list(equation.evaluate(*arrays))
 
 

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from gradflow.inspection._reading.layers import ELEMENTWISE, SHAPES
-from gradflow.inspection._reading.program import Equation, Program, definition, read
+from gradflow.inspection._reading.program import Equation, Program, definition, on_host, read
 from gradflow.inspection._theory import attention, compound, forcing, moving, windows
 from gradflow.inspection._theory.building import (
     as_field,
@@ -103,9 +103,9 @@ def _evaluated(equation: Equation, arrays: Sequence[np.ndarray]) -> list[np.ndar
         if equation.primitive in ELEMENTWISE and equation.inner is None:
             return [np.asarray(_Function(equation)(*arrays))]
         if equation.inner is not None:
-            values = [Known(np.asarray(x)) for x in arrays]
+            values = [Known(on_host(x)) for x in arrays]
             return [v.value for v in _inner(equation, values) if isinstance(v, Known)]
-        return [np.asarray(out) for out in in_float64(equation, *arrays)]
+        return [on_host(out) for out in in_float64(equation, *arrays)]
 
 
 def _inner(equation: Equation, values: Sequence[Value]) -> list[Value]:
@@ -368,7 +368,7 @@ def reduce_sum(
     equation: Equation, values: Sequence[Value], shapes: Sequence[tuple[int, ...]]
 ) -> Value:
     """Sums: over units n times an expectation, over sites linear."""
-    value, axes = values[0], equation.params["axes"]
+    value, axes = values[0], tuple(map(int, equation.params["axes"]))
     if not isinstance(value, Signal):
         raise NoRule("a sum of parameters")
     over = tuple(i for i in axes if i not in value.units)

@@ -46,9 +46,9 @@ class Law:
 
 @dataclasses.dataclass(frozen=True)
 class Known:
-    """The same array in every network; ``literal`` if it is written in the program."""
+    """The same array, or key, in every network; ``literal`` if it is written in the program."""
 
-    value: np.ndarray
+    value: Any
     literal: bool = False
 
 

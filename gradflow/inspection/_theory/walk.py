@@ -135,7 +135,9 @@ def _upwards(
             arrays = [_array(v) for v in given[name]]
             for i, array in zip(numbers, arrays, strict=True):
                 kind = program.avals[i].dtype
-                values[i] = Known(array.astype(kind) if np.issubdtype(kind, np.integer) else array)
+                values[i] = Known(
+                    array.astype(kind) if jnp.issubdtype(kind, jnp.integer) else array
+                )
         elif name == "parameters":
             values.update((i, _parameter(program, i, laws)) for i in numbers)
         elif name == "key":
@@ -185,7 +187,7 @@ def _with_ties(value: Value, products: dict[Any, list[Field]], path: str) -> Val
     return value
 
 
-def _array(value: Any) -> np.ndarray:
+def _array(value: Any) -> Any:
     if jnp.issubdtype(jnp.asarray(value).dtype, jax.dtypes.prng_key):
         return value
     array = np.asarray(value)
