@@ -134,7 +134,7 @@ def _along(value: Value, axis: int, start: int, stop: int) -> Value:
 def _added(parts: list[Value]) -> Value:
     """The sum of signals alike, or of known numbers."""
     if all(isinstance(part, Known) for part in parts):
-        return Known(sum(part.value for part in parts if isinstance(part, Known)))  # type: ignore[arg-type]
+        return Known(sum(part.value for part in parts if isinstance(part, Known)))
     signals = [part for part in parts if isinstance(part, Signal)]
     if len(signals) != len(parts) or len({(s.units, s.shape) for s in signals}) != 1:
         raise NoRule("units of different laws side by side")

@@ -326,6 +326,20 @@ def _spread(
     found: dict[Field, _Gradient], pending: list[tuple[int, Field]], sum_: Sum, at: _Gradient
 ) -> None:
     """Add what a sum's gradient gives the fields below it; raises `NoRule` where not known."""
+    try:
+        own, of_variables = _by_rules(sum_, at.matrix)
+    except NoRule as reason:
+        own, of_variables = forcing.pulled(sum_, at.matrix, reason), []
+    for below, variable in of_variables:
+        _spread(found, pending, variable, _Gradient.of(below, at.log, at.ties))
+    for field, matrix in own.items():
+        _add(found, pending, field, _Gradient.of(matrix, at.log, at.ties))
+
+
+def _by_rules(
+    sum_: Sum, at: np.ndarray
+) -> tuple[dict[Field, np.ndarray], list[tuple[np.ndarray, Sum]]]:
+    """What a sum's gradient gives its fields, and variables of its parts that are sums."""
     own: dict[Field, np.ndarray] = {}
 
     def add(one: Sum, inner: np.ndarray, other: Sum) -> None:
@@ -337,24 +351,23 @@ def _spread(
                 own[field] = own[field] + below if field in own else below
 
     for batch, map_ in forcing.normalised(sum_):
-        add(batch.x, batch.pulled(map_.T @ at.matrix @ map_), batch.x)
-    for term, map_, variable in forcing.multiples(sum_):
-        slopes = forcing.together(term, term)
-        below = (map_.T @ at.matrix @ map_) * slopes
-        _spread(found, pending, variable, _Gradient.of(below, at.log, at.ties))
+        add(batch.x, batch.pulled(map_.T @ at @ map_), batch.x)
+    of_variables = [
+        ((map_.T @ at @ map_) * forcing.together(term, term), variable)
+        for term, map_, variable in forcing.multiples(sum_)
+    ]
     terms = forcing.terms(sum_)
     for i, (one, left, of_one) in enumerate(terms):
         for other, right, of_other in terms[: i + 1]:
             if of_one.fields.isdisjoint(of_other.fields):
                 continue
-            inner = left.T @ at.matrix @ right
+            inner = left.T @ at @ right
             slopes = forcing.together(one, other)
             inner = inner if slopes is None else inner * slopes
             if one is not other and of_one is of_other:
                 inner, of_one = inner + inner.T, of_other
             add(of_one, inner, of_other)
-    for field, matrix in own.items():
-        _add(found, pending, field, _Gradient.of(matrix, at.log, at.ties))
+    return own, of_variables
 
 
 def _add(
