@@ -142,7 +142,7 @@ def _drawn(fields: Sequence[Field], covariance: Covariance) -> dict[Field, np.nd
 @functools.lru_cache(maxsize=2)
 def _matched(sites: int, count: int, seed: int) -> np.ndarray:
     """Standard normal draws whose mean is exactly 0, and whose covariance exactly the identity."""
-    half = np.random.default_rng(seed).standard_normal((sites, count // 2))
+    half: Any = np.random.default_rng(seed).standard_normal((sites, count // 2))
     half = np.linalg.solve(np.linalg.cholesky(half @ half.T / half.shape[1]), half)
     return np.concatenate([half, -half], axis=1)
 
