@@ -1,6 +1,5 @@
 """Inputs of a network, converted and checked."""
 
-import math
 from typing import Any
 
 import jax
@@ -33,7 +32,7 @@ def checked_inputs(inputs: Any, network: Any) -> Array | np.ndarray:
             f"inputs has shape {array.shape}; it is (inputs, {network.input_width}) for this "
             "network"
         )
-    positions = math.prod(stage.block.pool_factor for stage in network.stages)
+    positions = network.positions
     if len(array) % positions:
         raise InputError(
             f"inputs has {len(array)} rows; for this network each input is {positions} of them, "

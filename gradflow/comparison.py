@@ -510,9 +510,8 @@ def explain_differences(
     theory, simulation = comparison.theory, comparison.simulation
     network = simulation.network
 
-    def at_width(factor: int | Fraction, number: int, networks: int) -> tuple:
-        """Simulation and theory at 1/factor of the width."""
-        other = divide_widths(network, factor)
+    def at_width(other: Network, number: int, networks: int) -> tuple:
+        """Simulation and theory of the network of another width."""
         measured = simulate(
             other,
             inputs,
@@ -534,12 +533,24 @@ def explain_differences(
     for number, factor in enumerate(_NARROWER):
         if not comparison.count(Status.DIFFERS) or min(network.widths[1:]) < _NARROWER[0]:
             break
-        narrower.append(at_width(factor, number, factor * simulation.networks))
+        if (other := _divided(network, factor)) is None:
+            break
+        narrower.append(at_width(other, number, factor * simulation.networks))
         comparison = compare_again()
     if comparison.count(Status.DIFFERS) and max(network.widths[1:]) <= _NARROW:
-        wider = at_width(Fraction(1, _WIDER), len(_NARROWER), simulation.networks)
+        wider = at_width(
+            divide_widths(network, Fraction(1, _WIDER)), len(_NARROWER), simulation.networks
+        )
         comparison = compare_again(wider)
     return comparison
+
+
+def _divided(network: Network, factor: int | Fraction) -> Network | None:
+    """The network of such widths, if there is one, of which all groups of channels divide them."""
+    try:
+        return divide_widths(network, factor)
+    except InputError:
+        return None
 
 
 def _worst(one: StatisticComparison) -> float:

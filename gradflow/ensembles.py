@@ -20,6 +20,7 @@ name                   variance of a weight   source
 ``fan_in(σ_w)``        σ_w² / fan_in          the mean-field literature (Poole et al. 2016)
 ``torch``              1 / (3 fan_in)         PyTorch's layers, whose biases are U[±1/√fan_in] too
 ``keras``              2 / (fan_in+fan_out)   Keras' layers: uniform; orthogonal between time steps
+``spectral``           1/(√fan_in+√fan_out)²  σReparam's W/‖W‖₂ (arXiv:2303.06296), when wide
 ``zero``, ``constant``, ``identity``          weights that are not random
 =====================  =====================  =========================================
 
@@ -294,6 +295,10 @@ def _semi_orthogonal(fan_in: int, fan_out: int) -> float:
     return 1.0 / max(fan_in, fan_out)
 
 
+def _spectral(fan_in: int, fan_out: int) -> float:
+    return 1.0 / (math.sqrt(fan_in) + math.sqrt(fan_out)) ** 2
+
+
 def _unscaled(fan_in: int, fan_out: int) -> float:  # noqa: ARG001
     return 1.0
 
@@ -316,6 +321,8 @@ he_fan_out_uniform = Ensemble("he_fan_out_uniform", uniform, _he_fan_out)
 # As the `orthogonal` of JAX and PyTorch; the plain name is the distribution's.
 semi_orthogonal = Ensemble("orthogonal", orthogonal, _semi_orthogonal)
 mup_output = Ensemble("mup_output", gaussian, _mup_output)
+# The largest singular value of N(0, 1) entries tends to √fan_in + √fan_out (Bai & Yin 1993).
+spectral = Ensemble("spectral", gaussian, _spectral)
 unscaled = Ensemble("unscaled", gaussian, _unscaled)
 zero = Ensemble("zero", gaussian, lambda m, n: 0.0)  # noqa: ARG005
 identity = Ensemble("identity", identity_matrix, _semi_orthogonal)

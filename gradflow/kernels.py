@@ -429,6 +429,18 @@ class Kernel(eqx.Module):
         """The kernel of signals of the same distribution that are independent of these."""
         return self._input()
 
+    def as_function_of(self, other: "Kernel") -> "Kernel":
+        """The kernel of signals of these moments that are a function of the others, of any law."""
+        return Kernel(
+            self.covariance,
+            self.mean,
+            self.tangent,
+            Unknown(),
+            self.log_scale,
+            self.log_tangent_scale,
+            made_of=((), other._function()),
+        )
+
     def in_range(self) -> "Kernel":
         """The same signals, with the least scales that bring q into the range of averages."""
         if not isinstance(self.distribution, Gaussian | Shifted | Unknown):

@@ -8,6 +8,8 @@ depth. Layers whose shape differs, as in Glorot & Bengio's 1024-1000-…-9, are 
 
 import dataclasses
 import itertools
+import math
+import operator
 from fractions import Fraction
 from numbers import Rational
 from typing import Any
@@ -84,7 +86,7 @@ class Network(eqx.Module):
                     f"a block is repeated {stage.repeats} times, takes {below} units and hands on "
                     f"{above}; a repeated block hands on as many units as it takes"
                 )
-            if stage.repeats > 1 and stage.block.pool_factor > 1:
+            if stage.repeats > 1 and stage.block.pool_factor != 1:
                 raise InputError(
                     f"a block is repeated {stage.repeats} times and makes one site of "
                     f"{stage.block.pool_factor}; a repeated block hands on as many sites as it "
@@ -122,11 +124,19 @@ class Network(eqx.Module):
         """Whether a site's signal depends on other sites: on other inputs, or other positions."""
         return any(stage.block.mixes_sites for stage in self.stages)
 
+    @property
+    def positions(self) -> int:
+        """The least number of sites that an input has: its positions, where layers merge them."""
+        factors = itertools.accumulate(
+            (Fraction(stage.block.pool_factor) for stage in self.stages), operator.mul
+        )
+        return math.lcm(*(factor.numerator for factor in factors))
+
     def sites(self, first: int) -> tuple[int, ...]:
         """Return the number of sites that each layer hands on, with ``first`` in the input."""
         counts: list[int] = []
         for stage in self.stages:
-            first //= stage.block.pool_factor
+            first = int(first // stage.block.pool_factor)
             counts += stage.repeats * [first]
         return tuple(counts)
 

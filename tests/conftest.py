@@ -1,5 +1,6 @@
 """What every test runs under: shapes checked at run time, x64 on, no rank promotion by accident."""
 
+import collections
 import dataclasses
 import functools
 import gc
@@ -50,6 +51,29 @@ os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.02"
 gc.set_threshold(20_000, 20, 20)
 
 REFERENCE = Path(__file__).parent / "reference"
+
+# Medium tests of these are run once by .ci/run and not again in float32, where they would tell
+# nothing else: what they check is logic on the host, files, drawings and commands, or theory, which
+# is float64's in both runs, beside simulations whose own tests are run twice.
+_ONCE = {
+    *("test_attacks", "test_carried_means", "test_cli", "test_comparison", "test_densities"),
+    *("test_depth_scales", "test_execution", "test_experiments", "test_figures", "test_report"),
+    *("test_spectra", "test_studies_without_theory", "test_verdict", "test_weights"),
+}
+# About how many seconds a test takes, by its marker.
+_SECONDS = {"slow": 5.0, "medium": 2.0}
+
+
+@pytest.hookimpl(tryfirst=True)  # before tests are chosen by their markers
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark what is run once; the dearest modules come first, and no worker is idle at the end."""
+    seconds = collections.Counter[Path]()
+    for item in items:
+        if item.path.stem in _ONCE:
+            item.add_marker("once")
+        marked = (_SECONDS[name] for name in _SECONDS if item.get_closest_marker(name))
+        seconds[item.path] += next(marked, 0.2)
+    items.sort(key=lambda item: (-seconds[item.path], item.path))
 
 
 def pytest_collection_finish() -> None:

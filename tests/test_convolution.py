@@ -429,7 +429,7 @@ def test_images_become_sites(key):
         (lambda: Convolution(shape=(0, 3)), "a length in shape is 0; it is a whole number"),
         (lambda: Convolution(size=4), r"size is 4; it is one whole number, or one for each axis"),
         (lambda: Convolution(size=(3, 3)), r"size is \(3, 3\); it is one whole number"),
-        (lambda: Patches(padding="same"), "unknown padding 'same'; it is one of circular, zeros"),
+        (lambda: Patches(padding="same"), "unknown padding 'same'; it is one of circular, valid"),
         (
             lambda: Patches((3,)).apply(jnp.ones((4, 2)), no_product, jax.random.key(0)),
             r"the signal has 4 sites, and shape is \(3,\); .* a multiple of 3",

@@ -8,7 +8,8 @@ import pytest
 from gradflow.inspection._reading.layers import layers
 from gradflow.inspection._reading.program import read
 from gradflow.inspection._theory import forcing, rules, walk
-from gradflow.inspection._theory.values import Known, Law, Product, Signal, Unknown
+from gradflow.inspection._theory.sums import Product
+from gradflow.inspection._theory.values import Known, Law, Signal, Unknown
 
 WIDTH, NETWORKS = 64, 150
 RNG = np.random.default_rng(0)

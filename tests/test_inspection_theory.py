@@ -99,14 +99,8 @@ def _largest(theory, expected, layers_read, layers_known, keys=None):
 
 # What is read at the first layer, before the block, and at the last, behind it.
 _KEYS = {"log_q", "correlation", "log_gradient_variance", "log_weight_gradient_variance"}
-# Where theory ends: what the sentence names. Blocks that come to be reached need no change here.
-_UNKNOWN = {
-    "BatchNorm": "`reduce_and`",
-    "Convolution": "`reshape`",
-    "Drive": "several draws",
-    "UnitVariance": "`reshape`",
-}
-# Functions of four variables and more are sampled, to about 1e-4 of a logarithm.
+# h' = σ(o) tanh(σ(f) c + σ(i) tanh(g)) at two inputs is an average over three gates and a cell, two
+# Gaussian variables each, that does not factorise: it is sampled, to about 1e-4 of a logarithm.
 _SAMPLED = {"LSTM": 1e-3}
 
 
@@ -132,11 +126,7 @@ def test_theory_of_a_program_with_a_block(block):
     )
     x = _inputs()
     theory, found = _read(network, x, sigma_b**2)
-    if theory.ends:
-        assert _UNKNOWN.get(name, "no end") in theory.ends
-        assert np.isnan(theory.values["log_q"][-1])
-        assert np.isnan(theory.values["log_gradient_variance"]).all()
-        pytest.skip(theory.ends)
+    assert theory.ends is None
     expected = float64.predict(network, x)
     worst = _largest(theory, expected, [0, len(found) - 1], [0, 2], _KEYS)
     assert worst < _SAMPLED.get(name, 1e-9)

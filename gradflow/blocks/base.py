@@ -144,8 +144,11 @@ class AbstractBlock(eqx.Module):
         return self.mixes_inputs
 
     @property
-    def pool_factor(self) -> int:
-        """The number of sites that it makes one of, as a mean over an input's positions does."""
+    def pool_factor(self) -> int | Fraction:
+        """The number of sites that it makes one of, as a mean over an input's positions does.
+
+        Below 1 where it makes several of one, as a transposed convolution does.
+        """
         return 1
 
     @property
@@ -191,7 +194,7 @@ class AbstractComposite(AbstractBlock):
         return any(part.mixes_sites for part in self.parts)
 
     @property
-    def pool_factor(self) -> int:
+    def pool_factor(self) -> int | Fraction:
         """The number of sites that its parts together make one of."""
         return math.prod(part.pool_factor for part in self.parts)
 

@@ -83,7 +83,7 @@ class Residual(AbstractComposite):
             raise InputError(
                 "a residual branch has no random matrix; put a Linear or Dense block into it"
             )
-        if self.branch.pool_factor > 1:
+        if self.branch.pool_factor != 1:
             raise InputError(
                 f"a residual branch makes one site of {self.branch.pool_factor}; what is added to "
                 "the signal has as many as the signal"

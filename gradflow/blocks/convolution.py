@@ -6,19 +6,26 @@ signals that a filter covers at a position are put into one vector (`Patches`), 
 are one random matrix, drawn by the samplers like any other.
 """
 
+import dataclasses
 import functools
-import itertools
 import math
-from collections.abc import Iterator
+from fractions import Fraction
+from typing import Any
 
 import equinox as eqx
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray, ScalarLike
 
 from gradflow import activations, ensembles
-from gradflow._checks import check_count, unknown_name
+from gradflow._checks import check_count
 from gradflow.activations import Activation
-from gradflow.blocks._positions import count_inputs, count_positions, lengths
+from gradflow.blocks._positions import (
+    Windows,
+    count_inputs,
+    count_positions,
+    lengths,
+    pads,
+)
 from gradflow.blocks.base import AbstractBlock, Multiply
 from gradflow.blocks.dense import AbstractLayer, Linear
 from gradflow.ensembles import Distribution
@@ -27,89 +34,86 @@ from gradflow.kernels import Gaussian, Kernel, Unknown, multiply_kernel
 
 __all__ = ["Convolution", "Flatten", "GlobalMean", "Patches"]
 
-# The signal beyond the edge, as `jax.numpy.pad` calls it.
-_PADDINGS = {"circular": "wrap", "zeros": "constant"}
-
 
 class Patches(AbstractBlock):
-    """The signals that a filter covers at each position, as one vector.
+    """The signals that a filter covers at each of its places, as one vector.
 
-    Filter element j stands for the position j - (size - 1)//2 further along (for an even size, as
-    'SAME' in XLA and PyTorch), and the units of a patch are (elements, channels), channels fastest.
-    ``padding`` is the signal beyond the edge: ``"circular"``, the other end, or ``"zeros"``. A
-    random matrix times it is a convolution (a cross-correlation, as libraries have it), stride 1.
+    At stride 1 filter element j stands for the position j - (size - 1)//2 further along (for an
+    even size, as 'SAME' in XLA and PyTorch), and the units of a patch are (elements, channels),
+    channels fastest. A random matrix times it is a convolution (a cross-correlation, as libraries
+    have it). ``padding`` is the signal beyond the edge: ``"circular"``, the other end; ``"zeros"``,
+    as many as keep the length at stride 1, and ⌈length/stride⌉ of it else ('SAME' in XLA);
+    ``"valid"``, none, with filters inside alone; or so many zeros at each end, as PyTorch's number,
+    or pairs of them for each axis. ``dilation`` is how far apart a filter's elements are, and
+    ``stride`` its places. With ``spread``, the stride of a transposed convolution, positions
+    are so far apart themselves, zeros between them, and ``padding`` is `jax.lax.conv_transpose`'s,
+    or as a number PyTorch's.
 
     Second moments over the units of a patch are the mean, over the filter's elements d, of those at
-    positions that are d further along.
+    positions that are d further along; zeros count among them.
     """
 
     shape: tuple[int, ...] = eqx.field(static=True, default=(3,), converter=lengths)
     size: int | tuple[int, ...] = eqx.field(static=True, default=1, converter=lengths)
-    padding: str = eqx.field(static=True, default="circular")
+    padding: Any = eqx.field(static=True, default="circular", converter=pads)
+    stride: int | tuple[int, ...] = eqx.field(static=True, default=1, converter=lengths)
+    dilation: int | tuple[int, ...] = eqx.field(static=True, default=1, converter=lengths)
+    spread: int | tuple[int, ...] = eqx.field(static=True, default=1, converter=lengths)
 
     def __check_init__(self) -> None:
-        count_positions(self.shape)
-        if self.padding not in _PADDINGS:
-            raise unknown_name("padding", self.padding, _PADDINGS)
-        fits = len(self.sizes) == len(self.shape)
-        if not fits or any(not 1 <= n <= m for n, m in zip(self.sizes, self.shape, strict=True)):
-            raise InputError(
-                f"size is {self.size!r}; it is one whole number, or one for each axis of shape "
-                f"{self.shape}, of at least 1 and at most its length"
-            )
+        _ = self.windows
+
+    @property
+    def windows(self) -> Windows:
+        """The positions that the filter covers at each place."""
+        return Windows(**{f.name: getattr(self, f.name) for f in dataclasses.fields(self)})
 
     @property
     def sizes(self) -> tuple[int, ...]:
         """The filter's length along each axis."""
-        if isinstance(self.size, tuple):
-            return tuple(check_count("size", n) for n in self.size)
-        return (check_count("size", self.size),) * len(self.shape)
+        return self.windows.sizes
 
     @property
     def elements(self) -> int:
         """The number of positions that a filter covers."""
-        return math.prod(self.sizes)
+        return self.windows.elements
+
+    @property
+    def out_shape(self) -> tuple[int, ...]:
+        """The number of places along each axis."""
+        return self.windows.out_shape
 
     def apply(
         self,
         signal: Float[Array, "sites n"],
         multiply: Multiply,  # noqa: ARG002
         key: PRNGKeyArray,  # noqa: ARG002
-    ) -> Float[Array, "sites patch"]:
-        """Return each position's neighbourhood, shape (inputs · positions, elements · channels)."""
+    ) -> Float[Array, "sites_out patch"]:
+        """Return each place's neighbourhood, shape (inputs · places, elements · channels)."""
         sites, channels = signal.shape
         by_position = signal.reshape(count_inputs(sites, self.shape), *self.shape, channels)
-        gathered = jnp.stack([*self._shifted(by_position, 1)], axis=-2)
-        return gathered.reshape(sites, self.elements * channels)
+        gathered = jnp.stack([*self.windows.gathered(by_position, 1)], axis=-2)
+        return gathered.reshape(-1, self.elements * channels)
 
     def kernel(self, kernel: Kernel, multiply: Multiply = multiply_kernel) -> Kernel:  # noqa: ARG002
         """Map second moments to means over the filter's elements; no Gaussian law is known then."""
-        if self.elements == 1:
+        if self.windows.trivial:
             return kernel
-        kernel = kernel.common()
-        by_position = (count_inputs(len(kernel.mean), self.shape), *self.shape)
+        kernel, places = kernel.common(), math.prod(self.out_shape)
+        inputs = count_inputs(len(kernel.mean), self.shape)
+        by_position, out = (inputs, *self.shape), inputs * places
+
+        def mean_of(x: Array, *first_axes: int) -> Array:
+            gathered = self.windows.gathered(x, *first_axes)
+            return sum(gathered, jnp.zeros((), x.dtype)) / self.elements
 
         def pairs(k: Array) -> Array:
-            shifted = self._shifted(k.reshape(by_position + by_position), 1, 1 + len(by_position))
-            return sum(shifted, jnp.zeros((), k.dtype)).reshape(k.shape) / self.elements
+            k = k.reshape(by_position + by_position)
+            return mean_of(k, 1, 1 + len(by_position)).reshape(out, out)
 
-        shifted = self._shifted(kernel.mean.reshape(by_position), 1)
-        mean = sum(shifted, jnp.zeros((), kernel.mean.dtype)).reshape(-1) / self.elements
+        mean = mean_of(kernel.mean.reshape(by_position), 1).reshape(out)
         tangent = None if kernel.tangent is None else pairs(kernel.tangent)
         return kernel.derived(pairs(kernel.covariance), mean, tangent, Unknown())
-
-    def _shifted(self, x: Array, *first_axes: int) -> Iterator[Array]:
-        """Yield x shifted to each filter element; spatial axes begin at each of the first axes."""
-        sizes = [1] * x.ndim
-        for first in first_axes:
-            sizes[first : first + len(self.sizes)] = self.sizes
-        padded = jnp.pad(x, [((n - 1) // 2, n // 2) for n in sizes], mode=_PADDINGS[self.padding])
-        for element in itertools.product(*map(range, self.sizes)):
-            index = [slice(None)] * x.ndim
-            for first in first_axes:
-                for axis, (offset, length) in enumerate(zip(element, self.shape, strict=True)):
-                    index[first + axis] = slice(offset, offset + length)
-            yield padded[tuple(index)]
 
     @property
     def homogeneous(self) -> bool:
@@ -120,6 +124,11 @@ class Patches(AbstractBlock):
     def mixes_sites(self) -> bool:
         """Whether it mixes sites: yes, a patch is of several positions."""
         return True
+
+    @property
+    def pool_factor(self) -> int | Fraction:
+        """The number of positions for each place."""
+        return self.windows.pool_factor
 
     def width_after(self, n_in: int) -> int:
         """Return the channels times the filter's elements."""
@@ -136,7 +145,16 @@ class Convolution(AbstractLayer):
 
     (Xiao et al. 2018, arXiv:1806.05393, section 2). With circular padding its mean over positions,
     and what is alike at all of them, is a dense layer's, and so is χ = σ_w² E[φ'²]; with zeros the
-    edge gets less.
+    edge gets less. ``stride``, ``dilation`` and ``padding`` are those of `Patches`.
+
+    ``transposed`` makes it the transposed convolution of that stride, which has ``stride``
+    positions for each: a filter meets k/stride signals at a time and zeros elsewhere, so that
+    second moments are 1/stride of a convolution's along each axis, in the mean over positions.
+
+    ``groups`` are of equally many channels, each with filters for its own channels alone, c of them
+    then. Theory is the limit of many channels in each. ``"depthwise"`` is one channel in each: a
+    filter meets k numbers, and signals are not Gaussian at any width; second moments and gradients
+    are the same, for the `Linear` or `Convolution` that follows without an activation between.
 
     ``delta`` is a filter that is zero but for its centre, which has Var W = σ_w²/c: with orthogonal
     weights, and no fewer channels than it takes, the delta-orthogonal initialisation that keeps
@@ -149,7 +167,7 @@ class Convolution(AbstractLayer):
     )
     shape: tuple[int, ...] = eqx.field(static=True, default=(3,), converter=lengths)
     size: int | tuple[int, ...] = eqx.field(static=True, default=3, converter=lengths)
-    padding: str = eqx.field(static=True, default="circular")
+    padding: Any = eqx.field(static=True, default="circular", converter=pads)
     units: int = eqx.field(static=True, default=100)
     sigma_w: ScalarLike = 1.0
     sigma_b: ScalarLike | None = None
@@ -158,14 +176,33 @@ class Convolution(AbstractLayer):
     mu_w: ScalarLike | None = None
     mu_b: ScalarLike | None = None
     bias_distribution: Distribution = eqx.field(static=True, default=ensembles.gaussian)
+    stride: int | tuple[int, ...] = eqx.field(static=True, default=1, converter=lengths)
+    dilation: int | tuple[int, ...] = eqx.field(static=True, default=1, converter=lengths)
+    groups: int | str = eqx.field(static=True, default=1)
+    transposed: bool = eqx.field(static=True, default=False)
 
     def __check_init__(self) -> None:
-        _ = self.patches
+        windows = self.patches.windows
+        if isinstance(self.groups, str) and self.groups != "depthwise":
+            raise InputError(
+                f"groups is {self.groups!r}; it is a whole number of at least 1, or 'depthwise'"
+            )
+        if not isinstance(self.groups, str) and self.units % check_count("groups", self.groups):
+            raise InputError(
+                f"groups is {self.groups}, and units {self.units}; it divides their number"
+            )
+        centred = windows == Windows(self.shape, self.size, self.padding)
+        if self.delta and not (centred and windows.out_shape == self.shape and self.groups == 1):
+            raise InputError(
+                "delta is True; filters that are zero but for their centre have stride, dilation "
+                "and groups of 1, and circular padding or zeros"
+            )
 
     @property
     def patches(self) -> Patches:
         """The gathering of neighbourhoods that its filter multiplies."""
-        return Patches(self.shape, self.size, self.padding)
+        places = {"spread" if self.transposed else "stride": self.stride}
+        return Patches(self.shape, self.size, self.padding, dilation=self.dilation, **places)
 
     @property
     def linear(self) -> Linear:
@@ -174,30 +211,92 @@ class Convolution(AbstractLayer):
 
     def apply(
         self, signal: Float[Array, "sites n_in"], multiply: Multiply, key: PRNGKeyArray
-    ) -> Float[Array, "sites n_out"]:
+    ) -> Float[Array, "sites_out n_out"]:
         """Return W * φ(z) + b."""
         h = self.activation(signal)
         patches = self.patches.apply(h, multiply, key)
-        if not self.delta:
-            return self.linear.apply(patches, multiply, key)
-        return self.linear.apply(h, _as_if_of(patches, multiply), key)
+        if self.delta:
+            return self.linear.apply(h, _as_if_of(patches, multiply), key)
+        if self.groups != 1:
+            multiply = _in_groups(self._count_groups(h.shape[1]), h.shape[1], multiply)
+        return self.linear.apply(patches, multiply, key)
 
     def kernel(self, kernel: Kernel, multiply: Multiply = multiply_kernel) -> Kernel:
         """Return σ_w² E[φ(u) φ(v)], averaged over the filter unless it is a delta, and σ_b²."""
         h = kernel.through(self.activation)
         patches = self.patches.kernel(h)
-        if not self.delta:
-            return self.linear.kernel(patches, multiply)
-        return self.linear.kernel(h, _as_if_of(patches, multiply))
+        if self.delta:
+            return self.linear.kernel(h, _as_if_of(patches, multiply))
+        out = self.linear.kernel(patches, multiply)
+        return out.as_function_of(patches) if self.groups == "depthwise" else out
+
+    def _count_groups(self, n_in: int) -> int:
+        """The number of groups of so many channels.
+
+        Raises
+        ------
+        InputError
+            If these cannot be in such groups.
+        """
+        groups = n_in if isinstance(self.groups, str) else self.groups
+        if n_in % groups or self.units % groups:
+            raise InputError(
+                f"a convolution of groups {self.groups!r} takes {n_in} channels and hands on "
+                f"{self.units}; the number of groups divides both"
+            )
+        if groups == n_in > 1 and self.groups != "depthwise":
+            raise InputError(
+                f"groups is {groups}, and the signal has {n_in} channels, one for each; say "
+                "'depthwise', as its theory is another one"
+            )
+        return groups
 
     @property
     def mixes_sites(self) -> bool:
         """Whether it mixes sites: yes; of a delta, in its weights' gradient alone."""
         return True
 
+    @property
+    def pool_factor(self) -> int | Fraction:
+        """The number of positions for each that it hands on."""
+        return self.patches.pool_factor
+
+    def width_after(self, n_in: int) -> int:
+        """Return the number of channels.
+
+        Raises
+        ------
+        InputError
+            If those that it gets cannot be in its groups.
+        """
+        self._count_groups(n_in)
+        return self.units
+
     def shapes(self, n_in: int) -> tuple[tuple[int, int], ...]:
-        """Return the shape of W, (channels, elements · channels of the input)."""
-        return self.linear.shapes(self.patches.width_after(n_in))
+        """Return the shape of W, (channels, elements · channels of the input, in one group)."""
+        return self.linear.shapes(self.patches.width_after(n_in // self._count_groups(n_in)))
+
+
+def _in_groups(groups: int, channels: int, multiply: Multiply) -> Multiply:
+    """Return a ``multiply`` of patches by filters that are for their own group of channels.
+
+    The filters themselves are what it draws, as their products with unit vectors.
+    """
+
+    @functools.wraps(multiply)  # with its other attributes: a step, biases
+    def multiply_groups(key: PRNGKeyArray, patches: Array, **law: Any) -> Array:
+        sites, own = len(patches), channels // groups
+        fan_in = patches.shape[1] // groups
+        filters = multiply(key, jnp.eye(fan_in, dtype=patches.dtype), **law)
+        out = jnp.einsum(
+            "skgc,kcgu->sgu",
+            patches.reshape(sites, -1, groups, own),
+            filters.reshape(-1, own, groups, filters.shape[1] // groups),
+            precision="highest",
+        )
+        return out.reshape(sites, -1)
+
+    return multiply_groups
 
 
 def _as_if_of(full_input: Array | Kernel, multiply: Multiply) -> Multiply:

@@ -122,17 +122,21 @@ def _figures(name: str, dataset: "xarray.Dataset", folder: Path) -> list[Path]:
 
 @app.command(
     cls=described_by(
-        *("sigma_w", "sigma_w2", "distribution", "sigma_b2", "input_width"),
+        *("kind", "sigma_w", "sigma_w2", "distribution", "sigma_b2", "input_width"),
         *("last", "norm", "norm_position", "keep_rate"),
+        *("heads", "key_width", "key_heads", "kappa", "ov", "score_scale", "qk_norm", "positions"),
+        *("causal", "ffn_width", "ffn_weights", "gated", "scale", "embedding"),
         batch=4,
         activation="logistic",
         weights="unscaled",
         sigma_b=None,
         width=200,
         depth=30,
+        tokens=8,
     ),
     epilog="Examples:\n\n"
     "- `gradflow remedies`\n"
+    "- `gradflow remedies --network transformer --norm-position post --depth 24`\n"
     "- `gradflow remedies --activation relu --weights glorot --depth 50`\n"
     "- `gradflow remedies --activation tanh --sigma-w 2 --norm layer --width 100 --json`\n"
     "- `gradflow remedies --activation tanh --data inputs.npy --inputs 8`",
@@ -148,14 +152,21 @@ def remedies(
 
     Each remedy's theory and simulation at the start of training, ranked by the depth that trains.
     An input has as many components as a layer has units, unless --input, --data or --input-width
-    says otherwise.
+    says otherwise. A transformer is PyTorch's without other options: ReLU, its weights, post-LN.
     """
     from gradflow import _schema, figures  # noqa: PLC0415  (JAX is slow to import)
     from gradflow import remedies as remedies_of  # noqa: PLC0415
 
     described = network_options(context)
+    kind = described.get("kind", "mlp")
     check_count("networks", networks, 2)
-    check_count("inputs", context.params["batch"], 4)
+    if kind == "mlp":
+        check_count("inputs", context.params["batch"], 4)
+    else:
+        usual = {"activation": "relu", "norm_position": "post"}
+        if not described.keys() & {"weights", "sigma_w", "sigma_w2"}:
+            usual["weights"] = "torch"
+        described = usual | described
     check_depth(check_count("depth", described["depth"], 3))
     check_deviation("sigma_b", context.params["sigma_b"] or 0.0)
     check_count("width", described["width"], 2)
@@ -164,13 +175,18 @@ def remedies(
     inputs = chosen_inputs(context, described)
     _, sick = _schema.arguments_of(described)
     sick |= {name: described[name] for name in ("width", "depth")}
-    del sick["widths"]
+    sick = {name: v for name, v in sick.items() if name not in ("widths", "input_width")}
     folder = results_folder(
         context, *(name for name in ("activation", "weights") if name in described), out=out
     )
     with show_progress() as report:
         ranked = remedies_of.run(
-            **sick, inputs=inputs.rows, networks_each=networks, seed=seed, progress=report
+            **sick,
+            kind=kind,
+            inputs=inputs.rows,
+            networks_each=networks,
+            seed=seed,
+            progress=report,
         )
     outcomes = (ranked.sick, *ranked.outcomes)
     datasets = {o.remedy.name: o.comparison.to_xarray() for o in outcomes}

@@ -38,7 +38,7 @@ LARGEST_DEVIATION = 1e150
 # Names that options of the schema have beside their own.
 _OTHER_NAMES = {"batch": ("--inputs",), "kind": ("--network",)}
 # What commands draw of a kind of networks, in place of their own defaults.
-_DEFAULTS_OF_KINDS = {"transformer": {"width": 128, "depth": 12}}
+_DEFAULTS_OF_KINDS = {"transformer": {"width": 128, "depth": 6}}
 # The width from which on the inputs of commands are images, unless others are asked for.
 _WIDTH_OF_IMAGES = 64
 

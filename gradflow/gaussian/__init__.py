@@ -20,8 +20,17 @@ from gradflow.gaussian._moments import (
 from gradflow.gaussian._pairs import derivative_kernel, hermite_coefficients, kernel
 from gradflow.gaussian._quadrature import expectation, expectation_with_error, nodes
 from gradflow.gaussian._shifted import shifted_kernel, shifted_moment, shifted_saturation
+from gradflow.gaussian._softmax import (
+    LARGEST_SCORE_VARIANCE,
+    SoftmaxRows,
+    softmax_entropy,
+    softmax_largest,
+    softmax_rows,
+)
 
 __all__ = ["Moments", "check", "derivative_kernel", "expectation", "expectation_with_error"]
 __all__ += ["growth", "hermite_coefficients", "kernel", "log_limits", "moment", "moments"]
 __all__ += ["nodes", "saturation", "shifted_kernel", "shifted_moment", "shifted_saturation"]
 __all__ += ["some_moments"]
+__all__ += ["LARGEST_SCORE_VARIANCE", "SoftmaxRows", "softmax_entropy", "softmax_largest"]
+__all__ += ["softmax_rows"]

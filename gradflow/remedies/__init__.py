@@ -8,7 +8,7 @@ change nothing.
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from numbers import Integral
 from typing import Any
@@ -28,10 +28,16 @@ from gradflow.ensembles import Ensemble
 from gradflow.errors import InputError
 from gradflow.networks import Network
 from gradflow.predictions import Prediction
+from gradflow.remedies import _transformers
 from gradflow.remedies._table import ALL, AS_IT_IS, Remedy, SickNetwork
 from gradflow.simulation import jacobians, singular_values
 
 __all__ = ["ALL", "Outcome", "Remedies", "Remedy", "SickNetwork", "proposals", "run"]
+
+# What remedies there are for: layers of weights, and transformers.
+_KINDS = ("mlp", "transformer")
+# What an `mlp` may have beside its weights and activation.
+_OPTIONS = ("norm", "norm_position", "keep_rate", "last")
 
 # Networks train up to a depth of 6 ξ (Schoenholz et al. 2017, arXiv:1611.01232, section 5).
 _TRAINABLE = 6.0
@@ -107,9 +113,10 @@ def run(
     weights: Ensemble | str = "unscaled",
     *,
     sigma_b: float | None = None,
+    kind: str = "mlp",
     width: int = 200,
     depth: int = 30,
-    inputs: int | ArrayLike = 8,
+    inputs: int | ArrayLike | None = None,
     networks_each: int = 200,
     seed: int = 0,
     progress: _Progress | None = None,
@@ -121,12 +128,15 @@ def run(
     ----------
     activation, weights, sigma_b
         Of the sick network; the note's, the logistic with N(0, 1) weights, without them.
+    kind
+        What it is: mlp, or transformer.
     width, depth
         Units a layer, and layers.
     inputs
         Those that go through each network, shape (inputs, components), or how many digit images,
         resized to as many components as units: at least 4, the least batch that BatchNorm's theory
-        has an answer for.
+        has an answer for; 8 without it. Of a transformer, shape (inputs · tokens, components), or
+        how many inputs of uncorrelated tokens; 1 without it.
     networks_each
         How many networks to draw for each remedy, at least 2.
     seed
@@ -135,7 +145,7 @@ def run(
         Called with (remedy, networks done, networks in all).
     options
         Others of the sick network, by their names in `builders.mlp`: norm, norm_position,
-        keep_rate, last.
+        keep_rate, last; or in `builders.transformer`, any of them.
 
     Raises
     ------
@@ -144,13 +154,11 @@ def run(
     """
     width, depth = check_count("width", width, 2), check_count("depth", depth, 3)
     check_count("networks_each", networks_each, 2)
-    if isinstance(inputs, Integral | bool):
-        inputs = data.inputs(width, input="digits", batch=check_count("inputs", inputs, 4))
-    x = as_real("inputs", inputs)
-    if x.ndim != 2 or len(x) < 4:
+    x = _inputs(inputs, width, options.get("tokens", 1))
+    if x.ndim != 2 or len(x) < (4 if kind == "mlp" else 1):
         raise InputError(f"inputs has shape {x.shape}; it is (inputs, components), at least 4")
-    options["inputs"] = x.shape[1]
-    proposed, missing = proposals(activation, weights, width, depth, sigma_b=sigma_b, **options)
+    options |= {"sigma_b": sigma_b, "kind": kind, "inputs": x}
+    proposed, missing = proposals(activation, weights, width, depth, **options)
     key = from_seed(seed)
     size = _size(proposed[0][1])
 
@@ -175,24 +183,35 @@ def run(
     return Remedies(sick, tuple(ranked), missing)
 
 
+def _inputs(inputs: int | ArrayLike | None, width: int, tokens: int) -> np.ndarray:
+    """The inputs that are given, or so many that are made."""
+    least, usual, made = (4, 8, "digits") if tokens == 1 else (1, 1, "cosines")
+    inputs = usual if inputs is None else inputs
+    if isinstance(inputs, Integral | bool):
+        batch = check_count("inputs", inputs, least)
+        return data.inputs(width, input=made, batch=batch, tokens=tokens)
+    return np.asarray(as_real("inputs", inputs))
+
+
 def proposals(
     activation: ActivationLike,
     weights: Ensemble | str,
     width: int,
     depth: int,
     *,
+    kind: str = "mlp",
     sigma_b: float | None = None,
-    inputs: int | None = None,
+    inputs: np.ndarray | None = None,
     **options: Any,
 ) -> tuple[list[tuple[Remedy, Network]], dict[str, str]]:
     """The sick network and the networks of all remedies, and why other remedies do not apply.
 
     Parameters
     ----------
-    activation, weights, sigma_b, width, depth, options
+    activation, weights, sigma_b, kind, width, depth, options
         As for `run`.
     inputs
-        Components of an input; as many as a layer has units without it.
+        Shape (inputs, components), of as many components as a layer has units without it.
 
     Raises
     ------
@@ -200,14 +219,27 @@ def proposals(
         If a number is out of range or a name is unknown.
     """
     phi, ensemble = activations.get(activation), ensembles.get(weights)
-    allowed = ("norm", "norm_position", "keep_rate", "last")
-    for name in options:
-        if name not in allowed:
-            raise unknown_name("option", name, allowed)
-    sick = SickNetwork(phi, ensemble, width, depth, sigma_b, inputs, options=options)
-    applicable = [(AS_IT_IS, sick.mlp())]
+    if kind not in _KINDS:
+        raise unknown_name("kind", kind, _KINDS)
+    components = None if inputs is None else inputs.shape[1]
+    sick: Any
+    if kind == "mlp":
+        for name in options:
+            if name not in _OPTIONS:
+                raise unknown_name("option", name, _OPTIONS)
+        table: Sequence[Remedy] = ALL
+        sick = SickNetwork(phi, ensemble, width, depth, sigma_b, components, options=options)
+        as_it_is = sick.mlp()
+    else:
+        table, tokens = _transformers.ALL, check_count("tokens", options.get("tokens"))
+        own = {"activation": phi, "weights": ensemble, "width": width, "depth": depth}
+        own |= {"sigma_b": sigma_b, "input_width": components, **options}
+        x = data.inputs(width, tokens=tokens) if inputs is None else inputs
+        sick = _transformers.SickTransformer(own, x)
+        as_it_is = sick.made()
+    applicable = [(AS_IT_IS, as_it_is)]
     missing: dict[str, str] = {}
-    for remedy in ALL:
+    for remedy in table:
         try:
             network = remedy.make(sick)
         except InputError as error:

@@ -57,7 +57,8 @@ class WeightSpec(NamedTuple):
     distribution: Distribution
     dtype: jnp.dtype
     sigma_w: Any
-    mu_w: Any = None
+    mu_w: Any
+    rows: int  # of what it multiplies
 
 
 def weight_specs(
@@ -81,8 +82,9 @@ def weight_specs(
         full_input: Array | None = None,
     ) -> Array:
         del full_input
-        specs.append(WeightSpec(key, (width, x.shape[1]), distribution, x.dtype, sigma_w, mu_w))
-        return jnp.zeros((x.shape[0], width), x.dtype)
+        rows, n_in = x.shape
+        specs.append(WeightSpec(key, (width, n_in), distribution, x.dtype, sigma_w, mu_w, rows))
+        return jnp.zeros((rows, width), x.dtype)
 
     recorder = _Multiply(product, key)
     given = recorder.bias
@@ -100,14 +102,17 @@ class MatrixSampler(NamedTuple):
     """How weight matrices are made: hashable, so that it is a static argument."""
 
     sampler: str
-    places: tuple[int, int] | None  # of ``matrix_free``, for products with W and with Wᵀ
+    places: tuple[int, int] | None  # of ``matrix_free``: how many products with W and with Wᵀ
 
     def __call__(self, spec: WeightSpec) -> Matrix:
         """Make the matrix, with entries of variance 1."""
         law = spec.key, spec.shape, spec.distribution, spec.dtype
         if self.sampler == "dense":
             return _matrices.drawn(*law)
-        return _matrices.deferred(*law, places=self.places)
+        if self.places is None:
+            return _matrices.deferred(*law)
+        up, down = self.places
+        return _matrices.deferred(*law, places=(up * spec.rows, down * spec.rows))
 
 
 def matrix_sampler(

@@ -225,7 +225,7 @@ def _shared_matrices(piece: _Piece, sampler: str, signal: Array) -> tuple[Matrix
         return ()
     if piece.weights is not None:
         return tuple(map(Drawn, piece.weights.matrices))
-    places = piece.stage.repeats * len(signal)
+    places = piece.stage.repeats
     first = jax.tree.map(lambda leaf: leaf[0], piece.keys)
     return _linearisation.weight_matrices(
         piece.stage.block, MatrixSampler(sampler, (places, places)), first, signal

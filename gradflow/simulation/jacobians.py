@@ -8,6 +8,7 @@ depend on earlier products, as in Golub-Kahan's algorithm, and each product come
 with the Jacobian that remembers it, which makes the next one.
 """
 
+import dataclasses
 import functools
 import itertools
 import math
@@ -86,16 +87,17 @@ class Jacobian(eqx.Module):
         """(sites, n_m)."""
         last = self.layers[-1]
         sites, width = last.point.signal.shape[-2:]
-        return sites // last.block.pool_factor, last.block.width_after(width)
+        return int(sites // last.block.pool_factor), last.block.width_after(width)
 
     def with_places(self, more: int) -> "Jacobian":
         """Return the Jacobian with places for ``more`` tangents and cotangents each in addition."""
-        each = more * self.tangent_shape[0]
-        return jax.tree.map(
-            lambda leaf: leaf.with_places(each) if isinstance(leaf, Matrix) else leaf,
-            self,
-            is_leaf=lambda leaf: isinstance(leaf, Matrix),
-        )
+
+        def larger(layers: _Layers) -> _Layers:
+            products = zip(layers.matrices, layers.point.products, strict=True)
+            matrices = tuple(m.with_places(more * product.shape[-2]) for m, product in products)
+            return dataclasses.replace(layers, matrices=matrices)
+
+        return dataclasses.replace(self, layers=tuple(map(larger, self.layers)))
 
     def times(self, tangents: Float[Array, "k sites n_in"]) -> _Product:
         """Return J v for each tangent v.
@@ -230,11 +232,7 @@ def draw(
         check_weights(network, weights)
         sampler = "dense"
     below, above = _checked_stretch(network, below, above)
-    sites = inputs.shape[0]
-    places = (
-        sites * (1 + check_count("tangents", tangents, 0)),
-        sites * check_count("cotangents", cotangents, 0),
-    )
+    places = 1 + check_count("tangents", tangents, 0), check_count("cotangents", cotangents, 0)
     make = matrix_sampler(sampler, network, places)
     keys = jax.random.split(key, network.depth + 1)[1:]
     signal, layers, first = inputs, [], 0

@@ -109,7 +109,7 @@ def sampled_partial_norms(
         If a layer merges sites, as a mean over positions does, or the sampler is unknown.
     """
     inputs, key = as_inputs(inputs, network), as_key(key)
-    if any(stage.block.pool_factor > 1 for stage in network.stages):
+    if any(stage.block.pool_factor != 1 for stage in network.stages):
         raise InputError(
             "sampled_partial_norms is of layers with equally many sites, and a layer of this "
             "network merges positions; use it for the convolutions alone"

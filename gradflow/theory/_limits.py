@@ -188,8 +188,9 @@ def _forward_limits(network: Network, runs: Sequence[Kernel]) -> list[ForwardLim
         law = kernels.distribution
         if not values:
             return None
-        law = law if isinstance(law, Shifted) else Shifted.at(jnp.zeros_like(kernels.mean))
-        return law.with_values(values)
+        if not isinstance(law, Shifted):
+            law = jax.vmap(Shifted.at)(jnp.zeros_like(kernels.mean))
+        return jax.vmap(lambda law: law.with_values(values))(law)
 
     return [
         ForwardLimit(

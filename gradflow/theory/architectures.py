@@ -173,7 +173,7 @@ def convolution_modes(patches: Patches) -> Float[Array, "*shape"]:
     Raises
     ------
     InputError
-        If the padding is not circular: zeros have no Fourier modes.
+        If the padding is not circular (zeros have no Fourier modes), or there is a stride.
 
     References
     ----------
@@ -183,7 +183,14 @@ def convolution_modes(patches: Patches) -> Float[Array, "*shape"]:
         raise InputError(
             f"padding is {patches.padding!r}; Fourier modes are those of circular padding"
         )
-    filter_ = jnp.zeros(patches.shape).at[tuple(map(slice, patches.sizes))].set(1)
+    if patches.stride != 1 or patches.spread != 1:
+        raise InputError(
+            "patches have a stride; Fourier modes are those of filters at every position"
+        )
+    each = patches.dilation if isinstance(patches.dilation, tuple) else None
+    steps = each or (patches.dilation,) * len(patches.shape)
+    places = tuple(slice(0, n * d, d) for n, d in zip(patches.sizes, steps, strict=True))
+    filter_ = jnp.zeros(patches.shape).at[places].set(1)
     return jnp.abs(jnp.fft.fftn(filter_)) / patches.elements
 
 

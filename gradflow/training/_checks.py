@@ -1,7 +1,6 @@
 """Checks of the arguments of `train`: an error says in one sentence what is wrong."""
 
 import dataclasses
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -83,7 +82,7 @@ def _check_alike(laws: tuple[Network, ...]) -> None:
 
 def _checked_singular_values(count: int, network: Network) -> int:
     """The number of singular values to record, if an input's Jacobian has as many."""
-    positions = math.prod(stage.block.pool_factor for stage in network.stages)
+    positions = network.positions
     most = min(positions * network.input_width, network.widths[-1])
     if check_count("singular_values", count, 0) > most:
         raise InputError(
@@ -135,7 +134,7 @@ def checked_settings(
 def _checked_samples(whose: str, inputs: ArrayLike, labels: ArrayLike, network: Network) -> Data:
     """Samples that fit the network; in messages ``whose`` stands before their name."""
     x, classes = np.asarray(as_numbers(f"{whose}inputs", inputs)), np.asarray(labels)
-    positions = math.prod(stage.block.pool_factor for stage in network.stages)
+    positions = network.positions
     width, units = network.input_width, network.widths[-1]
     if x.ndim != 2 or not len(x) or x.shape[1] != positions * width:
         of_positions = f" ({positions} positions of {width})" if positions > 1 else ""

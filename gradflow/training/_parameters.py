@@ -3,7 +3,6 @@
 import dataclasses
 import functools
 import itertools
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -54,7 +53,7 @@ def initial_weights(
     if not jnp.issubdtype(dtype, jnp.floating):
         raise InputError(f"dtype is {dtype!r}; it is a float type")
     keys = jax.random.split(as_key(key), network.depth + 1)[1:]
-    sites = 2 * math.prod(stage.block.pool_factor for stage in network.stages)
+    sites = 2 * network.positions
     weights, first = [], 0
     for stage, n_in in zip(network.stages, network.stage_widths[:-1], strict=True):
         draw = functools.partial(_drawn, stage, jnp.zeros((sites, n_in), dtype))
@@ -62,7 +61,7 @@ def initial_weights(
         # One layer after another, so that a deep stage takes no longer to compile.
         weights.append(draw(of_stage[0]) if stage.tied else jax.lax.map(draw, of_stage))
         first += stage.repeats
-        sites //= stage.block.pool_factor
+        sites = int(sites // stage.block.pool_factor)
     return tuple(weights)
 
 

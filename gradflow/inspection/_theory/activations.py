@@ -14,7 +14,7 @@ from gradflow import activations
 from gradflow._programs import Float64Program
 from gradflow.activations import Activation
 from gradflow.inspection._theory.nodes import Node, constant
-from gradflow.inspection._theory.values import NoRule, absolute
+from gradflow.inspection._theory.sums import NoRule, absolute
 
 __all__ = ["activation_of"]
 

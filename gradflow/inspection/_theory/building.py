@@ -17,23 +17,20 @@ from gradflow.inspection._theory.nodes import (
     of_function,
     variable,
 )
-from gradflow.inspection._theory.values import (
+from gradflow.inspection._theory.sums import (
     Field,
-    Known,
     Leaf,
     Map,
     NoRule,
     Part,
     Piece,
     Product,
-    Signal,
     Sum,
-    Value,
-    Weights,
     apart,
     identity,
     selection,
 )
+from gradflow.inspection._theory.values import Known, Signal, Value, Weights
 
 __all__ = ["as_field", "check_sites", "fresh", "lifted", "made_by", "patches", "piece_of"]
 __all__ += ["weights_of_zero"]
@@ -155,7 +152,7 @@ def as_field(weights: Weights, units: tuple[int, ...]) -> Sum:
         raise NoRule("a parameter is used in two ways")
     if key not in known:
         # A bias is a small part of what it is added to; a mask is not.
-        gaussian = leaf != "noise"
+        gaussian = leaf != "noise" or weights.gaussian
         known[key] = Field(weights.variance * same, gaussian=gaussian, tie=weights.tie)
     return Sum(constant_, {known[key]: identity(sites)})
 

@@ -17,14 +17,13 @@ import numpy as np
 from gradflow.inspection._reading.layers import ELEMENTWISE, SHAPES
 from gradflow.inspection._reading.program import Equation
 from gradflow.inspection._theory.moving import rearranged
+from gradflow.inspection._theory.sums import NoRule, Sum
 from gradflow.inspection._theory.values import (
     Flattened,
     Groups,
     Known,
     Noise,
-    NoRule,
     Signal,
-    Sum,
     Unknown,
     Value,
 )
@@ -39,6 +38,7 @@ _draws = itertools.count()
 _BITWISE = frozenset({
     "and", "bitcast_convert_type", "or", "shift_left", "shift_right_logical", "xor",
 })  # fmt: skip
+_CASTS = ("convert_element_type", "copy", "copy_p", "reduce_precision")
 _OF_KEYS = ("random_", "threefry2x32")
 
 
@@ -52,6 +52,8 @@ def through(
         made = _noise(apply, equation, values, shapes)
         if made is not None:
             return made
+    if equation.inner is not None:  # each of its own equations
+        return None
     if any(isinstance(value, Groups) for value in values):
         return [_by_groups(apply, equation, values, shapes[0])]
     if any(isinstance(value, Flattened) for value in values) and equation.primitive != "reshape":
@@ -255,7 +257,8 @@ def _drawn(equation: Equation, shape: tuple[int, ...]) -> Noise:
         return Noise(shape, frozenset(), None, next(_draws))
     width = equation.params["bit_width"]
     values = (np.arange(_BITS, dtype=np.uint64) * 2 + 1) << np.uint64(width - _BITS.bit_length())
-    return Noise(shape, frozenset(range(len(shape))), values.astype(f"uint{width}"), next(_draws))
+    varying = frozenset(i for i, n in enumerate(shape) if n > 1)
+    return Noise(shape, varying, values.astype(f"uint{width}"), next(_draws))
 
 
 def _noise(
@@ -288,8 +291,38 @@ def _noise(
             made: Any = equation.evaluate(*_alike(name, arguments, dtypes[0]))[0]
         else:
             made = equation.evaluate(*jnp.broadcast_arrays(*(_common(arguments))))[0]
+    array = np.asarray(made)
+    if array.size and (array == array[0]).all():  # as behind a factor of 0
+        return [Known(np.broadcast_to(array[0], shapes[0]))]
     chance = noises[0].chance if name == "convert_element_type" else _chance(name, arguments)
-    return [Noise(shapes[0], noises[0].varying, np.asarray(made), noises[0].tie, chance)]
+    normal = _normal(name, values, arguments)
+    return [Noise(shapes[0], noises[0].varying, array, noises[0].tie, chance, normal)]
+
+
+def _normal(name: str, values: Sequence[Value], arguments: list[Any]) -> tuple[float, float] | None:
+    """Mean and standard deviation of erf⁻¹ of what is uniform, and of what is linear in it."""
+    if name == "erf_inv":
+        even = (np.arange(_BITS) + 0.5) / _BITS * 2 - 1
+        uniform = np.abs(np.asarray(arguments[0], np.float64) - even).max() < 1e-5
+        return (0.0, 0.5**0.5) if uniform else None
+    laws = [v.normal if isinstance(v, Noise) else None for v in values]
+    if laws[0] is not None and name in _CASTS:
+        return laws[0]
+    if len(laws) != 2 or laws.count(None) != 1:
+        return None
+    place = 0 if laws[1] is None else 1
+    mean, deviation = laws[place]  # type: ignore[misc]
+    other = float(arguments[1 - place][0])
+    match name:
+        case "mul":
+            return mean * other, abs(deviation * other)
+        case "div" if place == 0:
+            return mean / other, abs(deviation / other)
+        case "add":
+            return mean + other, deviation
+        case "sub":
+            return (mean - other if place == 0 else other - mean), deviation
+    return None
 
 
 def _chance(name: str, arguments: list[Any]) -> float | None:

@@ -21,7 +21,7 @@ from gradflow.inspection._theory import sampling
 from gradflow.inspection._theory.activations import activation_of
 from gradflow.inspection._theory.expectations import SiteAverages
 from gradflow.inspection._theory.over_sites import Normalised
-from gradflow.inspection._theory.values import (
+from gradflow.inspection._theory.sums import (
     Field,
     NoRule,
     Part,

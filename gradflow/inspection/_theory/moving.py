@@ -7,6 +7,7 @@ import dataclasses
 import functools
 import itertools
 import math
+import operator
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -16,22 +17,24 @@ from scipy import sparse
 
 from gradflow.inspection._reading.program import Equation
 from gradflow.inspection._theory.building import as_field
-from gradflow.inspection._theory.values import (
+from gradflow.inspection._theory.sums import (
     Field,
-    Flattened,
-    Groups,
-    Known,
-    Noise,
     NoRule,
     Origin,
     Piece,
     Product,
-    Signal,
     Sum,
-    Value,
-    Weights,
     identity,
     selection,
+)
+from gradflow.inspection._theory.values import (
+    Flattened,
+    Groups,
+    Known,
+    Noise,
+    Signal,
+    Value,
+    Weights,
 )
 
 __all__ = ["concatenate", "gather", "moved", "of_units", "split", "stack", "units_as_sites"]
@@ -52,9 +55,15 @@ def moved(equation: Equation, values: Sequence[Value], shapes: Sequence[tuple[in
     if equation.primitive == "reshape" and isinstance(value, Flattened):
         value = value.signal
     if isinstance(value, Signal) and equation.primitive == "reshape":
-        axis = _flattening(value, shapes[0])
-        if axis is not None:
-            return Flattened(shapes[0], axis, value)
+        found = _flattening(value, shapes[0])
+        if found is not None:
+            axis, opened = found
+            signal = rearranged(value, lambda array: array.reshape(opened), opened)
+            assert isinstance(signal, Signal)
+            repeated = _repeated_units(signal, range(axis, axis + len(opened) - len(shapes[0]) + 1))
+            if repeated is None:
+                return Flattened(shapes[0], axis, signal)
+            value = repeated
     return rearranged(value, functools.partial(move, equation, known), shapes[0], fill)
 
 
@@ -119,9 +128,10 @@ def rearranged(value: Value, move: Move, shape: tuple[int, ...], fill: float = 0
         units = tuple(i for i in value.units if i < len(shape))
     first = tuple(0 if i in units else slice(None) for i in range(site.ndim))
     sum_ = value.sum
-    if len(np.unique(kept)) != len(kept):
-        raise NoRule("units are repeated")
-    if len(kept) != value.width:
+    count = np.unique(kept, return_counts=True)[1]
+    if np.ptp(count):
+        raise NoRule("some units are repeated")
+    if len(kept) != value.width or count[0] > 1:
         sum_ = of_units(sum_, ("units", kept.tobytes()), len(kept) / value.width)
     sites = site[first].reshape(-1) - 1
     sum_ = sum_.taken(sites)
@@ -152,19 +162,50 @@ def _varies(numbers: np.ndarray, axis: int) -> bool:
     return bool((numbers.max(axis=axis) > low).any())
 
 
-def _flattening(value: Signal, shape: tuple[int, ...]) -> int | None:
-    """The axis that a reshape makes of neighbouring axes of sites and units, if it does."""
-    gone = len(value.shape) - len(shape)
-    if gone < 1:
-        return None
-    for axis in range(len(shape)):
-        behind = axis + gone + 1
-        merged = range(axis, behind)
-        if (value.shape[:axis], value.shape[behind:]) == (shape[:axis], shape[axis + 1 :]):
-            several = [i for i in merged if value.shape[i] > 1]
-            if len({i in value.units for i in several}) == 2:
-                return axis
-    return None
+def _flattening(value: Signal, shape: tuple[int, ...]) -> tuple[int, tuple[int, ...]] | None:
+    """The axis that a reshape makes of sites and units, and the shape with these axes for it."""
+    found = None
+    for old, new in _grouped_axes(value.shape, shape):
+        several = [i for i in old if value.shape[i] > 1]
+        into = [i for i in new if shape[i] > 1]
+        if len({i in value.units for i in several}) < 2 or len(into) != 1:
+            continue
+        if found is not None:
+            return None
+        (axis,) = into
+        before = tuple(value.shape[i] for i in several)
+        found = axis, (*shape[:axis], *before, *shape[axis + 1 :])
+    return found
+
+
+def _grouped_axes(old: Sequence[int], new: Sequence[int]) -> list[tuple[range, range]]:
+    """The fewest neighbouring axes of two shapes that have equally many elements."""
+    ends = [{n: i + 1 for i, n in enumerate(itertools.accumulate(x, operator.mul))}
+            for x in (old, new)]  # fmt: skip
+    cuts = [(0, 0), *((ends[0][n], ends[1][n]) for n in sorted(set(ends[0]) & set(ends[1])))]
+    return [(range(i, k), range(j, m)) for (i, j), (k, m) in itertools.pairwise(cuts)]
+
+
+def _repeated_units(value: Signal, merged: Sequence[int]) -> Signal | None:
+    """The signal with sites that become units among them, where all of these are the same."""
+    new = [i for i in merged if i not in value.units and value.shape[i] > 1]
+    many = math.prod(value.shape[i] for i in new)
+    index = np.arange(value.sum.sites).reshape(value.site_shape)
+    places = [value.site_axes.index(i) for i in new]
+    rows = np.moveaxis(index, places, range(len(places))).reshape(many, -1)
+    first, *others = (value.sum.taken(row) for row in rows)
+    for other in others:
+        differ = [abs(map_ - other.parts[part]).max() if part in other.parts else 1.0
+                  for part, map_ in first.parts.items()]  # fmt: skip
+        if (
+            any(differ)
+            or len(other.parts) != len(differ)
+            or (other.constant != first.constant).any()
+        ):
+            return None
+    units = tuple(sorted((*value.units, *new)))
+    key = "repeated", tuple(units.index(i) for i in new), many
+    return Signal(value.shape, units, of_units(first, key, float(many)))
 
 
 def _moved_weights(value: Weights, move: Move) -> Weights:

@@ -19,7 +19,7 @@ from gradflow.gaussian import _batch
 from gradflow.inspection._theory.activations import activation_of
 from gradflow.inspection._theory.nodes import constant, multiply, of_function, variable
 from gradflow.inspection._theory.sampling import of_draws
-from gradflow.inspection._theory.values import NoRule, Piece, Sum
+from gradflow.inspection._theory.sums import NoRule, Piece, Sum
 
 __all__ = ["Normalised"]
 

@@ -17,8 +17,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from gradflow.inspection._reading.layers import ELEMENTWISE, SHAPES
-from gradflow.inspection._reading.program import Equation, definition, on_host
-from gradflow.inspection._theory import compound, forcing, moving, windows
+from gradflow.inspection._reading.program import Equation, Program, definition, on_host, read
+from gradflow.inspection._theory import attention, compound, forcing, moving, windows
 from gradflow.inspection._theory.building import (
     as_field,
     check_sites,
@@ -30,19 +30,9 @@ from gradflow.inspection._theory.building import (
     weights_of_zero,
 )
 from gradflow.inspection._theory.nodes import multiply
-from gradflow.inspection._theory.values import (
-    KNOWN,
-    Known,
-    NoRule,
-    Product,
-    Signal,
-    Sum,
-    Unknown,
-    Value,
-    Weights,
-    absolute,
-    selection,
-)
+from gradflow.inspection._theory.recorded import in_float64
+from gradflow.inspection._theory.sums import NoRule, Product, Sum, absolute, selection
+from gradflow.inspection._theory.values import KNOWN, Known, Signal, Unknown, Value, Weights
 
 __all__ = ["RULES", "apply", "lifted"]
 
@@ -50,9 +40,16 @@ Rule: TypeAlias = Callable[[Equation, Sequence[Value], Sequence[tuple[int, ...]]
 
 
 def apply(
-    equation: Equation, values: Sequence[Value], shapes: Sequence[tuple[int, ...]]
+    equation: Equation,
+    values: Sequence[Value],
+    shapes: Sequence[tuple[int, ...]],
+    *,
+    recorded: bool = True,
 ) -> list[Value]:
-    """The values of an equation's outputs, `Unknown` where there is no rule or it has no answer."""
+    """The values of an equation's outputs, `Unknown` where there is no rule or it has no answer.
+
+    ``recorded`` False leaves out what is only recorded (`attention`).
+    """
     for value in values:
         if isinstance(value, Unknown):
             return [value] * len(shapes)
@@ -62,7 +59,8 @@ def apply(
         return [Unknown(f"theory ends at {where}: {reason}")] * len(shapes)
 
     try:
-        several = compound.through(apply, equation, values, shapes)
+        several = attention.through(apply, equation, values, shapes) if recorded else None
+        several = several or compound.through(apply, equation, values, shapes)
         if several is not None:
             return several
         if all(isinstance(value, Known) for value in values):
@@ -96,19 +94,7 @@ class _Function:
 
     def __call__(self, *arguments: Any) -> Any:
         """Its value for arrays, or numbers, in JAX."""
-        equation = self.equation
-        arrays = jnp.broadcast_arrays(*(_as_float64(x) for x in arguments))
-        if equation.primitive in ("copy", "copy_p", "reduce_precision"):
-            return arrays[0]
-        if equation.primitive == "convert_element_type":
-            kind = equation.params["new_dtype"]
-            return arrays[0].astype(jnp.float64 if jnp.issubdtype(kind, jnp.floating) else kind)
-        return equation.evaluate(*arrays)[0]
-
-
-def _as_float64(x: Any) -> Any:
-    x = jnp.asarray(x)
-    return x.astype(jnp.float64) if jnp.issubdtype(x.dtype, jnp.floating) else x
+        return in_float64(self.equation, *arguments)[0]
 
 
 def _evaluated(equation: Equation, arrays: Sequence[np.ndarray]) -> list[np.ndarray]:
@@ -119,7 +105,7 @@ def _evaluated(equation: Equation, arrays: Sequence[np.ndarray]) -> list[np.ndar
         if equation.inner is not None:
             values = [Known(on_host(x)) for x in arrays]
             return [v.value for v in _inner(equation, values) if isinstance(v, Known)]
-        return [on_host(out) for out in equation.evaluate(*map(_as_float64, arrays))]
+        return [on_host(out) for out in in_float64(equation, *arrays)]
 
 
 def _inner(equation: Equation, values: Sequence[Value]) -> list[Value]:
@@ -177,8 +163,38 @@ def _derivative_is_its_own(one: _ByText) -> bool:
     return all(np.allclose(x, y, rtol=1e-3, atol=1e-3) for x, y in pairs)
 
 
+def _unit_rows(x: Any) -> tuple[Any, Any]:
+    square = jnp.sum(jnp.square(x), axis=1, keepdims=True)
+    return x * jax.lax.rsqrt(square), jnp.log(square[:, 0]) / 2
+
+
+# What gradflow's own functions are, less the care that they take of the ends of a float's range.
+_PLAIN = {"unit_rows": _unit_rows}
+
+
+@functools.lru_cache(maxsize=256)
+def _plain(one: _ByText) -> Program | None:
+    """A function of gradflow's own without its care; None of all others."""
+    equation = one.equation
+    plain = _PLAIN.get(equation.calls[-1] if equation.calls else "")
+    if plain is None or equation.inner is None:
+        return None
+    avals = [equation.inner.avals[i] for i in equation.inner.arguments["inputs"]]
+    with jax.enable_x64(True):
+        given = [
+            jnp.asarray(np.random.default_rng(0).standard_normal(a.shape), a.dtype) for a in avals
+        ]
+        pairs = zip(equation.evaluate(*given), plain(*given), strict=True)
+        if not all(a.shape == b.shape and np.allclose(a, b, rtol=1e-5) for a, b in pairs):
+            return None
+        return read(lambda inputs: plain(*inputs), inputs=given)
+
+
 def custom(equation: Equation, values: Sequence[Value], shapes: Sequence[tuple[int, ...]]) -> Any:  # noqa: ARG001
     """A function with its own derivative, by its definition."""
+    plain = _plain(_ByText(equation))
+    if plain is not None:
+        return _inner(dataclasses.replace(equation, inner=plain), values)
     if not _derivative_is_its_own(_ByText(equation)):
         raise NoRule("of which the derivative is not that of its definition")
     return _inner(equation, values)

@@ -17,7 +17,7 @@ import numpy as np
 from scipy import sparse
 
 from gradflow.inspection._theory.nodes import Node
-from gradflow.inspection._theory.values import Field, Map, NoRule, Piece, Sum, identity
+from gradflow.inspection._theory.sums import Field, Map, NoRule, Piece, Sum, identity
 
 __all__ = ["moments", "of_draws", "pulled"]
 

@@ -27,20 +27,8 @@ from gradflow.inspection._theory import forcing, rules
 from gradflow.inspection._theory.activations import activation_of
 from gradflow.inspection._theory.building import lifted
 from gradflow.inspection._theory.reaching import Reach
-from gradflow.inspection._theory.values import (
-    Field,
-    Known,
-    Law,
-    Leaf,
-    Noise,
-    NoRule,
-    Signal,
-    Sum,
-    Unknown,
-    Value,
-    Weights,
-    apart,
-)
+from gradflow.inspection._theory.sums import Field, Leaf, NoRule, Sum, apart
+from gradflow.inspection._theory.values import Known, Law, Noise, Signal, Unknown, Value, Weights
 from gradflow.inspection._theory.windows import OverSites, coupled
 from gradflow.networks import Network
 from gradflow.statistics import BackwardLimit, ForwardLimit
@@ -295,6 +283,10 @@ def _further(found: dict[Field, _Gradient], pending: list[tuple[int, Field]], fi
         of = which if kind == "units" else kind
         ties = frozenset((tie, (*units, of)) for tie, units in gradient.ties)
         _add(found, pending, origin.field, _Gradient.of(matrix, gradient.log, ties))
+    if field.mixture is not None:
+        for sum_, matrix in field.mixture.down(gradient.matrix):
+            below = _Gradient.of(matrix, gradient.log, gradient.ties)
+            _spread(found, pending, sum_, below)
     if product is None or product.source is None:
         return
     ties = frozenset({(field.tie, ())} if field.tied else ())
@@ -306,6 +298,8 @@ def _sources(field: Field) -> frozenset[Field]:
     """The fields that one comes from: of its product's signal, or of which it is some units."""
     if field.origin is not None:
         return frozenset((field.origin.field,))
+    if field.mixture is not None:
+        return frozenset[Field]().union(*(sum_.fields for sum_ in field.mixture.sums))
     source = None if field.product is None else field.product.source
     return frozenset() if source is None else source.fields
 

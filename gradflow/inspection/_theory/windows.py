@@ -13,16 +13,8 @@ from gradflow.inspection._reading.program import Equation
 from gradflow.inspection._theory import forcing
 from gradflow.inspection._theory.building import check_sites, made_by, piece_of, weights_of_zero
 from gradflow.inspection._theory.moving import units_as_sites
-from gradflow.inspection._theory.values import (
-    Known,
-    NoRule,
-    Product,
-    Signal,
-    Sum,
-    Value,
-    Weights,
-    selection,
-)
+from gradflow.inspection._theory.sums import NoRule, Product, Sum, selection
+from gradflow.inspection._theory.values import Known, Signal, Value, Weights
 
 __all__ = ["OverSites", "convolution", "coupled", "cumulative_sum", "largest", "over_sites"]
 __all__ += ["window_largest", "window_sum"]
