@@ -33,7 +33,16 @@ from gradflow.inspection._theory.sums import (
 )
 from gradflow.kernels import Gaussian, Kernel
 
-__all__ = ["Term", "average", "covariance", "mean", "normalised", "second_moments", "terms"]
+__all__ = [
+    "Term",
+    "average",
+    "covariance",
+    "joint",
+    "mean",
+    "normalised",
+    "second_moments",
+    "terms",
+]
 __all__ += ["pulled", "together"]
 
 # Terms of Hermite series of pairs, and what they may leave out, relative.
@@ -83,7 +92,7 @@ def _moments(sum_: Sum, reason: NoRule) -> tuple[np.ndarray, np.ndarray]:
     known = sum_.__dict__.get("moments")
     if known is None:
         try:
-            known = sampling.moments(sum_, _joint)
+            known = sampling.moments(sum_, joint)
         except NoRule:
             raise reason from None
         sum_.__dict__["moments"] = known
@@ -99,12 +108,12 @@ def pulled(sum_: Sum, gradient: np.ndarray, reason: NoRule) -> dict[Field, np.nd
         Why there is no rule, where units cannot be drawn.
     """
     try:
-        return sampling.pulled(sum_, gradient, _joint)
+        return sampling.pulled(sum_, gradient, joint)
     except NoRule:
         raise reason from None
 
 
-def _joint(one: Field, other: Field) -> np.ndarray | None:
+def joint(one: Field, other: Field) -> np.ndarray | None:
     """The covariance of two fields; None where they are independent."""
     if one is other:
         return one.covariance
@@ -120,9 +129,9 @@ def _products(one: Sum, other: Sum) -> np.ndarray:
     others = list(other.parts.items())
     for i, (p, left) in enumerate(one.parts.items()):
         for q, right in others[: i + 1] if one is other else others:
-            joint = together(Term(p, None), Term(q, None))
-            if joint is not None:
-                both = left @ joint @ right.T
+            found = together(Term(p, None), Term(q, None))
+            if found is not None:
+                both = left @ found @ right.T
                 out += both + both.T if one is other and p is not q else both
     return out
 
@@ -239,7 +248,7 @@ def together(one: Term, other: Term) -> np.ndarray | None:
     """E[one_s other_t], (sites, sites) of both; None where it is 0."""
     p, q = one.part, other.part
     if isinstance(p, Field) and isinstance(q, Field) and one.slot is None and other.slot is None:
-        return _joint(p, q)
+        return joint(p, q)
     if isinstance(p, Field) and one.slot is None:
         return _by_parts(p, other)
     if isinstance(q, Field) and other.slot is None:

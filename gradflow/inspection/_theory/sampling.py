@@ -19,7 +19,7 @@ from scipy import sparse
 from gradflow.inspection._theory.nodes import Node
 from gradflow.inspection._theory.sums import Field, Map, NoRule, Piece, Sum, identity
 
-__all__ = ["moments", "of_draws", "pulled"]
+__all__ = ["Covariance", "fields_drawn", "moments", "of_draws", "pulled"]
 
 # Multiplications that second moments of draws may take, and the fewest and most draws.
 _WORK, _FEWEST, _MOST = 1 << 34, 1 << 11, 1 << 14
@@ -50,7 +50,7 @@ def moments(sum_: Sum, covariance: Covariance) -> tuple[np.ndarray, np.ndarray]:
     NoRule
         If a field is not Gaussian, there are too many sites, or a few units have most of the sum.
     """
-    values = of_draws(sum_, _drawn(sorted(sum_.fields, key=lambda f: f.serial), covariance))
+    values = of_draws(sum_, fields_drawn(sum_, covariance))
     _check(np.square(values).sum(axis=0))
     return values.mean(axis=1), values @ values.T / values.shape[1]
 
@@ -63,8 +63,7 @@ def pulled(sum_: Sum, gradient: np.ndarray, covariance: Covariance) -> dict[Fiel
     NoRule
         As `moments`.
     """
-    fields = sorted(sum_.fields, key=lambda f: f.serial)
-    draws = _drawn(fields, covariance)
+    draws = fields_drawn(sum_, covariance)
     known: dict[Any, np.ndarray] = {}
     count = of_draws(sum_, draws, known).shape[1]
     at_top = _root(gradient) @ _matched(len(gradient), count, seed=1)
@@ -89,7 +88,7 @@ def pulled(sum_: Sum, gradient: np.ndarray, covariance: Covariance) -> dict[Fiel
         variables = [known[v] for v in part.variables]
         for v, below in zip(part.variables, _pull(part, variables, found.pop(part)), strict=True):
             add(v, below)
-    own = {field: found[field] for field in fields if field in found and field.leads_down}
+    own = {field: found[field] for field in draws if field in found and field.leads_down}
     for cotangent in own.values():
         _check(np.square(cotangent).sum(axis=0))
     return {field: x @ x.T / count for field, x in own.items()}
@@ -117,15 +116,18 @@ def of_draws(
     return out
 
 
-def _drawn(fields: Sequence[Field], covariance: Covariance) -> dict[Field, np.ndarray]:
-    """Draws of fields at all their sites, (sites, draws) each."""
+def fields_drawn(
+    sum_: Sum, covariance: Covariance, count: int | None = None
+) -> dict[Field, np.ndarray]:
+    """Draws of a sum's fields at all their sites, (sites, draws) each; so many, or enough."""
+    fields = sorted(sum_.fields, key=lambda f: f.serial)
     if not fields or not all(f.gaussian for f in fields):
         raise NoRule("a function of a signal that is not Gaussian over units")
     sizes = [len(f.covariance) for f in fields]
     ends = np.cumsum([0, *sizes])
     sites = int(ends[-1])
-    count = min(_MOST, _WORK // sites**2 // 2 * 2)
-    if count < max(_FEWEST, 2 * sites):
+    enough = min(_MOST, _WORK // sites**2 // 2 * 2)
+    if enough < max(_FEWEST, 2 * sites):
         raise NoRule(f"a function of signals at {sites} sites together, too many to draw")
     whole = np.zeros((sites, sites))
     for i, f in enumerate(fields):
@@ -135,7 +137,11 @@ def _drawn(fields: Sequence[Field], covariance: Covariance) -> dict[Field, np.nd
                 at = slice(*ends[i : i + 2]), slice(*ends[j : j + 2])
                 whole[at] = joint
                 whole[at[::-1]] = joint.T
-    draws = _root(whole) @ _matched(sites, count, seed=0)
+    if count is None:
+        normal = _matched(sites, enough, seed=0)
+    else:
+        normal = np.random.default_rng(0).standard_normal((sites, count))
+    draws = _root(whole) @ normal
     return dict(zip(fields, np.split(draws, ends[1:-1]), strict=True))
 
 

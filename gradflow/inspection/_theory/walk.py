@@ -23,7 +23,7 @@ from gradflow.activations import Activation
 from gradflow.inspection._reading.layers import Layer
 from gradflow.inspection._reading.of_model import top_sites
 from gradflow.inspection._reading.program import Program
-from gradflow.inspection._theory import forcing, rules
+from gradflow.inspection._theory import forcing, rules, tops
 from gradflow.inspection._theory.activations import activation_of
 from gradflow.inspection._theory.building import lifted
 from gradflow.inspection._theory.reaching import Reach
@@ -68,6 +68,7 @@ def predict(
     inputs: Sequence[Any],
     *,
     state: Sequence[Any] | None = None,
+    targets: Sequence[Any] = (),
 ) -> Predicted:
     """Every statistic of every layer at infinite width, as far as the rules reach.
 
@@ -77,10 +78,11 @@ def predict(
         The program, and its layers.
     laws
         Of each leaf of the parameters, by number.
-    inputs, state
+    inputs, state, targets
         The leaves of these arguments, which are known.
     """
-    values = _upwards(program, laws, inputs, state)
+    known = {"inputs": inputs, "state": state or (), "targets": targets}
+    values = _upwards(program, laws, known)
     ends = next((v.reason for v in values.values() if isinstance(v, Unknown)), None)
     gradients, why = _downwards(program, layers, values)
     forward = [_forward_limit(values, layer) for layer in layers]
@@ -114,13 +116,12 @@ def predict(
 
 
 def _upwards(
-    program: Program, laws: Mapping[int, Law], inputs: Sequence[Any], state: Sequence[Any] | None
+    program: Program, laws: Mapping[int, Law], given: Mapping[str, Sequence[Any]]
 ) -> dict[int, Value]:
     """The abstract value of every number of the program."""
     values: dict[int, Value] = {
         i: Known(_array(v), literal=True) for i, v in program.constants.items()
     }
-    given = {"inputs": inputs, "state": state or ()}
     for name, numbers in program.arguments.items():
         if name in given and len(given[name]) == len(numbers):
             arrays = [_array(v) for v in given[name]]
@@ -238,13 +239,14 @@ def _downwards(
     pending: list[tuple[int, Field]] = []
     for output in dict.fromkeys(program.outputs):
         value = values[output]
+        reason = ""
         if isinstance(value, Signal):
             at = _Gradient(np.eye(value.sum.sites), 0.0)
             reason = _ended(_spread, found, pending, value.sum, at)
-        elif isinstance(value, Unknown):
-            reason = value.reason
-        else:
-            reason = "theory has no gradient of means over units"
+        elif jnp.issubdtype(program.avals[output].dtype, jnp.floating):
+            reason = _ended(_from_top, found, pending, program, values, output)
+        if reason and not isinstance(value, Signal):
+            reason = value.reason if isinstance(value, Unknown) else reason
         if reason:
             why.update((n, reason) for n in _below(program, layers, output))
     while pending:
@@ -260,6 +262,18 @@ def _downwards(
                 if not below.isdisjoint(_own(values, layer))
             )
     return found, why
+
+
+def _from_top(
+    found: dict[Field, _Gradient],
+    pending: list[tuple[int, Field]],
+    program: Program,
+    values: Mapping[int, Value],
+    output: int,
+) -> None:
+    """Add the gradient of an output that is no signal, as of a softmax over units, or of a loss."""
+    for sum_, matrix in tops.gradients(program, values, output, forcing.joint):
+        _spread(found, pending, sum_, _Gradient.of(matrix, 0.0))
 
 
 def _ended(step: Callable[..., None], *arguments: Any) -> str:
