@@ -127,7 +127,7 @@ def fields_drawn(
     ends = np.cumsum([0, *sizes])
     sites = int(ends[-1])
     enough = min(_MOST, _WORK // sites**2 // 2 * 2)
-    if enough < max(_FEWEST, 2 * sites):
+    if enough < _FEWEST:
         raise NoRule(f"a function of signals at {sites} sites together, too many to draw")
     whole = np.zeros((sites, sites))
     for i, f in enumerate(fields):
@@ -147,9 +147,13 @@ def fields_drawn(
 
 @functools.lru_cache(maxsize=2)
 def _matched(sites: int, count: int, seed: int) -> np.ndarray:
-    """Standard normal draws whose mean is exactly 0, and whose covariance exactly the identity."""
+    """Standard normal draws whose mean is exactly 0, and whose covariance exactly the identity.
+
+    Where there are fewer than twice as many as sites it is the identity on average only.
+    """
     half: Any = np.random.default_rng(seed).standard_normal((sites, count // 2))
-    half = np.linalg.solve(np.linalg.cholesky(half @ half.T / half.shape[1]), half)
+    if count >= 2 * sites:
+        half = np.linalg.solve(np.linalg.cholesky(half @ half.T / half.shape[1]), half)
     return np.concatenate([half, -half], axis=1)
 
 
