@@ -9,12 +9,13 @@ from typing import Annotated, Any
 from jaxtyping import Array
 
 from gradflow import _entries, activations, ensembles
-from gradflow._entries import LookedUp, OneOf, Whole
+from gradflow._entries import Beside, LookedUp, OneOf, Whole
 from gradflow._layer_parts import BIASES
 from gradflow.activations import Activation
 from gradflow.ensembles import Ensemble
 
-__all__ = ["Bias", "Count", "Depth", "Deviation", "Phi", "Weights", "WeightsByLayer"]
+__all__ = ["Bias", "Count", "Depth", "Deviation", "Epsilon", "NormGroups", "Phi", "Weights"]
+__all__ += ["WeightsByLayer"]
 
 Count = Annotated[int, Whole()]
 Depth = Annotated[int, Whole(100_000)]
@@ -25,3 +26,5 @@ WeightsByLayer = Annotated[
 ]
 Deviation = Annotated[float | int, _entries.scale]
 Bias = Annotated[float | int | str, OneOf("bias", BIASES, _entries.finite)]
+NormGroups = Annotated[int, Whole(), Beside("norm")]
+Epsilon = Annotated[float | int, _entries.scale, Beside("norm")]

@@ -3,22 +3,33 @@
 import itertools
 import math
 from collections.abc import Callable, Sequence
-from typing import Annotated, Any
+from typing import Annotated
 
 import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Float
 
 from gradflow import _entries, activations, ensembles
 from gradflow._arguments import as_real
-from gradflow._builder_options import Bias, Count, Depth, Deviation, Phi, Weights, WeightsByLayer
+from gradflow._builder_options import (
+    Bias,
+    Count,
+    Depth,
+    Deviation,
+    Epsilon,
+    NormGroups,
+    Phi,
+    Weights,
+    WeightsByLayer,
+)
 from gradflow._checks import (
     check_count,
     check_sequence,
     is_number,
     unknown_name,
 )
-from gradflow._entries import Beside, OneOf, Whole, Wholes, Widths
-from gradflow._layer_parts import as_dense, as_stage, chain, fields, linear, scaled
+from gradflow._convolutional import POOLS, convolutional
+from gradflow._entries import Beside, OneOf, Whole, Widths
+from gradflow._layer_parts import as_dense, as_stage, chain, linear, scaled
 from gradflow._transformers import transformer
 from gradflow.activations import Activation
 from gradflow.blocks import (
@@ -26,17 +37,14 @@ from gradflow.blocks import (
     Activate,
     BatchNorm,
     Chain,
-    Convolution,
     Drive,
     Dropout,
-    Flatten,
-    GlobalMean,
+    GroupNorm,
     LayerNorm,
-    Linear,
-    Patches,
     Residual,
     RMSNorm,
 )
+from gradflow.ensembles import Ensemble
 from gradflow.errors import InputError
 from gradflow.networks import Network, Stage
 
@@ -54,18 +62,14 @@ __all__ = [
 ]
 
 # What `norm` may be in `mlp` and `residual`.
-NORMS: dict[str, Callable[[], AbstractBlock]] = {
+NORMS: dict[str, Callable[..., AbstractBlock]] = {
     "layer": LayerNorm,
     "rms": RMSNorm,
     "batch": BatchNorm,
+    "group": GroupNorm,
 }
 # What `scale` may be in `residual`, beside a number.
 SCALES = ("depth", "zero", "fixup")
-# What `pool` may be in `convolutional`.
-POOLS: dict[str, Callable[[tuple[int, ...]], AbstractBlock]] = {
-    "mean": GlobalMean,
-    "flatten": Flatten,
-}
 _NORM_POSITIONS = ("pre", "post")
 
 # Kinds of parameters that no other builder has, see `_builder_options`.
@@ -85,6 +89,8 @@ def mlp(
     bias: Bias | None = None,
     norm: _Norm | None = None,
     norm_position: _NormPosition = "pre",
+    norm_groups: NormGroups = 1,
+    epsilon: Epsilon | None = None,
     keep_rate: _KeepRate | None = None,
     name: str | None = None,
 ) -> Network:
@@ -108,10 +114,14 @@ def mlp(
         A number that all biases are, or that their mean is; or torch, for biases U[±1/√fan_in].
         Without it and ``sigma_b``, biases are those of the weights' framework, if any.
     norm
-        A normalisation of every layer's input: layer, rms or batch.
+        A normalisation of every layer's input: layer, rms, batch or group.
     norm_position
         Whether it stands before the activation, pre, W φ(norm(z)) + b, or after it, post,
         W norm(φ(z)) + b.
+    norm_groups
+        How many groups of units the norm group has; see `blocks.GroupNorm`.
+    epsilon
+        What is added to a normalisation's variance, as 1e-5 in PyTorch; nothing without it.
     keep_rate
         Dropout: the probability to keep a unit of what W multiplies.
     name
@@ -137,20 +147,10 @@ def mlp(
     each = ensembles.by_layer(weights, len(widths) - 1)
     called = ", ".join(e.name for e in (each if len(set(each)) > 1 else each[:1]))
     each = each if last is None else (*each[:-1], ensembles.get(last))
-    before = _before_weights(phi, norm, norm_position, keep_rate)
-    # The input passes through no activation, so the first layer is a stage of its own.
-    layers = [
-        (below == 0, each[below], fan_in, fan_out)
-        for below, (fan_in, fan_out) in enumerate(itertools.pairwise(widths))
-    ]
-    stages = tuple(
-        Stage(
-            as_dense(() if first else before, linear(drawn, sigma_b, bias)(fan_in, fan_out)),
-            repeats=len(list(equal)),
-        )
-        for (first, drawn, fan_in, fan_out), equal in itertools.groupby(layers)
-    )
-    kind = _kind(norm, norm_position, keep_rate)
+    normalisation = _normalisation(norm, norm_position, norm_groups, epsilon)
+    before = _before_weights(phi, normalisation, norm_position, keep_rate)
+    stages = _dense_stages(widths, each, before, (sigma_b, bias))
+    kind = _kind(norm, norm_position, epsilon, keep_rate)
     if last is not None:
         kind = f", last layer {each[-1].name}{kind}"
     return Network(stages, widths[0], phi, name or f"{phi.name}, {called}{kind}")
@@ -171,6 +171,8 @@ def residual(
     bias: Bias | None = None,
     norm: _Norm | None = None,
     norm_position: _NormPosition = "pre",
+    norm_groups: NormGroups = 1,
+    epsilon: Epsilon | None = None,
     keep_rate: _KeepRate | None = None,
     name: str | None = None,
 ) -> Network:
@@ -193,6 +195,8 @@ def residual(
     weights_first
         Whether a branch begins with one more weight matrix, as a transformer's. For ``layers=1``,
         f(z) = V φ(W z + b) + a ('full residual', Yang & Schoenholz 2017).
+    norm_groups, epsilon
+        As for `mlp`.
     norm, norm_position
         As for `mlp`, but at the branch's start, z + α f(norm(z)), or of the sum, norm(z + α f(z)).
 
@@ -213,133 +217,20 @@ def residual(
     phi, ensemble = activations.get(activation), ensembles.get(weights)
     alpha = _scale(scale, depth, sigma_b=sigma_b, bias=bias)
     layer = linear(ensemble, 0.0 if scale == "fixup" else sigma_b, bias)
-    normalisation = _normalisation(norm, norm_position)
+    normalisation = _normalisation(norm, norm_position, norm_groups, epsilon)
     ends = [width, *[hidden] * (layers - 1 + weights_first), width]
     gains = _fixup_gains(len(ends) - 1, depth) if scale == "fixup" else [1.0] * (len(ends) - 1)
     parts: list[AbstractBlock] = list(normalisation if norm_position == "pre" else ())
     for number, (fan_in, fan_out) in enumerate(itertools.pairwise(ends)):
         activates = number > 0 or not weights_first
-        before = _before_weights(phi, None, "pre", keep_rate) if activates else ()
+        before = _before_weights(phi, (), "pre", keep_rate) if activates else ()
         parts.append(as_dense(before, scaled(layer(fan_in, fan_out), gains[number])))
     block: AbstractBlock = Residual(chain(parts), alpha)
     if norm_position == "post":
         block = chain([block, *normalisation])
-    kind = f"residual{_kind(norm, norm_position, keep_rate)}"
+    kind = f"residual{_kind(norm, norm_position, epsilon, keep_rate)}"
     stages = (Stage(layer(input_width, width)), Stage(block, depth))
     return Network(stages, input_width, phi, name or f"{phi.name}, {ensemble.name}, {kind}")
-
-
-def convolutional(
-    shape: Annotated[Sequence[int], Wholes("an input's rows and columns, as [8, 8]", 1)],
-    channels: Annotated[Sequence[int], Wholes("the input's channels and every layer's", 2)],
-    activation: Phi = "tanh",
-    weights: Weights = "glorot",
-    *,
-    size: int | Sequence[int] = 3,
-    padding: Annotated[str, OneOf("padding", ("circular", "zeros"))] = "circular",
-    delta: bool = False,
-    sigma_b: Deviation | None = None,
-    bias: Bias | None = None,
-    dense: Sequence[int] = (),
-    pool: Annotated[str, OneOf("pool", tuple(POOLS))] = "mean",
-    name: str | None = None,
-) -> Network:
-    """Convolutions, z^1 = W^1 * x + b^1, z^l = W^l * φ(z^{l-1}) + b^l, then dense layers.
-
-    Inputs are those of `as_sites`: every position of every input is a site.
-
-    Parameters
-    ----------
-    shape
-        The lengths of an input's spatial axes, which every convolution keeps: (n,) or (rows,
-        columns).
-    channels
-        (c_0, c_1, …): the input's, then every convolution's, at least one.
-    activation, sigma_b, bias, name
-        As for `mlp`.
-    weights
-        As for `mlp`; a filter of k elements has fan_in k c_{l-1} and fan_out k c_l.
-    size
-        The filter's length along every axis, or along each; see `blocks.Patches` for even ones.
-    padding
-        What is beyond the edge: ``"circular"``, the other end, or ``"zeros"``.
-    delta
-        Whether filters are zero but for their centre, which has fan_in c_{l-1} and fan_out c_l;
-        with orthogonal weights, delta-orthogonal (Xiao et al. 2018, arXiv:1806.05393, algorithm 1).
-    dense
-        The widths of the dense layers after the convolutions; none without it.
-    pool
-        The first dense layer's input, of the convolutions' activations: ``"mean"``, that over
-        positions, or ``"flatten"``, all of them.
-
-    Returns
-    -------
-    Network
-        With a layer for each convolution and each dense layer.
-
-    Raises
-    ------
-    InputError
-        If a length or a width is not a whole number of at least 1, there is no convolution, a
-        filter is longer than its axis, σ_b is not a finite number of at least 0, or a name is
-        unknown.
-    """
-    needs = "the input's channels and every layer's"
-    channels = _counts("channels", channels, "a number of channels", needs)
-    dense = _counts("dense", dense, "a width in dense", "the widths of the dense layers on top")
-    if len(channels) < 2:
-        raise InputError(
-            f"channels is {tuple(channels)!r}; it has the input's and those of one layer at least"
-        )
-    if pool not in POOLS:
-        raise unknown_name("pool", pool, POOLS)
-    phi, ensemble = activations.get(activation), ensembles.get(weights)
-    layer = linear(ensemble, sigma_b, bias)
-    patches = Patches(_tuple(shape), _tuple(size), padding)
-    convolution = _convolution(patches, layer, delta)
-    layers = [(n == 0, *pair) for n, pair in enumerate(itertools.pairwise(channels))]
-    stages = [
-        Stage(convolution(activations.linear if first else phi, *pair), len(list(equal)))
-        for (first, *pair), equal in itertools.groupby(layers)
-    ]
-    if dense:
-        pooled = (Activate(phi), POOLS[pool](patches.shape))
-        stages += _dense_stages(pooled, channels[-1], dense, layer)
-    kind = "delta convolutions" if delta else "convolutions"
-    name = name or f"{phi.name}, {ensemble.name}, {kind}"
-    return Network(tuple(stages), channels[0], phi, name)
-
-
-def _dense_stages(
-    before: tuple[Activate, AbstractBlock],
-    width: int,
-    dense: Sequence[int],
-    layer: Callable[[int, int], Linear],
-) -> list[Stage]:
-    """Dense layers of these widths on a signal of a width, after an activation and a pooling."""
-    fan_in = Chain(before).width_after(width)
-    stages = [Stage(Chain((*before, layer(fan_in, dense[0]))))]
-    for pair, equal in itertools.groupby(itertools.pairwise(dense)):
-        stages.append(Stage(as_dense(before[:1], layer(*pair)), len(list(equal))))
-    return stages
-
-
-def _counts(name: str, values: Sequence[int], each: str, needs: str) -> list[int]:
-    """Check a sequence of whole numbers of at least 1."""
-    return [check_count(each, value) for value in check_sequence(name, values, needs)]
-
-
-def _convolution(
-    patches: Patches, layer: Callable[[int, int], Linear], delta: bool
-) -> Callable[[Activation, int, int], Convolution]:
-    """Return a function (φ, channels in, channels out) that makes a convolution."""
-    each = 1 if delta else patches.elements
-
-    def make(phi: Activation, fan_in: int, fan_out: int) -> Convolution:
-        own = fields(layer(each * fan_in, each * fan_out)) | {"units": fan_out}
-        return Convolution(phi, patches.shape, patches.size, patches.padding, delta=delta, **own)
-
-    return make
 
 
 def as_sites(images: Float[ArrayLike, "inputs *shape channels"]) -> Float[Array, "sites channels"]:
@@ -484,24 +375,51 @@ def stack(
     return Network(stages, check_count("input_width", input_width), phi, name)
 
 
+def _dense_stages(
+    widths: Sequence[int],
+    each: Sequence[Ensemble],
+    before: tuple[AbstractBlock, ...],
+    biases: tuple[float | None, float | str | None],
+) -> tuple[Stage, ...]:
+    """Dense layers, equal ones after each other as one stage."""
+    # The input passes through no activation, so the first layer is a stage of its own.
+    layers = [
+        (below == 0, each[below], fan_in, fan_out)
+        for below, (fan_in, fan_out) in enumerate(itertools.pairwise(widths))
+    ]
+    return tuple(
+        Stage(
+            as_dense(() if first else before, linear(drawn, *biases)(fan_in, fan_out)),
+            repeats=len(list(equal)),
+        )
+        for (first, drawn, fan_in, fan_out), equal in itertools.groupby(layers)
+    )
+
+
 def _before_weights(
-    phi: Activation, norm: str | None, norm_position: str, keep_rate: float | None
+    phi: Activation,
+    normalisation: tuple[AbstractBlock, ...],
+    norm_position: str,
+    keep_rate: float | None,
 ) -> tuple[AbstractBlock, ...]:
     """The blocks that a signal passes before weights: activation, normalisation, dropout."""
-    normalisation = _normalisation(norm, norm_position)
     activate = (Activate(phi),)
     ordered = (*normalisation, *activate) if norm_position == "pre" else (*activate, *normalisation)
     return ordered if keep_rate is None else (*ordered, Dropout(keep_rate))
 
 
-def _normalisation(norm: str | None, norm_position: str) -> tuple[AbstractBlock, ...]:
+def _normalisation(
+    norm: str | None, norm_position: str, norm_groups: int, epsilon: float | None
+) -> tuple[AbstractBlock, ...]:
     if norm_position not in _NORM_POSITIONS:
         raise unknown_name("norm_position", norm_position, _NORM_POSITIONS)
+    check_count("norm_groups", norm_groups)
     if norm is None:
         return ()
     if not isinstance(norm, str) or norm not in NORMS:
         raise unknown_name("norm", norm, NORMS)
-    return (NORMS[norm](),)
+    own = {"groups": norm_groups} if norm == "group" else {}
+    return (NORMS[norm](epsilon=epsilon, **own),)
 
 
 def _scale(scale: float | str, depth: int, **biases: float | int | str | None) -> float:
@@ -527,11 +445,9 @@ def _fixup_gains(layers: int, depth: int) -> list[float]:
     return [*[inner] * (layers - 1), 0.0]
 
 
-def _kind(norm: str | None, norm_position: str, keep_rate: float | None) -> str:
+def _kind(
+    norm: str | None, norm_position: str, epsilon: float | None, keep_rate: float | None
+) -> str:
     normed = "" if norm is None else f", {norm_position}-{norm}norm"
+    normed += "" if norm is None or epsilon is None else f" with epsilon {epsilon:g}"
     return normed if keep_rate is None else f"{normed}, dropout keeping {keep_rate:g}"
-
-
-def _tuple(lengths: Any) -> Any:
-    # The block that gets it refuses what is no sequence.
-    return tuple(lengths) if isinstance(lengths, Sequence) else lengths

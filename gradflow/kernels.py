@@ -429,16 +429,21 @@ class Kernel(eqx.Module):
         """The kernel of signals of the same distribution that are independent of these."""
         return self._input()
 
-    def as_function_of(self, other: "Kernel") -> "Kernel":
-        """The kernel of signals of these moments that are a function of the others, of any law."""
+    def as_function_of(
+        self,
+        *others: "Kernel",
+        distribution: UnitDistribution = Unknown(),  # noqa: B008  (immutable)
+    ) -> "Kernel":
+        """The kernel of signals of these moments that are a function of the others."""
+        one, *more = others
         return Kernel(
             self.covariance,
             self.mean,
             self.tangent,
-            Unknown(),
+            distribution,
             self.log_scale,
             self.log_tangent_scale,
-            made_of=((), other._function()),
+            made_of=((), one._function(*more)),
         )
 
     def in_range(self) -> "Kernel":

@@ -4,10 +4,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from scipy import sparse
 
+from gradflow import activations
+from gradflow.gaussian import _batch
 from gradflow.inspection._reading.layers import layers
 from gradflow.inspection._reading.program import read
-from gradflow.inspection._theory import forcing, rules, walk
+from gradflow.inspection._theory import forcing, gradients, large_batches, rules, walk
 from gradflow.inspection._theory.sums import Product
 from gradflow.inspection._theory.values import Known, Law, Signal, Unknown
 
@@ -39,13 +42,13 @@ def theory(program, found, values):
     """Second moments of each layer's signals and gradients at its sites."""
     ends = [v.reason for v in values.values() if isinstance(v, Unknown)]
     assert not ends, ends[0]
-    gradients, why = walk._downwards(program, found, values)
+    at, why = walk._downwards(program, found, values)
     assert not why
     out = []
     for layer in found:
         own = walk._own(values, layer)[0]
         up = np.diagonal(forcing.second_moments(values[layer.product].sum))
-        down = np.diagonal(gradients[own].matrix) * np.exp(gradients[own].log)
+        down = np.exp(at[own].log_variance)
         out.append((up, down))
     return out
 
@@ -113,6 +116,14 @@ def strides_and_dilation(p, key, x):
         jax.lax.conv_transpose(h, p[2], (2, 2), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
     )
     return conv(h, p[3], rhs_dilation=(2, 2))
+
+
+def residual_of_positions(p, key, x):
+    del key
+    h = conv(x, p[0])
+    h = h + conv(jnp.tanh(conv(RELU(h), p[1])), p[2])
+    h = RELU(conv(jnp.tanh(h) * jax.nn.sigmoid(conv(h, p[3])), p[4], (2, 2)))
+    return h.mean((1, 2)) @ p[5]
 
 
 def groups_of_channels(p, key, x):
@@ -234,14 +245,14 @@ def test_a_product_over_sites_has_the_second_moments_of_random_networks():
     program = program_of(tokens_mixed, shapes, x)
     found = layers(program)
     values = upwards(program, shapes, x)
-    gradients, why = walk._downwards(program, found, values)
+    at, why = walk._downwards(program, found, values)
     assert not why
     draws = sampled(program, found, shapes, x)
     for layer, (up, down) in zip(found, draws, strict=True):
         own = walk._own(values, layer)[0]
         both = (
             np.diagonal(own.covariance),
-            np.diagonal(gradients[own].matrix) * np.exp(gradients[own].log),
+            np.exp(at[own].log_variance),
         )
         for expected, drawn in zip(both, (up, down), strict=True):
             mean = np.asarray(drawn).mean(axis=1)
@@ -426,3 +437,40 @@ def test_a_rule_that_fails_ends_the_theory_and_stops_nothing(monkeypatch):
     assert value.reason == (
         "theory ends at the model: `tanh`, whose rule fails: ZeroDivisionError, of nothing"
     )
+
+
+@pytest.mark.medium
+def test_gradients_of_few_pairs_of_sites_are_those_of_all_pairs(monkeypatch):
+    shapes = [kernel(3, 3, WIDTH), *[kernel(3, WIDTH, WIDTH)] * 4, dense(WIDTH, 8)]
+    program = program_of(residual_of_positions, shapes, IMAGES)
+    found = layers(program)
+    of_all = theory(program, found, upwards(program, shapes, IMAGES))
+    monkeypatch.setattr(gradients, "_MANY", 1)
+    monkeypatch.setattr(gradients, "_MOST", 1.0)
+    values = upwards(program, shapes, IMAGES)
+    of_few = theory(program, found, values)
+    for few, every in zip(of_few, of_all, strict=True):
+        np.testing.assert_allclose(few, every, rtol=1e-9)
+    at, _ = walk._downwards(program, found, values)
+    assert isinstance(at[walk._own(values, found[0])[0]].matrix, sparse.sparray)
+
+
+@pytest.mark.medium
+@pytest.mark.parametrize("length", [0.0, 0.3], ids=["independent", "alike"])
+def test_a_large_batch_is_normalised_as_any_other(length):
+    batch = 40
+    place = np.linspace(0, 1, batch)
+    smooth = np.exp(-(((place[:, None] - place) / (length or 1e-9)) ** 2)) + 1e-3 * np.eye(batch)
+    rows = RNG.normal(size=(batch, 300))
+    k = smooth + rows @ rows.T / 300
+    gradient = (rows @ rows.T) ** 2
+    with jax.enable_x64(True):
+        whole = jnp.asarray(k)
+        second, mean, _ = _batch.averages(activations.relu, whole, None)
+        _, pull = jax.vjp(lambda s: _batch.averages(activations.relu, whole, s)[2], 0 * whole)
+        below = np.asarray(pull(jnp.asarray(gradient))[0])
+        found = large_batches.averages(activations.relu, k)
+        np.testing.assert_allclose(found[0], second, rtol=1e-9, atol=1e-9)
+        np.testing.assert_allclose(found[1], mean, rtol=1e-7)
+        found = large_batches.pulled(activations.relu, k, gradient)
+    np.testing.assert_allclose(found, (below + below.T) / 2, rtol=0, atol=1e-9 * abs(below).max())

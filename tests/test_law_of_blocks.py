@@ -7,6 +7,8 @@ of the width, the limit of which is 0 within its standard error or to a third of
 False alarms: 1 % of cases. Keys are fixed.
 """
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -20,6 +22,7 @@ from gradflow.blocks import (
     Activate,
     Chain,
     Dense,
+    Embedding,
     Gated,
     LayerNorm,
     Linear,
@@ -40,11 +43,14 @@ def differences(network, sites, compare=compared):
 
 
 def in_a_network(block):
-    """Return three layers that end in a random matrix each, and are wide."""
+    """Return three layers that end in a random matrix each, and are wide; one that merges sites."""
     width = block.width_in or 100
+    if isinstance(block, Embedding):  # of the input itself
+        first = dataclasses.replace(block, vocabulary=INPUTS, units=WIDTH)
+        return builders.stack(INPUTS, [first, (Dense(activations.erf, WIDTH), 2)])
     layer = Chain((block, Linear(width)))
     assert builders.stack(width, [layer]).widths[-1] == width, "as many units as it takes"
-    return builders.stack(INPUTS, [Linear(width), (layer, 3)])
+    return builders.stack(INPUTS, [Linear(width), (layer, 3 if block.pool_factor == 1 else 1)])
 
 
 # Those whose tests stand for all: a composition, and a block that mixes inputs.

@@ -59,11 +59,16 @@ SMALL = ["--width", "30", "--depth", "3", "--networks", "40", "--uniform-network
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
-    """A small one that the command has run: what it printed, and its folder."""
+    """A small one that the command has run: what it printed, and its folder.
+
+    So are the paper's own networks, which are drawn anew whenever findings are made.
+    """
     folder = tmp_path_factory.mktemp("note")
-    done = commands.run("note", *SMALL, cwd=folder)
-    assert done.returncode == 0, done.stderr
-    return done, folder / "results" / "note"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(_note, "_PAPER_WIDTH", 100)
+        done = commands.run("note", *SMALL, cwd=folder)
+        assert done.returncode == 0, done.stderr
+        yield done, folder / "results" / "note"
 
 
 @pytest.mark.slow

@@ -432,9 +432,9 @@ def test_lstm_meets_its_theory_and_shared_weights_would_not(forget_bias):
     found = compared(network, x, key=3, networks=400)
     assert not found.count(Status.DIFFERS), found.agreement
     off = []
+    theory = float64.predict(lstm(200, 10, False, forget_bias=forget_bias), x[:1])
     for width in (200, 800):
         network = lstm(width, 10, True, forget_bias=forget_bias)
-        theory = float64.predict(lstm(width, 10, False, forget_bias=forget_bias), x[:1])
         q = monte_carlo.simulate(network, x[:1], key=5, networks=100, wanted=FORWARD)["q"]
         off.append((q.log_value[-1] - theory["log_q"][-1], q.log_standard_error[-1]))
     (narrow, _), (wide, wide_error) = off

@@ -464,7 +464,6 @@ CALLS = [
     ("spectra.run(phi,1.5,.05,weights=3)", "unknown weights 3"),
     ('remedies.run(depth="a")', "depth is 'a'"),
     ("Chain(3)", "parts is 3"),
-    ("Chain(())", "parts is ()"),
     ("Chain((3,))", "an entry of parts is 3"),
     ("Residual(3)", "branch is 3"),
     ('Dropout("a")', "keep_rate is 'a'"),

@@ -14,12 +14,19 @@ base
 dense
     `Linear` W h + b, `Activate` φ(z), and `Dense` W φ(z) + b.
 convolution
-    `Convolution` W * φ(z), the `Patches` that its filter multiplies, and `GlobalMean` and
-    `Flatten` over positions, for the layers after it.
+    `Convolution` W * φ(z), with strides, dilation, groups and transposed, and the `Patches` that
+    its filter multiplies.
+pooling
+    `AveragePool` and `MaxPool` over windows of positions; `GlobalMean` and `Flatten` over all;
+    `Upsample`.
+embedding
+    `Embedding`, a row for each token and each place.
 attention
     `Attention`, which mixes an input's tokens.
 composition
     `Chain` and `Residual`.
+paths
+    `Concatenate` and `Sum`, of blocks that all get one signal.
 normalisation
     `LayerNorm`, `RMSNorm` and `GroupNorm`; `UnitVariance`, of LSUV.
 gating
@@ -45,8 +52,11 @@ from gradflow.blocks.composition import *
 from gradflow.blocks.convolution import *
 from gradflow.blocks.dense import *
 from gradflow.blocks.dropout import *
+from gradflow.blocks.embedding import *
 from gradflow.blocks.gating import *
 from gradflow.blocks.normalisation import *
+from gradflow.blocks.paths import *
+from gradflow.blocks.pooling import *
 from gradflow.blocks.recurrent import *
 
 ALL = tuple(

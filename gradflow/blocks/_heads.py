@@ -217,7 +217,7 @@ def _sums(
 
 
 def _modes(k: Array, turns: Array | None) -> Float[Array, "modes sites sites"]:
-    return k[None] if turns is None else k * turns
+    return k[None] if turns is None else k[None] * turns
 
 
 def _path(moved: Callable[[Array], Array], queries: Array, keys: Array) -> Array:
@@ -225,8 +225,8 @@ def _path(moved: Callable[[Array], Array], queries: Array, keys: Array) -> Array
     if len(queries) == 1 or len(keys) == 1:
         return queries * moved(keys)
     total, _ = jax.lax.scan(
-        lambda total, one: (total + one[0] * moved(one[1]), None),
-        queries[0] * moved(keys[0]),
+        lambda total, one: (total + one[0][None] * moved(one[1][None]), None),
+        queries[:1] * moved(keys[:1]),
         (queries[1:], keys[1:]),
     )
     return total
@@ -244,7 +244,8 @@ def _moved(
 
     def moved(k: Array) -> Array:
         b = _rows(weights, k)
-        return _each(_rows(weights, k * values) - 2 * b * mixed, weights) + _each(b, weights) * both
+        left = _rows(weights, k * values[None]) - 2 * b * mixed
+        return _each(left, weights) + _each(b, weights) * both
 
     return moved
 

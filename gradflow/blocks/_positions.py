@@ -31,7 +31,7 @@ PADDINGS = {
 }
 
 
-def lengths(lengths: int | Sequence[int]) -> int | tuple[int, ...]:
+def lengths(lengths: Any) -> Any:
     """Lengths as a tuple, or the only one of them: for a field that is static."""
     if isinstance(lengths, Sequence):
         return tuple(lengths)

@@ -9,6 +9,7 @@ from jaxtyping import Array, Float, PRNGKeyArray, ScalarLike
 
 from gradflow import activations
 from gradflow.activations import Activation
+from gradflow.blocks._mixture import Mixture
 from gradflow.blocks._norm import AbstractNorm
 from gradflow.blocks._positions import count_inputs, count_positions, lengths
 from gradflow.blocks.base import Multiply
@@ -49,6 +50,9 @@ class _OverSites(AbstractNorm):
         return self._normalised(apart.T).T
 
     def _batch_kernel(self, kernel: Kernel) -> Kernel:
+        if isinstance(kernel.distribution, Mixture):  # of each kind of unit by itself
+            out = kernel.distribution.mapped(kernel, self._batch_kernel)
+            return out.as_function_of(kernel, distribution=out.distribution)
         kernel = kernel.common()
         law, known = kernel.distribution, kernel.covariance
         name = type(self).__name__

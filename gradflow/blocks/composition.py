@@ -19,15 +19,13 @@ __all__ = ["Chain", "Residual"]
 
 
 class Chain(AbstractComposite):
-    """Blocks one after another, as one block (one layer of the network)."""
+    """Blocks one after another, as one block (one layer of the network); of none, the identity."""
 
     parts: tuple[AbstractBlock, ...] = (Linear(), Dense())
 
     def __check_init__(self) -> None:
         for part in check_sequence("parts", self.parts, "a tuple of blocks"):
             check_instance("an entry of parts", part, AbstractBlock, "a block, as Linear(100)")
-        if not self.parts:
-            raise InputError("parts is (); a chain has at least one block")
 
     def apply(
         self, signal: Float[Array, "sites n_in"], multiply: Multiply, key: PRNGKeyArray

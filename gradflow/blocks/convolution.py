@@ -22,7 +22,6 @@ from gradflow.activations import Activation
 from gradflow.blocks._positions import (
     Windows,
     count_inputs,
-    count_positions,
     lengths,
     pads,
 )
@@ -30,9 +29,9 @@ from gradflow.blocks.base import AbstractBlock, Multiply
 from gradflow.blocks.dense import AbstractLayer, Linear
 from gradflow.ensembles import Distribution
 from gradflow.errors import InputError
-from gradflow.kernels import Gaussian, Kernel, Unknown, multiply_kernel
+from gradflow.kernels import Kernel, Unknown, multiply_kernel
 
-__all__ = ["Convolution", "Flatten", "GlobalMean", "Patches"]
+__all__ = ["Convolution", "Patches"]
 
 
 class Patches(AbstractBlock):
@@ -307,94 +306,3 @@ def _as_if_of(full_input: Array | Kernel, multiply: Multiply) -> Multiply:
         return multiply(*arguments, **law, full_input=full_input)
 
     return multiply_part
-
-
-class _OverPositions(AbstractBlock):
-    """A block that makes one site of each input's positions."""
-
-    shape: tuple[int, ...] = eqx.field(static=True, default=(1,), converter=lengths)
-
-    def __check_init__(self) -> None:
-        count_positions(self.shape)
-
-    @property
-    def homogeneous(self) -> bool:
-        """Whether it is homogeneous: yes, it is linear."""
-        return True
-
-    @property
-    def mixes_sites(self) -> bool:
-        """Whether it mixes sites: yes, all positions of an input."""
-        return True
-
-    @property
-    def pool_factor(self) -> int:
-        """The number of positions."""
-        return math.prod(self.shape)
-
-
-class GlobalMean(_OverPositions):
-    """The mean of each input's signals over its positions: (inputs · positions, c) to (inputs, c).
-
-    Second moments are the mean over all pairs of positions: signals that are independent from
-    position to position average out, and second moments go down with the number of positions.
-    """
-
-    def apply(
-        self,
-        signal: Float[Array, "sites n"],
-        multiply: Multiply,  # noqa: ARG002
-        key: PRNGKeyArray,  # noqa: ARG002
-    ) -> Float[Array, "inputs n"]:
-        """Return the means over positions."""
-        inputs = count_inputs(signal.shape[0], self.shape)
-        return jnp.mean(signal.reshape(inputs, -1, signal.shape[1]), axis=1)
-
-    def kernel(self, kernel: Kernel, multiply: Multiply = multiply_kernel) -> Kernel:  # noqa: ARG002
-        """Return the means over pairs of positions."""
-        inputs, kernel = count_inputs(len(kernel.mean), self.shape), kernel.common()
-
-        def pairs(k: Array) -> Array:
-            return jnp.mean(
-                k.reshape(inputs, self.pool_factor, inputs, self.pool_factor), axis=(1, 3)
-            )
-
-        tangent = None if kernel.tangent is None else pairs(kernel.tangent)
-        mean = jnp.mean(kernel.mean.reshape(inputs, -1), axis=1)
-        law = Gaussian() if kernel.gaussian else Unknown()
-        return kernel.derived(pairs(kernel.covariance), mean, tangent, law)
-
-
-class Flatten(_OverPositions):
-    """Each input's positions as one vector: (inputs · positions, c) to (inputs, positions · c).
-
-    Second moments are the mean over positions of those of each with itself: correlations between
-    positions do not enter a product with a random matrix.
-    """
-
-    def apply(
-        self,
-        signal: Float[Array, "sites n"],
-        multiply: Multiply,  # noqa: ARG002
-        key: PRNGKeyArray,  # noqa: ARG002
-    ) -> Float[Array, "inputs n_out"]:
-        """Return the positions of each input side by side."""
-        return signal.reshape(count_inputs(signal.shape[0], self.shape), -1)
-
-    def kernel(self, kernel: Kernel, multiply: Multiply = multiply_kernel) -> Kernel:  # noqa: ARG002
-        """Map second moments to means over positions; no Gaussian law is known then."""
-        if self.pool_factor == 1:
-            return kernel
-        inputs, kernel = count_inputs(len(kernel.mean), self.shape), kernel.common()
-
-        def own(k: Array) -> Array:
-            by_position = k.reshape(inputs, self.pool_factor, inputs, self.pool_factor)
-            return jnp.mean(jnp.diagonal(by_position, axis1=1, axis2=3), axis=-1)
-
-        tangent = None if kernel.tangent is None else own(kernel.tangent)
-        mean = jnp.mean(kernel.mean.reshape(inputs, -1), axis=1)
-        return kernel.derived(own(kernel.covariance), mean, tangent, Unknown())
-
-    def width_after(self, n_in: int) -> int:
-        """Return the channels times the positions."""
-        return self.pool_factor * n_in

@@ -13,6 +13,7 @@ import typer
 import gradflow
 from gradflow import _cache_folder, _imports
 from gradflow.cli import (  # each adds its commands
+    _attending,  # noqa: F401
     _comparing,  # noqa: F401
     _correlating,  # noqa: F401
     _inspecting,  # noqa: F401

@@ -28,6 +28,7 @@ from gradflow.errors import InputError
 from gradflow.gaussian._moments import moment, some_moments
 from gradflow.gaussian._quadrature import (
     NODES,
+    PAIR_NODES,
     PAIR_STEPS,
     Z_MAX,
     dot,
@@ -148,7 +149,13 @@ def derivative_kernel(
 
 
 def pair_expectation(
-    f: Callable[[Array], Array], q_u: Array, q_v: Array, k: Array, *, kinks: Iterable[float] = ()
+    f: Callable[[Array], Array],
+    q_u: Array,
+    q_v: Array,
+    k: Array,
+    *,
+    kinks: Iterable[float] = (),
+    order: int = PAIR_NODES,
 ) -> Float[Array, "..."]:
     """E[f_i(u) f_j(v)] for all i and j of a vector of functions, (u, v) Gaussian.
 
@@ -162,6 +169,8 @@ def pair_expectation(
         The variances and the covariance, of one shape.
     kinks
         Points where some f or a derivative of it is not smooth.
+    order
+        Nodes of a panel, of which there are some 30 in u and 20 in v.
 
     Returns
     -------
@@ -170,7 +179,7 @@ def pair_expectation(
     """
 
     def one(pair: tuple[Array, Array, Array]) -> Array:
-        return integrate_pair(f, *pair, tuple(kinks))
+        return integrate_pair(f, *pair, tuple(kinks), order=order)
 
     flat = jax.lax.map(one, tuple(jnp.ravel(x) for x in (q_u, q_v, k)))
     return jnp.moveaxis(flat.reshape(*jnp.shape(k), *flat.shape[1:]), (-2, -1), (0, 1))
@@ -301,6 +310,7 @@ def integrate_pair(
     k: Array,
     kinks: tuple[float, ...],
     means: tuple[Array, Array] | None = None,
+    order: int = PAIR_NODES,
 ) -> Array:
     """Return the matrix E[f_i(u) f_j(v)] of a vector of functions f: (n,) -> (rows, n).
 
@@ -327,7 +337,7 @@ def integrate_pair(
 
     def given(x: Array) -> Array:
         mean = inner_mean + slope * x
-        z, weight = normal_rule((points - mean) / jnp.maximum(deviation, smallest))
+        z, weight = normal_rule((points - mean) / jnp.maximum(deviation, smallest), order)
         return dot(f(mean + deviation * z), weight)
 
     steep = jnp.where(jnp.abs(slope * root) < smallest, smallest, slope * root)
@@ -335,7 +345,7 @@ def integrate_pair(
     spread = jnp.minimum(deviation / jnp.abs(steep), _FAR)
     around = crossing[:, None] + spread * steps[None, :]
     ends = jnp.concatenate([(points - outer_mean) / root, around.reshape(-1)])
-    z, weight = normal_rule(ends)
+    z, weight = normal_rule(ends, order)
     x = root * z
     average = dot(f(outer_mean + x), weight[:, None] * jax.vmap(given)(x))
     return jnp.where(q_u >= q_v, average, average.T)

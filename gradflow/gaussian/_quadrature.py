@@ -20,14 +20,22 @@ from gradflow._checks import check_scale
 from gradflow._closed_forms import Values
 
 __all__ = ["expectation", "expectation_with_error", "nodes", "shifted_expectation"]
-__all__ += ["dot", "normal_rule", "over_entries", "panel_ends", "panels", "smallest_variance"]
+__all__ += [
+    "PAIR_NODES",
+    "dot",
+    "normal_rule",
+    "over_entries",
+    "panel_ends",
+    "panels",
+    "smallest_variance",
+]
 
 Z_MAX = 13  # the density beyond is 1e-37 of its peak
 _SCALES = 2.0 ** np.arange(-6, 13)  # of x, for any φ that varies over a distance of order 1
 NODES, _FEWER_NODES = 20, 14
 # A GPU's default for float32 would round every product to 10 bits.
 dot = functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
-_PAIR_NODES = 14
+PAIR_NODES = 14
 PAIR_STEPS = np.arange(-9.0, 10.0, 3.0)  # the density beyond is 1e-18 of its peak
 _PAIR_SCALES = np.array([1.0, 2.0, 4.0, 8.0, 32.0, 128.0, 512.0])
 
@@ -214,9 +222,9 @@ def panel_ends(kinks: tuple[float, ...]) -> list[float]:
     return sorted({*kinks, 0.0, *_PAIR_SCALES, *-_PAIR_SCALES})
 
 
-def normal_rule(edges: Array) -> tuple[Array, Array]:
+def normal_rule(edges: Array, order: int = PAIR_NODES) -> tuple[Array, Array]:
     """Nodes and weights for a standard normal variable, with panels that end at the edges."""
     steps = jnp.asarray(PAIR_STEPS, edges.dtype)
     edges = jnp.concatenate([steps, jnp.clip(edges, steps[0], steps[-1])])
-    z, width = panels(jnp.sort(edges), _PAIR_NODES)
+    z, width = panels(jnp.sort(edges), order)
     return z, width * jnp.exp(-(z**2) / 2) / math.sqrt(2 * math.pi)

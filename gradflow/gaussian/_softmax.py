@@ -48,9 +48,10 @@ class _Rule(NamedTuple):
 
 
 _RULES = (
-    _Rule(1.25, 112, 88, 128),
-    _Rule(16.0, 160, 304, 640),
-    _Rule(LARGEST_SCORE_VARIANCE, 224, 4800, 2048),
+    _Rule(1.25, 128, 88, 128),
+    _Rule(4.0, 208, 160, 480),
+    _Rule(16.0, 336, 304, 768),
+    _Rule(LARGEST_SCORE_VARIANCE, 384, 4800, 2048),
 )
 
 
@@ -276,7 +277,7 @@ def _increments(f: _Terms, y: Array, shift: Array) -> Array:
 def _average(f: _Terms, count: int, y: Array, variance: Array) -> Array:
     """E[f(y + s)], s ~ N(0, v)."""
     z, weight = _scores(count, y.dtype)
-    return dot(_values(f, y[:, None] + jnp.sqrt(variance) * z), weight)
+    return dot(_values(f, y[:, None] + jnp.sqrt(variance) * z[None]), weight)
 
 
 @_average.defjvp
@@ -293,17 +294,17 @@ def _pair_average(
     """E[f(y + s) g(y' + s')] over all y and y', and by how much it is larger where s' = s."""
     z, weight = _scores(rule.scores, y.dtype)
     root = jnp.sqrt(weight)
-    shift = jnp.sqrt(variance) * z
+    shift = jnp.sqrt(variance) * z[None]
     polynomials = _hermite_functions(rule.terms, z, root).at[0].set(0).T
 
     def series(f: _Terms) -> Array:
-        terms = dot(_increments(f, y[:, None], shift) * root, polynomials)
+        terms = dot(_increments(f, y[:, None], shift) * root[None], polynomials)
         return terms.at[:, 0].set(_average(f, rule.scores, y, variance))
 
     left = series(f)
     right = left if f == g else series(g)
     shared, lost = _powers(rule.terms, apart)
-    return dot(left * shared, right.T), dot(left * lost, right.T)
+    return dot(left * shared[None], right.T), dot(left * lost[None], right.T)
 
 
 @_pair_average.defjvp
@@ -348,18 +349,23 @@ def _two_rows(tokens: int, variance: Array, apart: Array) -> Array:
     """`SoftmaxRows` as one array."""
     if tokens == 1:
         return jnp.stack([variance * 0 + x for x in (1, 1, 0, 0, 0)]) + apart * 0
-    c = jnp.abs(1 - apart)
     fits = [
-        fit & _converges(rule.terms, variance, c)
+        fit & _converges(rule, variance, jnp.abs(1 - apart))
         for rule, fit in zip(_RULES, _fits(variance), strict=True)
     ]
     return _by_rule(lambda rule: _by_one_rule(tokens, rule, variance, apart), fits)
 
 
-def _converges(terms: int, variance: Array, c: Array) -> Array:
-    """Whether Mehler's series has converged: its terms fall as c^n exp(-2 √(2 n/v)), about."""
-    decay = 2.07 * jnp.sqrt(2 * terms / jnp.maximum(variance, 1e-6))
-    return decay - terms * jnp.log(jnp.maximum(c, 1e-6)) > 32
+def _converges(rule: _Rule, variance: Array, c: Array) -> Array:
+    """Whether Mehler's series has converged, and rows are near enough for two that are alike.
+
+    The series' terms fall as cⁿ exp(-π √(n/v)), about, and the integrand varies with y - y' over a
+    distance of √(1 + (1 - c) v).
+    """
+    decay = 2.9 * jnp.sqrt(rule.terms / jnp.maximum(variance, 1e-6))
+    falls = decay - rule.terms * jnp.log(jnp.maximum(c, 1e-6)) > 32
+    step = (2 * _Z * jnp.sqrt(variance) + 12) / rule.rows
+    return falls & (step < 0.27 * jnp.sqrt(1 + (1 - c) * variance / 2))
 
 
 def _by_one_rule(tokens: int, rule: _Rule, variance: Array, apart: Array) -> Array:
@@ -371,7 +377,7 @@ def _by_one_rule(tokens: int, rule: _Rule, variance: Array, apart: Array) -> Arr
     )
     mixed = p1[:, None] - mixed
     # ln E[g₀ g₀'], and by how much that of two equal rows is larger, times T - 1.
-    alone = p0c[:, None] + p0c - both
+    alone = p0c[:, None] + p0c[None] - both
     least = 1 - jnp.finfo(y.dtype).eps
     log0 = jnp.log1p(-jnp.minimum(alone, least))
     ratio = both_gap / jnp.exp(log0)
@@ -399,6 +405,8 @@ def _by_one_rule(tokens: int, rule: _Rule, variance: Array, apart: Array) -> Arr
     c, gap, r_cross = (dot(weight, dot(matrix, weight)) for matrix in sums)
     p = dot(weight, p2 * jnp.exp((tokens - 1) * own_log0))
     r = dot(weight, own) * pairs / 6
+    # The gap's series has no powers of c, and where it is slow the gap is no small one.
+    gap = jnp.where(_converges(rule, variance, jnp.ones_like(variance)), gap, p - c)
     return jnp.stack([tokens * p, tokens * c, tokens * gap, r, r_cross])
 
 
@@ -421,7 +429,7 @@ def _entropy_density(u: Array) -> Array:
 def _entropy_average(count: int, y: Array, variance: Array) -> Array:
     """E[f(y + s)] of `_entropy_density`, f' = -(u + γ) g₁."""
     z, weight = _scores(count, y.dtype)
-    return dot(_entropy_density(y[:, None] + jnp.sqrt(variance) * z), weight)
+    return dot(_entropy_density(y[:, None] + jnp.sqrt(variance) * z[None]), weight)
 
 
 @_entropy_average.defjvp
@@ -460,13 +468,13 @@ def _largest(tokens: int, deviation: Array) -> Array:
         y, weight = _rows_rule(tokens, deviation**2, rule.rows)
         z, rise = _panels(rule.scores // 2, y.dtype)
         density = jnp.exp(-(z**2) / 2) / math.sqrt(2 * math.pi)
-        u = y[:, None, None] + deviation * z
-        lost = _values(_REST, u) * density
+        u = y[:, None, None] + deviation * z[None]
+        lost = _values(_REST, u) * density[None]
         within = dot(lost, rise.T)
         before = jnp.cumsum(within[..., -1:], axis=1) - within[..., -1:]
-        below = ndtr(-z) + before + within[..., :-1]
+        below = ndtr(-z)[None] + before + within[..., :-1]
         log0 = jnp.log1p(-jnp.minimum(below, 1 - jnp.finfo(y.dtype).eps))
-        first = _values(_G1, u) * density * jnp.exp((tokens - 1) * log0)
+        first = _values(_G1, u) * density[None] * jnp.exp((tokens - 1) * log0)
         return tokens * dot(weight, jnp.sum(dot(first, rise[-1]), axis=1))
 
     return _by_rule(by_rule, _fits(deviation**2))

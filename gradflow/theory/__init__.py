@@ -20,6 +20,8 @@ transformations
     Activations scaled and shifted so that deep networks stay trainable: DKS and TAT.
 architectures
     Residual, normalised and dropout networks: growth with depth, χ, fixed points.
+attention
+    Exchangeable tokens: averages over attention heads, and transformers' signals over depth.
 prescription
     The inverse problem: the scales that make a given network critical.
 summary
@@ -29,7 +31,7 @@ summary
 import importlib
 from types import ModuleType
 
-__all__ = ["architectures", "criticality", "finite_width", "fixed_points", "float64"]
+__all__ = ["architectures", "attention", "criticality", "finite_width", "fixed_points", "float64"]
 __all__ += ["linear_regime", "mean_field", "prescription", "shared_weights", "spectrum"]
 __all__ += ["spectral_density", "summary", "transformations"]
 

@@ -256,7 +256,6 @@ def _pull_back(
     largest = jnp.max(scale)
     rows = jnp.exp(scale - largest)
     below, by_weights = pull(above * (rows**2 if above.ndim == 1 else jnp.outer(rows, rows)))
-    # Sites that are here together have their scales, and so taps' units, in common.
     return below, 2 * largest, _log_weighted(share, by_weights, units[:, 0]) + 2 * largest
 
 
@@ -297,7 +296,9 @@ def _tapped(
         if together:
             kernel, full_input = kernel.common(), full_input.common()
         out = multiply_kernel(kernel, tap=next(remaining), full_input=full_input, **matrix)
-        units.append(full_input.log_scale - out.log_tangent_scale)
+        unit = full_input.log_scale - out.log_tangent_scale
+        # Sites that are together have one unit, and a block may have matrices of fewer of them.
+        units.append(unit[:1] if together else unit)
         return out
 
     after = block.kernel(entering, multiply)

@@ -29,7 +29,7 @@ __all__ = ["PreparedNetworks", "Theory", "arguments_of", "layers_ahead", "prepar
 __all__ += ["prepare_asymptotic_log_chi", "program", "why_unknown"]
 
 # Seconds that the averages take over a pair of inputs in a layer.
-_SECONDS_A_PAIR = 0.008
+_SECONDS_A_PAIR = 0.0026
 # χ is looked at this many times the depth further up, because χ may tend to 1 only as 1 - a/l.
 _LOOK_AHEAD = 64
 _MOST_LAYERS_AHEAD = 20_000

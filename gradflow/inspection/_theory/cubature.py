@@ -21,6 +21,7 @@ from jaxtyping import Array
 
 from gradflow._closed_forms import gram_determinant
 from gradflow.errors import InputError
+from gradflow.gaussian._points import normal_points
 from gradflow.gaussian._quadrature import PAIR_STEPS, Z_MAX, panel_ends, panels, smallest_variance
 from gradflow.inspection._theory.pieces import Function, switches
 
@@ -31,7 +32,6 @@ _LINE_NODES, _PAIR_NODES = (20, 14), (14, 10)  # in a panel
 # A tensor rule's relative error up to which no dearer rule is tried, by the number of variables.
 _ENOUGH = {2: 1e-10, 3: 1e-6, 4: 1e-6}
 _REPLICATES, _LOG2_POINTS = 8, 13  # of quasi-Monte Carlo; each point is used with its negative
-_MAX_SOBOL = 21_201  # dimensions that SciPy has direction numbers for
 _WORK = 1 << 34  # multiplications for a replicate, all sites at once
 _MEMORY = 1 << 25  # numbers at once
 _FAR = 1e6  # out of sight, in units of a standard deviation
@@ -351,23 +351,6 @@ def _over_pair(
     return value, size
 
 
-@functools.lru_cache(maxsize=16)
-def _normals(dimensions: int, replicate: int, points: int) -> np.ndarray:
-    """Scrambled Sobol points as normal variables z, then -z, (2 points, dimensions)."""
-    from scipy.special import ndtri  # noqa: PLC0415 - SciPy is slow to import
-    from scipy.stats import qmc  # noqa: PLC0415
-
-    if dimensions > _MAX_SOBOL:
-        raise InputError(
-            f"an average is over {dimensions} Gaussian variables; quasi-Monte Carlo has points for "
-            f"up to {_MAX_SOBOL}"
-        )
-    sequence = qmc.Sobol(dimensions, scramble=True, seed=np.random.default_rng(replicate))
-    uniform = sequence.random(points)
-    z = ndtri(np.clip(uniform, 2.0**-40, 1 - 2.0**-40))
-    return np.concatenate([z, -z])
-
-
 def _of_replicates(values: list[np.ndarray]) -> Value:
     each = np.stack(values)
     return each.mean(axis=0), each.std(axis=0, ddof=1) / math.sqrt(len(each))
@@ -381,7 +364,7 @@ def _sampled(
     numbers = (2 << _LOG2_POINTS) * (variables + len(integrand))
     values = []
     for replicate in range(_REPLICATES):
-        z = _normals(variables, replicate, 1 << _LOG2_POINTS).T
+        z = normal_points(variables, replicate, 1 << _LOG2_POINTS).T
         run = functools.partial(_points, integrand, z)
         values.append(_in_chunks(run, numbers, factor, mean, known)[0])
     return _of_replicates(values)
@@ -416,7 +399,7 @@ def sampled_sites(
     values = []
     with jax.enable_x64(True):
         for replicate in range(_REPLICATES):
-            z = _normals(rank, replicate, points)
+            z = normal_points(rank, replicate, points)
             values.append(np.asarray(_site_points(left, right, z, factor, means, known)))
     return _of_replicates(values)
 

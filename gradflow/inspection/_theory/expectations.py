@@ -139,7 +139,31 @@ class SiteAverages:
         """E[h_a g_b], and its error, (sites, sites)."""
         return _sum(self.of_products(a, b) for a in left for b in right)
 
-    def of_products(self, left: Term, right: Term) -> Value:
+    def second_at(
+        self, left: Sequence[Term], right: Sequence[Term], rows: np.ndarray, cols: np.ndarray
+    ) -> np.ndarray:
+        """E[h_a g_b] of some pairs of sites (a, b), (pairs,)."""
+        apart = rows != cols
+        if apart.sum() > _MANY_PAIRS * len(self.known):
+            return self.second(left, right)[0][rows, cols]
+
+        def joint(one: _Pieces, other: _Pieces) -> Value:
+            if not one or not other:
+                value, error = self.own(one or other)
+                place = rows if one else cols
+                return value[place], error[place]
+            value, error = (x[rows] for x in self.own((*one, *other)))
+            if apart.any():
+                fields = _fields((*one, *other))
+                of_pairs = self.pairs(one, other, fields, rows[apart], cols[apart])
+                value[apart], error[apart] = of_pairs
+            return value, error
+
+        return _sum(self.of_products(a, b, joint) for a in left for b in right)[0]
+
+    def of_products(
+        self, left: Term, right: Term, joint: Callable[[_Pieces, _Pieces], Value] | None = None
+    ) -> Value:
         """E[left_a right_b], products of what depends on fields in common."""
         found: list[tuple[frozenset[int], _Pieces, _Pieces]] = []
         for side, term in enumerate((left, right)):
@@ -152,7 +176,7 @@ class SiteAverages:
                     groups |= other[0]
                     sides = [sides[0] + other[1], sides[1] + other[2]]
                 found.append((groups, sides[0], sides[1]))
-        return _times(self.joint(a, b) for _, a, b in found)
+        return _times((joint or self.joint)(a, b) for _, a, b in found)
 
     def own(self, pieces: _Pieces) -> Value:
         """E[Π pieces] at each site, (sites,)."""

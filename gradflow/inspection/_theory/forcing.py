@@ -30,20 +30,12 @@ from gradflow.inspection._theory.sums import (
     factors,
     independent,
     node_factors,
+    up,
 )
 from gradflow.kernels import Gaussian, Kernel
 
-__all__ = [
-    "Term",
-    "average",
-    "covariance",
-    "joint",
-    "mean",
-    "normalised",
-    "second_moments",
-    "terms",
-]
-__all__ += ["pulled", "together"]
+__all__ = ["Term", "average", "covariance", "joint", "mean", "normalised", "pulled"]
+__all__ += ["second_moments", "terms", "together", "together_at"]
 
 # Terms of Hermite series of pairs, and what they may leave out, relative.
 _TERMS, _LEFT_OUT = 256, 1e-14
@@ -131,7 +123,7 @@ def _products(one: Sum, other: Sum) -> np.ndarray:
         for q, right in others[: i + 1] if one is other else others:
             found = together(Term(p, None), Term(q, None))
             if found is not None:
-                both = left @ found @ right.T
+                both = up(left, found, right)
                 out += both + both.T if one is other and p is not q else both
     return out
 
@@ -142,9 +134,9 @@ def covariance(one: Sum, other: Sum) -> np.ndarray:
     for field, left in one.parts.items():
         assert isinstance(field, Field)
         if field in other.parts:
-            out += left @ field.covariance @ other.parts[field].T
+            out += up(left, field.covariance, other.parts[field])
         for tied in field.tied & other.fields:
-            out += left @ _tied(field, tied) @ other.parts[tied].T
+            out += up(left, _tied(field, tied), other.parts[tied])
     return out
 
 
@@ -265,6 +257,26 @@ def together(one: Term, other: Term) -> np.ndarray | None:
     return _across(p, one.slot, q, other.slot)
 
 
+def together_at(one: Term, other: Term, rows: np.ndarray, cols: np.ndarray) -> np.ndarray | None:
+    """E[one_s other_t] for pairs of sites (s, t), (pairs,); None where it is 0.
+
+    Without all others where these are many.
+    """
+    p, q = one.part, other.part
+    if one.slot is None or other.slot is None:
+        joint = together(one, other)
+        return None if joint is None else joint[rows, cols]
+    if isinstance(p, Field) or isinstance(q, Field) or independent(p.fields, q.fields):
+        return average(one)[rows] * average(other)[cols]
+    if p is not q:
+        return _across(p, one.slot, q, other.slot)[rows, cols]
+    out = np.ones(len(rows))
+    for factor in factors(p):
+        own = factor.own(one.slot), factor.own(other.slot)
+        out = out * _factor(factor).pair_at(*own, rows, cols)
+    return out
+
+
 def _across(p: Piece, one: int | None, q: Piece, other: int | None) -> np.ndarray:
     """E[p_s q_t], or of their derivatives, of pieces that have fields in common."""
     variables: list[Sum] = []
@@ -348,6 +360,12 @@ class _Averages:
         """E at pairs of sites, (sites, sites)."""
         raise NotImplementedError
 
+    def pair_at(
+        self, one: int | None, other: int | None, rows: np.ndarray, cols: np.ndarray
+    ) -> np.ndarray:
+        """E at some pairs of sites, (pairs,)."""
+        return self.pair(one, other)[rows, cols]
+
 
 class _OfNumbers(_Averages):
     """A function of known numbers."""
@@ -387,15 +405,25 @@ class _OfOne(_Averages):
 
     def average(self, slot: int | None) -> np.ndarray:
         """E[φ] or E[φ'], (sites,)."""
-        if slot is None:
-            return self.values[1]
+        return self.values[1] if slot is None else self._moment("dphi")
+
+    def pair_at(
+        self, one: int | None, other: int | None, rows: np.ndarray, cols: np.ndarray
+    ) -> np.ndarray:
+        """E[φφ] or E[φ'φ'] at some pairs: of a site with itself without all others."""
+        if (one, other) != (0, 0) or (rows != cols).any():
+            return super().pair_at(one, other, rows, cols)
+        return self._moment("dphi2")[rows]
+
+    def _moment(self, name: str) -> np.ndarray:
+        """A moment at each site, (sites,)."""
         with jax.enable_x64(True):
             q = np.diagonal(self.k)
             if self.mean is None:
-                return np.asarray(gaussian.moment(self.phi, "dphi", q))
+                return np.asarray(gaussian.moment(self.phi, name, q))
             shifts: Any = self.mean[:, None]
             law: tuple[Any, ...] = shifts, np.ones_like(shifts), q
-            return np.asarray(gaussian.shifted_moment(self.phi, "dphi", *law))
+            return np.asarray(gaussian.shifted_moment(self.phi, name, *law))
 
     def pair(self, one: int | None, other: int | None) -> np.ndarray:
         """E[φφ] or E[φ'φ'], (sites, sites)."""
@@ -425,6 +453,12 @@ class _OfSeveral(_Averages):
 
     def pair(self, one: int | None, other: int | None) -> np.ndarray:
         return self.at_sites.second(self.function(one), self.function(other))[0]
+
+    def pair_at(
+        self, one: int | None, other: int | None, rows: np.ndarray, cols: np.ndarray
+    ) -> np.ndarray:
+        left, right = self.function(one), self.function(other)
+        return self.at_sites.second_at(left, right, rows, cols)
 
 
 class _OfSum(_Averages):

@@ -26,16 +26,25 @@ from gradflow.inspection._reading.program import Program
 from gradflow.inspection._theory import forcing, rules, tops
 from gradflow.inspection._theory.activations import activation_of
 from gradflow.inspection._theory.building import lifted
+from gradflow.inspection._theory.gradients import (
+    Gradient,
+    Matrix,
+    coupled,
+    dense,
+    sum_of,
+    weighted,
+)
 from gradflow.inspection._theory.reaching import Reach
-from gradflow.inspection._theory.sums import Field, Leaf, NoRule, Sum, apart
+from gradflow.inspection._theory.sums import Field, Leaf, NoRule, Sum, apart, down
 from gradflow.inspection._theory.values import Known, Law, Noise, Signal, Unknown, Value, Weights
-from gradflow.inspection._theory.windows import OverSites, coupled
+from gradflow.inspection._theory.windows import OverSites
 from gradflow.networks import Network
 from gradflow.statistics import BackwardLimit, ForwardLimit
 
 __all__ = ["Predicted", "predict"]
 
 _CASTS = ("convert_element_type", "copy", "copy_p", "reduce_precision")
+_AT_ONCE = 1 << 22  # second moments, of all layers whose statistics are read together
 _STATISTICS = tuple((s, s.predict) for s in statistics.ALL if s.predict is not None)
 
 
@@ -198,50 +207,18 @@ def _parameter(program: Program, number: int, laws: Mapping[int, Law]) -> Value:
 # Downwards ---------------------------------------------------------------------------------------
 
 
-@dataclasses.dataclass
-class _Gradient:
-    """Second moments over sites, exp(log) times a matrix whose largest entry is 1."""
-
-    matrix: np.ndarray
-    log: float
-    # Weights used several times that it came down through, and of which of its units it is.
-    ties: frozenset[tuple[Any, tuple[Any, ...]]] = frozenset()
-
-    @classmethod
-    def of(cls, matrix: np.ndarray, log: float, ties: Any = frozenset()) -> "_Gradient":
-        """Of a matrix of any size."""
-        size = float(np.abs(matrix).max(initial=0.0))
-        if not size:
-            return cls(matrix, -math.inf, ties)
-        return cls(matrix / size, log + math.log(size), ties)
-
-    def plus(self, other: "_Gradient") -> "_Gradient":
-        """The sum, at the larger scale; raises `NoRule` where they are not independent."""
-        if not math.isinf(min(self.log, other.log)) and any(
-            a == b and not apart(("", *of_a), ("", *of_b))
-            for a, of_a in self.ties
-            for b, of_b in other.ties
-        ):
-            raise NoRule("gradients meet that came down through the same weights")
-        log, ties = max(self.log, other.log), self.ties | other.ties
-        if math.isinf(log):
-            return _Gradient(self.matrix, log, ties)
-        parts = (x.matrix * math.exp(x.log - log) for x in (self, other))
-        return _Gradient.of(sum(parts, np.zeros_like(self.matrix)), log, ties)
-
-
 def _downwards(
     program: Program, layers: Sequence[Layer], values: Mapping[int, Value]
-) -> tuple[dict[Field, _Gradient], dict[int, str]]:
+) -> tuple[dict[Field, Gradient], dict[int, str]]:
     """The gradient at each field, and of layers where it is not known why."""
     why: dict[int, str] = {}
-    found: dict[Field, _Gradient] = {}
+    found: dict[Field, Gradient] = {}
     pending: list[tuple[int, Field]] = []
     for output in dict.fromkeys(program.outputs):
         value = values[output]
         reason = ""
         if isinstance(value, Signal):
-            at = _Gradient(np.eye(value.sum.sites), 0.0)
+            at = Gradient.independent(value.sum.sites)
             reason = _ended(_spread, found, pending, value.sum, at)
         elif jnp.issubdtype(program.avals[output].dtype, jnp.floating):
             reason = _ended(_from_top, found, pending, program, values, output)
@@ -265,7 +242,7 @@ def _downwards(
 
 
 def _from_top(
-    found: dict[Field, _Gradient],
+    found: dict[Field, Gradient],
     pending: list[tuple[int, Field]],
     program: Program,
     values: Mapping[int, Value],
@@ -273,7 +250,7 @@ def _from_top(
 ) -> None:
     """Add the gradient of an output that is no signal, as of a softmax over units, or of a loss."""
     for sum_, matrix in tops.gradients(program, values, output, forcing.joint):
-        _spread(found, pending, sum_, _Gradient.of(matrix, 0.0))
+        _spread(found, pending, sum_, Gradient.of(matrix, 0.0))
 
 
 def _ended(step: Callable[..., None], *arguments: Any) -> str:
@@ -287,7 +264,7 @@ def _ended(step: Callable[..., None], *arguments: Any) -> str:
     return ""
 
 
-def _further(found: dict[Field, _Gradient], pending: list[tuple[int, Field]], field: Field) -> None:
+def _further(found: dict[Field, Gradient], pending: list[tuple[int, Field]], field: Field) -> None:
     """Add what a field's gradient gives the fields that it comes from."""
     product, gradient = field.product, found[field]
     if field.origin is not None:
@@ -296,15 +273,15 @@ def _further(found: dict[Field, _Gradient], pending: list[tuple[int, Field]], fi
         kind, which, *_ = field.tie[-1]
         of = which if kind == "units" else kind
         ties = frozenset((tie, (*units, of)) for tie, units in gradient.ties)
-        _add(found, pending, origin.field, _Gradient.of(matrix, gradient.log, ties))
+        _add(found, pending, origin.field, Gradient.of(matrix, gradient.log, ties))
     if field.mixture is not None:
-        for sum_, matrix in field.mixture.down(gradient.matrix):
-            below = _Gradient.of(matrix, gradient.log, gradient.ties)
+        for sum_, matrix in field.mixture.down(dense(gradient.matrix)):
+            below = Gradient.of(matrix, gradient.log, gradient.ties)
             _spread(found, pending, sum_, below)
     if product is None or product.source is None:
         return
     ties = frozenset({(field.tie, ())} if field.tied else ())
-    below = _Gradient.of(product.down(gradient.matrix), gradient.log, ties)
+    below = Gradient.of(product.down(gradient.matrix), gradient.log, ties)
     _spread(found, pending, product.source, below)
 
 
@@ -331,37 +308,36 @@ def _ancestors(fields: frozenset[Field]) -> set[Field]:
 
 
 def _spread(
-    found: dict[Field, _Gradient], pending: list[tuple[int, Field]], sum_: Sum, at: _Gradient
+    found: dict[Field, Gradient], pending: list[tuple[int, Field]], sum_: Sum, at: Gradient
 ) -> None:
     """Add what a sum's gradient gives the fields below it; raises `NoRule` where not known."""
+    own: dict[Field, Matrix]
     try:
         own, of_variables = _by_rules(sum_, at.matrix)
     except NoRule as reason:
-        own, of_variables = forcing.pulled(sum_, at.matrix, reason), []
+        own, of_variables = {**forcing.pulled(sum_, dense(at.matrix), reason)}, []
     for below, variable in of_variables:
-        _spread(found, pending, variable, _Gradient.of(below, at.log, at.ties))
+        _spread(found, pending, variable, Gradient.of(below, at.log, at.ties))
     for field, matrix in own.items():
-        _add(found, pending, field, _Gradient.of(matrix, at.log, at.ties))
+        _add(found, pending, field, Gradient.of(matrix, at.log, at.ties))
 
 
-def _by_rules(
-    sum_: Sum, at: np.ndarray
-) -> tuple[dict[Field, np.ndarray], list[tuple[np.ndarray, Sum]]]:
+def _by_rules(sum_: Sum, at: Matrix) -> tuple[dict[Field, Matrix], list[tuple[Matrix, Sum]]]:
     """What a sum's gradient gives its fields, and variables of its parts that are sums."""
-    own: dict[Field, np.ndarray] = {}
+    own: dict[Field, Matrix] = {}
 
-    def add(one: Sum, inner: np.ndarray, other: Sum) -> None:
+    def add(one: Sum, inner: Matrix, other: Sum) -> None:
         for field in one.parts:
             if field in other.parts:
                 assert isinstance(field, Field)
-                below = one.parts[field].T @ inner @ other.parts[field]
+                below = down(one.parts[field], inner, other.parts[field])
                 below = below if one is other else below + below.T
-                own[field] = own[field] + below if field in own else below
+                own[field] = sum_of(own[field], below) if field in own else below
 
     for batch, map_ in forcing.normalised(sum_):
-        add(batch.x, batch.pulled(map_.T @ at @ map_), batch.x)
+        add(batch.x, batch.pulled(down(map_, dense(at), map_)), batch.x)
     of_variables = [
-        ((map_.T @ at @ map_) * forcing.together(term, term), variable)
+        (weighted(down(map_, at, map_), term, term), variable)
         for term, map_, variable in forcing.multiples(sum_)
     ]
     terms = forcing.terms(sum_)
@@ -369,9 +345,7 @@ def _by_rules(
         for other, right, of_other in terms[: i + 1]:
             if of_one.fields.isdisjoint(of_other.fields):
                 continue
-            inner = left.T @ at @ right
-            slopes = forcing.together(one, other)
-            inner = inner if slopes is None else inner * slopes
+            inner = weighted(down(left, at, right), one, other)
             if one is not other and of_one is of_other:
                 inner, of_one = inner + inner.T, of_other
             add(of_one, inner, of_other)
@@ -379,7 +353,7 @@ def _by_rules(
 
 
 def _add(
-    found: dict[Field, _Gradient], pending: list[tuple[int, Field]], field: Field, new: _Gradient
+    found: dict[Field, Gradient], pending: list[tuple[int, Field]], field: Field, new: Gradient
 ) -> None:
     if field in found:
         found[field] = found[field].plus(new)
@@ -470,7 +444,7 @@ def _backward_limit(
     values: Mapping[int, Value],
     layers: Sequence[Layer],
     place: int,
-    gradients: Mapping[Field, _Gradient],
+    gradients: Mapping[Field, Gradient],
 ) -> _Limit | str:
     """The limit of the gradient at a layer, or the reason why there is none."""
     layer = layers[place]
@@ -485,11 +459,11 @@ def _backward_limit(
         if gradient is None and not zero:
             return why
         why = why if zero else "no gradient at step 0, where all slopes above it are 0"
-        gradient = _Gradient(np.zeros_like(own[0].covariance), -math.inf)
+        gradient = Gradient.independent(len(own[0].covariance), -math.inf)
     top = top_sites(program, list(layers))
     with np.errstate(divide="ignore"):
-        log_variance = np.log(np.diagonal(gradient.matrix)) + gradient.log
-        weight = sum(float((gradient.matrix * p.gram).sum()) * p.units for p in products)
+        log_variance = gradient.log_variance
+        weight = sum(gradient.with_second(p.gram) * p.units for p in products)
         weight /= sum(p.weights for p in products)
         log_weight = float(np.log(weight)) + gradient.log - 2 * math.log(top)
     above = layer.above
@@ -498,7 +472,7 @@ def _backward_limit(
         next_fields = _own(values, layers[above])
         upper = gradients.get(next_fields[0]) if next_fields else None
         if upper is not None and not math.isinf(upper.log):
-            log_upper = np.log(np.diagonal(upper.matrix)) + upper.log
+            log_upper = upper.log_variance
             if log_upper.shape == log_variance.shape:
                 ratio = log_variance - log_upper
             else:
@@ -536,7 +510,7 @@ def _leave_out_mixed(
     out: dict[str, np.ndarray],
     layers: Sequence[Layer],
     values: Mapping[int, Value],
-    gradients: Mapping[Field, _Gradient],
+    gradients: Mapping[Field, Gradient],
 ) -> None:
     """What pairs of sites tell that the same weights mix for all units, as a mixer's tokens.
 
@@ -560,7 +534,13 @@ def _evaluate(out: dict[str, np.ndarray], limits: "Sequence[_Limit | str]") -> N
         if not isinstance(limit, str):
             shapes = tuple(x.shape for x in limit.arrays.values())
             groups.setdefault((limit.activation, limit.about, shapes), []).append(n)
-    for (*static, _), places in groups.items():
+    chunks = [
+        (static, places[i : i + most])
+        for (*static, shapes), places in groups.items()
+        for most in [max(1, _AT_ONCE // max(map(math.prod, shapes)))]
+        for i in range(0, len(places), most)
+    ]
+    for static, places in chunks:
         many = np.resize(places, 1 << (len(places) - 1).bit_length())
         rows = [limits[n] for n in many]
         names = rows[0].arrays

@@ -12,18 +12,16 @@ import numpy as np
 from gradflow.inspection._reading.program import Equation
 from gradflow.inspection._theory import forcing
 from gradflow.inspection._theory.building import check_sites, made_by, piece_of, weights_of_zero
+from gradflow.inspection._theory.gradients import MOST_ALIKE, Matrix, coupled, dense
 from gradflow.inspection._theory.moving import units_as_sites
 from gradflow.inspection._theory.sums import NoRule, Product, Sum, selection
 from gradflow.inspection._theory.values import Known, Signal, Value, Weights
 
-__all__ = ["OverSites", "convolution", "coupled", "cumulative_sum", "largest", "over_sites"]
+__all__ = ["OverSites", "convolution", "cumulative_sum", "largest", "over_sites"]
 __all__ += ["window_largest", "window_sum"]
 
 # A function of more sites than these has no average here.
 _MOST_COMPARED = 64
-# Sites that are mixed are to be as good as uncorrelated: Σ_pq K_pq² beside (Σ_p K_pp)². With this
-# much the second moments behind tanh are off by 0.04, behind GELU by 0.01 to 0.02, relative.
-_MOST_ALIKE = 0.1
 
 
 def _places(
@@ -130,19 +128,13 @@ def convolution(
     return Signal(shapes[0], (out_feature,), made)
 
 
-def coupled(gradient: np.ndarray) -> bool:
-    """Whether gradients at different sites are correlated enough to tell sites' signals apart."""
-    own = np.diagonal(gradient)
-    return bool((gradient**2).sum() > (1 + _MOST_ALIKE) * (own**2).sum())
-
-
 class OverSites(Product):
     """A product over an axis of sites: ``maps`` is one pair, from and to (others, axis)."""
 
-    def down(self, gradient: np.ndarray) -> np.ndarray:
+    def down(self, gradient: Matrix) -> np.ndarray:
         below, above = self.maps
         others, axis = below.shape[0] // self.fan_in, self.fan_in
-        moved = np.asarray(above @ gradient @ above.T)
+        moved = np.asarray(above @ dense(gradient) @ above.T)
         at = moved.reshape(others, len(moved) // others, others, -1)
         if any(coupled(at[i, :, i]) for i in range(others)):
             raise NoRule("a product over sites, at which gradients are correlated")
@@ -183,7 +175,7 @@ def over_sites(
     pairs = np.asarray(second).reshape(others, fan_in, others, fan_in)
     same = np.einsum("ipjp->ij", pairs)
     alike = np.einsum("ipiq,ipiq->i", pairs, pairs) / np.maximum(np.diagonal(same) ** 2, 1e-300)
-    if alike.max(initial=0.0) > _MOST_ALIKE:
+    if alike.max(initial=0.0) > MOST_ALIKE:
         raise NoRule(
             f"a product over {fan_in} sites that are too much alike, or too few, for a limit"
         )

@@ -29,6 +29,8 @@ __all__ = ["count_pairs", "covers", "finite_layers"]
 
 # Averages over two inputs' pre-activations to compute, one for each pair and layer: some 10 s.
 _MOST_PAIRS = 4000
+# Nodes of each of their panels, for 1e-8 of what the width does.
+_PAIR_NODES = 8
 # Ends of intervals where φ saturates; sin has thousands.
 _MOST_ENDS = 16
 
@@ -110,7 +112,7 @@ def _averages(activation: Activation, threshold: float, k: Array) -> Averages:
     pairs = None
     if 0 < a.size * len(k) <= _MOST_PAIRS:
         of_pairs = (q[:, a], q[:, b], k[:, a, b])
-        pairs = _pairs.pair_expectation(pair_functions, *of_pairs, kinks=kinks)
+        pairs = _pairs.pair_expectation(pair_functions, *of_pairs, kinks=kinks, order=_PAIR_NODES)
         pairs = jnp.moveaxis(pairs, (0, 1), (2, 3))
         if activation.slope_jumps:
             bent = functools.partial(_with_deltas, activation, pair_functions, kinks)
