@@ -17,6 +17,7 @@ from gradflow import _programs, gaussian
 from gradflow._unit_distributions import Shifted
 from gradflow.activations import Activation
 from gradflow.gaussian import _pairs
+from gradflow.inspection._theory import sampled_sums
 from gradflow.inspection._theory.activations import activation_of
 from gradflow.inspection._theory.expectations import SiteAverages
 from gradflow.inspection._theory.over_sites import Normalised
@@ -52,18 +53,25 @@ class Term(NamedTuple):
 
 def mean(sum_: Sum) -> np.ndarray:
     """E of a unit at each site, (sites,)."""
-    out = sum_.constant.astype(float)
-    for part, map_ in sum_.parts.items():
-        if isinstance(part, Piece):
-            out = out + map_ @ average(Term(part, None))
-    return out
+    try:
+        out = sum_.constant.astype(float)
+        for part, map_ in sum_.parts.items():
+            if isinstance(part, Piece):
+                out = out + map_ @ average(Term(part, None))
+        return out
+    except NoRule as reason:
+        return sampled_sums.mean(sum_, reason)
 
 
 def second_moments(sum_: Sum) -> np.ndarray:
     """E of the products of a unit at all pairs of sites, (sites, sites)."""
     known = sum_.__dict__.get("second")
     if known is None:
-        known = sum_.__dict__["second"] = _products(sum_, sum_)
+        try:
+            known = _products(sum_, sum_)
+        except NoRule as reason:
+            known = sampled_sums.second_moments(sum_, reason)
+        sum_.__dict__["second"] = known
     return known
 
 

@@ -23,7 +23,7 @@ from gradflow.activations import Activation
 from gradflow.inspection._reading.layers import Layer
 from gradflow.inspection._reading.of_model import top_sites
 from gradflow.inspection._reading.program import Program
-from gradflow.inspection._theory import forcing, rules
+from gradflow.inspection._theory import forcing, rules, sampled_sums
 from gradflow.inspection._theory.activations import activation_of
 from gradflow.inspection._theory.building import lifted
 from gradflow.inspection._theory.gradients import (
@@ -297,6 +297,23 @@ def _spread(
     found: dict[Field, Gradient], pending: list[tuple[int, Field]], sum_: Sum, at: Gradient
 ) -> None:
     """Add what a sum's gradient gives the fields below it; raises `NoRule` where not known."""
+    before = dict(found), list(pending)
+    try:
+        _spread_by_rules(found, pending, sum_, at)
+    except NoRule as reason:
+        if math.isinf(at.log):
+            raise
+        own = sampled_sums.spread(sum_, dense(at.matrix), reason)
+        found.clear()
+        found.update(before[0])
+        pending[:] = before[1]
+        for field, matrix in own.items():
+            _add(found, pending, field, Gradient.of(matrix, at.log, at.ties))
+
+
+def _spread_by_rules(
+    found: dict[Field, Gradient], pending: list[tuple[int, Field]], sum_: Sum, at: Gradient
+) -> None:
     own: dict[Field, Matrix] = {}
 
     def add(one: Sum, inner: Matrix, other: Sum) -> None:
