@@ -150,7 +150,7 @@ def covariance_of(moments: Any, softmax: Softmax, lengths: Lengths) -> np.ndarra
     return made[np.ix_(asking, asking)]
 
 
-def pulled(gradient: np.ndarray, moments: Moments, softmax: Softmax, lengths: Lengths) -> Moments:
+def pulled(gradient: np.ndarray, moments: Any, softmax: Softmax, lengths: Lengths) -> Any:
     """The transpose of a tangent's map: gradients' second moments, from those at the outputs."""
     square, asking = _square(lengths)
     with jax.enable_x64(True):
