@@ -1,9 +1,11 @@
 """Attention over exchangeable tokens, against table 12, other integrals, limits and sum rules."""
 
 import functools
+import json
 import math
 from fractions import Fraction
 
+import commands
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -408,3 +410,38 @@ def test_what_foretells_no_spike_but_tells_growth():
     assert np.all(np.diff(walk.variance[::2]) < 0)
     assert np.all(np.isnan(walk.variance[1::2]))
     np.testing.assert_allclose(walk.q[0] / walk.q[-1], 1 / 21.62, rtol=1e-3)
+
+
+@pytest.mark.medium
+def test_the_command_answers_in_tables_and_in_json(tmp_path):
+    done = commands.run("attention", "--tokens", "128", "--kappa", "256", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "entropy, in bits" in done.stdout
+    assert "0.42765" in done.stdout
+    options = ["--tokens", "8", "--correlation", "0.2", "--norm", "post", "--sublayers", "24"]
+    done = commands.run("attention", *options, "--json", cwd=tmp_path)
+    report = json.loads(done.stdout)
+    np.testing.assert_allclose(report["layer"]["q"], 0.3698981465, rtol=1e-9)
+    assert len(report["sublayers"]) == 25
+    np.testing.assert_allclose(report["sublayers"][20]["correlation"], 0.99854446, rtol=1e-8)
+    np.testing.assert_allclose(report["sublayers"][20]["gradient_variance"], 0.34411064, rtol=1e-7)
+    assert report["sublayers"][0]["variance"] is None
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (["--norm", "post"], "means nothing without --sublayers"),
+        (["--kappa", "-1"], "kappa is -1.0; it is a finite number, 0 or more"),
+        (["--kappa", "1e9"], "it is at most 1024"),
+        (["--tokens", "0"], "tokens is 0; it is a whole number of at least 1"),
+        (["--tokens", "8", "--correlation", "-0.5"], "correlation is -0.5; that of 8 exchangeable"),
+        (["--sublayers", "4", "--norm", "batch"], "unknown norm 'batch'"),
+        (["--sublayers", "-1"], "sublayers is -1"),
+    ],
+)
+def test_wrong_options_are_one_sentence(options, says, tmp_path):
+    done = commands.run("attention", *options, cwd=tmp_path)
+    assert done.returncode == 2
+    assert says in done.stderr
+    assert done.stderr.count("\n") == 1
