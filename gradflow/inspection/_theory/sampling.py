@@ -23,7 +23,7 @@ from gradflow.inspection._theory.sums import Field, Map, NoRule, Piece, Sum, ide
 __all__ = ["Covariance", "fields_drawn", "moments", "of_draws", "pulled"]
 
 # Multiplications that second moments of draws may take, and the fewest and most draws.
-_WORK, _FEWEST, _MOST = 1 << 35, 1 << 9, 1 << 14
+_WORK, _FEWEST, _MOST = 1 << 34, 1 << 9, 1 << 14
 # The largest relative standard error of a mean square that is an answer, and the largest share of
 # it that may come of one unit: where tails are so long, more draws would be larger.
 _ERROR, _SHARE = 0.05, 0.02
