@@ -46,6 +46,24 @@ def test_verdicts(slope, kind, words):
     assert words in verdict.sentence
 
 
+def sound_norms(found):
+    return found.estimates["log_gradient_norm"].value
+
+
+def test_layers_that_gradients_go_around_are_left_out_of_the_verdict():
+    """As blocks whose last scale begins at 0: 6 layers of 8 have none."""
+    sound = inspections.found(inspections.residual(3))
+    norms = np.tile(sound_norms(sound), (20, 1))
+    norms[:, 1:7] = -np.inf
+    values = {key: np.tile(one.value, (20, 1)) for key, one in sound.estimates.items()}
+    values |= {"log_gradient_norm": norms, "log_gradient_variance": 2 * norms}
+    verdict = inspections.found(inspections.residual(3), values=values).verdict
+    assert verdict.kind == "vanishing"
+    assert verdict.factor == pytest.approx(math.exp(-0.9), rel=1e-2)
+    assert "6 of 8 layers, as " in verdict.sentence
+    assert "have no gradient at step 0" in verdict.sentence
+
+
 def test_dead_networks_and_numbers_that_are_not_finite_come_first():
     sound = inspections.found(inspections.dense(10))
     norms = np.tile(sound.estimates["log_gradient_norm"].value, (20, 1))
@@ -53,6 +71,9 @@ def test_dead_networks_and_numbers_that_are_not_finite_come_first():
     values = {
         key: np.tile(estimate.value, (20, 1)) for key, estimate in sound.estimates.items()
     } | {"log_gradient_norm": norms}
+    some_sites = inspections.found(inspections.dense(10), values=values).verdict
+    assert some_sites.kind == "vanishing"  # a pooled site without a gradient is no dead network
+    values["log_gradient_variance"] = np.where(np.isinf(norms), norms, 2 * sound_norms(sound))
     verdict = inspections.found(inspections.dense(10), values=values).verdict
     assert verdict.kind == "dead"
     assert verdict.dead == 0.25

@@ -65,11 +65,14 @@ def assemble(
         places, estimates, values, networks=measured.networks, dtype=_dtype(program, layers)
     )
     weight, relative, _ = leaves.at(places.parameters)
+    with np.errstate(invalid="ignore"):
+        without = np.isneginf(measured.values["log_gradient_variance"]).mean(axis=0)
     verdict = _wording.judge(
         places,
         estimates,
         values,
         (relative, relative_theory(values, weight)),
+        without=without,
         born=measured.born,
         why=_why(cure),
     )
@@ -152,7 +155,9 @@ def _compare(
     for key, here in found.items():
         statistic = BY_KEY[key]
         one = compare_statistic(statistic, here, estimates[key], dtype, None, threshold)
-        small = np.abs(here.difference) < _of_the_width(key, places, here.theory, size)
+        beyond = np.abs(here.difference) - _of_the_width(key, places, here.theory, size)
+        with np.errstate(invalid="ignore", divide="ignore"):  # of no difference, or no error
+            small = beyond <= threshold * np.abs(here.difference / here.z)
         status = np.where((one.status == Status.DIFFERS) & small, Status.FINITE_WIDTH, one.status)
         status = np.where(np.isnan(here.z), Status.NOT_COMPARED, status).astype(np.int8)
         compared[key] = dataclasses.replace(one, status=status)

@@ -136,7 +136,7 @@ def begin(
     program = _program(adapted, arrays, loss, behind)
     found, given = layers(program), _given(adapted, parameters, arrays, key)
     with ThreadPoolExecutor(1) as pool:  # both spend much of their time in the compiler
-        theory = pool.submit(_theory, adapted, program, found, arrays, key, given)
+        theory = pool.submit(_theory, adapted, program, found, arrays, behind, key, given)
         measured = measure(
             adapted, program, found, arrays, key,
             networks=networks, targets=behind, progress=progress,
@@ -159,6 +159,7 @@ def _theory(
     program: Program,
     found: Sequence[Layer],
     inputs: Sequence[Any],
+    targets: Sequence[Any],
     key: PRNGKeyArray,
     given: tuple[PyTree, PyTree] | None,
 ) -> tuple[Mapping[int, Law], Predicted]:
@@ -173,8 +174,9 @@ def _theory(
         state = jax.tree.map(lambda leaf: leaf[0], draw(jax.random.split(apart, NETWORKS))[1])
     of_weights = laws(model, program, apart, draw=draw)
     return of_weights, predict(
-        program, found, of_weights, jax.tree.leaves(inputs), state=jax.tree.leaves(state)
-    )
+        program, found, of_weights, jax.tree.leaves(inputs),
+        state=jax.tree.leaves(state), targets=jax.tree.leaves(targets),
+    )  # fmt: skip
 
 
 def _arrays(name: str, value: Any) -> tuple[Any, ...]:

@@ -17,7 +17,7 @@ from gradflow import _programs, gaussian
 from gradflow._unit_distributions import Shifted
 from gradflow.activations import Activation
 from gradflow.gaussian import _pairs
-from gradflow.inspection._theory import sampled_sums
+from gradflow.inspection._theory import sampling
 from gradflow.inspection._theory.activations import activation_of
 from gradflow.inspection._theory.expectations import SiteAverages
 from gradflow.inspection._theory.over_sites import Normalised
@@ -34,8 +34,8 @@ from gradflow.inspection._theory.sums import (
 )
 from gradflow.kernels import Gaussian, Kernel
 
-__all__ = ["Term", "average", "covariance", "mean", "normalised", "second_moments", "terms"]
-__all__ += ["together", "together_at"]
+__all__ = ["Term", "average", "covariance", "joint", "mean", "normalised", "pulled"]
+__all__ += ["second_moments", "terms", "together", "together_at"]
 
 # Terms of Hermite series of pairs, and what they may leave out, relative.
 _TERMS, _LEFT_OUT = 256, 1e-14
@@ -54,13 +54,17 @@ class Term(NamedTuple):
 def mean(sum_: Sum) -> np.ndarray:
     """E of a unit at each site, (sites,)."""
     try:
-        out = sum_.constant.astype(float)
-        for part, map_ in sum_.parts.items():
-            if isinstance(part, Piece):
-                out = out + map_ @ average(Term(part, None))
-        return out
+        return _mean(sum_)
     except NoRule as reason:
-        return sampled_sums.mean(sum_, reason)
+        return _moments(sum_, reason)[0]
+
+
+def _mean(sum_: Sum) -> np.ndarray:
+    out = sum_.constant.astype(float)
+    for part, map_ in sum_.parts.items():
+        if isinstance(part, Piece):
+            out = out + map_ @ average(Term(part, None))
+    return out
 
 
 def second_moments(sum_: Sum) -> np.ndarray:
@@ -70,9 +74,42 @@ def second_moments(sum_: Sum) -> np.ndarray:
         try:
             known = _products(sum_, sum_)
         except NoRule as reason:
-            known = sampled_sums.second_moments(sum_, reason)
+            known = _moments(sum_, reason)[1]
         sum_.__dict__["second"] = known
     return known
+
+
+def _moments(sum_: Sum, reason: NoRule) -> tuple[np.ndarray, np.ndarray]:
+    """Mean and second moments by drawing units; raises why there is no rule where it cannot be."""
+    known = sum_.__dict__.get("moments")
+    if known is None:
+        try:
+            known = sampling.moments(sum_, joint)
+        except NoRule:
+            raise reason from None
+        sum_.__dict__["moments"] = known
+    return known
+
+
+def pulled(sum_: Sum, gradient: np.ndarray, reason: NoRule) -> dict[Field, np.ndarray]:
+    """Second moments of the gradient by each field from those by a sum, by drawing units.
+
+    Raises
+    ------
+    NoRule
+        Why there is no rule, where units cannot be drawn.
+    """
+    try:
+        return sampling.pulled(sum_, gradient, joint)
+    except NoRule:
+        raise reason from None
+
+
+def joint(one: Field, other: Field) -> np.ndarray | None:
+    """The covariance of two fields; None where they are independent."""
+    if one is other:
+        return one.covariance
+    return _tied(one, other) if other in one.tied else None
 
 
 def _products(one: Sum, other: Sum) -> np.ndarray:
@@ -84,9 +121,9 @@ def _products(one: Sum, other: Sum) -> np.ndarray:
     others = list(other.parts.items())
     for i, (p, left) in enumerate(one.parts.items()):
         for q, right in others[: i + 1] if one is other else others:
-            joint = together(Term(p, None), Term(q, None))
-            if joint is not None:
-                both = up(left, joint, right)
+            found = together(Term(p, None), Term(q, None))
+            if found is not None:
+                both = up(left, found, right)
                 out += both + both.T if one is other and p is not q else both
     return out
 
@@ -203,9 +240,7 @@ def together(one: Term, other: Term) -> np.ndarray | None:
     """E[one_s other_t], (sites, sites) of both; None where it is 0."""
     p, q = one.part, other.part
     if isinstance(p, Field) and isinstance(q, Field) and one.slot is None and other.slot is None:
-        if p is q:
-            return p.covariance
-        return _tied(p, q) if q in p.tied else None
+        return joint(p, q)
     if isinstance(p, Field) and one.slot is None:
         return _by_parts(p, other)
     if isinstance(q, Field) and other.slot is None:

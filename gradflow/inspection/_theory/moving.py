@@ -55,6 +55,7 @@ def moved(equation: Equation, values: Sequence[Value], shapes: Sequence[tuple[in
     if equation.primitive == "reshape" and isinstance(value, Flattened):
         value = value.signal
     if isinstance(value, Signal) and equation.primitive == "reshape":
+        value = _divided(value, shapes[0])
         found = _flattening(value, shapes[0])
         if found is not None:
             axis, opened = found
@@ -160,6 +161,26 @@ def _varies(numbers: np.ndarray, axis: int) -> bool:
         return False
     low = np.where(numbers > 0, numbers, np.iinfo(numbers.dtype).max).min(axis=axis)
     return bool((numbers.max(axis=axis) > low).any())
+
+
+def _divided(value: Signal, shape: tuple[int, ...]) -> Signal:
+    """A signal with axes of units divided where a reshape to this shape divides them."""
+    ends = [set(itertools.accumulate(lengths, operator.mul)) for lengths in (value.shape, shape)]
+    cuts = sorted(ends[0] | ends[1] | {1})
+    if 0 in cuts or ends[0] >= ends[1] or any(b % a for a, b in itertools.pairwise(cuts)):
+        return value
+    new: list[int] = []
+    units: list[int] = []
+    inside = 1
+    for axis, length in enumerate(value.shape):
+        parts = [c for c in cuts if inside < c <= inside * length]
+        lengths = [b // a for a, b in itertools.pairwise([inside, *parts])] or [length]
+        if len(lengths) > 1 and axis not in value.units:
+            return value
+        units += [len(new) + i for i in range(len(lengths))] if axis in value.units else []
+        new += lengths
+        inside *= length
+    return Signal(tuple(new), tuple(units), value.sum)
 
 
 def _flattening(value: Signal, shape: tuple[int, ...]) -> tuple[int, tuple[int, ...]] | None:
