@@ -35,7 +35,7 @@ def program_of(f, shapes, x):
 def upwards(program, shapes, x):
     numbers = program.arguments["parameters"]
     laws = {n: Law(0.0, v, gaussian=True) for n, (_, v) in zip(numbers, shapes, strict=True)}
-    return walk._upwards(program, laws, [np.asarray(x)], [])
+    return walk._upwards(program, laws, {"inputs": [np.asarray(x)]})
 
 
 def theory(program, found, values):

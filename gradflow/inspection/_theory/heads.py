@@ -150,7 +150,7 @@ def covariance_of(moments: Any, softmax: Softmax, lengths: Lengths) -> np.ndarra
     return made[np.ix_(asking, asking)]
 
 
-def pulled(gradient: np.ndarray, moments: Moments, softmax: Softmax, lengths: Lengths) -> Moments:
+def pulled(gradient: np.ndarray, moments: Any, softmax: Softmax, lengths: Lengths) -> Any:
     """The transpose of a tangent's map: gradients' second moments, from those at the outputs."""
     square, asking = _square(lengths)
     with jax.enable_x64(True):
@@ -192,39 +192,46 @@ def _padded_offsets(offsets: np.ndarray, lengths: Lengths) -> np.ndarray:
     return out
 
 
-def _averages(moments: Moments, tangents: Moments | None, offsets: Any, seen: Any) -> Any:
-    """The averages: integrals of two tokens, else over fixed heads."""
-    if seen is not None:
-        return _exact_heads.of_two_tokens(moments, tangents, np.array(seen))
+def _averages(moments: Moments, tangents: Moments | None, offsets: Any, exact: Any) -> Any:
+    """The averages: integrals of two tokens, and of tokens alike; else over fixed heads."""
+    if exact == "alike":
+        return _exact_heads.of_tokens_alike(moments, tangents, offsets.shape[-1])
+    if exact:
+        return _exact_heads.of_two_tokens(moments, tangents, np.array(exact))
     return _heads.average(moments, tangents, offsets)
 
 
-def _two(offsets: np.ndarray) -> tuple[tuple[bool, ...], ...] | None:
-    """Of two tokens which see which, where nothing else is added to scores; else None."""
-    if offsets.shape != (1, 1, 2, 2):
+def _exact(moments: Moments, offsets: np.ndarray) -> Any:
+    """Of two tokens which see which; ``"alike"`` of more that are; None without an integral."""
+    if offsets.shape[:2] != (1, 1):
         return None
     seen = np.isfinite(offsets[0, 0])
     plain = [np.ptp(row[mask]) < _SAME for row, mask in zip(offsets[0, 0], seen, strict=True)]
-    return tuple(tuple(bool(x) for x in row) for row in seen) if all(plain) else None
+    tokens = len(seen)
+    if not all(plain) or tokens < 2:
+        return None
+    if tokens == 2:
+        return tuple(tuple(bool(x) for x in row) for row in seen)
+    return "alike" if seen.all() and bool(_exact_heads.are_alike(moments, tokens)) else None
 
 
 def _covariance(moments: Moments, offsets: np.ndarray) -> Any:
-    return _covariance_program(moments, offsets, _two(offsets))
+    return _covariance_program(moments, offsets, _exact(moments, offsets))
 
 
 def _pulled(gradient: np.ndarray, moments: Moments, offsets: np.ndarray) -> Any:
-    return _pulled_program(gradient, moments, offsets, _two(offsets))
+    return _pulled_program(gradient, moments, offsets, _exact(moments, offsets))
 
 
 @functools.partial(jax.jit, static_argnums=2)
-def _covariance_program(moments: Moments, offsets: Any, seen: Any) -> Any:
-    return _averages(moments, None, offsets, seen).covariance
+def _covariance_program(moments: Moments, offsets: Any, exact: Any) -> Any:
+    return _averages(moments, None, offsets, exact).covariance
 
 
 @functools.partial(jax.jit, static_argnums=3)
-def _pulled_program(gradient: Any, moments: Moments, offsets: Any, seen: Any) -> Any:
+def _pulled_program(gradient: Any, moments: Moments, offsets: Any, exact: Any) -> Any:
     def tangent(tangents: Moments) -> Any:
-        return _averages(moments, tangents, offsets, seen).tangent
+        return _averages(moments, tangents, offsets, exact).tangent
 
     _, pull = jax.vjp(tangent, jax.tree.map(jnp.zeros_like, moments))
     return jax.tree.map(lambda x: (x + x.T) / 2, pull(gradient)[0])
