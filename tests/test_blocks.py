@@ -365,7 +365,6 @@ def test_networks_tell_their_shapes():
         (lambda: builders.stack(4, []), "blocks is empty"),
         (lambda: Residual(LayerNorm()), "a residual branch has no random matrix"),
         (lambda: Gated(gate=Activate()), "the gate of a gated layer has no random matrix"),
-        (lambda: Gated(value=LayerNorm()), "the value of a gated layer has no random matrix"),
         (
             lambda: builders.stack(4, [Gated(Linear(5), Linear(6))]),
             "a gated layer's value has 5 units and its gate 6",

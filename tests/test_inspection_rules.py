@@ -6,9 +6,11 @@ import numpy as np
 import pytest
 from scipy import sparse
 
+from gradflow import activations
+from gradflow.gaussian import _batch
 from gradflow.inspection._reading.layers import layers
 from gradflow.inspection._reading.program import read
-from gradflow.inspection._theory import forcing, gradients, rules, walk
+from gradflow.inspection._theory import forcing, gradients, large_batches, rules, walk
 from gradflow.inspection._theory.sums import Product
 from gradflow.inspection._theory.values import Known, Law, Signal, Unknown
 
@@ -189,6 +191,20 @@ def positions_averaged(p, key, x):
     return RELU(conv(h, p[1])).mean((1, 2)) @ p[2]
 
 
+def over_the_batch(h):
+    h = h - h.mean((0, 1, 2), keepdims=True)
+    return h * jax.lax.rsqrt((h * h).mean((0, 1, 2), keepdims=True) + 1e-5)
+
+
+def residual_behind_batch_norm(p, key, x):
+    """As in a ResNet: what is normalised is added to what was, and rectified: drawn by theory."""
+    del key
+    h = RELU(over_the_batch(conv(x, p[0])))
+    for w in p[1:3]:
+        h = RELU(h + over_the_batch(conv(h, w)))
+    return h.mean((1, 2)) @ p[3]
+
+
 W = WIDTH
 CODES = RNG.normal(size=(5, W)).astype(np.float32) + 0.5  # as of positions
 PROGRAMS = {
@@ -212,6 +228,9 @@ PROGRAMS = {
         [dense(4, W), dense(W, W), dense(W, W), dense(W, W)], SERIES[0]
     ),
     positions_averaged: ([kernel(3, 3, W), kernel(3, W, W), dense(W, W)], IMAGES),
+    residual_behind_batch_norm: (
+        [kernel(3, 3, W), kernel(3, W, W), kernel(3, W, W), dense(W, W)], IMAGES
+    ),
 }  # fmt: skip
 
 
@@ -451,3 +470,24 @@ def test_gradients_of_few_pairs_of_sites_are_those_of_all_pairs(monkeypatch):
         np.testing.assert_allclose(few, every, rtol=1e-9)
     at, _ = walk._downwards(program, found, values)
     assert isinstance(at[walk._own(values, found[0])[0]].matrix, sparse.sparray)
+
+
+@pytest.mark.medium
+@pytest.mark.parametrize("length", [0.0, 0.3], ids=["independent", "alike"])
+def test_a_large_batch_is_normalised_as_any_other(length):
+    batch = 40
+    place = np.linspace(0, 1, batch)
+    smooth = np.exp(-(((place[:, None] - place) / (length or 1e-9)) ** 2)) + 1e-3 * np.eye(batch)
+    rows = RNG.normal(size=(batch, 300))
+    k = smooth + rows @ rows.T / 300
+    gradient = (rows @ rows.T) ** 2
+    with jax.enable_x64(True):
+        whole = jnp.asarray(k)
+        second, mean, _ = _batch.averages(activations.relu, whole, None)
+        _, pull = jax.vjp(lambda s: _batch.averages(activations.relu, whole, s)[2], 0 * whole)
+        below = np.asarray(pull(jnp.asarray(gradient))[0])
+        found = large_batches.averages(activations.relu, k)
+        np.testing.assert_allclose(found[0], second, rtol=1e-9, atol=1e-9)
+        np.testing.assert_allclose(found[1], mean, rtol=1e-7)
+        found = large_batches.pulled(activations.relu, k, gradient)
+    np.testing.assert_allclose(found, (below + below.T) / 2, rtol=0, atol=1e-9 * abs(below).max())

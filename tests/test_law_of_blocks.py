@@ -7,6 +7,8 @@ of the width, the limit of which is 0 within its standard error or to a third of
 False alarms: 1 % of cases. Keys are fixed.
 """
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -18,13 +20,16 @@ from gradflow.blocks import (
     GRU,
     AbstractBlock,
     Activate,
+    Attention,
     Chain,
     Dense,
+    Embedding,
     Gated,
     LayerNorm,
     Linear,
     Maxout,
     Residual,
+    RMSNorm,
 )
 from gradflow.comparison import Status
 
@@ -42,6 +47,9 @@ def differences(network, sites, compare=compared):
 def in_a_network(block):
     """Return three layers that end in a random matrix each, and are wide; one that merges sites."""
     width = block.width_in or 100
+    if isinstance(block, Embedding):  # of the input itself
+        first = dataclasses.replace(block, vocabulary=INPUTS, units=WIDTH)
+        return builders.stack(INPUTS, [first, (Dense(activations.erf, WIDTH), 2)])
     layer = Chain((block, Linear(width)))
     assert builders.stack(width, [layer]).widths[-1] == width, "as many units as it takes"
     return builders.stack(INPUTS, [Linear(width), (layer, 3 if block.pool_factor == 1 else 1)])
@@ -169,6 +177,28 @@ COMPOSITIONS = {
     "BatchNorm leaky ReLU, batch 5": (
         lambda: builders.mlp([INPUTS, *[4 * WIDTH] * 4], "leaky_relu_0.2", "he", norm="batch"),
         5,
+    ),
+    "decoder with rotary positions": (
+        lambda: builders.stack(
+            INPUTS,
+            [
+                Linear(WIDTH),
+                Residual(
+                    Chain((LayerNorm(), Attention(3, 16, WIDTH, mask="causal", positions="rotary")))
+                ),
+                (
+                    Chain(
+                        (
+                            Residual(Chain((LayerNorm(), Attention(3, 16, WIDTH, bias_q=0.5)))),
+                            Residual(Chain((LayerNorm(), Linear(400, 1.4), Dense("relu", WIDTH)))),
+                            RMSNorm(),
+                        )
+                    ),
+                    2,
+                ),
+            ],
+        ),
+        6,
     ),
     "norm after logistic": (
         lambda: builders.mlp(

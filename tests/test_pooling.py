@@ -13,9 +13,13 @@ from gradflow.blocks import (
     AveragePool,
     Chain,
     Convolution,
+    Dense,
+    Gated,
     GlobalMean,
     Linear,
     MaxPool,
+    Residual,
+    Upsample,
 )
 from gradflow.comparison import Status
 from gradflow.errors import InputError, NoTheory
@@ -81,6 +85,28 @@ def test_moments_of_means_are_those_of_their_units(kind, key):
     np.testing.assert_allclose(
         whole.covariance, GlobalMean(shape).kernel(Kernel.of(gram)).covariance, rtol=ROUNDING
     )
+
+
+def test_upsampling_is_that_of_the_nearest(key):
+    images = jax.random.normal(key, (2, 2, 3, 4))
+    block = Upsample((2, 3), (2, 1))
+    out = block.apply(builders.as_sites(images), no_product, key)
+    np.testing.assert_array_equal(out, builders.as_sites(jnp.repeat(images, 2, axis=1)))
+    x = builders.as_sites(images)
+    gram = mean_field.input_gram(x)
+    found = block.kernel(Kernel(gram, x.mean(axis=1), gram))
+    expected = mean_field.input_gram(out)
+    for values in (found.covariance, found.tangent):
+        np.testing.assert_allclose(values, expected, rtol=ROUNDING, atol=ROUNDING)
+    assert len(out) * block.pool_factor == len(x)
+
+
+def excitation(shape, units):
+    """Squeeze-and-excitation of a signal: a gate of its mean over positions."""
+    squeeze = (GlobalMean(shape), Linear(units // 2), Dense(activations.relu, units, 2.0))
+    one = (1,) * len(shape)
+    spread = (Activate(activations.logistic), Upsample(one, shape))
+    return Gated(Chain(()), Chain((*squeeze, *spread)))
 
 
 def covariance(sites, seed=0):
@@ -161,6 +187,26 @@ NETWORKS = {
             Convolution(activations.tanh, (2,), 2, units=100),
         ],
     ),
+    "squeeze and excitation": lambda: builders.stack(
+        2,
+        [
+            Convolution(activations.linear, (4,), 3, "zeros", 200),
+            (
+                Residual(
+                    Chain(
+                        (
+                            Convolution(activations.relu, (4,), 3, "zeros", 200, 1.2),
+                            excitation((4,), 200),
+                            Linear(200, 2.0),
+                        )
+                    )
+                ),
+                2,
+            ),
+            Chain((Upsample((4,)), Convolution(activations.relu, (8,), 3, "zeros", 100))),
+        ],
+        "relu",
+    ),
     "largest": lambda: builders.stack(
         2,
         [
@@ -188,6 +234,11 @@ def test_theory_meets_simulation(make):
     [
         (lambda: MaxPool((2,), 2, 2, 2), r"padding is 2; it makes a window of size 2 of nothing"),
         (lambda: AveragePool((2,), 3), "size is 3; it is one whole number"),
+        (lambda: Upsample((2, 2), (2,)), r"factor is \(2,\); it is one whole number, or one for"),
+        (
+            lambda: Gated(Chain(()), Chain((GlobalMean((2,)), Linear(100)))),
+            "a gated layer's value makes one site of 1, and its gate of 2",
+        ),
         (
             lambda: Chain((Activate(), MaxPool())).kernel(Kernel.of(jnp.eye(6))),
             "MaxPool gets a signal that is not Gaussian over units",

@@ -17,7 +17,10 @@ convolution
     `Convolution` W * φ(z), with strides, dilation, groups and transposed, and the `Patches` that
     its filter multiplies.
 pooling
-    `AveragePool` and `MaxPool` over windows of positions; `GlobalMean` and `Flatten` over all.
+    `AveragePool` and `MaxPool` over windows of positions; `GlobalMean` and `Flatten` over all;
+    `Upsample`.
+embedding
+    `Embedding`, a row for each token and each place.
 attention
     `Attention`, which mixes an input's tokens.
 composition
@@ -49,6 +52,7 @@ from gradflow.blocks.composition import *
 from gradflow.blocks.convolution import *
 from gradflow.blocks.dense import *
 from gradflow.blocks.dropout import *
+from gradflow.blocks.embedding import *
 from gradflow.blocks.gating import *
 from gradflow.blocks.normalisation import *
 from gradflow.blocks.paths import *

@@ -1,4 +1,4 @@
-"""Averages over an attention layer's heads that are integrals: those of two tokens.
+"""Averages over an attention layer's heads that are integrals: of two tokens, and of tokens alike.
 
 What is averaged is that of `gradflow.blocks._heads`, without positions, at infinite key width.
 """
@@ -8,14 +8,17 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array
+from jaxtyping import Array, Bool, Float
 
 from gradflow import activations, gaussian
 from gradflow.blocks._heads import Averages, Moments
+from gradflow.gaussian._softmax import LARGEST_SCORE_VARIANCE, softmax_rows
 
-__all__ = ["of_two_tokens"]
+__all__ = ["are_alike", "of_tokens_alike", "of_two_tokens"]
 
 _einsum = functools.partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
+# Between second moments of tokens that are alike, relative, in units of their dtype's epsilon.
+_ROUNDING = 1 << 10
 
 
 def of_two_tokens(moments: Moments, tangents: Moments | None, seen: np.ndarray) -> Averages:
@@ -57,5 +60,80 @@ def of_two_tokens(moments: Moments, tangents: Moments | None, seen: np.ndarray) 
         by_query = tangents.queries * differences(moments.keys)
         by_key = moments.queries * differences(tangents.keys)
         path = slopes * differences(moments.values) * (by_query + by_key)
+        tangent = averaged(tangents.values) + path
+    return Averages(covariance, tangent, jnp.zeros_like(covariance))
+
+
+def _by_input(k: Float[Array, "sites sites"], tokens: int) -> Float[Array, "inputs t inputs t"]:
+    return k.reshape(-1, tokens, k.shape[0] // tokens, tokens)
+
+
+def _own(k: Float[Array, "sites sites"], tokens: int) -> tuple[Array, Array]:
+    """Of each input the mean diagonal element, and the mean of the others."""
+    blocks = _einsum("itiu->itu", _by_input(k, tokens))
+    trace = jnp.trace(blocks, axis1=1, axis2=2)
+    rest = jnp.sum(blocks, axis=(1, 2)) - trace
+    return trace / tokens, rest / (tokens * (tokens - 1))
+
+
+def _of_own(
+    diagonal: Float[Array, " inputs"], rest: Float[Array, " inputs"], tokens: int, across: Array
+) -> Float[Array, "sites sites"]:
+    """Second moments of these within inputs, and between inputs of the mean of ``across``."""
+    inputs = len(diagonal)
+    own = jnp.eye(tokens, dtype=across.dtype)[None]
+    within = diagonal[:, None, None] * own + rest[:, None, None] * (1 - own)
+    between = jnp.mean(_by_input(across, tokens), axis=(1, 3))[:, None, :, None]
+    same = jnp.eye(inputs, dtype=bool)[:, None, :, None]
+    every = jnp.where(same, within[:, :, None, :], between)
+    return every.reshape(inputs * tokens, inputs * tokens)
+
+
+def _score_law(moments: Moments, tokens: int) -> tuple[Array, Array, Array]:
+    """The variance of scores about a row's mean, and 1 less the correlation of two rows.
+
+    The third result is whether averages are known for them: elsewhere both are 0.
+    """
+    q, between = _own(moments.queries, tokens)
+    k, other = _own(moments.keys, tokens)
+    variance = q * jnp.maximum(k - other, 0)
+    apart = jnp.clip(1 - between / jnp.where(q > 0, q, 1), 0, tokens / (tokens - 1))
+    known = (variance <= 25) | ((variance < LARGEST_SCORE_VARIANCE) & (apart > 0.02))
+    return jnp.where(known, variance, 0), jnp.where(known, apart, 0), known
+
+
+def are_alike(moments: Moments, tokens: int) -> Bool[Array, ""]:
+    """Whether tokens of an input are exchangeable, and uncorrelated with those of other inputs.
+
+    But for what all tokens of an input have in common.
+    """
+    alike = jnp.all(_score_law(moments, tokens)[2])
+    for k in moments:
+        expected = _of_own(*_own(k, tokens), tokens, k)
+        rounding = _ROUNDING * float(jnp.finfo(k.dtype).eps)
+        alike &= jnp.max(jnp.abs(k - expected)) <= rounding * jnp.max(jnp.abs(k))
+    return alike
+
+
+def of_tokens_alike(moments: Moments, tangents: Moments | None, tokens: int) -> Averages:
+    """The averages where tokens `are_alike`, of which tangents need not be."""
+    variance, apart, _ = _score_law(moments, tokens)
+    rows = softmax_rows(tokens, variance, apart)
+
+    def averaged(k: Array) -> Array:
+        """E[A k Aᵀ]: of an input's tokens, by the sums of k over equal and over unequal ones."""
+        equal, unequal = _own(k, tokens)
+        s = equal - unequal
+        return _of_own(unequal + s * rows.P, unequal + s * rows.C, tokens, k)
+
+    covariance, tangent = averaged(moments.values), None
+    if tangents is not None:
+        nothing = jnp.zeros_like(covariance)
+        apart_in = [jnp.subtract(*_own(k, tokens)) for k in (*moments[1:], tangents.keys)]
+        keys, values, moved = apart_in
+        # tr[J K̇], J = I - 11ᵀ/T, is (T - 1)(K̇_d - K̇_o); E[M_c M_a] is R J/(T - 1).
+        queries = _of_own(keys * values * rows.R, keys * values * rows.R_cross, tokens, nothing)
+        by_key = _of_own(moved * values * rows.R, moved * values * rows.R_cross, tokens, nothing)
+        path = tangents.queries * queries + moments.queries * by_key
         tangent = averaged(tangents.values) + path
     return Averages(covariance, tangent, jnp.zeros_like(covariance))

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-__all__ = ["Averages", "Moments", "average", "average_of_given", "softmax"]
+__all__ = ["Averages", "Moments", "average", "average_of_given", "root", "softmax"]
 
 _einsum = functools.partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
 
@@ -79,7 +79,7 @@ def average_of_given(weights: Float[Array, "kinds inputs tokens tokens"], k: Arr
 def average(
     moments: Moments,
     tangents: Moments | None,
-    offsets: Float[Array, "kinds tokens tokens"],
+    offsets: Float[Array, "kinds *inputs tokens tokens"],
     width: int | None = None,
     turns: np.ndarray | None = None,
 ) -> Averages:
@@ -90,8 +90,8 @@ def average(
     moments, tangents
         Of queries, keys and values, and of tangents of these.
     offsets
-        What is added to scores, by kinds of heads that there are equally many of; -inf for tokens
-        that are not seen.
+        What is added to scores, by kinds of heads that there are equally many of, of all inputs or
+        of each; -inf for tokens that are not seen.
     width
         The width w of queries and keys; infinite without it.
     turns
@@ -104,9 +104,11 @@ def average(
     repeats = -(-_CHUNK // (modes * sites * max(sites, width or 0)) // kinds)
     half = max(1, repeats) * kinds
     chunks = -(-_count(sites) // (2 * half))
-    roots = _root(moments.queries), _root(moments.keys)
-    start = softmax(jnp.zeros_like(offsets), offsets)[:, None]
-    start = jnp.broadcast_to(start, (kinds, inputs, tokens, tokens))
+    roots = root(moments.queries), root(moments.keys)
+    offsets = jnp.broadcast_to(
+        offsets[:, None] if offsets.ndim == 3 else offsets, (kinds, inputs, tokens, tokens)
+    )
+    start = softmax(jnp.zeros_like(offsets), offsets)
     base = _each(_rows(start, moments.values), start)
     each_turn = None
     if turns is not None:
@@ -145,6 +147,8 @@ def average(
 
 def _count(sites: int) -> int:
     """The number of heads: more where each has few sites to average over."""
+    if sites > 64:
+        return max(256, (1 << 17) // sites)
     return 2048 if sites > 32 else 4096 if sites > 8 else 8192
 
 
@@ -194,7 +198,7 @@ def _sums(
     The ``parts`` are their scores and offsets, and A and A V Aᵀ at scores of 0.
     """
     scores, offset, start, base = parts
-    pair = [softmax(s, offset[:, None]) for s in (scores, -scores)]
+    pair = [softmax(s, offset) for s in (scores, -scores)]
     x = start * (scores - jnp.sum(start * scores, axis=-1, keepdims=True))
     y = sum(_each(_rows(a, moments.values), a) for a in pair) / 2 - base
     z = _each(_rows(x, moments.values), x)
@@ -217,7 +221,7 @@ def _sums(
 
 
 def _modes(k: Array, turns: Array | None) -> Float[Array, "modes sites sites"]:
-    return k[None] if turns is None else k * turns
+    return k[None] if turns is None else k[None] * turns
 
 
 def _path(moved: Callable[[Array], Array], queries: Array, keys: Array) -> Array:
@@ -225,8 +229,8 @@ def _path(moved: Callable[[Array], Array], queries: Array, keys: Array) -> Array
     if len(queries) == 1 or len(keys) == 1:
         return queries * moved(keys)
     total, _ = jax.lax.scan(
-        lambda total, one: (total + one[0] * moved(one[1]), None),
-        queries[0] * moved(keys[0]),
+        lambda total, one: (total + one[0][None] * moved(one[1][None]), None),
+        queries[:1] * moved(keys[:1]),
         (queries[1:], keys[1:]),
     )
     return total
@@ -244,7 +248,8 @@ def _moved(
 
     def moved(k: Array) -> Array:
         b = _rows(weights, k)
-        return _each(_rows(weights, k * values) - 2 * b * mixed, weights) + _each(b, weights) * both
+        left = _rows(weights, k * values[None]) - 2 * b * mixed
+        return _each(left, weights) + _each(b, weights) * both
 
     return moved
 
@@ -267,7 +272,7 @@ def _each(y: Array, weights: Float[Array, "heads inputs tokens tokens"]) -> Arra
     return out.reshape(y.shape)
 
 
-def _root(covariance: Float[Array, "sites sites"]) -> Float[Array, "sites sites"]:
+def root(covariance: Float[Array, "sites sites"]) -> Float[Array, "sites sites"]:
     """L with L Lᵀ the covariance, lower triangular; columns of no variance to rounding are 0.
 
     Written out, as LAPACK's factorisation fails where sites are alike.

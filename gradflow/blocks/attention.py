@@ -64,7 +64,7 @@ class Attention(AbstractBlock):
         Σ' = σ_v² σ_o² E[A Σ Aᵀ],
         D' = σ_v² σ_o² (E[A D Aᵀ] + κ D_ac E tr[M_a Σ M_c Σ] + κ Σ_ac E tr[M_a D M_c Σ]).
 
-    They are exact for two tokens; else by fixed heads, with
+    They are exact for two tokens, and for tokens that are exchangeable; else by fixed heads, with
     the standard error `average_error`.
 
     Attributes
@@ -374,7 +374,11 @@ class Attention(AbstractBlock):
             offsets = jnp.asarray(self._offsets, moments.values.dtype)
             return _heads.average(moments, tangents, offsets, width, turns)
 
-        return over_heads(moments, tangents)
+        if not exact or not seen.all():
+            return over_heads(moments, tangents)
+        alike = _exact_heads.are_alike(moments, self.tokens)
+        of_alike = functools.partial(_exact_heads.of_tokens_alike, tokens=self.tokens)
+        return jax.lax.cond(alike, of_alike, over_heads, moments, tangents)
 
     @property
     def _why_no_theory(self) -> str | None:

@@ -28,6 +28,11 @@ class Gated(AbstractComposite):
     arXiv:1612.08083, eq. 1); with a gate of ``Activate(activations.silu)``, SwiGLU (Shazeer 2020,
     arXiv:2002.05202). Two branches with random matrices are independent, so that second moments
     multiply, k' = k_f k_g, and a gradient passes through either, χ = χ_f k_g + k_f χ_g.
+
+    The value may be the signal itself, ``Chain(())``, beside a gate with a random matrix at its
+    end. So is squeeze-and-excitation (Hu, Shen & Sun 2018, arXiv:1709.01507, eqs. 2 to 4), a gate
+    of the mean over positions: ``Chain((GlobalMean(shape), Linear(m), Dense(relu, n), Activate(
+    logistic), Upsample(one, shape)))`` with a ``one`` of as many 1s as the shape has axes.
     """
 
     value: AbstractBlock = Linear()
@@ -36,11 +41,17 @@ class Gated(AbstractComposite):
     def __check_init__(self) -> None:
         for name in ("value", "gate"):
             check_instance(name, getattr(self, name), AbstractBlock, "a block, as Dense()")
-            if not getattr(self, name).n_weights:
-                raise InputError(
-                    f"the {name} of a gated layer has no random matrix; put a Linear or Dense "
-                    "block into it"
-                )
+        if not self.gate.n_weights:
+            raise InputError(
+                "the gate of a gated layer has no random matrix; put a Linear or Dense block into "
+                "it"
+            )
+        sites = [part.pool_factor for part in self.parts]
+        if sites[0] != sites[1]:
+            raise InputError(
+                f"a gated layer's value makes one site of {sites[0]}, and its gate of {sites[1]}; "
+                "both hand on equally many sites"
+            )
 
     def apply(
         self, signal: Float[Array, "sites n_in"], multiply: Multiply, key: PRNGKeyArray
@@ -76,6 +87,11 @@ class Gated(AbstractComposite):
                 f"a gated layer's value has {value} units and its gate {gate}; each unit has a gate"
             )
         return value
+
+    @property
+    def pool_factor(self) -> int | Fraction:
+        """The number of sites that value and gate make one of."""
+        return self.value.pool_factor
 
     def shapes(self, n_in: int) -> tuple[tuple[int, int], ...]:
         """Return the shapes of the value's random matrices, then those of the gate."""
@@ -130,6 +146,11 @@ class Maxout(AbstractBlock):
     def mixes_sites(self) -> bool:
         """Whether its products mix sites."""
         return self.linear.mixes_sites
+
+    @property
+    def pool_factor(self) -> int | Fraction:
+        """The number of sites that its products make one of."""
+        return self.linear.pool_factor
 
     def width_after(self, n_in: int) -> int:
         """Return the number of units."""

@@ -1,4 +1,4 @@
-"""Pooling: positions that are merged, by windows or all of them, as one site."""
+"""Positions that are merged, by windows or all of them, as one site; and one as several."""
 
 import functools
 import math
@@ -13,6 +13,7 @@ import numpy as np
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from gradflow import activations
+from gradflow._checks import check_count
 from gradflow.activations import Activation
 from gradflow.blocks._positions import Windows, count_inputs, count_positions, lengths, pads
 from gradflow.blocks.base import AbstractBlock, Multiply
@@ -20,7 +21,7 @@ from gradflow.errors import InputError, NoTheory
 from gradflow.gaussian import _largest
 from gradflow.kernels import Gaussian, Kernel, Unknown, multiply_kernel
 
-__all__ = ["AveragePool", "Flatten", "GlobalMean", "MaxPool"]
+__all__ = ["AveragePool", "Flatten", "GlobalMean", "MaxPool", "Upsample"]
 
 
 class _Pool(AbstractBlock):
@@ -258,3 +259,71 @@ class Flatten(_OverPositions):
     def width_after(self, n_in: int) -> int:
         """Return the channels times the positions."""
         return self.pool_factor * n_in
+
+
+class Upsample(AbstractBlock):
+    """Each position's signals ``factor`` times along each axis, as the nearest neighbour's.
+
+    Of a `GlobalMean`, ``Upsample((1, 1), (8, 8))`` hands on what all of 8 × 8 positions have in
+    common. Signals of several sites are one and the same, and gradients add.
+    """
+
+    shape: tuple[int, ...] = eqx.field(static=True, default=(3,), converter=lengths)
+    factor: int | tuple[int, ...] = eqx.field(static=True, default=2, converter=lengths)
+
+    def __check_init__(self) -> None:
+        count_positions(self.shape)
+        if len(self._factors) != len(self.shape):
+            raise InputError(
+                f"factor is {self.factor!r}; it is one whole number, or one for each axis of shape "
+                f"{self.shape}"
+            )
+
+    @property
+    def _factors(self) -> tuple[int, ...]:
+        if isinstance(self.factor, tuple):
+            return tuple(check_count("factor", n) for n in self.factor)
+        return (check_count("factor", self.factor),) * len(self.shape)
+
+    def _sites(self, sites: int) -> np.ndarray:
+        """The site that each site after it is of."""
+        taken = np.arange(sites).reshape(count_inputs(sites, self.shape), *self.shape)
+        for axis, factor in enumerate(self._factors):
+            taken = np.repeat(taken, factor, axis=1 + axis)
+        return taken.reshape(-1)
+
+    def apply(
+        self,
+        signal: Float[Array, "sites n"],
+        multiply: Multiply,  # noqa: ARG002
+        key: PRNGKeyArray,  # noqa: ARG002
+    ) -> Float[Array, "sites_out n"]:
+        """Return each position's signals several times."""
+        return signal[self._sites(len(signal))]
+
+    def kernel(self, kernel: Kernel, multiply: Multiply = multiply_kernel) -> Kernel:  # noqa: ARG002
+        """Return the second moments of each position several times."""
+        kernel = kernel.common()
+        taken = self._sites(len(kernel.mean))
+
+        def pairs(k: Array) -> Array:
+            return k[taken][:, taken]
+
+        tangent = None if kernel.tangent is None else pairs(kernel.tangent)
+        law = Gaussian() if kernel.gaussian else Unknown()
+        return kernel.derived(pairs(kernel.covariance), kernel.mean[taken], tangent, law)
+
+    @property
+    def homogeneous(self) -> bool:
+        """Whether it is homogeneous: yes, it is linear."""
+        return True
+
+    @property
+    def mixes_sites(self) -> bool:
+        """Whether it mixes sites: yes, as a gradient adds over several."""
+        return True
+
+    @property
+    def pool_factor(self) -> Fraction:
+        """1 over the number of sites that each makes."""
+        return Fraction(1, math.prod(self._factors))

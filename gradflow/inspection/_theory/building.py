@@ -36,7 +36,7 @@ __all__ = ["as_field", "check_sites", "fresh", "lifted", "made_by", "patches", "
 __all__ += ["weights_of_zero"]
 
 # Second moments are kept of all pairs of sites.
-MOST_SITES = 2048
+MOST_SITES = 4096
 
 
 def piece_of(function: Callable[..., Any], sums: Sequence[Sum], literal: Sequence[bool]) -> Sum:

@@ -17,6 +17,7 @@ from gradflow import _programs, gaussian
 from gradflow._unit_distributions import Shifted
 from gradflow.activations import Activation
 from gradflow.gaussian import _pairs
+from gradflow.inspection._theory import sampled_sums
 from gradflow.inspection._theory.activations import activation_of
 from gradflow.inspection._theory.expectations import SiteAverages
 from gradflow.inspection._theory.over_sites import Normalised
@@ -29,6 +30,7 @@ from gradflow.inspection._theory.sums import (
     factors,
     independent,
     node_factors,
+    up,
 )
 from gradflow.kernels import Gaussian, Kernel
 
@@ -51,18 +53,25 @@ class Term(NamedTuple):
 
 def mean(sum_: Sum) -> np.ndarray:
     """E of a unit at each site, (sites,)."""
-    out = sum_.constant.astype(float)
-    for part, map_ in sum_.parts.items():
-        if isinstance(part, Piece):
-            out = out + map_ @ average(Term(part, None))
-    return out
+    try:
+        out = sum_.constant.astype(float)
+        for part, map_ in sum_.parts.items():
+            if isinstance(part, Piece):
+                out = out + map_ @ average(Term(part, None))
+        return out
+    except NoRule as reason:
+        return sampled_sums.mean(sum_, reason)
 
 
 def second_moments(sum_: Sum) -> np.ndarray:
     """E of the products of a unit at all pairs of sites, (sites, sites)."""
     known = sum_.__dict__.get("second")
     if known is None:
-        known = sum_.__dict__["second"] = _products(sum_, sum_)
+        try:
+            known = _products(sum_, sum_)
+        except NoRule as reason:
+            known = sampled_sums.second_moments(sum_, reason)
+        sum_.__dict__["second"] = known
     return known
 
 
@@ -77,7 +86,7 @@ def _products(one: Sum, other: Sum) -> np.ndarray:
         for q, right in others[: i + 1] if one is other else others:
             joint = together(Term(p, None), Term(q, None))
             if joint is not None:
-                both = left @ joint @ right.T
+                both = up(left, joint, right)
                 out += both + both.T if one is other and p is not q else both
     return out
 
@@ -88,9 +97,9 @@ def covariance(one: Sum, other: Sum) -> np.ndarray:
     for field, left in one.parts.items():
         assert isinstance(field, Field)
         if field in other.parts:
-            out += left @ field.covariance @ other.parts[field].T
+            out += up(left, field.covariance, other.parts[field])
         for tied in field.tied & other.fields:
-            out += left @ _tied(field, tied) @ other.parts[tied].T
+            out += up(left, _tied(field, tied), other.parts[tied])
     return out
 
 

@@ -19,7 +19,7 @@ __all__ = ["MOST_ALIKE", "Gradient", "Matrix", "coupled", "dense", "sum_of", "we
 Matrix: TypeAlias = np.ndarray | sparse.sparray
 
 # Fewer sites, or more of their pairs, are dense.
-_MANY, _MOST = 256, 0.05
+_MANY, _MOST = 16, 0.05
 # Sites that are mixed are to be as good as uncorrelated: Σ_pq K_pq² beside (Σ_p K_pp)². With this
 # much the second moments behind tanh are off by 0.04, behind GELU by 0.01 to 0.02, relative.
 MOST_ALIKE = 0.1

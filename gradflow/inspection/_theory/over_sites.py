@@ -17,6 +17,7 @@ import numpy as np
 from gradflow import _programs
 from gradflow.activations import Activation
 from gradflow.gaussian import _batch
+from gradflow.inspection._theory import large_batches
 from gradflow.inspection._theory.activations import activation_of
 from gradflow.inspection._theory.nodes import constant, multiply, of_function, variable
 from gradflow.inspection._theory.sums import Field, NoRule, Piece, Sum
@@ -76,9 +77,16 @@ class Normalised:
         if len(self.k) < _batch.SMALLEST:
             raise NoRule(f"BatchNorm over fewer than {_batch.SMALLEST} sites")
 
+    @property
+    def large(self) -> bool:
+        """Whether it is of many sites, and has the averages of these."""
+        return self.phi.homogeneous and len(self.k) >= large_batches.LARGE
+
     @functools.cached_property
     def values(self) -> tuple[np.ndarray, np.ndarray]:
         """E[φ_a φ_b] and E[φ_a]."""
+        if self.large:
+            return large_batches.averages(self.phi, self.k)
         with jax.enable_x64(True):
             second, mean = _values(self.phi, self.k)
         return np.asarray(second), np.asarray(mean)
@@ -103,6 +111,8 @@ class Normalised:
 
     def pulled(self, gradient: np.ndarray) -> np.ndarray:
         """Second moments of the gradient by x from those by φ."""
+        if self.large:
+            return large_batches.pulled(self.phi, self.k, gradient)
         with jax.enable_x64(True):
             return np.asarray(_pulled(self.phi, self.k, gradient))
 

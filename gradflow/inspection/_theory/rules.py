@@ -327,7 +327,7 @@ def reduce_sum(
     equation: Equation, values: Sequence[Value], shapes: Sequence[tuple[int, ...]]
 ) -> Value:
     """Sums: over units n times an expectation, over sites linear."""
-    value, axes = values[0], equation.params["axes"]
+    value, axes = values[0], tuple(map(int, equation.params["axes"]))
     if not isinstance(value, Signal):
         raise NoRule("a sum of parameters")
     over = tuple(i for i in axes if i not in value.units)

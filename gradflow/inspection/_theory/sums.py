@@ -21,9 +21,11 @@ from gradflow.inspection._theory.nodes import Node, multiply, of_function, varia
 
 __all__ = ["Factor", "Field", "Leaf", "Map", "Mixture", "NoRule", "Origin", "Part", "Piece"]
 __all__ += ["Product", "Sum", "absolute", "apart", "factors", "identity", "independent"]
-__all__ += ["node_factors", "selection"]
+__all__ += ["down", "node_factors", "selection", "up"]
 
 _serial = itertools.count()
+# The share of entries other than 0 from which on a map is quicker as an array.
+_DENSE = 0.1
 Map: TypeAlias = sparse.csr_array
 
 
@@ -352,6 +354,27 @@ class Sum:
         if len(sites) == self.sites and (sites == np.arange(self.sites)).all():
             return self
         return self.mapped(selection(sites, self.sites))
+
+
+def up(left: Map, middle: np.ndarray, right: Map) -> np.ndarray:
+    """L M Rᵀ, second moments behind maps from those before."""
+    return _applied(right, _applied(left, middle).T).T
+
+
+def down(left: Map, middle: Any, right: Map) -> Any:
+    """Lᵀ M R, second moments of gradients before maps from those behind; sparse if M is."""
+    if not isinstance(middle, np.ndarray):
+        return left.T @ middle @ right
+    return _applied(right, _applied(left, middle, turned=True).T, turned=True).T
+
+
+def _applied(map_: Map, to: np.ndarray, *, turned: bool = False) -> np.ndarray:
+    """A map, or its transpose, times a matrix; a map of most pairs of sites is no sparse one."""
+    if map_ is identity(map_.shape[0]):
+        return to
+    if map_.nnz > _DENSE * map_.shape[0] * map_.shape[1]:
+        map_ = map_.toarray()
+    return np.asarray((map_.T if turned else map_) @ to)
 
 
 @functools.lru_cache(maxsize=64)

@@ -23,7 +23,7 @@ from gradflow.activations import Activation
 from gradflow.inspection._reading.layers import Layer
 from gradflow.inspection._reading.of_model import top_sites
 from gradflow.inspection._reading.program import Program
-from gradflow.inspection._theory import forcing, rules
+from gradflow.inspection._theory import forcing, rules, sampled_sums
 from gradflow.inspection._theory.activations import activation_of
 from gradflow.inspection._theory.building import lifted
 from gradflow.inspection._theory.gradients import (
@@ -35,7 +35,7 @@ from gradflow.inspection._theory.gradients import (
     weighted,
 )
 from gradflow.inspection._theory.reaching import Reach
-from gradflow.inspection._theory.sums import Field, Leaf, NoRule, Sum, apart
+from gradflow.inspection._theory.sums import Field, Leaf, NoRule, Sum, apart, down
 from gradflow.inspection._theory.values import Known, Law, Noise, Signal, Unknown, Value, Weights
 from gradflow.inspection._theory.windows import OverSites
 from gradflow.networks import Network
@@ -44,6 +44,7 @@ from gradflow.statistics import BackwardLimit, ForwardLimit
 __all__ = ["Predicted", "predict"]
 
 _CASTS = ("convert_element_type", "copy", "copy_p", "reduce_precision")
+_AT_ONCE = 1 << 22  # second moments, of all layers whose statistics are read together
 _STATISTICS = tuple((s, s.predict) for s in statistics.ALL if s.predict is not None)
 
 
@@ -296,27 +297,44 @@ def _spread(
     found: dict[Field, Gradient], pending: list[tuple[int, Field]], sum_: Sum, at: Gradient
 ) -> None:
     """Add what a sum's gradient gives the fields below it; raises `NoRule` where not known."""
+    before = dict(found), list(pending)
+    try:
+        _spread_by_rules(found, pending, sum_, at)
+    except NoRule as reason:
+        if math.isinf(at.log):
+            raise
+        own = sampled_sums.spread(sum_, dense(at.matrix), reason)
+        found.clear()
+        found.update(before[0])
+        pending[:] = before[1]
+        for field, matrix in own.items():
+            _add(found, pending, field, Gradient.of(matrix, at.log, at.ties))
+
+
+def _spread_by_rules(
+    found: dict[Field, Gradient], pending: list[tuple[int, Field]], sum_: Sum, at: Gradient
+) -> None:
     own: dict[Field, Matrix] = {}
 
     def add(one: Sum, inner: Matrix, other: Sum) -> None:
         for field in one.parts:
             if field in other.parts:
                 assert isinstance(field, Field)
-                below = one.parts[field].T @ inner @ other.parts[field]
+                below = down(one.parts[field], inner, other.parts[field])
                 below = below if one is other else below + below.T
                 own[field] = sum_of(own[field], below) if field in own else below
 
     for batch, map_ in forcing.normalised(sum_):
-        add(batch.x, batch.pulled(map_.T @ dense(at.matrix) @ map_), batch.x)
+        add(batch.x, batch.pulled(down(map_, dense(at.matrix), map_)), batch.x)
     for term, map_, variable in forcing.multiples(sum_):
-        below = weighted(map_.T @ at.matrix @ map_, term, term)
+        below = weighted(down(map_, at.matrix, map_), term, term)
         _spread(found, pending, variable, Gradient.of(below, at.log, at.ties))
     terms = forcing.terms(sum_)
     for i, (one, left, of_one) in enumerate(terms):
         for other, right, of_other in terms[: i + 1]:
             if of_one.fields.isdisjoint(of_other.fields):
                 continue
-            inner = weighted(left.T @ at.matrix @ right, one, other)
+            inner = weighted(down(left, at.matrix, right), one, other)
             if one is not other and of_one is of_other:
                 inner, of_one = inner + inner.T, of_other
             add(of_one, inner, of_other)
@@ -506,7 +524,13 @@ def _evaluate(out: dict[str, np.ndarray], limits: "Sequence[_Limit | str]") -> N
         if not isinstance(limit, str):
             shapes = tuple(x.shape for x in limit.arrays.values())
             groups.setdefault((limit.activation, limit.about, shapes), []).append(n)
-    for (*static, _), places in groups.items():
+    chunks = [
+        (static, places[i : i + most])
+        for (*static, shapes), places in groups.items()
+        for most in [max(1, _AT_ONCE // max(map(math.prod, shapes)))]
+        for i in range(0, len(places), most)
+    ]
+    for static, places in chunks:
         many = np.resize(places, 1 << (len(places) - 1).bit_length())
         rows = [limits[n] for n in many]
         names = rows[0].arrays
