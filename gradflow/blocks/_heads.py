@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-__all__ = ["Averages", "Moments", "average", "average_of_given", "softmax"]
+__all__ = ["Averages", "Moments", "average", "average_of_given", "root", "softmax"]
 
 _einsum = functools.partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
 
@@ -47,11 +47,14 @@ class Averages(NamedTuple):
         E[A V̇ Aᵀ] + E[Q̇_ac tr[M_a K M_c V] + Q_ac tr[M_a K̇ M_c V]]; None without tangents.
     error
         The standard error of ``covariance``, had the heads been drawn anew.
+    spread
+        The standard deviation over heads of A V Aᵀ; NaN where averages are integrals.
     """
 
     covariance: Float[Array, "sites sites"]
     tangent: Float[Array, "sites sites"] | None
     error: Float[Array, "sites sites"]
+    spread: Float[Array, "sites sites"]
 
 
 class _Sums(NamedTuple):
@@ -62,6 +65,7 @@ class _Sums(NamedTuple):
     yy: Array
     zz: Array
     yz: Array
+    squares: Array  # of y of one head, not of the mean of a pair
     tangent: Array  # that of `Averages`, with half of its terms transposed
     z_tangent: Array  # x V̇ xᵀ
 
@@ -79,7 +83,7 @@ def average_of_given(weights: Float[Array, "kinds inputs tokens tokens"], k: Arr
 def average(
     moments: Moments,
     tangents: Moments | None,
-    offsets: Float[Array, "kinds tokens tokens"],
+    offsets: Float[Array, "kinds *inputs tokens tokens"],
     width: int | None = None,
     turns: np.ndarray | None = None,
 ) -> Averages:
@@ -90,8 +94,8 @@ def average(
     moments, tangents
         Of queries, keys and values, and of tangents of these.
     offsets
-        What is added to scores, by kinds of heads that there are equally many of; -inf for tokens
-        that are not seen.
+        What is added to scores, by kinds of heads that there are equally many of, of all inputs or
+        of each; -inf for tokens that are not seen.
     width
         The width w of queries and keys; infinite without it.
     turns
@@ -104,9 +108,11 @@ def average(
     repeats = -(-_CHUNK // (modes * sites * max(sites, width or 0)) // kinds)
     half = max(1, repeats) * kinds
     chunks = -(-_count(sites) // (2 * half))
-    roots = _root(moments.queries), _root(moments.keys)
-    start = softmax(jnp.zeros_like(offsets), offsets)[:, None]
-    start = jnp.broadcast_to(start, (kinds, inputs, tokens, tokens))
+    roots = root(moments.queries), root(moments.keys)
+    offsets = jnp.broadcast_to(
+        offsets[:, None] if offsets.ndim == 3 else offsets, (kinds, inputs, tokens, tokens)
+    )
+    start = softmax(jnp.zeros_like(offsets), offsets)
     base = _each(_rows(start, moments.values), start)
     each_turn = None
     if turns is not None:
@@ -137,14 +143,17 @@ def average(
     slope = jnp.where(varies, both / jnp.where(varies, variance, 1), 0)
     covariance = jnp.mean(base, axis=0) + mean.y - slope * (mean.z - known(moments.values))
     left = jnp.maximum(mean.yy - mean.y**2 - slope * both, 0)
+    spread = jnp.sqrt(jnp.maximum(mean.squares - mean.y**2, 0))
     tangent = None
     if tangents is not None:
         tangent = mean.tangent - slope * (mean.z_tangent - known(tangents.values))
-    return Averages(covariance, tangent, jnp.sqrt(left / (half * chunks)))
+    return Averages(covariance, tangent, jnp.sqrt(left / (half * chunks)), spread)
 
 
 def _count(sites: int) -> int:
     """The number of heads: more where each has few sites to average over."""
+    if sites > 64:
+        return max(256, (1 << 17) // sites)
     return 2048 if sites > 32 else 4096 if sites > 8 else 8192
 
 
@@ -194,12 +203,13 @@ def _sums(
     The ``parts`` are their scores and offsets, and A and A V Aᵀ at scores of 0.
     """
     scores, offset, start, base = parts
-    pair = [softmax(s, offset[:, None]) for s in (scores, -scores)]
+    pair = [softmax(s, offset) for s in (scores, -scores)]
     x = start * (scores - jnp.sum(start * scores, axis=-1, keepdims=True))
-    y = sum(_each(_rows(a, moments.values), a) for a in pair) / 2 - base
+    one, two = (_each(_rows(a, moments.values), a) - base for a in pair)
+    y, squares = (one + two) / 2, (one**2 + two**2) / 2
     z = _each(_rows(x, moments.values), x)
     nothing = jnp.zeros_like(base)
-    each = (y, z, y**2, z**2, y * z, nothing, nothing)
+    each = (y, z, y**2, z**2, y * z, squares, nothing, nothing)
     sums = _Sums(*(jnp.sum(term, axis=0) for term in each))
     if tangents is None:
         return sums
@@ -268,7 +278,7 @@ def _each(y: Array, weights: Float[Array, "heads inputs tokens tokens"]) -> Arra
     return out.reshape(y.shape)
 
 
-def _root(covariance: Float[Array, "sites sites"]) -> Float[Array, "sites sites"]:
+def root(covariance: Float[Array, "sites sites"]) -> Float[Array, "sites sites"]:
     """L with L Lᵀ the covariance, lower triangular; columns of no variance to rounding are 0.
 
     Written out, as LAPACK's factorisation fails where sites are alike.

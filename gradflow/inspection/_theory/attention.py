@@ -14,16 +14,19 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
-from gradflow.gaussian import _heads
-from gradflow.gaussian._heads import Lengths, Moments
 from gradflow.inspection._reading.program import Equation
 from gradflow.inspection._theory import forcing
 from gradflow.inspection._theory.building import check_sites
 from gradflow.inspection._theory.drawn_heads import Drawn
+from gradflow.inspection._theory.heads import (
+    Lengths,
+    Weighing,
+    covariance_of,
+    pulled,
+    softmax_of,
+)
 from gradflow.inspection._theory.recorded import (
     LINEAR,
     UNITS,
@@ -41,8 +44,6 @@ __all__ = ["through"]
 Shapes = Sequence[tuple[int, ...]]
 Apply = Callable[[Equation, Sequence[Value], Shapes], list[Value]]
 Atoms = tuple[tuple[Any, int], ...]
-# What two ways to compute the same differ by, relative.
-_SAME = 1e-6
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -305,7 +306,9 @@ class _Heads:
         check_sites(max(self.lengths.inputs * n for n in self.lengths[1:]))
         self.heads = _product(kinds[UNITS])
         layout = (*self.inputs, *self.asking, *self.asked)
-        self.weigh = _Weighing(weights, leaf, scores, layout, self.heads, self.lengths)
+        self.weigh = Weighing(
+            weights, leaf, (scores.shape, scores.atoms), layout, self.heads, self.lengths
+        )
         self.value_places = _places(values, of_values, (*self.inputs, *self.asked))
         self.second_values = _at(values.sum, self.value_places)
 
@@ -332,7 +335,7 @@ class _Heads:
         if self.signals is None or all(forcing.mean(s.sum).any() for s in self.signals):
             return None
         made = _Limit(self, *self.signals)
-        return None if made.slopes is None else made
+        return None if made.softmax is None else made
 
     @functools.cached_property
     def drawn(self) -> Drawn:
@@ -358,61 +361,6 @@ class _Heads:
         below, of_values = (self.limit or self.drawn).down(gradient)
         share = self.width / self.values.width
         return [*below, (self.values.sum, share * _back(self.values, self.value_places, of_values))]
-
-
-class _Weighing:
-    """What the program makes of scores: equal ones are compiled once.
-
-    A function of (heads, inputs, tokens that ask, tokens that are asked), and to these.
-    """
-
-    def __init__(
-        self,
-        weights: Recorded,
-        leaf: Step,
-        scores: _Scores,
-        layout: Atoms,
-        heads: int,
-        lengths: Lengths,
-    ) -> None:
-        self.step, self.leaf, self.heads, self.lengths = weights.step, leaf, heads, lengths
-        self.shape = scores.shape
-        self.before = _order(scores.atoms, layout)
-        self.after = [atom for own in weights.axes for atom in own]
-        self.back = _order(self.after, layout)
-        self.before_lengths = [scores.atoms[i][1] for i in self.before]
-        key = self.step.key({leaf: 0}), self.shape, tuple(self.before), tuple(self.back), lengths
-        self.key = (*key, tuple(self.after))
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Weighing) and self.key == other.key
-
-    def __hash__(self) -> int:
-        return hash(self.key)
-
-    def __call__(self, scores: Any) -> Any:
-        """The weights of scores."""
-        many = -(-len(scores) // self.heads)
-        padded = jnp.pad(scores, ((0, many * self.heads - len(scores)), *((0, 0),) * 3))
-        whole = padded.reshape(many, self.heads, *self.lengths)
-        return jax.vmap(self.of_network)(whole).reshape(-1, *self.lengths)[: len(scores)]
-
-    def of_network(self, scores: Any) -> Any:
-        """The weights of all heads of one network."""
-        array = scores.reshape(self.before_lengths)
-        array = jnp.transpose(array, np.argsort(self.before).tolist()).reshape(self.shape)
-        return self.arranged(self.step.evaluate({self.leaf: array}))
-
-    def arranged(self, weights: Any) -> Any:
-        """Weights as the program has them, by heads, inputs and tokens."""
-        array = weights.reshape([n for _, n in self.after])
-        return jnp.transpose(array, self.back).reshape(self.heads, *self.lengths)
-
-
-def _order(atoms: Sequence[tuple[Any, int]], layout: Atoms) -> list[int]:
-    """The places of atoms in the order heads, then as in the layout."""
-    units = [i for i, (label, _) in enumerate(atoms) if label == UNITS]
-    return [*units, *(list(atoms).index(atom) for atom in layout)]
 
 
 def _product(atoms: Sequence[tuple[Any, int]]) -> int:
@@ -461,65 +409,26 @@ class _Limit:
         self.key_width = math.prod(scores.operands[sides[0]].shape[i] for i in summed)
         q, k = (_at(s.sum, p) for s, p in zip(self.signals, self.places, strict=True))
         size = math.sqrt(self.key_width * np.diagonal(q).max() * np.diagonal(k).max())
-        with jax.enable_x64(True):
-            of_values = jnp.asarray(heads.second_values)
-            self.moments = Moments(jnp.asarray(self.key_width * q), jnp.asarray(k), of_values)
-            self.slopes = _slopes(heads.weigh, heads.lengths, size)
+        self.softmax = softmax_of(heads.weigh, size)
+        if self.softmax is None:
+            return
+        self.slopes = self.key_width * np.outer(self.softmax.slopes, self.softmax.slopes)
+        self.moments: Any = self.slopes * q, k, heads.second_values
 
     def covariance(self) -> np.ndarray:
         """E[A V Aᵀ]."""
-        heads = self.heads
-        with jax.enable_x64(True):
-            made = _average(self.moments, heads.weigh, heads.lengths)
-        return np.asarray(made)
+        assert self.softmax is not None
+        return covariance_of(self.moments, self.softmax, self.heads.lengths)
 
     def down(self, gradient: np.ndarray) -> _Below:
         """Second moments of gradients at queries and keys, and by the places of values."""
+        assert self.softmax is not None
         heads, (queries, keys) = self.heads, self.signals
-        with jax.enable_x64(True):
-            below = _pulled(gradient, self.moments, self.slopes, heads.weigh, heads.lengths)
-        of_queries, of_keys, of_values = map(np.asarray, below)
+        below: Any = pulled(gradient, self.moments, self.softmax, heads.lengths)
         shares = [heads.width / signal.width for signal in self.signals]
+        of_queries = _back(queries, self.places[0], self.slopes * below.queries)
+        of_keys = _back(keys, self.places[1], below.keys)
         return [
-            (queries.sum, shares[0] * self.key_width * _back(queries, self.places[0], of_queries)),
-            (keys.sum, shares[1] * _back(keys, self.places[1], of_keys)),
-        ], of_values
-
-
-@functools.partial(jax.jit, static_argnums=(1, 2))
-def _average(moments: Moments, weigh: _Weighing, lengths: Lengths) -> Any:
-    return _heads.average(moments, None, weigh, lengths)[0]
-
-
-@functools.partial(jax.jit, static_argnums=(3, 4))
-def _pulled(
-    gradient: Any, moments: Moments, slopes: Any, weigh: _Weighing, lengths: Lengths
-) -> Moments:
-    return _heads.pulled(gradient, moments, weigh, lengths, slopes)
-
-
-def _slopes(weigh: _Weighing, lengths: Lengths, size: float) -> np.ndarray | None:
-    """Of each row times which number the weights' slope is a softmax's; None where it is none.
-
-    A row without a slope, as where all else is masked, has 0.
-    """
-    rng = np.random.default_rng(0)
-    shape = (max(2, weigh.heads), *lengths)
-    scores, tangents = (size * rng.standard_normal(shape) for _ in range(2))
-    a, moved = map(np.asarray, _with_tangent(scores, tangents, weigh))
-    softmax = a * (tangents - (a * tangents).sum(-1, keepdims=True))
-    square = (softmax**2).sum(-1)
-    there = square > (1e-12 * size) ** 2
-    slopes = np.where(there, (softmax * moved).sum(-1) / np.where(there, square, 1), 0)
-    apart = np.abs(moved - slopes[..., None] * softmax).max(-1)
-    largest = np.where(there, slopes, -np.inf).max(0)
-    alike = np.abs(slopes - largest)[there] <= _SAME * np.abs(slopes).max(initial=0)
-    sums = np.abs(a.sum(-1) - 1)
-    if not (apart <= _SAME * np.abs(moved).max()).all() or not alike.all() or (sums > _SAME).any():
-        return None
-    return np.where(np.isfinite(largest), largest, 0.0).reshape(-1)
-
-
-@functools.partial(jax.jit, static_argnums=2)
-def _with_tangent(scores: Any, tangents: Any, weigh: _Weighing) -> Any:
-    return jax.jvp(weigh, (scores,), (tangents,))
+            (queries.sum, shares[0] * of_queries),
+            (keys.sum, shares[1] * of_keys),
+        ], below.values

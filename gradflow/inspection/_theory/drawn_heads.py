@@ -16,10 +16,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gradflow.gaussian import _heads
-from gradflow.gaussian._heads import Lengths
+from gradflow.blocks import _heads
 from gradflow.inspection._reading.program import Equation
 from gradflow.inspection._theory import forcing
+from gradflow.inspection._theory.heads import Lengths
 from gradflow.inspection._theory.recorded import Step, in_float64
 from gradflow.inspection._theory.sums import NoRule, Sum, independent
 from gradflow.inspection._theory.values import Recorded, Signal

@@ -55,6 +55,7 @@ def moved(equation: Equation, values: Sequence[Value], shapes: Sequence[tuple[in
     if equation.primitive == "reshape" and isinstance(value, Flattened):
         value = value.signal
     if isinstance(value, Signal) and equation.primitive == "reshape":
+        value = _divided(value, shapes[0])
         found = _flattening(value, shapes[0])
         if found is not None:
             axis, opened = found
@@ -162,28 +163,43 @@ def _varies(numbers: np.ndarray, axis: int) -> bool:
     return bool((numbers.max(axis=axis) > low).any())
 
 
+def _divided(value: Signal, shape: tuple[int, ...]) -> Signal:
+    """A signal with axes of units divided where a reshape to this shape divides them."""
+    ends = [set(itertools.accumulate(lengths, operator.mul)) for lengths in (value.shape, shape)]
+    cuts = sorted(ends[0] | ends[1] | {1})
+    if 0 in cuts or ends[0] >= ends[1] or any(b % a for a, b in itertools.pairwise(cuts)):
+        return value
+    new: list[int] = []
+    units: list[int] = []
+    inside = 1
+    for axis, length in enumerate(value.shape):
+        parts = [c for c in cuts if inside < c <= inside * length]
+        lengths = [b // a for a, b in itertools.pairwise([inside, *parts])] or [length]
+        if len(lengths) > 1 and axis not in value.units:
+            return value
+        units += [len(new) + i for i in range(len(lengths))] if axis in value.units else []
+        new += lengths
+        inside *= length
+    return Signal(tuple(new), tuple(units), value.sum)
+
+
 def _flattening(value: Signal, shape: tuple[int, ...]) -> tuple[int, tuple[int, ...]] | None:
     """The axis that a reshape makes of sites and units, and the shape with these axes for it."""
-    found = None
-    for old, new in _grouped_axes(value.shape, shape):
-        several = [i for i in old if value.shape[i] > 1]
-        into = [i for i in new if shape[i] > 1]
-        if len({i in value.units for i in several}) < 2 or len(into) != 1:
-            continue
-        if found is not None:
-            return None
-        (axis,) = into
-        before = tuple(value.shape[i] for i in several)
-        found = axis, (*shape[:axis], *before, *shape[axis + 1 :])
+    old, new = (list(itertools.accumulate(x, operator.mul)) for x in (value.shape, shape))
+    # Axes of which those of both shapes are made.
+    ends = sorted({1, *old, *new})
+    if ends[0] == 0 or any(b % a for a, b in itertools.pairwise(ends)):
+        return None
+    found, start = None, 1
+    for axis, stop in enumerate(new):
+        made_of = [(a, b) for a, b in itertools.pairwise(ends) if start <= a and b <= stop]
+        kinds = {next(i for i, end in enumerate(old) if end > a) in value.units for a, _ in made_of}
+        if len(kinds) == 2:
+            if found is not None:
+                return None
+            found = axis, (*shape[:axis], *(b // a for a, b in made_of), *shape[axis + 1 :])
+        start = stop
     return found
-
-
-def _grouped_axes(old: Sequence[int], new: Sequence[int]) -> list[tuple[range, range]]:
-    """The fewest neighbouring axes of two shapes that have equally many elements."""
-    ends = [{n: i + 1 for i, n in enumerate(itertools.accumulate(x, operator.mul))}
-            for x in (old, new)]  # fmt: skip
-    cuts = [(0, 0), *((ends[0][n], ends[1][n]) for n in sorted(set(ends[0]) & set(ends[1])))]
-    return [(range(i, k), range(j, m)) for (i, j), (k, m) in itertools.pairwise(cuts)]
 
 
 def _repeated_units(value: Signal, merged: Sequence[int]) -> Signal | None:
