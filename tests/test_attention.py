@@ -15,7 +15,7 @@ from gradflow.blocks._heads import Moments
 from gradflow.errors import InputError, NoTheory
 from gradflow.kernels import Kernel
 from gradflow.simulation import monte_carlo
-from gradflow.theory import mean_field
+from gradflow.theory import float64, mean_field
 
 TABLE = 1e-9
 ROUNDING = 2e-5 if jnp.zeros(()).dtype == jnp.float32 else 1e-11
@@ -282,6 +282,13 @@ class TestFixedHeads:
         assert short.dtype == jnp.float32
         assert float(short.sum()) == pytest.approx(float(mean(1.3)), rel=1e-5)
 
+    @pytest.mark.medium
+    def test_networks_of_few_heads_differ(self):
+        """By 0.195 of q' = 0.4777, over √H, at 16 tokens of ρ = 0.3 and κ = 4."""
+        block = scaled(16, {"kappa": 4.0}, heads=4)
+        spread = jax.jit(block.spread_between_networks)(Kernel.of(alike(16, 0.3)))[0, 0]
+        assert float(2 * spread / 0.4777) == pytest.approx(0.195, rel=0.03)
+
     def test_a_root_of_what_has_none_left(self):
         """Of tokens that are the same: their root has one column."""
         k = jnp.kron(random_gram(2), jnp.ones((2, 2)))
@@ -456,6 +463,46 @@ def test_gradients_behind_a_mask(key):
     for token in (0, 2):
         slope = np.abs(np.asarray(jax.grad(output)(x, token))).sum(axis=1)
         np.testing.assert_array_equal(slope > 0, np.arange(3) <= token)
+
+
+# After so many sublayers, of 24: q or the correlation, and the gradient's variance.
+STACKS = {
+    "pre": {12: ("q", 10.74, 1.585), 24: ("q", 21.62, 1.0), 0: ("q", 1.0, 15.06)},
+    "post": {4: ("correlation", 0.6675, 0.1840), 20: ("correlation", 0.99854, 0.3441)},
+}
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("x64_only")
+@pytest.mark.parametrize("position", STACKS)
+def test_transformers_of_24_sublayers(position):
+    """8 tokens of ρ = 0.2, 32 heads, ReLU networks: theory's numbers, and 10 networks of 512 units.
+
+    Null: networks have the theory's means. False alarms: 1 %, shared by 10 numbers.
+    """
+    width, tokens, norm = 512, 8, RMSNorm()
+    branches = (
+        Attention(tokens, 32, width),
+        Chain((Linear(4 * width, 2**0.5), Dense("relu", width))),
+    )
+    if position == "pre":
+        layers = [Residual(Chain((norm, branch))) for branch in branches]
+    else:
+        layers = [Chain((Residual(branch), norm)) for branch in branches]
+    network = builders.stack(width, [norm, (Chain(tuple(layers)), 12)])
+    random = np.random.default_rng(0).normal(size=(width, tokens))
+    x = np.linalg.cholesky(alike(tokens, 0.2)) @ np.linalg.qr(random)[0].T * width**0.5
+    theory = float64.predict(network, x)
+    found = monte_carlo.simulate(network, x.astype(np.float32), key=1, networks=10)
+    for sublayers, (name, value, gradient) in STACKS[position].items():
+        layer = sublayers // 2
+        for statistic, expected in ((name, value), ("gradient_variance", gradient)):
+            digits = 5e-6 if value == 0.99854 and statistic == name else 5e-4
+            assert float(theory[statistic][layer]) == pytest.approx(expected, rel=digits)
+            measured = found[statistic]
+            away = float(measured.value[layer]) - expected
+            limit = scipy.stats.t.isf(0.005 / 10, 9) * float(measured.standard_error[layer])
+            assert abs(away) <= limit + 1e-5 * expected
 
 
 @pytest.mark.slow

@@ -53,6 +53,11 @@ def test_theory_agrees_with_its_peers():
 
 
 @pytest.mark.slow
+def test_attention_agrees_with_its_peer():
+    assert load("attention").main(["--quick"])["largest_difference"] < 1e-9
+
+
+@pytest.mark.slow
 def test_training_compares_every_contender():
     size = ["--size", "2x8x10", "--steps", "20", "--networks", "4", "--repeats", "1", "--json"]
     (found,) = load("training").main(size)["sizes"].values()

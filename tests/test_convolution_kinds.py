@@ -305,3 +305,53 @@ def test_shapes_of_grouped_filters():
 def test_bad_input_is_one_sentence(make, message):
     with pytest.raises((InputError, NoTheory), match=message):
         make()
+
+
+def test_a_builder_has_strides_groups_and_norms():
+    def make(**more):
+        return builders.convolutional(
+            (8, 8), [3, 16, 16, 32], "relu", "he", **{"padding": "zeros"} | more
+        )
+
+    strided = make(strides=[1, 2, 2], dense=[10])
+    assert strided.sites(64) == (64, 16, 4, 1)
+    assert strided.positions == 64
+    pooled = make(strides=[1, 2, 1], downsample="max")
+    first, second, third = (stage.block for stage in pooled.stages)
+    assert [type(part).__name__ for part in second.parts] == ["MaxPool", "Convolution"]
+    assert second.parts[0].activation == activations.relu
+    assert third.shape == (4, 4)
+    averaged = make(strides=[1, 2, 1], downsample="average").stages[1].block
+    kinds = ["Activate", "AveragePool", "Convolution"]
+    assert [type(part).__name__ for part in averaged.parts] == kinds
+    grouped = make(groups=4).stages[1].block
+    assert grouped.shapes(16) == ((16, 36),)
+    assert grouped.sigma_w**2 == pytest.approx(2)
+    apart = make(groups="depthwise").stages[2].block
+    assert apart.shapes(16) == ((16, 9), (32, 16))
+    assert isinstance(first, Convolution)
+    assert first.groups == 1
+    norm = make(norm="group", norm_groups=4, epsilon=1e-5).stages[1].block.parts[0]
+    assert (norm.groups, norm.shape, norm.epsilon) == (4, (8, 8), 1e-5)
+    assert make(padding="valid").sites(64) == (36, 16, 4)
+    dense = builders.mlp([8, 8, 8], norm="group", norm_groups=2, epsilon=0.1).stages[1].block
+    assert (dense.parts[0].groups, dense.parts[0].epsilon) == (2, 0.1)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"strides": [1, 2]}, r"strides is \(1, 2\); it has one for each of 1 convolutions"),
+        ({"strides": [0]}, "a stride is 0; it is a whole number of at least 1"),
+        ({"downsample": "mean"}, "unknown downsample 'mean'"),
+        ({"norm": "groups"}, "unknown norm 'groups'"),
+        ({"padding": "same"}, "unknown padding 'same'"),
+        ({"norm": "group", "norm_groups": 0}, "norm_groups is 0; it is a whole number of at"),
+        ({"norm": "layer", "epsilon": -1.0}, "epsilon is -1.0; it is a finite number, 0 or more"),
+        ({"groups": "channel"}, "groups is 'channel'; it is a whole number of at least 1"),
+    ],
+)
+def test_a_builder_refuses_in_one_sentence(given, message):
+    channels = [2, 4] if "strides" in given else [2, 4, 4]
+    with pytest.raises(InputError, match=message):
+        builders.convolutional((4,), channels, **given)

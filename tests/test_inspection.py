@@ -15,8 +15,10 @@ import xarray
 import gradflow
 from gradflow._differences import Status
 from gradflow.errors import InputError
+from gradflow.inspection import _adapters
 from gradflow.inspection._measuring.births import Born
 from gradflow.inspection._places import Places
+from gradflow.inspection._reading.model import Model
 
 
 def test_the_verdict_has_the_factor_between_layers_that_are_alike_and_their_names():
@@ -46,6 +48,24 @@ def test_verdicts(slope, kind, words):
     assert words in verdict.sentence
 
 
+def sound_norms(found):
+    return found.estimates["log_gradient_norm"].value
+
+
+def test_layers_that_gradients_go_around_are_left_out_of_the_verdict():
+    """As blocks whose last scale begins at 0: 6 layers of 8 have none."""
+    sound = inspections.found(inspections.residual(3))
+    norms = np.tile(sound_norms(sound), (20, 1))
+    norms[:, 1:7] = -np.inf
+    values = {key: np.tile(one.value, (20, 1)) for key, one in sound.estimates.items()}
+    values |= {"log_gradient_norm": norms, "log_gradient_variance": 2 * norms}
+    verdict = inspections.found(inspections.residual(3), values=values).verdict
+    assert verdict.kind == "vanishing"
+    assert verdict.factor == pytest.approx(math.exp(-0.9), rel=1e-2)
+    assert "6 of 8 layers, as " in verdict.sentence
+    assert "have no gradient at step 0" in verdict.sentence
+
+
 def test_dead_networks_and_numbers_that_are_not_finite_come_first():
     sound = inspections.found(inspections.dense(10))
     norms = np.tile(sound.estimates["log_gradient_norm"].value, (20, 1))
@@ -53,6 +73,9 @@ def test_dead_networks_and_numbers_that_are_not_finite_come_first():
     values = {
         key: np.tile(estimate.value, (20, 1)) for key, estimate in sound.estimates.items()
     } | {"log_gradient_norm": norms}
+    some_sites = inspections.found(inspections.dense(10), values=values).verdict
+    assert some_sites.kind == "vanishing"  # a pooled site without a gradient is no dead network
+    values["log_gradient_variance"] = np.where(np.isinf(norms), norms, 2 * sound_norms(sound))
     verdict = inspections.found(inspections.dense(10), values=values).verdict
     assert verdict.kind == "dead"
     assert verdict.dead == 0.25
@@ -167,6 +190,21 @@ def test_given_weights_with_a_loss_have_the_gradients_of_that_loss():
     assert found.estimates["log_q"].value[0] == pytest.approx(np.mean(z**2), rel=1e-5)
     assert found.networks == 1
     assert np.isnan(found["q"].z).all()
+
+
+def test_a_model_with_weights_and_a_law_says_which_were_measured(monkeypatch):
+    """As one of Keras: drawn anew, and said; its own with ``parameters=model``."""
+    own = {"a": jnp.ones((5, 30)), "b": jnp.ones((30, 3))}
+    init, apply = two_layers()
+    model = Model("net", lambda key: (init(key), ()), lambda p, s, k, x: apply(p, x), (own, ()))  # noqa: ARG005
+    monkeypatch.setattr(_adapters, "adapt", lambda *_: model)
+    x = np.ones((2, 5))
+    drawn = gradflow.inspect(model, x, networks=2, cure=False)
+    assert "its weights drawn anew (with parameters=model its own are measured)" in repr(drawn)
+    found = gradflow.inspect(model, x, parameters=model, cure=False)
+    assert found.networks == 1
+    assert found.estimates["log_q"].value[0] == pytest.approx(25)
+    assert "drawn anew" not in repr(found)
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ import pytest
 import gradflow
 from gradflow.errors import InputError
 from gradflow.inspection._measuring import segments as _segments
+from gradflow.inspection._measuring.chunks import Chunks
 from gradflow.inspection._measuring.measure import measure
 from gradflow.inspection._reading.layers import layers
 from gradflow.inspection._reading.model import Model
@@ -426,3 +427,22 @@ def test_parameters_that_are_drawn_as_nan_are_named():
 
     with pytest.raises(InputError, match=r"parameters\['v'\] that net draws are not all finite"):
         measured(init, lambda p, x: x @ p["w"] @ p["v"], X)
+
+
+def test_convolutions_in_groups_are_walked_by_a_few_networks_at_once():
+    """XLA's derivative by weights of 60 networks of 256 groups and 25 taps would take 47 GB."""
+
+    def apply(p, _state, _key, x):
+        names, groups = ("NHWC", "HWIO", "NHWC"), 256
+        return jax.lax.conv_general_dilated(
+            x, p, (1, 1), "SAME", dimension_numbers=names, feature_group_count=groups
+        )
+
+    model = Model("Depthwise", lambda key: (jax.random.normal(key, (5, 5, 1, 256)), ()), apply)
+    x = jnp.ones((1, 6, 6, 256))
+    program = program_of(model, (x,))
+    chunks = Chunks(
+        model, program, layers(program), (x,), jax.random.key(0), (), (),
+        tuple(jax.devices()[:1]), 60, (),
+    )  # fmt: skip
+    assert 8 * 25 * (256 * chunks.size()) ** 2 < 1 << 30

@@ -35,7 +35,7 @@ def program_of(f, shapes, x):
 def upwards(program, shapes, x):
     numbers = program.arguments["parameters"]
     laws = {n: Law(0.0, v, gaussian=True) for n, (_, v) in zip(numbers, shapes, strict=True)}
-    return walk._upwards(program, laws, [np.asarray(x)], [])
+    return walk._upwards(program, laws, {"inputs": [np.asarray(x)]})
 
 
 def theory(program, found, values):
@@ -191,6 +191,20 @@ def positions_averaged(p, key, x):
     return RELU(conv(h, p[1])).mean((1, 2)) @ p[2]
 
 
+def over_the_batch(h):
+    h = h - h.mean((0, 1, 2), keepdims=True)
+    return h * jax.lax.rsqrt((h * h).mean((0, 1, 2), keepdims=True) + 1e-5)
+
+
+def residual_behind_batch_norm(p, key, x):
+    """As in a ResNet: what is normalised is added to what was, and rectified: drawn by theory."""
+    del key
+    h = RELU(over_the_batch(conv(x, p[0])))
+    for w in p[1:3]:
+        h = RELU(h + over_the_batch(conv(h, w)))
+    return h.mean((1, 2)) @ p[3]
+
+
 W = WIDTH
 CODES = RNG.normal(size=(5, W)).astype(np.float32) + 0.5  # as of positions
 PROGRAMS = {
@@ -214,6 +228,9 @@ PROGRAMS = {
         [dense(4, W), dense(W, W), dense(W, W), dense(W, W)], SERIES[0]
     ),
     positions_averaged: ([kernel(3, 3, W), kernel(3, W, W), dense(W, W)], IMAGES),
+    residual_behind_batch_norm: (
+        [kernel(3, 3, W), kernel(3, W, W), kernel(3, W, W), dense(W, W)], IMAGES
+    ),
 }  # fmt: skip
 
 

@@ -20,6 +20,7 @@ from gradflow.blocks import (
     GRU,
     AbstractBlock,
     Activate,
+    Attention,
     Chain,
     Dense,
     Embedding,
@@ -28,6 +29,7 @@ from gradflow.blocks import (
     Linear,
     Maxout,
     Residual,
+    RMSNorm,
 )
 from gradflow.comparison import Status
 
@@ -175,6 +177,28 @@ COMPOSITIONS = {
     "BatchNorm leaky ReLU, batch 5": (
         lambda: builders.mlp([INPUTS, *[4 * WIDTH] * 4], "leaky_relu_0.2", "he", norm="batch"),
         5,
+    ),
+    "decoder with rotary positions": (
+        lambda: builders.stack(
+            INPUTS,
+            [
+                Linear(WIDTH),
+                Residual(
+                    Chain((LayerNorm(), Attention(3, 16, WIDTH, mask="causal", positions="rotary")))
+                ),
+                (
+                    Chain(
+                        (
+                            Residual(Chain((LayerNorm(), Attention(3, 16, WIDTH, bias_q=0.5)))),
+                            Residual(Chain((LayerNorm(), Linear(400, 1.4), Dense("relu", WIDTH)))),
+                            RMSNorm(),
+                        )
+                    ),
+                    2,
+                ),
+            ],
+        ),
+        6,
     ),
     "norm after logistic": (
         lambda: builders.mlp(

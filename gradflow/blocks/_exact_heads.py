@@ -61,7 +61,8 @@ def of_two_tokens(moments: Moments, tangents: Moments | None, seen: np.ndarray) 
         by_key = moments.queries * differences(tangents.keys)
         path = slopes * differences(moments.values) * (by_query + by_key)
         tangent = averaged(tangents.values) + path
-    return Averages(covariance, tangent, jnp.zeros_like(covariance))
+    nothing = jnp.zeros_like(covariance)
+    return Averages(covariance, tangent, nothing, jnp.full_like(nothing, jnp.nan))
 
 
 def _by_input(k: Float[Array, "sites sites"], tokens: int) -> Float[Array, "inputs t inputs t"]:
@@ -136,4 +137,5 @@ def of_tokens_alike(moments: Moments, tangents: Moments | None, tokens: int) -> 
         by_key = _of_own(moved * values * rows.R, moved * values * rows.R_cross, tokens, nothing)
         path = tangents.queries * queries + moments.queries * by_key
         tangent = averaged(tangents.values) + path
-    return Averages(covariance, tangent, jnp.zeros_like(covariance))
+    nothing = jnp.zeros_like(covariance)
+    return Averages(covariance, tangent, nothing, jnp.full_like(nothing, jnp.nan))

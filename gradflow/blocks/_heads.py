@@ -47,11 +47,14 @@ class Averages(NamedTuple):
         E[A V̇ Aᵀ] + E[Q̇_ac tr[M_a K M_c V] + Q_ac tr[M_a K̇ M_c V]]; None without tangents.
     error
         The standard error of ``covariance``, had the heads been drawn anew.
+    spread
+        The standard deviation over heads of A V Aᵀ; NaN where averages are integrals.
     """
 
     covariance: Float[Array, "sites sites"]
     tangent: Float[Array, "sites sites"] | None
     error: Float[Array, "sites sites"]
+    spread: Float[Array, "sites sites"]
 
 
 class _Sums(NamedTuple):
@@ -62,6 +65,7 @@ class _Sums(NamedTuple):
     yy: Array
     zz: Array
     yz: Array
+    squares: Array  # of y of one head, not of the mean of a pair
     tangent: Array  # that of `Averages`, with half of its terms transposed
     z_tangent: Array  # x V̇ xᵀ
 
@@ -139,10 +143,11 @@ def average(
     slope = jnp.where(varies, both / jnp.where(varies, variance, 1), 0)
     covariance = jnp.mean(base, axis=0) + mean.y - slope * (mean.z - known(moments.values))
     left = jnp.maximum(mean.yy - mean.y**2 - slope * both, 0)
+    spread = jnp.sqrt(jnp.maximum(mean.squares - mean.y**2, 0))
     tangent = None
     if tangents is not None:
         tangent = mean.tangent - slope * (mean.z_tangent - known(tangents.values))
-    return Averages(covariance, tangent, jnp.sqrt(left / (half * chunks)))
+    return Averages(covariance, tangent, jnp.sqrt(left / (half * chunks)), spread)
 
 
 def _count(sites: int) -> int:
@@ -200,10 +205,11 @@ def _sums(
     scores, offset, start, base = parts
     pair = [softmax(s, offset) for s in (scores, -scores)]
     x = start * (scores - jnp.sum(start * scores, axis=-1, keepdims=True))
-    y = sum(_each(_rows(a, moments.values), a) for a in pair) / 2 - base
+    one, two = (_each(_rows(a, moments.values), a) - base for a in pair)
+    y, squares = (one + two) / 2, (one**2 + two**2) / 2
     z = _each(_rows(x, moments.values), x)
     nothing = jnp.zeros_like(base)
-    each = (y, z, y**2, z**2, y * z, nothing, nothing)
+    each = (y, z, y**2, z**2, y * z, squares, nothing, nothing)
     sums = _Sums(*(jnp.sum(term, axis=0) for term in each))
     if tangents is None:
         return sums

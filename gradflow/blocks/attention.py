@@ -308,8 +308,33 @@ class Attention(AbstractBlock):
         values, averages = self._averages(kernel, multiply_kernel)
         return jnp.exp(2 * values.log_scale[0]) * self.sigma_o**2 * averages.error
 
-    def _averages(self, kernel: Kernel, multiply: Multiply) -> tuple[Kernel, Averages]:
-        """The kernel of the values, and the averages over heads at its scales."""
+    def spread_between_networks(self, kernel: Kernel) -> Float[Array, "sites sites"]:
+        """Return the standard deviation of the layer's second moments over networks, of H heads.
+
+        Each network has the mean over its heads of σ_v² σ_o² A Σ Aᵀ, if all other widths are
+        infinite: its mean is `kernel`'s at any H. By fixed heads, to a percent or so.
+
+        Raises
+        ------
+        NoTheory
+            If heads are not independent and of one law, or as `kernel` does.
+        """
+        if self.positions == "alibi" or (self.finite_key_width and self._groups < self.heads):
+            raise NoTheory(
+                "heads with slopes of their own, or that share keys of a finite width, are not "
+                "independent and of one law; the spread between networks is known of such heads"
+            )
+        values, averages = self._averages(kernel, multiply_kernel, integrals=False)
+        scale = jnp.exp(2 * values.log_scale[0]) * self.sigma_o**2
+        return scale * averages.spread / math.sqrt(self.heads)
+
+    def _averages(
+        self, kernel: Kernel, multiply: Multiply, *, integrals: bool = True
+    ) -> tuple[Kernel, Averages]:
+        """The kernel of the values, and the averages over heads at its scales.
+
+        Without ``integrals`` they are over fixed heads even where they have these.
+        """
         self._count_inputs(len(kernel.mean))
         kernel = kernel.common()
         products = [multiply(kernel, **self._law(n)) for n in ((0, 2) if self.tied else (0, 1, 2))]
@@ -330,7 +355,8 @@ class Attention(AbstractBlock):
             return v, self._averages_of(scores, v)
         if self._why_no_theory is not None:
             raise NoTheory(self._why_no_theory)
-        return v, self._averages_over(*self._moments(q.common(), k.common(), v))
+        exact = integrals and self.positions is None and not self.finite_key_width
+        return v, self._averages_over(*self._moments(q.common(), k.common(), v), exact=exact)
 
     def _averages_of(self, scores: Float[Array, "sites sites"], values: Kernel) -> Averages:
         """The averages where scores are given; what changes them is 1/d_k of a tangent."""
@@ -345,7 +371,8 @@ class Attention(AbstractBlock):
         if tangent is not None:
             tangent = _heads.average_of_given(weights, tangent)
         covariance = _heads.average_of_given(weights, values.covariance)
-        return Averages(covariance, tangent, jnp.zeros_like(scores))
+        nothing = jnp.zeros_like(scores)
+        return Averages(covariance, tangent, nothing, nothing)
 
     def _moments(self, q: Kernel, k: Kernel, v: Kernel) -> tuple[Moments, Moments | None]:
         """Second moments of scores' factors, and of values at their scale; of tangents too."""
@@ -359,10 +386,11 @@ class Attention(AbstractBlock):
         q_scale, k_scale = (jnp.exp(2 * (x.log_tangent_scale[0] + to_values)) for x in (q, k))
         return moments, Moments(square * q_scale * q.tangent, k_scale * k.tangent, v.tangent)
 
-    def _averages_over(self, moments: Moments, tangents: Moments | None) -> Averages:
-        """The averages over random scores: integrals where they are, else over fixed heads."""
+    def _averages_over(
+        self, moments: Moments, tangents: Moments | None, *, exact: bool
+    ) -> Averages:
+        """The averages over random scores: integrals where ``exact`` lets it, else fixed heads."""
         seen = self._seen
-        exact = self.positions is None and not self.finite_key_width
         if exact and self.tokens == 2:
             return _exact_heads.of_two_tokens(moments, tangents, seen)
         turns = None

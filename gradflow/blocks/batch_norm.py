@@ -3,7 +3,6 @@
 import dataclasses
 
 import equinox as eqx
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray, ScalarLike
 
@@ -44,10 +43,6 @@ class _BatchNormalised(UnitDistribution):
 
 class _OverSites(AbstractNorm):
     """γ (z - m)/√(s² + ε), m and s² of each unit by itself, over sites."""
-
-    def _over_sites(self, signal: Float[Array, "sites n"]) -> Float[Array, "sites n"]:
-        apart = signal - jnp.mean(signal, axis=0, keepdims=True)
-        return self._normalised(apart.T).T
 
     def _batch_kernel(self, kernel: Kernel) -> Kernel:
         if isinstance(kernel.distribution, Mixture):  # of each kind of unit by itself
@@ -105,7 +100,7 @@ class BatchNorm(_OverSites):
                 "inputs has one input, and BatchNorm makes 0 of it; give it a batch, of 4 or more "
                 "for the theory to have an answer"
             )
-        return self._over_sites(signal)
+        return self._normalised((signal - jnp.mean(signal, axis=0, keepdims=True)).T).T
 
     def kernel(self, kernel: Kernel, multiply: Multiply = multiply_kernel) -> Kernel:  # noqa: ARG002
         """Return the kernel of γ ẑ.
@@ -150,8 +145,10 @@ class InstanceNorm(_OverSites):
     ) -> Float[Array, "sites n"]:
         """Return every unit at mean 0 and standard deviation γ over each input's positions."""
         inputs = count_inputs(len(signal), self.shape)
-        by_input = signal.reshape(inputs, -1, signal.shape[1])
-        return jax.vmap(self._over_sites)(by_input).reshape(signal.shape)
+        by_unit = signal.reshape(inputs, -1, signal.shape[1]).swapaxes(1, 2)
+        rows = by_unit.reshape(-1, by_unit.shape[2])
+        rows = self._normalised(rows - jnp.mean(rows, axis=1, keepdims=True))
+        return rows.reshape(by_unit.shape).swapaxes(1, 2).reshape(signal.shape)
 
     def kernel(self, kernel: Kernel, multiply: Multiply = multiply_kernel) -> Kernel:  # noqa: ARG002
         """Return the kernel of γ ẑ.

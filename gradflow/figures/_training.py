@@ -19,6 +19,7 @@ __all__ = [
     "percentiles_in_training",
     "saturation_in_training",
     "trainability_map",
+    "transformers",
     "weight_gradients_in_training",
 ]
 
@@ -443,3 +444,37 @@ def _edges(middles: np.ndarray) -> np.ndarray:
         return np.array([middles[0] - 0.5, middles[0] + 0.5])
     half = (middles[1:] + middles[:-1]) / 2
     return np.concatenate([[2 * middles[0] - half[0]], half, [2 * middles[-1] - half[-1]]])
+
+
+def transformers(dataset: xarray.Dataset) -> Figure:
+    """Test errors by depth, at each learning rate, and gradients at the start by layer.
+
+    Parameters
+    ----------
+    dataset
+        The results of the experiment `transformer`.
+    """
+    rates = dataset.learning_rate.values
+    figure = Figure(figsize=(4.2 * (len(rates) + 1), 4.0), layout="constrained")
+    *errors, starts = figure.subplots(1, len(rates) + 1)
+    curve: dict[str, Any] = {"linestyle": "-", "linewidth": 0.8}
+    for axes, rate in zip(errors, rates, strict=True):
+        final = dataset.error.sel(learning_rate=rate).isel(step=-1)
+        for index, name in enumerate(dataset.network.values):
+            error = 100 * final.sel(network=name).transpose("seed", "depth")
+            points(axes, dataset.depth.values, error.values, str(name), index, **curve)
+        axes.set(xlabel="layers", ylabel="test error, %", ylim=(0, 100))
+        axes.set_title(f"Adam, learning rate {rate:g}; {_MEASURED}", fontsize=9.5)
+        axes.set_xticks(dataset.depth.values)
+        axes.legend(frameon=False, fontsize=8)
+    depth = int(dataset.depth.max())
+    for index, name in ((0, "post-LN"), (2, "pre-LN")):
+        one = dataset.sel(depth=depth, network=name)
+        log = np.log10(one.gradient.transpose("seed", "layer"))
+        theory = np.log10(one.gradient_theory)
+        starts.plot(one.layer, theory, color=COLOURS[index], label=f"{name}, theory")
+        points(starts, one.layer.values, log.values, f"{name}, measured", index)
+    starts.set(xlabel="layer (0: the embedding)", ylabel="log₁₀ ‖∂C/∂z‖ relative to the top layer")
+    starts.set_title(f"{depth} layers, at the start; {_MEASURED}", fontsize=9.5)
+    starts.legend(frameon=False, fontsize=8)
+    return figure

@@ -17,13 +17,12 @@ limit of scores).
 import functools
 import math
 from collections.abc import Callable
-from statistics import NormalDist
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.scipy.special import ndtr
+from jax.scipy.special import ndtr, ndtri
 from jaxtyping import Array, ArrayLike, Float
 
 from gradflow._checks import check_count, check_scale, is_traced
@@ -33,7 +32,7 @@ from gradflow.gaussian._quadrature import dot
 __all__ = ["LARGEST_SCORE_VARIANCE", "SoftmaxRows", "softmax_entropy", "softmax_largest"]
 __all__ += ["softmax_rows"]
 
-LARGEST_SCORE_VARIANCE = 4096.0
+LARGEST_SCORE_VARIANCE = 1024.0
 _Z = 9.2  # the normal density beyond is 4e-19 of its peak
 _TAIL = 37.0  # exp(-37) is 1e-16
 
@@ -51,7 +50,7 @@ _RULES = (
     _Rule(1.25, 128, 88, 128),
     _Rule(4.0, 208, 160, 480),
     _Rule(16.0, 336, 304, 768),
-    _Rule(LARGEST_SCORE_VARIANCE, 384, 4800, 2048),
+    _Rule(LARGEST_SCORE_VARIANCE, 384, 2400, 1536),
 )
 
 
@@ -65,7 +64,7 @@ class SoftmaxRows(NamedTuple):
     R_cross: Float[Array, "..."]  # E tr M M' = (∂C/∂c)/v
 
 
-def softmax_rows(tokens: int, variance: ArrayLike, apart: ArrayLike = 0.0) -> SoftmaxRows:
+def softmax_rows(tokens: int | Array, variance: ArrayLike, apart: ArrayLike = 0.0) -> SoftmaxRows:
     """P, C, P - C, R and R× of rows of attention over T tokens.
 
     Differentiable in both numbers, to any order, also at v = 0 and c = 1. Exact to about 1e-13 in
@@ -74,9 +73,9 @@ def softmax_rows(tokens: int, variance: ArrayLike, apart: ArrayLike = 0.0) -> So
     Parameters
     ----------
     tokens
-        T, a whole number of at least 1.
+        T, a whole number of at least 1; it may be traced.
     variance
-        v of the scores, from 0 to 4096, of any shape.
+        v of the scores, from 0 to 1024, of any shape.
     apart
         1 - c, from 0 to T/(T - 1), of a shape that broadcasts with v's. Given as a difference so
         that rows that are nearly the same have one with all its digits.
@@ -85,7 +84,7 @@ def softmax_rows(tokens: int, variance: ArrayLike, apart: ArrayLike = 0.0) -> So
     -------
     SoftmaxRows
         Arrays of the shape that both numbers broadcast to. NaN where a traced number is out of
-        range, and where c is too near 1 for so large a v: 1 - c < 0.016 and v > 30, about.
+        range, and where c is too near 1 for so large a v: 1 - c < 0.02 and v > 20, about.
 
     Raises
     ------
@@ -94,14 +93,17 @@ def softmax_rows(tokens: int, variance: ArrayLike, apart: ArrayLike = 0.0) -> So
     """
     tokens = _check_tokens(tokens)
     _check_variance(variance)
-    most = 2.0 if tokens < 3 else tokens / (tokens - 1)
     check_scale("apart", apart)
-    if not is_traced(apart) and np.any(np.asarray(apart) > most * (1 + 1e-6)):
-        raise InputError(f"apart is {apart}; 1 - c is from 0 to {most:.6g} with {tokens} tokens")
+    if not is_traced(apart) and not is_traced(tokens):
+        most = 2.0 if tokens < 3 else tokens / (tokens - 1)
+        if np.any(np.asarray(apart) > most * (1 + 1e-6)):
+            raise InputError(
+                f"apart is {apart}; 1 - c is from 0 to {most:.6g} with {tokens} tokens"
+            )
     return SoftmaxRows(*_over_entries(_two_rows, tokens, variance, apart))
 
 
-def softmax_entropy(tokens: int, variance: ArrayLike) -> Float[Array, "..."]:
+def softmax_entropy(tokens: int | Array, variance: ArrayLike) -> Float[Array, "..."]:
     """E[-Σ_b A_b ln A_b] in nats, of a row of attention over T tokens.
 
     Parameters
@@ -119,7 +121,7 @@ def softmax_entropy(tokens: int, variance: ArrayLike) -> Float[Array, "..."]:
     return _over_entries(_entropy, tokens, variance)
 
 
-def softmax_largest(tokens: int, variance: ArrayLike) -> Float[Array, "..."]:
+def softmax_largest(tokens: int | Array, variance: ArrayLike) -> Float[Array, "..."]:
     """E max_b A_b, of a row of attention over T tokens; its derivative is infinite at v = 0.
 
     Parameters
@@ -134,13 +136,11 @@ def softmax_largest(tokens: int, variance: ArrayLike) -> Float[Array, "..."]:
     """
     tokens = _check_tokens(tokens)
     _check_variance(variance)
-    if tokens == 1:
-        return jnp.ones_like(variance, jnp.result_type(variance, 0.0))
     return _over_entries(_largest, tokens, jnp.sqrt(variance))
 
 
-def _check_tokens(tokens: Any) -> int:
-    return check_count("tokens", tokens)
+def _check_tokens(tokens: Any) -> Any:
+    return tokens if is_traced(tokens) else check_count("tokens", tokens)
 
 
 def _check_variance(variance: ArrayLike) -> None:
@@ -152,36 +152,35 @@ def _check_variance(variance: ArrayLike) -> None:
         )
 
 
-def _over_entries(function: Callable[..., Array], tokens: int, *given: ArrayLike) -> Array:
+def _over_entries(function: Callable[..., Array], tokens: Any, *given: ArrayLike) -> Array:
     """Apply a function of scalars to every entry of arrays that broadcast; these axes come last."""
     dtype = jnp.promote_types(jnp.result_type(*given), jnp.result_type(0.0))
     arrays = jnp.broadcast_arrays(*(jnp.asarray(x, dtype) for x in given))
-    shape = arrays[0].shape
-    each = _one_by_one(function, tokens, len(given), 0)
+    shape, tokens = arrays[0].shape, jnp.asarray(tokens, dtype)
+    each = _one_by_one(function, len(given), 0)
     if not shape:
-        return each(*arrays)
-    out = jax.vmap(each, out_axes=-1)(*(x.reshape(-1) for x in arrays))
+        return each(tokens, *arrays)
+    in_axes = (None, *(0 for _ in arrays))
+    out = jax.vmap(each, in_axes, out_axes=-1)(tokens, *(x.reshape(-1) for x in arrays))
     return out.reshape(out.shape[:-1] + shape)
 
 
-@functools.lru_cache(maxsize=256)
-def _one_by_one(
-    function: Callable[..., Array], tokens: int, count: int, order: int
-) -> Callable[..., Array]:
-    """A derivative of a function of scalars, compiled; a batch's entries follow one another.
+@functools.lru_cache(maxsize=64)
+def _one_by_one(function: Callable[..., Array], count: int, order: int) -> Callable[..., Array]:
+    """A derivative of a function of T and other scalars, compiled once for every T.
 
-    A batch at once would compute every rule for each of its entries.
+    The entries of a batch follow one another: at once, every rule would be computed for each.
     """
-    arguments = tuple(range(count))
-    derivative: Callable[..., Array] = functools.partial(function, tokens)
+    arguments = tuple(range(1, count + 1))
+    derivative = function
     for _ in range(order):
         derivative = _stacked_derivative(derivative, arguments)
     each = jax.custom_jvp(jax.custom_batching.sequential_vmap(derivative))
 
     @each.defjvp
     def _jvp(primals, tangents):  # type: ignore[no-untyped-def]
-        slopes = _one_by_one(function, tokens, count, order + 1)(*primals)
-        return each(*primals), sum(slopes[i] * tangents[i] for i in arguments)
+        slopes = _one_by_one(function, count, order + 1)(*primals)
+        return each(*primals), sum(slopes[i - 1] * tangents[i] for i in arguments)
 
     return jax.jit(each)
 
@@ -206,20 +205,21 @@ def _fits(variance: Array) -> list[Array]:
     return [(variance >= 0) & (variance <= rule.largest) for rule in _RULES]
 
 
-def _rows_rule(tokens: int, variance: Array, count: int) -> tuple[Array, Array]:
+def _rows_rule(tokens: Array, variance: Array, count: int) -> tuple[Array, Array]:
     """Values of y and their weights: where the integrands are, whose left tail is exp(y).
 
     y = x - m exp(-(x - a)/m), so that the tail ends after a few steps of x.
     """
     variance = jax.lax.stop_gradient(variance)
-    deviation, log_tokens = jnp.sqrt(variance), math.log(tokens)
+    deviation, log_tokens = jnp.sqrt(variance), jnp.log(tokens)
     low = -(_Z * deviation + _TAIL + log_tokens)
     high = _Z * deviation + 5
-    if tokens > 200:  # where 1/Z's own factor is below exp(-45), by two bounds of it
-        high = jnp.minimum(high, deviation * NormalDist().inv_cdf(71.2 / tokens))
-        high = jnp.minimum(high, math.log(-math.log1p(-90 / tokens)))
+    # Beyond two bounds of it 1/Z's own factor is below exp(-45).
+    many = jnp.maximum(tokens, 200)
+    bound = jnp.minimum(deviation * ndtri(71.2 / many), jnp.log(-jnp.log1p(-90 / many)))
+    high = jnp.where(tokens > 200, jnp.minimum(high, bound), high)
     steepness = jnp.maximum(1, deviation / 2)
-    frozen = deviation * math.sqrt(2 * log_tokens)
+    frozen = deviation * jnp.sqrt(2 * log_tokens)
     shoulder = -jnp.where(variance < 2 * log_tokens, log_tokens + variance / 2, frozen)  # -E ln Z
     start = shoulder - steepness * jnp.log1p((shoulder - low) / steepness)
     step = (high - start) / (count - 1)
@@ -287,33 +287,32 @@ def _average_jvp(f, count, primals, tangents):  # type: ignore[no-untyped-def]
     return _average(f, count, y, variance), slope * tangents[1]  # y is no variable of an integral
 
 
-@functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1, 2))
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1))
 def _pair_average(
-    f: _Terms, g: _Terms, rule: _Rule, y: Array, variance: Array, apart: Array
+    f: _Terms, g: _Terms, polynomials: Array, y: Array, variance: Array, apart: Array
 ) -> tuple[Array, Array]:
     """E[f(y + s) g(y' + s')] over all y and y', and by how much it is larger where s' = s."""
-    z, weight = _scores(rule.scores, y.dtype)
-    root = jnp.sqrt(weight)
+    terms, scores = polynomials.shape
+    z, weight = _scores(scores, y.dtype)
     shift = jnp.sqrt(variance) * z[None]
-    polynomials = _hermite_functions(rule.terms, z, root).at[0].set(0).T
 
     def series(f: _Terms) -> Array:
-        terms = dot(_increments(f, y[:, None], shift) * root[None], polynomials)
-        return terms.at[:, 0].set(_average(f, rule.scores, y, variance))
+        rest = dot(_increments(f, y[:, None], shift) * jnp.sqrt(weight)[None], polynomials[1:].T)
+        return jnp.concatenate([_average(f, scores, y, variance)[:, None], rest], axis=1)
 
     left = series(f)
     right = left if f == g else series(g)
-    shared, lost = _powers(rule.terms, apart)
+    shared, lost = _powers(terms, apart)
     return dot(left * shared[None], right.T), dot(left * lost[None], right.T)
 
 
 @_pair_average.defjvp
-def _pair_average_jvp(f, g, rule, primals, tangents):  # type: ignore[no-untyped-def]
-    y, variance, apart = primals
-    (_, d_variance, d_apart) = tangents
+def _pair_average_jvp(f, g, primals, tangents):  # type: ignore[no-untyped-def]
+    *_, variance, apart = primals
+    *_, d_variance, d_apart = tangents
     f1, g1 = _derivative(f), _derivative(g)
     (value, gap), (left, left_gap), (right, right_gap), (both, both_gap) = (
-        _pair_average(a, b, rule, y, variance, apart)
+        _pair_average(a, b, *primals)
         for a, b in ((f, g), (_derivative(f1), g), (f, _derivative(g1)), (f1, g1))
     )
     along = (left + right) / 2 + (1 - apart) * both
@@ -324,16 +323,17 @@ def _pair_average_jvp(f, g, rule, primals, tangents):  # type: ignore[no-untyped
     )
 
 
-def _hermite_functions(terms: int, z: Array, root: Array) -> Float[Array, "terms scores"]:
+def _hermite_functions(rule: _Rule, dtype: Any) -> Float[Array, "terms scores"]:
     """He_n(z)/√n! times the root of z's weight, by their recurrence."""
+    z, weight = _scores(rule.scores, dtype)
 
     def step(state: tuple[Array, Array], n: Array) -> tuple[tuple[Array, Array], Array]:
         before, now = state
         after = (z * now - jnp.sqrt(n) * before) / jnp.sqrt(n + 1)
         return (now, after), now
 
-    numbers = jnp.arange(terms, dtype=z.dtype)
-    return jax.lax.scan(step, (jnp.zeros_like(z), root), numbers)[1]
+    numbers = jnp.arange(rule.terms, dtype=dtype)
+    return jax.lax.scan(step, (jnp.zeros_like(z), jnp.sqrt(weight)), numbers)[1]
 
 
 def _powers(terms: int, apart: Array) -> tuple[Array, Array]:
@@ -345,10 +345,8 @@ def _powers(terms: int, apart: Array) -> tuple[Array, Array]:
     return power, jnp.where(apart < 0.5, -near, 1 - power)
 
 
-def _two_rows(tokens: int, variance: Array, apart: Array) -> Array:
+def _two_rows(tokens: Array, variance: Array, apart: Array) -> Array:
     """`SoftmaxRows` as one array."""
-    if tokens == 1:
-        return jnp.stack([variance * 0 + x for x in (1, 1, 0, 0, 0)]) + apart * 0
     fits = [
         fit & _converges(rule, variance, jnp.abs(1 - apart))
         for rule, fit in zip(_RULES, _fits(variance), strict=True)
@@ -368,11 +366,12 @@ def _converges(rule: _Rule, variance: Array, c: Array) -> Array:
     return falls & (step < 0.27 * jnp.sqrt(1 + (1 - c) * variance / 2))
 
 
-def _by_one_rule(tokens: int, rule: _Rule, variance: Array, apart: Array) -> Array:
+def _by_one_rule(tokens: Array, rule: _Rule, variance: Array, apart: Array) -> Array:
     y, weight = _rows_rule(tokens, variance, rule.rows)
+    polynomials = _hermite_functions(rule, y.dtype)
     p1, p2, p0c = (_average(f, rule.scores, y, variance) for f in (_G1, _G2, _REST))
     (both, both_gap), (ones, ones_gap), (mixed, _) = (
-        _pair_average(f, g, rule, y, variance, apart)
+        _pair_average(f, g, polynomials, y, variance, apart)
         for f, g in ((_REST, _REST), (_G1, _G1), (_G1, _REST))
     )
     mixed = p1[:, None] - mixed
@@ -398,9 +397,9 @@ def _by_one_rule(tokens: int, rule: _Rule, variance: Array, apart: Array) -> Arr
     cross = 2 * pairs * ones**2 * power(2)
     own_log0 = jnp.log1p(-jnp.minimum(p0c, least))
     own = 2 * p2**2 * jnp.exp((tokens - 2) * own_log0)
-    if tokens > 2:
-        cross += pairs * (tokens - 2) * ones * mixed * mixed.T * power(3)
-        own += (tokens - 2) * p2 * p1**2 * jnp.exp((tokens - 3) * own_log0)
+    # With two tokens a power of -1 meets a factor of 0.
+    cross += pairs * (tokens - 2) * ones * mixed * mixed.T * power(3)
+    own += (tokens - 2) * p2 * p1**2 * jnp.exp((tokens - 3) * own_log0)
     sums = [ones * power(1), ones_gap * (power(1) + more) + ones * more, cross]
     c, gap, r_cross = (dot(weight, dot(matrix, weight)) for matrix in sums)
     p = dot(weight, p2 * jnp.exp((tokens - 1) * own_log0))
@@ -445,10 +444,7 @@ def _entropy_average_jvp(count, primals, tangents):  # type: ignore[no-untyped-d
     return _entropy_average(count, y, variance), curvature / 2 * tangents[1]
 
 
-def _entropy(tokens: int, variance: Array) -> Array:
-    if tokens == 1:
-        return variance * 0
-
+def _entropy(tokens: Array, variance: Array) -> Array:
     def by_rule(rule: _Rule) -> Array:
         y, weight = _rows_rule(tokens, variance, rule.rows)
         p1, p0c = (_average(f, rule.scores, y, variance) for f in (_G1, _REST))
@@ -459,7 +455,7 @@ def _entropy(tokens: int, variance: Array) -> Array:
     return _by_rule(by_rule, _fits(variance))
 
 
-def _largest(tokens: int, deviation: Array) -> Array:
+def _largest(tokens: Array, deviation: Array) -> Array:
     def by_rule(rule: _Rule) -> Array:
         """T times the average of A_1 where s_1 is the largest score.
 

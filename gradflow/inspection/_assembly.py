@@ -65,18 +65,21 @@ def assemble(
         places, estimates, values, networks=measured.networks, dtype=_dtype(program, layers)
     )
     weight, relative, _ = leaves.at(places.parameters)
+    with np.errstate(invalid="ignore"):
+        without = np.isneginf(measured.values["log_gradient_variance"]).mean(axis=0)
     verdict = _wording.judge(
         places,
         estimates,
         values,
         (relative, relative_theory(values, weight)),
+        without=without,
         born=measured.born,
         why=_why(cure),
     )
     return Inspection(
         verdict=verdict,
         name=model.name,
-        mode=model.mode,
+        mode=", ".join(filter(None, (model.mode, _own_or_drawn(model, measured.networks)))),
         places=places,
         estimates=estimates,
         theory=Prediction(
@@ -90,6 +93,13 @@ def assemble(
         gradients_end=measured.ends,
         cure=cure,
     )
+
+
+def _own_or_drawn(model: Model, networks: int) -> str:
+    """What is to be said of a model that holds weights and has a law of them."""
+    if model.given is None or model.init is None or networks == 1:
+        return ""
+    return "its weights drawn anew (with parameters=model its own are measured)"
 
 
 def _why(cure: Cure | None) -> str:
@@ -152,7 +162,9 @@ def _compare(
     for key, here in found.items():
         statistic = BY_KEY[key]
         one = compare_statistic(statistic, here, estimates[key], dtype, None, threshold)
-        small = np.abs(here.difference) < _of_the_width(key, places, here.theory, size)
+        beyond = np.abs(here.difference) - _of_the_width(key, places, here.theory, size)
+        with np.errstate(invalid="ignore", divide="ignore"):  # of no difference, or no error
+            small = beyond <= threshold * np.abs(here.difference / here.z)
         status = np.where((one.status == Status.DIFFERS) & small, Status.FINITE_WIDTH, one.status)
         status = np.where(np.isnan(here.z), Status.NOT_COMPARED, status).astype(np.int8)
         compared[key] = dataclasses.replace(one, status=status)

@@ -79,7 +79,8 @@ def inspect(
     kwargs
         Keyword arguments of the model's call.
     parameters
-        Weights at hand, as ``init(key)`` makes them, to be measured in place of drawn ones.
+        Weights at hand, as ``init(key)`` makes them, to be measured in place of drawn ones; of a
+        model of Keras, whose weights are drawn anew else, the model itself for its own.
     cure
         Whether to look for the cause and the cure, which takes about as long again.
     progress
@@ -134,9 +135,11 @@ def begin(
         raise InputError("targets is given and loss is None; a loss takes the targets")
     adapted = _adapters.adapt(model, apply, arrays, dict(kwargs or {}))
     program = _program(adapted, arrays, loss, behind)
+    if parameters is model and adapted.given is not None:
+        parameters = adapted.given[0]
     found, given = layers(program), _given(adapted, parameters, arrays, key)
     with ThreadPoolExecutor(1) as pool:  # both spend much of their time in the compiler
-        theory = pool.submit(_theory, adapted, program, found, arrays, key, given)
+        theory = pool.submit(_theory, adapted, program, found, arrays, behind, key, given)
         measured = measure(
             adapted, program, found, arrays, key,
             networks=networks, targets=behind, progress=progress,
@@ -159,6 +162,7 @@ def _theory(
     program: Program,
     found: Sequence[Layer],
     inputs: Sequence[Any],
+    targets: Sequence[Any],
     key: PRNGKeyArray,
     given: tuple[PyTree, PyTree] | None,
 ) -> tuple[Mapping[int, Law], Predicted]:
@@ -173,8 +177,9 @@ def _theory(
         state = jax.tree.map(lambda leaf: leaf[0], draw(jax.random.split(apart, NETWORKS))[1])
     of_weights = laws(model, program, apart, draw=draw)
     return of_weights, predict(
-        program, found, of_weights, jax.tree.leaves(inputs), state=jax.tree.leaves(state)
-    )
+        program, found, of_weights, jax.tree.leaves(inputs),
+        state=jax.tree.leaves(state), targets=jax.tree.leaves(targets),
+    )  # fmt: skip
 
 
 def _arrays(name: str, value: Any) -> tuple[Any, ...]:

@@ -64,20 +64,21 @@ class Places:
     def __len__(self) -> int:
         return len(self.names)
 
-    def comparable(self) -> np.ndarray:
+    def comparable(self, among: np.ndarray | None = None) -> np.ndarray:
         """The numbers of the layers whose gradients are told apart by depth alone.
 
         They are of one kind, size and place: the most that there are, if they are many enough; else
-        all layers but the last, whose cotangent is given.
+        all layers but the last, whose cotangent is given. ``among`` are those to choose from.
         """
         kinds = list(
             zip(self.kinds, self.width, self.sites, self.fan_in, self.on_trunk, strict=True)
         )
-        most = max(kinds, key=kinds.count)
-        alike = np.array([i for i, kind in enumerate(kinds) if kind == most], int)
-        if len(alike) >= max(3, len(self) / 4) and np.ptp(self.depth[alike]):
+        all_ = range(len(self)) if among is None else [int(i) for i in among]
+        most = max((kinds[i] for i in all_), key=[kinds[i] for i in all_].count)
+        alike = np.array([i for i in all_ if kinds[i] == most], int)
+        if len(alike) >= max(3, len(all_) / 4) and np.ptp(self.depth[alike]):
             return alike
-        return np.arange(len(self) - (len(self) > 2))
+        return np.array(all_[: len(all_) - (len(all_) > 2)], int)
 
     def expansion(self) -> np.ndarray:
         """Σ 1/width over the layers on the longest way to each layer, itself among them.

@@ -193,7 +193,7 @@ class Patient:
             )
         predicted = predict(
             self.program, self.layers, changed, jax.tree.leaves(self.inputs),
-            state=jax.tree.leaves(self.draws[0][1]),
+            state=jax.tree.leaves(self.draws[0][1]), targets=jax.tree.leaves(self.targets),
         )  # fmt: skip
         return self.of_values(predicted.values)
 

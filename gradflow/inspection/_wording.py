@@ -36,6 +36,7 @@ def judge(
     theory: Mapping[str, np.ndarray],
     relative: tuple[np.ndarray, np.ndarray],
     *,
+    without: np.ndarray,
     born: Born | None = None,
     why: str = "",
 ) -> Verdict:
@@ -49,33 +50,46 @@ def judge(
         By key; both have ``log_gradient_norm``, theory's NaN where it is not known.
     relative
         log ‖∂C/∂W‖/‖W‖ of each layer, (layers,): measured, and by theory.
+    without
+        The share of networks without any gradient at each layer, (layers,).
     born
         Where the first value that is not finite comes from, or None.
     why
         The cause and what mends it, in words, or empty.
     """
-    alike = places.comparable()
+    alike, none = places.comparable(), np.flatnonzero(without == 1)
+    if len(none) and without[np.argmin(places.depth)] < 1:  # it goes around them
+        alike = places.comparable(np.flatnonzero(without < 1))
     bottom, top = (int(alike[end(places.depth[alike])]) for end in (np.argmin, np.argmax))
     steps = int(places.depth[top] - places.depth[bottom])
-    norm = estimates["log_gradient_norm"]
-    over_sites = np.log(np.maximum(places.sites, 1)) / 2
     here, there = (
-        _change(values + over_sites, bottom, top)
-        for values in (norm.value, theory.get("log_gradient_norm", np.full(len(places), np.nan)))
+        _change(values, bottom, top)
+        for values in (
+            _norms(
+                places,
+                {k: one.log_value if BY_KEY[k].log else one.value for k, one in estimates.items()},
+                (bottom, top),
+            ),
+            _norms(places, theory, (bottom, top)),
+        )
     )
     weights = [_change(values, bottom, top) for values in relative]
+    norm = estimates["log_gradient_norm"]
     total = int(norm.count[bottom] + norm.excluded[bottom])
-    dead = float(norm.excluded[bottom]) / total
+    dead = float(without[bottom])
     kind = _kind(steps, here, dead, born)
     parts = [_first(kind, places, (bottom, top), here, there)]
     if kind == "dead":
-        none = f"{round(dead * total)} of {total} networks have no gradient"
+        dying = f"{round(dead * total)} of {total} networks have no gradient"
         others = [parts[0]] if math.isfinite(here) else []
-        parts = [f"dead: {none} at {places.names[bottom]}", *others]
+        parts = [f"dead: {dying} at {places.names[bottom]}", *others]
     if born is not None:
         parts = [f"not finite: {born}", *(parts if math.isfinite(here) else [])]
     # Where layers that are alike keep gradients, what others lose is among the remedies.
     parts += [why] if why and kind != "critical" else []
+    if len(none) and dead < 1:
+        parts.append(f"{len(none)} of {len(places)} layers, as {places.names[none[0]]}, have no "
+                     "gradient at step 0")  # fmt: skip
     flat = _flat_from(estimates)
     if flat is not None:
         share = estimates["saturation"].value[flat]
@@ -94,6 +108,18 @@ def judge(
         saturated_from=None if flat is None else flat + 1,
         sentence="; ".join(parts),
     )
+
+
+def _norms(places: Places, values: Mapping[str, np.ndarray], ends: tuple[int, int]) -> np.ndarray:
+    """The log of ‖∂C/∂z‖ over all sites: its mean, or its mean square's where sites have none.
+
+    Pooling passes no gradient to most sites.
+    """
+    nothing = np.full(len(places), np.nan)
+    norms = values.get("log_gradient_norm", nothing)
+    if not np.isfinite(norms[list(ends)]).all():
+        norms = (values.get("log_gradient_variance", nothing) + np.log(places.width)) / 2
+    return np.asarray(norms + np.log(np.maximum(places.sites, 1)) / 2)
 
 
 def _kind(steps: int, change: float, dead: float, born: Born | None) -> str:

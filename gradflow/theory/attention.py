@@ -108,8 +108,10 @@ def heads(
 
 def _chi_squared(degrees: int) -> tuple[np.ndarray, np.ndarray]:
     """Values of χ²/d, and their probabilities: the trapezoidal rule of its logarithm."""
-    part, root = 74 / degrees, math.sqrt(148 / degrees)  # density beyond: exp(-37) of its peak
-    x = np.linspace(-part - 1.5 * root, math.log1p(part + root), 513)
+    part, root = 66 / degrees, math.sqrt(132 / degrees)  # density beyond: exp(-33) of its peak
+    low, high = -part - 1.5 * root, math.log1p(part + root)
+    step = min(0.33, 0.66 * math.sqrt(2 / degrees))
+    x = np.linspace(low, high, 1 + math.ceil((high - low) / step))
     log_density = degrees / 2 * (x - np.expm1(x))
     density = np.exp(log_density - log_density.max())
     return np.exp(x), density / density.sum()
@@ -238,7 +240,7 @@ def layer(
     q, ov, kappa = (jnp.asarray(x, jnp.result_type(float)) for x in (q, ov, kappa))
     _check_scores(kappa * q * q * _apart(tokens, correlation))
     state = _State(q, q * _apart(tokens, correlation))
-    after, value, score = _attend(check_count("tokens", tokens), state, kappa, ov)
+    after, value, score = _attend(tokens, state, kappa, ov)
     cross = max(tokens - 1, 1)
     return _Layer(
         kappa * q * state.spread,
@@ -327,8 +329,8 @@ def walk(
     pairs = -(-sublayers // 2)
     scales = [_by_sublayer(n, x, sublayers) for n, x in (("branch", branch), ("stream", stream))]
     start = jnp.asarray(q, dtype), jnp.asarray(q * _apart(tokens, correlation), dtype)
-    numbers = (jnp.asarray(kappa, dtype), jnp.asarray(ov, dtype), gains)
-    return _walk((tokens, sublayers, pairs, norm, phi), _State(*start), numbers, *scales)
+    numbers = (*(jnp.asarray(x, dtype) for x in (tokens, kappa, ov)), gains)
+    return _walk((sublayers, pairs, norm, phi), _State(*start), numbers, *scales)
 
 
 def _by_sublayer(name: str, value: ArrayLike, sublayers: int) -> Array:
@@ -372,7 +374,7 @@ def _check_scores(variance: Array) -> None:
 
 
 def _attend(
-    tokens: int, state: _State, kappa: Array, ov: Array
+    tokens: int | Array, state: _State, kappa: Array, ov: Array
 ) -> tuple[_State, Float[Array, "2 2"], Float[Array, "2 2"]]:
     """Tokens after attention, and matrices of the value and the score path on (d, o)."""
     q, s = state
@@ -411,14 +413,14 @@ def _feed(phi: Activation, gains: Array, state: _State) -> tuple[_State, Float[A
 
 @functools.partial(jax.jit, static_argnums=0)
 def _walk(
-    structure: tuple[int, int, int, str, Activation | None],
+    structure: tuple[int, int, str, Activation | None],
     start: _State,
-    numbers: tuple[Array, Array, Array],
+    numbers: tuple[Array, Array, Array, Array],
     branch: Array,
     stream: Array,
 ) -> _Walk:
-    tokens, sublayers, pairs, norm, phi = structure
-    kappa, ov, gains = numbers
+    sublayers, pairs, norm, phi = structure
+    tokens, kappa, ov, gains = numbers
 
     def attend(state: _State) -> tuple[_State, Array]:
         after, value, score = _attend(tokens, state, kappa, ov)
@@ -474,14 +476,14 @@ def _sublayer(norm: str, f, state: _State, alpha: Array, lam: Array) -> tuple[_S
     return joined, tangent
 
 
-def _down(tokens: int, tangents: Float[Array, "sublayers 2 2"]) -> tuple[Array, Array]:
+def _down(tokens: Array, tangents: Float[Array, "sublayers 2 2"]) -> tuple[Array, Array]:
     """A gradient's log second moment and its correlation over tokens, at 0 … L sublayers."""
 
     def step(state: tuple[Array, Array], tangent: Array) -> tuple[tuple, tuple]:
         log_own, cross = state
         weights = jnp.stack([jnp.ones_like(cross), (tokens - 1) * cross])
         own, others = dot(weights, tangent)
-        after = log_own + jnp.log(own), others / (own * max(tokens - 1, 1))
+        after = log_own + jnp.log(own), others / (own * jnp.maximum(tokens - 1, 1))
         return after, state
 
     zero = jnp.zeros((), tangents.dtype)

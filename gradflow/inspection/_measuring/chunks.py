@@ -36,6 +36,8 @@ __all__ = ["Chunks"]
 
 # Arrays of a segment's size that are alive at once while it is pulled back.
 _WORKING_COPIES = 3
+# Bytes that all networks' derivatives by the weights of convolutions in groups may take at once.
+_GROUPED = 1 << 29
 # Evaluations of a program that a walk up and down amounts to.
 _PASSES = 4
 # Logarithms by which sites' gradients may differ at one scale; float32 ends at 87.
@@ -93,7 +95,8 @@ class Chunks:
             for s in self.walk.segments
         )
         needed = 2 * sum(_bytes(avals[i]) for i in kept) + _WORKING_COPIES * largest
-        most = max(1, _memory.available() // 2 // max(1, needed))
+        available = _memory.available() // 2
+        most = max(1, min(available // max(1, needed), _grouped(self.program, available)))
         chunks = 1 if self.walk.seconds < _SECONDS_A_CHUNK else min(_CHUNKS, networks)
         chunk = min(-(-networks // chunks), most * count)
         return chunk if self.parameters else -(-chunk // count) * count
@@ -192,6 +195,21 @@ def _stacked(*arrays: Any) -> Any:
     if jnp.issubdtype(getattr(arrays[0], "dtype", float), jax.dtypes.prng_key):
         return jnp.stack(arrays)
     return np.stack([np.asarray(array) for array in arrays])
+
+
+def _grouped(program: Program, available: int) -> int:
+    """How many networks memory holds of the derivative by the weights of convolutions in groups.
+
+    On a CPU, XLA makes all groups of all networks one product: its memory is quadratic in these.
+    """
+    most = available
+    for equation in program.equations:
+        groups = equation.params.get("feature_group_count", 1)
+        if equation.primitive == "conv_general_dilated" and groups > 1:
+            weights = program.avals[equation.inputs[1]]
+            of_one = 2 * groups * _bytes(weights)
+            most = min(most, math.isqrt(min(available, _GROUPED) // of_one))
+    return most
 
 
 def _bytes(aval: Any) -> int:

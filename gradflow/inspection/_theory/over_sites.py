@@ -7,7 +7,6 @@ the fields, and that ε is next to nothing on the function.
 """
 
 import functools
-from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -20,7 +19,8 @@ from gradflow.gaussian import _batch
 from gradflow.inspection._theory import large_batches
 from gradflow.inspection._theory.activations import activation_of
 from gradflow.inspection._theory.nodes import constant, multiply, of_function, variable
-from gradflow.inspection._theory.sums import Field, NoRule, Piece, Sum
+from gradflow.inspection._theory.sampling import of_draws
+from gradflow.inspection._theory.sums import NoRule, Piece, Sum
 
 __all__ = ["Normalised"]
 
@@ -132,27 +132,14 @@ def _at_mean_square(x: Sum, other: Sum, variance: float) -> float:
     """
     rng = np.random.default_rng(0)
     fields = sorted(x.fields | other.fields, key=lambda field: field.serial)
-    draws = {f: rng.standard_normal((_DRAWS, len(f.covariance))) for f in fields}
-    square = np.mean(_of_sum(x, draws) ** 2, axis=1, keepdims=True)
+    draws = {f: rng.standard_normal((len(f.covariance), _DRAWS)) for f in fields}
+    square = np.mean(of_draws(x, draws) ** 2, axis=0)
     draws = {f: d * np.sqrt(variance / square) for f, d in draws.items()}
-    with jax.enable_x64(True):
-        values, others = _of_sum(x, draws), _of_sum(other, draws)
-    centred = np.abs(values.mean(axis=1)).max() <= _SAME * variance**0.5
+    values, others = of_draws(x, draws), of_draws(other, draws)
+    centred = np.abs(values.mean(axis=0)).max() <= _SAME * variance**0.5
     if not centred or not np.ptp(others) <= _SAME * np.abs(others).max():
         raise NoRule("a function of several sites of a signal that is not BatchNorm")
     return float(others.mean())
-
-
-def _of_sum(sum_: Sum, draws: Mapping[Field, np.ndarray]) -> np.ndarray:
-    out = np.broadcast_to(sum_.constant, (_DRAWS, sum_.sites)).astype(float)
-    for part, map_ in sum_.parts.items():
-        if isinstance(part, Field):
-            value = draws[part]
-        else:
-            below = [jnp.asarray(_of_sum(v, draws)) for v in part.variables]
-            value = np.asarray(part.node.evaluate(below, part.numbers), np.float64)
-        out = out + np.broadcast_to(value, (_DRAWS, map_.shape[1])) @ map_.T
-    return out
 
 
 @_programs.program("phi", seconds=0.1)

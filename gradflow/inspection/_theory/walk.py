@@ -23,7 +23,7 @@ from gradflow.activations import Activation
 from gradflow.inspection._reading.layers import Layer
 from gradflow.inspection._reading.of_model import top_sites
 from gradflow.inspection._reading.program import Program
-from gradflow.inspection._theory import forcing, rules
+from gradflow.inspection._theory import forcing, rules, tops
 from gradflow.inspection._theory.activations import activation_of
 from gradflow.inspection._theory.building import lifted
 from gradflow.inspection._theory.gradients import (
@@ -77,6 +77,7 @@ def predict(
     inputs: Sequence[Any],
     *,
     state: Sequence[Any] | None = None,
+    targets: Sequence[Any] = (),
 ) -> Predicted:
     """Every statistic of every layer at infinite width, as far as the rules reach.
 
@@ -86,10 +87,11 @@ def predict(
         The program, and its layers.
     laws
         Of each leaf of the parameters, by number.
-    inputs, state
+    inputs, state, targets
         The leaves of these arguments, which are known.
     """
-    values = _upwards(program, laws, inputs, state)
+    known = {"inputs": inputs, "state": state or (), "targets": targets}
+    values = _upwards(program, laws, known)
     ends = next((v.reason for v in values.values() if isinstance(v, Unknown)), None)
     gradients, why = _downwards(program, layers, values)
     forward = [_forward_limit(values, layer) for layer in layers]
@@ -123,13 +125,12 @@ def predict(
 
 
 def _upwards(
-    program: Program, laws: Mapping[int, Law], inputs: Sequence[Any], state: Sequence[Any] | None
+    program: Program, laws: Mapping[int, Law], given: Mapping[str, Sequence[Any]]
 ) -> dict[int, Value]:
     """The abstract value of every number of the program."""
     values: dict[int, Value] = {
         i: Known(_array(v), literal=True) for i, v in program.constants.items()
     }
-    given = {"inputs": inputs, "state": state or ()}
     for name, numbers in program.arguments.items():
         if name in given and len(given[name]) == len(numbers):
             arrays = [_array(v) for v in given[name]]
@@ -241,13 +242,14 @@ def _downwards(
     pending: list[tuple[int, Field]] = []
     for output in dict.fromkeys(program.outputs):
         value = values[output]
+        reason = ""
         if isinstance(value, Signal):
             at = Gradient.independent(value.sum.sites)
             reason = _ended(_spread, found, pending, value.sum, at)
-        elif isinstance(value, Unknown):
-            reason = value.reason
-        else:
-            reason = "theory has no gradient of means over units"
+        elif jnp.issubdtype(program.avals[output].dtype, jnp.floating):
+            reason = _ended(_from_top, found, pending, program, values, output)
+        if reason and not isinstance(value, Signal):
+            reason = value.reason if isinstance(value, Unknown) else reason
         if reason:
             why.update((n, reason) for n in _below(program, layers, output))
     while pending:
@@ -263,6 +265,18 @@ def _downwards(
                 if not below.isdisjoint(_own(values, layer))
             )
     return found, why
+
+
+def _from_top(
+    found: dict[Field, Gradient],
+    pending: list[tuple[int, Field]],
+    program: Program,
+    values: Mapping[int, Value],
+    output: int,
+) -> None:
+    """Add the gradient of an output that is no signal, as of a softmax over units, or of a loss."""
+    for sum_, matrix in tops.gradients(program, values, output, forcing.joint):
+        _spread(found, pending, sum_, Gradient.of(matrix, 0.0))
 
 
 def _ended(step: Callable[..., None], *arguments: Any) -> str:
@@ -323,6 +337,19 @@ def _spread(
     found: dict[Field, Gradient], pending: list[tuple[int, Field]], sum_: Sum, at: Gradient
 ) -> None:
     """Add what a sum's gradient gives the fields below it; raises `NoRule` where not known."""
+    own: dict[Field, Matrix]
+    try:
+        own, of_variables = _by_rules(sum_, at.matrix)
+    except NoRule as reason:
+        own, of_variables = {**forcing.pulled(sum_, dense(at.matrix), reason)}, []
+    for below, variable in of_variables:
+        _spread(found, pending, variable, Gradient.of(below, at.log, at.ties))
+    for field, matrix in own.items():
+        _add(found, pending, field, Gradient.of(matrix, at.log, at.ties))
+
+
+def _by_rules(sum_: Sum, at: Matrix) -> tuple[dict[Field, Matrix], list[tuple[Matrix, Sum]]]:
+    """What a sum's gradient gives its fields, and variables of its parts that are sums."""
     own: dict[Field, Matrix] = {}
 
     def add(one: Sum, inner: Matrix, other: Sum) -> None:
@@ -334,21 +361,21 @@ def _spread(
                 own[field] = sum_of(own[field], below) if field in own else below
 
     for batch, map_ in forcing.normalised(sum_):
-        add(batch.x, batch.pulled(down(map_, dense(at.matrix), map_)), batch.x)
-    for term, map_, variable in forcing.multiples(sum_):
-        below = weighted(down(map_, at.matrix, map_), term, term)
-        _spread(found, pending, variable, Gradient.of(below, at.log, at.ties))
+        add(batch.x, batch.pulled(down(map_, dense(at), map_)), batch.x)
+    of_variables = [
+        (weighted(down(map_, at, map_), term, term), variable)
+        for term, map_, variable in forcing.multiples(sum_)
+    ]
     terms = forcing.terms(sum_)
     for i, (one, left, of_one) in enumerate(terms):
         for other, right, of_other in terms[: i + 1]:
             if of_one.fields.isdisjoint(of_other.fields):
                 continue
-            inner = weighted(down(left, at.matrix, right), one, other)
+            inner = weighted(down(left, at, right), one, other)
             if one is not other and of_one is of_other:
                 inner, of_one = inner + inner.T, of_other
             add(of_one, inner, of_other)
-    for field, matrix in own.items():
-        _add(found, pending, field, Gradient.of(matrix, at.log, at.ties))
+    return own, of_variables
 
 
 def _add(
