@@ -13,13 +13,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gradflow import _programs, gaussian
+from gradflow import _programs, activations, gaussian
 from gradflow._unit_distributions import Shifted
 from gradflow.activations import Activation
 from gradflow.gaussian import _pairs
 from gradflow.inspection._theory import sampling
 from gradflow.inspection._theory.activations import activation_of
 from gradflow.inspection._theory.expectations import SiteAverages
+from gradflow.inspection._theory.nodes import Node
 from gradflow.inspection._theory.over_sites import Normalised
 from gradflow.inspection._theory.sums import (
     Field,
@@ -316,6 +317,8 @@ def _by_parts(field: Field, other: Term) -> np.ndarray | None:
         raise NoRule("a signal and the slope of a function of it")
     own = Sum.of(field, len(field.covariance))
     out = np.zeros((own.sites, piece.variables[0].sites))
+    if not _regular(piece):
+        raise NoRule("a signal beside a function of it that jumps")
     for i, v in enumerate(piece.variables):
         if not v.gaussian:
             raise NoRule("a function of a signal that is not Gaussian")
@@ -338,6 +341,8 @@ def _factor(piece: Piece) -> "_Averages | Normalised":
 def _averages(piece: Piece) -> "_Averages | Normalised":
     if not piece.variables:
         return _OfNumbers(piece)
+    if "custom" in _kinds(piece.node):
+        raise NoRule("a function of which the derivative is not that of its definition")
     alone = _multiple(piece)
     if alone is not None:
         return _OfSum(*alone)
@@ -347,6 +352,23 @@ def _averages(piece: Piece) -> "_Averages | Normalised":
     if len(piece.variables) == 1 and uniform:
         return _OfOne(piece)
     return _OfSeveral(piece)
+
+
+@functools.lru_cache(maxsize=1 << 12)
+def _kinds(node: Node) -> frozenset[str]:
+    """What of a function integration by parts does not hold for: its jumps, a derivative given."""
+    name = getattr(getattr(node.value, "equation", None), "primitive", "")
+    own = {"custom"} if name.startswith("custom_") or name == "stop_gradient" else set()
+    own |= {"jumps"} if name in ("ceil", "floor", "round", "sign") else set()
+    return frozenset(own).union(*map(_kinds, node.children))
+
+
+def _regular(piece: Piece) -> bool:
+    """Whether integration by parts holds for it."""
+    if _kinds(piece.node):
+        return False
+    averages = [_factor(one) for one in factors(piece)]
+    return all(one.regular for one in averages if isinstance(one, _OfOne))
 
 
 class _Averages:
@@ -392,13 +414,21 @@ class _OfOne(_Averages):
         self.k = covariance(z, z)
 
     @functools.cached_property
+    def regular(self) -> bool:
+        """Whether E[x φ(m + x)] = q E[φ'(m + x)], as where φ has no jumps."""
+        if self.phi.kernel is not None or self.phi in activations.ALL:
+            return True
+        return _by_parts_holds(self.phi)
+
+    @functools.cached_property
     def values(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """E[φφ], E[φ], E[φ'φ']."""
         if self.phi.name == "linear":
             m = np.zeros(len(self.k)) if self.mean is None else self.mean
             return self.k + np.outer(m, m), m, np.ones_like(self.k)
         with jax.enable_x64(True):
-            if self.mean is None and self.phi.kernel is None and _in_range(self.k):
+            series = self.mean is None and self.phi.kernel is None and _in_range(self.k)
+            if series and self.regular:
                 return _by_series(self.phi, self.k)
             made = _through(self.phi, self.k, self.mean)
             return tuple(map(np.asarray, made))  # type: ignore[return-value]
@@ -499,6 +529,21 @@ def _of_scalars(piece: Piece, places: Sequence[int], numbers: slice) -> Callable
         return piece.node.evaluate([scalars[i] for i in places], scalars[numbers])
 
     return f
+
+
+@functools.lru_cache(maxsize=1 << 10)
+def _by_parts_holds(phi: Activation) -> bool:
+    """Whether integration by parts holds for a function, seen about one mean."""
+    about, q = 0.3, 0.5
+
+    def both(x: Any) -> Any:
+        y = about + x
+        return jnp.stack([x * phi(y) / q, phi.derivative(y), jnp.abs(phi.derivative(y))])
+
+    kinks = tuple(kink - about for kink in phi.kinks)
+    with jax.enable_x64(True):
+        one, two, size = map(float, gaussian.expectation(both, jnp.asarray(q), kinks=kinks))
+    return abs(one - two) < 1e-6 * (abs(one) + size)
 
 
 def _in_range(k: np.ndarray) -> bool:

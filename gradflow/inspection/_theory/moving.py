@@ -185,26 +185,21 @@ def _divided(value: Signal, shape: tuple[int, ...]) -> Signal:
 
 def _flattening(value: Signal, shape: tuple[int, ...]) -> tuple[int, tuple[int, ...]] | None:
     """The axis that a reshape makes of sites and units, and the shape with these axes for it."""
-    found = None
-    for old, new in _grouped_axes(value.shape, shape):
-        several = [i for i in old if value.shape[i] > 1]
-        into = [i for i in new if shape[i] > 1]
-        if len({i in value.units for i in several}) < 2 or len(into) != 1:
-            continue
-        if found is not None:
-            return None
-        (axis,) = into
-        before = tuple(value.shape[i] for i in several)
-        found = axis, (*shape[:axis], *before, *shape[axis + 1 :])
+    old, new = (list(itertools.accumulate(x, operator.mul)) for x in (value.shape, shape))
+    # Axes of which those of both shapes are made.
+    ends = sorted({1, *old, *new})
+    if ends[0] == 0 or any(b % a for a, b in itertools.pairwise(ends)):
+        return None
+    found, start = None, 1
+    for axis, stop in enumerate(new):
+        made_of = [(a, b) for a, b in itertools.pairwise(ends) if start <= a and b <= stop]
+        kinds = {next(i for i, end in enumerate(old) if end > a) in value.units for a, _ in made_of}
+        if len(kinds) == 2:
+            if found is not None:
+                return None
+            found = axis, (*shape[:axis], *(b // a for a, b in made_of), *shape[axis + 1 :])
+        start = stop
     return found
-
-
-def _grouped_axes(old: Sequence[int], new: Sequence[int]) -> list[tuple[range, range]]:
-    """The fewest neighbouring axes of two shapes that have equally many elements."""
-    ends = [{n: i + 1 for i, n in enumerate(itertools.accumulate(x, operator.mul))}
-            for x in (old, new)]  # fmt: skip
-    cuts = [(0, 0), *((ends[0][n], ends[1][n]) for n in sorted(set(ends[0]) & set(ends[1])))]
-    return [(range(i, k), range(j, m)) for (i, j), (k, m) in itertools.pairwise(cuts)]
 
 
 def _repeated_units(value: Signal, merged: Sequence[int]) -> Signal | None:

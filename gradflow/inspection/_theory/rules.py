@@ -123,6 +123,23 @@ def _inner(equation: Equation, values: Sequence[Value]) -> list[Value]:
     return [env[i] for i in program.outputs]
 
 
+class _OfOneShape(_Function):
+    """An elementwise function that has one shape, and a derivative of its own, on any shape."""
+
+    def __call__(self, *arguments: Any) -> Any:
+        equation = self.equation
+        assert equation.inner is not None
+        aval = equation.inner.avals[equation.inner.outputs[0]]
+        arrays = jnp.broadcast_arrays(*map(jnp.asarray, arguments))
+        size, many = math.prod(aval.shape), arrays[0].size
+        rows = [
+            jnp.pad(x.reshape(-1), (0, -many % size)).reshape(-1, *aval.shape).astype(aval.dtype)
+            for x in arrays
+        ]
+        made = jax.vmap(lambda *x: equation.evaluate(*x)[0])(*rows)
+        return made.reshape(-1)[:many].reshape(arrays[0].shape).astype(arrays[0].dtype)
+
+
 class _ByText:
     """An equation, equal to those that compute the same thing."""
 
@@ -163,6 +180,27 @@ def _derivative_is_its_own(one: _ByText) -> bool:
     return all(np.allclose(x, y, rtol=1e-3, atol=1e-3) for x, y in pairs)
 
 
+@functools.lru_cache(maxsize=256)
+def _is_elementwise(one: _ByText) -> bool:
+    """Whether a function of one shape, and its own derivative, treat each element alone."""
+    inner = one.equation.inner
+    if inner is None or len(inner.outputs) != 1:
+        return False
+    avals = [inner.avals[i] for i in (*inner.arguments["inputs"], *inner.outputs)]
+    shape = avals[0].shape
+    alone = all(e.primitive in ELEMENTWISE and e.inner is None for e in inner.equations)
+    if not alone or any(a.shape != shape or a.dtype != avals[0].dtype for a in avals):
+        return False
+    rng = np.random.default_rng(0)
+    with jax.enable_x64(True):
+        given = [jnp.asarray(rng.standard_normal(shape), avals[0].dtype) for _ in avals[1:]]
+        _, pull = jax.vjp(lambda *x: one.equation.evaluate(*x)[0], *given)
+        slopes = pull(jnp.ones(shape, avals[0].dtype))
+        cotangent = jnp.asarray(rng.standard_normal(shape), avals[0].dtype)
+        pairs = zip(pull(cotangent), slopes, strict=True)
+        return all(np.allclose(x, cotangent * slope, rtol=1e-4) for x, slope in pairs)
+
+
 def _unit_rows(x: Any) -> tuple[Any, Any]:
     square = jnp.sum(jnp.square(x), axis=1, keepdims=True)
     return x * jax.lax.rsqrt(square), jnp.log(square[:, 0]) / 2
@@ -196,7 +234,9 @@ def custom(equation: Equation, values: Sequence[Value], shapes: Sequence[tuple[i
     if plain is not None:
         return _inner(dataclasses.replace(equation, inner=plain), values)
     if not _derivative_is_its_own(_ByText(equation)):
-        raise NoRule("of which the derivative is not that of its definition")
+        if not _is_elementwise(_ByText(equation)):
+            raise NoRule("of which the derivative is not that of its definition")
+        return elementwise(equation, values, shapes)
     return _inner(equation, values)
 
 
@@ -218,7 +258,8 @@ def elementwise(
     literal = [isinstance(v, Known) and v.literal and v.value.size == 1 for v in values]
     made = _linear(name, sums, literal)
     if made is None:
-        made = piece_of(_Function(equation) if name != "mul" else multiply, sums, literal)
+        own = _Function if equation.inner is None else _OfOneShape
+        made = piece_of(own(equation) if name != "mul" else multiply, sums, literal)
         square = name == "square" or (name == "integer_pow" and equation.params["y"] == 2)
         if square or (name == "mul" and sums[0] is sums[1]):
             for part in made.parts:
