@@ -40,6 +40,8 @@ __all__ += ["second_moments", "terms", "together", "together_at"]
 
 # Terms of Hermite series of pairs, and what they may leave out, relative.
 _TERMS, _LEFT_OUT = 256, 1e-14
+# Pairs of sites of a function of more variables, at more sites, take longer than draws of units.
+_FEW, _MANY = 2, 150
 
 
 class Term(NamedTuple):
@@ -482,6 +484,9 @@ class _OfSeveral(_Averages):
         return self.at_sites.mean(self.function(slot))[0]
 
     def pair(self, one: int | None, other: int | None) -> np.ndarray:
+        sites = self.piece.variables[0].sites
+        if len(self.piece.variables) > _FEW and sites > _MANY:
+            raise NoRule(f"a function of {len(self.piece.variables)} signals at {sites} sites")
         return self.at_sites.second(self.function(one), self.function(other))[0]
 
     def pair_at(

@@ -39,6 +39,7 @@ class Gradient:
         """Of a matrix of any size."""
         if isinstance(matrix, sparse.sparray) and matrix.nnz > _MOST * matrix.shape[0] ** 2:
             matrix = matrix.toarray()
+        matrix = matrix if isinstance(matrix, sparse.sparray) else np.asarray(matrix)
         size = float(abs(matrix).max()) if matrix.shape[0] else 0.0
         if not size:
             return cls(matrix, -math.inf, ties)

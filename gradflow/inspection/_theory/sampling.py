@@ -7,6 +7,7 @@ are matched: with each its negative, and their second moments are the fields' ow
 
 import functools
 import heapq
+import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -22,13 +23,14 @@ from gradflow.inspection._theory.sums import Field, Map, NoRule, Piece, Sum, ide
 __all__ = ["Covariance", "fields_drawn", "moments", "of_draws", "pulled"]
 
 # Multiplications that second moments of draws may take, and the fewest and most draws.
-_WORK, _FEWEST, _MOST = 1 << 34, 1 << 11, 1 << 14
+_WORK, _FEWEST, _MOST = 1 << 35, 1 << 9, 1 << 14
 # The largest relative standard error of a mean square that is an answer, and the largest share of
 # it that may come of one unit: where tails are so long, more draws would be larger.
 _ERROR, _SHARE = 0.05, 0.02
 # Elements that a function is evaluated for at once, few and many: it compiles for these sizes.
 _BLOCKS = 1 << 12, 1 << 18
 _JITTER = 1e-12
+_OF_TOPS = 1 << 20  # the seed of gradients, which is none of a group of fields
 # Maps of more entries than this share are multiplied as dense ones.
 _DENSE = 0.05
 
@@ -66,7 +68,7 @@ def pulled(sum_: Sum, gradient: np.ndarray, covariance: Covariance) -> dict[Fiel
     draws = fields_drawn(sum_, covariance)
     known: dict[Any, np.ndarray] = {}
     count = of_draws(sum_, draws, known).shape[1]
-    at_top = _root(gradient) @ _matched(len(gradient), count, seed=1)
+    at_top = _root(gradient) @ _matched(len(gradient), count, seed=_OF_TOPS)
     found: dict[Any, np.ndarray] = {}
     pending: list[tuple[int, Any]] = []
 
@@ -123,29 +125,42 @@ def fields_drawn(
     fields = sorted(sum_.fields, key=lambda f: f.serial)
     if not fields or not all(f.gaussian for f in fields):
         raise NoRule("a function of a signal that is not Gaussian over units")
-    sizes = [len(f.covariance) for f in fields]
-    ends = np.cumsum([0, *sizes])
-    sites = int(ends[-1])
-    enough = min(_MOST, _WORK // sites**2 // 2 * 2)
+    joint = {(f, g): covariance(f, g) for i, f in enumerate(fields) for g in fields[: i + 1]}
+    groups: list[list[Field]] = []
+    for f in fields:
+        others = [g for g in groups if any(joint[f, h] is not None for h in g)]
+        met = sorted(itertools.chain(*others, [f]), key=lambda h: h.serial)
+        groups = [g for g in groups if g not in others] + [met]
+    sites = [sum(len(f.covariance) for f in group) for group in groups]
+    enough = min(_MOST, _WORK // sum(n**2 for n in sites) // 2 * 2)
     if enough < _FEWEST:
-        raise NoRule(f"a function of signals at {sites} sites together, too many to draw")
-    whole = np.zeros((sites, sites))
-    for i, f in enumerate(fields):
-        for j, g in enumerate(fields[: i + 1]):
-            joint = covariance(f, g)
-            if joint is not None:
+        raise NoRule(f"a function of signals at {sum(sites)} sites together, too many to draw")
+    rng, draws = np.random.default_rng(0), dict[Field, np.ndarray]()
+    for place, (group, n) in enumerate(zip(groups, sites, strict=True)):
+        if count is None:
+            normal = _matched(n, enough, seed=place)
+        else:
+            normal = rng.standard_normal((n, count))
+        draws |= _together(group, joint, normal)
+    return {f: draws[f] for f in fields}
+
+
+def _together(
+    group: Sequence[Field], joint: Mapping[tuple[Field, Field], Any], normal: np.ndarray
+) -> dict[Field, np.ndarray]:
+    """Draws of fields that are not independent, from as many standard normal numbers."""
+    ends = np.cumsum([0, *(len(f.covariance) for f in group)])
+    whole = np.zeros((ends[-1], ends[-1]))
+    for i, f in enumerate(group):
+        for j, g in enumerate(group[: i + 1]):
+            if joint[f, g] is not None:
                 at = slice(*ends[i : i + 2]), slice(*ends[j : j + 2])
-                whole[at] = joint
-                whole[at[::-1]] = joint.T
-    if count is None:
-        normal = _matched(sites, enough, seed=0)
-    else:
-        normal = np.random.default_rng(0).standard_normal((sites, count))
-    draws = _root(whole) @ normal
-    return dict(zip(fields, np.split(draws, ends[1:-1]), strict=True))
+                whole[at] = joint[f, g]
+                whole[at[::-1]] = joint[f, g].T
+    return dict(zip(group, np.split(_root(whole) @ normal, ends[1:-1]), strict=True))
 
 
-@functools.lru_cache(maxsize=2)
+@functools.lru_cache(maxsize=4)
 def _matched(sites: int, count: int, seed: int) -> np.ndarray:
     """Standard normal draws whose mean is exactly 0, and whose covariance exactly the identity.
 
