@@ -71,6 +71,15 @@ def test_gpt2_small(options, growth, q):
     np.testing.assert_allclose(found["q"][12], q, rtol=2e-3)
 
 
+def test_scores_by_key_width_make_heads_means_over_tokens():
+    """Scores are 0 at infinite width: a branch adds 1/T to q and to each pair's second moment."""
+    network = builders.transformer(8, 64, 1, heads=8, score_scale="linear", ffn_width=0)
+    with jax.enable_x64(True):
+        found = mean_field.predict(network, alike(8, 0.0))
+        np.testing.assert_allclose(found["q"], [1, 1 + 1 / 8], rtol=1e-12)
+        np.testing.assert_allclose(found["correlation"], [0, 1 / 9], atol=1e-12)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("position", ["pre", "post"])
 def test_simulated_networks_are_as_theory_says(position):
