@@ -181,8 +181,8 @@ def transformer(
         The ensemble of the tokens' embedding.
     outputs, readout, pool
         Units of a read-out, behind a last norm where the stream has none; there is none without it.
-        Its weights are free, or tied: of the embedding's variance; it is of every token, or of an
-        input's mean or flatten.
+        Its weights are free, or tied: of the embedding's variance, but drawn by themselves; it is
+        of every token, or of an input's mean or flatten.
 
     Returns
     -------

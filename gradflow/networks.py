@@ -252,7 +252,7 @@ def unit_variance(network: Network) -> Network:
     ----------
     Mishkin & Matas 2016, arXiv:1511.06422, algorithm 1.
     """
-    check_lsuv(network)
+    _check_lsuv(network)
 
     def is_layer(block: object) -> bool:
         return isinstance(block, AbstractBlock) and block.is_layer
@@ -264,7 +264,7 @@ def unit_variance(network: Network) -> Network:
     return dataclasses.replace(network, stages=stages, name=f"{network.name}, LSUV")
 
 
-def check_lsuv(network: Network) -> None:
+def _check_lsuv(network: Network) -> None:
     """Raise `InputError` if layers share their weights, or their means are not 0."""
     check_network(network)
     if network.tied:

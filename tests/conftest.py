@@ -56,9 +56,9 @@ REFERENCE = Path(__file__).parent / "reference"
 # nothing else: what they check is logic on the host, files, drawings and commands, or theory, which
 # is float64's in both runs, beside simulations whose own tests are run twice.
 _ONCE = {
-    *("test_attacks", "test_carried_means", "test_cli", "test_comparison", "test_densities"),
-    *("test_depth_scales", "test_execution", "test_experiments", "test_figures", "test_report"),
-    *("test_spectra", "test_studies_without_theory", "test_verdict", "test_weights"),
+    *("test_attacks", "test_cli", "test_execution", "test_experiments", "test_figures"),
+    *("test_remedies", "test_report", "test_spectra", "test_studies_without_theory"),
+    *("test_transformer_remedies", "test_verdict"),
 }
 # About how many seconds a test takes, by its marker.
 _SECONDS = {"slow": 5.0, "medium": 2.0}

@@ -10,7 +10,17 @@ import scipy.stats
 from laws import smallest_p_value
 
 from gradflow import builders, statistics
-from gradflow.blocks import Attention, Chain, Dense, Linear, Residual, RMSNorm, _exact_heads, _heads
+from gradflow.blocks import (
+    Attention,
+    Chain,
+    Dense,
+    Linear,
+    Residual,
+    RMSNorm,
+    _exact_heads,
+    _heads,
+    _rotary,
+)
 from gradflow.blocks._heads import Moments
 from gradflow.errors import InputError, NoTheory
 from gradflow.kernels import Kernel
@@ -283,6 +293,17 @@ class TestFixedHeads:
         assert float(short.sum()) == pytest.approx(float(mean(1.3)), rel=1e-5)
 
     @pytest.mark.medium
+    def test_rotary_scores_of_identical_tokens(self):
+        """They differ all the same: P = .141 for 8 tokens of 64 units a key, and not 1/8."""
+        ones = jnp.ones((8, 8))
+        path = Moments(0 * ones, 0 * ones, jnp.eye(8))
+        turns = _rotary.turns(64, 8)
+        offsets = jnp.zeros((1, 8, 8), ones.dtype)
+        found = jax.jit(lambda m, t: _heads.average(m, t, offsets, None, turns))
+        p = np.diagonal(found(Moments(ones, ones, ones), path).tangent)
+        np.testing.assert_allclose(p, 0.1414, atol=3e-4)
+
+    @pytest.mark.medium
     def test_networks_of_few_heads_differ(self):
         """By 0.195 of q' = 0.4777, over √H, at 16 tokens of ρ = 0.3 and κ = 4."""
         block = scaled(16, {"kappa": 4.0}, heads=4)
@@ -292,7 +313,7 @@ class TestFixedHeads:
     def test_a_root_of_what_has_none_left(self):
         """Of tokens that are the same: their root has one column."""
         k = jnp.kron(random_gram(2), jnp.ones((2, 2)))
-        root = _heads._root(k)
+        root = _heads.root(k)
         np.testing.assert_allclose(root @ root.T, k, atol=ROUNDING)
         assert (np.asarray(root)[:, [1, 3]] == 0).all()
 

@@ -142,9 +142,15 @@ def compare(found, expected, where):
             )
 
 
-# A row's functions are compiled for its number of tokens, in about 2 s.
+# Of a finite key width there is a row of scores for each of 50 variances.
+_SLOW = "head_averages_finite_key"
+
+
 @pytest.mark.medium
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    "family",
+    [pytest.param(f, marks=[pytest.mark.slow] * (f == _SLOW)) for f in FAMILIES],
+)
 def test_table_12(family, load_reference):
     rows = [row for row in load_reference("t12_attention") if row["inputs"]["family"] == family]
     assert rows

@@ -14,7 +14,7 @@ from gradflow.comparison import Status
 from gradflow.errors import InputError, NoTheory
 from gradflow.kernels import Kernel
 from gradflow.simulation import _matrices, jacobians
-from gradflow.simulation.propagation import propagate
+from gradflow.simulation.propagation import lsuv, propagate
 from gradflow.theory import architectures, mean_field
 from gradflow.training import initial_weights, outputs
 
@@ -282,6 +282,10 @@ def test_shapes_of_grouped_filters():
         (lambda: Patches((4,), 3, padding=-1), "padding is -1; it is a whole number of at least 0"),
         (lambda: Patches((2,), 3, padding="valid"), "size is 3; it is one whole number"),
         (lambda: Patches((2,), 1, 1, spread=2), "padding is 1; it leaves out more positions"),
+        (
+            lambda: lsuv(builders.stack(4, [Convolution(groups=2)]), jnp.ones((3, 4)), 0),
+            "has convolutions in groups; lsuv divides matrices",
+        ),
         (lambda: Convolution(delta=True, stride=2), "delta is True; filters that are zero but"),
         (
             lambda: builders.stack(2, [(Convolution(shape=(4,), stride=2, units=2), 2)]),

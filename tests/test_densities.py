@@ -54,6 +54,7 @@ def test_histograms_are_of_what_theory_says(activation):
     assert found > limit
 
 
+@pytest.mark.medium
 def test_densities_integrate_to_one_and_an_atom_is_in_the_bin_that_begins_with_it():
     histograms = simulated("relu", width=300, weights="he")
     for signal, histogram in histograms.items():

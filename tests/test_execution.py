@@ -243,6 +243,7 @@ def same(one, other):
         np.testing.assert_allclose(ours[name], theirs[name], rtol=5e-4, atol=scale, err_msg=name)
 
 
+@pytest.mark.medium
 def test_points_and_networks_may_be_added_and_nothing_else(tmp_path):
     larger = TEXT.replace("[0.5, 1.0, 2.0]", "[0.5, 0.7, 1.0, 2.0]").replace("= 20", "= 25")
     run(tmp_path / "whole", larger)

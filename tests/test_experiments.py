@@ -23,6 +23,7 @@ TINY = {
     "seed": 1,
     "activation": "tanh",
     "weights": "glorot",
+    "heads": 2,
 }
 # Figures of these have no points in their maps.
 MAPS = {"trainability"}

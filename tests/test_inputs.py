@@ -372,7 +372,7 @@ def test_remedies_takes_the_networks_options_and_inputs(command):
 def test_remedies_change_one_thing_of_a_network_with_options():
     """Those that cannot keep the others say so, and one that it has is none."""
     options = {"norm": "layer", "keep_rate": 0.9}
-    found, missing = remedies.proposals("tanh", "glorot", 20, 3, inputs=7, **options)
+    found, missing = remedies.proposals("tanh", "glorot", 20, 3, inputs=np.ones((1, 7)), **options)
     made = {remedy.name: network for remedy, network in found}
     assert {network.widths for network in made.values()} == {(7, 20, 20, 20)}
     plain = _schema.network({"widths": [7, 20, 20, 20], "activation": "tanh", **options})

@@ -15,8 +15,10 @@ import xarray
 import gradflow
 from gradflow._differences import Status
 from gradflow.errors import InputError
+from gradflow.inspection import _adapters
 from gradflow.inspection._measuring.births import Born
 from gradflow.inspection._places import Places
+from gradflow.inspection._reading.model import Model
 
 
 def test_the_verdict_has_the_factor_between_layers_that_are_alike_and_their_names():
@@ -188,6 +190,21 @@ def test_given_weights_with_a_loss_have_the_gradients_of_that_loss():
     assert found.estimates["log_q"].value[0] == pytest.approx(np.mean(z**2), rel=1e-5)
     assert found.networks == 1
     assert np.isnan(found["q"].z).all()
+
+
+def test_a_model_with_weights_and_a_law_says_which_were_measured(monkeypatch):
+    """As one of Keras: drawn anew, and said; its own with ``parameters=model``."""
+    own = {"a": jnp.ones((5, 30)), "b": jnp.ones((30, 3))}
+    init, apply = two_layers()
+    model = Model("net", lambda key: (init(key), ()), lambda p, s, k, x: apply(p, x), (own, ()))  # noqa: ARG005
+    monkeypatch.setattr(_adapters, "adapt", lambda *_: model)
+    x = np.ones((2, 5))
+    drawn = gradflow.inspect(model, x, networks=2, cure=False)
+    assert "its weights drawn anew (with parameters=model its own are measured)" in repr(drawn)
+    found = gradflow.inspect(model, x, parameters=model, cure=False)
+    assert found.networks == 1
+    assert found.estimates["log_q"].value[0] == pytest.approx(25)
+    assert "drawn anew" not in repr(found)
 
 
 @pytest.mark.parametrize(

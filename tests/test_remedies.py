@@ -29,6 +29,7 @@ def test_every_remedy_has_a_network_as_deep_as_the_sick_one():
     assert all(remedy.cost and remedy.caveat and remedy.changes for remedy in remedies.ALL)
 
 
+@pytest.mark.medium
 def test_a_remedy_that_there_is_none_of_is_left_out_with_the_reason():
     found, missing = remedies.proposals("relu", "he", 20, 6)
     assert "homogeneous" in missing["deep kernel shaping (DKS)"]

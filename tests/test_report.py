@@ -98,6 +98,7 @@ def test_a_study_without_a_plane_has_lines_by_layer(study):
     assert _report.page(row).count("theory as lines, measurement as points") == 4
 
 
+@pytest.mark.medium
 def test_a_grid_without_a_plane_has_every_point_in_a_map_and_a_table(study):
     """Four by two points: seven curves would be some of them."""
     dataset = xarray.load_dataset(study[0] / "results.nc").isel(sigma_b2=slice(0, 2))

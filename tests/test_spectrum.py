@@ -147,6 +147,7 @@ def test_the_density_has_the_moments(name, depth, weights):
     )
 
 
+@pytest.mark.medium
 def test_shares_of_one_gaussian_layer_are_those_of_the_quarter_circle():
     """s in [0, 2] with density √(4 - s²)/π; all edges, also those beside the law."""
     edges = np.array([0.0, 0.3, 1.0, 1.9, 2.5, 3.0])

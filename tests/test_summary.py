@@ -140,6 +140,7 @@ def test_the_jacobian_is_that_of_table_5(load_reference):
     assert checked > 5
 
 
+@pytest.mark.medium
 def test_where_no_input_has_the_first_length_no_direction_is_along_it():
     found = summary.summarise(activations.tanh, 1.0, 0.5, start=0.25, depth=3)["layers"]
     assert np.isnan(found["gain_parallel"]).all()
@@ -175,6 +176,7 @@ def test_a_correlation_beyond_1_is_refused():
         summary.summarise(activations.tanh, 1.0, correlations=[0.5, 1.5])
 
 
+@pytest.mark.medium
 def test_every_name_that_is_printed_has_words():
     found = summary.summarise(activations.relu, 1.5, correlations=[0.5], depth=2, width=20)
     names = {*found, *found["layers"], *found["finite_width"], *found["jacobian"]}

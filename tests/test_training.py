@@ -89,6 +89,7 @@ def test_checkpoints_and_kept_linearisations_know_given_weights():
         assert_same(propagate(deep, x, key, weights=weights, **how), expected)
 
 
+@pytest.mark.medium
 def test_other_weights_give_other_statistics():
     # The negative control of the tests above.
     network, key = CASES["mlp"], jax.random.key(5)

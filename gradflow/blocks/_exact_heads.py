@@ -12,7 +12,7 @@ from jaxtyping import Array, Bool, Float
 
 from gradflow import activations, gaussian
 from gradflow.blocks._heads import Averages, Moments
-from gradflow.gaussian._softmax import LARGEST_SCORE_VARIANCE, softmax_rows
+from gradflow.gaussian._softmax import rows_are_known, softmax_rows
 
 __all__ = ["are_alike", "of_tokens_alike", "of_two_tokens"]
 
@@ -99,7 +99,7 @@ def _score_law(moments: Moments, tokens: int) -> tuple[Array, Array, Array]:
     k, other = _own(moments.keys, tokens)
     variance = q * jnp.maximum(k - other, 0)
     apart = jnp.clip(1 - between / jnp.where(q > 0, q, 1), 0, tokens / (tokens - 1))
-    known = (variance <= 25) | ((variance < LARGEST_SCORE_VARIANCE) & (apart > 0.02))
+    known = rows_are_known(variance, apart)
     return jnp.where(known, variance, 0), jnp.where(known, apart, 0), known
 
 

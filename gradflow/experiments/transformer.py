@@ -9,7 +9,6 @@ import functools
 from collections.abc import Mapping
 from typing import Annotated, Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
@@ -62,7 +61,8 @@ def _train(
     steps = check_count("steps", recipe.steps)
     each, seconds = [], 0.0
     for depth in recipe.depths or ():
-        of_depth = []
+        of_depth: list[xarray.Dataset] = []
+        theories: dict[str, np.ndarray] = {}
         for name, (position, warmed) in _KINDS.items():
             network = _network(tokens, train.classes, recipe.width, depth, heads, position)
             result = training.train(
@@ -84,9 +84,9 @@ def _train(
                 save=recipe.save,
                 progress=recipe.progress_of(f"{name}, {depth} layers"),
             )
-            of_depth.append(
-                _described(result, network, _patches(test[:1])[0]).assign_coords(network=name)
-            )
+            if position not in theories:
+                theories[position] = _theory(network, _patches(test[:1])[0])
+            of_depth.append(_described(result, theories[position]).assign_coords(network=name))
             seconds += result.seconds
         each.append(xarray.concat(of_depth, "network").assign_coords(depth=depth))
     return xarray.concat(each, "depth", join="outer").assign_attrs(
@@ -140,11 +140,14 @@ def _rows(tokens: np.ndarray) -> np.ndarray:
     return tokens.reshape(len(tokens), -1)
 
 
-def _described(result: Any, network: Network, image: np.ndarray) -> xarray.Dataset:
+def _theory(network: Network, image: np.ndarray) -> np.ndarray:
+    """The logarithm of ‖∂C/∂z‖ by layer of the stream, for one image."""
+    return np.asarray(float64.predict(network, image)["log_gradient_norm"], float)[:-1]
+
+
+def _described(result: Any, theory: np.ndarray) -> xarray.Dataset:
     """Errors along training, and gradients at the start by layer beside theory's of an image."""
     log = result["log_gradient_norm"][0, 0, :, 0, :-1].astype(float)
-    with jax.enable_x64(True):
-        theory = np.asarray(float64.predict(network, image)["log_gradient_norm"], float)[:-1]
     return xarray.Dataset(
         {
             "error": (("learning_rate", "seed", "step"), result["validation_error"][0]),

@@ -464,7 +464,7 @@ def transformers(dataset: xarray.Dataset) -> Figure:
             error = 100 * final.sel(network=name).transpose("seed", "depth")
             points(axes, dataset.depth.values, error.values, str(name), index, **curve)
         axes.set(xlabel="layers", ylabel="test error, %", ylim=(0, 100))
-        axes.set_title(f"Adam, learning rate {rate:g}; {_MEASURED}", fontsize=9.5)
+        axes.set_title(f"Adam, learning rate {rate:g}", fontsize=9.5)
         axes.set_xticks(dataset.depth.values)
         axes.legend(frameon=False, fontsize=8)
     depth = int(dataset.depth.max())
@@ -475,6 +475,7 @@ def transformers(dataset: xarray.Dataset) -> Figure:
         starts.plot(one.layer, theory, color=COLOURS[index], label=f"{name}, theory")
         points(starts, one.layer.values, log.values, f"{name}, measured", index)
     starts.set(xlabel="layer (0: the embedding)", ylabel="log₁₀ ‖∂C/∂z‖ relative to the top layer")
-    starts.set_title(f"{depth} layers, at the start; {_MEASURED}", fontsize=9.5)
+    starts.set_title(f"{depth} layers, at the start", fontsize=9.5)
     starts.legend(frameon=False, fontsize=8)
+    figure.suptitle(_MEASURED, fontsize=9.5)
     return figure

@@ -108,14 +108,16 @@ def _over_points(
     points = jnp.asarray(_matched_points(2 * size), dtype)
     one, other = np.triu_indices(len(members))
     both, inside = (np.concatenate([x[one], x[other]], axis=1) for x in windows)
+    # A site that both windows have is one variable.
+    source = np.argmax(both[:, :, None] == both[:, None, :], axis=2)
 
-    def over_pair(pair: tuple[Array, Array]) -> tuple[Array, Array, Array]:
-        at, inside = pair
+    def over_pair(pair: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+        at, inside, source = pair
         k = covariance[at][:, at]
         scale = jnp.trace(k)
         small = 2 * jnp.finfo(dtype).eps * jnp.where(scale > 0, scale, 1)
         factor = jnp.linalg.cholesky(k + small * jnp.eye(2 * size, dtype=dtype))
-        half = dot(points, factor.T)
+        half = dot(points, factor[source].T)
         x = jnp.concatenate([half, -half])
         h = jnp.where(inside, activation(x), -jnp.inf).reshape(len(x), 2, size)
         largest = jnp.max(h, axis=-1)
@@ -124,7 +126,7 @@ def _over_points(
         shares = dot(slopes[:, 0].T, slopes[:, 1]) / len(x)
         return jnp.mean(largest[:, 0] * largest[:, 1]), jnp.mean(largest[:, 0]), shares
 
-    numbers = (jnp.asarray(both), jnp.asarray(inside))
+    numbers = (jnp.asarray(both), jnp.asarray(inside), jnp.asarray(source))
     products, means, shares = jax.lax.map(over_pair, numbers, batch_size=_TOGETHER)
 
     def matrix(of_pairs: Array) -> Array:

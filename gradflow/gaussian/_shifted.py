@@ -2,7 +2,8 @@
 
 A unit's s is common to all sites but for its size, s_a at site a: a constant bias; a bias of a law
 that is not Gaussian, one of the values of a quadrature rule; or the mean of weights times that of
-the signals below.
+the signals below. Given s, a layer's pre-activations are those of independent Gaussian weights and
+biases (Poole et al. 2016, arXiv:1606.05340, eqs. 3 and 5, with an integral over s outside).
 """
 
 import functools
@@ -51,6 +52,11 @@ def shifted_moment(
         The values of s, and their probabilities.
     variance
         Of u, >= 0.
+
+    Raises
+    ------
+    InputError
+        If there is no such activation.
     """
     activation = activations.get(activation)
     if name == "variance":
@@ -81,7 +87,20 @@ def shifted_saturation(
     chances: Float[Array, "*sites values"],
     variance: Float[Array, "*sites"],
 ) -> Float[Array, "*sites"]:
-    """P(|φ'(s + u)| < threshold · max|φ'|), as `saturation` for s = 0."""
+    """P(|φ'(s + u)| < threshold · max|φ'|), as `saturation` for s = 0.
+
+    Parameters
+    ----------
+    activation, shifts, chances, variance
+        As for `shifted_moment`.
+    threshold
+        A fraction of the largest slope, in (0, 1].
+
+    Raises
+    ------
+    InputError
+        If there is no such activation, or the threshold is not in (0, 1].
+    """
     activation = activations.get(activation)
     intervals = activation.saturated_intervals(threshold)
     deviation = jnp.sqrt(jnp.maximum(variance, smallest_variance(variance)))[..., None]
@@ -103,10 +122,20 @@ def shifted_kernel(
 ) -> Float[Array, "sites sites"]:
     """E[φ(s_a + u_a) φ(s_b + u_b)], u ~ N(0, k), for order 0; of φ' for order 1.
 
+    Parameters
+    ----------
+    activation, shifts, chances
+        As for `shifted_moment`; a value has one probability at all sites, of which that of the
+        first site of a pair is read.
+    order
+        0 or 1.
+    k
+        The covariance of u over sites.
+
     Raises
     ------
     InputError
-        When differentiated.
+        If there is no such activation; when differentiated.
     """
     activation = activations.get(activation)
     q = jnp.diagonal(k)

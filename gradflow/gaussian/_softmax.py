@@ -23,13 +23,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.scipy.special import ndtr, ndtri
-from jaxtyping import Array, ArrayLike, Float
+from jaxtyping import Array, ArrayLike, Bool, Float
 
 from gradflow._checks import check_count, check_scale, is_traced
 from gradflow.errors import InputError
 from gradflow.gaussian._quadrature import dot
 
-__all__ = ["LARGEST_SCORE_VARIANCE", "SoftmaxRows", "softmax_entropy", "softmax_largest"]
+__all__ = [
+    "LARGEST_SCORE_VARIANCE",
+    "SoftmaxRows",
+    "rows_are_known",
+    "softmax_entropy",
+    "softmax_largest",
+]
 __all__ += ["softmax_rows"]
 
 LARGEST_SCORE_VARIANCE = 1024.0
@@ -50,7 +56,7 @@ _RULES = (
     _Rule(1.25, 128, 88, 128),
     _Rule(4.0, 208, 160, 480),
     _Rule(16.0, 336, 304, 768),
-    _Rule(LARGEST_SCORE_VARIANCE, 384, 2400, 1536),
+    _Rule(LARGEST_SCORE_VARIANCE, 384, 2400, 2048),
 )
 
 
@@ -84,7 +90,7 @@ def softmax_rows(tokens: int | Array, variance: ArrayLike, apart: ArrayLike = 0.
     -------
     SoftmaxRows
         Arrays of the shape that both numbers broadcast to. NaN where a traced number is out of
-        range, and where c is too near 1 for so large a v: 1 - c < 0.02 and v > 20, about.
+        range, and where c is too near 1 for so large a v: 1 - c < 0.07 and v > 17, about.
 
     Raises
     ------
@@ -101,6 +107,11 @@ def softmax_rows(tokens: int | Array, variance: ArrayLike, apart: ArrayLike = 0.
                 f"apart is {apart}; 1 - c is from 0 to {most:.6g} with {tokens} tokens"
             )
     return SoftmaxRows(*_over_entries(_two_rows, tokens, variance, apart))
+
+
+def rows_are_known(variance: Array, apart: Array) -> Bool[Array, "..."]:
+    """Whether `softmax_rows` has a number, and not NaN, for traced numbers that are in range."""
+    return functools.reduce(jnp.logical_or, _fits_rows(variance, apart))
 
 
 def softmax_entropy(tokens: int | Array, variance: ArrayLike) -> Float[Array, "..."]:
@@ -249,7 +260,7 @@ def _derivative(f: _Terms) -> _Terms:
 
 
 def _exp(u: Array) -> Array:
-    return jnp.exp(jnp.minimum(u, 60.0))  # exp(-exp(60)) is 0
+    return jnp.exp(jnp.minimum(u, 12.0))  # exp(-exp(12)) is 0, and powers of exp(12) are finite
 
 
 def _values(f: _Terms, u: Array) -> Array:
@@ -347,11 +358,17 @@ def _powers(terms: int, apart: Array) -> tuple[Array, Array]:
 
 def _two_rows(tokens: Array, variance: Array, apart: Array) -> Array:
     """`SoftmaxRows` as one array."""
-    fits = [
+    return _by_rule(
+        lambda rule: _by_one_rule(tokens, rule, variance, apart), _fits_rows(variance, apart)
+    )
+
+
+def _fits_rows(variance: Array, apart: Array) -> list[Array]:
+    """Whether each rule has points and terms enough for two rows."""
+    return [
         fit & _converges(rule, variance, jnp.abs(1 - apart))
         for rule, fit in zip(_RULES, _fits(variance), strict=True)
     ]
-    return _by_rule(lambda rule: _by_one_rule(tokens, rule, variance, apart), fits)
 
 
 def _converges(rule: _Rule, variance: Array, c: Array) -> Array:

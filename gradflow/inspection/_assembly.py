@@ -79,7 +79,7 @@ def assemble(
     return Inspection(
         verdict=verdict,
         name=model.name,
-        mode=model.mode,
+        mode=", ".join(filter(None, (model.mode, _own_or_drawn(model, measured.networks)))),
         places=places,
         estimates=estimates,
         theory=Prediction(
@@ -93,6 +93,13 @@ def assemble(
         gradients_end=measured.ends,
         cure=cure,
     )
+
+
+def _own_or_drawn(model: Model, networks: int) -> str:
+    """What is to be said of a model that holds weights and has a law of them."""
+    if model.given is None or model.init is None or networks == 1:
+        return ""
+    return "its weights drawn anew (with parameters=model its own are measured)"
 
 
 def _why(cure: Cure | None) -> str:

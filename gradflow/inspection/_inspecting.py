@@ -79,7 +79,8 @@ def inspect(
     kwargs
         Keyword arguments of the model's call.
     parameters
-        Weights at hand, as ``init(key)`` makes them, to be measured in place of drawn ones.
+        Weights at hand, as ``init(key)`` makes them, to be measured in place of drawn ones; of a
+        model of Keras, whose weights are drawn anew else, the model itself for its own.
     cure
         Whether to look for the cause and the cure, which takes about as long again.
     progress
@@ -134,6 +135,8 @@ def begin(
         raise InputError("targets is given and loss is None; a loss takes the targets")
     adapted = _adapters.adapt(model, apply, arrays, dict(kwargs or {}))
     program = _program(adapted, arrays, loss, behind)
+    if parameters is model and adapted.given is not None:
+        parameters = adapted.given[0]
     found, given = layers(program), _given(adapted, parameters, arrays, key)
     with ThreadPoolExecutor(1) as pool:  # both spend much of their time in the compiler
         theory = pool.submit(_theory, adapted, program, found, arrays, behind, key, given)

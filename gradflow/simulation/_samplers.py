@@ -80,7 +80,7 @@ def matrix_free(
     return _scaled(matrix, sigma_w, mu_w, x, tap, full_input)
 
 
-def given(weights: Sequence[Float[Array, "n_out n_in"]]) -> Callable[..., Array]:
+def given(weights: Sequence[Float[Array, "_ _"]]) -> Callable[..., Array]:
     """Return the sampler whose products are with these matrices, one after the other."""
     remaining = iter(weights)
 

@@ -22,7 +22,7 @@ from gradflow._inputs import as_inputs
 from gradflow._labels import Values, checked
 from gradflow.blocks import AbstractBlock
 from gradflow.errors import InputError
-from gradflow.networks import Network, check_lsuv
+from gradflow.networks import Network, unit_variance
 from gradflow.simulation import _passes, _samplers
 from gradflow.simulation._layers import LayerKey, LayerWeights, layer_keys, scan_blocks
 from gradflow.simulation._samplers import SAMPLERS
@@ -162,15 +162,21 @@ def lsuv(
     Raises
     ------
     InputError
-        If a product has no variance, as that of a signal of zeros, and so no scale gives it any, or
-        if layers share their weights.
+        If a product has no variance, as that of a signal of zeros, and so no scale gives it any,
+        if layers share their weights, or if convolutions have groups.
 
     References
     ----------
     Mishkin & Matas 2016, arXiv:1511.06422, algorithm 1.
     """
     inputs, key = as_inputs(inputs, network), as_key(key)
-    check_lsuv(network)
+    unit_variance(network)  # which refuses what has no such law
+    blocks = (block for stage in network.stages for block in stage.block.nested)
+    if any(block.n_weights and getattr(block, "groups", 1) != 1 for block in blocks):
+        raise InputError(
+            f"network is {network.name!r}, which has convolutions in groups; lsuv divides matrices "
+            "that multiply a layer's whole signal: networks.unit_variance has the law of these"
+        )
     multiply_by_one = SAMPLERS[_samplers.choose(sampler, network, len(inputs))[0]]
     tap = jnp.zeros((inputs.shape[0],) * 2, inputs.dtype)
 

@@ -160,7 +160,7 @@ def _steps(
     """The values of an equation of which a step is kept."""
     recorded = [value for value in values if isinstance(value, Recorded)]
     if not all(isinstance(value, (Recorded, Known)) for value in values):
-        raise NoRule("scores meet what is random otherwise")
+        raise NoRule("weights of attention meet other random numbers, as those of dropout")
     sources: dict[Step, Any] = {}
     for value in recorded:
         sources |= value.sources

@@ -184,7 +184,7 @@ def _both_signs(rows: Sequence[Any], laws: Sequence[_Law], run: _Run, signs: Any
     """The arrays of networks, and of these whose queries have a minus."""
     mirrored = (jnp.concatenate([x, s * x]) for x, s in zip(rows, signs, strict=True))
     return [
-        jax.vmap(form.from_rows)(x + law.mean)
+        jax.vmap(form.from_rows)(x + law.mean[None, None])
         for x, form, law in zip(mirrored, run.forms, laws, strict=True)
     ]
 

@@ -10,14 +10,10 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
-from gradflow import _programs, activations, gaussian
-from gradflow._unit_distributions import Shifted
-from gradflow.activations import Activation
-from gradflow.gaussian import _pairs
-from gradflow.inspection._theory import sampling
+from gradflow import activations, gaussian
+from gradflow.inspection._theory import one_variable, sampling
 from gradflow.inspection._theory.activations import activation_of
 from gradflow.inspection._theory.expectations import SiteAverages
 from gradflow.inspection._theory.nodes import Node
@@ -33,13 +29,12 @@ from gradflow.inspection._theory.sums import (
     node_factors,
     up,
 )
-from gradflow.kernels import Gaussian, Kernel
 
 __all__ = ["Term", "average", "covariance", "joint", "mean", "normalised", "pulled"]
 __all__ += ["second_moments", "terms", "together", "together_at"]
 
-# Terms of Hermite series of pairs, and what they may leave out, relative.
-_TERMS, _LEFT_OUT = 256, 1e-14
+# Pairs of sites of a function of more variables, at more sites, take longer than draws of units.
+_FEW, _MANY = 2, 150
 
 
 class Term(NamedTuple):
@@ -418,7 +413,7 @@ class _OfOne(_Averages):
         """Whether E[x φ(m + x)] = q E[φ'(m + x)], as where φ has no jumps."""
         if self.phi.kernel is not None or self.phi in activations.ALL:
             return True
-        return _by_parts_holds(self.phi)
+        return one_variable.by_parts_holds(self.phi)
 
     @functools.cached_property
     def values(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -427,10 +422,10 @@ class _OfOne(_Averages):
             m = np.zeros(len(self.k)) if self.mean is None else self.mean
             return self.k + np.outer(m, m), m, np.ones_like(self.k)
         with jax.enable_x64(True):
-            series = self.mean is None and self.phi.kernel is None and _in_range(self.k)
+            series = self.mean is None and self.phi.kernel is None and one_variable.in_range(self.k)
             if series and self.regular:
-                return _by_series(self.phi, self.k)
-            made = _through(self.phi, self.k, self.mean)
+                return one_variable.by_series(self.phi, self.k)
+            made = one_variable.through(self.phi, self.k, self.mean)
             return tuple(map(np.asarray, made))  # type: ignore[return-value]
 
     def average(self, slot: int | None) -> np.ndarray:
@@ -482,6 +477,9 @@ class _OfSeveral(_Averages):
         return self.at_sites.mean(self.function(slot))[0]
 
     def pair(self, one: int | None, other: int | None) -> np.ndarray:
+        sites = self.piece.variables[0].sites
+        if len(self.piece.variables) > _FEW and sites > _MANY:
+            raise NoRule(f"a function of {len(self.piece.variables)} signals at {sites} sites")
         return self.at_sites.second(self.function(one), self.function(other))[0]
 
     def pair_at(
@@ -529,81 +527,3 @@ def _of_scalars(piece: Piece, places: Sequence[int], numbers: slice) -> Callable
         return piece.node.evaluate([scalars[i] for i in places], scalars[numbers])
 
     return f
-
-
-@functools.lru_cache(maxsize=1 << 10)
-def _by_parts_holds(phi: Activation) -> bool:
-    """Whether integration by parts holds for a function, seen about one mean."""
-    about, q = 0.3, 0.5
-
-    def both(x: Any) -> Any:
-        y = about + x
-        return jnp.stack([x * phi(y) / q, phi.derivative(y), jnp.abs(phi.derivative(y))])
-
-    kinks = tuple(kink - about for kink in phi.kinks)
-    with jax.enable_x64(True):
-        one, two, size = map(float, gaussian.expectation(both, jnp.asarray(q), kinks=kinks))
-    return abs(one - two) < 1e-6 * (abs(one) + size)
-
-
-def _in_range(k: np.ndarray) -> bool:
-    """Whether second moments are where averages are integrated."""
-    q, (low, high) = np.diagonal(k), gaussian.log_limits(np.dtype(np.float64))
-    return bool((q >= np.exp(low)).all() and (q <= np.exp(high)).all())
-
-
-@_programs.program("phi", seconds=0.1)
-def _through(phi: Activation, k: Any, shift: Any) -> tuple[Any, Any, Any]:
-    """E[φφ], E[φ] and E[φ'φ'] of Gaussian signals of this covariance about their means."""
-    law: Any = Gaussian() if shift is None else Shifted.at(shift)
-    second = k if shift is None else k + jnp.outer(shift, shift)
-    z = Kernel.of(second, shift, tangent=jnp.ones_like(k), distribution=law)
-    h = z.through(phi).plain()
-    return h.covariance, h.mean, h.tangent
-
-
-def _by_series(phi: Activation, k: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """E[φφ], E[φ] and E[φ'φ'] by Mehler's series where it has converged, else pair by pair.
-
-    Σ_k a_k(s) a_k(t) c^k and Σ_k k a_k(s) a_k(t) c^{k-1}/√(q_s q_t); what is left out is bounded by
-    what of E[φ²] and E[φ'²] the terms do not have.
-    """
-    q = np.diagonal(k)
-    root = np.sqrt(q)
-    a, second, first, slope = map(np.asarray, _series(phi, q))
-    order = np.arange(_TERMS)
-    b = a[:, 1:] * np.sqrt(order[1:]) / root[:, None]
-    c = np.clip(k / np.outer(root, root), -1, 1)
-    own = np.eye(len(q), dtype=bool)
-    found = []
-    for derivative, (coefficients, total) in enumerate(((a, second), (b, slope))):
-        left = np.sqrt(np.maximum(total - (coefficients**2).sum(1), 0) + 4e-16 * total)
-        out = _power_series(coefficients, c)
-        bound = np.outer(left, left) * np.abs(c) ** coefficients.shape[1]
-        size = np.sqrt(np.outer(total, total))
-        rest = np.argwhere(np.triu(~own & (bound > _LEFT_OUT * size)))
-        if len(rest):
-            i, j = rest.T
-            pad = np.resize(np.arange(len(rest)), 1 << int(len(rest) - 1).bit_length())
-            i, j = i[pad], j[pad]
-            pairs = _pairs._averages(phi, derivative, q[i], q[j], k[i, j])
-            out[i, j] = out[j, i] = np.asarray(pairs)
-        out[own] = total
-        found.append(out)
-    return found[0], first, found[1]
-
-
-def _power_series(coefficients: np.ndarray, c: np.ndarray) -> np.ndarray:
-    """Σ_k a_k(s) a_k(t) c_st^k by Horner's rule."""
-    out = np.zeros_like(c)
-    for row in coefficients.T[::-1]:
-        out = out * c + np.outer(row, row)
-    return out
-
-
-@_programs.program("phi", seconds=0.1)
-def _series(phi: Activation, q: Any) -> tuple[Any, Any, Any, Any]:
-    """Hermite coefficients of φ(√q z), (sites, terms), and E[φ²], E[φ], E[φ'²]."""
-    a = jax.vmap(lambda v: gaussian.hermite_coefficients(phi, v, _TERMS))(q)
-    m = gaussian.some_moments(phi, ("phi2", "phi", "dphi2"), q)
-    return a, m["phi2"], m["phi"], m["dphi2"]

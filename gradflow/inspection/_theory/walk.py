@@ -179,6 +179,8 @@ def _with_ties(value: Value, products: dict[Any, list[Field]], path: str) -> Val
         for other in others:
             if other.tie == field.tie:
                 field.tie_to(other)
+            elif (known := _of_rows_taken(field, other)) is not None:
+                field.covariance = field.covariance + known
             elif not apart(field.tie, other.tie):
                 return Unknown(
                     f"theory ends at {path or 'the model'}: weights are used in two ways, as those "
@@ -186,6 +188,30 @@ def _with_ties(value: Value, products: dict[Any, list[Field]], path: str) -> Val
                 )
         others.append(field)
     return value
+
+
+def _of_rows_taken(read_out: Field, table: Field) -> np.ndarray | None:
+    """What a table's rows that are in the signal add to its product with the whole table.
+
+    Units of a read-out x Eᵀ are rows of E. Those that x has a part of, M_as E_s, have means of
+    width · variance · M, and all others none: their second moments over units are (width ·
+    variance)²/rows · M S Mᵀ, S_st 1 for equal rows. None where it is no such product.
+    """
+    above, below = read_out.product, table.product
+    if above is None or below is None or above.source is None or len(above.maps) != 1:
+        return None
+    lookup = below.source is None and below.rows is None and not below.maps
+    whole = above.weights == below.weights == above.fan_in * above.units
+    if not lookup or not whole or below.units != above.fan_in:
+        return None
+    map_ = above.source.parts.get(table)
+    if any(part is not table and table in part.fields for part in above.source.parts):
+        return None
+    if map_ is None:
+        return np.zeros_like(read_out.covariance)
+    at = above.maps[0] @ map_
+    size = above.fan_in**2 * above.variance * below.variance / above.units
+    return np.asarray(size * (at @ below.gram @ at.T))
 
 
 def _array(value: Any) -> Any:
