@@ -61,7 +61,7 @@ _NGPT_RATE = 0.05
 class Start(NamedTuple):
     """How residual branches begin: factors of the stream, of the branch, of matrices and norms."""
 
-    skip: float | None = None  # λ of λ z + α f(z)
+    skip: float = 1.0  # λ of λ z + α f(z)
     branch: float = 1.0  # α
     query_key: float = 1.0  # of W_Q and W_K each, as all that follow
     value: float = 1.0
@@ -72,7 +72,7 @@ class Start(NamedTuple):
     by_layer: bool = False  # whether the norms of layer l are multiplied by 1/√l
 
 
-def _but_scores(gain: float, skip: float | None = None, embedding: float = 1.0) -> Start:
+def _but_scores(gain: float, skip: float = 1.0, embedding: float = 1.0) -> Start:
     """All matrices but W_Q and W_K multiplied by a number."""
     four = {"value": gain, "output": gain, "first": gain, "second": gain}
     return Start(skip=skip, embedding=embedding, by_layer=False, **four)
