@@ -379,7 +379,7 @@ def _dense_stages(
     widths: Sequence[int],
     each: Sequence[Ensemble],
     before: tuple[AbstractBlock, ...],
-    biases: tuple[float | None, float | str | None],
+    biases: tuple[float | int | None, float | int | str | None],
 ) -> tuple[Stage, ...]:
     """Dense layers, equal ones after each other as one stage."""
     # The input passes through no activation, so the first layer is a stage of its own.

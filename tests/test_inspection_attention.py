@@ -265,7 +265,7 @@ def test_attention_of_a_library_is_read_to_the_end(library, make):
     model = _adapters.adapt(make(), None, x, {})
     program = _inspecting._program(model, x, None, ())
     found = layers(program)
-    _, theory = _inspecting._theory(model, program, found, x, jax.random.key(1), None)
+    _, theory = _inspecting._theory(model, program, found, x, (), jax.random.key(1), None)
     assert len(found) == 5
     assert theory.ends is None
     assert np.isfinite(theory.values["log_q"]).all()
