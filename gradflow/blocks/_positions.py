@@ -9,7 +9,7 @@ import dataclasses
 import functools
 import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from fractions import Fraction
 from numbers import Integral
 from typing import Any
@@ -20,8 +20,10 @@ from jaxtyping import Array
 
 from gradflow._checks import check_count, unknown_name
 from gradflow.errors import InputError
+from gradflow.kernels import Gaussian, Kernel, Unknown
 
-__all__ = ["PADDINGS", "Windows", "count_inputs", "count_positions", "lengths", "pads"]
+__all__ = ["PADDINGS", "Windows", "count_inputs", "count_positions", "lengths", "linear_in_sites"]
+__all__ += ["pads", "per_axis"]
 
 # What `padding` may be, beside numbers, and what that is.
 PADDINGS = {
@@ -68,6 +70,35 @@ def count_inputs(sites: int, shape: tuple[int, ...]) -> int:
     return sites // positions
 
 
+def per_axis(name: str, value: Any, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """A number for each spatial axis, of one or of several.
+
+    Raises
+    ------
+    InputError
+        If one is no whole number of at least 1, or there are not as many as axes.
+    """
+    each = value if isinstance(value, tuple) else (value,) * len(shape)
+    each = tuple(check_count(name, n) for n in each)
+    if len(each) != len(shape):
+        raise InputError(
+            f"{name} is {value!r}; it is one whole number, or one for each axis of shape {shape}"
+        )
+    return each
+
+
+def linear_in_sites(
+    kernel: Kernel, pairs: Callable[[Array], Array], mean: Array, *, gaussian: bool = True
+) -> Kernel:
+    """The kernel of sums over sites, by what they make of second moments, a tangent's too.
+
+    Where ``gaussian``, the sums are of signals of the same unit, and Gaussian if these are.
+    """
+    tangent = None if kernel.tangent is None else pairs(kernel.tangent)
+    law = Gaussian() if gaussian and kernel.gaussian else Unknown()
+    return kernel.derived(pairs(kernel.covariance), mean, tangent, law)
+
+
 def pads(padding: Any) -> Any:
     """A padding as a field that is static: a name, a number, or pairs of them for every axis."""
     if isinstance(padding, Sequence) and not isinstance(padding, str):
@@ -103,12 +134,8 @@ class Windows:
         if isinstance(self.padding, str) and self.padding not in PADDINGS:
             raise unknown_name("padding", self.padding, PADDINGS)
         for name in ("stride", "dilation", "spread"):
-            if len(self._each(name)) != len(self.shape):
-                raise InputError(
-                    f"{name} is {getattr(self, name)!r}; it is one whole number, or one for each "
-                    f"axis of shape {self.shape}"
-                )
-        fits = len(self.sizes) == len(self.shape)
+            self._each(name)
+        fits = not isinstance(self.size, tuple) or len(self.size) == len(self.shape)
         lengths = zip(self.sizes, self._each("dilation"), self._room, strict=True) if fits else ()
         if not fits or any((n - 1) * d + 1 > room for n, d, room in lengths):
             raise InputError(
@@ -119,10 +146,7 @@ class Windows:
 
     def _each(self, name: str) -> tuple[int, ...]:
         """A number for each axis."""
-        value = getattr(self, name)
-        if isinstance(value, tuple):
-            return tuple(check_count(name, n) for n in value)
-        return (check_count(name, value),) * len(self.shape)
+        return per_axis(name, getattr(self, name), self.shape)
 
     @property
     def sizes(self) -> tuple[int, ...]:

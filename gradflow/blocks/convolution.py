@@ -23,13 +23,14 @@ from gradflow.blocks._positions import (
     Windows,
     count_inputs,
     lengths,
+    linear_in_sites,
     pads,
 )
 from gradflow.blocks.base import AbstractBlock, Multiply
 from gradflow.blocks.dense import AbstractLayer, Linear
 from gradflow.ensembles import Distribution
 from gradflow.errors import InputError
-from gradflow.kernels import Kernel, Unknown, multiply_kernel
+from gradflow.kernels import Kernel, multiply_kernel
 
 __all__ = ["Convolution", "Patches"]
 
@@ -111,8 +112,7 @@ class Patches(AbstractBlock):
             return mean_of(k, 1, 1 + len(by_position)).reshape(out, out)
 
         mean = mean_of(kernel.mean.reshape(by_position), 1).reshape(out)
-        tangent = None if kernel.tangent is None else pairs(kernel.tangent)
-        return kernel.derived(pairs(kernel.covariance), mean, tangent, Unknown())
+        return linear_in_sites(kernel, pairs, mean, gaussian=False)
 
     @property
     def homogeneous(self) -> bool:

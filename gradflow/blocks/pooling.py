@@ -13,13 +13,20 @@ import numpy as np
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from gradflow import activations
-from gradflow._checks import check_count
 from gradflow.activations import Activation
-from gradflow.blocks._positions import Windows, count_inputs, count_positions, lengths, pads
+from gradflow.blocks._positions import (
+    Windows,
+    count_inputs,
+    count_positions,
+    lengths,
+    linear_in_sites,
+    pads,
+    per_axis,
+)
 from gradflow.blocks.base import AbstractBlock, Multiply
 from gradflow.errors import InputError, NoTheory
 from gradflow.gaussian import _largest
-from gradflow.kernels import Gaussian, Kernel, Unknown, multiply_kernel
+from gradflow.kernels import Kernel, Unknown, multiply_kernel
 
 __all__ = ["AveragePool", "Flatten", "GlobalMean", "MaxPool", "Upsample"]
 
@@ -96,9 +103,7 @@ class AveragePool(_Pool):
             return mean_of(k, 1 + len(by_position)).reshape(out, out)
 
         mean = mean_of(kernel.mean.reshape(by_position), 1).reshape(out)
-        tangent = None if kernel.tangent is None else pairs(kernel.tangent)
-        law = Gaussian() if kernel.gaussian else Unknown()
-        return kernel.derived(pairs(kernel.covariance), mean, tangent, law)
+        return linear_in_sites(kernel, pairs, mean)
 
     @property
     def homogeneous(self) -> bool:
@@ -220,10 +225,7 @@ class GlobalMean(_OverPositions):
                 k.reshape(inputs, self.pool_factor, inputs, self.pool_factor), axis=(1, 3)
             )
 
-        tangent = None if kernel.tangent is None else pairs(kernel.tangent)
-        mean = jnp.mean(kernel.mean.reshape(inputs, -1), axis=1)
-        law = Gaussian() if kernel.gaussian else Unknown()
-        return kernel.derived(pairs(kernel.covariance), mean, tangent, law)
+        return linear_in_sites(kernel, pairs, jnp.mean(kernel.mean.reshape(inputs, -1), axis=1))
 
 
 class Flatten(_OverPositions):
@@ -252,9 +254,8 @@ class Flatten(_OverPositions):
             by_position = k.reshape(inputs, self.pool_factor, inputs, self.pool_factor)
             return jnp.mean(jnp.diagonal(by_position, axis1=1, axis2=3), axis=-1)
 
-        tangent = None if kernel.tangent is None else own(kernel.tangent)
         mean = jnp.mean(kernel.mean.reshape(inputs, -1), axis=1)
-        return kernel.derived(own(kernel.covariance), mean, tangent, Unknown())
+        return linear_in_sites(kernel, own, mean, gaussian=False)
 
     def width_after(self, n_in: int) -> int:
         """Return the channels times the positions."""
@@ -273,17 +274,11 @@ class Upsample(AbstractBlock):
 
     def __check_init__(self) -> None:
         count_positions(self.shape)
-        if len(self._factors) != len(self.shape):
-            raise InputError(
-                f"factor is {self.factor!r}; it is one whole number, or one for each axis of shape "
-                f"{self.shape}"
-            )
+        _ = self._factors
 
     @property
     def _factors(self) -> tuple[int, ...]:
-        if isinstance(self.factor, tuple):
-            return tuple(check_count("factor", n) for n in self.factor)
-        return (check_count("factor", self.factor),) * len(self.shape)
+        return per_axis("factor", self.factor, self.shape)
 
     def _sites(self, sites: int) -> np.ndarray:
         """The site that each site after it is of."""
@@ -309,9 +304,7 @@ class Upsample(AbstractBlock):
         def pairs(k: Array) -> Array:
             return k[taken][:, taken]
 
-        tangent = None if kernel.tangent is None else pairs(kernel.tangent)
-        law = Gaussian() if kernel.gaussian else Unknown()
-        return kernel.derived(pairs(kernel.covariance), kernel.mean[taken], tangent, law)
+        return linear_in_sites(kernel, pairs, kernel.mean[taken])
 
     @property
     def homogeneous(self) -> bool:
